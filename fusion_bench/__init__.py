@@ -1,0 +1,5 @@
+"""Fuse fine-tuned neural networks into one, and learn what that gained and lost."""
+
+from importlib.metadata import version
+
+__version__ = version("fusion_bench")
