@@ -1,0 +1,5 @@
+"""What one run does, step by step."""
+
+from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+
+__all__ = ["FabricModelFusionProgram"]

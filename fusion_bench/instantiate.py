@@ -1,0 +1,97 @@
+"""The one place where a node of a config becomes an object."""
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import OmegaConf
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it also raises
+
+_HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
+
+
+def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
+    """Call what ``node`` names in ``_target_`` with the node's other keys and ``arguments``.
+
+    Anything that is not a mapping with ``_target_`` is returned as it is, so that sections may
+    also be given as objects. ``key`` is the node's place in the config, for messages.
+
+    Raises:
+        FusionBenchError: a target that cannot be found, or keys that its signature does not take;
+            all such problems of the node and of the nodes inside it are listed at once.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(plain, Mapping) or "_target_" not in plain:
+        return plain
+    if problems := list(_problems(plain, key, arguments)):
+        raise FusionBenchError("\n".join(problems))
+    try:
+        return hydra_instantiate(plain, _convert_="all", **arguments)
+    except InstantiationException as error:
+        # Hydra wraps what the target raised in a message of its own; the cause is the plain fact.
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
+        raise
+
+
+def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each target or key in ``node``, at any depth, that cannot work."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield from _signature_problems(node, key, arguments)
+        for name, child in node.items():
+            yield from _problems(child, f"{key}.{name}" if key else str(name), {})
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _problems(child, f"{key}[{index}]", {})
+
+
+def _signature_problems(
+    node: Mapping[str, Any], key: str, arguments: Mapping[str, Any]
+) -> Iterator[str]:
+    prefix = f"{key}." if key else ""
+    target = node["_target_"]
+    try:
+        function = get_object(target) if isinstance(target, str) else target
+        parameters = inspect.signature(function).parameters
+    except (ImportError, AttributeError):
+        yield f"{prefix}_target_: cannot find '{target}'. {_nearest_target(target)}".rstrip()
+        return
+    except (TypeError, ValueError):  # a builtin that does not tell its signature
+        return
+    given = {name for name in node if name not in _HYDRA_KEYS} | set(arguments)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in sorted(given - set(parameters)):
+            yield f"{prefix}{name}: {_short(target)} takes no such key. " + did_you_mean(
+                name, parameters
+            )
+    if node.get("_partial_") or node.get("_args_"):
+        return
+    for name, parameter in parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name not in given:
+            yield f"{prefix}{name}: missing; {_short(target)} needs it."
+
+
+def _short(target: Any) -> str:
+    return str(target).rpartition(".")[2]
+
+
+def _nearest_target(target: Any) -> str:
+    module_name, _, name = str(target).rpartition(".")
+    if not module_name:
+        return ""
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        return f"{error}."
+    public = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
+    return did_you_mean(name, public)

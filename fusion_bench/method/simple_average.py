@@ -1,0 +1,25 @@
+r"""Simple average: $\theta = \frac{1}{T} \sum_t \theta_t$.
+
+Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fusion_bench.method.base import TensorwiseAlgorithm
+
+
+class SimpleAverageAlgorithm(TensorwiseAlgorithm):
+    """The mean of all models; the pretrained model is not one of them."""
+
+    def __init__(self, show_pbar: bool = True, inplace: bool = False):
+        self.show_pbar = show_pbar
+        self.inplace = inplace
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return the mean of ``tensors``."""
+        total = tensors[0]
+        for tensor in tensors[1:]:
+            total += tensor
+        return total.div_(len(tensors))

@@ -1,0 +1,32 @@
+r"""Task arithmetic: $\theta = \theta_0 + \lambda \sum_t (\theta_t - \theta_0)$.
+
+Ilharco et al., Editing models with task arithmetic, https://arxiv.org/abs/2212.04089
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fusion_bench.method.base import TensorwiseAlgorithm
+
+
+class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
+    """The pretrained model plus the scaled sum of all task vectors.
+
+    ``scaling_factor`` is usually tuned on validation data; a negative one forgets the tasks.
+    """
+
+    needs_pretrained = True
+
+    def __init__(
+        self, scaling_factor: float = 0.3, show_pbar: bool = True, inplace: bool = False
+    ):
+        self.scaling_factor = scaling_factor
+        self.show_pbar = show_pbar
+        self.inplace = inplace
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return ``base`` plus ``scaling_factor`` times the sum of the differences to it."""
+        assert base is not None
+        task_vectors = sum(tensor.sub_(base) for tensor in tensors)
+        return base.add_(task_vectors, alpha=self.scaling_factor)

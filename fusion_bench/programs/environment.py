@@ -1,0 +1,60 @@
+"""Where a run happens: its processes and devices, and their description in the report."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from fusion_bench import __version__
+from fusion_bench.instantiate import instantiate
+from fusion_bench.report import Run, Seconds
+
+_PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "safetensors", "numpy")
+
+
+def make_fabric(section: Any) -> Fabric:
+    """Return Fabric from a config section; without one, one process on the best device.
+
+    Several local processes are spawned unless the section names another strategy: a strategy
+    that runs the command line again would start a sweep once per process.
+    """
+    if isinstance(section, Fabric):
+        return section
+    defaults = {"_target_": "lightning.Fabric", "accelerator": "auto", "devices": 1}
+    node = {**defaults, **(section or {})}
+    fabric = instantiate(node, "fabric")
+    reruns_command = isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher)
+    if node.get("strategy", "auto") == "auto" and reruns_command:
+        fabric = instantiate({**node, "strategy": "ddp_spawn"}, "fabric")
+    return fabric
+
+
+def describe_run(
+    fabric: Fabric, config: Mapping[str, Any], seed: int | None, seconds: Seconds
+) -> Run:
+    """Return the report's account of what was run, when, and with what."""
+    canonical = json.dumps(config, sort_keys=True, default=str)
+    return Run(
+        version=__version__,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=sys.argv,
+        config=dict(config),
+        config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        seed=seed,
+        precision=str(fabric.strategy.precision.precision),
+        device=_device_name(fabric.device),
+        world_size=fabric.world_size,
+        packages={name: version(name) for name in _PACKAGES},
+        seconds=seconds,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

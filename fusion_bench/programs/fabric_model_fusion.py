@@ -1,0 +1,282 @@
+"""Fuse, then evaluate: the main program."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning.fabric import Fabric
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.instantiate import instantiate
+from fusion_bench.programs.environment import describe_run, make_fabric
+from fusion_bench.progress import quiet_libraries
+from fusion_bench.report import (
+    ModelResult,
+    Report,
+    Seconds,
+    TaskInfo,
+    TaskResult,
+    markdown,
+    print_comparison,
+    summarise,
+)
+from fusion_bench.report.schema import Role
+from fusion_bench.storage import write_text
+from fusion_bench.weights import ModuleWeights, sha256
+
+log = logging.getLogger(__name__)
+
+Baselines = Literal["own_task", "all_tasks", "none"]
+
+
+class FabricModelFusionProgram:
+    """Fuses a model pool with a method and judges the result beside the models it came from.
+
+    Args:
+        method: the fusion method, as config node or object; so are the next three.
+        modelpool: the models.
+        taskpool: the tasks; without it nothing is judged.
+        fabric: ``lightning.Fabric``'s arguments; by default one process on the best device.
+        output_dir: where the report and the config go; ``None`` writes none.
+        seed: seeds every random number generator.
+        baselines: what is judged beside the merged model: the pretrained model on every task and
+            each individual model on its ``own_task``, on ``all_tasks``, or ``none`` of them.
+        report_save_path: one more place for the report's JSON; ``{log_dir}`` in it is
+            ``output_dir``.
+        merged_model_save_path: directory for the merged model; likewise.
+        overwrite: replace what is at these two paths.
+        fast_dev_run: judge only the first batch of each task.
+        dry_run: check the config and stop before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        modelpool: Any,
+        taskpool: Any = None,
+        fabric: Any = None,
+        output_dir: str | Path | None = None,
+        seed: int | None = None,
+        baselines: Baselines = "own_task",
+        report_save_path: str | None = None,
+        merged_model_save_path: str | None = None,
+        overwrite: bool = False,
+        fast_dev_run: bool = False,
+        dry_run: bool = False,
+    ):
+        self.config: dict[str, Any] = {
+            "_target_": f"fusion_bench.programs.{type(self).__name__}",
+            "_recursive_": False,
+            "method": _plain(method),
+            "modelpool": _plain(modelpool),
+            "taskpool": _plain(taskpool),
+            "fabric": _plain(fabric),
+            "seed": seed,
+            "baselines": baselines,
+            "report_save_path": report_save_path,
+            "merged_model_save_path": merged_model_save_path,
+            "overwrite": overwrite,
+            "fast_dev_run": fast_dev_run,
+            "dry_run": dry_run,
+        }
+        if baselines not in get_args(Baselines):
+            raise FusionBenchError(
+                f"baselines: '{baselines}' is unknown. "
+                + did_you_mean(str(baselines), get_args(Baselines))
+            )
+        self.method = instantiate(method, "method")
+        self.modelpool = instantiate(_lazily(modelpool), "modelpool")
+        self.taskpool = instantiate(_lazily(taskpool), "taskpool")
+        self.fabric_config = fabric
+        self.output_dir = None if output_dir is None else Path(output_dir).absolute()
+        self.seed = seed
+        self.baselines = baselines
+        self.fast_dev_run = fast_dev_run
+        self.dry_run = dry_run
+        self.report_path = self._destination("report_save_path", report_save_path, overwrite)
+        self.model_path = self._destination(
+            "merged_model_save_path", merged_model_save_path, overwrite
+        )
+
+    def run(self) -> Report | None:
+        """Fuse, judge, save and print; returns the report, or ``None`` after a dry run."""
+        if self.dry_run:
+            log.info("Dry run: the config is sound; nothing was loaded.")
+            return None
+        fabric = make_fabric(self.fabric_config)
+        report: Report = fabric.launch(self._fuse_and_judge)
+        if fabric.global_rank == 0:  # where processes were started by us, this one is their parent
+            self._publish(report)
+        return report
+
+    def _fuse_and_judge(self, fabric: Fabric) -> Report:
+        """Do the work; called in every process, with the same result in each."""
+        quiet_libraries()
+        if self.seed is not None:
+            fabric.seed_everything(self.seed, verbose=False)
+        clock = _Clock()
+        with clock.measure("load"):
+            if self.taskpool is not None:
+                self.taskpool.prepare(fabric)
+        with clock.measure("fuse"):
+            merged = dict(self._merged_modules(self.method.run(self.modelpool)))
+            if self.model_path is not None and fabric.global_rank == 0:
+                self._save(merged, self.model_path)
+            fabric.barrier()
+        with clock.measure("evaluate"):
+            models = self._judge_all(fabric, merged)
+        seconds = Seconds(**clock.seconds, total=clock.total())
+        own_model = {
+            task: name for name in models for task in self._own_tasks(name)
+        }
+        summarise(models, own_model)
+        return Report(
+            run=describe_run(fabric, self.config, self.seed, seconds),
+            tasks=self._task_infos(models),
+            models=models,
+        )
+
+    def _merged_modules(self, result: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield name and module of what a method returned: weights, a family of them, a module."""
+        if isinstance(result, nn.Module):
+            yield "merged", result
+        elif all(isinstance(value, Tensor) for value in result.values()):
+            yield "merged", self.modelpool.build_model(result)
+        else:
+            for name, state_dict in result.items():
+                yield name, self.modelpool.build_model(state_dict)
+
+    def _save(self, merged: Mapping[str, nn.Module], path: Path) -> None:
+        for name, model in merged.items():
+            self.modelpool.save_model(model, path if len(merged) == 1 else path / name)
+
+    def _judge_all(self, fabric: Fabric, merged: dict[str, nn.Module]) -> dict[str, ModelResult]:
+        """Judge baselines and merged models; each model is loaded when its turn comes."""
+        results: dict[str, ModelResult] = {}
+        if self.baselines != "none" and self.taskpool is not None:
+            if self.modelpool.has_pretrained:
+                model = self.modelpool.load_model("_pretrained_")
+                results["_pretrained_"] = self._judge(fabric, "_pretrained_", "pretrained", model)
+            for name in self.modelpool.model_names:
+                tasks = self._own_tasks(name) if self.baselines == "own_task" else None
+                if tasks == []:
+                    log.info("'%s' is judged on no task: none bears its name.", name)
+                    continue
+                model = self.modelpool.load_model(name)
+                results[name] = self._judge(fabric, name, "individual", model, tasks)
+        for name, model in merged.items():
+            results[name] = self._judge(fabric, name, "merged", model)
+        return results
+
+    def _judge(
+        self,
+        fabric: Fabric,
+        name: str,
+        role: Role,
+        model: nn.Module,
+        tasks: list[str] | None = None,
+    ) -> ModelResult:
+        identity = sha256(ModuleWeights(model))  # before the precision may change the weights
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        scores = {}
+        if self.taskpool is not None:
+            scores = self.taskpool.evaluate(
+                model, fabric, tasks, name=name, fast_dev_run=self.fast_dev_run
+            )
+        return ModelResult(
+            role=role,
+            weights_sha256=identity,
+            num_parameters=num_parameters,
+            tasks={
+                task: TaskResult.from_counts(s.num_correct, s.loss_sum, s.num_samples)
+                for task, s in scores.items()
+            },
+        )
+
+    def _own_tasks(self, model: str) -> list[str]:
+        names = [] if self.taskpool is None else self.taskpool.task_names
+        return [task for task in names if _spelling(task) == _spelling(model)]
+
+    def _task_infos(self, models: Mapping[str, ModelResult]) -> dict[str, TaskInfo]:
+        if self.taskpool is None:
+            return {}
+        return {
+            task: TaskInfo(
+                num_classes=len(self.taskpool.data(task).class_names),
+                num_samples=next(m.tasks[task].num_samples for m in models.values() if task in m.tasks),
+                fingerprint=self.taskpool.data(task).fingerprint,
+            )
+            for task in self.taskpool.task_names
+        }
+
+    def _publish(self, report: Report) -> None:
+        """Write the report's files and print the comparison."""
+        if report.tasks:
+            console = Console()
+            if not console.is_terminal:
+                console.width = 200  # a log or a pipe has no width of its own
+            print_comparison(report, console)
+        if self.model_path is not None:
+            log.info("Merged model: %s", self.model_path)
+        if self.report_path is not None:
+            report.save(self.report_path)
+            log.info("Report: %s", self.report_path)
+        if self.output_dir is not None:
+            write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(self.config))
+            write_text(self.output_dir / "report.md", markdown(report))
+            report.save(self.output_dir / "report.json")
+            log.info("Report: %s", self.output_dir / "report.md")
+
+    def _destination(self, key: str, path: str | None, overwrite: bool) -> Path | None:
+        if path is None:
+            return None
+        if "{log_dir}" in path and self.output_dir is None:
+            raise FusionBenchError(f"{key}: '{{log_dir}}' needs an output_dir.")
+        place = Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
+        if place.exists() and not overwrite:
+            raise FusionBenchError(
+                f"{key}: '{place}' exists already. Choose another path, or give overwrite=true."
+            )
+        return place
+
+
+class _Clock:
+    """Measures named steps."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 3)
+
+    def total(self) -> float:
+        return round(time.perf_counter() - self._start, 3)
+
+
+def _lazily(section: Any) -> Any:
+    # A pool's datasets and models are made when their turn comes, also where the YAML forgets
+    # to say so.
+    return {"_recursive_": False, **section} if isinstance(section, Mapping) else section
+
+
+def _plain(section: Any) -> Any:
+    if OmegaConf.is_config(section):
+        return OmegaConf.to_container(section, resolve=True)
+    if section is None or isinstance(section, Mapping):
+        return section
+    return f"{type(section).__module__}.{type(section).__qualname__}"
+
+
+def _spelling(name: str) -> str:
+    return name.casefold().replace("_", "-")

@@ -1,0 +1,39 @@
+"""Progress bars that fall silent where no person watches."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def bar(
+    items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it"
+) -> "tqdm[T]":
+    """Iterate over ``items`` with a bar on stderr; silent without a terminal."""
+    return tqdm(
+        items, desc=description, total=total, unit=unit, disable=None, leave=False, delay=0.3
+    )
+
+
+def watched() -> bool:
+    """Tell whether a person watches this process: a terminal, and the first of its processes."""
+    return sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own bars where nobody watches, and their advice everywhere."""
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    if not watched():
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("httpx").setLevel(logging.WARNING)

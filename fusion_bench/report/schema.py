@@ -1,0 +1,136 @@
+"""The result of a run, as it stands in ``report.json``."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fusion_bench.storage import write_text
+
+SCHEMA_VERSION = 1
+
+Role = Literal["pretrained", "individual", "merged"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Seconds(_Strict):
+    """Wall-clock time of each step, in seconds."""
+
+    load: float
+    fuse: float
+    evaluate: float
+    total: float
+
+
+class Run(_Strict):
+    """What was run, when, with what."""
+
+    version: str
+    created_at: str
+    command: list[str]
+    config: dict[str, Any]
+    config_sha256: str
+    seed: int | None
+    precision: str
+    device: str
+    world_size: int
+    packages: dict[str, str]
+    seconds: Seconds
+
+
+class TaskInfo(_Strict):
+    """A dataset that models were judged on."""
+
+    num_classes: int
+    num_samples: int
+    fingerprint: str
+
+
+class TaskResult(_Strict):
+    """How one model did on one task; fractions, and nats per sample."""
+
+    accuracy: float
+    accuracy_stderr: float
+    loss: float
+    num_samples: int
+    normalized_accuracy: float | None = None
+
+    @classmethod
+    def from_counts(cls, num_correct: int, loss_sum: float, num_samples: int) -> "TaskResult":
+        """Turn plain sums into figures; the standard error is that of a binomial proportion."""
+        accuracy = num_correct / num_samples
+        return cls(
+            accuracy=accuracy,
+            accuracy_stderr=math.sqrt(accuracy * (1 - accuracy) / num_samples),
+            loss=loss_sum / num_samples,
+            num_samples=num_samples,
+        )
+
+
+class Average(_Strict):
+    """The mean over the tasks that a model was judged on, each task weighing the same."""
+
+    accuracy: float
+    loss: float
+    normalized_accuracy: float | None = None
+
+
+class ModelResult(_Strict):
+    """A model and how it did."""
+
+    role: Role
+    weights_sha256: str
+    num_parameters: int
+    tasks: dict[str, TaskResult]
+    average: Average | None = None
+
+
+class Report(_Strict):
+    """The whole result of a run."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run: Run
+    tasks: dict[str, TaskInfo]
+    models: dict[str, ModelResult]
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Read a report; raises pydantic's ``ValidationError`` where it is none."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def summarise(models: Mapping[str, ModelResult], own_model: Mapping[str, str]) -> None:
+    """Fill in normalised accuracies and averages.
+
+    ``own_model`` names the individual model of each task. The normalised accuracy is the accuracy
+    divided by the individual model's on the same task; it stays empty where none was judged, and
+    the average's where any of its tasks has none.
+    """
+    for model in models.values():
+        for task, result in model.tasks.items():
+            individual = models.get(own_model.get(task, ""))
+            reference = individual.tasks.get(task) if individual else None
+            if reference is not None and reference.accuracy > 0:
+                result.normalized_accuracy = result.accuracy / reference.accuracy
+        results = list(model.tasks.values())
+        if not results:
+            continue
+        normalized = [r.normalized_accuracy for r in results if r.normalized_accuracy is not None]
+        model.average = Average(
+            accuracy=_mean([r.accuracy for r in results]),
+            loss=_mean([r.loss for r in results]),
+            normalized_accuracy=_mean(normalized) if len(normalized) == len(results) else None,
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,130 @@
+"""The comparison of models, for the terminal and for Markdown."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from fusion_bench.report.schema import ModelResult, Report
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's accuracies in percent, one per task; ``None`` where it was not judged."""
+
+    name: str
+    role: str
+    cells: list[float | None]
+    average: float | None
+    normalized: float | None
+
+
+def comparison(report: Report) -> list[Row]:
+    """Return the rows: pretrained, individual, merged.
+
+    Individual models that were each judged on their own task alone share one row, which holds
+    each task's own model; the full matrix has a row per model.
+    """
+    models = report.models
+    individual = {n: m for n, m in models.items() if m.role == "individual"}
+    diagonal = bool(individual) and all(len(m.tasks) == 1 for m in individual.values())
+    rows = [_row(n, m, report) for n, m in models.items() if m.role == "pretrained"]
+    if diagonal and len(individual) > 1:
+        by_task = {t: r.accuracy for m in individual.values() for t, r in m.tasks.items()}
+        judged = list(by_task.values())
+        rows.append(
+            Row(
+                "individual",
+                "individual",
+                [_percent(by_task.get(task)) for task in report.tasks],
+                _percent(sum(judged) / len(judged)),
+                100.0,
+            )
+        )
+    else:
+        rows += [_row(n, m, report) for n, m in individual.items()]
+    return rows + [_row(n, m, report) for n, m in models.items() if m.role == "merged"]
+
+
+def _row(name: str, model: ModelResult, report: Report) -> Row:
+    average = model.average
+    return Row(
+        "pretrained" if model.role == "pretrained" else name,
+        model.role,
+        [_percent(r.accuracy if (r := model.tasks.get(t)) else None) for t in report.tasks],
+        _percent(average.accuracy if average else None),
+        _percent(average.normalized_accuracy if average else None),
+    )
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _grid(report: Report) -> tuple[list[str], list[list[str]]]:
+    header = ["accuracy, %", *report.tasks, "average", "normalised"]
+    body = [
+        [row.name, *(_cell(value) for value in [*row.cells, row.average, row.normalized])]
+        for row in comparison(report)
+    ]
+    return header, body
+
+
+def print_comparison(report: Report, console: Console) -> None:
+    """Print the comparison; where the tasks do not fit side by side they go below each other."""
+    table = _rich_table(*_grid(report), wide=True)
+    if Measurement.get(console, console.options, table).minimum > console.width:
+        header, body = _grid(report)
+        first, *others = zip(header, *body, strict=True)
+        table = _rich_table(list(first), [list(line) for line in others], wide=False)
+    console.print(table)
+
+
+def _rich_table(header: list[str], body: list[list[str]], *, wide: bool) -> Table:
+    from rich import box
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if index else "left", no_wrap=True)
+    for line in body:
+        merged = wide and line is body[-1]
+        table.add_row(*(Text(cell) for cell in line), style="bold" if merged else None)
+    return table
+
+
+def markdown(report: Report) -> str:
+    """Return the report as a Markdown page: what was run, and the comparison."""
+    header, body = _grid(report)
+    escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
+    lines = ["# Fusion report", ""]
+    lines += [
+        f"- method: `{_target(report, 'method')}`",
+        f"- models: {', '.join(_models(report)).translate(escape)}",
+        f"- device: {report.run.device}, precision {report.run.precision}, "
+        f"{report.run.world_size} process(es), seed {report.run.seed}",
+        f"- seconds: load {report.run.seconds.load:.1f}, fuse {report.run.seconds.fuse:.1f}, "
+        f"evaluate {report.run.seconds.evaluate:.1f}, total {report.run.seconds.total:.1f}",
+        f"- fusion_bench {report.run.version}, {report.run.created_at}",
+        "",
+    ]
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in rows]
+    lines += ["", "Normalised: the accuracy divided by that of the task's individual model."]
+    return "\n".join(lines) + "\n"
+
+
+def _target(report: Report, section: str) -> str:
+    node = report.run.config.get(section)
+    target = node.get("_target_") if isinstance(node, dict) else node
+    return str(target).rpartition(".")[2]
+
+
+def _models(report: Report) -> list[str]:
+    names = [n for n, m in report.models.items() if m.role == "individual"]
+    return names or list(report.models)

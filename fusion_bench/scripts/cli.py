@@ -1,0 +1,118 @@
+"""The command line: composes a config with Hydra and runs the program that it names."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+#: Inside the package when installed from a wheel, beside it in a checkout.
+CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") if d.is_dir())
+
+
+_DIRECTORY_FLAGS = ("--config-path", "-cp", "--config-dir", "-cd")
+
+
+class PackagedConfigs(SearchPathPlugin):
+    """Makes our config groups available to configs in a directory of the user's own."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append our config directory where it is not the primary one already."""
+        if all(str(CONFIG_DIR) not in entry.path for entry in search_path.get_path()):
+            search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
+
+
+def main() -> None:
+    """Run the command line; a mistake in the input ends with one message and exit code 1.
+
+    With ``HYDRA_FULL_ERROR=1`` it ends with the traceback instead.
+    """
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
+    Plugins.instance().register(PackagedConfigs)
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
+    def run(config: DictConfig) -> None:
+        alone = HydraConfig.get().mode == RunMode.RUN
+        with _plain_messages(show_traceback) if alone else nullcontext():
+            _run_program(config)
+
+    with _plain_messages(show_traceback):
+        run()
+
+
+def _run_program(config: DictConfig) -> None:
+    from fusion_bench.instantiate import instantiate
+
+    settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if not isinstance(settings, dict) or "_target_" not in settings:
+        raise FusionBenchError(
+            f"The config '{HydraConfig.get().job.config_name}' names no program: give it a line "
+            "such as '_target_: fusion_bench.programs.FabricModelFusionProgram'."
+        )
+    settings.setdefault("_recursive_", False)  # the program makes its parts itself
+    instantiate(settings, output_dir=HydraConfig.get().runtime.output_dir).run()
+
+
+@contextmanager
+def _plain_messages(show_traceback: bool) -> Iterator[None]:
+    """End the process with one message where the input is at fault."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (FusionBenchError, HydraException, OmegaConfBaseException) as error:
+        if show_traceback:
+            raise
+        first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+        sys.exit(f"fusion_bench: {_explain(error)}" if first_process else 1)
+
+
+def _explain(error: Exception) -> str:
+    """Return the message for the user, with the likely intended name where there is one."""
+    first_line = str(error).splitlines()[0]
+    if isinstance(error, MissingConfigException):
+        # Hydra's own message goes on with its search path, which tells people little.
+        missing = error.missing_cfg_file or ""
+        return f"{first_line} {did_you_mean(missing, _config_names(missing))}"
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
+        names = [str(name) for name in cause.parent_node]
+        return f"{first_line} {did_you_mean(str(cause.key), names)}"
+    return str(error)
+
+
+def _config_names(missing: str) -> list[str]:
+    """Return the names of the configs that a person might have meant by ``missing``."""
+    group, slash, _ = missing.partition("/")
+    names = set()
+    for directory in {CONFIG_DIR, *map(Path, filter(None, map(_argument, _DIRECTORY_FLAGS)))}:
+        files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
+        names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
+    return [name for name in names if not Path(name).name.startswith("_")]
+
+
+def _argument(flag: str) -> str | None:
+    """Return the value of a command-line option, given as ``flag value`` or ``flag=value``."""
+    for position, word in enumerate(sys.argv):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            return value if equals else next(iter(sys.argv[position + 1 :]), None)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The loop that judges an image classifier: exact counts on any number of processes."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.progress import bar
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a task: plain sums, from which every figure follows.
+
+    ``loss_sum`` is the sum over the samples of the cross entropy, in nats.
+    """
+
+    num_correct: int
+    loss_sum: float
+    num_samples: int
+
+
+def loader_arguments(given: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
+    """Return the DataLoader's arguments: those ``given``, else sane ones for the device.
+
+    Raises:
+        FusionBenchError: ``drop_last``, with which some samples would go unjudged.
+    """
+    on_gpu = device.type != "cpu"
+    arguments = {
+        "batch_size": 128 if on_gpu else 32,
+        "num_workers": min(len(os.sched_getaffinity(0)), 8) if hasattr(os, "sched_getaffinity")
+        else min(os.cpu_count() or 1, 8),
+        "pin_memory": device.type == "cuda",
+    } | dict(given or {})
+    if arguments.get("drop_last"):
+        raise FusionBenchError(
+            "taskpool.dataloader_kwargs.drop_last: would leave samples unjudged. Remove it."
+        )
+    return arguments | {"shuffle": False}
+
+
+def judge(
+    fabric: Fabric,
+    encoder: nn.Module,
+    head: Callable[[Tensor], Tensor],
+    data: Dataset[tuple[Tensor, int]],
+    loader: Mapping[str, Any],
+    description: str,
+    num_samples: int,
+) -> Score:
+    """Count correct answers and sum losses over the first ``num_samples`` of ``data``.
+
+    Each process takes every n-th sample, none twice, so that the counts do not depend on the
+    number of processes. All processes return the same score.
+    """
+    mine = range(fabric.global_rank, num_samples, fabric.world_size)
+    batches = DataLoader(Subset(data, mine), **loader)
+    precision = fabric.strategy.precision
+    correct, losses = [], []  # kept on the device: reading them would wait for it at every batch
+    with torch.inference_mode():
+        for images, labels in bar(batches, description, unit="batch"):
+            images = precision.convert_input(images.to(fabric.device, non_blocking=True))
+            labels = labels.to(fabric.device, non_blocking=True)
+            with fabric.autocast():
+                pooled = encoder(images).pooler_output
+            logits = head(pooled)
+            correct.append(logits.argmax(dim=-1) == labels)
+            losses.append(cross_entropy(logits, labels, reduction="none"))
+    num_correct = torch.cat(correct).sum() if correct else torch.zeros((), dtype=torch.int64)
+    loss_sum = torch.cat(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+    return Score(
+        num_correct=int(fabric.all_reduce(num_correct.to(fabric.device), reduce_op="sum")),
+        loss_sum=float(fabric.all_reduce(loss_sum.to(fabric.device), reduce_op="sum")),
+        num_samples=num_samples,
+    )

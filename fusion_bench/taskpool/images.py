@@ -1,0 +1,137 @@
+"""Any image-classification dataset as images and labels, its columns found by their type."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.tasks import Task, readable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Names under which datasets without a ClassLabel feature keep their labels.
+_LABEL_NAMES = ("label", "labels", "cls", "target")
+
+
+class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """A dataset's images, turned into tensors by ``transform``, with their labels.
+
+    Args:
+        name: the task's name, for messages.
+        dataset: one split, with an image column and a label column.
+        task: what is known of the dataset beyond its features.
+        transform: a PIL image to a tensor.
+
+    Raises:
+        FusionBenchError: no single split, no image or label column, labels outside the class
+            names.
+    """
+
+    def __init__(
+        self, name: str, dataset: "Dataset", task: Task, transform: Callable[[Any], Tensor]
+    ):
+        self._key = f"taskpool.test_datasets.{name}"
+        self._override = f"taskpool.tasks.{name}"
+        if isinstance(dataset, dict):
+            raise FusionBenchError(
+                f"{self._key}: names no split. Add 'split: …', one of: {', '.join(dataset)}."
+            )
+        self.dataset = dataset
+        self.image_column = self._find_image_column(task.image_column)
+        self.label_column = self._find_label_column(task.label_column)
+        self.class_names = self._find_class_names(task)
+        self._check_labels()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.dataset[index]
+        return self._transform(row[self.image_column]), int(row[self.label_column])
+
+    @property
+    def fingerprint(self) -> str:
+        """What ``datasets`` knows the split's content by."""
+        return str(self.dataset._fingerprint)
+
+    def _find_image_column(self, override: str | None) -> str:
+        from datasets import Image
+
+        if override is not None:
+            return self._existing(override, "image_column")
+        found = [n for n, feature in self.dataset.features.items() if isinstance(feature, Image)]
+        if len(found) == 1 or "image" in found:
+            return "image" if "image" in found else found[0]
+        raise self._no_column("image", "Image", found)
+
+    def _find_label_column(self, override: str | None) -> str:
+        from datasets import ClassLabel, Value
+
+        if override is not None:
+            return self._existing(override, "label_column")
+        features = self.dataset.features
+        found = [n for n, feature in features.items() if isinstance(feature, ClassLabel)]
+        if len(found) == 1 or "label" in found:
+            return "label" if "label" in found else found[0]
+        if not found:
+            for name in _LABEL_NAMES:
+                if isinstance(features.get(name), Value):
+                    return name
+        raise self._no_column("label", "ClassLabel", found)
+
+    def _existing(self, column: str, field: str) -> str:
+        if column not in self.dataset.features:
+            raise FusionBenchError(
+                f"{self._override}.{field}: the dataset has no column '{column}'. "
+                + did_you_mean(column, self.dataset.features)
+            )
+        return column
+
+    def _no_column(self, kind: str, feature: str, found: list[str]) -> FusionBenchError:
+        columns = ", ".join(
+            f"{name} ({getattr(f, 'dtype', type(f).__name__)})"
+            for name, f in self.dataset.features.items()
+        )
+        return FusionBenchError(
+            f"{self._key}: {'several' if found else 'no'} {kind} columns "
+            f"of type {feature} among: {columns}. "
+            f"Name the one to use: '{self._override}.{kind}_column: …'."
+        )
+
+    def _find_class_names(self, task: Task) -> list[str]:
+        own = getattr(self.dataset.features[self.label_column], "names", None)
+        if task.class_names is None and own is None:
+            raise FusionBenchError(
+                f"{self._key}: the column '{self.label_column}' does not name its classes. "
+                f"List them in label order: '{self._override}.class_names: […]'."
+            )
+        names = list(task.class_names or [readable(name) for name in own or []])
+        if own is not None and len(own) != len(names):
+            raise FusionBenchError(
+                f"{self._key}: the dataset has {len(own)} classes, the class names are "
+                f"{len(names)}. List as many: '{self._override}.class_names: […]'."
+            )
+        return names
+
+    def _check_labels(self) -> None:
+        if len(self.dataset) == 0:
+            raise FusionBenchError(f"{self._key}: the split holds no samples.")
+        column = self.dataset.select_columns(self.label_column).with_format("numpy")[:]
+        labels = np.asarray(column[self.label_column])
+        if labels.dtype.kind not in "biu":
+            raise FusionBenchError(
+                f"{self._key}: the labels in '{self.label_column}' are not whole numbers."
+            )
+        wrong = labels[(labels < 0) | (labels >= len(self.class_names))]
+        if wrong.size:
+            hint = " A label of -1 marks an unlabelled split." if (wrong == -1).any() else ""
+            raise FusionBenchError(
+                f"{self._key}: {wrong.size} labels lie outside the {len(self.class_names)} class "
+                f"names, for example {int(wrong[0])}.{hint} Choose another split, or list every "
+                f"class: '{self._override}.class_names: […]'."
+            )

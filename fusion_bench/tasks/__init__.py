@@ -1,0 +1,134 @@
+"""How datasets are put to a zero-shot classifier: class names and prompt templates, as data.
+
+Every YAML beside this file describes one task; a task without a file gets the defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+
+__all__ = ["Task", "known_tasks", "load_task", "readable"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one dataset is put to a zero-shot classifier."""
+
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts, each with one ``{}`` where the class name goes."""
+    class_names: tuple[str, ...] | None = None
+    """In label order; ``None``: the names of the dataset's own label feature."""
+    num_classes: int | None = None
+    """``None``: as many as the label feature has."""
+    image_column: str | None = None
+    """``None``: found by feature type."""
+    label_column: str | None = None
+    """``None``: found by feature type."""
+
+    @classmethod
+    def from_mapping(
+        cls, mapping: Mapping[str, Any], where: str = "task", base: Task | None = None
+    ) -> Task:
+        """Check the fields in ``mapping`` and lay them over ``base`` (default: the defaults).
+
+        Class names that come without ``num_classes`` set it, whatever ``base`` says.
+
+        Args:
+            mapping: field names to plain values, as YAML gives them.
+            where: the file or key that the values come from, for messages.
+            base: the task that supplies the fields that ``mapping`` leaves out.
+
+        Raises:
+            FusionBenchError: an unknown field, or a value that does not fit its field.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in mapping:
+            if key not in known:
+                raise FusionBenchError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+        values = {key: _check(key, value, where) for key, value in mapping.items()}
+        if values.get("class_names") is not None:
+            values.setdefault("num_classes", len(values["class_names"]))
+        task = replace(base or cls(), **values)
+        if task.class_names is not None and task.num_classes not in (None, len(task.class_names)):
+            raise FusionBenchError(
+                f"{where}: {len(task.class_names)} class_names, but num_classes is "
+                f"{task.num_classes}."
+            )
+        return task
+
+
+def known_tasks() -> list[str]:
+    """Return the names of the tasks that have a data file, sorted."""
+    return sorted(path.stem for path in _data_files())
+
+
+def load_task(name: str) -> Task:
+    """Return the task called ``name``, or the default one where no data file describes it.
+
+    Upper and lower case, ``-`` and ``_`` are not told apart.
+    """
+    for path in _data_files():
+        if _canonical(path.stem) == _canonical(name):
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return Task.from_mapping(content, where=path.name)
+    return Task()
+
+
+def readable(label: str) -> str:
+    """Turn a dataset's own label name into words: ``"golf_course"`` into ``"golf course"``."""
+    return " ".join(label.replace("_", " ").split())
+
+
+def _data_files() -> list[Path]:
+    return list(Path(__file__).parent.glob("*.yaml"))
+
+
+def _canonical(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _check(key: str, value: Any, where: str) -> Any:
+    """Return ``value`` in the type of the field ``key``, or refuse it."""
+    if key == "templates":
+        templates = _strings(value, f"{where}: templates")
+        for template in templates:
+            # a second brace of any kind would break str.format
+            if template.count("{}") != 1 or set(template.replace("{}", "")) & {"{", "}"}:
+                raise FusionBenchError(
+                    f"{where}: the template '{template}' needs exactly one {{}}, "
+                    "where the class name goes."
+                )
+        return templates
+    if value is None:
+        return None
+    if key == "class_names":
+        names = _strings(value, f"{where}: class_names")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise FusionBenchError(f"{where}: class_names repeats {', '.join(map(repr, repeated))}")
+        return names
+    if key == "num_classes":
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FusionBenchError(f"{where}: num_classes is {value!r}, not a positive integer.")
+        return value
+    if not isinstance(value, str):
+        raise FusionBenchError(f"{where}: {key} is {value!r}, not a column's name.")
+    return value
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise FusionBenchError(f"{where} is {value!r}, not a list of strings.")
+    for item in value:
+        # YAML reads an unquoted 7 as a number and an unquoted no as false
+        if not isinstance(item, str):
+            raise FusionBenchError(f"{where} holds {item!r}, not a string: put it in quotes.")
+        if not item.strip():
+            raise FusionBenchError(f"{where} holds an empty string.")
+    return tuple(value)
