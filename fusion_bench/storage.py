@@ -26,14 +26,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file aside, then rename it into place; parent directories are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        aside = Path(file.name)
         try:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # a temporary file is private to its owner
-            os.replace(file.name, path)
+            aside.chmod(0o644)  # a temporary file is private to its owner
+            aside.replace(path)
         except BaseException:
-            os.unlink(file.name)
+            aside.unlink()
             raise
 
 
@@ -50,8 +51,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
         fresh.mkdir()
         yield fresh
         if path.exists():
-            os.replace(path, scratch / "old")
-        os.replace(fresh, path)
+            path.replace(scratch / "old")
+        fresh.replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

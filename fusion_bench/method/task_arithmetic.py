@@ -18,9 +18,7 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
 
     needs_pretrained = True
 
-    def __init__(
-        self, scaling_factor: float = 0.3, show_pbar: bool = True, inplace: bool = False
-    ):
+    def __init__(self, scaling_factor: float = 0.3, show_pbar: bool = True, inplace: bool = False):
         self.scaling_factor = scaling_factor
         self.show_pbar = show_pbar
         self.inplace = inplace

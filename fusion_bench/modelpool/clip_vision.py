@@ -63,7 +63,9 @@ class CLIPVisionModelPool:
                 lacks some of the vision encoder's weights or has them in other shapes.
         """
         if name not in self._models:
-            raise FusionBenchError(f"Model '{name}' is not in the pool. " + did_you_mean(name, self._models))
+            raise FusionBenchError(
+                f"Model '{name}' is not in the pool. " + did_you_mean(name, self._models)
+            )
         source = self._models[name]
         if isinstance(source, str):
             model = _read_vision_model(name, source)

@@ -1,7 +1,6 @@
 """Fuse, then evaluate: the main program."""
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +110,9 @@ class FabricModelFusionProgram:
             log.info("Dry run: the config is sound; nothing was loaded.")
             return None
         fabric = make_fabric(self.fabric_config)
+        log.info(
+            "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
+        )
         report: Report = fabric.launch(self._fuse_and_judge)
         if fabric.global_rank == 0:  # where processes were started by us, this one is their parent
             self._publish(report)
@@ -133,9 +135,7 @@ class FabricModelFusionProgram:
         with clock.measure("evaluate"):
             models = self._judge_all(fabric, merged)
         seconds = Seconds(**clock.seconds, total=clock.total())
-        own_model = {
-            task: name for name in models for task in self._own_tasks(name)
-        }
+        own_model = {task: name for name in models for task in self._own_tasks(name)}
         summarise(models, own_model)
         return Report(
             run=describe_run(fabric, self.config, self.seed, seconds),
@@ -207,10 +207,11 @@ class FabricModelFusionProgram:
     def _task_infos(self, models: Mapping[str, ModelResult]) -> dict[str, TaskInfo]:
         if self.taskpool is None:
             return {}
+        judged = {t: r.num_samples for m in models.values() for t, r in m.tasks.items()}
         return {
             task: TaskInfo(
                 num_classes=len(self.taskpool.data(task).class_names),
-                num_samples=next(m.tasks[task].num_samples for m in models.values() if task in m.tasks),
+                num_samples=judged[task],
                 fingerprint=self.taskpool.data(task).fingerprint,
             )
             for task in self.taskpool.task_names

@@ -1,15 +1,14 @@
 """The result of a run, as it stands in ``report.json``."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from fusion_bench.storage import write_text
-
-SCHEMA_VERSION = 1
 
 Role = Literal["pretrained", "individual", "merged"]
 
@@ -79,6 +78,16 @@ class Average(_Strict):
     loss: float
     normalized_accuracy: float | None = None
 
+    @classmethod
+    def over(cls, results: Collection[TaskResult]) -> "Average":
+        """Average ``results``; the normalised accuracy is empty where one of them has none."""
+        normalized = [r.normalized_accuracy for r in results if r.normalized_accuracy is not None]
+        return cls(
+            accuracy=fmean(r.accuracy for r in results),
+            loss=fmean(r.loss for r in results),
+            normalized_accuracy=fmean(normalized) if len(normalized) == len(results) else None,
+        )
+
 
 class ModelResult(_Strict):
     """A model and how it did."""
@@ -93,7 +102,7 @@ class ModelResult(_Strict):
 class Report(_Strict):
     """The whole result of a run."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     run: Run
     tasks: dict[str, TaskInfo]
     models: dict[str, ModelResult]
@@ -112,8 +121,7 @@ def summarise(models: Mapping[str, ModelResult], own_model: Mapping[str, str]) -
     """Fill in normalised accuracies and averages.
 
     ``own_model`` names the individual model of each task. The normalised accuracy is the accuracy
-    divided by the individual model's on the same task; it stays empty where none was judged, and
-    the average's where any of its tasks has none.
+    divided by the individual model's on the same task; it stays empty where none was judged.
     """
     for model in models.values():
         for task, result in model.tasks.items():
@@ -121,16 +129,5 @@ def summarise(models: Mapping[str, ModelResult], own_model: Mapping[str, str]) -
             reference = individual.tasks.get(task) if individual else None
             if reference is not None and reference.accuracy > 0:
                 result.normalized_accuracy = result.accuracy / reference.accuracy
-        results = list(model.tasks.values())
-        if not results:
-            continue
-        normalized = [r.normalized_accuracy for r in results if r.normalized_accuracy is not None]
-        model.average = Average(
-            accuracy=_mean([r.accuracy for r in results]),
-            loss=_mean([r.loss for r in results]),
-            normalized_accuracy=_mean(normalized) if len(normalized) == len(results) else None,
-        )
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+        if model.tasks:
+            model.average = Average.over(model.tasks.values())

@@ -1,12 +1,15 @@
 """The comparison of models, for the terminal and for Markdown."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from fusion_bench.report.schema import ModelResult, Report
+from fusion_bench.report.schema import Average, Report, TaskResult
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,6 @@ class Row:
     """A model's accuracies in percent, one per task; ``None`` where it was not judged."""
 
     name: str
-    role: str
     cells: list[float | None]
     average: float | None
     normalized: float | None
@@ -26,33 +28,24 @@ def comparison(report: Report) -> list[Row]:
     Individual models that were each judged on their own task alone share one row, which holds
     each task's own model; the full matrix has a row per model.
     """
-    models = report.models
-    individual = {n: m for n, m in models.items() if m.role == "individual"}
-    diagonal = bool(individual) and all(len(m.tasks) == 1 for m in individual.values())
-    rows = [_row(n, m, report) for n, m in models.items() if m.role == "pretrained"]
-    if diagonal and len(individual) > 1:
-        by_task = {t: r.accuracy for m in individual.values() for t, r in m.tasks.items()}
-        judged = list(by_task.values())
-        rows.append(
-            Row(
-                "individual",
-                "individual",
-                [_percent(by_task.get(task)) for task in report.tasks],
-                _percent(sum(judged) / len(judged)),
-                100.0,
-            )
-        )
-    else:
-        rows += [_row(n, m, report) for n, m in individual.items()]
-    return rows + [_row(n, m, report) for n, m in models.items() if m.role == "merged"]
+    rows: dict[str, list[Row]] = {"pretrained": [], "individual": [], "merged": []}
+    own: dict[str, TaskResult] = {}
+    for name, model in report.models.items():
+        if model.role == "individual" and len(model.tasks) == 1:
+            own |= model.tasks
+        else:
+            label = "pretrained" if model.role == "pretrained" else name
+            rows[model.role].append(_row(label, model.tasks, report))
+    if own:
+        rows["individual"].append(_row("individual", own, report))
+    return [row for group in rows.values() for row in group]
 
 
-def _row(name: str, model: ModelResult, report: Report) -> Row:
-    average = model.average
+def _row(name: str, results: Mapping[str, TaskResult], report: Report) -> Row:
+    average = Average.over(results.values()) if results else None
     return Row(
-        "pretrained" if model.role == "pretrained" else name,
-        model.role,
-        [_percent(r.accuracy if (r := model.tasks.get(t)) else None) for t in report.tasks],
+        name,
+        [_percent(results[t].accuracy if t in results else None) for t in report.tasks],
         _percent(average.accuracy if average else None),
         _percent(average.normalized_accuracy if average else None),
     )
@@ -78,17 +71,19 @@ def _grid(report: Report) -> tuple[list[str], list[list[str]]]:
 def print_comparison(report: Report, console: Console) -> None:
     """Print the comparison; where the tasks do not fit side by side they go below each other."""
     table = _rich_table(*_grid(report), wide=True)
-    if Measurement.get(console, console.options, table).minimum > console.width:
+    if _width(table, console) > console.width:
         header, body = _grid(report)
         first, *others = zip(header, *body, strict=True)
         table = _rich_table(list(first), [list(line) for line in others], wide=False)
     console.print(table)
 
 
-def _rich_table(header: list[str], body: list[list[str]], *, wide: bool) -> Table:
-    from rich import box
-    from rich.text import Text
+def _width(table: Table, console: Console) -> int:
+    unlimited = console.options.update(max_width=10_000)
+    return Measurement.get(console, unlimited, table).maximum
 
+
+def _rich_table(header: list[str], body: list[list[str]], *, wide: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(Text(name), justify="right" if index else "left", no_wrap=True)

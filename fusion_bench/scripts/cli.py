@@ -1,6 +1,7 @@
 """The command line: composes a config with Hydra and runs the program that it names."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") if d.is_dir())
 
 
+#: What every config may be given on the command line, whether or not its YAML has the key.
+_PROGRAM_KEY = re.compile(
+    r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|fast_dev_run|dry_run|"
+    r"fabric\.\w+)="
+)
 _DIRECTORY_FLAGS = ("--config-path", "-cp", "--config-dir", "-cd")
 
 
@@ -43,6 +49,7 @@ def main() -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     Plugins.instance().register(PackagedConfigs)
+    sys.argv[1:] = [f"++{w}" if _PROGRAM_KEY.match(w) else w for w in sys.argv[1:]]
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> None:
@@ -91,7 +98,8 @@ def _explain(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]
-        return f"{first_line} {did_you_mean(str(cause.key), names)}"
+        hint = did_you_mean(str(cause.key), names)
+        return f"{first_line} {hint} To add a key that the config lacks, put a '+' before it."
     return str(error)
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -36,7 +36,8 @@ def loader_arguments(given: Mapping[str, Any] | None, device: torch.device) -> d
     on_gpu = device.type != "cpu"
     arguments = {
         "batch_size": 128 if on_gpu else 32,
-        "num_workers": min(len(os.sched_getaffinity(0)), 8) if hasattr(os, "sched_getaffinity")
+        "num_workers": min(len(os.sched_getaffinity(0)), 8)
+        if hasattr(os, "sched_getaffinity")
         else min(os.cpu_count() or 1, 8),
         "pin_memory": device.type == "cuda",
     } | dict(given or {})
@@ -74,10 +75,18 @@ def judge(
             logits = head(pooled)
             correct.append(logits.argmax(dim=-1) == labels)
             losses.append(cross_entropy(logits, labels, reduction="none"))
-    num_correct = torch.cat(correct).sum() if correct else torch.zeros((), dtype=torch.int64)
-    loss_sum = torch.cat(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+    # A process may have had no sample at all.
+    num_correct = sum(int(right.sum()) for right in correct)
+    loss_sum = sum(float(loss.cpu().double().sum()) for loss in losses)
     return Score(
-        num_correct=int(fabric.all_reduce(num_correct.to(fabric.device), reduce_op="sum")),
-        loss_sum=float(fabric.all_reduce(loss_sum.to(fabric.device), reduce_op="sum")),
+        num_correct=int(_total(fabric, num_correct, torch.int64)),
+        loss_sum=float(_total(fabric, loss_sum, torch.float64)),
         num_samples=num_samples,
     )
+
+
+def _total(fabric: Fabric, value: float, dtype: torch.dtype) -> Tensor:
+    """Add up one number over the processes, exactly for integers."""
+    device = fabric.device if fabric.world_size > 1 else "cpu"  # some devices have no float64
+    mine = torch.tensor(value, dtype=dtype, device=device)
+    return cast(Tensor, fabric.all_reduce(mine, reduce_op="sum"))

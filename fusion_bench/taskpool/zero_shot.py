@@ -45,6 +45,9 @@ class ZeroShotHead(nn.Module):
     The logits are ``logit_scale.exp()`` times the cosine between image and class.
     """
 
+    projection: Tensor
+    classes: Tensor
+
     def __init__(self, visual_projection: nn.Linear, logit_scale: Tensor, classes: Tensor):
         super().__init__()
         self.register_buffer("projection", visual_projection.weight.detach().float())

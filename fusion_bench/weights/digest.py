@@ -13,5 +13,5 @@ def sha256(weights: Weights) -> str:
     for key in sorted(weights):
         tensor = weights[key].contiguous().cpu()
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
