@@ -1,0 +1,249 @@
+"""A small stand-in of the Hugging Face Hub on loopback, which the real clients read from.
+
+It serves a directory tree, `root/models/<owner>/<name>/…` and `root/datasets/<owner>/<name>/…`,
+through the part of the Hub's interface that `huggingface_hub`, `transformers` and `datasets` use to
+read: repository info, tree listings, paths-info and files. The files may change while it runs: the
+commit of a repository is a hash of what it holds at the moment.
+
+    with hub_stand_in(root) as hub:
+        subprocess.run([...], env=hub.environment(tmp_path / "cache"))
+        assert ("HEAD", "/owner/name/resolve/main/config.json") in hub.requests
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE_FILES = {".bin", ".parquet", ".safetensors"}  # what the Hub keeps outside of git
+FLAGS = ("recursive", "expand")
+API = re.compile(
+    r"/api/(?P<kind>models|datasets)/(?P<name>[\w.-]+(/[\w.-]+)?)"
+    r"(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
+)
+RESOLVE = re.compile(
+    r"/((?P<kind>datasets)/)?(?P<name>[\w.-]+(/[\w.-]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
+)
+
+
+def client_environment(endpoint: str, cache_dir: Path, *, offline: bool = False) -> dict[str, str]:
+    """Return this process's environment, with Hugging Face's clients sent to ``endpoint``.
+
+    No setting of the machine that runs the tests shines through, and nothing is read from or
+    written to its cache: all of it lives under ``cache_dir``.
+    """
+    ours = re.compile(
+        r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|(https?|all|no)_proxy", re.I
+    )
+    return {key: value for key, value in os.environ.items() if not ours.match(key)} | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache_dir),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",  # it would ask a service beside the Hub
+    }
+
+
+def closed_endpoint() -> str:
+    """Return the URL of a port on loopback at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@dataclass
+class Hub:
+    """A running stand-in: where it is, what it was asked, and what it shall refuse."""
+
+    root: Path
+    endpoint: str
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    failures: list[tuple[re.Pattern[str], int, dict[str, str]]] = field(default_factory=list)
+
+    def environment(self, cache_dir: Path, *, offline: bool = False) -> dict[str, str]:
+        """Return the environment of a subprocess whose Hub this is."""
+        return client_environment(self.endpoint, cache_dir, offline=offline)
+
+    def fail(self, pattern: str, status: int, error_code: str | None = None) -> None:
+        """Answer every path in which ``pattern`` is found with ``status``, from now on.
+
+        ``error_code`` is what the Hub says in its X-Error-Code header, `GatedRepo` for one.
+        """
+        headers = {"X-Error-Code": error_code} if error_code else {}
+        self.failures.append((re.compile(pattern), status, headers))
+
+
+@contextmanager
+def hub_stand_in(root: Path) -> Iterator[Hub]:
+    """Serve the repositories under ``root`` until the context ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub = hub = Hub(root, f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Repository:
+    """The files of one model or dataset, and the commit that they make."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        tree = "".join(f"{path} {self.etag(path)}\n" for path in self.files)
+        self.commit = hashlib.sha1(tree.encode()).hexdigest()
+
+    def etag(self, path: str) -> str:
+        """Return what identifies a file's content: git's blob id, or the SHA-256 of a large one."""
+        content = self.files[path]
+        if Path(path).suffix in LARGE_FILES:
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    def entry(self, path: str, *, expand: bool = False) -> dict[str, Any]:
+        """Return a file or a directory as tree listings describe it."""
+        commit = {"id": self.commit, "title": "Upload", "date": "2024-01-01T00:00:00.000Z"}
+        extra = {"lastCommit": commit} if expand else {}
+        if path not in self.files:
+            return {"type": "directory", "path": path, "oid": self.commit, "size": 0, **extra}
+        entry = {
+            "type": "file",
+            "path": path,
+            "oid": self.etag(path),
+            "size": len(self.files[path]),
+        }
+        if Path(path).suffix in LARGE_FILES:
+            entry["lfs"] = {"oid": self.etag(path), "size": entry["size"], "pointerSize": 134}
+        return entry | extra
+
+    def below(self, path: str, *, recursive: bool) -> list[str]:
+        """Return the files and directories under a directory, the repository's root if empty."""
+        known = {str(parent) for file in self.files for parent in Path(file).parents} - {"."}
+        return sorted(
+            entry
+            for entry in known | set(self.files)
+            if (entry.startswith(f"{path}/") or not path)
+            and (recursive or str(Path(entry).parent) == (path or "."))
+        )
+
+    def info(self, kind: str, name: str) -> dict[str, Any]:
+        """Return the description of the repository itself."""
+        return {
+            "_id": self.commit[:24],
+            "id": name,
+            "modelId": name,
+            "author": name.partition("/")[0],
+            "sha": self.commit,
+            "lastModified": "2024-01-01T00:00:00.000Z",
+            "createdAt": "2024-01-01T00:00:00.000Z",
+            "private": False,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [kind],
+            "siblings": [{"rfilename": path} for path in self.files],
+        }
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request of a client."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep quiet: tests look at `Hub.requests` instead."""
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        hub: Hub = self.server.hub  # type: ignore[attr-defined]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        hub.requests.append((self.command, path))
+        for pattern, status, headers in hub.failures:
+            if pattern.search(path):
+                return self.reply(status, headers)
+
+        if not (match := API.fullmatch(path) or RESOLVE.fullmatch(path)):
+            return self.reply(404)
+        asked = match.groupdict()
+        kind, name = asked["kind"] or "models", asked["name"]
+        folder = hub.root / kind / name
+        if not folder.is_dir():
+            # The Hub does not tell strangers apart what is private from what is not there.
+            return self.reply(401, {"X-Error-Code": "RepoNotFound"})
+        repository = Repository(folder)
+        if (asked["revision"] or "main") not in ("main", repository.commit):
+            return self.reply(404, {"X-Error-Code": "RevisionNotFound"})
+        if match.re is RESOLVE:
+            return self.reply_with_file(repository, asked["path"])
+        if asked["what"] in (None, "revision"):
+            return self.reply_with_json(repository.info(kind, name))
+
+        # A listing is asked for in the query, paths-info in a form.
+        form = parse_qs(body.decode()) or parse_qs(url.query)
+        recursive, expand = ("true" in map(str.lower, form.get(flag, [])) for flag in FLAGS)
+        inner = (asked["path"] or "").strip("/")
+        entries = repository.below(inner, recursive=recursive or asked["what"] == "paths-info")
+        if inner and not entries:
+            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
+        if asked["what"] == "paths-info":
+            entries = [entry for entry in entries if entry in form.get("paths", [])]
+        self.reply_with_json([repository.entry(entry, expand=expand) for entry in entries])
+
+    def reply_with_file(self, repository: Repository, path: str) -> None:
+        commit = {"X-Repo-Commit": repository.commit}
+        if path not in repository.files:
+            return self.reply(404, commit | {"X-Error-Code": "EntryNotFound"})
+        content = repository.files[path]
+        headers = commit | {"ETag": f'"{repository.etag(path)}"', "Accept-Ranges": "bytes"}
+        if not (span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            return self.reply(200, headers, content)
+        start, end = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
+        if start > end:
+            return self.reply(416, {"Content-Range": f"bytes */{len(content)}"})
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self.reply(206, headers, content[start : end + 1])
+
+    def reply_with_json(self, answer: object) -> None:
+        self.reply(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    def reply(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
+        if status >= 400 and not body:
+            body = json.dumps({"error": HTTPStatus(status).phrase}).encode()
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
