@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
-from fusion_bench.instantiate import instantiate
-from fusion_bench.sources import reading, resolve
+from fusion_bench.sources import load_pretrained, model_directory, reading
 from fusion_bench.storage import whole_directory
 from fusion_bench.weights import ModuleWeights, Weights
 
@@ -68,10 +67,9 @@ class CLIPVisionModelPool:
             )
         source = self._models[name]
         if isinstance(source, str):
-            model = _read_vision_model(name, source)
+            model = _read_vision_model(f"modelpool.models.{name}", source)
         else:
-            with reading("model", name):
-                model = instantiate(source, f"modelpool.models.{name}")
+            model = load_pretrained(source, f"modelpool.models.{name}")
         if not isinstance(model, nn.Module):
             raise FusionBenchError(
                 f"modelpool.models.{name}: expected a repository, a directory or a module, "
@@ -118,22 +116,22 @@ class CLIPVisionModelPool:
     def _image_processor(self) -> Any:
         source = self._processor or self._models[self._reference]
         if not isinstance(source, str):
-            processor = instantiate(source, "modelpool.processor") if self._processor else None
+            processor = load_pretrained(self._processor, "modelpool.processor")
             return getattr(processor, "image_processor", processor)
         from transformers import CLIPImageProcessorPil
 
         try:
-            return CLIPImageProcessorPil.from_pretrained(resolve(source))
+            return CLIPImageProcessorPil.from_pretrained(model_directory(source))
         except OSError:  # a checkpoint without one; the weights are what was asked for
             return None
 
 
-def _read_vision_model(name: str, source: str) -> "CLIPVisionModel":
+def _read_vision_model(key: str, source: str) -> "CLIPVisionModel":
     from transformers import CLIPVisionModel
 
-    with reading("model", source):
+    with reading(key, source):
         model, info = CLIPVisionModel.from_pretrained(
-            resolve(source), output_loading_info=True, ignore_mismatched_sizes=True
+            model_directory(source), output_loading_info=True, ignore_mismatched_sizes=True
         )
     problems = [f"lacks '{key}'" for key in sorted(info["missing_keys"])]
     problems += [
@@ -142,7 +140,5 @@ def _read_vision_model(name: str, source: str) -> "CLIPVisionModel":
     ]
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  …" if len(problems) > 20 else "")
-        raise FusionBenchError(
-            f"modelpool.models.{name}: '{source}' is not a whole CLIP vision encoder.\n  {shown}"
-        )
+        raise FusionBenchError(f"{key}: '{source}' is not a whole CLIP vision encoder.\n  {shown}")
     return model

@@ -8,8 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
-from fusion_bench.instantiate import instantiate
-from fusion_bench.sources import reading, resolve
+from fusion_bench.sources import load_dataset, load_pretrained, model_directory, reading
 from fusion_bench.taskpool.evaluate import Score, judge, loader_arguments
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.zero_shot import ZeroShotHead, text_head
@@ -141,20 +140,19 @@ class CLIPVisionModelTaskPool:
 
     def _load_clip(self) -> Any:
         source = self._clip_source
-        if isinstance(source, str):
-            from transformers import CLIPModel
+        if not isinstance(source, str):
+            return load_pretrained(source, "taskpool.clip_model").eval()
+        from transformers import CLIPModel
 
-            with reading("model", source):
-                model, info = CLIPModel.from_pretrained(resolve(source), output_loading_info=True)
-            if info["missing_keys"]:
-                raise FusionBenchError(
-                    f"taskpool.clip_model: '{source}' is not a full CLIP model; it lacks "
-                    f"'{min(info['missing_keys'])}'. Name the model that the encoders were "
-                    "fine-tuned from."
-                )
-        else:
-            with reading("model", "taskpool.clip_model"):
-                model = instantiate(source, "taskpool.clip_model")
+        with reading("taskpool.clip_model", source):
+            model, info = CLIPModel.from_pretrained(
+                model_directory(source), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
+            raise FusionBenchError(
+                f"taskpool.clip_model: '{source}' is not a full CLIP model; it lacks '{wrong[0]}'. "
+                "Name the model that the encoders were fine-tuned from."
+            )
         return model.eval()
 
     def _load_processor(self) -> Any:
@@ -162,29 +160,25 @@ class CLIPVisionModelTaskPool:
 
         source = self._processor_source
         if isinstance(source, str):
-            with reading("processor", source):
-                path = resolve(source)
+            with reading("taskpool.processor", source):
+                path = model_directory(source)
                 processor = CLIPProcessor(
                     CLIPImageProcessorPil.from_pretrained(path), CLIPTokenizer.from_pretrained(path)
                 )
         else:
-            with reading("processor", "taskpool.processor"):
-                processor = instantiate(source, "taskpool.processor")
+            processor = load_pretrained(source, "taskpool.processor")
         other = self._image_processor_source
+        if isinstance(other, str):
+            with reading("taskpool.data_processor", other):
+                other = CLIPImageProcessorPil.from_pretrained(model_directory(other))
+        elif other is not None:
+            other = load_pretrained(other, "taskpool.data_processor")
         if other is not None:
-            with reading("processor", "taskpool.data_processor"):
-                other = (
-                    CLIPImageProcessorPil.from_pretrained(resolve(other))
-                    if isinstance(other, str)
-                    else instantiate(other, "taskpool.data_processor")
-                )
             processor.image_processor = getattr(other, "image_processor", other)
         return processor
 
     def _load_data(self, name: str) -> LabelledImages:
-        node = self._datasets[name]
-        with reading("dataset", str(node.get("path", name)) if isinstance(node, Mapping) else name):
-            dataset = instantiate(node, f"taskpool.test_datasets.{name}")
+        dataset = load_dataset(self._datasets[name], f"taskpool.test_datasets.{name}")
         transform = partial(_preprocess, self._processor.image_processor)
         return LabelledImages(name, dataset, self._tasks[name], transform)
 

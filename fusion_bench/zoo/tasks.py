@@ -37,7 +37,7 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
 TASKS: tuple[str, ...] = tuple(CLASS_NAMES)
 
 TEMPLATES: tuple[str, ...] = (
-    "a photo of the {}.",
+    "a photo of a {}.",
     "a small photo of the {}.",
     "a blurry photo of the {}.",
     "a picture of the {}.",
