@@ -1,201 +1,293 @@
-"""Where a name in a config points to, and plain words for when it cannot be had."""
+"""Where a name in a config points to, and plain words for when it cannot be read."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import logging
+import os
+import re
+import time
+from ast import literal_eval
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from pickle import PickleError
+from typing import Any
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.instantiate import instantiate
 
-ZOO = "zoo:"
-_PRETRAINED = "pretrained_model_name_or_path"
-_SECONDS_TO_ANSWER = 10.0
-#: What a checkpoint may be made of; a repository often holds other frameworks' weights too.
-_MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+log = logging.getLogger(__name__)
+
+_ZOO = "zoo:"
 
 
-def model_directory(name: str) -> str:
-    """Return the local directory of a model, downloading a Hub repository where it is not cached.
+def resolve(name: str) -> str:
+    """Return what ``from_pretrained`` takes for a name in a config.
 
-    Args:
-        name: ``zoo:<model>``, a local directory, or a Hub repository ``owner/name``.
+    ``zoo:<model>`` is a directory of the embedded zoo, and whatever exists here is itself, as an
+    absolute path. Anything else is the name of a repository on the Hub.
 
     Raises:
-        FusionBenchError: a directory or repository that does not exist, or a Hub that cannot be
-            reached while the cache lacks the model.
+        FusionBenchError: a path that does not exist, or what can be no repository's name.
     """
-    if name.startswith(ZOO):
+    if name.startswith(_ZOO):
         from fusion_bench.zoo import model_path
 
-        return str(model_path(name.removeprefix(ZOO)))
-    if (local := _local(name)) is not None:
-        return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+        return str(model_path(name.removeprefix(_ZOO)))
+    if _exists(name):
+        return str(Path(name).expanduser().absolute())
+    _refuse_missing_path(name)
 
-    files = _repository_files(name, "model")
-    if files is None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FusionBenchError(
+            f"'{name}' is neither an existing path nor a repository on the Hub, whose names look "
+            "like 'owner/name'."
+        ) from error
+    return name
+
+
+@contextmanager
+def reading(kind: str, name: str) -> Iterator[None]:
+    """Read a ``model``, ``dataset`` or ``processor``; what goes wrong is said in one line.
+
+    The libraries try for minutes to reach a Hub that is out of reach, even where all files are in
+    the local cache. So the Hub is looked for first, and without it they read the cache alone.
+    Names without a slash are not looked for: they may be a config's own key.
+
+    Raises:
+        FusionBenchError: what was read is not there or is broken; the library's exception is its
+            cause. Exceptions that speak of the program instead pass through unchanged.
+    """
+    _refuse_missing_path(name)
+    on_hub = "/" in name and not name.startswith(_ZOO) and not _exists(name)
+    offline = _why_offline() if on_hub else None
+    with _cache_only() if offline else nullcontext():
         try:
-            return snapshot_download(name, local_files_only=True)
-        except LocalEntryNotFoundError:
-            _unreachable(name)
-    formats = ["*.safetensors", "*.bin"]
-    weights = formats[0] if any(file.endswith(".safetensors") for file in files) else formats[1]
-    return snapshot_download(name, allow_patterns=[*_MODEL_FILES, weights])
+            yield
+        except Exception as error:
+            if reason := _reason(kind, name, error, offline):
+                raise FusionBenchError(f"Cannot read the {kind} '{name}': {reason}") from error
+            raise
 
 
-def load_pretrained(node: Any, key: str) -> Any:
-    """Return what a config node asks for, a ``from_pretrained`` as a rule.
-
-    Its ``pretrained_model_name_or_path`` may be whatever :func:`model_directory` takes.
-
-    Raises:
-        FusionBenchError: a name that cannot be resolved, or files that cannot be read.
-    """
-    name = node.get(_PRETRAINED) if isinstance(node, Mapping) else None
-    with reading(key, str(name)):
-        if isinstance(name, str) and "revision" not in node:
-            node = {**node, _PRETRAINED: model_directory(name)}
-        return instantiate(node, key)
+def _exists(name: str) -> bool:
+    return bool(name) and Path(name).expanduser().exists()
 
 
-def load_dataset(node: Any, key: str) -> Any:
-    """Return the dataset that a config node asks for.
-
-    ``datasets`` finds a Hub that cannot be reached only after many tries; it is asked once here.
-
-    Raises:
-        FusionBenchError: a repository, split or configuration that does not exist, or a Hub that
-            cannot be reached while the cache lacks the dataset.
-    """
-    path = node.get("path") if isinstance(node, Mapping) else None
-    from_hub = (
-        isinstance(path, str)
-        and node["_target_"] == "datasets.load_dataset"
-        and _local(path, packaged=True) is None
-    )
-    with reading(key, str(path)):
-        if not from_hub:
-            return instantiate(node, key)
-        reachable = _repository_files(str(path), "dataset") is not None
-        with nullcontext() if reachable else _offline():
-            try:
-                return instantiate(node, key)
-            except ConnectionError:
-                if reachable:
-                    raise
-                _unreachable(str(path))
-
-
-@contextmanager
-def reading(key: str, name: str) -> Iterator[None]:
-    """Turn what the libraries raise while they read ``name`` into one line that starts at ``key``.
-
-    Raises:
-        FusionBenchError: in place of the libraries' own exceptions.
-    """
-    from pickle import UnpicklingError
-
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except FusionBenchError as error:
-        raise FusionBenchError(f"{key}: {error}") from error
-    except UnpicklingError as error:
-        raise FusionBenchError(
-            f"{key}: the weights of '{name}' are pickled code, which is not run. "
-            "Convert them to safetensors."
-        ) from error
-    except (OSError, ValueError, SafetensorError, DatasetsError, HfHubHTTPError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FusionBenchError(f"{key}: cannot read '{name}': {first_line}") from error
-
-
-def _local(name: str, packaged: bool = False) -> str | None:
-    """Return the absolute path of what exists locally; refuse what can only be a local path.
-
-    ``packaged``: the name may also be a dataset format such as ``parquet`` or ``imagefolder``.
-    """
+def _refuse_missing_path(name: str) -> None:
+    """Raise if the name can only be a path, and nothing is there."""
+    like_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
+    if not like_path or "://" in name or name.startswith(_ZOO) or _exists(name):
+        return
     path = Path(name).expanduser()
-    if path.exists():
-        return str(path.absolute())
-    if packaged and "/" not in name:
-        return name
-    if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings) if siblings else ""
-        raise FusionBenchError(f"there is no '{name}'. {hint}".rstrip())
-    return None
+    missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
+    nearest = _nearest(str(missing), _siblings(missing))
+    raise FusionBenchError(f"There is no such directory: '{name}'. {nearest}".rstrip())
 
 
-def _repository_files(name: str, kind: Literal["model", "dataset"]) -> list[str] | None:
-    """Return the names of a Hub repository's files; ``None`` where the Hub cannot be reached."""
-    import httpx2
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+def _siblings(path: Path) -> list[str]:
+    with suppress(OSError):
+        return [str(sibling) for sibling in path.parent.iterdir()]
+    return []
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    """Suggest the nearest choice; unlike `did_you_mean`, never list them all."""
+    return did_you_mean(name, get_close_matches(name, choices, n=1))
+
+
+def _why_offline() -> str | None:
+    """Return why only the cache can be read, or None where the Hub answers."""
+    from huggingface_hub import constants, is_offline_mode
+
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    if _hub_answers(constants.ENDPOINT, int(time.monotonic() // 60)):
+        return None
+    return f"the Hub ({constants.ENDPOINT}) cannot be reached"
+
+
+@lru_cache(maxsize=1)
+def _hub_answers(endpoint: str, minute: int) -> bool:
+    """Ask the Hub for any answer at all; at most once a ``minute``."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
 
     try:
-        info = HfApi().repo_info(name, repo_type=kind, timeout=_SECONDS_TO_ANSWER)
-    except HFValidationError:
-        raise FusionBenchError(
-            f"'{name}' is neither a local path nor a repository 'owner/name'."
-        ) from None
-    except GatedRepoError as error:
-        raise FusionBenchError(
-            f"'{name}' is gated: ask for access on its page, then log in with 'hf auth login'."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FusionBenchError(
-            f"there is no {kind} '{name}', neither locally nor on the Hub. {_similar(name, kind)}"
-            "If it is private, log in with 'hf auth login'."
-        ) from error
-    except HfHubHTTPError:
-        return None
-    except (OfflineModeIsEnabled, httpx2.TransportError):
-        return None
-    return [file.rfilename for file in info.siblings or []]
-
-
-def _similar(name: str, kind: Literal["model", "dataset"]) -> str:
-    """Return a hint at the nearest of the same owner's repositories."""
-    from huggingface_hub import HfApi
-
-    owner, slash, _ = name.partition("/")
-    list_repositories = HfApi().list_models if kind == "model" else HfApi().list_datasets
-    try:
-        names = [r.id for r in list_repositories(author=owner, limit=1000)] if slash else []
-    except Exception:  # a hint is not worth another error
-        return ""
-    hint = did_you_mean(name, names)
-    return f"{hint} " if hint.startswith("Did") else ""
-
-
-def _unreachable(name: str) -> NoReturn:
-    raise FusionBenchError(
-        f"the Hub cannot be reached and '{name}' is not in the local cache. Check the network, "
-        "or type 'fusion_bench' alone: it needs none."
-    )
+        response = get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HTTPError as error:
+        log.warning("Cannot reach %s (%s); reading the local cache alone.", endpoint, error)
+        return False
+    if response.status_code >= 500:
+        log.warning("%s fails (%s); reading the local cache alone.", endpoint, response.status_code)
+        return False
+    return True
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the libraries from trying, and waiting for, the Hub."""
-    import datasets.config
-    import huggingface_hub.constants
+def _cache_only() -> Iterator[None]:
+    """Do for the length of a context what HF_HUB_OFFLINE does; that is read at import only."""
+    from huggingface_hub import constants
 
-    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str | None:
+    """Return what is wrong with the source, or None where the error does not speak of it.
+
+    The libraries' own exceptions tell most; where they drop one for a plain OSError or ValueError,
+    its text does.
+    """
+    from huggingface_hub import constants, errors
+    from safetensors import SafetensorError
+
+    first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, errors.HFValidationError):
+        return "this is no name of a repository on the Hub; they look like 'owner/name'."
+    if isinstance(error, errors.StrictDataclassError):
+        return f"its config.json does not fit ({first_line})."
+    if isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, OSError):
+        return _reason_by_text(str(error), offline)
+    if isinstance(error, PickleError) and "Unsupported global" in str(error):
+        return (
+            "its weights hold pickled objects, which can run code; they are refused. "
+            "Ask for them as safetensors."
+        )
+    if isinstance(error, (PickleError, SafetensorError, EOFError)):
+        return f"its weights are damaged ({first_line}). {_REMEDY}"
+    if _is_from_datasets(error, "DatasetGenerationError"):
+        return f"its files are damaged ({error.__cause__ or first_line}). {_REMEDY}"
+    if not isinstance(error, (OSError, errors.HTTPError, errors.EntryNotFoundError)):
+        return None
+
+    if "is not a valid JSON file" in first_line:
+        return f"{first_line} {_REMEDY}"
+    if offline:
+        return _not_cached(offline)
+
+    chain = list(_chain(error))
+    statuses = {e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)}
+    prefix = "datasets/" if kind == "dataset" else ""
+    page = f"{constants.ENDPOINT}/{prefix}{name}"
+    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in first_line:
+        return f"it is gated. Ask for access at {page}, then run 'hf auth login'."
+    if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or re.search(
+        "doesn't exist on the Hub|not a valid model identifier", first_line
+    ):
+        return (
+            "there is no such directory here and no such repository on the Hub, or it is private "
+            f"and needs 'hf auth login'. {_nearest_repository(kind, name)}"
+        ).rstrip()
+    if statuses & {401, 403}:
+        return f"the Hub denies access to {page}. Log in with 'hf auth login'."
+    if failed := [status for status in statuses if status == 429 or status >= 500]:
+        return f"the Hub cannot serve it at the moment (status {failed[0]}). Try again later."
+    if isinstance(error, (ConnectionError, errors.HTTPError)) or any(
+        isinstance(e, errors.LocalEntryNotFoundError) for e in chain
+    ):
+        return f"the connection to the Hub broke ({first_line}). Try again."
+    if found := re.search(r"Can't load (?:the )?(image processor|tokenizer|processor)", first_line):
+        return f"it comes without {'an' if found[1][0] in 'aeiou' else 'a'} {found[1]}."
+    if found := re.search(r"does not appear to have (.+?)\.(?: Checkout .*)?$", first_line):
+        return f"it does not have {found[1]}."
+    return first_line or type(error).__name__
+
+
+_REMEDY = "Delete this copy and fetch it again."
+
+
+def _not_cached(offline: str) -> str:
+    return (
+        f"{offline}, and the local cache does not hold all of it. Check the network, or run "
+        "'fusion_bench' without arguments, which needs none."
+    )
+
+
+def _reason_by_text(text: str, offline: str | None) -> str | None:
+    """Translate the ValueErrors and RuntimeErrors that are known to speak of a source."""
+    if found := re.search(
+        r'(?:Unknown|Bad) split:? "?(.+?)"?\. (?:Should be one of|Available splits:) (\[.*?\])',
+        text,
+    ):
+        return f"it has no split '{found[1]}'. {did_you_mean(found[1], literal_eval(found[2]))}"
+    if found := re.search(r"BuilderConfig '(.+?)' not found\. Available: (\[.*?\])", text):
+        choices = did_you_mean(found[1], literal_eval(found[2]))
+        return f"it has no configuration '{found[1]}'. {choices}"
+    if found := re.search(r"Config name is missing\.\s.*configs: (\[.*?\])", text):
+        return f"it has several configurations; choose one as 'name': {found[1].strip('[]')}."
+    if text.startswith("Unrecognized instruction format"):
+        return f"its split cannot be understood ({text.partition(': ')[2]})."
+    if text.startswith("Couldn't find cache for") and offline:
+        return _not_cached(offline)
+    if text.startswith("Dataset scripts are no longer supported"):
+        return "it is a script, and scripts are no longer run. Name a repository of data files."
+    if "`ignore_mismatched_sizes`" in text:
+        return "its weights have other shapes than its config.json says."
+    if "PytorchStreamReader" in text:
+        return f"its weights are damaged. {_REMEDY}"
+    return None
+
+
+def _is_from_datasets(error: Exception, class_name: str) -> bool:
+    """Tell whether the error is an instance of a class of ``datasets``, without importing it."""
+    return any(
+        cls.__module__ == "datasets.exceptions" and cls.__name__ == class_name
+        for cls in type(error).__mro__
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and those that led to it."""
+    seen: set[int] = set()  # a re-raised exception may stand in its own context
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _nearest_repository(kind: str, name: str) -> str:
+    """Suggest one of the owner's other repositories, or a directory that lies here."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import build_hf_headers
+
+    choices = [os.path.normpath(path) for path in _siblings(Path(name))]
+    # Asked for plainly, for the client's own way to list retries for long, and a suggestion is
+    # not worth the wait.
+    with suppress(HTTPError, ValueError):
+        response = get_session().get(
+            f"{constants.ENDPOINT}/api/{'datasets' if kind == 'dataset' else 'models'}",
+            params={"author": name.partition("/")[0], "limit": 1000},
+            headers=build_hf_headers(),
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+        response.raise_for_status()
+        choices += [repository["id"] for repository in response.json()]
+    return _nearest(name, choices)
+
+
+def load(kind: str, node: Any, key: str) -> Any:
+    """Return what a config node asks for: a call of ``from_pretrained`` or ``load_dataset``.
+
+    A ``pretrained_model_name_or_path`` in it may be whatever :func:`resolve` takes. ``key`` is the
+    node's place in the config.
+
+    Raises:
+        FusionBenchError: as :func:`resolve` and :func:`reading`.
+    """
+    named = node if isinstance(node, Mapping) else {}
+    pretrained = named.get("pretrained_model_name_or_path")
+    name = pretrained or named.get("path")
+    with reading(kind, name if isinstance(name, str) else key):
+        if isinstance(pretrained, str):
+            node = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
+        return instantiate(node, key)

@@ -57,6 +57,12 @@ def whole_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of the whole directory ``path`` left; call it holding the lock."""
+    for scratch in path.parent.glob(f".{path.name}-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock named after ``path`` across processes."""

@@ -31,6 +31,7 @@ API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<name>[\w.-]+(/[\w.-]+)?)"
     r"(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
 )
+LISTING = re.compile(r"/api/(?P<kind>models|datasets)")
 RESOLVE = re.compile(
     r"/((?P<kind>datasets)/)?(?P<name>[\w.-]+(/[\w.-]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
 )
@@ -193,6 +194,11 @@ class Handler(BaseHTTPRequestHandler):
             if pattern.search(path):
                 return self.reply(status, headers)
 
+        if match := LISTING.fullmatch(path):
+            owner = parse_qs(url.query).get("author", ["*"])[0]
+            found = sorted((hub.root / match["kind"]).glob(f"{owner}/*"))
+            names = [folder.relative_to(hub.root / match["kind"]).as_posix() for folder in found]
+            return self.reply_with_json([{"id": name} for name in names])
         if not (match := API.fullmatch(path) or RESOLVE.fullmatch(path)):
             return self.reply(404)
         asked = match.groupdict()

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
-from fusion_bench.sources import load_pretrained, model_directory, reading
+from fusion_bench.sources import load, reading, resolve
 from fusion_bench.storage import whole_directory
 from fusion_bench.weights import ModuleWeights, Weights
 
@@ -69,7 +69,7 @@ class CLIPVisionModelPool:
         if isinstance(source, str):
             model = _read_vision_model(f"modelpool.models.{name}", source)
         else:
-            model = load_pretrained(source, f"modelpool.models.{name}")
+            model = load("model", source, f"modelpool.models.{name}")
         if not isinstance(model, nn.Module):
             raise FusionBenchError(
                 f"modelpool.models.{name}: expected a repository, a directory or a module, "
@@ -116,12 +116,12 @@ class CLIPVisionModelPool:
     def _image_processor(self) -> Any:
         source = self._processor or self._models[self._reference]
         if not isinstance(source, str):
-            processor = load_pretrained(self._processor, "modelpool.processor")
+            processor = load("processor", self._processor, "modelpool.processor")
             return getattr(processor, "image_processor", processor)
         from transformers import CLIPImageProcessorPil
 
         try:
-            return CLIPImageProcessorPil.from_pretrained(model_directory(source))
+            return CLIPImageProcessorPil.from_pretrained(resolve(source))
         except OSError:  # a checkpoint without one; the weights are what was asked for
             return None
 
@@ -129,9 +129,9 @@ class CLIPVisionModelPool:
 def _read_vision_model(key: str, source: str) -> "CLIPVisionModel":
     from transformers import CLIPVisionModel
 
-    with reading(key, source):
+    with reading("model", source):
         model, info = CLIPVisionModel.from_pretrained(
-            model_directory(source), output_loading_info=True, ignore_mismatched_sizes=True
+            resolve(source), output_loading_info=True, ignore_mismatched_sizes=True
         )
     problems = [f"lacks '{key}'" for key in sorted(info["missing_keys"])]
     problems += [

@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
-from fusion_bench.sources import load_dataset, load_pretrained, model_directory, reading
+from fusion_bench.sources import load, reading, resolve
 from fusion_bench.taskpool.evaluate import Score, judge, loader_arguments
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.zero_shot import ZeroShotHead, text_head
@@ -141,12 +141,12 @@ class CLIPVisionModelTaskPool:
     def _load_clip(self) -> Any:
         source = self._clip_source
         if not isinstance(source, str):
-            return load_pretrained(source, "taskpool.clip_model").eval()
+            return load("model", source, "taskpool.clip_model").eval()
         from transformers import CLIPModel
 
-        with reading("taskpool.clip_model", source):
+        with reading("model", source):
             model, info = CLIPModel.from_pretrained(
-                model_directory(source), output_loading_info=True, ignore_mismatched_sizes=True
+                resolve(source), output_loading_info=True, ignore_mismatched_sizes=True
             )
         if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
             raise FusionBenchError(
@@ -160,25 +160,25 @@ class CLIPVisionModelTaskPool:
 
         source = self._processor_source
         if isinstance(source, str):
-            with reading("taskpool.processor", source):
-                path = model_directory(source)
+            with reading("processor", source):
+                path = resolve(source)
                 processor = CLIPProcessor(
                     CLIPImageProcessorPil.from_pretrained(path), CLIPTokenizer.from_pretrained(path)
                 )
         else:
-            processor = load_pretrained(source, "taskpool.processor")
+            processor = load("processor", source, "taskpool.processor")
         other = self._image_processor_source
         if isinstance(other, str):
-            with reading("taskpool.data_processor", other):
-                other = CLIPImageProcessorPil.from_pretrained(model_directory(other))
+            with reading("processor", other):
+                other = CLIPImageProcessorPil.from_pretrained(resolve(other))
         elif other is not None:
-            other = load_pretrained(other, "taskpool.data_processor")
+            other = load("processor", other, "taskpool.data_processor")
         if other is not None:
             processor.image_processor = getattr(other, "image_processor", other)
         return processor
 
     def _load_data(self, name: str) -> LabelledImages:
-        dataset = load_dataset(self._datasets[name], f"taskpool.test_datasets.{name}")
+        dataset = load("dataset", self._datasets[name], f"taskpool.test_datasets.{name}")
         transform = partial(_preprocess, self._processor.image_processor)
         return LabelledImages(name, dataset, self._tasks[name], transform)
 

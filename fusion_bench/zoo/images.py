@@ -14,12 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .tasks import CLASS_NAMES
+from fusion_bench.zoo.tasks import CLASS_NAMES, SPLITS
 
 SIZE = 32
 """Height and width of every image, in pixels."""
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

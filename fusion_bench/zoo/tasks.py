@@ -45,3 +45,6 @@ TEMPLATES: tuple[str, ...] = (
     "this is the {}.",
 )
 """Prompt templates that serve all tasks; pretraining captions come from the same list."""
+
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+"""Parts of each task: to train on, to tune on, to report."""

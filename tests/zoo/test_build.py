@@ -1,0 +1,227 @@
+"""Building the zoo: whole or not at all, once, and without a trace on the caller."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fusion_bench import zoo
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.zoo import build
+from fusion_bench.zoo.recipe import Recipe
+
+SMALL = Recipe(
+    width=32, layers=1, pretrain_steps=2, pretrain_batch=16, finetune_steps=1, finetune_batch=8
+)
+
+# A process that builds, from far fewer images; it says when it is in the middle of it.
+SCRIPT = """
+import sys, time
+from fusion_bench.zoo import build
+from fusion_bench.zoo.recipe import Recipe
+
+def few(task, make=build.make):
+    if task not in ("faces", "shapes"):
+        task = "faces"
+    return make(task)
+
+def slow(*args, finetune=build.finetune):
+    print("training", flush=True)
+    time.sleep(float(sys.argv[1]))
+    finetune(*args)
+
+build.CLASS_NAMES = {task: build.CLASS_NAMES["faces"] for task in build.TASKS}
+build.make = lambda task: few("faces")
+build.finetune = slow
+recipe = Recipe(
+    width=32, layers=1, pretrain_steps=2, pretrain_batch=16, finetune_steps=1, finetune_batch=8
+)
+print("at", build.ensure(recipe), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory that holds a small zoo."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSION_BENCH_CACHE", str(directory))
+        zoo.model_path("clip-tiny", SMALL)
+        yield directory
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Make a build take no time, and an empty cache to build in."""
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path))
+    faces = build.make("faces")
+    names = build.CLASS_NAMES["faces"]
+    monkeypatch.setattr(build, "make", lambda task: faces)
+    monkeypatch.setattr(build, "CLASS_NAMES", dict.fromkeys(zoo.TASKS, names))
+    return tmp_path
+
+
+def _zoos(cache: Path) -> list[Path]:
+    return [path for path in (cache / "zoo").iterdir() if path.is_dir()]
+
+
+def _start(seconds: float) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_the_pretrained_model_is_a_whole_clip(cache: Path) -> None:
+    from transformers import CLIPModel, CLIPProcessor
+
+    path = zoo.model_path("clip-tiny", SMALL)
+    assert path.is_relative_to(cache)
+    model, loading = CLIPModel.from_pretrained(path, output_loading_info=True)
+    assert not any(loading.values())
+    processor = CLIPProcessor.from_pretrained(path)
+    image = zoo.load_dataset("photos", recipe=SMALL)[0]["image"]
+    inputs = processor(text=["a photo of a cat."], images=image, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 32, 32)
+    assert inputs["input_ids"][0, -1] == model.config.text_config.eos_token_id
+    assert model(**inputs).logits_per_image.shape == (1, 1)
+
+
+@pytest.mark.parametrize("task", zoo.TASKS)
+def test_the_finetuned_models_are_vision_encoders(cache: Path, task: str) -> None:
+    from safetensors import safe_open
+    from transformers import CLIPImageProcessorPil, CLIPVisionModel
+
+    path = zoo.model_path(f"clip-tiny_{task}", SMALL)
+    tuned, loading = CLIPVisionModel.from_pretrained(path, output_loading_info=True)
+    assert not any(loading.values())
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        assert all(key.startswith("vision_model.") for key in file.keys())  # noqa: SIM118
+    base = CLIPVisionModel.from_pretrained(zoo.model_path("clip-tiny", SMALL)).state_dict()
+    assert tuned.state_dict().keys() == base.keys()
+    assert any(not torch.equal(value, base[key]) for key, value in tuned.state_dict().items())
+    assert CLIPImageProcessorPil.from_pretrained(path).size["shortest_edge"] == 32
+
+
+@pytest.mark.parametrize("task", zoo.TASKS)
+def test_the_datasets_are_those_that_were_made(cache: Path, task: str) -> None:
+    import datasets
+
+    made = build.make(task)
+    for split in zoo.SPLITS:
+        dataset = zoo.load_dataset(task, split, recipe=SMALL)
+        assert isinstance(dataset.features["image"], datasets.Image)
+        assert dataset.features["label"].names == list(zoo.CLASS_NAMES[task])
+        assert dataset["label"][:] == made[split].labels.tolist()
+        assert np.array_equal(np.asarray(dataset[3]["image"]), made[split].images[3])
+        for file in dataset.cache_files:
+            assert Path(file["filename"]).is_relative_to(cache)
+
+
+def test_a_second_call_builds_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "build", lambda *args: pytest.fail("built again"))
+    zoo.model_path("clip-tiny_digits", SMALL)
+
+
+def test_another_recipe_has_another_place() -> None:
+    assert SMALL.key() == Recipe(**json.loads(json.dumps(vars(SMALL)))).key()
+    assert SMALL.key() != Recipe().key()
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: zoo.model_path("clip-tiny_digit"), "clip-tiny_digits"),
+        (lambda: zoo.model_path("../clip-tiny"), "clip-tiny"),
+        (lambda: zoo.load_dataset("digit"), "digits"),
+        (lambda: zoo.load_dataset("digits", "tests"), "test"),
+        (lambda: zoo.load_dataset("digits", "all"), "train"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_is_built(
+    call, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "ensure", lambda recipe: pytest.fail("built"))
+    with pytest.raises(FusionBenchError, match=f"'?{hint}'?"):
+        call()
+
+
+def test_a_failed_build_leaves_nothing(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "finetune", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build.ensure(SMALL)
+    assert _zoos(few_images) == []
+    assert zoo.model_path("clip-tiny_faces", SMALL).is_dir()
+
+
+def test_a_killed_build_leaves_nothing_that_counts(few_images: Path) -> None:
+    process = _start(seconds=60)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert [path.name[0] for path in _zoos(few_images)] == ["."]
+    root = build.ensure(SMALL)
+    assert _zoos(few_images) == [root]
+
+
+def test_two_processes_build_once(few_images: Path) -> None:
+    processes = [_start(seconds=0.2) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(output.count("training") for output in outputs) == [0, len(zoo.TASKS)]
+    assert len(_zoos(few_images)) == 1
+
+
+def test_the_callers_torch_is_left_alone(few_images: Path) -> None:
+    torch.manual_seed(7)
+    np.random.seed(7)
+    before = torch.get_rng_state(), np.random.get_state()[1], torch.get_num_threads()
+    with torch.inference_mode():
+        build.ensure(SMALL)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+    assert torch.get_num_threads() == before[2]
+
+
+def test_the_same_weights_whatever_the_caller_drew(few_images: Path, tmp_path: Path) -> None:
+    weights = []
+    for number in range(2):
+        torch.manual_seed(number)
+        build.build(tmp_path / str(number), SMALL)
+        path = tmp_path / str(number) / "models" / "clip-tiny_faces" / "model.safetensors"
+        weights.append(path.read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_without_a_terminal_it_logs_two_lines(
+    few_images: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO):
+        root = build.ensure(SMALL)
+    mine = [record.getMessage() for record in caplog.records if record.name == build.__name__]
+    assert len(mine) == 2
+    assert str(root) in mine[0]
+    assert "100%" not in capfd.readouterr().err
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, fusion_bench.zoo; heavy = {'torch', 'transformers', 'datasets', 'sklearn', "
+        "'skimage', 'matplotlib', 'numpy', 'tokenizers'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+    assert time.monotonic() - started < 10
