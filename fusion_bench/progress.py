@@ -36,4 +36,6 @@ def quiet_libraries() -> None:
         huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    datasets.logging.set_verbosity_error()
+    for name in ("httpx2", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)

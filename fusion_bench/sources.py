@@ -8,6 +8,7 @@ from ast import literal_eval
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
+from errno import EINVAL
 from functools import lru_cache
 from pathlib import Path
 from pickle import PickleError
@@ -19,6 +20,8 @@ from fusion_bench.instantiate import instantiate
 log = logging.getLogger(__name__)
 
 _ZOO = "zoo:"
+_REMEDY = "Delete this copy and fetch it again."
+_DAMAGED = f"its weights are damaged. {_REMEDY}"
 
 
 def resolve(name: str) -> str:
@@ -35,7 +38,7 @@ def resolve(name: str) -> str:
 
         return str(model_path(name.removeprefix(_ZOO)))
     if _exists(name):
-        return str(Path(name).expanduser().absolute())
+        return str(_path(name).absolute())
     _refuse_missing_path(name)
 
     from huggingface_hub.errors import HFValidationError
@@ -73,10 +76,36 @@ def reading(kind: str, name: str) -> Iterator[None]:
             if reason := _reason(kind, name, error, offline):
                 raise FusionBenchError(f"Cannot read the {kind} '{name}': {reason}") from error
             raise
+    if offline:
+        log.info("Read the %s '%s' from the local cache alone.", kind, name)
+
+
+def load(kind: str, node: Any, key: str) -> Any:
+    """Return what a config node asks for: a call of ``from_pretrained`` or ``load_dataset``.
+
+    A ``pretrained_model_name_or_path`` in it may be whatever :func:`resolve` takes. ``key`` is the
+    node's place in the config.
+
+    Raises:
+        FusionBenchError: as :func:`resolve` and :func:`reading`.
+    """
+    named = node if isinstance(node, Mapping) else {}
+    pretrained = named.get("pretrained_model_name_or_path")
+    name = pretrained or named.get("path")
+    with reading(kind, name if isinstance(name, str) else key):
+        if isinstance(pretrained, str):
+            node = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
+        return instantiate(node, key)
+
+
+def _path(name: str) -> Path:
+    with suppress(RuntimeError):  # the home directory of nobody known
+        return Path(name).expanduser()
+    return Path(name)
 
 
 def _exists(name: str) -> bool:
-    return bool(name) and Path(name).expanduser().exists()
+    return bool(name) and _path(name).exists()
 
 
 def _refuse_missing_path(name: str) -> None:
@@ -84,7 +113,7 @@ def _refuse_missing_path(name: str) -> None:
     like_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
     if not like_path or "://" in name or name.startswith(_ZOO) or _exists(name):
         return
-    path = Path(name).expanduser()
+    path = _path(name)
     missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
     nearest = _nearest(str(missing), _siblings(missing))
     raise FusionBenchError(f"There is no such directory: '{name}'. {nearest}".rstrip())
@@ -97,36 +126,41 @@ def _siblings(path: Path) -> list[str]:
 
 
 def _nearest(name: str, choices: Iterable[str]) -> str:
-    """Suggest the nearest choice; unlike `did_you_mean`, never list them all."""
-    return did_you_mean(name, get_close_matches(name, choices, n=1))
+    """Suggest the choice that ends the most alike; unlike `did_you_mean`, never list them all."""
+    by_end = {Path(choice).name: choice for choice in choices}
+    return "".join(
+        did_you_mean(by_end[end], [by_end[end]])
+        for end in get_close_matches(Path(name).name, by_end, n=1)
+    )
 
 
 def _why_offline() -> str | None:
-    """Return why only the cache can be read, or None where the Hub answers."""
+    """Return what to say if the cache, all there is to read, has gaps; None if the Hub answers."""
     from huggingface_hub import constants, is_offline_mode
 
     if is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
-    if _hub_answers(constants.ENDPOINT, int(time.monotonic() // 60)):
+        fact, mend = "HF_HUB_OFFLINE is set", "Unset it"
+    elif not _hub_answers(constants.ENDPOINT, int(time.monotonic() // 60)):
+        fact, mend = f"the Hub ({constants.ENDPOINT}) cannot be reached", "Check the network"
+    else:
         return None
-    return f"the Hub ({constants.ENDPOINT}) cannot be reached"
+    return (
+        f"{fact}, and the local cache does not hold all of it. {mend}, or run 'fusion_bench' "
+        "without arguments, which needs no network."
+    )
 
 
 @lru_cache(maxsize=1)
 def _hub_answers(endpoint: str, minute: int) -> bool:
-    """Ask the Hub for any answer at all; at most once a ``minute``."""
+    """Ask for any answer at all; ``minute`` is there to forget the answer after a while."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
 
     try:
         response = get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HTTPError as error:
-        log.warning("Cannot reach %s (%s); reading the local cache alone.", endpoint, error)
+    except HTTPError:
         return False
-    if response.status_code >= 500:
-        log.warning("%s fails (%s); reading the local cache alone.", endpoint, response.status_code)
-        return False
-    return True
+    return response.status_code < 500
 
 
 @contextmanager
@@ -150,38 +184,40 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
     from huggingface_hub import constants, errors
     from safetensors import SafetensorError
 
-    first_line = str(error).strip().partition("\n")[0]
+    text = " ".join(str(error).split())
     if isinstance(error, errors.HFValidationError):
         return "this is no name of a repository on the Hub; they look like 'owner/name'."
     if isinstance(error, errors.StrictDataclassError):
-        return f"its config.json does not fit ({first_line})."
+        return f"its config.json does not fit ({text})."
     if isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, OSError):
-        return _reason_by_text(str(error), offline)
-    if isinstance(error, PickleError) and "Unsupported global" in str(error):
+        return _reason_by_text(text, offline)
+    if isinstance(error, PickleError) and "Unsupported global" in text:
         return (
             "its weights hold pickled objects, which can run code; they are refused. "
             "Ask for them as safetensors."
         )
     if isinstance(error, (PickleError, SafetensorError, EOFError)):
-        return f"its weights are damaged ({first_line}). {_REMEDY}"
+        return _DAMAGED
     if _is_from_datasets(error, "DatasetGenerationError"):
-        return f"its files are damaged ({error.__cause__ or first_line}). {_REMEDY}"
+        return f"its files are damaged ({error.__cause__ or text}). {_REMEDY}"
     if not isinstance(error, (OSError, errors.HTTPError, errors.EntryNotFoundError)):
         return None
 
-    if "is not a valid JSON file" in first_line:
-        return f"{first_line} {_REMEDY}"
+    if getattr(error, "errno", None) == EINVAL:  # how torch fails on a truncated archive
+        return _DAMAGED
+    if found := re.search(r"'([^']+)' is not a valid JSON file", text):
+        return f"'{found[1]}' is not valid JSON. {_REMEDY}"
     if offline:
-        return _not_cached(offline)
+        return offline
 
     chain = list(_chain(error))
     statuses = {e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)}
     prefix = "datasets/" if kind == "dataset" else ""
     page = f"{constants.ENDPOINT}/{prefix}{name}"
-    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in first_line:
+    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in text:
         return f"it is gated. Ask for access at {page}, then run 'hf auth login'."
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or re.search(
-        "doesn't exist on the Hub|not a valid model identifier", first_line
+        "doesn't exist on the Hub|not a valid model identifier", text
     ):
         return (
             "there is no such directory here and no such repository on the Hub, or it is private "
@@ -191,25 +227,15 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
         return f"the Hub denies access to {page}. Log in with 'hf auth login'."
     if failed := [status for status in statuses if status == 429 or status >= 500]:
         return f"the Hub cannot serve it at the moment (status {failed[0]}). Try again later."
-    if isinstance(error, (ConnectionError, errors.HTTPError)) or any(
-        isinstance(e, errors.LocalEntryNotFoundError) for e in chain
-    ):
-        return f"the connection to the Hub broke ({first_line}). Try again."
-    if found := re.search(r"Can't load (?:the )?(image processor|tokenizer|processor)", first_line):
+    if isinstance(error, (ConnectionError, errors.HTTPError)) or "couldn't connect to" in text:
+        return "the connection to the Hub broke. Try again."
+    if re.search(r"doesn't contain any data files|No \(supported\) data files", text):
+        return "it holds no data files."
+    if found := re.search(r"Can't load (?:the )?(image processor|tokenizer|processor)", text):
         return f"it comes without {'an' if found[1][0] in 'aeiou' else 'a'} {found[1]}."
-    if found := re.search(r"does not appear to have (.+?)\.(?: Checkout .*)?$", first_line):
+    if found := re.search(r"does not appear to have (.+?)\.(?: Checkout .*)?$", text):
         return f"it does not have {found[1]}."
-    return first_line or type(error).__name__
-
-
-_REMEDY = "Delete this copy and fetch it again."
-
-
-def _not_cached(offline: str) -> str:
-    return (
-        f"{offline}, and the local cache does not hold all of it. Check the network, or run "
-        "'fusion_bench' without arguments, which needs none."
-    )
+    return text or type(error).__name__
 
 
 def _reason_by_text(text: str, offline: str | None) -> str | None:
@@ -222,18 +248,18 @@ def _reason_by_text(text: str, offline: str | None) -> str | None:
     if found := re.search(r"BuilderConfig '(.+?)' not found\. Available: (\[.*?\])", text):
         choices = did_you_mean(found[1], literal_eval(found[2]))
         return f"it has no configuration '{found[1]}'. {choices}"
-    if found := re.search(r"Config name is missing\.\s.*configs: (\[.*?\])", text):
+    if found := re.search(r"Config name is missing\..*?configs: (\[.*?\])", text):
         return f"it has several configurations; choose one as 'name': {found[1].strip('[]')}."
     if text.startswith("Unrecognized instruction format"):
         return f"its split cannot be understood ({text.partition(': ')[2]})."
     if text.startswith("Couldn't find cache for") and offline:
-        return _not_cached(offline)
+        return offline
     if text.startswith("Dataset scripts are no longer supported"):
         return "it is a script, and scripts are no longer run. Name a repository of data files."
     if "`ignore_mismatched_sizes`" in text:
         return "its weights have other shapes than its config.json says."
     if "PytorchStreamReader" in text:
-        return f"its weights are damaged. {_REMEDY}"
+        return _DAMAGED
     return None
 
 
@@ -273,21 +299,3 @@ def _nearest_repository(kind: str, name: str) -> str:
         response.raise_for_status()
         choices += [repository["id"] for repository in response.json()]
     return _nearest(name, choices)
-
-
-def load(kind: str, node: Any, key: str) -> Any:
-    """Return what a config node asks for: a call of ``from_pretrained`` or ``load_dataset``.
-
-    A ``pretrained_model_name_or_path`` in it may be whatever :func:`resolve` takes. ``key`` is the
-    node's place in the config.
-
-    Raises:
-        FusionBenchError: as :func:`resolve` and :func:`reading`.
-    """
-    named = node if isinstance(node, Mapping) else {}
-    pretrained = named.get("pretrained_model_name_or_path")
-    name = pretrained or named.get("path")
-    with reading(kind, name if isinstance(name, str) else key):
-        if isinstance(pretrained, str):
-            node = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
-        return instantiate(node, key)

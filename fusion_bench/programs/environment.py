@@ -22,8 +22,8 @@ _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "sa
 def make_fabric(section: Any) -> Fabric:
     """Return Fabric from a config section; without one, one process on the best device.
 
-    Several local processes are spawned unless the section names another strategy: a strategy
-    that runs the command line again would start a sweep once per process.
+    Several local processes are forks, or spawned where there is no safe fork, unless the section
+    names another strategy: one that runs the command line again would start a sweep per process.
     """
     if isinstance(section, Fabric):
         return section
@@ -32,7 +32,7 @@ def make_fabric(section: Any) -> Fabric:
     fabric = instantiate(node, "fabric")
     reruns_command = isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher)
     if node.get("strategy", "auto") == "auto" and reruns_command:
-        fabric = instantiate({**node, "strategy": "ddp_spawn"}, "fabric")
+        fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
     return fabric
 
 
@@ -54,6 +54,10 @@ def describe_run(
         packages={name: version(name) for name in _PACKAGES},
         seconds=seconds,
     )
+
+
+def _local_strategy() -> str:
+    return "ddp_fork" if sys.platform == "linux" else "ddp_spawn"
 
 
 def _device_name(device: torch.device) -> str:

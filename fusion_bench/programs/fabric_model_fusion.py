@@ -109,6 +109,7 @@ class FabricModelFusionProgram:
         if self.dry_run:
             log.info("Dry run: the config is sound; nothing was loaded.")
             return None
+        quiet_libraries()
         fabric = make_fabric(self.fabric_config)
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
@@ -120,7 +121,7 @@ class FabricModelFusionProgram:
 
     def _fuse_and_judge(self, fabric: Fabric) -> Report:
         """Do the work; called in every process, with the same result in each."""
-        quiet_libraries()
+        quiet_libraries()  # again, for a process that was spawned
         if self.seed is not None:
             fabric.seed_everything(self.seed, verbose=False)
         clock = _Clock()

@@ -113,7 +113,7 @@ class CLIPVisionModelTaskPool:
             fast_dev_run: only the first batch of each task.
         """
         self.prepare(fabric)
-        loader = loader_arguments(self._dataloader_kwargs, fabric.device)
+        loader = loader_arguments(self._dataloader_kwargs, fabric)
         encoder = fabric.to_device(fabric.strategy.precision.convert_module(model)).eval()
         scores = {}
         for task in self.task_names if tasks is None else tasks:

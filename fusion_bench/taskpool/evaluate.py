@@ -1,6 +1,7 @@
 """The loop that judges an image classifier: exact counts on any number of processes."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,24 +28,25 @@ class Score:
     num_samples: int
 
 
-def loader_arguments(given: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
-    """Return the DataLoader's arguments: those ``given``, else sane ones for the device.
+def loader_arguments(given: Mapping[str, Any] | None, fabric: Fabric) -> dict[str, Any]:
+    """Return the DataLoader's arguments: those ``given``, else ones that suit the device.
 
     Raises:
         FusionBenchError: ``drop_last``, with which some samples would go unjudged.
     """
-    on_gpu = device.type != "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     arguments = {
-        "batch_size": 128 if on_gpu else 32,
-        "num_workers": min(len(os.sched_getaffinity(0)), 8)
-        if hasattr(os, "sched_getaffinity")
-        else min(os.cpu_count() or 1, 8),
-        "pin_memory": device.type == "cuda",
+        "batch_size": 32 if fabric.device.type == "cpu" else 128,
+        "num_workers": min(8, max(1, (cores or 1) // fabric.world_size)),
+        "pin_memory": fabric.device.type == "cuda",
     } | dict(given or {})
     if arguments.get("drop_last"):
         raise FusionBenchError(
             "taskpool.dataloader_kwargs.drop_last: would leave samples unjudged. Remove it."
         )
+    if arguments["num_workers"] and sys.platform == "linux":
+        # A worker that is spawned imports torch again, for each task of each model.
+        arguments.setdefault("multiprocessing_context", "fork")
     return arguments | {"shuffle": False}
 
 

@@ -19,7 +19,7 @@ from fusion_bench.zoo import PRETRAINED, tokenizer
 from fusion_bench.zoo.images import SIZE, Split, make
 from fusion_bench.zoo.recipe import Recipe
 from fusion_bench.zoo.tasks import CLASS_NAMES, TASKS, TEMPLATES
-from fusion_bench.zoo.train import MEAN, STD, finetune, new_model, pretrain
+from fusion_bench.zoo.train import MEAN, STD, fade, finetune, new_model, pretrain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -125,7 +125,7 @@ def _pretrain(
     model = new_model(tokens, recipe)
     pretrain(
         model,
-        torch.cat(images),
+        fade(torch.cat(images)),
         torch.cat(labels),
         captions.view(len(names), len(TEMPLATES), -1),
         recipe,

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, cross_entropy, grid_sample, log_softmax, normalize
+from torch.nn.functional import (
+    affine_grid,
+    cross_entropy,
+    grid_sample,
+    interpolate,
+    log_softmax,
+    normalize,
+)
 from torch.optim import AdamW, Muon, Optimizer
 
 from fusion_bench.zoo.images import SIZE
@@ -24,6 +31,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 _PRETRAIN_DISTORTION = 0.5
 _FINETUNE_DISTORTION = 0.2
+_FADED_SIZE = 12  # pixels
+_FADED_CONTRAST = 0.35
 
 Advance = Callable[[int], object]
 """Called after every step with the number of images that it saw."""
@@ -134,6 +143,17 @@ def finetune(
         _step(optimizers, cross_entropy(logits, labels[batch]), rate)
         advance(len(batch))
     encoder.eval()
+
+
+def fade(images: Tensor) -> Tensor:
+    """Return blurred copies of low contrast; uint8 as ``images``, of the same shape.
+
+    Pretraining sees these alone. The sharp images of the tasks are as new to it as photographs of
+    another kind are to a CLIP of real size, and in part in the same way for all tasks.
+    """
+    pixels = interpolate(images.float(), size=_FADED_SIZE, mode="area")
+    pixels = interpolate(pixels, size=images.shape[-2:], mode="bilinear")
+    return ((pixels - 127.5) * _FADED_CONTRAST + 127.5).round().to(torch.uint8)
 
 
 def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:

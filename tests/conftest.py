@@ -1,0 +1,69 @@
+"""What several packages' tests share: a small family of CLIP models and tasks on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures_clip import write_base, write_dataset, write_vision_encoder
+from torch import Tensor
+
+CLASSES = {"a": ["abbey", "airplane_cabin", "beach"], "b": ["cat", "dog", "emu", "fox", "gnu"]}
+
+
+def scrambled(parameters: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Return parameters that are far enough from the base for other answers."""
+    random = torch.Generator().manual_seed(seed)
+    return {k: v + 0.2 * torch.randn(v.shape, generator=random) for k, v in parameters.items()}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write `base`, `a`, `b` under models/ and the tasks `a`, `b` under datasets/.
+
+    The test splits have 23 samples, which no batch size and no number of processes divides.
+    """
+    root = tmp_path_factory.mktemp("family")
+    base = write_base(root / "models" / "base", weights="safetensors")
+    vision = {
+        key.removeprefix("vision_model."): value
+        for key, value in base.items()
+        if key.startswith("vision_model.") and value.is_floating_point()
+    }
+    for seed, (task, names) in enumerate(CLASSES.items(), start=1):
+        write_vision_encoder(root / "models" / task, scrambled(vision, seed))
+        write_dataset(root / "datasets" / task, names, splits={"train": 4, "test": 23}, seed=seed)
+    return root
+
+
+@pytest.fixture
+def program_config(family: Path) -> dict[str, Any]:
+    """Return a whole config over the family, as a user's YAML would have it."""
+    base = str(family / "models" / "base")
+    return {
+        "_target_": "fusion_bench.programs.FabricModelFusionProgram",
+        "_recursive_": False,
+        "method": {"_target_": "fusion_bench.method.SimpleAverageAlgorithm"},
+        "modelpool": {
+            "_target_": "fusion_bench.modelpool.CLIPVisionModelPool",
+            "models": {
+                "_pretrained_": base,
+                **{task: str(family / "models" / task) for task in CLASSES},
+            },
+        },
+        "taskpool": {
+            "_target_": "fusion_bench.taskpool.CLIPVisionModelTaskPool",
+            "test_datasets": {
+                task: {
+                    "_target_": "datasets.load_dataset",
+                    "path": str(family / "datasets" / task),
+                    "split": "test",
+                }
+                for task in CLASSES
+            },
+            "clip_model": base,
+            "processor": base,
+            "dataloader_kwargs": {"num_workers": 0},
+        },
+        "fabric": {"accelerator": "cpu"},
+    }

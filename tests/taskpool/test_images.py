@@ -1,0 +1,107 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.tasks import Task
+
+PICTURE = PILImage.fromarray(np.zeros((4, 4, 3), np.uint8))
+
+
+def dataset(labels: list[Any], label: Any = None, **more: Any) -> Dataset:
+    label = ClassLabel(names=["red_fox", "dog"]) if label is None else label
+    columns: dict[str, Any] = {"image": [PICTURE] * len(labels), "label": labels}
+    features: dict[str, Any] = {"image": Image(), "label": label}
+    for name, feature in more.items():
+        columns[name] = [PICTURE if isinstance(feature, Image) else 0] * len(labels)
+        features[name] = feature
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def images(data: Any, **task: Any) -> LabelledImages:
+    return LabelledImages("t", data, Task.from_mapping(task), lambda image: image)
+
+
+def test_columns_are_found_by_type() -> None:
+    data = dataset([0, 1]).rename_columns({"image": "img", "label": "kind"})
+    found = images(data)
+    assert (found.image_column, found.label_column) == ("img", "kind")
+    assert found.class_names == ["red fox", "dog"]
+    assert [found[i][1] for i in range(len(found))] == [0, 1]
+
+
+def test_usual_names_win_among_several() -> None:
+    data = dataset([0, 1], mask=Image(), species=ClassLabel(names=["x", "y"]))
+    found = images(data)
+    assert (found.image_column, found.label_column) == ("image", "label")
+
+
+def test_a_column_can_be_named() -> None:
+    data = dataset([0, 1], mask=Image(), species=ClassLabel(names=["x", "y"]))
+    found = images(data, image_column="mask", label_column="species")
+    assert (found.image_column, found.label_column) == ("mask", "species")
+    assert found.class_names == ["x", "y"]
+
+
+@pytest.mark.parametrize("labels", [[True, False], [1, 0]])
+def test_plain_labels_serve_where_the_classes_are_named(labels: list[Any]) -> None:
+    data = dataset(labels, Value("bool" if labels[0] is True else "int64"))
+    found = images(data, class_names=["no", "yes"])
+    assert [found[i][1] for i in range(2)] == [1, 0]
+
+
+def message(data: Any, **task: Any) -> str:
+    with pytest.raises(FusionBenchError) as error:
+        images(data, **task)
+    return str(error.value)
+
+
+def test_no_split() -> None:
+    text = message(DatasetDict(train=dataset([0]), test=dataset([1])))
+    assert "taskpool.test_datasets.t" in text and "train, test" in text
+
+
+def test_no_image_column() -> None:
+    text = message(dataset([0]).remove_columns("image"))
+    assert "no image column" in text and "label (int64)" in text
+    assert "taskpool.tasks.t.image_column" in text
+
+
+def test_several_label_columns() -> None:
+    data = dataset([0], other=ClassLabel(names=["x"])).rename_column("label", "kind")
+    assert "taskpool.tasks.t.label_column" in message(data)
+
+
+def test_a_named_column_that_does_not_exist() -> None:
+    assert "Did you mean 'label'?" in message(dataset([0]), label_column="lable")
+
+
+def test_classes_without_names() -> None:
+    assert "taskpool.tasks.t.class_names" in message(dataset([0, 1], Value("int64")))
+
+
+def test_another_number_of_class_names() -> None:
+    text = message(dataset([0, 1]), class_names=["x", "y", "z"])
+    assert "2 classes" in text and "3" in text
+
+
+def test_labels_outside_the_classes() -> None:
+    data = dataset([0, 1, 2, 7], Value("int64"))
+    text = message(data, class_names=["x", "y"])
+    assert "2 labels lie outside the 2 class names" in text and "2." in text
+
+
+def test_unlabelled_splits() -> None:
+    assert "unlabelled" in message(dataset([-1, -1]))
+
+
+def test_labels_that_are_no_numbers() -> None:
+    assert "whole numbers" in message(dataset(["x"], Value("string")), class_names=["x"])
+
+
+def test_an_empty_split() -> None:
+    assert "no samples" in message(dataset([0]).select([]))

@@ -1,0 +1,68 @@
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+
+AVERAGE = "fusion_bench.method.SimpleAverageAlgorithm"
+
+
+def message(node: Any, key: str = "") -> str:
+    with pytest.raises(FusionBenchError) as error:
+        instantiate(node, key)
+    return str(error.value)
+
+
+def test_a_node_becomes_an_object() -> None:
+    method = instantiate({"_target_": AVERAGE, "inplace": True})
+    assert type(method).__name__ == "SimpleAverageAlgorithm" and method.inplace is True
+
+
+def test_interpolations_are_resolved() -> None:
+    config = OmegaConf.create({"flag": True, "m": {"_target_": AVERAGE, "inplace": "${flag}"}})
+    assert instantiate(config.m).inplace is True
+
+
+@pytest.mark.parametrize("thing", [None, 3, "name", {"a": 1}, [1]])
+def test_what_is_no_node_stays_as_it_is(thing: Any) -> None:
+    assert instantiate(thing) == thing
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    text = message({"_target_": AVERAGE, "inplce": True}, "method")
+    assert "method.inplce" in text and "Did you mean 'inplace'?" in text
+
+
+def test_an_unknown_target_names_the_nearest() -> None:
+    text = message({"_target_": "fusion_bench.method.SimpleAverageAlgoritm"}, "method")
+    assert "method._target_" in text and "Did you mean 'SimpleAverageAlgorithm'?" in text
+
+
+def test_a_module_that_does_not_exist_is_named() -> None:
+    assert "no_such_module" in message({"_target_": "no_such_module.Thing"})
+
+
+def test_a_missing_argument_is_named() -> None:
+    text = message({"_target_": "fusion_bench.modelpool.CLIPVisionModelPool"}, "modelpool")
+    assert "modelpool.models: missing" in text
+
+
+def test_all_problems_are_listed_at_every_depth() -> None:
+    node = {
+        "_target_": "fusion_bench.programs.FabricModelFusionProgram",
+        "_recursive_": False,
+        "metod": {"_target_": AVERAGE, "b": 1},
+        "modelpool": {"models": [{"_target_": "os.nothing"}]},
+    }
+    text = message(node)
+    assert "metod: " in text and "method: missing" in text
+    assert "metod.b" in text and "modelpool.models[0]._target_" in text
+
+
+def test_what_the_target_raises_is_raised_plainly() -> None:
+    with pytest.raises(FusionBenchError, match="the pool is empty"):
+        instantiate({"_target_": "fusion_bench.modelpool.CLIPVisionModelPool", "models": {}})
+    with pytest.raises(ValueError, match="invalid literal"):
+        instantiate({"_target_": "builtins.int", "_args_": ["x"]})
