@@ -31,8 +31,7 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
-    if problems := list(_problems(plain, key, arguments)):
-        raise FusionBenchError("\n".join(problems))
+    check(plain, key, **arguments)
     try:
         return hydra_instantiate(plain, _convert_="all", **arguments)
     except InstantiationException as error:
@@ -40,6 +39,16 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
         if error.__cause__ is not None:
             raise error.__cause__ from None
         raise
+
+
+def check(node: Any, key: str = "", **arguments: Any) -> None:
+    """Compare every ``_target_`` in a resolved ``node`` with the keys that it is given.
+
+    Raises:
+        FusionBenchError: with a line for each that cannot work.
+    """
+    if problems := list(_problems(node, key, arguments)):
+        raise FusionBenchError("\n".join(problems))
 
 
 def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str]:

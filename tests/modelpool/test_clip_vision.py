@@ -19,7 +19,7 @@ def pool(family: Path) -> CLIPVisionModelPool:
     )
 
 
-def altered(family: Path, place: Path, change) -> str:  # noqa: ANN001
+def altered(family: Path, place: Path, change) -> str:
     """Copy model `a` to ``place`` with its tensors changed in place by ``change``."""
     shutil.copytree(family / "models" / "a", place)
     tensors = load_file(place / "model.safetensors")
@@ -67,7 +67,9 @@ def test_a_saved_model_reads_back_the_same(pool: CLIPVisionModelPool, tmp_path: 
     expected = model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in back.state_dict().items())
     # transformers 4 reads only files with the prefix
-    assert all(k.startswith("vision_model.") for k in load_file(tmp_path / "merged/model.safetensors"))
+    assert all(
+        k.startswith("vision_model.") for k in load_file(tmp_path / "merged/model.safetensors")
+    )
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["architectures"] == ["CLIPVisionModel"]
     assert CLIPImageProcessorPil.from_pretrained(tmp_path / "merged").crop_size["height"] == 32

@@ -1,0 +1,192 @@
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from transformers import CLIPVisionModel
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.programs import FabricModelFusionProgram
+from fusion_bench.report import Report
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
+
+
+def run(config: dict[str, Any], **changes: Any) -> Report:
+    report = instantiate(config | changes).run()
+    assert isinstance(report, Report)
+    return report
+
+
+def test_the_report_compares_merged_with_where_it_came_from(
+    program_config: dict[str, Any], family: Path
+) -> None:
+    report = run(program_config)
+    assert {n: m.role for n, m in report.models.items()} == {
+        "_pretrained_": "pretrained",
+        "a": "individual",
+        "b": "individual",
+        "merged": "merged",
+    }
+    assert list(report.models["a"].tasks) == ["a"]
+    assert list(report.models["merged"].tasks) == ["a", "b"]
+    assert report.tasks["b"].num_classes == 5 and report.tasks["b"].num_samples == 23
+
+    # the merged model, made and judged by hand
+    a, b = (CLIPVisionModel.from_pretrained(family / "models" / n).state_dict() for n in "ab")
+    mean = CLIPVisionModel.from_pretrained(family / "models" / "a")
+    mean.load_state_dict({key: (a[key].double() + b[key].double()) / 2 for key in a})
+    arguments = {k: v for k, v in program_config["taskpool"].items() if k != "_target_"}
+    fabric = Fabric(accelerator="cpu", devices=1)
+    scores = CLIPVisionModelTaskPool(**arguments).evaluate(mean, fabric)
+    for task, score in scores.items():
+        result = report.models["merged"].tasks[task]
+        assert result.accuracy == score.num_correct / 23
+        assert result.loss == pytest.approx(score.loss_sum / 23, rel=1e-5)
+        own = report.models[task].tasks[task].accuracy
+        assert result.normalized_accuracy == pytest.approx(result.accuracy / own)
+
+
+def test_baselines(program_config: dict[str, Any]) -> None:
+    full = run(program_config, baselines="all_tasks")
+    assert list(full.models["a"].tasks) == ["a", "b"]
+    none = run(program_config, baselines="none")
+    assert list(none.models) == ["merged"]
+    assert none.models["merged"].tasks["a"].accuracy == full.models["merged"].tasks["a"].accuracy
+    with pytest.raises(FusionBenchError, match="Did you mean 'own_task'"):
+        run(program_config, baselines="own_tasks")
+
+
+def test_names_match_tasks_whatever_the_spelling(program_config: dict[str, Any]) -> None:
+    models = program_config["modelpool"]["models"]
+    datasets = program_config["taskpool"]["test_datasets"]
+    models["My_Task"], models["other"] = models.pop("a"), models.pop("b")
+    datasets["my-task"] = datasets.pop("a")
+    report = run(program_config)
+    assert list(report.models["My_Task"].tasks) == ["my-task"]
+    assert "other" not in report.models
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_same_counts(
+    program_config: dict[str, Any], processes: int
+) -> None:
+    alone = run(program_config)
+    fabric = {"accelerator": "cpu", "devices": processes}
+    together = run(program_config, fabric=fabric)
+    assert together.run.world_size == processes
+    assert list(together.models) == list(alone.models)
+    for name, model in together.models.items():
+        for task, result in model.tasks.items():
+            expected = alone.models[name].tasks[task]
+            assert result.accuracy == expected.accuracy
+            assert result.num_samples == expected.num_samples
+            assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = run(
+        program_config,
+        output_dir=out,
+        report_save_path="{log_dir}/copies/r.json",
+        merged_model_save_path="{log_dir}/merged",
+        seed=1,
+    )
+    assert Report.load(out / "report.json") == Report.load(out / "copies" / "r.json") == report
+    assert (out / "report.md").read_text().startswith("# Fusion report")
+    assert report.run.seed == 1 and report.run.config["seed"] == 1
+    assert {p.name for p in out.iterdir()} == {
+        *("config.yaml", "report.json", "report.md", "copies", "merged")
+    }
+
+    saved = deepcopy(program_config)
+    saved["modelpool"]["models"] = {"merged": str(out / "merged")}
+    again = run(saved, baselines="none")
+    assert again.models["merged"] == report.models["merged"].model_copy(
+        update={
+            "tasks": again.models["merged"].tasks,
+            "average": again.models["merged"].average,
+        }
+    )
+    for task, result in again.models["merged"].tasks.items():
+        assert result.accuracy == report.models["merged"].tasks[task].accuracy
+        assert result.loss == report.models["merged"].tasks[task].loss
+
+
+def test_bare_names_are_in_the_working_directory(
+    program_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(program_config, report_save_path="r.json", merged_model_save_path="merged")
+    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == 1
+    assert CLIPVisionModel.from_pretrained(tmp_path / "merged")
+    with pytest.raises(FusionBenchError, match=r"report_save_path.*exists already"):
+        run(program_config, report_save_path="r.json")
+    run(program_config, report_save_path="r.json", overwrite=True)
+
+
+def test_without_a_task_pool_it_only_fuses(program_config: dict[str, Any], tmp_path: Path) -> None:
+    report = run(program_config, taskpool=None, merged_model_save_path=str(tmp_path / "m"))
+    assert report.tasks == {} and report.models["merged"].tasks == {}
+    assert CLIPVisionModel.from_pretrained(tmp_path / "m")
+
+
+def test_a_dry_run_loads_nothing(program_config: dict[str, Any], tmp_path: Path) -> None:
+    program_config["modelpool"]["models"]["a"] = "/nowhere"
+    assert instantiate(program_config | {"dry_run": True, "output_dir": tmp_path}).run() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+class TwoModels:
+    """A method that returns a family of weights."""
+
+    def run(self, modelpool: CLIPVisionModelPool) -> dict[str, dict[str, torch.Tensor]]:
+        return {f"like_{name}": dict(modelpool.weights(name)) for name in ("a", "b")}
+
+
+class Ensemble:
+    """A method that returns a module."""
+
+    def run(self, modelpool: CLIPVisionModelPool) -> torch.nn.Module:
+        return modelpool.load_model("a")
+
+
+def test_a_method_may_return_several_models_or_a_module(program_config: dict[str, Any]) -> None:
+    family = run(program_config, method=TwoModels())
+    assert [n for n, m in family.models.items() if m.role == "merged"] == ["like_a", "like_b"]
+    own = family.models["a"]
+    assert family.models["like_a"].weights_sha256 == own.weights_sha256
+    assert family.models["like_a"].tasks["a"] == own.tasks["a"]
+    module = run(program_config, method=Ensemble(), baselines="none")
+    assert module.models["merged"].weights_sha256 == own.weights_sha256
+
+
+def test_objects_serve_as_well_as_nodes(program_config: dict[str, Any], family: Path) -> None:
+    program = FabricModelFusionProgram(
+        method=SimpleAverageAlgorithm(show_pbar=False),
+        modelpool=CLIPVisionModelPool(program_config["modelpool"]["models"]),
+        taskpool=instantiate(program_config["taskpool"] | {"_recursive_": False}),
+        fabric=Fabric(accelerator="cpu", devices=1),
+    )
+    report = program.run()
+    assert report is not None
+    assert report.models == run(program_config).models
+    assert (
+        report.run.config["method"] == "fusion_bench.method.simple_average.SimpleAverageAlgorithm"
+    )
+
+
+def test_nothing_is_written_where_fusing_fails(
+    program_config: dict[str, Any], tmp_path: Path
+) -> None:
+    program_config["method"] = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
+    del program_config["modelpool"]["models"]["_pretrained_"]
+    with pytest.raises(FusionBenchError, match="needs the pretrained model"):
+        run(program_config, output_dir=tmp_path, merged_model_save_path=str(tmp_path / "m"))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,150 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commandline import fusion_bench
+
+from fusion_bench.report import Report
+
+HEAVY = ("torch", "transformers", "datasets", "lightning", "sklearn", "skimage", "matplotlib")
+
+
+@pytest.fixture
+def conf(tmp_path: Path, program_config: dict[str, Any]) -> Path:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "small.yaml").write_text(yaml.safe_dump(program_config))
+    return tmp_path / "conf"
+
+
+def small(conf: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return fusion_bench(
+        *("--config-path", str(conf), "--config-name", "small"), *arguments, cwd=conf.parent
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fusion_bench, fusion_bench.scripts.cli",
+        "import sys; sys.argv = ['fusion_bench', '--help']\n"
+        "from fusion_bench.scripts.cli import main\n"
+        "try: main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['fusion_bench', '--cfg', 'job', '--resolve']\n"
+        "from fusion_bench.scripts.cli import main\nmain()",
+    ],
+)
+def test_nothing_heavy_is_imported_early(code: str, tmp_path: Path) -> None:
+    check = f"\nimport sys\nloaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded"
+    done = subprocess.run(
+        [sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_printing_a_config_builds_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "cache"))
+    for arguments in (["--cfg", "job"], ["--cfg", "job", "--resolve"], ["--help"]):
+        done = fusion_bench(*arguments, cwd=tmp_path)
+        assert done.returncode == 0 and "SimpleAverageAlgorithm" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_from_a_users_own_config(conf: Path) -> None:
+    done = small(conf, "seed=3", "fabric.precision=bf16-mixed", "report_save_path=r.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # bars are silent without a terminal
+    for word in ("pretrained", "individual", "merged", "normalised"):
+        assert word in done.stdout
+    (out,) = (conf.parent / "outputs").glob("*/*")
+    report = Report.load(out / "report.json")
+    assert report == Report.load(conf.parent / "r.json")
+    assert (report.run.seed, report.run.precision) == (3, "bf16-mixed")
+    assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3
+
+
+def test_two_processes_from_the_command_line(conf: Path) -> None:
+    counts = []
+    for devices in (1, 2):
+        done = small(conf, f"fabric.devices={devices}", "report_save_path=${fabric.devices}.json")
+        assert done.returncode == 0, done.stderr
+        models = Report.load(conf.parent / f"{devices}.json").models
+        counts.append({(n, t): r.accuracy for n, m in models.items() for t, r in m.tasks.items()})
+    assert counts[0] == counts[1] and len(counts[0]) == 6
+    assert len(list((conf.parent / "outputs").glob("*/*/report.json"))) == 2
+
+
+def test_multirun(conf: Path) -> None:
+    done = small(conf, "-m", "seed=1,2", "baselines=none", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    reports = [Report.load(conf.parent / "sweep" / str(job) / "report.json") for job in (0, 1)]
+    assert [report.run.seed for report in reports] == [1, 2]
+
+
+def test_our_groups_serve_a_users_own_config(conf: Path) -> None:
+    config = yaml.safe_load((conf / "small.yaml").read_text())
+    del config["method"]
+    defaults = {"defaults": [{"/method": "task_arithmetic"}, "_self_"]}
+    (conf / "small.yaml").write_text(yaml.safe_dump(defaults | config))
+    done = small(conf, "method.scaling_factor=0.5", "report_save_path=r.json")
+    assert done.returncode == 0, done.stderr
+    assert Report.load(conf.parent / "r.json").run.config["method"]["scaling_factor"] == 0.5
+
+
+def test_both_module_forms_work(tmp_path: Path) -> None:
+    for module in ("fusion_bench", "fusion_bench.scripts.cli"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--cfg", "job"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and "FabricModelFusionProgram" in done.stdout
+
+
+BAD = [
+    (["--config-name", "smal"], "smal", "Did you mean 'small'?"),
+    (["metod=x"], "metod", "Did you mean 'method'?"),
+    (["+metod=x"], "metod", "Did you mean 'method'?"),
+    (["+method.inplce=true"], "method.inplce", "Did you mean 'inplace'?"),
+    (
+        ["method._target_=fusion_bench.method.SimpleAverage"],
+        "SimpleAverage",
+        "SimpleAverageAlgorithm",
+    ),
+    (["modelpool.models={}"], "modelpool.models", "the pool is empty"),
+    (["modelpool.models.a=/no/such"], "/no/such", "no such"),
+    (["modelpool.models.a=???"], "modelpool.models.a", "issing"),
+    (["fabric.accelerator=abacus"], "abacus", "cpu"),
+    (["taskpool.test_datasets.a.split=tst"], "tst", "Did you mean 'test'?"),
+    (["baselines=all"], "all", "all_tasks"),
+    (["=x"], "", "EQUAL"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "culprit", "mend"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_input_ends_with_one_message(
+    conf: Path, arguments: list[str], culprit: str, mend: str
+) -> None:
+    done = small(conf, *arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("fusion_bench: ") and done.stderr.count("fusion_bench: ") == 1
+    assert culprit in done.stderr and mend in done.stderr
+    assert not list(conf.parent.rglob("report.*")) and not list(conf.parent.rglob("config.yaml"))
+
+
+def test_the_traceback_is_there_for_who_asks(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusion_bench", "--config-path", str(conf), "--config-name", "small"]
+        + ["modelpool.models={}"],
+        cwd=conf.parent,
+        env={**__import__("os").environ, "HYDRA_FULL_ERROR": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr

@@ -1,0 +1,135 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import load_dataset
+from lightning.fabric import Fabric
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score
+from fusion_bench.taskpool.evaluate import loader_arguments
+from fusion_bench.tasks import readable
+
+
+def pool(program_config: dict[str, Any], **changes: Any) -> CLIPVisionModelTaskPool:
+    arguments = {k: v for k, v in program_config["taskpool"].items() if k != "_target_"}
+    return CLIPVisionModelTaskPool(**(arguments | changes))
+
+
+def cpu(**arguments: Any) -> Fabric:
+    return Fabric(accelerator="cpu", devices=1, **arguments)
+
+
+def model(family: Path, name: str = "a") -> CLIPVisionModel:
+    return CLIPVisionModel.from_pretrained(family / "models" / name)
+
+
+def one_by_one(family: Path, task: str) -> Score:
+    """Judge model `a` with transformers alone, an image at a time, in float64."""
+    path = family / "models" / "base"
+    clip = CLIPModel.from_pretrained(path).double().eval()
+    encoder = model(family).double().eval()
+    processor, tokenizer = (
+        CLIPImageProcessorPil.from_pretrained(path),
+        CLIPTokenizer.from_pretrained(path),
+    )
+    data = load_dataset(str(family / "datasets" / task), split="test")
+    names = data.features["label"].names
+    correct, loss = 0, 0.0
+    with torch.no_grad():
+        tokens = tokenizer(
+            [f"a photo of a {readable(n)}." for n in names], padding=True, return_tensors="pt"
+        )
+        texts = clip.get_text_features(**tokens).pooler_output
+        texts = texts / texts.norm(dim=-1, keepdim=True)
+        for row in data:
+            pixels = processor(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"]
+            image = clip.visual_projection(encoder(pixels.double()).pooler_output)[0]
+            logits = clip.logit_scale.exp() * texts @ (image / image.norm())
+            correct += int(logits.argmax()) == row["label"]
+            loss -= float(logits.log_softmax(0)[row["label"]])
+    return Score(correct, loss, len(data))
+
+
+@pytest.mark.parametrize("task", ["a", "b"])
+def test_against_an_independent_reference(
+    family: Path, program_config: dict[str, Any], task: str
+) -> None:
+    expected = one_by_one(family, task)
+    score = pool(program_config).evaluate(model(family), cpu(), [task])[task]
+    assert (score.num_correct, score.num_samples) == (expected.num_correct, 23)
+    assert 0 < score.num_correct < 23  # or the comparison would say little
+    assert score.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batch_size_and_workers_do_not_matter(
+    family: Path, program_config: dict[str, Any], batch_size: int, num_workers: int
+) -> None:
+    reference = pool(program_config).evaluate(model(family), cpu())
+    kwargs = {"batch_size": batch_size, "num_workers": num_workers, "shuffle": True}
+    scores = pool(program_config, dataloader_kwargs=kwargs).evaluate(model(family), cpu())
+    for task, score in scores.items():
+        assert score.num_correct == reference[task].num_correct
+        assert score.num_samples == reference[task].num_samples
+        assert score.loss_sum == pytest.approx(reference[task].loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions(family: Path, program_config: dict[str, Any], precision: Any) -> None:
+    exact = pool(program_config).evaluate(model(family), cpu())["a"]
+    rounded = pool(program_config).evaluate(model(family), cpu(precision=precision))["a"]
+    assert rounded.loss_sum != exact.loss_sum
+    assert rounded.loss_sum == pytest.approx(exact.loss_sum, rel=0.05)
+
+
+def test_fast_dev_run_judges_one_batch(family: Path, program_config: dict[str, Any]) -> None:
+    tasks = pool(program_config, dataloader_kwargs={"num_workers": 0, "batch_size": 5})
+    scores = tasks.evaluate(model(family), cpu(), fast_dev_run=True)
+    assert [score.num_samples for score in scores.values()] == [5, 5]
+
+
+def test_base_model_and_nodes(family: Path, program_config: dict[str, Any]) -> None:
+    path = str(family / "models" / "base")
+    expected = pool(program_config).evaluate(model(family), cpu())
+    by_base = pool(program_config, clip_model=None, processor=None, base_model=path)
+    assert by_base.evaluate(model(family), cpu()) == expected
+    by_node = pool(
+        program_config,
+        clip_model={
+            "_target_": "transformers.CLIPModel.from_pretrained",
+            "pretrained_model_name_or_path": path,
+        },
+        processor={
+            "_target_": "transformers.CLIPProcessor.from_pretrained",
+            "pretrained_model_name_or_path": path,
+        },
+        data_processor=path,
+    )
+    assert by_node.evaluate(model(family), cpu()) == expected
+
+
+def test_overrides_change_the_head(family: Path, program_config: dict[str, Any]) -> None:
+    swapped = pool(program_config, tasks={"a": {"class_names": ["beach", "abbey", "cat"]}})
+    plain = pool(program_config)
+    scores = [p.evaluate(model(family), cpu(), ["a"])["a"] for p in (swapped, plain)]
+    assert scores[0].loss_sum != scores[1].loss_sum
+
+
+def test_bad_arguments(family: Path, program_config: dict[str, Any]) -> None:
+    with pytest.raises(FusionBenchError, match="there is no task"):
+        pool(program_config, test_datasets={})
+    with pytest.raises(FusionBenchError, match=r"taskpool\.clip_model: missing"):
+        pool(program_config, clip_model=None)
+    with pytest.raises(FusionBenchError, match=r"taskpool\.tasks\.c: there is no such task"):
+        pool(program_config, tasks={"c": {}})
+    with pytest.raises(FusionBenchError, match="Did you mean 'templates'"):
+        pool(program_config, tasks={"a": {"template": []}})
+    with pytest.raises(FusionBenchError, match="drop_last"):
+        loader_arguments({"drop_last": True}, cpu())
+    bare = pool(program_config, clip_model=str(family / "models" / "a"))
+    with pytest.raises(FusionBenchError, match="not a full CLIP model"):
+        bare.prepare(cpu())
