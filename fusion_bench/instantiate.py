@@ -36,9 +36,10 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
         return hydra_instantiate(plain, _convert_="all", **arguments)
     except InstantiationException as error:
         # Hydra wraps what the target raised in a message of its own; the cause is the plain fact.
-        if error.__cause__ is not None:
-            raise error.__cause__ from None
-        raise
+        cause = error.__cause__
+        if cause is None:
+            raise
+        raise cause from cause.__cause__
 
 
 def check(node: Any, key: str = "", **arguments: Any) -> None:

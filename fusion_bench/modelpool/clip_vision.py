@@ -121,8 +121,9 @@ class CLIPVisionModelPool:
         from transformers import CLIPImageProcessorPil
 
         try:
-            return CLIPImageProcessorPil.from_pretrained(resolve(source))
-        except OSError:  # a checkpoint without one; the weights are what was asked for
+            with reading("processor", source):
+                return CLIPImageProcessorPil.from_pretrained(resolve(source))
+        except FusionBenchError:  # a checkpoint without one; the weights are what was asked for
             return None
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fusion_bench import __version__
+from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.report import Run, Seconds
 
@@ -29,10 +31,13 @@ def make_fabric(section: Any) -> Fabric:
         return section
     defaults = {"_target_": "lightning.Fabric", "accelerator": "auto", "devices": 1}
     node = {**defaults, **(section or {})}
-    fabric = instantiate(node, "fabric")
-    reruns_command = isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher)
-    if node.get("strategy", "auto") == "auto" and reruns_command:
-        fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
+    try:
+        fabric = instantiate(node, "fabric")
+        reruns_command = isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher)
+        if node.get("strategy", "auto") == "auto" and reruns_command:
+            fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
+    except (ValueError, MisconfigurationException) as error:
+        raise FusionBenchError(f"fabric: {error}") from error
     return fabric
 
 

@@ -14,6 +14,9 @@ from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.zero_shot import ZeroShotHead, text_head
 from fusion_bench.tasks import Task, load_task
 
+#: Where a repository lacks the tokenizer's files, transformers makes one of special tokens alone.
+_SMALLEST_VOCABULARY = 10
+
 
 class CLIPVisionModelTaskPool:
     """Image-classification tasks; the classes' names, put into words, are the classifier.
@@ -165,6 +168,8 @@ class CLIPVisionModelTaskPool:
                 processor = CLIPProcessor(
                     CLIPImageProcessorPil.from_pretrained(path), CLIPTokenizer.from_pretrained(path)
                 )
+            if len(processor.tokenizer) < _SMALLEST_VOCABULARY:
+                raise FusionBenchError(f"taskpool.processor: '{source}' comes without a tokenizer.")
         else:
             processor = load("processor", source, "taskpool.processor")
         other = self._image_processor_source

@@ -97,7 +97,7 @@ def test_an_unknown_name_names_the_nearest(pool: CLIPVisionModelPool) -> None:
 
 def test_a_directory_that_does_not_exist_names_the_nearest(family: Path) -> None:
     pool = CLIPVisionModelPool({"a": str(family / "models" / "bse")})
-    with pytest.raises(FusionBenchError, match="bse.*Did you mean.*base"):
+    with pytest.raises(FusionBenchError, match=r"bse.*Did you mean.*base"):
         pool.load_model("a")
 
 

@@ -1,0 +1,131 @@
+"""The pages keep their promises: what they point to exists, what they show runs.
+
+The site's strict build finds broken links between pages, anchors, snippets and references. Here is
+what it lets pass.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from fusion_bench.instantiate import instantiate
+from fusion_bench.scripts.cli import CONFIG_DIR
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ON_DISK = sorted(ROOT.glob("*.md"))  # read where they lie, not on the site
+
+_FENCE = re.compile(r"^( *)(`{3,})(.*)\n((?:.*\n)*?)\1\2 *$", re.MULTILINE)
+_LINK = re.compile(r"\]\(<?([^)\s>]+)|(?:href|src)=\"([^\"]+)\"|^\[[^\]^]+\]: *(\S+)", re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """Return a page without its code."""
+    return re.sub(r"`[^`\n]*`", "", _FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def blocks(language: str) -> list[object]:
+    """Return the code in a language, each block labelled with its place."""
+    return [
+        pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in [*PAGES, *ON_DISK]
+        for number, (_, _, info, code) in enumerate(_FENCE.findall(page.read_text("utf-8")))
+        if info.split(" ")[0] == language and "--8<--" not in code
+    ]
+
+
+def commands() -> list[str]:
+    """Return every command line of ours that a shell block shows."""
+    found = set()
+    for parameter in blocks("bash"):
+        code = parameter.values[0].replace("\\\n", " ")
+        found |= {" ".join(line.split()) for line in code.splitlines() if line.strip()}
+    return sorted(found)
+
+
+def composed(arguments: list[str]) -> str:
+    """Return the config that the command line prints; nothing is loaded or written."""
+    command = [sys.executable, "-m", "fusion_bench.scripts.cli", *arguments, "--cfg", "job"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def nav_pages(node: object) -> list[str]:
+    if isinstance(node, str):
+        return [node]
+    children = node.values() if isinstance(node, dict) else node
+    return [page for child in children for page in nav_pages(child)]
+
+
+@pytest.fixture(scope="module")
+def site() -> dict[str, object]:
+    return yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ON_DISK], ids=lambda p: str(p.relative_to(ROOT)))
+def test_local_links_lead_somewhere(page: Path):
+    links = ["".join(groups) for groups in _LINK.findall(prose(page))]
+    local = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
+    targets = {link: (page.parent / link).resolve() for link in local if link}
+    missing = [link for link, target in targets.items() if not target.exists()]
+    assert not missing
+    if page in PAGES:
+        outside = [link for link, target in targets.items() if not target.is_relative_to(DOCS)]
+        assert not outside, "the site does not carry these files"
+
+
+def test_nav_lists_each_page_once(site):
+    assert sorted(nav_pages(site["nav"])) == [str(p.relative_to(DOCS)) for p in PAGES]
+
+
+def test_site_brings_the_files_that_it_loads(site):
+    local = [f for f in site.get("extra_javascript", []) if "://" not in f]
+    assert [f for f in local if not (DOCS / f).is_file()] == []
+
+
+def test_launch_entry_is_shown_whole():
+    """The tutorial includes it by line numbers, which must move when the file does."""
+    page = (DOCS / "get_started" / "clip_simple_average.md").read_text(encoding="utf-8")
+    start, end = map(int, re.search(r"launch\.json:(\d+):(\d+)", page).groups())
+    lines = (ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8").splitlines()
+    entry = yaml.safe_load("\n".join(lines[start - 1 : end]).strip().rstrip(","))
+    assert entry["name"] == "clip_simple_average"
+    assert entry["module"] == "fusion_bench.scripts.cli"
+
+
+def test_annotations_match_the_comments_in_the_yaml():
+    text = (CONFIG_DIR / "_get_started" / "clip_simple_average.yaml").read_text(encoding="utf-8")
+    page = (DOCS / "get_started" / "clip_simple_average.md").read_text(encoding="utf-8")
+    _, notes = page.split('--8<-- "config/_get_started/clip_simple_average.yaml"\n```\n\n')
+    numbers = re.findall(r"^(\d)\. ", notes.partition("\n\n")[0], re.MULTILINE)
+    assert re.findall(r"# \((\d)\)!$", text, re.MULTILINE) == numbers == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_shown_commands_compose(command):
+    words = shlex.split(command.replace("$PWD", str(ROOT)), comments=True)
+    assert words[0] == "fusion_bench"
+    # a sweep is composed when it runs; its values are put in one at a time
+    words = [re.sub(r"(=[^,\[{]+),.*", r"\1", word) for word in words[1:] if word != "-m"]
+    assert "_target_" in composed(words)
+
+
+@pytest.mark.parametrize("code", blocks("yaml"))
+def test_shown_yaml_fits_the_classes(code, tmp_path):
+    (tmp_path / "shown.yaml").write_text(code, encoding="utf-8")
+    config = yaml.safe_load(composed(["--config-path", str(tmp_path), "--config-name", "shown"]))
+    for name in {"method", "modelpool", "taskpool"} & set(config):
+        instantiate({"_recursive_": False, **config[name]}, name)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_shown_python_runs(code):
+    if "outputs/" in code:
+        pytest.skip("reads the result of a run")
+    exec(compile(code, "page", "exec"), {})
