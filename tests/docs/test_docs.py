@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from fusion_bench.instantiate import instantiate
 from fusion_bench.scripts.cli import CONFIG_DIR
 
