@@ -83,11 +83,11 @@ def reading(kind: str, name: str) -> Iterator[None]:
 def load(kind: str, node: Any, key: str) -> Any:
     """Return what a config node asks for: a call of ``from_pretrained`` or ``load_dataset``.
 
-    A ``pretrained_model_name_or_path`` in it may be whatever :func:`resolve` takes. ``key`` is the
+    A ``pretrained_model_name_or_path`` in it may be whatever ``resolve`` takes. ``key`` is the
     node's place in the config.
 
     Raises:
-        FusionBenchError: as :func:`resolve` and :func:`reading`.
+        FusionBenchError: as ``resolve`` and ``reading``.
     """
     named = node if isinstance(node, Mapping) else {}
     pretrained = named.get("pretrained_model_name_or_path")

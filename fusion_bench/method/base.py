@@ -46,7 +46,7 @@ def is_special(name: str) -> bool:
 class TensorwiseAlgorithm(ABC):
     """A method that makes each output tensor from the same tensor of every model.
 
-    Subclasses implement :meth:`merge_tensor`; those that need the pretrained model set
+    Subclasses implement ``merge_tensor``; those that need the pretrained model set
     ``needs_pretrained``.
     """
 

@@ -29,7 +29,8 @@ _PROGRAM_KEY = re.compile(
     r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|fast_dev_run|dry_run|"
     r"fabric\.\w+)="
 )
-_DIRECTORY_FLAGS = ("--config-path", "-cp", "--config-dir", "-cd")
+_PATH_FLAGS = ("--config-path", "-cp")
+_DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 
 
 class PackagedConfigs(SearchPathPlugin):
@@ -49,7 +50,7 @@ def main() -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     Plugins.instance().register(PackagedConfigs)
-    sys.argv[1:] = [f"++{w}" if _PROGRAM_KEY.match(w) else w for w in sys.argv[1:]]
+    sys.argv[1:] = _prepared(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> None:
@@ -61,14 +62,40 @@ def main() -> None:
         run()
 
 
+def _prepared(words: list[str]) -> list[str]:
+    """Return the command line as Hydra takes it.
+
+    A config directory may be relative to where the user is; Hydra's own reading is relative to
+    this file. The program's keys need no ``++``.
+    """
+    prepared = []
+    for position, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        follows_flag = position > 0 and words[position - 1] in _PATH_FLAGS
+        if follows_flag and Path(word).is_dir():
+            word = str(Path(word).absolute())
+        elif flag in _PATH_FLAGS and equals and Path(value).is_dir():
+            word = f"{flag}={Path(value).absolute()}"
+        elif _PROGRAM_KEY.match(word):
+            word = f"++{word}"
+        prepared.append(word)
+    return prepared
+
+
 def _run_program(config: DictConfig) -> None:
     from fusion_bench.instantiate import instantiate
 
     settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:
+        name = HydraConfig.get().job.config_name or ""
+        directory, slash, file = name.rpartition("/")
         raise FusionBenchError(
-            f"The config '{HydraConfig.get().job.config_name}' names no program: give it a line "
-            "such as '_target_: fusion_bench.programs.FabricModelFusionProgram'."
+            f"The config '{name}' names no program at its top. "
+            + (
+                f"Name its directory: '--config-path …/{directory} --config-name {file}'."
+                if slash
+                else "Give it '_target_: fusion_bench.programs.FabricModelFusionProgram'."
+            )
         )
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     instantiate(settings, output_dir=HydraConfig.get().runtime.output_dir).run()
@@ -81,6 +108,8 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FusionBenchError, HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             raise

@@ -94,7 +94,7 @@ class CLIPVisionModelTaskPool:
         self._heads = {name: self._make_head(name) for name in self.task_names}
 
     def data(self, name: str) -> LabelledImages:
-        """Return a task's images and labels, once :meth:`prepare` has run."""
+        """Return a task's images and labels, once ``prepare`` has run."""
         return self._data[name]
 
     def evaluate(
@@ -111,7 +111,7 @@ class CLIPVisionModelTaskPool:
         Args:
             model: a ``CLIPVisionModel``; moved to Fabric's device.
             fabric: gives device, precision and processes; all of them must call this.
-            tasks: names out of :attr:`task_names`.
+            tasks: names out of ``task_names``.
             name: what the progress bar calls the model.
             fast_dev_run: only the first batch of each task.
         """

@@ -1,0 +1,58 @@
+"""`fusion_bench`, with no arguments, in an empty directory, with no network."""
+
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from commandline import fusion_bench
+from hub import client_environment, closed_endpoint
+
+from fusion_bench.report import Report
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run the default twice, over one cache; return the runs' directories."""
+    root = tmp_path_factory.mktemp("default")
+    env = client_environment(closed_endpoint(), root / "hf")
+    env["FUSION_BENCH_CACHE"] = str(root / "cache")
+    for name in ("first", "second"):
+        (root / name).mkdir()
+        done = fusion_bench(cwd=root / name, env=env, timeout=580)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert ("Building the zoo" in done.stdout) == (name == "first")
+        for word in ("pretrained", "individual", "merged", "average", "normalised"):
+            assert word in done.stdout
+    return {name: root / name for name in ("first", "second")}
+
+
+def report(run: Path) -> Report:
+    (path,) = run.glob("outputs/*/*/report.json")
+    return Report.load(path)
+
+
+def test_it_is_a_fair_miniature(runs: dict[str, Path]) -> None:
+    models = report(runs["first"]).models
+    pretrained, merged = models.pop("_pretrained_"), models.pop("merged")
+    own = {task: r.accuracy for m in models.values() for task, r in m.tasks.items()}
+    assert len(own) >= 4 and list(own) == list(merged.tasks) == list(pretrained.tasks)
+    assert all(own[task] > result.accuracy + 0.1 for task, result in pretrained.tasks.items())
+    assert fmean(own.values()) > 0.85
+    assert pretrained.average is not None and merged.average is not None
+    assert pretrained.average.accuracy + 0.02 < merged.average.accuracy
+    assert merged.average.accuracy < fmean(own.values()) - 0.02
+
+
+def test_the_second_run_says_the_same(runs: dict[str, Path]) -> None:
+    first, second = report(runs["first"]), report(runs["second"])
+    assert second.models == first.models and second.tasks == first.tasks
+
+
+def test_a_run_leaves_its_output_directory_and_nothing_else(runs: dict[str, Path]) -> None:
+    for run in runs.values():
+        assert [path.name for path in run.iterdir()] == ["outputs"]
+        (out,) = run.glob("outputs/*/*")
+        assert {p.name for p in out.iterdir()} == {
+            *(".hydra", "cli.log", "config.yaml", "report.json", "report.md")
+        }
