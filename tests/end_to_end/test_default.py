@@ -1,13 +1,16 @@
 """`fusion_bench`, with no arguments, in an empty directory, with no network."""
 
+import re
 from pathlib import Path
 from statistics import fmean
 
 import pytest
-from commandline import fusion_bench
+from commandline import REPOSITORY, fusion_bench
 from hub import client_environment, closed_endpoint
 
 from fusion_bench.report import Report
+
+pytestmark = pytest.mark.timeout(1500)  # the build takes minutes, and more on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +21,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     env["FUSION_BENCH_CACHE"] = str(root / "cache")
     for name in ("first", "second"):
         (root / name).mkdir()
-        done = fusion_bench(cwd=root / name, env=env, timeout=580)
+        done = fusion_bench(cwd=root / name, env=env, timeout=1200)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert ("Building the zoo" in done.stdout) == (name == "first")
         for word in ("pretrained", "individual", "merged", "average", "normalised"):
             assert word in done.stdout
     return {name: root / name for name in ("first", "second")}
+
+
+def test_what_the_pages_show_in_python_runs(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs["first"])
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(runs["first"].parent / "cache"))
+    shown = [
+        code
+        for page in sorted((REPOSITORY / "docs").rglob("*.md"))
+        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+        if "outputs/" in code or "zoo" in code
+    ]
+    assert len(shown) >= 2
+    (out,) = runs["first"].glob("outputs/*/*")
+    for code in shown:  # the pages name a run of their own
+        exec(re.sub(r"outputs/[\d-]+/[\d-]+", str(out), code), {})
 
 
 def report(run: Path) -> Report:
