@@ -115,6 +115,10 @@ class CLIPVisionModelPool:
 
     def _image_processor(self) -> Any:
         source = self._processor or self._models[self._reference]
+        if self._processor is None and isinstance(source, Mapping):
+            source = source.get("pretrained_model_name_or_path")
+        if source is None or isinstance(source, nn.Module):
+            return None
         if not isinstance(source, str):
             processor = load("processor", self._processor, "modelpool.processor")
             return getattr(processor, "image_processor", processor)

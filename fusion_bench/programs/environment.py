@@ -36,7 +36,7 @@ def make_fabric(section: Any) -> Fabric:
         reruns_command = isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher)
         if node.get("strategy", "auto") == "auto" and reruns_command:
             fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise FusionBenchError(f"fabric: {error}") from error
     return fabric
 

@@ -1,6 +1,7 @@
 """Fuse, then evaluate: the main program."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ class FabricModelFusionProgram:
                 f"baselines: '{baselines}' is unknown. "
                 + did_you_mean(str(baselines), get_args(Baselines))
             )
+        if seed is not None and not isinstance(seed, int):
+            raise FusionBenchError(f"seed: '{seed}' is not a whole number.")
         self.method = instantiate(method, "method")
         self.modelpool = instantiate(_lazily(modelpool), "modelpool")
         self.taskpool = instantiate(_lazily(taskpool), "taskpool")
@@ -156,7 +159,12 @@ class FabricModelFusionProgram:
 
     def _save(self, merged: Mapping[str, nn.Module], path: Path) -> None:
         for name, model in merged.items():
-            self.modelpool.save_model(model, path if len(merged) == 1 else path / name)
+            try:
+                self.modelpool.save_model(model, path if len(merged) == 1 else path / name)
+            except OSError as error:
+                raise FusionBenchError(
+                    f"merged_model_save_path: cannot write it: {error}"
+                ) from error
 
     def _judge_all(self, fabric: Fabric, merged: dict[str, nn.Module]) -> dict[str, ModelResult]:
         """Judge baselines and merged models; each model is loaded when its turn comes."""
@@ -227,18 +235,29 @@ class FabricModelFusionProgram:
             print_comparison(report, console)
         if self.model_path is not None:
             log.info("Merged model: %s", self.model_path)
-        if self.report_path is not None:
-            report.save(self.report_path)
-            log.info("Report: %s", self.report_path)
+        if self.fast_dev_run:
+            log.warning("Only the first batch of each task was judged (fast_dev_run).")
         if self.output_dir is not None:
             write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(self.config))
             write_text(self.output_dir / "report.md", markdown(report))
             report.save(self.output_dir / "report.json")
             log.info("Report: %s", self.output_dir / "report.md")
+        if self.report_path is not None:
+            try:
+                report.save(self.report_path)
+            except OSError as error:
+                raise FusionBenchError(f"report_save_path: cannot write it: {error}") from error
+            log.info("Report: %s", self.report_path)
 
     def _destination(self, key: str, path: str | None, overwrite: bool) -> Path | None:
         if path is None:
             return None
+        for placeholder in re.findall(r"\{(\w*)\}", path):
+            if placeholder != "log_dir":
+                raise FusionBenchError(
+                    f"{key}: '{{{placeholder}}}' is unknown. "
+                    + did_you_mean(placeholder, ["log_dir"])
+                )
         if "{log_dir}" in path and self.output_dir is None:
             raise FusionBenchError(f"{key}: '{{log_dir}}' needs an output_dir.")
         place = Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()

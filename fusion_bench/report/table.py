@@ -30,8 +30,11 @@ def comparison(report: Report) -> list[Row]:
     """
     rows: dict[str, list[Row]] = {"pretrained": [], "individual": [], "merged": []}
     own: dict[str, TaskResult] = {}
+    individual = [m.tasks for m in report.models.values() if m.role == "individual"]
+    judged = [task for tasks in individual for task in tasks]
+    diagonal = len(judged) == len(individual) == len(set(judged))  # a task each, none twice
     for name, model in report.models.items():
-        if model.role == "individual" and len(model.tasks) == 1:
+        if model.role == "individual" and diagonal:
             own |= model.tasks
         else:
             label = "pretrained" if model.role == "pretrained" else name
@@ -108,6 +111,8 @@ def markdown(report: Report) -> str:
         f"- fusion_bench {report.run.version}, {report.run.created_at}",
         "",
     ]
+    if report.run.config.get("fast_dev_run"):
+        lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in rows]
     lines += ["", "Normalised: the accuracy divided by that of the task's individual model."]
@@ -121,5 +126,6 @@ def _target(report: Report, section: str) -> str:
 
 
 def _models(report: Report) -> list[str]:
-    names = [n for n, m in report.models.items() if m.role == "individual"]
-    return names or list(report.models)
+    pool = report.run.config.get("modelpool")
+    names = pool.get("models") if isinstance(pool, dict) else None
+    return list(names or report.models)

@@ -50,7 +50,8 @@ def main() -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     Plugins.instance().register(PackagedConfigs)
-    sys.argv[1:] = _prepared(sys.argv[1:])
+    with _plain_messages(show_traceback):
+        sys.argv[1:] = _prepared(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> None:
@@ -72,14 +73,23 @@ def _prepared(words: list[str]) -> list[str]:
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
         follows_flag = position > 0 and words[position - 1] in _PATH_FLAGS
-        if follows_flag and Path(word).is_dir():
-            word = str(Path(word).absolute())
-        elif flag in _PATH_FLAGS and equals and Path(value).is_dir():
-            word = f"{flag}={Path(value).absolute()}"
+        if follows_flag:
+            word = _directory(word)
+        elif flag in _PATH_FLAGS and equals:
+            word = f"{flag}={_directory(value)}"
         elif _PROGRAM_KEY.match(word):
             word = f"++{word}"
         prepared.append(word)
     return prepared
+
+
+def _directory(name: str) -> str:
+    path = Path(name).absolute()
+    if not path.is_dir() and "://" not in name:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings) if siblings else ""
+        raise FusionBenchError(f"--config-path: there is no directory '{name}'. {hint}".rstrip())
+    return str(path) if path.is_dir() else name
 
 
 def _run_program(config: DictConfig) -> None:
@@ -124,6 +134,8 @@ def _explain(error: Exception) -> str:
         # Hydra's own message goes on with its search path, which tells people little.
         missing = error.missing_cfg_file or ""
         return f"{first_line} {did_you_mean(missing, _config_names(missing))}"
+    if "{log_dir}" in first_line:
+        return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]

@@ -117,6 +117,7 @@ class CLIPVisionModelTaskPool:
         """
         self.prepare(fabric)
         loader = loader_arguments(self._dataloader_kwargs, fabric)
+        self._check_architecture(model, name)
         encoder = fabric.to_device(fabric.strategy.precision.convert_module(model)).eval()
         scores = {}
         for task in self.task_names if tasks is None else tasks:
@@ -131,6 +132,18 @@ class CLIPVisionModelTaskPool:
                 min(len(data), loader["batch_size"]) if fast_dev_run else len(data),
             )
         return scores
+
+    def _check_architecture(self, model: nn.Module, name: str) -> None:
+        """Refuse an encoder of another size: head and image size are those of ``clip_model``."""
+        expected = self._clip.config.vision_config
+        for field in ("hidden_size", "patch_size", "image_size", "num_hidden_layers"):
+            found = getattr(getattr(model, "config", None), field, None)
+            if found is not None and found != getattr(expected, field):
+                raise FusionBenchError(
+                    f"taskpool.clip_model: its vision encoder has {field} "
+                    f"{getattr(expected, field)}, '{name}' has {found}. Name the model that the "
+                    "encoders were fine-tuned from."
+                )
 
     def _make_head(self, name: str) -> ZeroShotHead:
         classes = text_head(

@@ -45,6 +45,12 @@ def test_the_full_matrix_has_a_row_a_model() -> None:
     assert rows[0].cells == [80, 10]
 
 
+def test_models_judged_on_the_same_single_task_do_not_share_a_row() -> None:
+    models = {"a": model("individual", a=80), "b": model("individual", a=20)}
+    summarise(models, OWN)
+    assert [row.name for row in comparison(report(models))] == ["a", "b"]
+
+
 def test_printed_side_by_side_where_it_fits() -> None:
     lines = printed(100).splitlines()
     header = next(line for line in lines if "average" in line)

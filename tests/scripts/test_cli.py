@@ -125,6 +125,9 @@ BAD = [
     (["fabric.accelerator=abacus"], "abacus", "cpu"),
     (["taskpool.test_datasets.a.split=tst"], "tst", "Did you mean 'test'?"),
     (["baselines=all"], "all", "all_tasks"),
+    (["seed=abc"], "seed", "whole number"),
+    (["merged_model_save_path='{logdir}/m'"], "{logdir}", "Did you mean 'log_dir'?"),
+    (["report_save_path={log_dir}/r.json"], "{log_dir}", "Quote it"),
     (["seed=[1"], "[1", "input"),
 ]
 

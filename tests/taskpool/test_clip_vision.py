@@ -5,7 +5,13 @@ import pytest
 import torch
 from datasets import load_dataset
 from lightning.fabric import Fabric
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score
@@ -130,6 +136,9 @@ def test_bad_arguments(family: Path, program_config: dict[str, Any]) -> None:
         pool(program_config, tasks={"a": {"template": []}})
     with pytest.raises(FusionBenchError, match="drop_last"):
         loader_arguments({"drop_last": True}, cpu())
+    other = CLIPVisionModel(CLIPVisionConfig(hidden_size=48, num_attention_heads=2))
+    with pytest.raises(FusionBenchError, match=r"hidden_size 24, 'x' has 48"):
+        pool(program_config).evaluate(other, cpu(), name="x")
     bare = pool(program_config, clip_model=str(family / "models" / "a"))
     with pytest.raises(FusionBenchError, match="not a full CLIP model"):
         bare.prepare(cpu())
