@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.weights import ModuleWeights, Weights, merge
+from fusion_bench.weights import ModuleWeights, Weights, is_special, merge
 
 
 class ModelPool(Protocol):
@@ -36,11 +36,6 @@ class ModuleDict:
     def weights(self, name: str) -> Weights:
         """Return a view of the module's state dict."""
         return ModuleWeights(self._modules[name])
-
-
-def is_special(name: str) -> bool:
-    """Tell whether a model's name, such as ``_pretrained_``, keeps it out of the fusion."""
-    return name.startswith("_") or name.endswith("_")
 
 
 class TensorwiseAlgorithm(ABC):

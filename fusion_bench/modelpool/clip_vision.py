@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.sources import load, reading, resolve
 from fusion_bench.storage import whole_directory
-from fusion_bench.weights import ModuleWeights, Weights
+from fusion_bench.weights import ModuleWeights, Weights, is_special
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -46,7 +46,7 @@ class CLIPVisionModelPool:
         self.train_datasets = dict(train_datasets or {})
         self.val_datasets = dict(val_datasets or {})
         self.test_datasets = dict(test_datasets or {})
-        self.model_names = [n for n in self._models if not (n.startswith("_") or n.endswith("_"))]
+        self.model_names = [name for name in self._models if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._models
         if not self.model_names:
             raise FusionBenchError(

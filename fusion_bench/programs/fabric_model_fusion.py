@@ -29,6 +29,7 @@ from fusion_bench.report import (
 )
 from fusion_bench.report.schema import Role
 from fusion_bench.storage import write_text
+from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import ModuleWeights, sha256
 
 log = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ class FabricModelFusionProgram:
 
     def _own_tasks(self, model: str) -> list[str]:
         names = [] if self.taskpool is None else self.taskpool.task_names
-        return [task for task in names if _spelling(task) == _spelling(model)]
+        return [task for task in names if canonical_name(task) == canonical_name(model)]
 
     def _task_infos(self, models: Mapping[str, ModelResult]) -> dict[str, TaskInfo]:
         if self.taskpool is None:
@@ -297,7 +298,3 @@ def _plain(section: Any) -> Any:
     if section is None or isinstance(section, Mapping):
         return section
     return f"{type(section).__module__}.{type(section).__qualname__}"
-
-
-def _spelling(name: str) -> str:
-    return name.casefold().replace("_", "-")

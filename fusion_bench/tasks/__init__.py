@@ -14,7 +14,7 @@ import yaml
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
 
-__all__ = ["Task", "known_tasks", "load_task", "readable"]
+__all__ = ["Task", "canonical_name", "known_tasks", "load_task", "readable"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_task(name: str) -> Task:
     Upper and lower case, ``-`` and ``_`` are not told apart.
     """
     for path in _data_files():
-        if _canonical(path.stem) == _canonical(name):
+        if canonical_name(path.stem) == canonical_name(name):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             return Task.from_mapping(content, where=path.name)
     return Task()
@@ -90,7 +90,8 @@ def _data_files() -> list[Path]:
     return list(Path(__file__).parent.glob("*.yaml"))
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """Return the one spelling of a task's name: lower case, with underscores."""
     return name.lower().replace("-", "_")
 
 

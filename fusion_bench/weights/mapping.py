@@ -58,3 +58,8 @@ class ModuleWeights(Weights):
     def tied_to(self, key: str) -> str:
         """Return the first key whose tensor is the same memory."""
         return self._tied_to[key]
+
+
+def is_special(name: str) -> bool:
+    """Tell whether a model's name, such as ``_pretrained_``, keeps it out of the fusion."""
+    return name.startswith("_") or name.endswith("_")
