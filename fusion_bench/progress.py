@@ -3,7 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,6 +19,16 @@ def bar(
     return tqdm(
         items, desc=description, total=total, unit=unit, disable=None, leave=False, delay=0.3
     )
+
+
+@contextmanager
+def byte_bar(description: str, total: int, *, show: bool) -> Iterator[Callable[[float], object]]:
+    """Show bytes done and bytes a second on stderr; yields what to call with each new number."""
+    disable = None if show else True
+    with tqdm(
+        desc=description, total=total, unit="B", unit_scale=True, disable=disable, leave=False
+    ) as shown:
+        yield shown.update
 
 
 def watched() -> bool:

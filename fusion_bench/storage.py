@@ -1,14 +1,19 @@
 """Where files are kept, and how they appear whole or not at all."""
 
+import ctypes
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+_IN_USE = ".in-use"
 
 
 def cache_dir() -> Path:
@@ -42,25 +47,62 @@ def write_text(path: Path, text: str) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory beside ``path`` that takes its place when the block succeeds.
 
-    A directory that was there before is replaced; when the block fails, it stays as it was.
+    A directory that was there before is replaced in one step; when the block fails, it stays as
+    it was. Killed at any moment, there is the old directory or the whole new one. What a killed
+    writer left beside it is removed by the next.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        fresh = scratch / "new"
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            path.replace(scratch / "old")
-        fresh.replace(path)
+        with FileLock(scratch / _IN_USE):
+            fresh = scratch / "new"
+            fresh.mkdir()
+            yield fresh
+            for file in [*fresh.rglob("*"), fresh]:
+                _sync(file)
+            _put_in_place(fresh, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of the whole directory ``path`` left; call it holding the lock."""
+def _remove_leftovers(path: Path) -> None:
     for scratch in path.parent.glob(f".{path.name}-*"):
-        shutil.rmtree(scratch, ignore_errors=True)
+        lock = scratch / _IN_USE
+        # A lock that can be had belongs to nobody who lives.
+        with suppress(Timeout, OSError):
+            if lock.exists():
+                with FileLock(lock, blocking=False):
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(fresh: Path, path: Path) -> None:
+    """Rename ``fresh`` to ``path``; what was there takes the place of ``fresh``."""
+    if path.exists() and not _exchange(fresh, path):
+        # Where the system cannot exchange two names there is a moment without any.
+        path.replace(fresh.with_name("old"))
+    if fresh.exists() and not path.exists():
+        fresh.replace(path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two directories in one step, if the system can; tell whether it did."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -69,3 +111,23 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         yield
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256, which is remembered until the file changes.
+
+    Files in the Hub's cache bear it as their name already.
+    """
+    file = path.resolve()
+    if file.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", file.name):
+        return file.name
+    state = file.stat()
+    identity = f"{file} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
+    known = cache_dir() / "file_sha256" / hashlib.sha256(identity.encode()).hexdigest()
+    with suppress(OSError):
+        return known.read_text(encoding="utf-8")
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    with suppress(OSError):  # it is only to save time
+        write_text(known, digest)
+    return digest

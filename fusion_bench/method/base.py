@@ -7,7 +7,14 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.weights import ModuleWeights, Weights, is_special, merge
+from fusion_bench.weights import (
+    MergePolicy,
+    TensorWeights,
+    Weights,
+    in_memory,
+    is_special,
+    merge,
+)
 
 
 class ModelPool(Protocol):
@@ -21,12 +28,23 @@ class ModelPool(Protocol):
     def has_pretrained(self) -> bool:
         """Whether there is a ``_pretrained_`` model."""
 
+    @property
+    def policy(self) -> MergePolicy:
+        """What to do where the models differ."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the pretrained model, or without one the first, has; if it has any."""
+
     def weights(self, name: str) -> Weights:
         """Return a model's weights, which the caller must not write to."""
 
 
 class ModuleDict:
     """A plain dict of modules, ``{"_pretrained_": m0, "a": m1}``, seen as a model pool."""
+
+    policy = MergePolicy()
+    vocabulary = None
 
     def __init__(self, modules: Mapping[str, nn.Module]):
         self._modules = modules
@@ -35,17 +53,19 @@ class ModuleDict:
 
     def weights(self, name: str) -> Weights:
         """Return a view of the module's state dict."""
-        return ModuleWeights(self._modules[name])
+        return TensorWeights(self._modules[name].state_dict())
 
 
 class TensorwiseAlgorithm(ABC):
     """A method that makes each output tensor from the same tensor of every model.
 
     Subclasses implement ``merge_tensor``; those that need the pretrained model set
-    ``needs_pretrained``.
+    ``needs_pretrained``, and those whose result at each element depends on that element alone set
+    ``elementwise``.
     """
 
     needs_pretrained = False
+    elementwise = False
     show_pbar = True
     inplace = False
 
@@ -53,21 +73,28 @@ class TensorwiseAlgorithm(ABC):
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the merged entry ``key``.
 
+        It is called from several threads, and must not write to what it is given.
+
         Args:
             key: the entry's name.
-            tensors: float32 copies, one a model, all of one shape; may be written to.
-            base: the pretrained model's entry; ``None`` where the method needs none.
+            tensors: in float32, one a model, all of one shape; a tensor is converted each time
+                that it is taken out of the sequence. With ``elementwise`` they are 1-d pieces of
+                the flattened entry.
+            base: the pretrained model's; ``None`` where there is none.
         """
 
-    def run(self, modelpool: ModelPool | Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Merge the pool's models and return the merged state dict.
+    def run(self, modelpool: ModelPool | Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+        """Merge the pool's models.
 
-        The models stay as they are, unless ``inplace`` is set: then the merged values are written
-        to the pretrained model's tensors, or without one to the first model's.
+        Returns:
+            For a pool, weights whose entries are computed when they are read. For a dict of
+            modules a state dict. The modules stay as they are, unless ``inplace`` is set: then the
+            merged values are written to the pretrained model's tensors, or without one to the
+            first model's.
 
         Raises:
             FusionBenchError: an empty pool, a missing pretrained model, weights that differ in
-                keys or shapes.
+                keys, shapes or dtypes.
         """
         pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
         if self.needs_pretrained and not pool.has_pretrained:
@@ -77,7 +104,18 @@ class TensorwiseAlgorithm(ABC):
             )
         base = pool.weights("_pretrained_") if pool.has_pretrained else None
         models = {name: pool.weights(name) for name in pool.model_names}
-        merged = merge(models, self.merge_tensor, base, progress=self.show_pbar)
+        lazy = merge(
+            models,
+            self.merge_tensor,
+            base,
+            elementwise=self.elementwise,
+            policy=pool.policy,
+            vocabulary=pool.vocabulary,
+            show_progress=self.show_pbar,
+        )
+        if not isinstance(modelpool, Mapping):
+            return lazy
+        merged = in_memory(lazy)
         if self.inplace:
             target = base if base is not None else next(iter(models.values()))
             merged = {key: target[key].copy_(tensor) for key, tensor in merged.items()}

@@ -13,13 +13,15 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 class SimpleAverageAlgorithm(TensorwiseAlgorithm):
     """The mean of all models; the pretrained model is not one of them."""
 
+    elementwise = True
+
     def __init__(self, show_pbar: bool = True, inplace: bool = False):
         self.show_pbar = show_pbar
         self.inplace = inplace
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the mean of ``tensors``."""
-        total = tensors[0]
+        total = tensors[0].clone()
         for tensor in tensors[1:]:
             total += tensor
         return total.div_(len(tensors))

@@ -17,6 +17,7 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     """
 
     needs_pretrained = True
+    elementwise = True
 
     def __init__(self, scaling_factor: float = 0.3, show_pbar: bool = True, inplace: bool = False):
         self.scaling_factor = scaling_factor
@@ -26,5 +27,7 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus ``scaling_factor`` times the sum of the differences to it."""
         assert base is not None
-        task_vectors = sum(tensor.sub_(base) for tensor in tensors)
-        return base.add_(task_vectors, alpha=self.scaling_factor)
+        task_vectors = tensors[0] - base
+        for tensor in tensors[1:]:
+            task_vectors += tensor - base
+        return task_vectors.mul_(self.scaling_factor).add_(base)

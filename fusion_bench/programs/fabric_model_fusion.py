@@ -30,7 +30,7 @@ from fusion_bench.report import (
 from fusion_bench.report.schema import Role
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
-from fusion_bench.weights import ModuleWeights, sha256
+from fusion_bench.weights import TensorWeights, Weights, in_memory, sha256
 
 log = logging.getLogger(__name__)
 
@@ -133,10 +133,7 @@ class FabricModelFusionProgram:
             if self.taskpool is not None:
                 self.taskpool.prepare(fabric)
         with clock.measure("fuse"):
-            merged = dict(self._merged_modules(self.method.run(self.modelpool)))
-            if self.model_path is not None and fabric.global_rank == 0:
-                self._save(merged, self.model_path)
-            fabric.barrier()
+            merged = self._fuse(fabric)
         with clock.measure("evaluate"):
             models = self._judge_all(fabric, merged)
         seconds = Seconds(**clock.seconds, total=clock.total())
@@ -148,26 +145,38 @@ class FabricModelFusionProgram:
             models=models,
         )
 
-    def _merged_modules(self, result: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yield name and module of what a method returned: weights, a family of them, a module."""
-        if isinstance(result, nn.Module):
-            yield "merged", result
-        elif all(isinstance(value, Tensor) for value in result.values()):
-            yield "merged", self.modelpool.build_model(result)
-        else:
-            for name, state_dict in result.items():
-                yield name, self.modelpool.build_model(state_dict)
+    def _fuse(self, fabric: Fabric) -> dict[str, nn.Module | Weights]:
+        """Return what the method makes, by name; saved, where a path is given.
 
-    def _save(self, merged: Mapping[str, nn.Module], path: Path) -> None:
-        for name, model in merged.items():
-            try:
-                self.modelpool.save_model(model, path if len(merged) == 1 else path / name)
-            except OSError as error:
-                raise FusionBenchError(
-                    f"merged_model_save_path: cannot write it: {error}"
-                ) from error
+        Merged weights are computed as they are written; they are held in memory only if they are
+        to be judged or to be thrown away.
+        """
+        merged = _named(self.method.run(self.modelpool))
+        if self.taskpool is not None or self.model_path is None:
+            for name, model in merged.items():
+                if isinstance(model, Weights):
+                    merged[name] = TensorWeights(in_memory(model))
+        if self.model_path is None:
+            return merged
+        several = len(merged) > 1
+        places = {name: self.model_path / (name if several else "") for name in merged}
+        if fabric.global_rank == 0:
+            for name, place in places.items():
+                self._save(merged[name], place)
+        fabric.barrier()
+        if self.taskpool is not None:
+            return merged
+        return {name: self.modelpool.open_saved(place) for name, place in places.items()}
 
-    def _judge_all(self, fabric: Fabric, merged: dict[str, nn.Module]) -> dict[str, ModelResult]:
+    def _save(self, model: nn.Module | Weights, place: Path) -> None:
+        try:
+            self.modelpool.save_model(model, place, self.config)
+        except OSError as error:
+            raise FusionBenchError(f"merged_model_save_path: cannot write it: {error}") from error
+
+    def _judge_all(
+        self, fabric: Fabric, merged: Mapping[str, nn.Module | Weights]
+    ) -> dict[str, ModelResult]:
         """Judge baselines and merged models; each model is loaded when its turn comes."""
         results: dict[str, ModelResult] = {}
         if self.baselines != "none" and self.taskpool is not None:
@@ -181,8 +190,13 @@ class FabricModelFusionProgram:
                     continue
                 model = self.modelpool.load_model(name)
                 results[name] = self._judge(fabric, name, "individual", model, tasks)
-        for name, model in merged.items():
-            results[name] = self._judge(fabric, name, "merged", model)
+        for name, weights in merged.items():
+            if self.taskpool is None and isinstance(weights, Weights):
+                results[name] = _described(weights)
+            else:
+                if isinstance(weights, Weights):
+                    weights = self.modelpool.build_model(weights)
+                results[name] = self._judge(fabric, name, "merged", weights)
         return results
 
     def _judge(
@@ -193,7 +207,9 @@ class FabricModelFusionProgram:
         model: nn.Module,
         tasks: list[str] | None = None,
     ) -> ModelResult:
-        identity = sha256(ModuleWeights(model))  # before the precision may change the weights
+        identity = sha256(
+            TensorWeights(model.state_dict())
+        )  # before the precision may change the weights
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         scores = {}
         if self.taskpool is not None:
@@ -284,6 +300,26 @@ class _Clock:
 
     def total(self) -> float:
         return round(time.perf_counter() - self._start, 3)
+
+
+def _named(result: Any) -> dict[str, nn.Module | Weights]:
+    """Return by name what a method returned: weights, a module, or a family of either."""
+    if isinstance(result, nn.Module | Weights):
+        return {"merged": result}
+    if all(isinstance(value, Tensor) for value in result.values()):
+        return {"merged": TensorWeights(result)}
+    return {name: model for name, part in result.items() for model in _named(part).values()}
+
+
+def _described(weights: Weights) -> ModelResult:
+    """Return the report's entry for weights that nobody judges."""
+    own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
+    return ModelResult(
+        role="merged",
+        weights_sha256=sha256(weights),
+        num_parameters=sum(spec.numel for spec in own if spec.dtype.is_floating_point),
+        tasks={},
+    )
 
 
 def _lazily(section: Any) -> Any:

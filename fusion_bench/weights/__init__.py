@@ -1,7 +1,37 @@
 """Parameters as data: read, merged and written without knowing what model they belong to."""
 
+from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
+from fusion_bench.weights.align import Aligned, MergePolicy, align, shortened
+from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.digest import sha256
-from fusion_bench.weights.mapping import ModuleWeights, TensorSpec, Weights, is_special
-from fusion_bench.weights.merge import check_alike, merge
+from fusion_bench.weights.hub import open_repository, weight_files
+from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
+from fusion_bench.weights.merge import MergedWeights, merge
+from fusion_bench.weights.stream import in_memory, into_module, stream
+from fusion_bench.weights.views import Renamed, without_prefix
+from fusion_bench.weights.write import write_checkpoint
 
-__all__ = ["ModuleWeights", "TensorSpec", "Weights", "check_alike", "is_special", "merge", "sha256"]
+__all__ = [
+    "AdapterConfig",
+    "AdapterWeights",
+    "Aligned",
+    "MergePolicy",
+    "MergedWeights",
+    "Renamed",
+    "TensorSpec",
+    "TensorWeights",
+    "Weights",
+    "align",
+    "in_memory",
+    "into_module",
+    "is_special",
+    "merge",
+    "open_checkpoint",
+    "open_repository",
+    "sha256",
+    "shortened",
+    "stream",
+    "weight_files",
+    "without_prefix",
+    "write_checkpoint",
+]

@@ -3,9 +3,11 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,32 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes that the elements take."""
+        return self.numel * self.dtype.itemsize
+
 
 class Weights(Mapping[str, Tensor]):
-    """A model's named tensors, in the model's own order; whoever reads one must not write to it."""
+    """A model's named tensors, in the model's own order; whoever reads one must not write to it.
+
+    Entries may lie in memory, in mapped files or on the Hub, or be computed when they are read.
+    """
+
+    #: Whether entries may be read piece by piece for no more work than as a whole.
+    in_pieces: bool = True
+    #: Whether a person wants to watch them being read.
+    show_progress: bool = False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the entries are read from; they are downloaded if they are not here."""
+        return ()
 
     @abstractmethod
     def spec(self, key: str) -> TensorSpec:
@@ -27,19 +52,51 @@ class Weights(Mapping[str, Tensor]):
         """Return the first key that shares its memory with ``key``; ``key`` itself where untied."""
         return key
 
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return the elements ``start`` to ``stop`` of the flattened entry, 1-d.
 
-class ModuleWeights(Weights):
-    """The state dict of a module in memory; tensors are views, not copies."""
+        An entry that is computed may come in float32, whatever its dtype.
+        """
+        return self[key].reshape(-1)[start:stop]
 
-    def __init__(self, module: nn.Module):
-        self._tensors: dict[str, Tensor] = {k: v.detach() for k, v in module.state_dict().items()}
+    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
+        """Yield ``start`` and ``stop`` of pieces of at most ``size`` elements, to be read apart."""
+        numel = self.spec(key).numel
+        for start in range(0, numel, size):
+            yield start, min(start + size, numel)
+
+    def bytes_to_read(self, key: str) -> int:
+        """Return how many bytes lie behind an entry, for progress."""
+        return self.spec(key).nbytes
+
+    def verify(self) -> None:
+        """Raise for what was noticed while entries were read; called when all have been."""
+
+
+class TensorWeights(Weights):
+    """Tensors that are at hand: a state dict, or mapped files; nothing is copied.
+
+    Args:
+        tensors: a module's ``state_dict()`` for one; entries that share memory are tied.
+        files: where they are mapped from.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], files: tuple[Path, ...] = ()):
+        self._files = files
+        self._tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+        self._flat: dict[str, Tensor] = {}
         first: dict[tuple[int, tuple[int, ...]], str] = {}
         self._tied_to = {
             key: first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), key)
-            if tensor.numel()
+            if tensor.numel() and not tensor.is_meta
             else key
             for key, tensor in self._tensors.items()
         }
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the tensors are mapped from."""
+        return self._files
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[key]
@@ -58,6 +115,13 @@ class ModuleWeights(Weights):
     def tied_to(self, key: str) -> str:
         """Return the first key whose tensor is the same memory."""
         return self._tied_to[key]
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return a view of the flattened entry; a copy where it is not contiguous."""
+        flat = self._flat.get(key)
+        if flat is None:  # kept, for a copy of the whole entry a piece would be slow
+            flat = self._flat[key] = self._tensors[key].reshape(-1)
+        return flat[start:stop]
 
 
 def is_special(name: str) -> bool:

@@ -1,87 +1,222 @@
-"""The loop that every method of one tensor at a time runs in."""
+"""What every method of one tensor at a time has in common."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.progress import bar
-from fusion_bench.weights.mapping import Weights
+from fusion_bench.weights.align import Aligned, MergePolicy, align, shortened
+from fusion_bench.weights.mapping import TensorSpec, Weights
+
+log = logging.getLogger(__name__)
 
 #: ``merge_tensor(key, tensors, base)``: one float32 tensor from the same entry of every model.
 MergeTensor = Callable[[str, Sequence[Tensor], Tensor | None], Tensor]
 
 
-@torch.no_grad()
 def merge(
     models: Mapping[str, Weights],
     merge_tensor: MergeTensor,
     base: Weights | None = None,
-    progress: bool = False,
-) -> dict[str, Tensor]:
-    """Merge ``models`` entry by entry, in the order and the dtypes of ``base`` or the first model.
+    *,
+    elementwise: bool = False,
+    policy: MergePolicy | None = None,
+    vocabulary: int | None = None,
+    show_progress: bool = False,
+) -> "MergedWeights":
+    """Return the merged weights; their entries are computed when they are read.
 
-    Floating-point entries reach ``merge_tensor`` as float32 copies (float64 stays) and are cast
-    once, at the end. Integer and boolean entries are copied. Tied entries are merged once and
-    stay tied.
+    Args:
+        models: name to weights; their order is that of ``tensors`` in ``merge_tensor``.
+        merge_tensor: the method. It must not write to what it is given, and may be called from
+            several threads.
+        base: the pretrained model.
+        elementwise: each merged element depends on the same element of every model alone, so that
+            ``merge_tensor`` may be given 1-d pieces of an entry.
+        policy: what to do where models differ.
+        vocabulary: the reference's number of tokens, for ``policy.on_vocabulary``.
+        show_progress: show a bar while they are read.
 
     Raises:
-        FusionBenchError: no models, or models whose keys or shapes differ; every difference is
-            listed.
+        FusionBenchError: as ``align``.
     """
-    if not models:
-        raise FusionBenchError("There is nothing to merge: the model pool names no model.")
-    reference_name, reference = (
-        ("_pretrained_", base) if base is not None else next(iter(models.items()))
-    )
-    check_alike(reference_name, reference, models)
-    merged: dict[str, Tensor] = {}
-    for key in bar(reference, "fusing", unit="tensor") if progress else reference:
-        first = reference.tied_to(key)
-        if first != key:
-            merged[key] = merged[first]
-        elif not reference.spec(key).dtype.is_floating_point:
-            merged[key] = reference[key].clone()
+    policy = policy or MergePolicy()
+    aligned = align(models, base, policy, vocabulary)
+    return MergedWeights(aligned, merge_tensor, elementwise, policy, show_progress)
+
+
+class MergedWeights(Weights):
+    """Weights that are merged when they are read, in the reference's order.
+
+    Floating-point entries reach ``merge_tensor`` as float32 (float64 stays) and are rounded once,
+    by whoever stores them as their ``spec`` says. Integer and boolean entries are the reference's.
+    Entries that are tied in every model are merged once and stay tied.
+    """
+
+    def __init__(
+        self,
+        aligned: Aligned,
+        merge_tensor: MergeTensor,
+        elementwise: bool,
+        policy: MergePolicy,
+        show_progress: bool,
+    ):
+        self.in_pieces = elementwise
+        self.show_progress = show_progress
+        self._aligned = aligned
+        self._merge_tensor = merge_tensor
+        self._policy = policy
+        self._names = list(aligned.models)
+        self._inputs = list(aligned.models.values())
+        self._nonfinite: dict[str, None] = {}  # an ordered set
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of all models."""
+        everything = [self._aligned.reference, *self._inputs]
+        return tuple(dict.fromkeys(file for weights in everything for file in weights.files))
+
+    def __getitem__(self, key: str) -> Tensor:
+        spec = self.spec(key)
+        return self.read(key, 0, spec.numel).to(spec.dtype, copy=True).view(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._aligned.reference)
+
+    def __len__(self) -> int:
+        return len(self._aligned.reference)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return the reference's shape, and the policy's dtype or the reference's."""
+        spec = self._aligned.reference.spec(key)
+        if spec.dtype.is_floating_point and self._policy.torch_dtype is not None:
+            return TensorSpec(spec.shape, self._policy.torch_dtype)
+        return spec
+
+    def tied_to(self, key: str) -> str:
+        """Return the first key of an entry that is tied in every model."""
+        first = self._aligned.reference.tied_to(key)
+        return first if all(weights.tied_to(key) == first for weights in self._inputs) else key
+
+    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
+        """Yield pieces of a bounded size where that leaves the method's result alone."""
+        whole = not self.in_pieces and key not in self._aligned.copied
+        numel = self.spec(key).numel
+        return super().pieces(key, max(numel, 1) if whole else size)
+
+    def bytes_to_read(self, key: str) -> int:
+        """Return the bytes of the entry in all models."""
+        if key in self._aligned.copied:
+            return self._aligned.reference.bytes_to_read(key)
+        base = self._aligned.base
+        return sum(w.bytes_to_read(key) for w in [*self._inputs, *([] if base is None else [base])])
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return merged elements, in float32 or float64."""
+        reference = self._aligned.reference
+        if key in self._aligned.copied:
+            return reference.read(key, start, stop)
+        common = self._common(key)
+        if start >= common:
+            return reference.read(key, start, stop)
+        if not self.in_pieces:
+            merged = self._merged(key, 0, common)[start:stop]
         else:
-            result = merge_tensor(
-                key,
-                [_working_copy(weights[key]) for weights in models.values()],
-                None if base is None else _working_copy(base[key]),
-            )
-            merged[key] = result.to(reference.spec(key).dtype)
-    return merged
+            merged = self._merged(key, start, min(stop, common))
+        if stop <= common:
+            return merged
+        rest = reference.read(key, common, stop).to(merged.dtype)
+        return torch.cat([merged, rest])
 
+    def verify(self) -> None:
+        """Name the entries in which NaN or infinity was met.
 
-def check_alike(name: str, reference: Weights, models: Mapping[str, Weights]) -> None:
-    """Compare keys and shapes of ``models`` with ``reference``, called ``name``.
-
-    Raises:
-        FusionBenchError: with a line for each missing key, extra key and other shape.
-    """
-    problems: list[str] = []
-    for model, weights in models.items():
-        problems += [f"{model}: lacks '{key}'" for key in reference if key not in weights]
-        problems += [f"{model}: has an extra '{key}'" for key in weights if key not in reference]
-        problems += [
-            f"{model}: '{key}' is {list(weights.spec(key).shape)}, "
-            f"in {name} {list(reference.spec(key).shape)}"
-            for key in reference
-            if key in weights and weights.spec(key).shape != reference.spec(key).shape
-        ]
-    if problems:
+        Raises:
+            FusionBenchError: where there are some and the policy does not let them pass.
+        """
+        if not self._nonfinite:
+            return
+        message = "NaN or infinity in\n  " + shortened(self._nonfinite)
+        if self._policy.on_nonfinite == "warn":
+            log.warning(message)
+            return
         raise FusionBenchError(
-            f"These models cannot be merged: their weights are not like those of '{name}'. "
-            "Use models that were fine-tuned from the same base.\n  " + _shortened(problems)
+            f"{message}\nUse sound checkpoints, a wider policy.dtype where the result alone is "
+            "named, or give modelpool.policy.on_nonfinite=warn."
         )
 
+    def _common(self, key: str) -> int:
+        """Return how many elements of the entry all models have."""
+        spec = self._aligned.reference.spec(key)
+        rows = self._aligned.common_rows.get(key)
+        return spec.numel if rows is None else spec.numel // spec.shape[0] * rows
 
-def _working_copy(tensor: Tensor) -> Tensor:
-    # A copy, also of a float32 tensor: the method may then work in place.
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.to(dtype, copy=True)
+    def _merged(self, key: str, start: int, stop: int) -> Tensor:
+        shape: tuple[int, ...] = (stop - start,)
+        if not self.in_pieces:
+            shape = self._aligned.reference.spec(key).shape
+            if (rows := self._aligned.common_rows.get(key)) is not None:
+                shape = (rows, *shape[1:])
+        stored = [weights.read(key, start, stop).view(shape) for weights in self._inputs]
+        base = self._aligned.base
+        stored_base = None if base is None else base.read(key, start, stop).view(shape)
+        versions = _versions(stored, stored_base)
+        named = zip(self._names, stored, strict=True)
+        merged = self._merge_tensor(
+            key,
+            _Working([partial(self._working, key, name, tensor) for name, tensor in named]),
+            None if stored_base is None else self._working(key, "_pretrained_", stored_base),
+        )
+        if _versions(stored, stored_base) != versions:
+            raise RuntimeError(f"merge_tensor wrote to the tensors of '{key}' that it was given.")
+        if merged.shape != shape:
+            raise RuntimeError(
+                f"merge_tensor made {list(merged.shape)} of '{key}', which is {list(shape)}."
+            )
+        self._check(key, "merged", merged)
+        dtype = self.spec(key).dtype
+        if dtype.itemsize < 4 and merged.numel() and merged.abs().amax() > torch.finfo(dtype).max:
+            self._nonfinite[f"merged: '{key}' exceeds {dtype}"] = None
+        return merged.reshape(-1)
+
+    def _working(self, key: str, model: str, stored: Tensor) -> Tensor:
+        """Return the values in the type and the place where the mathematics happens."""
+        dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        tensor = stored.to(self._policy.device, dtype)
+        self._check(key, model, tensor)
+        return tensor
+
+    def _check(self, key: str, model: str, tensor: Tensor) -> None:
+        # The sum is a quick first look: it is finite only where all elements are.
+        if not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
+            self._nonfinite[f"{model}: '{key}'"] = None
 
 
-def _shortened(lines: list[str], most: int = 20) -> str:
-    shown = lines[:most] + ([f"… and {len(lines) - most} more"] if len(lines) > most else [])
-    return "\n  ".join(shown)
+class _Working(Sequence[Tensor]):
+    """The tensors of one entry, each converted when the method asks for it.
+
+    So each is worked on while it is in the cache, and no more than one copy is held.
+    """
+
+    def __init__(self, tensors: Sequence[Callable[[], Tensor]]):
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Working(self._tensors[index])
+        return self._tensors[index]()
+
+
+def _versions(tensors: Sequence[Tensor], base: Tensor | None) -> list[int]:
+    """Return torch's counts of in-place changes."""
+    everything = [*tensors, *([] if base is None else [base])]
+    return [0 if tensor.is_inference() else tensor._version for tensor in everything]

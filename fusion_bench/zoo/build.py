@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.progress import watched
-from fusion_bench.storage import cache_dir, locked, remove_leftovers, whole_directory
+from fusion_bench.storage import cache_dir, locked, whole_directory
 from fusion_bench.zoo import PRETRAINED, tokenizer
 from fusion_bench.zoo.images import SIZE, Split, make
 from fusion_bench.zoo.recipe import Recipe
@@ -41,7 +41,6 @@ def ensure(recipe: Recipe) -> Path:
         return root
     with locked(root):
         if not root.is_dir():  # another process may have built it while this one waited
-            remove_leftovers(root)
             with whole_directory(root) as scratch, _reporting(root, recipe) as advance:
                 build(scratch, recipe, advance)
     return root

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from fusion_bench.weights import ModuleWeights, TensorSpec
+from fusion_bench.weights import TensorSpec, TensorWeights
 
 
 class Tied(nn.Module):
@@ -15,7 +15,7 @@ class Tied(nn.Module):
 
 def test_it_is_the_state_dict_in_its_order() -> None:
     module = Tied()
-    weights = ModuleWeights(module)
+    weights = TensorWeights(module.state_dict())
     assert list(weights) == list(module.state_dict())
     assert len(weights) == len(module.state_dict())
     assert weights["embed.weight"].data_ptr() == module.embed.weight.data_ptr()
@@ -23,13 +23,13 @@ def test_it_is_the_state_dict_in_its_order() -> None:
 
 
 def test_specs_tell_shape_and_dtype() -> None:
-    weights = ModuleWeights(Tied())
+    weights = TensorWeights(Tied().state_dict())
     assert weights.spec("embed.weight") == TensorSpec((3, 2), torch.float32)
     assert weights.spec("norm.num_batches_tracked") == TensorSpec((), torch.int64)
 
 
 def test_tied_entries_name_the_first() -> None:
-    weights = ModuleWeights(Tied())
+    weights = TensorWeights(Tied().state_dict())
     assert weights.tied_to("head.weight") == "embed.weight"
     assert weights.tied_to("embed.weight") == "embed.weight"
     assert weights.tied_to("norm.weight") == "norm.weight"
@@ -39,4 +39,4 @@ def test_empty_tensors_are_not_tied_to_each_other() -> None:
     module = nn.Module()
     module.register_buffer("a", torch.empty(0))
     module.register_buffer("b", torch.empty(0))
-    assert ModuleWeights(module).tied_to("b") == "b"
+    assert TensorWeights(module.state_dict()).tied_to("b") == "b"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.weights import ModuleWeights, merge
+from fusion_bench.weights import TensorWeights, merge
 
 
 def module(**tensors: Tensor) -> nn.Module:
@@ -15,8 +15,8 @@ def module(**tensors: Tensor) -> nn.Module:
     return result
 
 
-def weights(**tensors: Tensor) -> ModuleWeights:
-    return ModuleWeights(module(**tensors))
+def weights(**tensors: Tensor) -> TensorWeights:
+    return TensorWeights(tensors)
 
 
 def total(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

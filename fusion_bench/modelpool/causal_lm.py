@@ -1,0 +1,28 @@
+"""Language models that were fine-tuned from one pretrained model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusion_bench.modelpool.huggingface import HFModelPool
+from fusion_bench.weights import MergePolicy
+
+
+class CausalLMPool(HFModelPool):
+    """Named causal language models, in shards or in one file, with their tokenizer.
+
+    Args:
+        models: as in ``HFModelPool``.
+        tokenizer: where the merged model's tokenizer files come from; by default the reference
+            model, which is the pretrained one or else the first.
+        policy: as in ``HFModelPool``.
+        max_shard_size: of a merged model's files.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Any],
+        tokenizer: str | None = None,
+        policy: Mapping[str, Any] | MergePolicy | None = None,
+        max_shard_size: int | str = "5GB",
+    ):
+        super().__init__(models, "AutoModelForCausalLM", tokenizer, policy, max_shard_size)

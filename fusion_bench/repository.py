@@ -1,0 +1,88 @@
+"""A model's files, whether they lie here or on the Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.sources import reading, resolve
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A directory of files; those on the Hub are brought here when they are asked for.
+
+    Attributes:
+        name: what the config calls it.
+        files: the names of its files, of those at the top alone.
+        directory: where it lies, if it lies here.
+        commit: which state of a repository on the Hub is meant.
+    """
+
+    name: str
+    files: frozenset[str]
+    directory: Path | None = None
+    repo_id: str = ""
+    commit: str | None = None
+
+    def has(self, *files: str) -> bool:
+        """Tell whether ``files`` are here already, in the directory or in the Hub's cache."""
+        if self.directory is not None:
+            return all(name in self.files for name in files)
+        from huggingface_hub import try_to_load_from_cache
+
+        return all(
+            isinstance(try_to_load_from_cache(self.repo_id, name, revision=self.commit), str)
+            for name in files
+        )
+
+    def fetch(self, *files: str) -> Path:
+        """Return the directory in which ``files`` are; what is not here yet is downloaded.
+
+        Raises:
+            FusionBenchError: files that the repository does not have, or a download that failed.
+        """
+        if lacking := sorted(set(files) - self.files):
+            raise FusionBenchError(f"There is no '{lacking[0]}' in '{self.name}'.")
+        if self.directory is not None:
+            return self.directory
+        from huggingface_hub import snapshot_download
+
+        with reading("model", self.name):
+            return Path(
+                snapshot_download(
+                    self.repo_id,
+                    revision=self.commit,
+                    allow_patterns=list(files),
+                    local_files_only=self.has(*files),
+                )
+            )
+
+
+def locate(name: str) -> Repository:
+    """Find a directory, a ``zoo:`` name, or a repository on the Hub, ``owner/name[@revision]``.
+
+    A repository costs one request; without a network, its state in the local cache is taken.
+
+    Raises:
+        FusionBenchError: nothing of that name, or a Hub that cannot be reached.
+    """
+    repo_id, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
+    place = Path(resolve(repo_id))
+    if place.is_absolute():
+        if not place.is_dir():
+            raise FusionBenchError(f"'{name}' is no directory.")
+        files = frozenset(file.name for file in place.iterdir() if file.is_file())
+        return Repository(name, files, directory=place)
+
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    with reading("model", repo_id):
+        if constants.HF_HUB_OFFLINE:
+            snapshot = Path(
+                snapshot_download(repo_id, revision=revision or None, local_files_only=True)
+            )
+            files = frozenset(file.name for file in snapshot.iterdir())
+            return Repository(name, files, repo_id=repo_id, commit=snapshot.name)
+        info = HfApi().model_info(repo_id, revision=revision or None)
+    files = frozenset(file.rfilename for file in info.siblings or () if "/" not in file.rfilename)
+    return Repository(name, files, repo_id=repo_id, commit=info.sha)

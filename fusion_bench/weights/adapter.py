@@ -1,0 +1,191 @@
+r"""LoRA adapters as models: the base's tensors with $s \cdot BA$ added where the adapter has one.
+
+Hu et al., LoRA, https://arxiv.org/abs/2106.09685; DoRA: Liu et al., https://arxiv.org/abs/2402.09353;
+rank-stabilised scaling: Kalajdzievski, https://arxiv.org/abs/2312.03732.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.weights.align import shortened
+from fusion_bench.weights.mapping import TensorSpec, Weights
+
+_PART = re.compile(
+    r"(?P<module>.+)\."
+    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an ``adapter_config.json`` says of the arithmetic.
+
+    Raises:
+        FusionBenchError: from ``read``, for an adapter of another kind than LoRA.
+    """
+
+    base: str | None
+    alpha: float
+    rank_stabilised: bool
+    transposed: bool
+    alpha_pattern: Mapping[str, float]
+
+    @classmethod
+    def read(cls, path: Path) -> "AdapterConfig":
+        """Read the file."""
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kind = content["peft_type"]
+            if kind != "LORA":
+                raise FusionBenchError(f"'{path}': an adapter of the type {kind} is not supported.")
+            return cls(
+                base=content.get("base_model_name_or_path"),
+                alpha=float(content["lora_alpha"]),
+                rank_stabilised=bool(content.get("use_rslora")),
+                transposed=bool(content.get("fan_in_fan_out")),
+                alpha_pattern=content.get("alpha_pattern") or {},
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise FusionBenchError(f"'{path}' is no configuration of a LoRA adapter.") from error
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Return the factor of a module's low-rank product."""
+        alpha = next(
+            (
+                value
+                for pattern, value in self.alpha_pattern.items()
+                if re.match(rf"(.*\.)?({pattern})$", module)
+            ),
+            self.alpha,
+        )
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What is added to one entry, seen as a matrix of its rows: ``left @ right``."""
+
+    left: Tensor
+    right: Tensor
+    magnitude: Tensor | None = None
+
+    def apply(self, rows: Tensor, start: int) -> Tensor:
+        """Return ``rows``, the entry's from row ``start`` on, with the update."""
+        rows = rows.float() + self.left[start : start + len(rows)] @ self.right
+        if self.magnitude is None:
+            return rows
+        scale = self.magnitude[start : start + len(rows), None]
+        return rows * (scale / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+class AdapterWeights(Weights):
+    """A base model with an adapter; its entries are computed in float32 when they are read.
+
+    Args:
+        base: the model that the adapter was trained on.
+        adapter: the adapter's own tensors, in PEFT's layout.
+        config: how they are to be applied.
+
+    Raises:
+        FusionBenchError: an adapter that names modules which the base does not have.
+    """
+
+    def __init__(self, base: Weights, adapter: Weights, config: AdapterConfig):
+        self._base = base
+        self._adapter = adapter
+        self._replaced: dict[str, Tensor] = {}
+        self._updates: dict[str, _Update] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
+        unknown = []
+        for name in adapter:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            plain = plain.replace(".modules_to_save.", ".")
+            found = _PART.fullmatch(plain)
+            key = self._key(f"{found['module']}.weight" if found else plain)
+            if key is None:
+                unknown.append(f"'{name}'")
+            elif found:
+                parts.setdefault(key, {})[found["part"]] = adapter[name].float()
+            else:
+                self._replaced[key] = adapter[name]
+        if unknown:
+            raise FusionBenchError(
+                "The adapter does not fit its base model, which lacks the entries that it changes. "
+                f"Name the base that it was trained on as '_pretrained_'.\n  {shortened(unknown)}"
+            )
+        for key, tensors in parts.items():
+            self._updates[key] = self._update(key, tensors, config)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the adapter and of its base."""
+        return (*self._adapter.files, *self._base.files)
+
+    def __getitem__(self, key: str) -> Tensor:
+        spec = self.spec(key)
+        return self.read(key, 0, spec.numel).view(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return the entry's shape and the dtype that it has in the base."""
+        if key in self._replaced:
+            return TensorSpec(tuple(self._replaced[key].shape), self._base.spec(key).dtype)
+        return self._base.spec(key)
+
+    def tied_to(self, key: str) -> str:
+        """Return the base's tie, where the adapter changes neither end of it."""
+        first = self._base.tied_to(key)
+        changed = {key, first} & (self._replaced.keys() | self._updates.keys())
+        return key if changed else first
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements of the flattened entry, computed over the rows that hold them."""
+        if key in self._replaced:
+            return self._replaced[key].reshape(-1)[start:stop]
+        update = self._updates.get(key)
+        if update is None:
+            return self._base.read(key, start, stop)
+        columns = update.right.shape[1]
+        first, last = start // columns, -(-stop // columns)
+        rows = self._base.read(key, first * columns, last * columns).view(-1, columns)
+        return update.apply(rows, first).view(-1)[start - first * columns : stop - first * columns]
+
+    def _key(self, name: str) -> str | None:
+        """Return the base's key for a name in the adapter; their prefixes may differ."""
+        if name in self._base:
+            return name
+        found = [key for key in self._base if key.endswith(f".{name}") or name.endswith(f".{key}")]
+        return found[0] if len(found) == 1 else None
+
+    def _update(self, key: str, tensors: Mapping[str, Tensor], config: AdapterConfig) -> _Update:
+        embedding = "lora_embedding_A" in tensors
+        try:
+            a = tensors["lora_embedding_A" if embedding else "lora_A"]
+            b = tensors["lora_embedding_B" if embedding else "lora_B"]
+        except KeyError as error:
+            raise FusionBenchError(f"The adapter is not whole: '{key}' lacks {error}.") from error
+        left, right = b.flatten(1), a.flatten(1)  # a convolution's B has a kernel of one
+        shape = self._base.spec(key).shape
+        if embedding or config.transposed:
+            left, right = right.T, left.T
+        if (left.shape[0], right.shape[1]) != (shape[0], math.prod(shape[1:])):
+            raise FusionBenchError(
+                f"The adapter does not fit its base model: it changes '{key}' as if it were "
+                f"{[left.shape[0], right.shape[1]]}; it is {list(shape)}."
+            )
+        factor = config.scaling(key.removesuffix(".weight"), a.shape[0])
+        return _Update(left * factor, right, tensors.get("lora_magnitude_vector"))

@@ -1,0 +1,235 @@
+"""Which entries of which models are merged together, settled before any work."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.weights.mapping import TensorSpec, Weights
+
+
+@dataclass(frozen=True)
+class MergePolicy:
+    """What to do where models differ, and how to compute.
+
+    The *reference* is the pretrained model, or without one the first model. The merged model has
+    the reference's entries, in its order.
+
+    Args:
+        on_missing: a model lacks an entry of the reference. ``error``; ``base``: the reference's
+            own values stand in for it; ``skip``: the entry is not merged but copied from the
+            reference.
+        on_extra: a model has an entry that the reference lacks. ``error``; ``drop`` leaves it out.
+        on_dtype: a model holds an entry in another floating-point type than the reference.
+            ``error``; ``cast`` merges it all the same, in float32.
+        on_vocabulary: a model has another number of rows in its vocabulary. ``error``; ``common``:
+            the rows that all models have are merged, and the reference's further rows are copied.
+        on_nonfinite: there is NaN or infinity in an input or in the result. ``error``; ``warn``.
+        dtype: the merged floating-point entries' type, ``bfloat16`` for one; by default the
+            reference's, entry by entry.
+        device: where the mathematics happens.
+
+    Raises:
+        FusionBenchError: a value that is not among the choices.
+    """
+
+    on_missing: Literal["error", "base", "skip"] = "error"
+    on_extra: Literal["error", "drop"] = "error"
+    on_dtype: Literal["error", "cast"] = "error"
+    on_vocabulary: Literal["error", "common"] = "error"
+    on_nonfinite: Literal["error", "warn"] = "error"
+    dtype: str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, choices = getattr(self, field.name), get_args(hints[field.name])
+            if field.name.startswith("on_") and value not in choices:
+                hint = did_you_mean(str(value), choices)
+                raise FusionBenchError(f"policy.{field.name}: '{value}' is unknown. {hint}")
+        if self.dtype is not None:
+            dtype = getattr(torch, self.dtype, None)
+            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                names = ["float64", "float32", "bfloat16", "float16"]
+                raise FusionBenchError(
+                    f"policy.dtype: '{self.dtype}' is no floating-point type. "
+                    + did_you_mean(self.dtype, names)
+                )
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The merged entries' type as torch knows it."""
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Models that have the reference's keys, all of them, and its shapes but for common rows.
+
+    Attributes:
+        reference: the pretrained model or the first one.
+        base: the pretrained model, where there is one.
+        models: the models to merge, by name.
+        copied: entries that are taken from the reference as they are.
+        common_rows: for entries whose number of rows differs, how many rows all models have.
+    """
+
+    reference: Weights
+    base: Weights | None
+    models: Mapping[str, Weights]
+    copied: frozenset[str]
+    common_rows: Mapping[str, int]
+
+
+def align(
+    models: Mapping[str, Weights],
+    base: Weights | None = None,
+    policy: MergePolicy | None = None,
+    vocabulary: int | None = None,
+) -> Aligned:
+    """Compare keys, shapes and types of all models, and mend what the policy allows.
+
+    Args:
+        models: name to weights.
+        base: the pretrained model; it is called ``_pretrained_`` in messages.
+        policy: by default every difference is an error.
+        vocabulary: the reference's number of tokens. A first dimension of that size counts as a
+            vocabulary; where it is not given, none does.
+
+    Raises:
+        FusionBenchError: no models, or differences that the policy does not allow; each is listed.
+    """
+    if not models:
+        raise FusionBenchError("There is nothing to merge: the model pool names no model.")
+    policy = policy or MergePolicy()
+    name, reference = ("_pretrained_", base) if base is not None else next(iter(models.items()))
+    comparison = _Comparison(name, reference, policy, vocabulary)
+    aligned = {model: comparison.aligned(model, weights) for model, weights in models.items()}
+    comparison.raise_problems()
+    copied = {key for key in reference if not reference.spec(key).dtype.is_floating_point}
+    copied |= comparison.skipped
+    return Aligned(reference, base, aligned, frozenset(copied), comparison.common_rows)
+
+
+class _Comparison:
+    """Looks at one model after the other and gathers what cannot be merged."""
+
+    def __init__(self, name: str, reference: Weights, policy: MergePolicy, vocabulary: int | None):
+        self.name = name
+        self.reference = reference
+        self.policy = policy
+        self.vocabulary = vocabulary
+        self.skipped: set[str] = set()
+        self.common_rows: dict[str, int] = {}
+        self.problems: list[str] = []
+        self.mends: dict[str, None] = {}  # an ordered set
+
+    def aligned(self, model: str, weights: Weights) -> Weights:
+        """Return ``weights`` with the reference's keys, if the policy allows."""
+        missing = [key for key in self.reference if key not in weights]
+        extra = [key for key in weights if key not in self.reference]
+        if missing and self.policy.on_missing == "error":
+            self._problem("on_missing=base", *(f"{model}: lacks '{key}'" for key in missing))
+        elif self.policy.on_missing == "skip":
+            self.skipped.update(missing)
+        if extra and self.policy.on_extra == "error":
+            self._problem("on_extra=drop", *(f"{model}: has an extra '{key}'" for key in extra))
+        for key in self.reference:
+            if key in weights:
+                self._compare(model, key, weights.spec(key))
+        return _Completed(weights, self.reference) if missing or extra else weights
+
+    def _compare(self, model: str, key: str, spec: TensorSpec) -> None:
+        """Note what differs in an entry."""
+        expected = self.reference.spec(key)
+        if spec.shape != expected.shape:
+            line = f"{model}: '{key}' is {list(spec.shape)}, in {self.name} {list(expected.shape)}"
+            if not self._is_vocabulary(spec, expected):
+                self._problem(None, line)
+            elif self.policy.on_vocabulary == "error":
+                self._problem("on_vocabulary=common", f"{line}: another vocabulary")
+            else:
+                known = self.common_rows.get(key, expected.shape[0])
+                self.common_rows[key] = min(known, spec.shape[0])
+        if spec.dtype != expected.dtype:
+            line = f"{model}: '{key}' is {_short(spec.dtype)}, in {self.name} "
+            line += _short(expected.dtype)
+            if not (spec.dtype.is_floating_point and expected.dtype.is_floating_point):
+                self._problem(None, line)
+            elif self.policy.on_dtype == "error":
+                self._problem("on_dtype=cast", line)
+
+    def _is_vocabulary(self, spec: TensorSpec, expected: TensorSpec) -> bool:
+        return spec.shape[1:] == expected.shape[1:] and expected.shape[:1] == (self.vocabulary,)
+
+    def _problem(self, mend: str | None, *lines: str) -> None:
+        self.problems += lines
+        if mend is not None:
+            self.mends[f"modelpool.policy.{mend}"] = None
+
+    def raise_problems(self) -> None:
+        if not self.problems:
+            return
+        raise FusionBenchError(
+            f"These models cannot be merged: their weights are not like those of '{self.name}'. "
+            "Use models that were fine-tuned from the same base"
+            + (f", or give {' '.join(self.mends)}" if self.mends else "")
+            + ".\n  "
+            + shortened(self.problems)
+        )
+
+
+class _Completed(Weights):
+    """A model with the reference's keys; what it lacks is the reference's."""
+
+    def __init__(self, weights: Weights, reference: Weights):
+        self._weights = weights
+        self._reference = reference
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of both."""
+        return (*self._weights.files, *self._reference.files)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._of(key)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reference)
+
+    def __len__(self) -> int:
+        return len(self._reference)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and dtype of the model's entry, or else of the reference's."""
+        return self._of(key).spec(key)
+
+    def tied_to(self, key: str) -> str:
+        """Return the key that the model ties this one to, or else the reference."""
+        return self._of(key).tied_to(key)
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements of the model's entry, or else of the reference's."""
+        return self._of(key).read(key, start, stop)
+
+    def _of(self, key: str) -> Weights:
+        if key not in self._reference:
+            raise KeyError(key)
+        return self._weights if key in self._weights else self._reference
+
+
+def shortened(lines: Collection[str], most: int = 50) -> str:
+    """Return indented lines, the first of them where there are many."""
+    shown = list(lines)[:most]
+    if len(lines) > most:
+        shown.append(f"… and {len(lines) - most} more")
+    return "\n  ".join(shown)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

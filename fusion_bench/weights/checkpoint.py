@@ -1,0 +1,112 @@
+"""Checkpoints on disk, mapped into memory."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.sources import reading
+from fusion_bench.weights.align import shortened
+from fusion_bench.weights.mapping import TensorWeights
+
+#: What a checkpoint's weights may be called, best first.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def open_checkpoint(path: Path) -> TensorWeights:
+    """Map a checkpoint's tensors; nothing is read until they are used.
+
+    Args:
+        path: a ``.safetensors`` file, a PyTorch file (``.bin``, ``.pt``, ``.pth``, ``.ckpt``), or
+            an ``.index.json`` that names shards of either kind.
+
+    Raises:
+        FusionBenchError: what is not there, damaged, or would run code when it is unpickled.
+    """
+    with reading("model", str(path)):
+        if path.name.endswith(".index.json"):
+            return _open_sharded(path)
+        return TensorWeights(_open_file(path), (path,))
+
+
+def shards(index: Path) -> dict[str, list[str]]:
+    """Return the files that an index names, each with its keys.
+
+    Raises:
+        FusionBenchError: an index that is damaged, or names what is not a plain file beside it.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, list[str]] = {}
+        for key, name in weight_map.items():
+            files.setdefault(PurePosixPath(name).as_posix(), []).append(key)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FusionBenchError(f"'{index}' is no index of shards. Fetch it again.") from error
+    for name in files:
+        if PurePosixPath(name).name != name or name in ("", ".", ".."):
+            raise FusionBenchError(
+                f"'{index}' names '{name}', which is outside its directory. It is refused."
+            )
+    return files
+
+
+def _open_sharded(index: Path) -> TensorWeights:
+    tensors: dict[str, Tensor] = {}
+    files = []
+    problems = []
+    for name, keys in shards(index).items():
+        file = index.parent / name
+        if not file.is_file():
+            raise FusionBenchError(
+                f"'{index}' names '{name}', which is not there. The copy is not whole: fetch it "
+                "again."
+            )
+        files.append(file)
+        with reading("model", str(file)):
+            held = _open_file(file)
+        problems += [f"'{key}' is not in '{name}'" for key in keys if key not in held]
+        problems += [f"'{key}' is in '{name}' unlisted" for key in held if key not in set(keys)]
+        tensors |= held
+    if problems:
+        raise FusionBenchError(
+            f"'{index}' does not fit its shards. Fetch them again.\n  {shortened(problems)}"
+        )
+    return TensorWeights(tensors, tuple(files))
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix in _PICKLES:
+        return _unpickled(path)
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """Read a PyTorch file, mapped where it is a zip archive; only tensors are let in."""
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]  # as training frameworks write it
+    if not isinstance(content, Mapping) or not content:
+        raise FusionBenchError(f"'{path}' holds no state dict.")
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise FusionBenchError(f"'{path}' is no state dict: '{key}' is no tensor.")
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise FusionBenchError(f"'{path}': '{key}' is no plain dense tensor.")
+    return dict(content)

@@ -1,0 +1,100 @@
+"""Weights in a repository: known from their headers, downloaded when they are first read."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.repository import Repository
+from fusion_bench.sources import reading
+from fusion_bench.weights.checkpoint import WEIGHT_FILES, open_checkpoint, shards
+from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights
+from fusion_bench.weights.write import DTYPES
+
+
+def open_repository(repository: Repository) -> Weights:
+    """Return the weights of a repository, mapped where its files are here.
+
+    Safetensors on the Hub are not downloaded: one request a file, for its header, tells the keys,
+    shapes and dtypes.
+
+    Raises:
+        FusionBenchError: no weights, damaged ones, or a download that failed.
+    """
+    files = weight_files(repository)
+    if "safetensors" in files[0] and not repository.has(*files):
+        return HubWeights(repository, files)
+    return open_checkpoint(repository.fetch(*files) / files[0])
+
+
+def weight_files(repository: Repository) -> list[str]:
+    """Return the names of the files with the weights; the first is what opens all of them.
+
+    Raises:
+        FusionBenchError: there are none.
+    """
+    name = next((name for name in WEIGHT_FILES if name in repository.files), None)
+    if name is None:
+        single = [name for name in repository.files if name.endswith(".safetensors")]
+        if len(single) != 1:
+            raise FusionBenchError(
+                f"There are no weights in '{repository.name}'. It needs one of: "
+                f"{', '.join(WEIGHT_FILES)}."
+            )
+        name = single[0]
+    if not name.endswith(".index.json"):
+        return [name]
+    return [name, *shards(repository.fetch(name) / name)]
+
+
+class HubWeights(Weights):
+    """Safetensors on the Hub.
+
+    Args:
+        repository: where they are.
+        names: their files' names; the first is what opens all of them, an index for one.
+    """
+
+    def __init__(self, repository: Repository, names: list[str]):
+        from huggingface_hub import HfApi
+
+        self._repository = repository
+        self._names = names
+        self._specs: dict[str, TensorSpec] = {}
+        with reading("model", repository.name):
+            for name in names:
+                if name.endswith(".json"):
+                    continue
+                header = HfApi().parse_safetensors_file_metadata(
+                    repository.repo_id, name, revision=repository.commit
+                )
+                for key, tensor in header.tensors.items():
+                    self._specs[key] = TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype])
+
+    @cached_property
+    def _local(self) -> TensorWeights:
+        return open_checkpoint(self._repository.fetch(*self._names) / self._names[0])
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files on this machine; they are downloaded if they are not here."""
+        return self._local.files
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._local[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and dtype as the header tells them."""
+        return self._specs[key]
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements of the flattened entry; the first call downloads the files."""
+        return self._local.read(key, start, stop)

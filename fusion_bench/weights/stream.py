@@ -1,0 +1,125 @@
+"""Reading weights piece by piece on all cores, and the sinks that need no file."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fusion_bench.progress import byte_bar
+from fusion_bench.weights.mapping import Weights
+
+#: Elements in a piece. In float32 it is a megabyte, about what a core's own cache holds.
+PIECE = 2**18
+
+
+def stream(
+    weights: Weights,
+    consume: Callable[[str, int, Tensor], None],
+    piece: int = PIECE,
+) -> None:
+    """Hand every entry to ``consume(key, start, values)``, in 1-d pieces from several threads.
+
+    Pieces are taken in the order of the keys; those of one entry may be consumed in any order.
+    Tied entries come once, under their first key. Threads share nothing but the list of pieces, so
+    that a busy core slows down its own work alone. Where entries cannot be cut, one thread takes
+    them, and torch's operations use all cores.
+
+    Raises:
+        FusionBenchError: what ``weights.verify`` has to say when everything was read.
+    """
+    jobs = (
+        (key, start, stop)
+        for key in weights
+        if weights.tied_to(key) == key
+        for start, stop in weights.pieces(key, piece)
+    )
+    _ = weights.files  # downloads what is not here yet
+    total = sum(weights.bytes_to_read(key) for key in weights if weights.tied_to(key) == key)
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+    with byte_bar("fusing", total, show=weights.show_progress) as advance:
+
+        def work() -> None:
+            while not failures:
+                with lock:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                key, start, stop = job
+                try:
+                    consume(key, start, weights.read(key, start, stop))
+                except BaseException as error:
+                    failures.append(error)
+                    return
+                if weights.show_progress:
+                    with lock:
+                        share = (stop - start) / weights.spec(key).numel
+                        advance(weights.bytes_to_read(key) * share)
+
+        _in_threads(work, failures, torch.get_num_threads() if weights.in_pieces else 1)
+    if failures:
+        raise failures[0]
+    weights.verify()
+
+
+def in_memory(weights: Weights) -> dict[str, Tensor]:
+    """Return all entries as tensors of their own; tied entries are one tensor."""
+    tensors = {
+        key: torch.empty(spec.shape, dtype=spec.dtype)
+        for key in weights
+        if weights.tied_to(key) == key
+        for spec in [weights.spec(key)]
+    }
+    flat = {key: tensor.view(-1) for key, tensor in tensors.items()}
+
+    def store(key: str, start: int, values: Tensor) -> None:
+        flat[key][start : start + len(values)].copy_(values)
+
+    stream(weights, store)
+    return {key: tensors[weights.tied_to(key)] for key in weights}
+
+
+def into_module(weights: Weights, module: nn.Module) -> nn.Module:
+    """Give ``module``, best built on the meta device, these weights; it is returned.
+
+    Nothing is copied into the module's own tensors; the new ones take their place.
+
+    Raises:
+        RuntimeError: from torch, where keys or shapes are not the module's.
+    """
+    module.load_state_dict(in_memory(weights), assign=True)
+    return module
+
+
+def _in_threads(work: Callable[[], None], failures: list[BaseException], count: int) -> None:
+    """Run ``work`` in threads and wait; Ctrl-C stops them after the pieces at hand."""
+    with _one_core_each() if count > 1 else nullcontext():
+        threads = [threading.Thread(target=_without_gradients, args=(work,)) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:
+            failures.append(error)
+            for thread in threads:
+                thread.join()
+            raise
+
+
+@torch.no_grad()
+def _without_gradients(work: Callable[[], None]) -> None:
+    work()
+
+
+@contextmanager
+def _one_core_each() -> Iterator[None]:
+    """Let torch's operations run in the thread that calls them; each core has one already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,218 @@
+"""Writing a checkpoint while it is computed, as sharded safetensors."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from errno import EINVAL, ENOSPC, ENOTSUP
+from itertools import accumulate
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.stream import stream
+
+#: Bytes after which the disk is asked to begin, so that it works while we compute.
+_FLUSH_EVERY = 2**28
+
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+#: The dtypes that safetensors know, by the names that they have there.
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def write_checkpoint(
+    weights: Weights,
+    directory: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, str] | None = None,
+    finish: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
+    """Write ``model.safetensors``, or shards and their index, into an existing directory.
+
+    No more than a piece a thread is held in memory. Tied entries are written once, under their
+    first key. The files are on the disk when this returns, not only on their way.
+
+    Args:
+        weights: what to write; read once.
+        directory: best one that appears as a whole when all is done.
+        max_shard_size: bytes, or a text such as ``5GB``; a larger tensor has a shard of its own.
+        metadata: goes into each file's header.
+        finish: asked for the final metadata when all tensors are written; it must be as long as
+            ``metadata``.
+
+    Raises:
+        FusionBenchError: a disk that is full or fails, an impossible ``max_shard_size``, or what
+            is wrong with ``weights``.
+    """
+    specs = {key: weights.spec(key) for key in weights if weights.tied_to(key) == key}
+    index, shards = _split(specs, max_shard_size)
+    metadata = {"format": "pt", **(metadata or {})}
+    try:
+        with ExitStack() as stack:
+            files: dict[str, _Shard] = {}
+            to_flush: SimpleQueue[int | None] = SimpleQueue()
+            for name, keys in shards.items():
+                held = {key: specs[key] for key in keys}
+                shard = _Shard(directory / name, held, metadata, to_flush.put)
+                stack.callback(shard.close)
+                files |= dict.fromkeys(keys, shard)
+            stack.enter_context(_flushing(to_flush))
+            stream(weights, lambda key, *piece: files[key].write(key, *piece))
+            final = metadata if finish is None else {**metadata, **finish()}
+            for shard in dict.fromkeys(files.values()):
+                shard.finish(final)
+        if index is not None:
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    except OSError as error:
+        raise FusionBenchError(_explain(error, directory, specs.values())) from error
+
+
+class _Shard:
+    """One safetensors file whose tensors are written in any order."""
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        flush: Callable[[int], None],
+    ):
+        # The widest types first, so that each tensor is aligned to its type.
+        order = sorted(specs, key=lambda key: -specs[key].dtype.itemsize)
+        ends = accumulate(specs[key].nbytes for key in order)
+        self._entries = {
+            key: {
+                "dtype": _NAMES[specs[key].dtype],
+                "shape": list(specs[key].shape),
+                "data_offsets": [end - specs[key].nbytes, end],
+            }
+            for key, end in zip(order, ends, strict=True)
+        }
+        self._dtypes = {key: spec.dtype for key, spec in specs.items()}
+        size = len(self._header(metadata))
+        self._header_size = size + -size % 8
+        begin = 8 + self._header_size
+        starts = [0, *accumulate(specs[key].nbytes for key in order)]
+        self._offsets = {key: begin + start for key, start in zip(order, starts, strict=False)}
+        self._flush = flush
+        self._unflushed = 0
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _reserve(self._file, begin + sum(spec.nbytes for spec in specs.values()))
+
+    def write(self, key: str, start: int, values: Tensor) -> None:
+        """Write elements of a flattened entry, from ``start`` on."""
+        dtype = self._dtypes[key]
+        values = values.detach().to("cpu", dtype).contiguous()
+        _write_at(
+            self._file,
+            values.view(torch.uint8).numpy().data,
+            self._offsets[key] + start * dtype.itemsize,
+        )
+        self._unflushed += values.nbytes  # may lose a count between threads, which is no harm
+        if self._unflushed > _FLUSH_EVERY:
+            self._unflushed = 0
+            self._flush(self._file)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header, and wait until all is on the disk."""
+        header = self._header(metadata)
+        if len(header) > self._header_size:
+            raise ValueError("The final metadata is longer than what was announced.")
+        header = header.ljust(self._header_size)
+        _write_at(self._file, memoryview(len(header).to_bytes(8, "little") + header), 0)
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        return json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
+
+
+def _split(
+    specs: Mapping[str, TensorSpec], max_shard_size: int | str
+) -> tuple[dict[str, object] | None, dict[str, list[str]]]:
+    """Return the index, where there is more than one file, and each file's keys."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    try:
+        plan = split_state_dict_into_shards_factory(
+            dict(specs),
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise FusionBenchError(
+            f"max_shard_size: '{max_shard_size}' is no size. Write it like '5GB' or '500MB'."
+        ) from error
+    files = plan.filename_to_tensors
+    if not plan.is_sharded:
+        return None, files
+    return {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, files
+
+
+@contextmanager
+def _flushing(files: "SimpleQueue[int | None]") -> Iterator[None]:
+    """Have the data of queued files written to the disk in the background."""
+
+    def work() -> None:
+        while (file := files.get()) is not None:
+            with suppress(OSError):  # the last fsync, which nobody suppresses, reports it too
+                os.fsync(file)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        files.put(None)
+        thread.join()
+
+
+def _reserve(file: int, size: int) -> None:
+    """Give a file its size at once: a full disk is noticed before any work."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (ENOTSUP, EINVAL):
+            raise
+        os.truncate(file, size)
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _explain(error: OSError, directory: Path, specs: Iterable[TensorSpec]) -> str:
+    if error.errno != ENOSPC:
+        return f"Cannot write '{directory}': {error.strerror or error}."
+    needed = sum(spec.nbytes for spec in specs) / 1e9
+    free = shutil.disk_usage(directory).free / 1e9
+    return (
+        f"Cannot write '{directory}': the disk is full. The model takes {needed:.2f} GB; "
+        f"{free:.2f} GB are free now."
+    )
