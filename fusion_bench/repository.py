@@ -61,14 +61,18 @@ class Repository:
 def locate(name: str) -> Repository:
     """Find a directory, a ``zoo:`` name, or a repository on the Hub, ``owner/name[@revision]``.
 
-    A repository costs one request; without a network, its state in the local cache is taken.
+    Of a repository only the list of its files is asked for; without a network, its state in the
+    local cache is taken.
 
     Raises:
         FusionBenchError: nothing of that name, or a Hub that cannot be reached.
     """
-    repo_id, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
+    named = "@" not in name or Path(name).expanduser().exists()
+    repo_id, _, revision = (name, "", "") if named else name.partition("@")
     place = Path(resolve(repo_id))
     if place.is_absolute():
+        if revision:
+            raise FusionBenchError(f"'{name}': '{repo_id}' is a directory here, without revisions.")
         if not place.is_dir():
             raise FusionBenchError(f"'{name}' is no directory.")
         files = frozenset(file.name for file in place.iterdir() if file.is_file())
@@ -79,10 +83,17 @@ def locate(name: str) -> Repository:
     with reading("model", repo_id):
         if constants.HF_HUB_OFFLINE:
             snapshot = Path(
-                snapshot_download(repo_id, revision=revision or None, local_files_only=True)
+                snapshot_download(
+                    repo_id,
+                    revision=revision or None,
+                    allow_patterns=[],  # any part of it will do
+                    local_files_only=True,
+                )
             )
             files = frozenset(file.name for file in snapshot.iterdir())
             return Repository(name, files, repo_id=repo_id, commit=snapshot.name)
-        info = HfApi().model_info(repo_id, revision=revision or None)
+        # This also notes in the cache which commit was meant, for later runs without a network.
+        commit = HfApi().resolve_revision(repo_id, revision=revision or None).resolved
+        info = HfApi().model_info(repo_id, revision=commit)
     files = frozenset(file.rfilename for file in info.siblings or () if "/" not in file.rfilename)
-    return Repository(name, files, repo_id=repo_id, commit=info.sha)
+    return Repository(name, files, repo_id=repo_id, commit=commit)

@@ -14,12 +14,15 @@ from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.instantiate import instantiate
 
 log = logging.getLogger(__name__)
 
 _ZOO = "zoo:"
+_PRETRAINED = "pretrained_model_name_or_path"
 _REMEDY = "Delete this copy and fetch it again."
 _DAMAGED = f"its weights are damaged. {_REMEDY}"
 
@@ -96,6 +99,16 @@ def load(kind: str, node: Any, key: str) -> Any:
         if isinstance(pretrained, str):
             node = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
         return instantiate(node, key)
+
+
+def plain_source(source: Any) -> Any:
+    """Return a model's name where a config node says no more than that."""
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
+    node = OmegaConf.to_container(source, resolve=True) if OmegaConf.is_config(source) else source
+    if not isinstance(node, Mapping) or set(node) != {"_target_", _PRETRAINED}:
+        return node
+    return node[_PRETRAINED] if str(node["_target_"]).startswith("transformers.") else node
 
 
 def _path(name: str) -> Path:
@@ -200,7 +213,8 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
         return _DAMAGED
     if _is_from_datasets(error, "DatasetGenerationError"):
         return f"its files are damaged ({error.__cause__ or text}). {_REMEDY}"
-    if not isinstance(error, (OSError, errors.HTTPError, errors.EntryNotFoundError)):
+    known = (errors.EntryNotFoundError, errors.RevisionResolutionError)
+    if not isinstance(error, (OSError, errors.HTTPError, *known)):
         return None
 
     if getattr(error, "errno", None) == EINVAL:  # how torch fails on a truncated archive
@@ -256,6 +270,10 @@ def _reason_by_text(text: str, offline: str | None) -> str | None:
         return offline
     if text.startswith("Dataset scripts are no longer supported"):
         return "it is a script, and scripts are no longer run. Name a repository of data files."
+    if found := re.search("model type `(.+?)` but Transformers does not recognize", text):
+        return f"its model type '{found[1]}' is unknown to the transformers that is installed here."
+    if text.startswith("Unrecognized model in"):
+        return "its config.json names no 'model_type'."
     if "`ignore_mismatched_sizes`" in text:
         return "its weights have other shapes than its config.json says."
     if "PytorchStreamReader" in text:

@@ -1,6 +1,7 @@
 """Where files are kept, and how they appear whole or not at all."""
 
 import ctypes
+import glob
 import hashlib
 import os
 import re
@@ -29,11 +30,16 @@ def cache_dir() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file aside, then rename it into place; parent directories are created."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file aside, then rename it into place; parent directories are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         aside = Path(file.name)
         try:
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             aside.chmod(0o644)  # a temporary file is private to its owner
@@ -58,23 +64,35 @@ def whole_directory(path: Path) -> Iterator[Path]:
         with FileLock(scratch / _IN_USE):
             fresh = scratch / "new"
             fresh.mkdir()
-            yield fresh
-            for file in [*fresh.rglob("*"), fresh]:
-                _sync(file)
-            _put_in_place(fresh, path)
-            _sync(path.parent)
+            try:
+                yield fresh
+                for file in [*fresh.rglob("*"), fresh]:
+                    _sync(file)
+                _put_in_place(fresh, path)
+                _sync(path.parent)
+            finally:
+                _empty(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove_leftovers(path: Path) -> None:
-    for scratch in path.parent.glob(f".{path.name}-*"):
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}-????????"):
         lock = scratch / _IN_USE
         # A lock that can be had belongs to nobody who lives.
         with suppress(Timeout, OSError):
             if lock.exists():
                 with FileLock(lock, blocking=False):
+                    _empty(scratch)
                     shutil.rmtree(scratch, ignore_errors=True)
+            else:
+                scratch.rmdir()  # killed before its lock was there, or after it was removed
+
+
+def _empty(scratch: Path) -> None:
+    """Remove all but the lock, without which nobody could tell a leftover."""
+    for content in ("new", "old"):
+        shutil.rmtree(scratch / content, ignore_errors=True)
 
 
 def _put_in_place(fresh: Path, path: Path) -> None:

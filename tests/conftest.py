@@ -17,6 +17,12 @@ def scrambled(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     return {k: v + scale * torch.randn(v.shape, generator=random) for k, v in parameters.items()}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a cache of its own, which nobody filled before."""
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "fusion_bench_cache"))
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write `base`, `a`, `b` under models/ and the tasks `a`, `b` under datasets/.

@@ -66,16 +66,31 @@ def closed_endpoint() -> str:
 
 @dataclass
 class Hub:
-    """A running stand-in: where it is, what it was asked, and what it shall refuse."""
+    """A running stand-in: where it is, what it was asked, and what it shall refuse.
+
+    ``ranges`` has the Range header of each of the ``requests``, empty where there was none.
+    """
 
     root: Path
     endpoint: str
     requests: list[tuple[str, str]] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
     failures: list[tuple[re.Pattern[str], int, dict[str, str]]] = field(default_factory=list)
 
     def environment(self, cache_dir: Path, *, offline: bool = False) -> dict[str, str]:
         """Return the environment of a subprocess whose Hub this is."""
         return client_environment(self.endpoint, cache_dir, offline=offline)
+
+    def downloads(self) -> list[str]:
+        """Return the paths of the files that were asked for as a whole."""
+        asked = zip(self.requests, self.ranges, strict=True)
+        whole = [path for (method, path), span in asked if method == "GET" and not span]
+        return [path for path in whole if RESOLVE.fullmatch(path)]
+
+    def headers(self) -> list[str]:
+        """Return the paths of the files of which the beginning was asked for."""
+        asked = zip(self.requests, self.ranges, strict=True)
+        return [path for (_, path), span in asked if span.startswith("bytes=0-")]
 
     def fail(self, pattern: str, status: int, error_code: str | None = None) -> None:
         """Answer every path in which ``pattern`` is found with ``status``, from now on.
@@ -190,6 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         hub.requests.append((self.command, path))
+        hub.ranges.append(self.headers.get("Range", ""))
         for pattern, status, headers in hub.failures:
             if pattern.search(path):
                 return self.reply(status, headers)

@@ -1,18 +1,15 @@
 """CLIP vision encoders that were fine-tuned from one pretrained model."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from fusion_bench.modelpool.huggingface import HFModelPool
-from fusion_bench.repository import locate
 from fusion_bench.sources import load, reading
 from fusion_bench.weights import MergePolicy, Renamed, Weights
-
-if TYPE_CHECKING:
-    pass
 
 #: Every reader understands files with this prefix; a live module's keys are without it.
 _FILE_PREFIX = "vision_model."
@@ -79,7 +76,7 @@ class CLIPVisionModelPool(HFModelPool):
             return CLIPVisionConfig.from_pretrained(repository.fetch("config.json"))
 
     def _write_companions(self, directory: Path) -> None:
-        config = self._model_config()
+        config = deepcopy(self._model_config())
         config.architectures = ["CLIPVisionModel"]
         if self.policy.dtype is not None:
             config.dtype = self.policy.dtype
@@ -98,7 +95,7 @@ class CLIPVisionModelPool(HFModelPool):
             return getattr(processor, "image_processor", processor)
         from transformers import CLIPImageProcessorPil
 
-        repository = locate(source)
+        repository = self._located(source)
         if "preprocessor_config.json" not in repository.files:
             return None  # a checkpoint without one; the weights are what was asked for
         with reading("processor", source):

@@ -2,22 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import fields, replace
 from fnmatch import fnmatch
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.modelpool.card import Source, model_card, recipe
 from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import load, reading
+from fusion_bench.sources import load, plain_source, reading
 from fusion_bench.storage import file_sha256, whole_directory, write_text
 from fusion_bench.weights import (
     AdapterConfig,
@@ -39,7 +40,6 @@ from fusion_bench.weights import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAME = "pretrained_model_name_or_path"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 #: What is copied beside merged weights; no weights, no code.
@@ -47,9 +47,13 @@ _CONFIGS = ("config.json", "generation_config.json")
 _PROCESSORS = (
     "*token*.json",
     "*token*.model",
+    "*.tiktoken",
+    "tekken.json",
     "vocab.*",
     "merges.txt",
+    "sentencepiece*.model",
     "spiece.model",
+    "spm.model",
     "chat_template*",
     "*processor_config.json",
 )
@@ -63,8 +67,9 @@ class HFModelPool:
 
     Args:
         models: name to model: a Hub repository (``owner/name`` or ``owner/name@revision``), a local
-            directory, a ``zoo:`` name, a directory with a LoRA adapter in PEFT's layout, a config
-            node, or a module. An adapter's base is ``_pretrained_``, or else the one that it names.
+            directory, a ``zoo:`` name, a file of weights, a directory with a LoRA adapter in PEFT's
+            layout, a config node, or a module. A file's config is beside it, or else the
+            reference's. An adapter's base is ``_pretrained_``, or else the one that it names.
             Names with a leading or trailing underscore take no part in the fusion.
         model_class: the class in ``transformers`` whose ``from_pretrained`` builds a model.
         processor: whose tokenizer and processor files go beside a merged model: a name as in
@@ -91,9 +96,9 @@ class HFModelPool:
         val_datasets: Mapping[str, Any] | None = None,
         test_datasets: Mapping[str, Any] | None = None,
     ):
-        self._models = {str(name): _plain_source(model) for name, model in (models or {}).items()}
+        self._models = {str(name): plain_source(model) for name, model in (models or {}).items()}
         self.model_class = model_class
-        self._processor = _plain_source(processor)
+        self._processor = plain_source(processor)
         self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})
         self.max_shard_size = max_shard_size
         self.train_datasets = dict(train_datasets or {})
@@ -112,10 +117,14 @@ class HFModelPool:
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
         source = self._models[self._reference]
-        if not isinstance(source, str):
+        if isinstance(source, nn.Module):
+            own: Any = getattr(source, "config", None)
+            config = own.to_dict() if hasattr(own, "to_dict") else {}
+        elif isinstance(source, str):
+            config = self._json_config(self._whole_model(self._reference))
+        else:
             return None
-        config = self._json_config(self._whole_model(self._reference))
-        size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
         return size if isinstance(size, int) else None
 
     def weights(self, name: str) -> Weights:
@@ -139,9 +148,11 @@ class HFModelPool:
                 has them in other shapes.
         """
         source = self._source(name)
+        if isinstance(source, nn.Module):
+            return deepcopy(source).eval()
         if not isinstance(source, str):
             return self._module(name).eval()
-        if _ADAPTER_CONFIG in self._repository(name).files:
+        if _is_file(source) or _ADAPTER_CONFIG in self._repository(name).files:
             return self.build_model(self.weights(name))
         model, info = self._from_pretrained(self._repository(name))
         _refuse_incomplete(f"modelpool.models.{name}: '{source}'", info)
@@ -195,6 +206,8 @@ class HFModelPool:
             pending = recipe(config, sources, lambda file: "0" * 64)  # as long as a hash
             final = cache(lambda: recipe(config, sources, lambda file: hashes[file].result()))
             with whole_directory(path) as directory:
+                # First, so that a tokenizer that is not there is noticed before the work.
+                self._write_companions(directory)
                 write_checkpoint(
                     self._for_file(weights),
                     directory,
@@ -202,7 +215,6 @@ class HFModelPool:
                     metadata={"fusion_bench": json.dumps(pending)},
                     finish=lambda: {"fusion_bench": json.dumps(final())},
                 )
-                self._write_companions(directory)
                 write_text(directory / "README.md", model_card(path.name, final()))
 
     def open_saved(self, path: Path) -> Weights:
@@ -220,11 +232,12 @@ class HFModelPool:
     def _write_companions(self, directory: Path) -> None:
         """Write config, tokenizer and processor files beside merged weights."""
         if isinstance(self._models[self._reference], str):
-            _copy(self._whole_model(self._reference), (*_CONFIGS, *_PROCESSORS), directory)
+            own = _PROCESSORS if self._processor is None else ()
+            _copy(self._whole_model(self._reference), (*_CONFIGS, *own), directory)
         elif (config := self._model_config()) is not None:
             config.save_pretrained(directory)
         if isinstance(self._processor, str):
-            _copy(locate(self._processor), _PROCESSORS, directory)
+            _copy(self._located(self._processor), _PROCESSORS, directory)
         elif self._processor is not None:
             load("processor", self._processor, "modelpool.processor").save_pretrained(directory)
         file = directory / "config.json"
@@ -252,24 +265,36 @@ class HFModelPool:
     def _described(self, name: str) -> Source:
         source = self._models[name]
         if not isinstance(source, str):
-            return Source(f"a {type(source).__name__}" if isinstance(source, nn.Module) else source)
+            module = isinstance(source, nn.Module)
+            return Source(
+                f"a {type(source).__name__}" if module else json.dumps(source, default=str)
+            )
         repository = self._repository(name)
         return Source(repository.name, repository.commit, self.weights(name).files)
 
     def _repository(self, name: str) -> Repository:
-        """Return where a model lies; looked for once, so that all its files are of one state."""
-        source = self._models[name]
+        """Return where a model lies that is given by name."""
+        return self._located(self._models[name])
+
+    def _located(self, source: str) -> Repository:
+        """Return where a source lies; looked for once, so that all its files are of one state."""
         if source not in self._repositories:
-            self._repositories[source] = locate(source)
+            if _is_file(source):
+                place = locate(str(Path(source).expanduser().absolute().parent))
+                self._repositories[source] = replace(place, name=source)
+            else:
+                self._repositories[source] = locate(source)
         return self._repositories[source]
 
     def _whole_model(self, name: str) -> Repository:
-        """Return where the model is that an adapter changes; the model's own place for others."""
+        """Return where the model is that an adapter names as its base; a whole model's own place.
+
+        Raises:
+            FusionBenchError: an adapter that names none, or one that is not there.
+        """
         repository = self._repository(name)
-        if _ADAPTER_CONFIG not in repository.files:
+        if _ADAPTER_CONFIG not in repository.files or _is_file(self._models[name]):
             return repository
-        if self.has_pretrained and name != "_pretrained_":
-            return self._whole_model("_pretrained_")
         declared = self._adapter_config(repository).base
         if declared is None:
             raise FusionBenchError(
@@ -277,7 +302,7 @@ class HFModelPool:
                 "modelpool.models."
             )
         try:
-            return locate(declared)
+            return self._located(declared)
         except FusionBenchError as error:
             raise FusionBenchError(
                 f"modelpool.models.{name}: {error} The adapter names it as its base model. "
@@ -292,19 +317,15 @@ class HFModelPool:
         source = self._source(name)
         if not isinstance(source, str):
             return self._canonical(TensorWeights(self._module(name).state_dict()))
-        if Path(source).expanduser().is_file():
+        if _is_file(source):
             return self._canonical(open_checkpoint(Path(source).expanduser()))
         repository = self._repository(name)
-        whole = self._whole_model(name)
-        method = self._json_config(whole).get("quantization_config", {}).get("quant_method")
-        if method is not None:
-            raise FusionBenchError(
-                f"modelpool.models.{name}: '{whole.name}' is quantised ({method}), and quantised "
-                "weights cannot be merged. Name the model that it was made from."
-            )
-        weights = open_repository(whole)
-        if whole is repository:
-            return self._canonical(weights)
+        if _ADAPTER_CONFIG not in repository.files:
+            return self._canonical(self._stored(name, repository))
+        if self.has_pretrained and name != self._reference:
+            base = self._reference_weights
+        else:
+            base = self._canonical(self._stored(name, self._whole_model(name)))
         file = next((name for name in _ADAPTER_FILES if name in repository.files), None)
         if file is None:
             raise FusionBenchError(
@@ -313,7 +334,18 @@ class HFModelPool:
             )
         adapter = open_checkpoint(repository.fetch(file) / file)
         config = self._adapter_config(repository)
-        return AdapterWeights(self._canonical(weights), adapter, config)
+        return AdapterWeights(base, adapter, config)
+
+    def _stored(self, name: str, repository: Repository) -> Weights:
+        """Return the weights in a repository as they are; quantised ones are refused."""
+        quantisation = self._json_config(repository).get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method", "by a method that it does not name")
+            raise FusionBenchError(
+                f"modelpool.models.{name}: '{repository.name}' is quantised ({method}), and "
+                "quantised weights cannot be merged. Name the model that it was made from."
+            )
+        return open_repository(repository)
 
     def _json_config(self, repository: Repository) -> dict[str, Any]:
         if "config.json" not in repository.files:
@@ -361,18 +393,17 @@ class HFModelPool:
     def _from_pretrained(self, repository: Repository) -> Any:
         """Return module and loading info of a checkpoint."""
         names = ["config.json", *weight_files(repository)]
-        with reading("model", repository.name):
-            return self._transformers_class().from_pretrained(
+        model_class = self._transformers_class()
+        with reading("model", repository.name), _a_class_that_fits():
+            return model_class.from_pretrained(
                 repository.fetch(*names), output_loading_info=True, ignore_mismatched_sizes=True
             )
 
 
-def _plain_source(model: Any) -> Any:
-    """Return a model's name where a config node says no more than that."""
-    node = OmegaConf.to_container(model, resolve=True) if OmegaConf.is_config(model) else model
-    if not isinstance(node, Mapping) or set(node) != {"_target_", _NAME}:
-        return node
-    return node[_NAME] if str(node["_target_"]).startswith("transformers.") else node
+def _is_file(source: str) -> bool:
+    with suppress(RuntimeError):  # the home directory of nobody known
+        return Path(source).expanduser().is_file()
+    return False
 
 
 def _policy(section: Mapping[str, Any]) -> MergePolicy:
@@ -395,6 +426,8 @@ def _under_keys_of(reference: Weights, weights: Weights) -> Weights:
 
 def _copy(repository: Repository, patterns: tuple[str, ...], directory: Path) -> None:
     names = [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
+    if not names:
+        return
     place = repository.fetch(*names)
     for name in names:
         shutil.copyfile(place / name, directory / name)
@@ -404,8 +437,20 @@ def _concrete(model_class: Any, config: Any) -> Any:
     """Return the class that an ``AutoModel…`` stands for."""
     if hasattr(model_class, "config_class"):
         return model_class
-    with torch.device("meta"):  # which costs no memory
+    with torch.device("meta"), _a_class_that_fits():  # which costs no memory
         return type(model_class.from_config(config))
+
+
+@contextmanager
+def _a_class_that_fits() -> Iterator[None]:
+    """Name the class where an ``AutoModel…`` knows none for the architecture."""
+    try:
+        yield
+    except ValueError as error:
+        first_line = str(error).partition("\n")[0]
+        if not first_line.startswith("Unrecognized configuration class"):
+            raise
+        raise FusionBenchError(f"modelpool.model_class: {first_line}") from error
 
 
 def _refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:

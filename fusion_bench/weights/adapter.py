@@ -52,7 +52,7 @@ class AdapterConfig:
                 alpha=float(content["lora_alpha"]),
                 rank_stabilised=bool(content.get("use_rslora")),
                 transposed=bool(content.get("fan_in_fan_out")),
-                alpha_pattern=content.get("alpha_pattern") or {},
+                alpha_pattern=dict(content.get("alpha_pattern") or {}),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise FusionBenchError(f"'{path}' is no configuration of a LoRA adapter.") from error
@@ -72,19 +72,16 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class _Update:
-    """What is added to one entry, seen as a matrix of its rows: ``left @ right``."""
+    """What is added to one entry, seen as a matrix of its rows: ``left @ right``.
+
+    A ``magnitude`` gives each output its norm. The outputs are the rows, or the columns of an entry
+    that is stored ``transposed``.
+    """
 
     left: Tensor
     right: Tensor
     magnitude: Tensor | None = None
-
-    def apply(self, rows: Tensor, start: int) -> Tensor:
-        """Return ``rows``, the entry's from row ``start`` on, with the update."""
-        rows = rows.float() + self.left[start : start + len(rows)] @ self.right
-        if self.magnitude is None:
-            return rows
-        scale = self.magnitude[start : start + len(rows), None]
-        return rows * (scale / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+    transposed: bool = False
 
 
 class AdapterWeights(Weights):
@@ -104,6 +101,7 @@ class AdapterWeights(Weights):
         self._adapter = adapter
         self._replaced: dict[str, Tensor] = {}
         self._updates: dict[str, _Update] = {}
+        self._column_scales: dict[str, Tensor] = {}
         parts: dict[str, dict[str, Tensor]] = {}
         unknown = []
         for name in adapter:
@@ -132,7 +130,7 @@ class AdapterWeights(Weights):
 
     def __getitem__(self, key: str) -> Tensor:
         spec = self.spec(key)
-        return self.read(key, 0, spec.numel).view(spec.shape)
+        return self.read(key, 0, spec.numel).to(spec.dtype).view(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
@@ -154,15 +152,38 @@ class AdapterWeights(Weights):
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements of the flattened entry, computed over the rows that hold them."""
-        if key in self._replaced:
-            return self._replaced[key].reshape(-1)[start:stop]
         update = self._updates.get(key)
         if update is None:
-            return self._base.read(key, start, stop)
+            return self._stored(key, start, stop)
         columns = update.right.shape[1]
         first, last = start // columns, -(-stop // columns)
-        rows = self._base.read(key, first * columns, last * columns).view(-1, columns)
-        return update.apply(rows, first).view(-1)[start - first * columns : stop - first * columns]
+        rows = self._sum(key, first, last)
+        if update.magnitude is not None and update.transposed:
+            rows = rows * self._column_scale(key, update.magnitude)
+        elif update.magnitude is not None:
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows = rows * (update.magnitude[first:last, None] / norms)
+        return rows.view(-1)[start - first * columns : stop - first * columns]
+
+    def _stored(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements without the low-rank product: the adapter's own, or else the base's."""
+        if key in self._replaced:
+            return self._replaced[key].reshape(-1)[start:stop]
+        return self._base.read(key, start, stop)
+
+    def _sum(self, key: str, first: int, last: int) -> Tensor:
+        """Return rows of an entry with the low-rank product."""
+        update = self._updates[key]
+        columns = update.right.shape[1]
+        rows = self._stored(key, first * columns, last * columns).view(-1, columns)
+        return rows.float() + update.left[first:last] @ update.right
+
+    def _column_scale(self, key: str, magnitude: Tensor) -> Tensor:
+        """Return the factors of all columns; the whole entry is read for them, but once."""
+        if key not in self._column_scales:
+            rows = self._sum(key, 0, self.spec(key).shape[0])
+            self._column_scales[key] = magnitude / torch.linalg.vector_norm(rows, dim=0)
+        return self._column_scales[key]
 
     def _key(self, name: str) -> str | None:
         """Return the base's key for a name in the adapter; their prefixes may differ."""
@@ -178,14 +199,25 @@ class AdapterWeights(Weights):
             b = tensors["lora_embedding_B" if embedding else "lora_B"]
         except KeyError as error:
             raise FusionBenchError(f"The adapter is not whole: '{key}' lacks {error}.") from error
-        left, right = b.flatten(1), a.flatten(1)  # a convolution's B has a kernel of one
-        shape = self._base.spec(key).shape
-        if embedding or config.transposed:
+        # A convolution's B has a kernel of one.
+        left, right = (part.flatten(1) if part.ndim > 1 else part[None] for part in (b, a))
+        shape = self.spec(key).shape
+        transposed = embedding or config.transposed
+        if transposed:
             left, right = right.T, left.T
-        if (left.shape[0], right.shape[1]) != (shape[0], math.prod(shape[1:])):
+        rows, columns = math.prod(shape[:1]), math.prod(shape[1:])
+        magnitude = tensors.get("lora_magnitude_vector")
+        if magnitude is not None:
+            magnitude = magnitude.flatten()  # a convolution's is [1, rows, 1, 1]
+        rank = right.shape[0]
+        fits = left.shape == (rows, rank) and right.shape == (rank, columns)
+        if magnitude is not None:
+            fits = fits and len(magnitude) == (columns if transposed else rows)
+        if not fits:
+            parts = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
             raise FusionBenchError(
-                f"The adapter does not fit its base model: it changes '{key}' as if it were "
-                f"{[left.shape[0], right.shape[1]]}; it is {list(shape)}."
+                f"The adapter does not fit its base model: '{key}' is {list(shape)}, and for it "
+                f"the adapter has {parts}."
             )
         factor = config.scaling(key.removesuffix(".weight"), a.shape[0])
-        return _Update(left * factor, right, tensors.get("lora_magnitude_vector"))
+        return _Update(left * factor, right, magnitude, transposed)

@@ -53,12 +53,12 @@ class MergePolicy:
                 hint = did_you_mean(str(value), choices)
                 raise FusionBenchError(f"policy.{field.name}: '{value}' is unknown. {hint}")
         if self.dtype is not None:
-            dtype = getattr(torch, self.dtype, None)
+            dtype = getattr(torch, str(self.dtype), None)
             if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 names = ["float64", "float32", "bfloat16", "float16"]
                 raise FusionBenchError(
                     f"policy.dtype: '{self.dtype}' is no floating-point type. "
-                    + did_you_mean(self.dtype, names)
+                    + did_you_mean(str(self.dtype), names)
                 )
 
     @property
@@ -165,7 +165,8 @@ class _Comparison:
                 self._problem("on_dtype=cast", line)
 
     def _is_vocabulary(self, spec: TensorSpec, expected: TensorSpec) -> bool:
-        return spec.shape[1:] == expected.shape[1:] and expected.shape[:1] == (self.vocabulary,)
+        alike = len(spec.shape) == len(expected.shape) and spec.shape[1:] == expected.shape[1:]
+        return alike and expected.shape[:1] == (self.vocabulary,)
 
     def _problem(self, mend: str | None, *lines: str) -> None:
         self.problems += lines

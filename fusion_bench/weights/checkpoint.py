@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def shards(index: Path) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}
         for key, name in weight_map.items():
             files.setdefault(PurePosixPath(name).as_posix(), []).append(key)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not files:
+            raise ValueError("It names no file.")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FusionBenchError(f"'{index}' is no index of shards. Fetch it again.") from error
     for name in files:
         if PurePosixPath(name).name != name or name in ("", ".", ".."):
@@ -92,14 +95,23 @@ def _open_file(path: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Read a PyTorch file, mapped where it is a zip archive; only tensors are let in."""
+def _load(path: Path) -> Any:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """Read a PyTorch file, mapped where it is a zip archive; only tensors are let in."""
+    try:
+        content = _load(path)
+    except (OSError, PickleError):
+        raise
+    except Exception as error:  # from a damaged file the unpickler makes anything
+        raise PickleError(f"'{path}' cannot be unpickled.") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # as training frameworks write it
     if not isinstance(content, Mapping) or not content:

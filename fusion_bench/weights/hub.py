@@ -58,20 +58,13 @@ class HubWeights(Weights):
     """
 
     def __init__(self, repository: Repository, names: list[str]):
-        from huggingface_hub import HfApi
-
         self._repository = repository
         self._names = names
         self._specs: dict[str, TensorSpec] = {}
         with reading("model", repository.name):
             for name in names:
-                if name.endswith(".json"):
-                    continue
-                header = HfApi().parse_safetensors_file_metadata(
-                    repository.repo_id, name, revision=repository.commit
-                )
-                for key, tensor in header.tensors.items():
-                    self._specs[key] = TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype])
+                if not name.endswith(".json"):
+                    self._specs |= _specs(repository, name)
 
     @cached_property
     def _local(self) -> TensorWeights:
@@ -98,3 +91,26 @@ class HubWeights(Weights):
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements of the flattened entry; the first call downloads the files."""
         return self._local.read(key, start, stop)
+
+
+def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
+    """Return what a file's header tells, in the order that its entries have once it is mapped."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+    from safetensors import SafetensorError
+
+    specs = {}
+    try:
+        header = HfApi().parse_safetensors_file_metadata(
+            repository.repo_id, file, revision=repository.commit
+        )
+        for key, tensor in sorted(header.tensors.items()):
+            if tensor.dtype not in DTYPES:
+                raise FusionBenchError(
+                    f"'{repository.name}': '{key}' is of the type {tensor.dtype}, which is not "
+                    "supported."
+                )
+            specs[key] = TensorSpec(tuple(map(int, tensor.shape)), DTYPES[tensor.dtype])
+    except (SafetensorsParsingError, AttributeError, TypeError, ValueError) as error:
+        raise SafetensorError(str(error)) from error
+    return specs

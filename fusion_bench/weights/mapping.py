@@ -44,6 +44,14 @@ class Weights(Mapping[str, Tensor]):
         """The files that the entries are read from; they are downloaded if they are not here."""
         return ()
 
+    def __contains__(self, key: object) -> bool:
+        """Tell whether there is such an entry, without loading it as ``Mapping`` would."""
+        try:
+            self.spec(key)  # type: ignore[arg-type]
+        except KeyError:
+            return False
+        return True
+
     @abstractmethod
     def spec(self, key: str) -> TensorSpec:
         """Return shape and dtype of an entry without loading it."""
@@ -85,9 +93,11 @@ class TensorWeights(Weights):
         self._files = files
         self._tensors = {key: tensor.detach() for key, tensor in tensors.items()}
         self._flat: dict[str, Tensor] = {}
-        first: dict[tuple[int, tuple[int, ...]], str] = {}
+        first: dict[tuple[object, ...], str] = {}
         self._tied_to = {
-            key: first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), key)
+            key: first.setdefault(
+                (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()), key
+            )
             if tensor.numel() and not tensor.is_meta
             else key
             for key, tensor in self._tensors.items()

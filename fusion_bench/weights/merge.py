@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from fusion_bench.weights.mapping import TensorSpec, Weights
 
 log = logging.getLogger(__name__)
 
+#: The types that the mathematics happens in.
+_WIDE = (torch.float32, torch.float64)
 #: ``merge_tensor(key, tensors, base)``: one float32 tensor from the same entry of every model.
 MergeTensor = Callable[[str, Sequence[Tensor], Tensor | None], Tensor]
 
@@ -72,6 +73,7 @@ class MergedWeights(Weights):
         self._aligned = aligned
         self._merge_tensor = merge_tensor
         self._policy = policy
+        self._on_cpu = torch.device(policy.device).type == "cpu"
         self._names = list(aligned.models)
         self._inputs = list(aligned.models.values())
         self._nonfinite: dict[str, None] = {}  # an ordered set
@@ -102,7 +104,9 @@ class MergedWeights(Weights):
     def tied_to(self, key: str) -> str:
         """Return the first key of an entry that is tied in every model."""
         first = self._aligned.reference.tied_to(key)
-        return first if all(weights.tied_to(key) == first for weights in self._inputs) else key
+        copied = self._aligned.copied
+        tied = all(weights.tied_to(key) == weights.tied_to(first) for weights in self._inputs)
+        return first if tied and (key in copied) == (first in copied) else key
 
     def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
         """Yield pieces of a bounded size where that leaves the method's result alone."""
@@ -120,18 +124,16 @@ class MergedWeights(Weights):
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return merged elements, in float32 or float64."""
         reference = self._aligned.reference
-        if key in self._aligned.copied:
-            return reference.read(key, start, stop)
-        common = self._common(key)
+        common = 0 if key in self._aligned.copied else self._common(key)
         if start >= common:
-            return reference.read(key, start, stop)
+            return self._checked(key, reference.read(key, start, stop))
         if not self.in_pieces:
             merged = self._merged(key, 0, common)[start:stop]
         else:
             merged = self._merged(key, start, min(stop, common))
         if stop <= common:
             return merged
-        rest = reference.read(key, common, stop).to(merged.dtype)
+        rest = self._checked(key, reference.read(key, common, stop)).to(merged)
         return torch.cat([merged, rest])
 
     def verify(self) -> None:
@@ -159,43 +161,55 @@ class MergedWeights(Weights):
 
     def _merged(self, key: str, start: int, stop: int) -> Tensor:
         shape: tuple[int, ...] = (stop - start,)
+        stored = [weights.read(key, start, stop) for weights in self._inputs]
+        base = self._aligned.base
+        if base is not None:
+            stored.append(base.read(key, start, stop))
         if not self.in_pieces:
             shape = self._aligned.reference.spec(key).shape
             if (rows := self._aligned.common_rows.get(key)) is not None:
                 shape = (rows, *shape[1:])
-        stored = [weights.read(key, start, stop).view(shape) for weights in self._inputs]
-        base = self._aligned.base
-        stored_base = None if base is None else base.read(key, start, stop).view(shape)
-        versions = _versions(stored, stored_base)
-        named = zip(self._names, stored, strict=True)
-        merged = self._merge_tensor(
-            key,
-            _Working([partial(self._working, key, name, tensor) for name, tensor in named]),
-            None if stored_base is None else self._working(key, "_pretrained_", stored_base),
-        )
-        if _versions(stored, stored_base) != versions:
+            stored = [tensor.view(shape) for tensor in stored]
+        # torch counts in-place changes; the first piece tells of all.
+        versions = _versions(stored) if start == 0 else []
+        tensors = _Working(self._working, key, self._names, stored[: len(self._names)])
+        pretrained = None if base is None else self._working(key, "_pretrained_", stored[-1])
+        merged = self._merge_tensor(key, tensors, pretrained)
+        if versions and _versions(stored) != versions:
             raise RuntimeError(f"merge_tensor wrote to the tensors of '{key}' that it was given.")
         if merged.shape != shape:
             raise RuntimeError(
                 f"merge_tensor made {list(merged.shape)} of '{key}', which is {list(shape)}."
             )
-        self._check(key, "merged", merged)
-        dtype = self.spec(key).dtype
-        if dtype.itemsize < 4 and merged.numel() and merged.abs().amax() > torch.finfo(dtype).max:
-            self._nonfinite[f"merged: '{key}' exceeds {dtype}"] = None
-        return merged.reshape(-1)
+        return self._checked(key, merged.reshape(-1))
 
     def _working(self, key: str, model: str, stored: Tensor) -> Tensor:
         """Return the values in the type and the place where the mathematics happens."""
-        dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        tensor = stored.to(self._policy.device, dtype)
-        self._check(key, model, tensor)
-        return tensor
+        if not (self._on_cpu and stored.dtype in _WIDE and stored.is_cpu):
+            dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+            stored = stored.to(self._policy.device, dtype)
+        self._is_finite(key, model, stored)
+        return stored
 
-    def _check(self, key: str, model: str, tensor: Tensor) -> None:
+    def _checked(self, key: str, result: Tensor) -> Tensor:
+        """Return ``result``, of which it is noted if it is not finite or will not be."""
+        if not result.dtype.is_floating_point or not result.numel():
+            return result
+        wide = result if result.dtype.itemsize >= 4 else result.float()
+        dtype = self.spec(key).dtype
+        narrower = dtype.itemsize < wide.dtype.itemsize
+        if not self._is_finite(key, "merged", wide):
+            return result
+        if narrower and wide.abs().amax() > torch.finfo(dtype).max:
+            self._nonfinite[f"merged: '{key}' exceeds {dtype}"] = None
+        return result
+
+    def _is_finite(self, key: str, model: str, tensor: Tensor) -> bool:
         # The sum is a quick first look: it is finite only where all elements are.
-        if not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
+        finite = math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+        if not finite:
             self._nonfinite[f"{model}: '{key}'"] = None
+        return finite
 
 
 class _Working(Sequence[Tensor]):
@@ -204,19 +218,27 @@ class _Working(Sequence[Tensor]):
     So each is worked on while it is in the cache, and no more than one copy is held.
     """
 
-    def __init__(self, tensors: Sequence[Callable[[], Tensor]]):
-        self._tensors = tensors
+    def __init__(
+        self,
+        convert: Callable[[str, str, Tensor], Tensor],
+        key: str,
+        names: Sequence[str],
+        stored: Sequence[Tensor],
+    ):
+        self._convert = convert
+        self._key = key
+        self._names = names
+        self._stored = stored
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._stored)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return _Working(self._tensors[index])
-        return self._tensors[index]()
+            return _Working(self._convert, self._key, self._names[index], self._stored[index])
+        return self._convert(self._key, self._names[index], self._stored[index])
 
 
-def _versions(tensors: Sequence[Tensor], base: Tensor | None) -> list[int]:
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return torch's counts of in-place changes."""
-    everything = [*tensors, *([] if base is None else [base])]
-    return [0 if tensor.is_inference() else tensor._version for tensor in everything]
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

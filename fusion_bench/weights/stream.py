@@ -48,11 +48,7 @@ def stream(
                 if job is None:
                     return
                 key, start, stop = job
-                try:
-                    consume(key, start, weights.read(key, start, stop))
-                except BaseException as error:
-                    failures.append(error)
-                    return
+                consume(key, start, weights.read(key, start, stop))
                 if weights.show_progress:
                     with lock:
                         share = (stop - start) / weights.spec(key).numel
@@ -96,7 +92,7 @@ def into_module(weights: Weights, module: nn.Module) -> nn.Module:
 def _in_threads(work: Callable[[], None], failures: list[BaseException], count: int) -> None:
     """Run ``work`` in threads and wait; Ctrl-C stops them after the pieces at hand."""
     with _one_core_each() if count > 1 else nullcontext():
-        threads = [threading.Thread(target=_without_gradients, args=(work,)) for _ in range(count)]
+        threads = [threading.Thread(target=_guarded, args=(work, failures)) for _ in range(count)]
         for thread in threads:
             thread.start()
         try:
@@ -110,8 +106,11 @@ def _in_threads(work: Callable[[], None], failures: list[BaseException], count: 
 
 
 @torch.no_grad()
-def _without_gradients(work: Callable[[], None]) -> None:
-    work()
+def _guarded(work: Callable[[], None], failures: list[BaseException]) -> None:
+    try:
+        work()
+    except BaseException as error:
+        failures.append(error)
 
 
 @contextmanager

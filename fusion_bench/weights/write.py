@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,15 +29,20 @@ _NAMES = {
     torch.int16: "I16",
     torch.int32: "I32",
     torch.int64: "I64",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
 }
 #: The dtypes that safetensors know, by the names that they have there.
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SIZE = re.compile(r"(?=.*[1-9])\d*\.?\d*\s*([KMGT]B)?", re.I)
 
 
 def write_checkpoint(
@@ -61,25 +67,31 @@ def write_checkpoint(
             ``metadata``.
 
     Raises:
-        FusionBenchError: a disk that is full or fails, an impossible ``max_shard_size``, or what
-            is wrong with ``weights``.
+        FusionBenchError: a disk that is full or fails, an impossible ``max_shard_size``, a dtype
+            that safetensors do not know, or what is wrong with ``weights``.
     """
     specs = {key: weights.spec(key) for key in weights if weights.tied_to(key) == key}
-    index, shards = _split(specs, max_shard_size)
+    for key, spec in specs.items():
+        if spec.dtype not in _NAMES:
+            name = str(spec.dtype).removeprefix("torch.")
+            raise FusionBenchError(f"'{key}' is of the type {name}, which safetensors do not know.")
+    index, plan = _split(specs, max_shard_size)
     metadata = {"format": "pt", **(metadata or {})}
     try:
         with ExitStack() as stack:
+            shards: list[_Shard] = []
             files: dict[str, _Shard] = {}
             to_flush: SimpleQueue[int | None] = SimpleQueue()
-            for name, keys in shards.items():
+            for name, keys in plan.items():
                 held = {key: specs[key] for key in keys}
                 shard = _Shard(directory / name, held, metadata, to_flush.put)
                 stack.callback(shard.close)
+                shards.append(shard)
                 files |= dict.fromkeys(keys, shard)
             stack.enter_context(_flushing(to_flush))
             stream(weights, lambda key, *piece: files[key].write(key, *piece))
             final = metadata if finish is None else {**metadata, **finish()}
-            for shard in dict.fromkeys(files.values()):
+            for shard in shards:
                 shard.finish(final)
         if index is not None:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -157,6 +169,8 @@ def _split(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:
+        if not _SIZE.fullmatch(str(max_shard_size).strip()):
+            raise ValueError(max_shard_size)
         plan = split_state_dict_into_shards_factory(
             dict(specs),
             get_storage_size=lambda spec: spec.nbytes,
@@ -167,7 +181,7 @@ def _split(
         raise FusionBenchError(
             f"max_shard_size: '{max_shard_size}' is no size. Write it like '5GB' or '500MB'."
         ) from error
-    files = plan.filename_to_tensors
+    files = plan.filename_to_tensors or {"model.safetensors": []}
     if not plan.is_sharded:
         return None, files
     return {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, files

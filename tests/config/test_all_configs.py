@@ -14,6 +14,8 @@ FILES = [
     for path in sorted(CONFIG.rglob("*.yaml"))
     if not path.name.startswith("_")  # templates lack what the files that build on them give
 ]
+#: What a config needs from the command line; its own comment says so.
+NEEDS = {"merge_llm": ["+modelpool.models.a=owner/a"]}
 #: What is made without loading anything; the rest is bound to its signature.
 LIGHT = ("method/", "modelpool/", "taskpool/", "fabric/")
 
@@ -23,9 +25,9 @@ def test_there_are_some() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_it_composes_and_binds(name: str) -> None:
+def test_it_composes_and_binds(name: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
-        config = compose(name)
+        config = compose(name, overrides=NEEDS.get(name, []))
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict) and resolved
     check(resolved)
@@ -35,4 +37,5 @@ def test_it_composes_and_binds(name: str) -> None:
     if name.startswith(LIGHT):
         assert instantiate({"_recursive_": False, **node}) is not None
     elif "_target_" in resolved:
-        assert instantiate({**resolved, "dry_run": True}).run() is None
+        assert instantiate({**resolved, "dry_run": True}, output_dir=tmp_path).run() is None
+        assert list(tmp_path.iterdir()) == []

@@ -55,7 +55,7 @@ def test_nodes_and_modules_are_models_too(family: Path) -> None:
     module = CLIPVisionModel.from_pretrained(family / "models" / "b")
     pool = CLIPVisionModelPool({"a": node, "b": module})
     assert isinstance(pool.load_model("a"), CLIPVisionModel)
-    assert pool.load_model("b") is module
+    assert pool.load_model("b") is not module
     assert not pool.has_pretrained
 
 
@@ -119,3 +119,24 @@ def test_other_shapes_are_named(family: Path, tmp_path: Path) -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(FusionBenchError, match=r"modelpool\.models\.x.*int"):
         CLIPVisionModelPool({"x": 3}).load_model("x")
+
+
+def test_a_module_is_saved_without_changing_it(family: Path, tmp_path: Path) -> None:
+    module = CLIPVisionModel.from_pretrained(family / "models" / "a")
+    before = module.config.to_dict()
+    pool = CLIPVisionModelPool({"a": module}, policy={"dtype": "bfloat16"})
+    pool.save_model(pool.weights("a"), tmp_path / "m")
+    assert module.config.to_dict() == before
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_files_are_models_too(family: Path, tmp_path: Path) -> None:
+    places = {name: str(family / "models" / name / "model.safetensors") for name in ("base", "a")}
+    pool = CLIPVisionModelPool({"_pretrained_": places["base"], "a": places["a"]})
+    pool.save_model(pool.weights("a"), tmp_path / "m")
+    expected = CLIPVisionModel.from_pretrained(family / "models" / "a").state_dict()
+    for model in (pool.load_model("a"), CLIPVisionModel.from_pretrained(tmp_path / "m")):
+        state = model.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    assert (tmp_path / "m" / "preprocessor_config.json").exists()

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from fusion_bench.weights import TensorSpec, TensorWeights
+from fusion_bench.weights import TensorSpec, TensorWeights, is_special
 
 
 class Tied(nn.Module):
@@ -40,3 +41,44 @@ def test_empty_tensors_are_not_tied_to_each_other() -> None:
     module.register_buffer("a", torch.empty(0))
     module.register_buffer("b", torch.empty(0))
     assert TensorWeights(module.state_dict()).tied_to("b") == "b"
+
+
+def test_another_view_of_the_same_memory_is_not_tied() -> None:
+    square = torch.arange(4.0).view(2, 2)
+    tensors = {"a": square, "b": square.T, "c": square.view(torch.int32), "d": square[:1]}
+    weights = TensorWeights(tensors)
+    assert [weights.tied_to(key) for key in weights] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (2, 0, 3)])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_pieces_follow_each_other_and_make_the_whole(shape: tuple[int, ...], size: int) -> None:
+    weights = TensorWeights({"a": torch.rand(shape)})
+    numel = weights.spec("a").numel
+    pieces = list(weights.pieces("a", size))
+    assert [i for start, stop in pieces for i in range(start, stop)] == list(range(numel))
+    assert all(stop - start <= size for start, stop in pieces)
+    read = torch.cat([torch.empty(0), *(weights.read("a", *piece) for piece in pieces)])
+    assert torch.equal(read, weights["a"].flatten())
+
+
+def test_what_is_contiguous_is_read_without_a_copy() -> None:
+    tensor = torch.rand(3, 4)
+    assert TensorWeights({"a": tensor}).read("a", 4, 8).data_ptr() == tensor[1].data_ptr()
+
+
+def test_what_is_not_contiguous_is_read_in_its_logical_order() -> None:
+    tensor = torch.rand(3, 4).T
+    read = TensorWeights({"a": tensor}).read("a", 2, 9)
+    assert torch.equal(read, tensor.flatten()[2:9])
+
+
+def test_bytes_count_elements_times_their_size() -> None:
+    assert TensorSpec((2, 3), torch.bfloat16).nbytes == 12
+    assert TensorSpec((), torch.int64).nbytes == 8
+    assert TensorSpec((0, 3), torch.float32).nbytes == 0
+
+
+@pytest.mark.parametrize(("name", "special"), [("_a", True), ("a_", True), ("a_b", False)])
+def test_an_underscore_at_an_end_makes_a_name_special(name: str, special: bool) -> None:
+    assert is_special(name) is special

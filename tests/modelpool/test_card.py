@@ -1,0 +1,119 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fixtures_llm import metadata, write_bert
+from huggingface_hub import ModelCard
+from torch import nn
+
+import fusion_bench
+from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench.modelpool import HFModelPool
+from fusion_bench.modelpool.card import Source, model_card, recipe
+
+CONFIG: dict[str, Any] = {"method": {"scaling_factor": 0.3}, "seed": None, "list": [1, "zwei ´`"]}
+
+
+def made(**sources: Source) -> dict[str, Any]:
+    return recipe(CONFIG, sources, lambda file: f"hash of {file}")
+
+
+def test_a_recipe_names_version_config_and_sources() -> None:
+    source = Source("o/n@v1", "abc", (Path("one.bin"), Path("two.bin")))
+    assert made(a=source, b=Source("here")) == {
+        "version": fusion_bench.__version__,
+        "sources": {
+            "a": {
+                "source": "o/n@v1",
+                "commit": "abc",
+                "sha256": {"one.bin": "hash of one.bin", "two.bin": "hash of two.bin"},
+            },
+            "b": {"source": "here", "sha256": {}},
+        },
+        "config": CONFIG,
+    }
+
+
+def test_the_hub_reads_the_cards_header() -> None:
+    card = ModelCard(model_card("m", made(a=Source("o/n@v1", "abc"), b=Source("/here"))))
+    assert card.data.to_dict() == {
+        "base_model": ["o/n"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "fusion_bench"],
+    }
+    assert "| `a` | `o/n@v1` | abc |" in card.text and "| `b` | `/here` |  |" in card.text
+
+
+def test_a_card_without_models_of_the_hub_names_no_base() -> None:
+    data = ModelCard(model_card("m", made(b=Source("/here")))).data
+    assert data.base_model is None and data.get("base_model_relation") is None
+
+
+@pytest.mark.parametrize("name", ["a|b", "a`b", "a\nb"])
+def test_a_strange_name_stays_in_its_cell(name: str) -> None:
+    card = model_card("m", made(**{name: Source(name)}))
+    (row,) = [line for line in card.splitlines() if line.startswith("| `a")]
+    assert row.count("|") == 4 and row.count("`") == 4
+
+
+def test_the_recipe_in_the_card_is_yaml_that_says_the_same() -> None:
+    text = model_card("m", made(a=Source("``` fence")))
+    assert yaml.safe_load(text.split("````yaml\n")[1].split("\n````")[0]) == made(
+        a=Source("``` fence")
+    )
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    for seed, name in enumerate("ab"):
+        write_bert(tmp_path / name, seed=seed)
+    pool = HFModelPool({"a": tmp_path / "a", "b": tmp_path / "b"}, max_shard_size=4000)
+    weights: Any = SimpleAverageAlgorithm(show_pbar=False).run(pool)
+    pool.save_model(weights, tmp_path / "merged", CONFIG)
+    return tmp_path / "merged"
+
+
+def test_every_shard_has_the_recipe_in_its_header(merged: Path) -> None:
+    headers = [metadata(file) for file in merged.glob("*.safetensors")]
+    assert len(headers) > 1
+    for header in headers:
+        found = json.loads(header["fusion_bench"])
+        assert found["version"] == fusion_bench.__version__ and found["config"] == CONFIG
+        for name in "ab":
+            file = merged.parent / name / "model.safetensors"
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            assert found["sources"][name] == {
+                "source": str(merged.parent / name),
+                "sha256": {"model.safetensors": digest},
+            }
+
+
+def test_the_card_and_the_header_tell_the_same(merged: Path) -> None:
+    text = ModelCard.load(merged / "README.md").text
+    header = metadata(next(merged.glob("*.safetensors")))
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("\n```")[0])
+    assert shown == json.loads(header["fusion_bench"])
+    assert text.strip().startswith("# merged")
+
+
+def test_a_module_is_described_by_its_class(tmp_path: Path) -> None:
+    pool = HFModelPool({"a": nn.Linear(2, 2)})
+    pool.save_model(pool.weights("a"), tmp_path / "m")
+    found = json.loads(metadata(tmp_path / "m" / "model.safetensors")["fusion_bench"])
+    assert found["sources"]["a"]["source"] == "a Linear"
+
+
+def test_a_node_is_described_as_it_stands_in_the_config(tmp_path: Path) -> None:
+    node = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2}
+    pool = HFModelPool({"a": node})
+    weights = pool.weights("a")
+    pool.save_model(weights, tmp_path / "m")
+    found = json.loads(metadata(tmp_path / "m" / "model.safetensors")["fusion_bench"])
+    assert json.loads(found["sources"]["a"]["source"]) == node
+    assert "torch.nn.Linear" in (tmp_path / "m" / "README.md").read_text()
+    assert torch.equal(pool.open_saved(tmp_path / "m")["weight"], weights["weight"])

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from fixtures_weights import all_bits, total, weights
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.weights import Renamed, TensorWeights, in_memory, merge, without_prefix
+
+
+def test_entries_have_the_new_names_in_the_new_order() -> None:
+    source = weights(a=[1.0, 2.0], b=3, c=4.0)
+    renamed = Renamed(source, {"y": "b", "x": "a"})
+    assert list(renamed) == ["y", "x"] and len(renamed) == 2
+    assert renamed.spec("x") == source.spec("a")
+    assert renamed["x"] is source["a"]
+    assert renamed.read("x", 1, 2).tolist() == [2]
+    assert list(renamed.pieces("x", 1)) == [(0, 1), (1, 2)]
+    assert renamed.bytes_to_read("y") == 8
+    assert all_bits(in_memory(renamed)) == all_bits({"y": source["b"], "x": source["a"]})
+
+
+def test_only_the_new_names_are_known() -> None:
+    renamed = Renamed(weights(a=1.0), {"x": "a"})
+    assert "a" not in renamed
+    for look in (renamed.__getitem__, renamed.spec, renamed.tied_to):
+        with pytest.raises(KeyError):
+            look("a")
+
+
+@pytest.mark.parametrize("names", [{"x": "a", "y": "b"}, {"y": "b", "x": "a"}])
+def test_ties_are_kept_under_the_new_names(names: dict[str, str]) -> None:
+    shared = torch.ones(2)
+    renamed = Renamed(TensorWeights({"a": shared, "b": shared}), names)
+    assert renamed.tied_to("y") == renamed.tied_to("x") == "x"
+    tensors = in_memory(renamed)
+    assert list(tensors) == list(names) and tensors["x"] is tensors["y"]
+
+
+def test_one_end_of_a_tie_stands_alone() -> None:
+    shared = torch.ones(2)
+    renamed = Renamed(TensorWeights({"a": shared, "b": shared}), {"y": "b"})
+    assert renamed.tied_to("y") == "y"
+    assert in_memory(renamed)["y"].tolist() == [1, 1]
+
+
+def test_one_entry_under_two_names_is_tied() -> None:
+    renamed = Renamed(weights(a=1.0), {"x": "a", "y": "a"})
+    assert renamed.tied_to("y") == "x"
+
+
+def test_merged_weights_are_renamed_with_what_they_noticed() -> None:
+    merged = merge({"m": weights(a=torch.nan)}, total)
+    renamed = Renamed(merged, {"x": "a"})
+    assert renamed.in_pieces is merged.in_pieces is False
+    with pytest.raises(FusionBenchError, match="NaN"):
+        in_memory(renamed)
+
+
+@pytest.mark.parametrize(
+    ("keys", "known", "prefix"),
+    [
+        (["v.a", "v.b", "t.a"], ["a", "b"], "v."),
+        (["t.a", "v.a", "v.b"], ["a", "b"], "v."),
+        (["m.v.a", "m.v.b"], ["a", "b"], "m.v."),
+        (["a", "b"], ["a", "b"], ""),
+        (["v.a"], ["a", "b"], ""),
+        (["va", "vb"], ["a", "b"], ""),
+        ([], ["a"], ""),
+        (["a"], [], ""),
+    ],
+)
+def test_a_prefix_counts_if_all_known_keys_have_it(
+    keys: list[str], known: list[str], prefix: str
+) -> None:
+    assert without_prefix(dict.fromkeys(keys), dict.fromkeys(known)) == prefix
