@@ -12,22 +12,19 @@ the page cache. A peer runs in a process of its own, with its own Python, and is
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from measure import Times, alternate, publish, ratio, summary
 from safetensors.torch import load_file, save_file
 
 from fusion_bench.method import SimpleAverageAlgorithm
@@ -38,7 +35,6 @@ from fusion_bench.weights import in_memory, write_checkpoint
 
 CHUNK = 2**20
 Shapes = dict[str, tuple[int, ...]]
-Times = dict[str, list[float]]
 
 
 def main() -> None:
@@ -56,18 +52,14 @@ def main() -> None:
         root = arguments.workdir or Path(scratch)
         files = Files(root, small=arguments.small)
         peers = dict(peer.split("=", 1) for peer in arguments.peer)
-        results = {"machine": machine(), "torch": torch.__version__, "rounds": arguments.rounds}
+        results: dict[str, Any] = {}
         results["eight vision encoders, into memory"] = in_memory_times(
             files, peers, arguments.rounds
         )
         results["vision encoders, into memory"] = times_by_number(files, arguments.rounds)
         results["four language models, to the disk"] = to_disk_times(files, peers, arguments.rounds)
         results["peak anonymous memory"] = anonymous_memory(files)
-    show(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    if arguments.markdown:
-        arguments.markdown.write_text(markdown(results))
+    publish(results, "fuse.py", arguments.rounds, arguments.json, arguments.markdown)
 
 
 class Files:
@@ -278,7 +270,7 @@ def in_memory_times(files: Files, peers: dict[str, str], rounds: int) -> dict[st
     with _peer("fusionbench", peers, models) as peer:
         if peer:
             contestants["FusionBench, module"] = peer
-        times = _alternate(contestants, rounds)
+        times = alternate(contestants, rounds)
     return _figures(times, size(models))
 
 
@@ -290,7 +282,7 @@ def times_by_number(files: Files, rounds: int) -> dict[str, Any]:
         contestants[f"{number} models"] = lambda models=models: in_memory(
             average(vision_pool(models))
         )
-    times = _alternate(contestants, rounds)
+    times = alternate(contestants, rounds)
     return {
         name: {"seconds": round(statistics.median(seconds), 3)} for name, seconds in times.items()
     }
@@ -316,7 +308,7 @@ def to_disk_times(files: Files, peers: dict[str, str], rounds: int) -> dict[str,
     with _peer("mergekit", peers, models, output) as peer:
         if peer:
             contestants["mergekit"] = peer
-        times = _alternate(contestants, rounds, before=lambda: _clear(output))
+        times = alternate(contestants, rounds, before=lambda: _clear(output))
     return _figures(times, size(models))
 
 
@@ -374,36 +366,11 @@ def _paths(models: list[Path]) -> str:
     return "[" + ", ".join(f"Path({str(model)!r})" for model in models) + "]"
 
 
-def _alternate(
-    contestants: dict[str, Callable[[], object]],
-    rounds: int,
-    before: Callable[[], object] = lambda: None,
-) -> Times:
-    """Time each contestant once a round; the first round warms up and does not count."""
-    times: Times = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, work in contestants.items():
-            before()
-            start = time.perf_counter()
-            result = work()
-            seconds = result if isinstance(result, float) else time.perf_counter() - start
-            del result
-            if number > 0:
-                times[name].append(seconds)
-        print(f"round {number} of {rounds} done", file=sys.stderr)
-    return times
-
-
 def _figures(times: Times, bytes_read: int) -> dict[str, Any]:
-    floor = times["floor: read all, write the output"]
     return {
         name: {
-            "seconds": round(statistics.median(seconds), 3),
-            "fastest": round(min(seconds), 3),
-            "slowest": round(max(seconds), 3),
-            "of the floor": round(
-                statistics.median(s / f for s, f in zip(seconds, floor, strict=True)), 2
-            ),
+            **summary(seconds),
+            "of the floor": ratio(times, name, "floor: read all, write the output"),
             "GB/s": round(bytes_read / 1e9 / statistics.median(seconds), 1),
         }
         for name, seconds in times.items()
@@ -451,52 +418,6 @@ def _clear(output: Path) -> None:
     if output.is_dir():
         shutil.rmtree(output)
     output.unlink(missing_ok=True)
-
-
-# --- showing --------------------------------------------------------------------------------------
-
-
-def machine() -> str:
-    """Return what this machine is, in words."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {cpu}, {memory:.0f} GiB"
-
-
-def show(results: dict[str, Any]) -> None:
-    """Print the tables."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"{results['machine']}; torch {results['torch']}")
-    for title, columns, rows in _tables(results):
-        table = Table(title, *columns)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """Return the tables as a piece of a page."""
-    lines = [
-        f"Measured by `benchmarks/fuse.py` on {results['machine']}, with torch {results['torch']}; "
-        f"medians of {results['rounds']} rounds.",
-    ]
-    for title, columns, rows in _tables(results):
-        lines += ["", "| " + " | ".join([title, *columns]) + " |"]
-        lines += ["| --- |" + " ---: |" * len(columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Yield each table's title, further columns, and rows."""
-    for title, rows in results.items():
-        if isinstance(rows, dict):
-            columns = list(next(iter(rows.values())))
-            yield title, columns, [[row, *map(str, cells.values())] for row, cells in rows.items()]
 
 
 if __name__ == "__main__":

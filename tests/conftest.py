@@ -18,9 +18,9 @@ def scrambled(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a cache of its own, which nobody filled before."""
-    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "fusion_bench_cache"))
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

@@ -61,11 +61,12 @@ class TensorwiseAlgorithm(ABC):
 
     Subclasses implement ``merge_tensor``; those that need the pretrained model set
     ``needs_pretrained``, and those whose result at each element depends on that element alone set
-    ``elementwise``.
+    ``elementwise``; if it is a weighted sum, ``linear`` too, which saves looking for NaN twice.
     """
 
     needs_pretrained = False
     elementwise = False
+    linear = False
     show_pbar = True
     inplace = False
 
@@ -109,6 +110,7 @@ class TensorwiseAlgorithm(ABC):
             self.merge_tensor,
             base,
             elementwise=self.elementwise,
+            linear=self.linear,
             policy=pool.policy,
             vocabulary=pool.vocabulary,
             show_progress=self.show_pbar,

@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import fields, replace
 from fnmatch import fnmatch
 from functools import cache, cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,8 @@ class HFModelPool:
             return deepcopy(source).eval()
         if not isinstance(source, str):
             return self._module(name).eval()
-        if _is_file(source) or _ADAPTER_CONFIG in self._repository(name).files:
+        built = self.model_class == "AutoModel" or _is_file(source)
+        if built or _ADAPTER_CONFIG in self._repository(name).files:
             return self.build_model(self.weights(name))
         model, info = self._from_pretrained(self._repository(name))
         _refuse_incomplete(f"modelpool.models.{name}: '{source}'", info)
@@ -169,13 +171,18 @@ class HFModelPool:
         tensors = in_memory(weights) if isinstance(weights, Weights) else dict(weights)
         config = self._model_config()
         floating = [t.dtype for t in tensors.values() if t.dtype.is_floating_point]
-        model, info = _concrete(self._transformers_class(), config).from_pretrained(
+        model_class = _concrete(self._transformers_class(), config)
+        options = {}
+        if "add_pooling_layer" in signature(model_class).parameters:
+            options["add_pooling_layer"] = any(key.startswith("pooler.") for key in tensors)
+        model, info = model_class.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
             dtype=floating[0] if floating else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
         _refuse_incomplete("The merged model", info)
         return model.eval()
@@ -222,8 +229,23 @@ class HFModelPool:
         return self._canonical(open_repository(locate(str(path))))
 
     def _canonical(self, weights: Weights) -> Weights:
-        """Return a file's or a module's weights with the keys that the pool works with."""
-        return weights
+        """Return a file's or a module's weights with the keys that the pool works with.
+
+        A pool of bare models, ``AutoModel``, sees the backbone of a classifier without its head.
+        """
+        if self.model_class != "AutoModel" or self._backbone_prefix is None:
+            return weights
+        prefix = f"{self._backbone_prefix}."
+        inside = [key for key in weights if key.startswith(prefix)]
+        return Renamed(weights, {k.removeprefix(prefix): k for k in inside}) if inside else weights
+
+    @cached_property
+    def _backbone_prefix(self) -> str | None:
+        """What a larger model puts before the keys of the bare one."""
+        config = self._model_config()
+        if config is None:
+            return None
+        return str(_concrete(self._transformers_class(), config).base_model_prefix)
 
     def _for_file(self, weights: Weights) -> Weights:
         """Return weights with the keys that they have in a file."""

@@ -3,10 +3,12 @@
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from urllib.parse import quote
 
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
@@ -28,9 +30,12 @@ from fusion_bench.report import (
     summarise,
 )
 from fusion_bench.report.schema import Role
-from fusion_bench.storage import write_text
+from fusion_bench.storage import write_bytes, write_text
 from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import TensorWeights, Weights, in_memory, sha256
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool import Score
 
 log = logging.getLogger(__name__)
 
@@ -181,50 +186,77 @@ class FabricModelFusionProgram:
         results: dict[str, ModelResult] = {}
         if self.baselines != "none" and self.taskpool is not None:
             if self.modelpool.has_pretrained:
-                model = self.modelpool.load_model("_pretrained_")
-                results["_pretrained_"] = self._judge(fabric, "_pretrained_", "pretrained", model)
+                results["_pretrained_"] = self._judge_baseline(fabric, "_pretrained_", "pretrained")
             for name in self.modelpool.model_names:
                 tasks = self._own_tasks(name) if self.baselines == "own_task" else None
                 if tasks == []:
                     log.info("'%s' is judged on no task: none bears its name.", name)
                     continue
-                model = self.modelpool.load_model(name)
-                results[name] = self._judge(fabric, name, "individual", model, tasks)
-        for name, weights in merged.items():
-            if self.taskpool is None and isinstance(weights, Weights):
-                results[name] = _described(weights)
+                results[name] = self._judge_baseline(fabric, name, "individual", tasks)
+        for name, model in merged.items():
+            if isinstance(model, Weights):
+                build = partial(self.modelpool.build_model, model)
+                results[name] = self._judge(fabric, name, "merged", model, build)
             else:
-                if isinstance(weights, Weights):
-                    weights = self.modelpool.build_model(weights)
-                results[name] = self._judge(fabric, name, "merged", weights)
+                weights = TensorWeights(model.state_dict())
+                results[name] = self._judge(fabric, name, "merged", weights, model)
         return results
+
+    def _judge_baseline(
+        self, fabric: Fabric, name: str, role: Role, tasks: list[str] | None = None
+    ) -> ModelResult:
+        weights = self.modelpool.weights(name)
+        return self._judge(
+            fabric, name, role, weights, partial(self.modelpool.load_model, name), tasks
+        )
 
     def _judge(
         self,
         fabric: Fabric,
         name: str,
         role: Role,
-        model: nn.Module,
+        weights: Weights,
+        model: nn.Module | Callable[[], nn.Module],
         tasks: list[str] | None = None,
     ) -> ModelResult:
-        identity = sha256(
-            TensorWeights(model.state_dict())
-        )  # before the precision may change the weights
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        scores = {}
+        """Judge a model, which is only built if its results are not known."""
+        identity = sha256(weights)
+        own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
+        scores: dict[str, Score] = {}
         if self.taskpool is not None:
             scores = self.taskpool.evaluate(
-                model, fabric, tasks, name=name, fast_dev_run=self.fast_dev_run
+                model,
+                fabric,
+                tasks,
+                name=name,
+                fast_dev_run=self.fast_dev_run,
+                weights_sha256=identity,
             )
+            if self.taskpool.save_predictions and fabric.global_rank == 0:
+                self._save_predictions(name, scores)
         return ModelResult(
             role=role,
             weights_sha256=identity,
-            num_parameters=num_parameters,
-            tasks={
-                task: TaskResult.from_counts(s.num_correct, s.loss_sum, s.num_samples)
-                for task, s in scores.items()
-            },
+            num_parameters=sum(spec.numel for spec in own if spec.dtype.is_floating_point),
+            tasks={task: self._task_result(task, score) for task, score in scores.items()},
         )
+
+    def _task_result(self, task: str, score: "Score") -> TaskResult:
+        assert self.taskpool is not None
+        per_class = None
+        if self.taskpool.per_class:
+            per_class = score.per_class(len(self.taskpool.data(task).class_names))
+        return TaskResult.from_counts(
+            score.num_correct, score.loss_sum, score.num_samples, per_class
+        )
+
+    def _save_predictions(self, model: str, scores: "Mapping[str, Score]") -> None:
+        """Write each task's answers as a parquet file."""
+        if self.output_dir is None:
+            raise FusionBenchError("taskpool.save_predictions: needs an output_dir.")
+        directory = self.output_dir / "predictions" / quote(model, safe="")
+        for task, score in scores.items():
+            write_bytes(directory / f"{quote(task, safe='')}.parquet", score.parquet())
 
     def _own_tasks(self, model: str) -> list[str]:
         names = [] if self.taskpool is None else self.taskpool.task_names
@@ -239,6 +271,9 @@ class FabricModelFusionProgram:
                 num_classes=len(self.taskpool.data(task).class_names),
                 num_samples=judged[task],
                 fingerprint=self.taskpool.data(task).fingerprint,
+                class_names=(
+                    self.taskpool.data(task).class_names if self.taskpool.per_class else None
+                ),
             )
             for task in self.taskpool.task_names
         }
@@ -309,17 +344,6 @@ def _named(result: Any) -> dict[str, nn.Module | Weights]:
     if all(isinstance(value, Tensor) for value in result.values()):
         return {"merged": TensorWeights(result)}
     return {name: model for name, part in result.items() for model in _named(part).values()}
-
-
-def _described(weights: Weights) -> ModelResult:
-    """Return the report's entry for weights that nobody judges."""
-    own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
-    return ModelResult(
-        role="merged",
-        weights_sha256=sha256(weights),
-        num_parameters=sum(spec.numel for spec in own if spec.dtype.is_floating_point),
-        tasks={},
-    )
 
 
 def _lazily(section: Any) -> Any:

@@ -48,6 +48,7 @@ class TaskInfo(_Strict):
     num_classes: int
     num_samples: int
     fingerprint: str
+    class_names: list[str] | None = None
 
 
 class TaskResult(_Strict):
@@ -58,9 +59,16 @@ class TaskResult(_Strict):
     loss: float
     num_samples: int
     normalized_accuracy: float | None = None
+    per_class_accuracy: list[float | None] | None = None
 
     @classmethod
-    def from_counts(cls, num_correct: int, loss_sum: float, num_samples: int) -> "TaskResult":
+    def from_counts(
+        cls,
+        num_correct: int,
+        loss_sum: float,
+        num_samples: int,
+        per_class_accuracy: list[float | None] | None = None,
+    ) -> "TaskResult":
         """Turn plain sums into figures; the standard error is that of a binomial proportion."""
         accuracy = num_correct / num_samples
         return cls(
@@ -68,6 +76,7 @@ class TaskResult(_Strict):
             accuracy_stderr=math.sqrt(accuracy * (1 - accuracy) / num_samples),
             loss=loss_sum / num_samples,
             num_samples=num_samples,
+            per_class_accuracy=per_class_accuracy,
         )
 
 

@@ -1,6 +1,7 @@
 """How a model is judged."""
 
 from fusion_bench.taskpool.clip_vision import CLIPVisionModelTaskPool
-from fusion_bench.taskpool.evaluate import Score
+from fusion_bench.taskpool.image_classification import ImageClassificationTaskPool
+from fusion_bench.taskpool.results import Score
 
-__all__ = ["CLIPVisionModelTaskPool", "Score"]
+__all__ = ["CLIPVisionModelTaskPool", "ImageClassificationTaskPool", "Score"]

@@ -1,24 +1,35 @@
 """Judging CLIP vision encoders by zero-shot image classification."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
-from fusion_bench.sources import load, reading, resolve
-from fusion_bench.taskpool.evaluate import Score, judge, loader_arguments
-from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.taskpool.zero_shot import ZeroShotHead, text_head
-from fusion_bench.tasks import Task, load_task
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.repository import Repository, locate
+from fusion_bench.sources import load, plain_source, reading
+from fusion_bench.storage import file_sha256
+from fusion_bench.taskpool.base import Classify, ImageTaskPool
+from fusion_bench.taskpool.zero_shot import HeadStore, ZeroShotHead, text_head
+from fusion_bench.weights import TensorWeights, sha256, weight_files
 
 #: Where a repository lacks the tokenizer's files, transformers makes one of special tokens alone.
 _SMALLEST_VOCABULARY = 10
+_TOKENIZER_FILES = (
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
 
-class CLIPVisionModelTaskPool:
+class CLIPVisionModelTaskPool(ImageTaskPool):
     """Image-classification tasks; the classes' names, put into words, are the classifier.
 
     Args:
@@ -29,10 +40,15 @@ class CLIPVisionModelTaskPool:
         processor: likewise, gives tokenizer and image processor. By default ``clip_model``.
         base_model: the repository to use where the two above are not given.
         data_processor: another processor for the images.
-        dataloader_kwargs: arguments of ``torch.utils.data.DataLoader``; batch size and worker
-            count suit the device where they are not given.
+        dataloader_kwargs: as in ``ImageTaskPool``; so are the next arguments.
         tasks: task name to what differs from the known data: ``class_names``, ``templates``,
             ``image_column``, ``label_column``.
+        max_samples: judge no more than so many samples of each task, the same ones in every run.
+        per_class: report each class's accuracy too.
+        save_predictions: leave each model's answers as parquet files beside the report.
+        cache: keep prepared images, text heads and results on disk and use what is there.
+        cache_size: what prepared images may take on disk.
+        compile: compile the models with ``torch.compile``.
     """
 
     def __init__(
@@ -44,98 +60,79 @@ class CLIPVisionModelTaskPool:
         data_processor: Any = None,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         tasks: Mapping[str, Mapping[str, Any]] | None = None,
+        max_samples: int | None = None,
+        per_class: bool = False,
+        save_predictions: bool = False,
+        cache: bool = True,
+        cache_size: int | str = "50GB",
+        compile: bool = False,
     ):
-        if not test_datasets:
-            raise FusionBenchError(
-                "taskpool.test_datasets: there is no task. Name at least one dataset, for example "
-                "'mnist: {_target_: datasets.load_dataset, path: ylecun/mnist, split: test}'."
-            )
+        super().__init__(
+            test_datasets,
+            dataloader_kwargs,
+            tasks,
+            max_samples,
+            per_class,
+            save_predictions,
+            cache,
+            cache_size,
+            compile,
+        )
         if clip_model is None and base_model is None:
             raise FusionBenchError(
                 "taskpool.clip_model: missing; it gives the text tower, for example "
                 "'clip_model: openai/clip-vit-base-patch32'."
             )
-        for name in tasks or {}:
-            if name not in test_datasets:
-                raise FusionBenchError(
-                    f"taskpool.tasks.{name}: there is no such task. "
-                    + did_you_mean(name, test_datasets)
-                )
-        self._datasets = dict(test_datasets)
-        self._clip_source = base_model if clip_model is None else clip_model
-        self._processor_source = self._clip_source if processor is None else processor
-        self._image_processor_source = data_processor
-        self._dataloader_kwargs = dict(dataloader_kwargs or {})
-        self._tasks: dict[str, Task] = {
-            name: Task.from_mapping(
-                (tasks or {}).get(name, {}), where=f"taskpool.tasks.{name}", base=load_task(name)
-            )
-            for name in self._datasets
-        }
-        self.task_names: list[str] = list(self._datasets)
-        self._clip: Any = None
-        self._processor: Any = None
-        self._data: dict[str, LabelledImages] = {}
+        self._clip_source = plain_source(base_model if clip_model is None else clip_model)
+        self._processor_source = self._clip_source if processor is None else plain_source(processor)
+        self._image_processor_source = plain_source(data_processor)
+        self._head_store = HeadStore() if cache else None
         self._heads: dict[str, ZeroShotHead] = {}
 
-    def prepare(self, fabric: Fabric) -> None:
-        """Load datasets and text tower and make the text heads; done once, before any judging.
+    def image_processor(self, task: str) -> Any:
+        """Return the one image processor of all tasks."""
+        return self._image_processor
 
-        Raises:
-            FusionBenchError: a source that cannot be read, a dataset without images or labels.
-        """
-        if self._heads:
-            return
-        with fabric.rank_zero_first():  # so that only one process downloads
-            self._clip = self._load_clip()
-            self._processor = self._load_processor()
-            self._data = {name: self._load_data(name) for name in self.task_names}
-        fabric.to_device(self._clip)
-        self._heads = {name: self._make_head(name) for name in self.task_names}
+    def head_identity(self, task: str) -> str:
+        """Return what the text head is made from: text weights, tokenizer, prompts."""
+        _ = self._clip_config  # refuses what is no CLIP model
+        texts = json.dumps([self._data[task].class_names, self._tasks[task].templates])
+        content = [self._clip_identity, self._tokenizer_identity, texts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def data(self, name: str) -> LabelledImages:
-        """Return a task's images and labels, once ``prepare`` has run."""
-        return self._data[name]
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        fabric: Fabric,
-        tasks: Sequence[str] | None = None,
-        *,
-        name: str = "model",
-        fast_dev_run: bool = False,
-    ) -> dict[str, Score]:
-        """Judge a vision encoder on ``tasks``, by default all.
-
-        Args:
-            model: a ``CLIPVisionModel``; moved to Fabric's device.
-            fabric: gives device, precision and processes; all of them must call this.
-            tasks: names out of ``task_names``.
-            name: what the progress bar calls the model.
-            fast_dev_run: only the first batch of each task.
-        """
-        self.prepare(fabric)
-        loader = loader_arguments(self._dataloader_kwargs, fabric)
+    def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
+        """Return encoder and text head in one."""
         self._check_architecture(model, name)
-        encoder = fabric.to_device(fabric.strategy.precision.convert_module(model)).eval()
-        scores = {}
-        for task in self.task_names if tasks is None else tasks:
-            data = self._data[task]
-            scores[task] = judge(
-                fabric,
-                encoder,
-                self._heads[task],
-                data,
-                loader,
-                f"judging {name} on {task}",
-                min(len(data), loader["batch_size"]) if fast_dev_run else len(data),
-            )
-        return scores
+        head = fabric.to_device(self._head(task, fabric))
+
+        def classify(images: Tensor) -> Tensor:
+            logits: Tensor = head(model(images).pooler_output)
+            return logits
+
+        return classify
+
+    def _head(self, task: str, fabric: Fabric) -> ZeroShotHead:
+        """Return a task's head, from the cache if it was ever made."""
+        identity = self.head_identity(task)
+        if task not in self._heads:
+            head = self._head_store.load(identity) if self._head_store else None
+            if head is None:
+                head = self._made_head(task, fabric)
+                if self._head_store is not None and fabric.global_rank == 0:
+                    self._head_store.save(identity, head)
+            self._heads[task] = head
+        return self._heads[task]
+
+    def _made_head(self, task: str, fabric: Fabric) -> ZeroShotHead:
+        clip = fabric.to_device(self._clip)
+        classes = text_head(
+            clip, self._tokenizer, self._data[task].class_names, self._tasks[task].templates
+        )
+        return ZeroShotHead.of(clip, classes)
 
     def _check_architecture(self, model: nn.Module, name: str) -> None:
         """Refuse an encoder of another size: head and image size are those of ``clip_model``."""
-        expected = self._clip.config.vision_config
+        expected = self._clip_config.vision_config
         for field in ("hidden_size", "patch_size", "image_size", "num_hidden_layers"):
             found = getattr(getattr(model, "config", None), field, None)
             if found is not None and found != getattr(expected, field):
@@ -145,24 +142,47 @@ class CLIPVisionModelTaskPool:
                     "encoders were fine-tuned from."
                 )
 
-    def _make_head(self, name: str) -> ZeroShotHead:
-        classes = text_head(
-            self._clip,
-            self._processor.tokenizer,
-            self._data[name].class_names,
-            self._tasks[name].templates,
-        )
-        return ZeroShotHead(self._clip.visual_projection, self._clip.logit_scale, classes)
+    @cached_property
+    def _clip_repository(self) -> Repository:
+        return locate(self._clip_source)
 
-    def _load_clip(self) -> Any:
+    @cached_property
+    def _clip_identity(self) -> str:
+        """What tells the weights of ``clip_model`` from any other, without loading them."""
+        if not isinstance(self._clip_source, str):
+            return sha256(TensorWeights(self._clip.state_dict()))
+        names = ["config.json", *weight_files(self._clip_repository)]
+        place = self._clip_repository.fetch(*names)
+        return json.dumps([file_sha256(place / name) for name in names])
+
+    @cached_property
+    def _clip_config(self) -> Any:
+        if not isinstance(self._clip_source, str):
+            return self._clip.config
+        from transformers import AutoConfig, CLIPConfig
+
+        with reading("model", self._clip_source):
+            config = AutoConfig.from_pretrained(self._clip_repository.fetch("config.json"))
+        if not isinstance(config, CLIPConfig):
+            raise FusionBenchError(
+                f"taskpool.clip_model: '{self._clip_source}' is not a full CLIP model but a "
+                f"'{config.model_type}'. Name the model that the encoders were fine-tuned from."
+            )
+        return config
+
+    @cached_property
+    def _clip(self) -> Any:
         source = self._clip_source
         if not isinstance(source, str):
             return load("model", source, "taskpool.clip_model").eval()
         from transformers import CLIPModel
 
         with reading("model", source):
+            names = ["config.json", *weight_files(self._clip_repository)]
             model, info = CLIPModel.from_pretrained(
-                resolve(source), output_loading_info=True, ignore_mismatched_sizes=True
+                self._clip_repository.fetch(*names),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
             raise FusionBenchError(
@@ -171,36 +191,56 @@ class CLIPVisionModelTaskPool:
             )
         return model.eval()
 
-    def _load_processor(self) -> Any:
-        from transformers import CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
+    @cached_property
+    def _processor(self) -> Any:
+        """The processor that a node or an object gives; a name stands for its parts."""
+        return load("processor", self._processor_source, "taskpool.processor")
 
+    @cached_property
+    def _tokenizer_place(self) -> Path:
+        """The directory with the tokenizer's files."""
+        repository = locate(self._processor_source)
+        names = [name for name in _TOKENIZER_FILES if name in repository.files]
+        return repository.fetch(*names)
+
+    @cached_property
+    def _tokenizer_identity(self) -> str:
+        if not isinstance(self._processor_source, str):
+            return str(self._processor.tokenizer.backend_tokenizer.to_str())
+        files = [self._tokenizer_place / name for name in _TOKENIZER_FILES]
+        return json.dumps([file_sha256(file) for file in files if file.exists()])
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         source = self._processor_source
-        if isinstance(source, str):
-            with reading("processor", source):
-                path = resolve(source)
-                processor = CLIPProcessor(
-                    CLIPImageProcessorPil.from_pretrained(path), CLIPTokenizer.from_pretrained(path)
-                )
-            if len(processor.tokenizer) < _SMALLEST_VOCABULARY:
-                raise FusionBenchError(f"taskpool.processor: '{source}' comes without a tokenizer.")
-        else:
-            processor = load("processor", source, "taskpool.processor")
-        other = self._image_processor_source
-        if isinstance(other, str):
-            with reading("processor", other):
-                other = CLIPImageProcessorPil.from_pretrained(resolve(other))
-        elif other is not None:
-            other = load("processor", other, "taskpool.data_processor")
-        if other is not None:
-            processor.image_processor = getattr(other, "image_processor", other)
-        return processor
+        if not isinstance(source, str):
+            return self._processor.tokenizer
+        from transformers import CLIPTokenizer
 
-    def _load_data(self, name: str) -> LabelledImages:
-        dataset = load("dataset", self._datasets[name], f"taskpool.test_datasets.{name}")
-        transform = partial(_preprocess, self._processor.image_processor)
-        return LabelledImages(name, dataset, self._tasks[name], transform)
+        with reading("processor", source):
+            tokenizer = CLIPTokenizer.from_pretrained(self._tokenizer_place)
+        if len(tokenizer) < _SMALLEST_VOCABULARY:
+            raise FusionBenchError(f"taskpool.processor: '{source}' comes without a tokenizer.")
+        return tokenizer
 
+    @cached_property
+    def _image_processor(self) -> Any:
+        source = self._image_processor_source
+        if source is None:
+            source = self._processor_source
+            if not isinstance(source, str):
+                return self._processor.image_processor
+        if not isinstance(source, str):
+            processor = load("processor", source, "taskpool.data_processor")
+            return getattr(processor, "image_processor", processor)
+        from transformers import CLIPImageProcessorPil
 
-def _preprocess(image_processor: Any, image: Any) -> Tensor:
-    pixels: Tensor = image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    return pixels[0]
+        repository = locate(source)
+        if "preprocessor_config.json" not in repository.files:
+            raise FusionBenchError(
+                f"Cannot read the processor '{source}': it comes without an image processor."
+            )
+        with reading("processor", source):
+            return CLIPImageProcessorPil.from_pretrained(
+                repository.fetch("preprocessor_config.json")
+            )

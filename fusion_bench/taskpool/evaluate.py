@@ -1,94 +1,161 @@
-"""The loop that judges an image classifier: exact counts on any number of processes."""
+"""The loop that judges an image classifier: the same answers on any number of processes."""
 
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, Subset
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.progress import bar
+from fusion_bench.taskpool.pixels import PreparedImages
+from fusion_bench.taskpool.results import Score
+
+#: Arguments of torch's DataLoader that mean something here, and those that need not.
+_USED = ("batch_size", "num_workers", "prefetch_factor", "pin_memory")
+_IGNORED = (
+    "shuffle",
+    "persistent_workers",
+    "timeout",
+    "multiprocessing_context",
+    "pin_memory_device",
+    "drop_last",
+)
 
 
 @dataclass(frozen=True)
-class Score:
-    """How a model did on a task: plain sums, from which every figure follows.
+class Loading:
+    """How images come to the model.
 
-    ``loss_sum`` is the sum over the samples of the cross entropy, in nats.
+    Attributes:
+        batch_size: images a batch.
+        workers: threads that decode images.
+        ahead: batches that are prepared while the model works on another.
+        pin_memory: whether batches lie where a GPU copies from by itself.
+        full_batches: fill up the last batch, for a compiled model compiles each size anew.
     """
 
-    num_correct: int
-    loss_sum: float
-    num_samples: int
+    batch_size: int
+    workers: int
+    ahead: int
+    pin_memory: bool
+    full_batches: bool = False
 
+    @classmethod
+    def for_device(cls, given: Mapping[str, Any] | None, fabric: Fabric) -> "Loading":
+        """Return what ``given``, arguments of a ``DataLoader``, asks for, else what suits.
 
-def loader_arguments(given: Mapping[str, Any] | None, fabric: Fabric) -> dict[str, Any]:
-    """Return the DataLoader's arguments: those ``given``, else ones that suit the device.
+        On a CPU images are decoded between batches, not beside them: model and decoder would only
+        take the cores from each other.
 
-    Raises:
-        FusionBenchError: ``drop_last``, with which some samples would go unjudged.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    arguments = {
-        "batch_size": 32 if fabric.device.type == "cpu" else 128,
-        "num_workers": min(8, max(1, (cores or 1) // fabric.world_size)),
-        "pin_memory": fabric.device.type == "cuda",
-    } | dict(given or {})
-    if arguments.get("drop_last"):
-        raise FusionBenchError(
-            "taskpool.dataloader_kwargs.drop_last: would leave samples unjudged. Remove it."
+        Raises:
+            FusionBenchError: an unknown argument, or ``drop_last``, which would leave samples
+                unjudged.
+        """
+        given = dict(given or {})
+        for name in given:
+            if name not in (*_USED, *_IGNORED):
+                raise FusionBenchError(
+                    f"taskpool.dataloader_kwargs.{name}: there is no such argument. "
+                    + did_you_mean(name, _USED)
+                )
+        if given.get("drop_last"):
+            raise FusionBenchError(
+                "taskpool.dataloader_kwargs.drop_last: would leave samples unjudged. Remove it."
+            )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        on_cpu = fabric.device.type == "cpu"
+        workers = given.get("num_workers", min(16, max(1, (cores or 1) // fabric.world_size)))
+        ahead = given.get("prefetch_factor") or 2
+        batch_size = given.get("batch_size", 32 if on_cpu else 128)
+        return cls(
+            batch_size=batch_size,
+            workers=max(1, workers),
+            ahead=0 if on_cpu else ahead,
+            pin_memory=given.get("pin_memory", fabric.device.type == "cuda"),
         )
-    if arguments["num_workers"] and sys.platform == "linux":
-        # A worker that is spawned imports torch again, for each task of each model.
-        arguments.setdefault("multiprocessing_context", "fork")
-    return arguments | {"shuffle": False}
 
 
 def judge(
     fabric: Fabric,
-    encoder: nn.Module,
-    head: Callable[[Tensor], Tensor],
-    data: Dataset[tuple[Tensor, int]],
-    loader: Mapping[str, Any],
+    classify: Callable[[Tensor], Tensor],
+    images: PreparedImages,
+    samples: NDArray[np.int64],
+    loading: Loading,
     description: str,
-    num_samples: int,
 ) -> Score:
-    """Count correct answers and sum losses over the first ``num_samples`` of ``data``.
+    """Return the answers of ``classify``, images to logits, on some of the samples.
 
-    Each process takes every n-th sample, none twice, so that the counts do not depend on the
-    number of processes. All processes return the same score.
+    Each process takes every n-th sample, none twice, and the answers are put together by their
+    place: neither counts nor losses depend on the number of processes. All return the same score.
     """
-    mine = range(fabric.global_rank, num_samples, fabric.world_size)
-    batches = DataLoader(Subset(data, mine), **loader)
-    precision = fabric.strategy.precision
-    correct, losses = [], []  # kept on the device: reading them would wait for it at every batch
-    with torch.inference_mode():
-        for images, labels in bar(batches, description, unit="batch"):
-            images = precision.convert_input(images.to(fabric.device, non_blocking=True))
-            labels = labels.to(fabric.device, non_blocking=True)
+    labels = images.labels[samples]
+    mine = np.arange(fabric.global_rank, len(samples), fabric.world_size)
+    predictions = torch.zeros(len(samples), dtype=torch.int64, device=fabric.device)
+    losses = torch.zeros(len(samples), dtype=torch.float32, device=fabric.device)
+    targets = torch.from_numpy(labels).to(fabric.device)
+    steps = [mine[i : i + loading.batch_size] for i in range(0, len(mine), loading.batch_size)]
+    batches = _batches(images, [samples[step] for step in steps], loading)
+    with torch.inference_mode(), closing(batches):
+        shown = bar(batches, description, total=len(steps), unit="batch")
+        for step, pixels in zip(steps, shown, strict=True):
+            pixels = images.preprocessor.finish(pixels.to(fabric.device, non_blocking=True))
+            pixels = fabric.strategy.precision.convert_input(pixels)
+            if loading.full_batches:
+                pixels = _filled(pixels, loading.batch_size)
             with fabric.autocast():
-                pooled = encoder(images).pooler_output
-            logits = head(pooled)
-            correct.append(logits.argmax(dim=-1) == labels)
-            losses.append(cross_entropy(logits, labels, reduction="none"))
-    # A process may have had no sample at all.
-    num_correct = sum(int(right.sum()) for right in correct)
-    loss_sum = sum(float(loss.cpu().double().sum()) for loss in losses)
+                logits = classify(pixels).float()[: len(step)]
+            # Nothing is read back here: that would wait for the device at every batch.
+            places = torch.from_numpy(step).to(fabric.device, non_blocking=True)
+            predictions[places] = logits.argmax(dim=-1)
+            losses[places] = cross_entropy(logits, targets[places], reduction="none")
     return Score(
-        num_correct=int(_total(fabric, num_correct, torch.int64)),
-        loss_sum=float(_total(fabric, loss_sum, torch.float64)),
-        num_samples=num_samples,
+        samples=samples,
+        labels=labels,
+        predictions=_gathered(fabric, predictions).cpu().numpy(),
+        losses=_gathered(fabric, losses).cpu().numpy(),
     )
 
 
-def _total(fabric: Fabric, value: float, dtype: torch.dtype) -> Tensor:
-    """Add up one number over the processes, exactly for integers."""
-    device = fabric.device if fabric.world_size > 1 else "cpu"  # some devices have no float64
-    mine = torch.tensor(value, dtype=dtype, device=device)
-    return cast(Tensor, fabric.all_reduce(mine, reduce_op="sum"))
+def _filled(pixels: Tensor, size: int) -> Tensor:
+    return torch.cat([pixels, pixels[:1].expand(size - len(pixels), *pixels.shape[1:])])
+
+
+def _gathered(fabric: Fabric, values: Tensor) -> Tensor:
+    """Put the processes' values together; where one has a value all others have zero."""
+    total = fabric.all_reduce(values, reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _batches(
+    images: PreparedImages, steps: Sequence[NDArray[np.int64]], loading: Loading
+) -> Generator[Tensor, None, None]:
+    """Yield the pixels of each batch, prepared by threads; Pillow lets them run side by side."""
+    with ThreadPoolExecutor(loading.workers, thread_name_prefix="decode") as pool:
+
+        def begin(step: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
+            return [pool.submit(images.pixels, int(index)) for index in step]
+
+        try:
+            waiting = [begin(step) for step in steps[: loading.ahead]]
+            for step in steps[loading.ahead :]:
+                waiting.append(begin(step))
+                yield _collated(waiting.pop(0), loading.pin_memory)
+            for batch in waiting:
+                yield _collated(batch, loading.pin_memory)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _collated(futures: list[Future[NDArray[Any]]], pin_memory: bool) -> Tensor:
+    batch = torch.from_numpy(np.stack([future.result() for future in futures]))
+    return batch.pin_memory() if pin_memory else batch

@@ -1,11 +1,10 @@
 """Any image-classification dataset as images and labels, its columns found by their type."""
 
-from collections.abc import Callable
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.tasks import Task, readable
@@ -17,23 +16,20 @@ if TYPE_CHECKING:
 _LABEL_NAMES = ("label", "labels", "cls", "target")
 
 
-class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """A dataset's images, turned into tensors by ``transform``, with their labels.
+class LabelledImages:
+    """A dataset's images and labels.
 
     Args:
         name: the task's name, for messages.
         dataset: one split, with an image column and a label column.
         task: what is known of the dataset beyond its features.
-        transform: a PIL image to a tensor.
 
     Raises:
         FusionBenchError: no single split, no image or label column, labels outside the class
             names.
     """
 
-    def __init__(
-        self, name: str, dataset: "Dataset", task: Task, transform: Callable[[Any], Tensor]
-    ):
+    def __init__(self, name: str, dataset: "Dataset", task: Task):
         self._key = f"taskpool.test_datasets.{name}"
         self._override = f"taskpool.tasks.{name}"
         if isinstance(dataset, dict):
@@ -44,20 +40,36 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         self.image_column = self._find_image_column(task.image_column)
         self.label_column = self._find_label_column(task.label_column)
         self.class_names = self._find_class_names(task)
-        self._check_labels()
-        self._transform = transform
+        self.labels = self._checked_labels()
+        self._images = dataset.select_columns(self.image_column)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.dataset[index]
-        return self._transform(row[self.image_column]), int(row[self.label_column])
+    def image(self, index: int) -> Any:
+        """Return a sample's PIL image, in RGB.
+
+        Raises:
+            FusionBenchError: an image that cannot be decoded.
+        """
+        try:
+            return self._images[index][self.image_column].convert("RGB")
+        except (OSError, AttributeError) as error:
+            raise FusionBenchError(
+                f"{self._key}: sample {index} holds no readable image ({error})."
+            ) from error
 
     @property
     def fingerprint(self) -> str:
         """What ``datasets`` knows the split's content by."""
         return str(self.dataset._fingerprint)
+
+    @property
+    def labels_sha256(self) -> str:
+        """The hash of the labels and of the number of classes."""
+        return hashlib.sha256(
+            f"{len(self.class_names)}:".encode() + self.labels.tobytes()
+        ).hexdigest()
 
     def _find_image_column(self, override: str | None) -> str:
         from datasets import Image
@@ -118,7 +130,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
             )
         return names
 
-    def _check_labels(self) -> None:
+    def _checked_labels(self) -> NDArray[np.int64]:
         if len(self.dataset) == 0:
             raise FusionBenchError(f"{self._key}: the split holds no samples.")
         column = self.dataset.select_columns(self.label_column).with_format("numpy")[:]
@@ -135,3 +147,4 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
                 f"names, for example {int(wrong[0])}.{hint} Choose another split, or list every "
                 f"class: '{self._override}.class_names: […]'."
             )
+        return labels.astype(np.int64)

@@ -3,12 +3,20 @@
 Radford et al., Learning transferable visual models, https://arxiv.org/abs/2103.00020
 """
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+
+from fusion_bench.storage import cache_dir, write_bytes
+
+log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -43,16 +51,48 @@ class ZeroShotHead(nn.Module):
     """From a vision encoder's pooled output to logits over the classes.
 
     The logits are ``logit_scale.exp()`` times the cosine between image and class.
+
+    Args:
+        projection: the visual projection, of shape (projection, hidden), float32.
+        classes: a vector a class, already scaled, of shape (classes, projection), float32.
     """
 
     projection: Tensor
     classes: Tensor
 
-    def __init__(self, visual_projection: nn.Linear, logit_scale: Tensor, classes: Tensor):
+    def __init__(self, projection: Tensor, classes: Tensor):
         super().__init__()
-        self.register_buffer("projection", visual_projection.weight.detach().float())
-        self.register_buffer("classes", classes * logit_scale.detach().float().exp())
+        self.register_buffer("projection", projection)
+        self.register_buffer("classes", classes)
+
+    @classmethod
+    def of(cls, clip_model: Any, classes: Tensor) -> "ZeroShotHead":
+        """Return the head of a CLIP model for unit vectors ``classes``."""
+        scale = clip_model.logit_scale.detach().float().exp()
+        return cls(clip_model.visual_projection.weight.detach().float(), classes * scale)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (batch, hidden) to (batch, classes), in float32 whatever the encoder's precision."""
         return normalize(pooled.float() @ self.projection.T, dim=-1) @ self.classes.T
+
+
+class HeadStore:
+    """Heads on disk, under the hash of what they were made from."""
+
+    def __init__(self) -> None:
+        self._root = cache_dir() / "heads"
+
+    def load(self, identity: str) -> ZeroShotHead | None:
+        """Return a head that was kept; a damaged file counts as none."""
+        with suppress(OSError, SafetensorError, KeyError):
+            content = load((self._root / f"{identity}.safetensors").read_bytes())
+            return ZeroShotHead(content["projection"], content["classes"])
+        return None
+
+    def save(self, identity: str, head: ZeroShotHead) -> None:
+        """Keep a head; a disk that cannot take it is no reason to stop."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
+        try:
+            write_bytes(self._root / f"{identity}.safetensors", save(tensors))
+        except OSError as error:
+            log.warning("Text heads are not kept: %s.", error)

@@ -91,7 +91,14 @@ class TensorWeights(Weights):
 
     def __init__(self, tensors: Mapping[str, Tensor], files: tuple[Path, ...] = ()):
         self._files = files
-        self._tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+        self._tensors = {
+            key: tensor.detach() if tensor.requires_grad else tensor
+            for key, tensor in tensors.items()
+        }
+        self._specs = {
+            key: TensorSpec(tuple(tensor.shape), tensor.dtype)
+            for key, tensor in self._tensors.items()
+        }
         self._flat: dict[str, Tensor] = {}
         first: dict[tuple[object, ...], str] = {}
         self._tied_to = {
@@ -119,8 +126,7 @@ class TensorWeights(Weights):
 
     def spec(self, key: str) -> TensorSpec:
         """Return shape and dtype of an entry."""
-        tensor = self._tensors[key]
-        return TensorSpec(tuple(tensor.shape), tensor.dtype)
+        return self._specs[key]
 
     def tied_to(self, key: str) -> str:
         """Return the first key whose tensor is the same memory."""

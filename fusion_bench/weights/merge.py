@@ -27,6 +27,7 @@ def merge(
     base: Weights | None = None,
     *,
     elementwise: bool = False,
+    linear: bool = False,
     policy: MergePolicy | None = None,
     vocabulary: int | None = None,
     show_progress: bool = False,
@@ -40,6 +41,7 @@ def merge(
         base: the pretrained model.
         elementwise: each merged element depends on the same element of every model alone, so that
             ``merge_tensor`` may be given 1-d pieces of an entry.
+        linear: it is their weighted sum, so that NaN or infinity in a model shows in the result.
         policy: what to do where models differ.
         vocabulary: the reference's number of tokens, for ``policy.on_vocabulary``.
         show_progress: show a bar while they are read.
@@ -49,7 +51,7 @@ def merge(
     """
     policy = policy or MergePolicy()
     aligned = align(models, base, policy, vocabulary)
-    return MergedWeights(aligned, merge_tensor, elementwise, policy, show_progress)
+    return MergedWeights(aligned, merge_tensor, elementwise, linear, policy, show_progress)
 
 
 class MergedWeights(Weights):
@@ -65,12 +67,14 @@ class MergedWeights(Weights):
         aligned: Aligned,
         merge_tensor: MergeTensor,
         elementwise: bool,
+        linear: bool,
         policy: MergePolicy,
         show_progress: bool,
     ):
         self.in_pieces = elementwise
         self.show_progress = show_progress
         self._aligned = aligned
+        self._linear = linear
         self._merge_tensor = merge_tensor
         self._policy = policy
         self._on_cpu = torch.device(policy.device).type == "cpu"
@@ -181,28 +185,39 @@ class MergedWeights(Weights):
             raise RuntimeError(
                 f"merge_tensor made {list(merged.shape)} of '{key}', which is {list(shape)}."
             )
-        return self._checked(key, merged.reshape(-1))
+        merged = merged.reshape(-1)
+        if not self._is_sound(key, merged) and self._linear:
+            for name, tensor in zip([*self._names, "_pretrained_"], stored, strict=False):
+                self._is_finite(key, name, tensor.float())
+        return merged
 
     def _working(self, key: str, model: str, stored: Tensor) -> Tensor:
         """Return the values in the type and the place where the mathematics happens."""
         if not (self._on_cpu and stored.dtype in _WIDE and stored.is_cpu):
             dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
             stored = stored.to(self._policy.device, dtype)
-        self._is_finite(key, model, stored)
+        if not self._linear:
+            self._is_finite(key, model, stored)
         return stored
 
-    def _checked(self, key: str, result: Tensor) -> Tensor:
-        """Return ``result``, of which it is noted if it is not finite or will not be."""
-        if not result.dtype.is_floating_point or not result.numel():
-            return result
-        wide = result if result.dtype.itemsize >= 4 else result.float()
+    def _checked(self, key: str, copied: Tensor) -> Tensor:
+        """Return elements of the reference, having looked at them."""
+        if copied.dtype.is_floating_point and copied.numel():
+            self._is_sound(key, copied if copied.dtype.itemsize >= 4 else copied.float())
+        return copied
+
+    def _is_sound(self, key: str, result: Tensor) -> bool:
+        """Tell, and note, whether ``result`` is finite, also in the type that it is stored in."""
+        if not self._is_finite(key, "merged", result):
+            return False
         dtype = self.spec(key).dtype
-        narrower = dtype.itemsize < wide.dtype.itemsize
-        if not self._is_finite(key, "merged", wide):
-            return result
-        if narrower and wide.abs().amax() > torch.finfo(dtype).max:
+        largest = torch.finfo(dtype).max
+        # bfloat16 reaches as far as float32.
+        narrower = dtype.itemsize < result.dtype.itemsize and dtype != torch.bfloat16
+        if narrower and result.numel() and result.abs().amax() > largest:
             self._nonfinite[f"merged: '{key}' exceeds {dtype}"] = None
-        return result
+            return False
+        return True
 
     def _is_finite(self, key: str, model: str, tensor: Tensor) -> bool:
         # The sum is a quick first look: it is finite only where all elements are.

@@ -21,25 +21,21 @@ def stream(
 ) -> None:
     """Hand every entry to ``consume(key, start, values)``, in 1-d pieces from several threads.
 
-    Pieces are taken in the order of the keys; those of one entry may be consumed in any order.
-    Tied entries come once, under their first key. Threads share nothing but the list of pieces, so
-    that a busy core slows down its own work alone. Where entries cannot be cut, one thread takes
-    them, and torch's operations use all cores.
+    Large pieces are taken in the order of the keys, small ones together; they may be consumed in
+    any order. Tied entries come once, under their first key. Threads share nothing but the list of
+    pieces, so that a busy core slows down its own work alone. Where entries cannot be cut, one
+    thread takes them, and torch's operations use all cores.
 
     Raises:
         FusionBenchError: what ``weights.verify`` has to say when everything was read.
     """
-    jobs = (
-        (key, start, stop)
-        for key in weights
-        if weights.tied_to(key) == key
-        for start, stop in weights.pieces(key, piece)
-    )
+    jobs = _jobs(weights, piece)
     _ = weights.files  # downloads what is not here yet
-    total = sum(weights.bytes_to_read(key) for key in weights if weights.tied_to(key) == key)
+    show = weights.show_progress
+    total = sum(weights.bytes_to_read(k) for k in weights if show and weights.tied_to(k) == k)
     lock = threading.Lock()
     failures: list[BaseException] = []
-    with byte_bar("fusing", total, show=weights.show_progress) as advance:
+    with byte_bar("fusing", total, show=show) as advance:
 
         def work() -> None:
             while not failures:
@@ -47,17 +43,37 @@ def stream(
                     job = next(jobs, None)
                 if job is None:
                     return
-                key, start, stop = job
-                consume(key, start, weights.read(key, start, stop))
-                if weights.show_progress:
-                    with lock:
+                for key, start, stop in job:
+                    consume(key, start, weights.read(key, start, stop))
+                    if show:
                         share = (stop - start) / weights.spec(key).numel
-                        advance(weights.bytes_to_read(key) * share)
+                        with lock:
+                            advance(weights.bytes_to_read(key) * share)
 
         _in_threads(work, failures, torch.get_num_threads() if weights.in_pieces else 1)
     if failures:
         raise failures[0]
     weights.verify()
+
+
+def _jobs(weights: Weights, piece: int) -> Iterator[list[tuple[str, int, int]]]:
+    """Yield what a thread takes at once: a piece, or as many small ones as make up one.
+
+    Two threads that both do small things wait for Python's lock more than they work.
+    """
+    small: list[tuple[str, int, int]] = []
+    for key in weights:
+        if weights.tied_to(key) != key:
+            continue
+        for start, stop in weights.pieces(key, piece):
+            if 8 * (stop - start) >= piece:
+                yield [(key, start, stop)]
+                continue
+            small.append((key, start, stop))
+            if sum(stop - start for _, start, stop in small) >= piece:
+                yield small
+                small = []
+    yield small
 
 
 def in_memory(weights: Weights) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ def _finetune(
 
     clip = CLIPModel.from_pretrained(base)
     classes = text_head(clip, CLIPTokenizer.from_pretrained(base), CLASS_NAMES[task], TEMPLATES)
-    head = ZeroShotHead(clip.visual_projection, clip.logit_scale, classes.clone())
+    head = ZeroShotHead.of(clip, classes.clone())
     # read as a bare encoder, so that its file keeps the key names that every reader knows
     encoder = CLIPVisionModel.from_pretrained(base, attn_implementation="eager")
     finetune(

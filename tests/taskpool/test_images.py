@@ -23,7 +23,7 @@ def dataset(labels: list[Any], label: Any = None, **more: Any) -> Dataset:
 
 
 def images(data: Any, **task: Any) -> LabelledImages:
-    return LabelledImages("t", data, Task.from_mapping(task), lambda image: image)
+    return LabelledImages("t", data, Task.from_mapping(task))
 
 
 def test_columns_are_found_by_type() -> None:
@@ -31,7 +31,7 @@ def test_columns_are_found_by_type() -> None:
     found = images(data)
     assert (found.image_column, found.label_column) == ("img", "kind")
     assert found.class_names == ["red fox", "dog"]
-    assert [found[i][1] for i in range(len(found))] == [0, 1]
+    assert found.labels.tolist() == [0, 1]
 
 
 def test_usual_names_win_among_several() -> None:
@@ -51,7 +51,7 @@ def test_a_column_can_be_named() -> None:
 def test_plain_labels_serve_where_the_classes_are_named(labels: list[Any]) -> None:
     data = dataset(labels, Value("bool" if labels[0] is True else "int64"))
     found = images(data, class_names=["no", "yes"])
-    assert [found[i][1] for i in range(2)] == [1, 0]
+    assert found.labels.tolist() == [1, 0]
 
 
 def message(data: Any, **task: Any) -> str:

@@ -45,6 +45,6 @@ def test_with_one_template_the_logits_are_clips_own(family: Path) -> None:
     with torch.no_grad():
         expected = model(pixel_values=images, **tokens).logits_per_image
         classes = text_head(model, tokenizer, NAMES, TEMPLATES[:1])
-        head = ZeroShotHead(model.visual_projection, model.logit_scale, classes)
+        head = ZeroShotHead.of(model, classes)
         logits = head(model.vision_model(pixel_values=images).pooler_output)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,243 @@
+"""What the image-classification task pools have in common."""
+
+import hashlib
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from lightning.fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.sources import load
+from fusion_bench.taskpool.evaluate import Loading, judge
+from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.taskpool.pixels import PreparedImages
+from fusion_bench.taskpool.preprocess import Preprocessor
+from fusion_bench.taskpool.results import ResultStore, Score
+from fusion_bench.tasks import Task, load_task
+
+log = logging.getLogger(__name__)
+
+#: Draws the samples of ``max_samples``; the same ones in every run.
+_SUBSET_SEED = 0
+
+Classify = Callable[[Tensor], Tensor]
+
+
+class ImageTaskPool(ABC):
+    """Image-classification tasks; subclasses say what makes a model a classifier.
+
+    Args:
+        test_datasets: task name to dataset node.
+        dataloader_kwargs: ``batch_size`` and ``num_workers``, which suit the device where they are
+            not given.
+        tasks: task name to what differs from the known data: ``class_names``, ``templates``,
+            ``image_column``, ``label_column``.
+        max_samples: judge no more than so many samples of each task, a random subset that is the
+            same in every run.
+        per_class: report each class's accuracy too.
+        save_predictions: leave each model's answers as parquet files beside the report.
+        cache: keep prepared images, text heads and results on disk and use what is there.
+        cache_size: what prepared images may take on disk, ``50GB`` for one; those unused for
+            longest make room.
+        compile: compile the models with ``torch.compile``.
+
+    Raises:
+        FusionBenchError: no task, or settings of a task that is not there.
+    """
+
+    def __init__(
+        self,
+        test_datasets: Mapping[str, Any],
+        dataloader_kwargs: Mapping[str, Any] | None,
+        tasks: Mapping[str, Mapping[str, Any]] | None,
+        max_samples: int | None,
+        per_class: bool,
+        save_predictions: bool,
+        cache: bool,
+        cache_size: int | str,
+        compile: bool,
+    ):
+        if not test_datasets:
+            raise FusionBenchError(
+                "taskpool.test_datasets: there is no task. Name at least one dataset, for example "
+                "'mnist: {_target_: datasets.load_dataset, path: ylecun/mnist, split: test}'."
+            )
+        for name in tasks or {}:
+            if name not in test_datasets:
+                raise FusionBenchError(
+                    f"taskpool.tasks.{name}: there is no such task. "
+                    + did_you_mean(name, test_datasets)
+                )
+        if max_samples is not None and max_samples < 1:
+            raise FusionBenchError("taskpool.max_samples: must be 1 or more.")
+        self.task_names: list[str] = list(test_datasets)
+        self.per_class = per_class
+        self.save_predictions = save_predictions
+        self._datasets = dict(test_datasets)
+        self._dataloader_kwargs = dict(dataloader_kwargs or {})
+        self._tasks: dict[str, Task] = {
+            name: Task.from_mapping(
+                (tasks or {}).get(name, {}), where=f"taskpool.tasks.{name}", base=load_task(name)
+            )
+            for name in self._datasets
+        }
+        self._max_samples = max_samples
+        self._cache_bytes = _bytes(cache_size) if cache else 0
+        self._results = ResultStore() if cache else None
+        self._compile = compile
+        self._data: dict[str, LabelledImages] = {}
+        self._images: dict[str, PreparedImages] = {}
+        self._preprocessors: dict[str, Preprocessor] = {}
+
+    @abstractmethod
+    def image_processor(self, task: str) -> Any:
+        """Return the image processor of a task."""
+
+    @abstractmethod
+    def head_identity(self, task: str) -> str:
+        """Return what tells a task's classifier, the model aside, from any other."""
+
+    @abstractmethod
+    def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
+        """Return the function from images to logits that ``model`` makes for a task."""
+
+    def prepare(self, fabric: Fabric) -> None:
+        """Load the datasets and what is needed to tell them apart; done once.
+
+        Raises:
+            FusionBenchError: a source that cannot be read, a dataset without images or labels.
+        """
+        if self._data:
+            return
+        with fabric.rank_zero_first():  # so that only one process downloads
+            self._data = {name: self._load_data(name) for name in self.task_names}
+            for name in self.task_names:
+                own = Preprocessor(self.image_processor(name))
+                known = self._preprocessors.values()
+                same = next((p for p in known if p.identity == own.identity), own)
+                self._preprocessors[name] = same
+                self.head_identity(name)  # so that what is not there is noticed now
+
+    def data(self, name: str) -> LabelledImages:
+        """Return a task's images and labels, once ``prepare`` has run."""
+        return self._data[name]
+
+    def evaluate(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        fabric: Fabric,
+        tasks: Sequence[str] | None = None,
+        *,
+        name: str = "model",
+        fast_dev_run: bool = False,
+        weights_sha256: str | None = None,
+    ) -> dict[str, Score]:
+        """Judge a model on ``tasks``, by default all.
+
+        Args:
+            model: a module, moved to Fabric's device, or what makes one when it is needed.
+            fabric: gives device, precision and processes; all of them must call this.
+            tasks: names out of ``task_names``.
+            name: what the progress bar calls the model.
+            fast_dev_run: only the first batch of each task.
+            weights_sha256: the hash of the model's weights. With it, results that are known are
+                taken from the cache, and new ones are kept.
+        """
+        self.prepare(fabric)
+        loading = Loading.for_device(self._dataloader_kwargs, fabric)
+        module: nn.Module | None = None
+        known: list[str] = []
+        scores: dict[str, Score] = {}
+        for task in self.task_names if tasks is None else tasks:
+            samples = self._samples(task, loading.batch_size if fast_dev_run else None)
+            key = self._key(task, samples, fabric, weights_sha256)
+            score = self._known(key, fabric)
+            if score is not None:
+                known.append(task)
+            else:
+                if module is None:
+                    module = self._on_device(model, fabric)
+                score = judge(
+                    fabric,
+                    self.classifier(task, module, name, fabric),
+                    self._prepared(task),
+                    samples,
+                    replace(loading, full_batches=self._compile),
+                    f"judging {name} on {task}",
+                )
+                if key is not None and self._results is not None and fabric.global_rank == 0:
+                    self._results.save(key, score)
+            scores[task] = score
+        if known:
+            log.info("'%s' was judged before on %s.", name, ", ".join(known))
+        return scores
+
+    def _on_device(self, model: nn.Module | Callable[[], nn.Module], fabric: Fabric) -> nn.Module:
+        module = model if isinstance(model, nn.Module) else model()
+        module = fabric.strategy.precision.convert_module(module)
+        module = fabric.to_device(module).eval()
+        if self._compile:
+            getattr(module, "base_model", module).compile()
+        return module
+
+    def _samples(self, task: str, first: int | None) -> NDArray[np.int64]:
+        """Return which samples are judged: all, a fixed random subset, or the first few."""
+        count = len(self._data[task])
+        samples = np.arange(count, dtype=np.int64)
+        if self._max_samples is not None and self._max_samples < count:
+            drawn = np.random.default_rng(_SUBSET_SEED).permutation(count)
+            samples = np.sort(drawn[: self._max_samples]).astype(np.int64)
+        return samples if first is None else samples[:first]
+
+    def _key(
+        self, task: str, samples: NDArray[np.int64], fabric: Fabric, weights_sha256: str | None
+    ) -> dict[str, Any] | None:
+        """Return all that a result depends on; None where it cannot be known again."""
+        if weights_sha256 is None or self._results is None:
+            return None
+        data = self._data[task]
+        return {
+            "weights": weights_sha256,
+            "images": [data.fingerprint, data.image_column, self._preprocessors[task].identity],
+            "labels": data.labels_sha256,
+            "samples": hashlib.sha256(samples.data).hexdigest(),
+            "head": self.head_identity(task),
+            "precision": str(fabric.strategy.precision.precision),
+            "device": fabric.device.type,
+            "compile": self._compile,
+        }
+
+    def _known(self, key: dict[str, Any] | None, fabric: Fabric) -> Score | None:
+        """Return what the first process finds in the cache, so that all take the same way."""
+        if key is None or self._results is None:
+            return None
+        found = self._results.load(key) if fabric.global_rank == 0 else None
+        return fabric.broadcast(found) if fabric.world_size > 1 else found
+
+    def _prepared(self, task: str) -> PreparedImages:
+        if task not in self._images:
+            self._images[task] = PreparedImages(
+                self._data[task], self._preprocessors[task], self._cache_bytes
+            )
+        return self._images[task]
+
+    def _load_data(self, name: str) -> LabelledImages:
+        dataset = load("dataset", self._datasets[name], f"taskpool.test_datasets.{name}")
+        return LabelledImages(name, dataset, self._tasks[name])
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", size, re.IGNORECASE)
+    if not found:
+        raise FusionBenchError(f"taskpool.cache_size: '{size}' is no size. Write it like '50GB'.")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * 1000**power)

@@ -1,0 +1,170 @@
+"""Judging models by the classifiers that they were fine-tuned with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.repository import locate
+from fusion_bench.sources import load, plain_source, reading
+from fusion_bench.taskpool.base import Classify, ImageTaskPool
+from fusion_bench.weights import TensorWeights, sha256, weight_files
+
+
+class ImageClassificationTaskPool(ImageTaskPool):
+    """Image-classification tasks, each with the head of a fine-tuned classifier.
+
+    A model's backbone takes the place of the classifier's own: so a merged backbone is judged with
+    every task's head.
+
+    Args:
+        test_datasets: task name to dataset node.
+        classifiers: task name to the model that gives its head and its image processor: any that
+            ``AutoModelForImageClassification`` reads, from the Hub or a local directory, a config
+            node or a module.
+        processor: one image processor for all tasks, in place of the classifiers' own.
+        dataloader_kwargs: as in ``ImageTaskPool``; so are the next arguments.
+        tasks: task name to what differs: ``class_names``, ``image_column``, ``label_column``.
+        max_samples: judge no more than so many samples of each task, the same ones in every run.
+        per_class: report each class's accuracy too.
+        save_predictions: leave each model's answers as parquet files beside the report.
+        cache: keep prepared images and results on disk and use what is there.
+        cache_size: what prepared images may take on disk.
+        compile: compile the models with ``torch.compile``.
+
+    Raises:
+        FusionBenchError: a task without a classifier.
+    """
+
+    def __init__(
+        self,
+        test_datasets: Mapping[str, Any],
+        classifiers: Mapping[str, Any],
+        processor: Any = None,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        tasks: Mapping[str, Mapping[str, Any]] | None = None,
+        max_samples: int | None = None,
+        per_class: bool = False,
+        save_predictions: bool = False,
+        cache: bool = True,
+        cache_size: int | str = "50GB",
+        compile: bool = False,
+    ):
+        super().__init__(
+            test_datasets,
+            dataloader_kwargs,
+            tasks,
+            max_samples,
+            per_class,
+            save_predictions,
+            cache,
+            cache_size,
+            compile,
+        )
+        for name in self.task_names:
+            if name not in classifiers:
+                raise FusionBenchError(
+                    f"taskpool.classifiers.{name}: missing. Name the model whose head judges "
+                    f"'{name}', for example '{name}: path/to/classifier'."
+                )
+        self._classifiers = {name: plain_source(source) for name, source in classifiers.items()}
+        self._processor_source = plain_source(processor)
+        self._heads: dict[str, nn.Module] = {}
+        self._identities: dict[str, str] = {}
+
+    def image_processor(self, task: str) -> Any:
+        """Return the common image processor, or the one of the task's classifier."""
+        source = self._processor_source
+        if source is None:
+            source = self._classifiers[task]
+        if isinstance(source, nn.Module) or (
+            self._processor_source is None and not isinstance(source, str)
+        ):
+            raise FusionBenchError(
+                f"taskpool.processor: missing; the classifier of '{task}' brings none."
+            )
+        if not isinstance(source, str):
+            return load("processor", source, "taskpool.processor")
+        from transformers import AutoImageProcessor
+
+        repository = locate(source)
+        if "preprocessor_config.json" not in repository.files:
+            raise FusionBenchError(
+                f"Cannot read the processor '{source}': it comes without an image processor."
+            )
+        with reading("processor", source):
+            return AutoImageProcessor.from_pretrained(
+                repository.fetch("preprocessor_config.json"), backend="pil"
+            )
+
+    def head_identity(self, task: str) -> str:
+        """Return the hash of the head's weights."""
+        if task not in self._identities:
+            head = self._head(task)
+            prefix = f"{head.base_model_prefix}."
+            own = {k: v for k, v in head.state_dict().items() if not k.startswith(prefix)}
+            config = head.config.to_json_string()
+            self._identities[task] = sha256(TensorWeights(own)) + config
+        return self._identities[task]
+
+    def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
+        """Return the task's head on top of the model's backbone."""
+        head: Any = self._head(task)
+        self.head_identity(task)  # of the head as it was read, before it is moved or converted
+        backbone: Any = getattr(model, "base_model", model)
+        own: Any = head.base_model
+        if type(backbone) is not type(own):
+            raise FusionBenchError(
+                f"taskpool.classifiers.{task}: its backbone is a {type(own).__name__}, that of "
+                f"'{name}' a {type(backbone).__name__}. Name a classifier of the same kind."
+            )
+        setattr(head, head.base_model_prefix, backbone)
+        head = fabric.to_device(fabric.strategy.precision.convert_module(head)).eval()
+
+        def classify(images: Tensor) -> Tensor:
+            logits: Tensor = head(pixel_values=images).logits
+            return logits
+
+        return classify
+
+    def _head(self, task: str) -> Any:
+        if task in self._heads:
+            return self._heads[task]
+        source, key = self._classifiers[task], f"taskpool.classifiers.{task}"
+        if isinstance(source, str):
+            from transformers import AutoModelForImageClassification
+
+            repository = locate(source)
+            with reading("model", source):
+                head, info = AutoModelForImageClassification.from_pretrained(
+                    repository.fetch("config.json", *weight_files(repository)),
+                    output_loading_info=True,
+                )
+            if missing := sorted(info["missing_keys"]):
+                raise FusionBenchError(
+                    f"{key}: '{source}' is no image classifier; it lacks '{missing[0]}'."
+                )
+        else:
+            head = load("model", source, key)
+        self._check_classes(task, head)
+        self._heads[task] = head
+        return head
+
+    def _check_classes(self, task: str, head: Any) -> None:
+        """Refuse a head whose classes are not the dataset's, or come in another order."""
+        names = self._data[task].class_names
+        key = f"taskpool.classifiers.{task}"
+        if head.config.num_labels != len(names):
+            raise FusionBenchError(
+                f"{key}: it tells {head.config.num_labels} classes apart, the dataset has "
+                f"{len(names)}."
+            )
+        own = [str(head.config.id2label[label]).casefold() for label in range(len(names))]
+        expected = [name.casefold() for name in names]
+        if own != expected and sorted(own) == sorted(expected):
+            raise FusionBenchError(
+                f"{key}: its classes come in another order than the dataset's. List them in label "
+                f"order: 'taskpool.tasks.{task}.class_names: […]'."
+            )

@@ -1,0 +1,107 @@
+"""What a model answered on a task, kept by content: nothing is judged twice."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fusion_bench.storage import cache_dir, write_bytes
+
+log = logging.getLogger(__name__)
+
+#: Goes up when the evaluation's figures may change, so that older results count no more.
+EVALUATION_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How a model did on a task: an answer a sample, from which every figure follows.
+
+    Attributes:
+        samples: which of the dataset's samples were judged, in ascending order.
+        labels: their classes.
+        predictions: the model's.
+        losses: the cross entropy of each, in nats, float32.
+    """
+
+    samples: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    losses: NDArray[np.float32]
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples were judged."""
+        return len(self.samples)
+
+    @property
+    def num_correct(self) -> int:
+        """How many answers were right."""
+        return int((self.predictions == self.labels).sum())
+
+    @property
+    def loss_sum(self) -> float:
+        """The sum of the losses, in float64."""
+        return float(self.losses.sum(dtype=np.float64))
+
+    def per_class(self, num_classes: int) -> list[float | None]:
+        """Return each class's accuracy; ``None`` for one without samples."""
+        right = np.bincount(self.labels[self.predictions == self.labels], minlength=num_classes)
+        there = np.bincount(self.labels, minlength=num_classes)
+        return [int(r) / int(n) if n else None for r, n in zip(right, there, strict=True)]
+
+    def parquet(self) -> bytes:
+        """Return a parquet file with a row a sample: sample, label, prediction, loss."""
+        import pyarrow
+        from pyarrow import parquet
+
+        table = pyarrow.table(
+            {
+                "sample": self.samples,
+                "label": self.labels,
+                "prediction": self.predictions,
+                "loss": self.losses,
+            }
+        )
+        content = pyarrow.BufferOutputStream()
+        parquet.write_table(table, content)
+        return content.getvalue().to_pybytes()
+
+
+class ResultStore:
+    """Scores on disk, under the hash of all that they depend on."""
+
+    def __init__(self) -> None:
+        self._root = cache_dir() / "results"
+
+    def load(self, key: Mapping[str, Any]) -> Score | None:
+        """Return what is known under ``key``; a damaged file counts as nothing."""
+        path = self._path(key)
+        with suppress(OSError, SafetensorError, TypeError, KeyError):
+            content = load(path.read_bytes())
+            score = Score(**content)
+            if len({len(values) for values in content.values()}) == 1:
+                return score
+        return None
+
+    def save(self, key: Mapping[str, Any], score: Score) -> None:
+        """Keep a score; a disk that cannot take it is no reason to stop."""
+        content = save({name: np.ascontiguousarray(v) for name, v in vars(score).items()})
+        try:
+            write_bytes(self._path(key), content)
+        except OSError as error:
+            log.warning("Results are not kept: %s.", error)
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        canonical = json.dumps({"version": EVALUATION_VERSION, **key}, sort_keys=True)
+        name = hashlib.sha256(canonical.encode()).hexdigest()
+        return self._root / name[:2] / f"{name}.safetensors"
