@@ -1,7 +1,23 @@
 """Fusion methods, one a file."""
 
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.expo import ExPOAlgorithm
+from fusion_bench.method.linear_interpolation import LinearInterpolationAlgorithm
+from fusion_bench.method.magmax import MagMaxAlgorithm
+from fusion_bench.method.model_stock import ModelStock
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
+from fusion_bench.method.slerp import SlerpMergeAlgorithm
 from fusion_bench.method.task_arithmetic import TaskArithmeticAlgorithm
+from fusion_bench.method.weighted_average import WeightedAverageAlgorithm
 
-__all__ = ["SimpleAverageAlgorithm", "TaskArithmeticAlgorithm", "TensorwiseAlgorithm"]
+__all__ = [
+    "ExPOAlgorithm",
+    "LinearInterpolationAlgorithm",
+    "MagMaxAlgorithm",
+    "ModelStock",
+    "SimpleAverageAlgorithm",
+    "SlerpMergeAlgorithm",
+    "TaskArithmeticAlgorithm",
+    "TensorwiseAlgorithm",
+    "WeightedAverageAlgorithm",
+]

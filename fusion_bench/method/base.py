@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.weights import (
+    Aligned,
+    MergedWeights,
     MergePolicy,
+    MergeTensor,
     TensorWeights,
     Weights,
+    align,
     in_memory,
     is_special,
-    merge,
 )
 
 
@@ -70,6 +73,14 @@ class TensorwiseAlgorithm(ABC):
     show_pbar = True
     inplace = False
 
+    def merger(self, aligned: Aligned) -> MergeTensor:
+        """Return what merges one entry of these models, ``merge_tensor`` itself in most methods.
+
+        The place to refuse models that the method cannot merge, and for a first pass over all
+        weights where the method needs a statistic of the whole model.
+        """
+        return self.merge_tensor
+
     @abstractmethod
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the merged entry ``key``.
@@ -105,14 +116,13 @@ class TensorwiseAlgorithm(ABC):
             )
         base = pool.weights("_pretrained_") if pool.has_pretrained else None
         models = {name: pool.weights(name) for name in pool.model_names}
-        lazy = merge(
-            models,
-            self.merge_tensor,
-            base,
+        aligned = align(models, base, pool.policy, pool.vocabulary)
+        lazy = MergedWeights(
+            aligned,
+            self.merger(aligned),
             elementwise=self.elementwise,
             linear=self.linear,
             policy=pool.policy,
-            vocabulary=pool.vocabulary,
             show_progress=self.show_pbar,
         )
         if not isinstance(modelpool, Mapping):

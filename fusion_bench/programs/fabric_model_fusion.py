@@ -118,7 +118,7 @@ class FabricModelFusionProgram:
         if self.dry_run:
             log.info("Dry run: the config is sound; nothing was loaded.")
             return None
-        quiet_libraries()
+        self._quiet_libraries()
         fabric = make_fabric(self.fabric_config)
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
@@ -130,7 +130,7 @@ class FabricModelFusionProgram:
 
     def _fuse_and_judge(self, fabric: Fabric) -> Report:
         """Do the work; called in every process, with the same result in each."""
-        quiet_libraries()  # again, for a process that was spawned
+        self._quiet_libraries()  # again, for a process that was spawned
         if self.seed is not None:
             fabric.seed_everything(self.seed, verbose=False)
         clock = _Clock()
@@ -149,6 +149,10 @@ class FabricModelFusionProgram:
             tasks=self._task_infos(models),
             models=models,
         )
+
+    def _quiet_libraries(self) -> None:
+        if self.taskpool is not None:  # a merge alone imports neither transformers nor datasets
+            quiet_libraries()
 
     def _fuse(self, fabric: Fabric) -> dict[str, nn.Module | Weights]:
         """Return what the method makes, by name; saved, where a path is given.

@@ -6,7 +6,7 @@ from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.hub import open_repository, weight_files
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
-from fusion_bench.weights.merge import MergedWeights, merge
+from fusion_bench.weights.merge import MergedWeights, MergeTensor, merge
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, without_prefix
 from fusion_bench.weights.write import write_checkpoint
@@ -16,6 +16,7 @@ __all__ = [
     "AdapterWeights",
     "Aligned",
     "MergePolicy",
+    "MergeTensor",
     "MergedWeights",
     "Renamed",
     "TensorSpec",

@@ -101,6 +101,7 @@ def test_task_pool(suite: str, architecture: str) -> None:
     node = task_pool(suite, architecture)
     assert node.pop("_target_") == "fusion_bench.taskpool.CLIPVisionModelTaskPool"
     assert node.pop("_recursive_") is False
+    assert node.pop("cache") is True and node.pop("cache_size") == "50GB"
     datasets = node.pop("test_datasets")
     assert set(node.values()) == {f"openai/{architecture}"}
     assert set(node) == {"base_model", "clip_model", "processor"}

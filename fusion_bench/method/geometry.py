@@ -1,0 +1,55 @@
+"""Moving between tensors along straight lines and great circles."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.weights import Aligned
+
+
+def lerp(start: Tensor, end: Tensor, t: float) -> Tensor:
+    """Return the point ``t`` of the way from ``start`` to ``end``, both ends exactly."""
+    if t == 0:
+        return start.clone()
+    return end.clone() if t == 1 else start * (1 - t) + end * t
+
+
+def cosine(one: Tensor, other: Tensor, epsilon: float = 0.0) -> float:
+    """Return the cosine of the angle between two tensors taken as vectors, in float64.
+
+    A tensor whose norm is at most ``epsilon`` has no direction: the cosine is 0.
+    """
+    one, other = one.double().flatten(), other.double().flatten()
+    norms = float(one.norm()), float(other.norm())
+    if min(norms) <= epsilon:
+        return 0.0
+    return max(-1.0, min(1.0, float((one / norms[0]) @ (other / norms[1]))))
+
+
+def slerp(start: Tensor, end: Tensor, t: float, cos: float) -> Tensor:
+    """Return the point ``t`` of the way along the arc; ``cos`` is the cosine between the ends.
+
+    The tensors are combined as they are: their norms are not interpolated apart.
+    """
+    angle = torch.arccos(torch.tensor(cos, dtype=torch.float64))
+    sine = torch.sin(angle)
+    before = float(torch.sin((1 - t) * angle) / sine)
+    after = float(torch.sin(t * angle) / sine)
+    return start * before + end * after
+
+
+def two_ends(tensors: Sequence[Tensor], base: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the two tensors to move between; the pretrained model's is the start."""
+    return (tensors[0], tensors[1]) if base is None else (base, tensors[0])
+
+
+def refuse_all_but_two(aligned: Aligned, method: str) -> None:
+    """Raise unless there are two models, the pretrained one counted."""
+    names = [*(["_pretrained_"] if aligned.base is not None else []), *aligned.models]
+    if len(names) != 2:
+        raise FusionBenchError(
+            f"{method} moves between exactly two models, the pretrained one counted; "
+            f"modelpool.models has {len(names)}: {', '.join(names)}."
+        )

@@ -1,0 +1,43 @@
+r"""Linear interpolation: $\theta = (1 - t)\,\theta_a + t\,\theta_b$.
+
+With the pretrained model as $\theta_a$ it is WiSE-FT: Wortsman et al., Robust fine-tuning of
+zero-shot models, https://arxiv.org/abs/2109.01903
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.geometry import lerp, refuse_all_but_two, two_ends
+from fusion_bench.weights import Aligned, MergeTensor
+
+
+class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
+    """A point on the line between two models; the pretrained one, where there is one, is its start.
+
+    Args:
+        t: how far to go, from 0 to 1.
+        show_pbar: show a progress bar.
+        inplace: write to the first module, of modules given as a dict.
+    """
+
+    elementwise = True
+    linear = True
+
+    def __init__(self, t: float = 0.5, show_pbar: bool = True, inplace: bool = False):
+        if not 0 <= t <= 1:
+            raise FusionBenchError(f"method.t: {t} is not between 0 and 1.")
+        self.t = t
+        self.show_pbar = show_pbar
+        self.inplace = inplace
+
+    def merger(self, aligned: Aligned) -> MergeTensor:
+        """Refuse all but two models."""
+        refuse_all_but_two(aligned, "Linear interpolation")
+        return self.merge_tensor
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return the point between the two."""
+        return lerp(*two_ends(tensors, base), self.t)

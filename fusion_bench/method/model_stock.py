@@ -1,0 +1,80 @@
+r"""Model Stock: $\theta = t\,\bar\theta + (1 - t)\,\theta_0$, where $t$ follows from the angle.
+
+For $T$ models whose task vectors have the cosine $c$: $t = \frac{T c}{(T - 1) c + 1}$.
+Jang et al., Model Stock, https://arxiv.org/abs/2403.19522
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.geometry import cosine
+from fusion_bench.weights import Aligned, MergeTensor
+
+Average = Literal["cosine", "angle"]
+
+
+class ModelStock(TensorwiseAlgorithm):
+    """A point between the pretrained model and the average, tensor by tensor.
+
+    Args:
+        ignore_keys: entries that are averaged plainly.
+        average: of more than two models, average the ``cosine`` or the ``angle`` between pairs.
+        clamp: keep the share of the average between 0 and 1; without it, task vectors that point
+            away from each other may give any number.
+        show_pbar: show a progress bar.
+        inplace: write to the pretrained module, of modules given as a dict.
+    """
+
+    needs_pretrained = True
+
+    def __init__(
+        self,
+        ignore_keys: Sequence[str] = (),
+        average: Average = "cosine",
+        clamp: bool = False,
+        show_pbar: bool = True,
+        inplace: bool = False,
+    ):
+        if average not in get_args(Average):
+            raise FusionBenchError(
+                f"method.average: '{average}' is unknown. "
+                + did_you_mean(str(average), get_args(Average))
+            )
+        self.ignore_keys = list(ignore_keys)
+        self.average = average
+        self.clamp = clamp
+        self.show_pbar = show_pbar
+        self.inplace = inplace
+
+    def merger(self, aligned: Aligned) -> MergeTensor:
+        """Refuse a single model."""
+        if len(aligned.models) < 2:
+            raise FusionBenchError("Model Stock needs at least two models besides '_pretrained_'.")
+        return self.merge_tensor
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return the point between ``base`` and the mean of ``tensors``."""
+        assert base is not None
+        mean = sum(tensors[1:], tensors[0].clone()) / len(tensors)
+        if key in self.ignore_keys:
+            return mean
+        task_vectors = [tensor - base for tensor in tensors]
+        cosines = [cosine(one, other) for one, other in combinations(task_vectors, 2)]
+        if self.average == "cosine":
+            cos = fmean(cosines)
+        else:
+            cos = math.cos(fmean(map(math.acos, cosines)))
+        share = self._share(cos, len(tensors))
+        return base + (mean - base) * share
+
+    def _share(self, cos: float, models: int) -> float:
+        denominator = (models - 1) * cos + 1
+        share = models * cos / denominator if denominator else math.copysign(math.inf, cos)
+        return max(0.0, min(1.0, share)) if self.clamp else share

@@ -1,0 +1,54 @@
+r"""SLERP: the way between two models along a great circle, tensor by tensor.
+
+With $\Omega$ the angle between the tensors taken as vectors,
+$\theta = (\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b) / \sin\Omega$.
+
+Shoemake, Animating rotation with quaternion curves, https://doi.org/10.1145/325165.325242
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.geometry import cosine, lerp, refuse_all_but_two, slerp, two_ends
+from fusion_bench.weights import Aligned, MergeTensor
+
+
+class SlerpMergeAlgorithm(TensorwiseAlgorithm):
+    """A point on the arc between two models; the pretrained one, where there is one, is its start.
+
+    Args:
+        t: how far to go, from 0 to 1.
+        DOT_THRESHOLD: tensors whose cosine is beyond it, either way, are interpolated linearly.
+        epsilon: a tensor whose norm is at most this has no direction.
+        show_pbar: show a progress bar.
+        inplace: write to the first module, of modules given as a dict.
+    """
+
+    def __init__(
+        self,
+        t: float = 0.5,
+        DOT_THRESHOLD: float = 0.9995,  # noqa: N803 - the name that existing configs use
+        epsilon: float = 1e-8,
+        show_pbar: bool = True,
+        inplace: bool = False,
+    ):
+        self.t = t
+        self.DOT_THRESHOLD = DOT_THRESHOLD
+        self.epsilon = epsilon
+        self.show_pbar = show_pbar
+        self.inplace = inplace
+
+    def merger(self, aligned: Aligned) -> MergeTensor:
+        """Refuse all but two models."""
+        refuse_all_but_two(aligned, "SLERP")
+        return self.merge_tensor
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return the point on the arc."""
+        start, end = two_ends(tensors, base)
+        cos = cosine(start, end, self.epsilon)
+        if abs(cos) > self.DOT_THRESHOLD:
+            return lerp(start, end, self.t)
+        return slerp(start, end, self.t, cos)
