@@ -2,9 +2,12 @@
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.expo import ExPOAlgorithm
+from fusion_bench.method.karcher import KarcherMeanAlgorithm
 from fusion_bench.method.linear_interpolation import LinearInterpolationAlgorithm
 from fusion_bench.method.magmax import MagMaxAlgorithm
 from fusion_bench.method.model_stock import ModelStock
+from fusion_bench.method.multi_slerp import MultiSlerpAlgorithm
+from fusion_bench.method.sce import SCEAlgorithm
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.method.slerp import SlerpMergeAlgorithm
 from fusion_bench.method.task_arithmetic import TaskArithmeticAlgorithm
@@ -12,9 +15,12 @@ from fusion_bench.method.weighted_average import WeightedAverageAlgorithm
 
 __all__ = [
     "ExPOAlgorithm",
+    "KarcherMeanAlgorithm",
     "LinearInterpolationAlgorithm",
     "MagMaxAlgorithm",
     "ModelStock",
+    "MultiSlerpAlgorithm",
+    "SCEAlgorithm",
     "SimpleAverageAlgorithm",
     "SlerpMergeAlgorithm",
     "TaskArithmeticAlgorithm",
