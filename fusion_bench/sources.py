@@ -204,7 +204,7 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
         return f"its config.json does not fit ({text})."
     if isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, OSError):
         return _reason_by_text(text, offline)
-    if isinstance(error, PickleError) and "Unsupported global" in text:
+    if isinstance(error, PickleError) and re.search("unsupported (global|class)", text, re.I):
         return (
             "its weights hold pickled objects, which can run code; they are refused. "
             "Ask for them as safetensors."

@@ -1,6 +1,8 @@
 """Any models of the transformers library that were fine-tuned from one pretrained model."""
 
 import json
+import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,8 @@ from fusion_bench.weights import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -212,7 +216,7 @@ class HFModelPool:
             hashes = {file: pool.submit(file_sha256, file) for file in files}
             pending = recipe(config, sources, lambda file: "0" * 64)  # as long as a hash
             final = cache(lambda: recipe(config, sources, lambda file: hashes[file].result()))
-            with whole_directory(path) as directory:
+            with _plain_errors(path), whole_directory(path) as directory:
                 # First, so that a tokenizer that is not there is noticed before the work.
                 self._write_companions(directory)
                 write_checkpoint(
@@ -241,11 +245,17 @@ class HFModelPool:
 
     @cached_property
     def _backbone_prefix(self) -> str | None:
-        """What a larger model puts before the keys of the bare one."""
-        config = self._model_config()
-        if config is None:
+        """What a larger model of the reference's kind puts before the keys of the bare one."""
+        source = self._models[self._reference]
+        if isinstance(source, nn.Module):
+            return getattr(source, "base_model_prefix", None) or None
+        if not isinstance(source, str):
             return None
-        return str(_concrete(self._transformers_class(), config).base_model_prefix)
+        import transformers
+
+        config = self._json_config(self._whole_model(self._reference))
+        known = [getattr(transformers, name, None) for name in config.get("architectures") or ()]
+        return next((c.base_model_prefix for c in known if c is not None), None) or None
 
     def _for_file(self, weights: Weights) -> Weights:
         """Return weights with the keys that they have in a file."""
@@ -259,15 +269,38 @@ class HFModelPool:
         elif (config := self._model_config()) is not None:
             config.save_pretrained(directory)
         if isinstance(self._processor, str):
-            _copy(self._located(self._processor), _PROCESSORS, directory)
+            if not _copy(self._located(self._processor), _PROCESSORS, directory):
+                raise FusionBenchError(
+                    f"'{self._processor}' has neither a tokenizer nor a processor. Name another "
+                    "source, or none to take the pretrained model's."
+                )
         elif self._processor is not None:
             load("processor", self._processor, "modelpool.processor").save_pretrained(directory)
         file = directory / "config.json"
-        if self.policy.dtype is not None and file.exists():
-            config = json.loads(file.read_text(encoding="utf-8"))
+        if not file.exists():
+            log.warning("No config.json goes beside the merged weights: the models bring none.")
+            return
+        config = json.loads(file.read_text(encoding="utf-8"))
+        before = deepcopy(config)
+        if self.policy.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = self.policy.dtype
+        named = config.get("architectures") or []
+        if self.model_class == "AutoModel" and re.search("For|Head", " ".join(named)):
+            del config["architectures"]  # a classifier's, of which this is the backbone
+        rows = self._embedding_rows()
+        if rows is not None and "vocab_size" in config:
+            config["vocab_size"] = rows
+        if config != before:
             write_text(file, json.dumps(config, indent=2) + "\n")
+
+    def _embedding_rows(self) -> int | None:
+        """Return how many tokens an adapter made of its base's; None where it left them alone."""
+        weights = self._reference_weights
+        vocabulary = self.vocabulary
+        if not isinstance(weights, AdapterWeights) or vocabulary is None:
+            return None
+        return next((rows for old, rows in weights.resized() if old == vocabulary), None)
 
     @cached_property
     def _reference_weights(self) -> Weights:
@@ -446,13 +479,26 @@ def _under_keys_of(reference: Weights, weights: Weights) -> Weights:
     return weights
 
 
-def _copy(repository: Repository, patterns: tuple[str, ...], directory: Path) -> None:
+def _copy(repository: Repository, patterns: tuple[str, ...], directory: Path) -> list[str]:
+    """Copy the files that fit the patterns; return their names."""
     names = [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
-    if not names:
-        return
-    place = repository.fetch(*names)
-    for name in names:
-        shutil.copyfile(place / name, directory / name)
+    if names:
+        place = repository.fetch(*names)
+        for name in names:
+            shutil.copyfile(place / name, directory / name)
+    return names
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Speak of the path that was asked for, not of the place beside it that is written to first."""
+    aside = re.compile(re.escape(str(path.parent / f".{path.name}-")) + r"\w{8}/new")
+    try:
+        yield
+    except FusionBenchError as error:
+        raise FusionBenchError(aside.sub(lambda _: str(path), str(error))) from error
+    except OSError as error:
+        raise FusionBenchError(f"Cannot write '{path}': {error.strerror or error}.") from error
 
 
 def _concrete(model_class: Any, config: Any) -> Any:

@@ -291,7 +291,12 @@ class FabricModelFusionProgram:
             print_comparison(report, console)
         if self.model_path is not None:
             log.info("Merged model: %s", self.model_path)
-        if self.fast_dev_run:
+        elif not report.tasks:
+            log.warning(
+                "The merged model was neither judged nor saved; give a task pool or %s.",
+                "merged_model_save_path",
+            )
+        if self.fast_dev_run and report.tasks:
             log.warning("Only the first batch of each task was judged (fast_dev_run).")
         if self.output_dir is not None:
             write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(self.config))

@@ -113,6 +113,8 @@ def markdown(report: Report) -> str:
     ]
     if report.run.config.get("fast_dev_run"):
         lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
+    if not report.tasks:
+        return "\n".join([*lines, "Nothing was judged."]) + "\n"
     rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in rows]
     lines += ["", "Normalised: the accuracy divided by that of the task's individual model."]

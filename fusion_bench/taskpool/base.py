@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 #: Draws the samples of ``max_samples``; the same ones in every run.
 _SUBSET_SEED = 0
+#: What configs say of a model's form, as far as they say it.
+_SIZES = ("hidden_size", "hidden_sizes", "depths", "patch_size", "image_size", "num_hidden_layers")
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -114,16 +116,17 @@ class ImageTaskPool(ABC):
         Raises:
             FusionBenchError: a source that cannot be read, a dataset without images or labels.
         """
-        if self._data:
+        if self._preprocessors:
             return
         with fabric.rank_zero_first():  # so that only one process downloads
             self._data = {name: self._load_data(name) for name in self.task_names}
+            found: dict[str, Preprocessor] = {}
             for name in self.task_names:
                 own = Preprocessor(self.image_processor(name))
-                known = self._preprocessors.values()
-                same = next((p for p in known if p.identity == own.identity), own)
-                self._preprocessors[name] = same
+                same = (p for p in found.values() if p.identity == own.identity)
+                found[name] = next(same, own)
                 self.head_identity(name)  # so that what is not there is noticed now
+        self._preprocessors = found
 
     def data(self, name: str) -> LabelledImages:
         """Return a task's images and labels, once ``prepare`` has run."""
@@ -231,6 +234,14 @@ class ImageTaskPool(ABC):
     def _load_data(self, name: str) -> LabelledImages:
         dataset = load("dataset", self._datasets[name], f"taskpool.test_datasets.{name}")
         return LabelledImages(name, dataset, self._tasks[name])
+
+
+def differing_sizes(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each size in which two models' configs differ: its name and both values."""
+    for field in _SIZES:
+        values = getattr(one, field, None), getattr(other, field, None)
+        if None not in values and values[0] != values[1]:
+            yield field, *values
 
 
 def _bytes(size: int | str) -> int:

@@ -14,13 +14,14 @@ from fusion_bench.errors import FusionBenchError
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading
 from fusion_bench.storage import file_sha256
-from fusion_bench.taskpool.base import Classify, ImageTaskPool
+from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
 from fusion_bench.taskpool.zero_shot import HeadStore, ZeroShotHead, text_head
 from fusion_bench.weights import TensorWeights, sha256, weight_files
 
 #: Where a repository lacks the tokenizer's files, transformers makes one of special tokens alone.
 _SMALLEST_VOCABULARY = 10
 _TOKENIZER_FILES = (
+    "added_tokens.json",
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
@@ -133,14 +134,11 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
     def _check_architecture(self, model: nn.Module, name: str) -> None:
         """Refuse an encoder of another size: head and image size are those of ``clip_model``."""
         expected = self._clip_config.vision_config
-        for field in ("hidden_size", "patch_size", "image_size", "num_hidden_layers"):
-            found = getattr(getattr(model, "config", None), field, None)
-            if found is not None and found != getattr(expected, field):
-                raise FusionBenchError(
-                    f"taskpool.clip_model: its vision encoder has {field} "
-                    f"{getattr(expected, field)}, '{name}' has {found}. Name the model that the "
-                    "encoders were fine-tuned from."
-                )
+        for field, own, found in differing_sizes(expected, getattr(model, "config", None)):
+            raise FusionBenchError(
+                f"taskpool.clip_model: its vision encoder has {field} {own}, '{name}' has "
+                f"{found}. Name the model that the encoders were fine-tuned from."
+            )
 
     @cached_property
     def _clip_repository(self) -> Repository:

@@ -65,7 +65,7 @@ class Loading:
             if name not in (*_USED, *_IGNORED):
                 raise FusionBenchError(
                     f"taskpool.dataloader_kwargs.{name}: there is no such argument. "
-                    + did_you_mean(name, _USED)
+                    + did_you_mean(name, (*_USED, *_IGNORED))
                 )
         if given.get("drop_last"):
             raise FusionBenchError(
@@ -76,11 +76,15 @@ class Loading:
         workers = given.get("num_workers", min(16, max(1, (cores or 1) // fabric.world_size)))
         ahead = given.get("prefetch_factor") or 2
         batch_size = given.get("batch_size", 32 if on_cpu else 128)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise FusionBenchError(
+                f"taskpool.dataloader_kwargs.batch_size: '{batch_size}' is not 1 or more."
+            )
         return cls(
             batch_size=batch_size,
             workers=max(1, workers),
             ahead=0 if on_cpu else ahead,
-            pin_memory=given.get("pin_memory", fabric.device.type == "cuda"),
+            pin_memory=given.get("pin_memory", True) and fabric.device.type == "cuda",
         )
 
 

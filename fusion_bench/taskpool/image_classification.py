@@ -1,6 +1,7 @@
 """Judging models by the classifiers that they were fine-tuned with."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.repository import locate
 from fusion_bench.sources import load, plain_source, reading
-from fusion_bench.taskpool.base import Classify, ImageTaskPool
+from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
+from fusion_bench.tasks import readable
 from fusion_bench.weights import TensorWeights, sha256, weight_files
 
 
@@ -112,7 +114,6 @@ class ImageClassificationTaskPool(ImageTaskPool):
     def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
         """Return the task's head on top of the model's backbone."""
         head: Any = self._head(task)
-        self.head_identity(task)  # of the head as it was read, before it is moved or converted
         backbone: Any = getattr(model, "base_model", model)
         own: Any = head.base_model
         if type(backbone) is not type(own):
@@ -120,7 +121,12 @@ class ImageClassificationTaskPool(ImageTaskPool):
                 f"taskpool.classifiers.{task}: its backbone is a {type(own).__name__}, that of "
                 f"'{name}' a {type(backbone).__name__}. Name a classifier of the same kind."
             )
-        setattr(head, head.base_model_prefix, backbone)
+        for field, expected, found in differing_sizes(own.config, backbone.config):
+            raise FusionBenchError(
+                f"taskpool.classifiers.{task}: its backbone has {field} {expected}, that of "
+                f"'{name}' {found}. Name a classifier of the same size."
+            )
+        head = deepcopy(head, {id(own): backbone})
         head = fabric.to_device(fabric.strategy.precision.convert_module(head)).eval()
 
         def classify(images: Tensor) -> Tensor:
@@ -130,6 +136,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
         return classify
 
     def _head(self, task: str) -> Any:
+        """Return a task's classifier, without the weights of its backbone."""
         if task in self._heads:
             return self._heads[task]
         source, key = self._classifiers[task], f"taskpool.classifiers.{task}"
@@ -149,8 +156,9 @@ class ImageClassificationTaskPool(ImageTaskPool):
         else:
             head = load("model", source, key)
         self._check_classes(task, head)
-        self._heads[task] = head
-        return head
+        own = head.base_model
+        self._heads[task] = deepcopy(head, {id(own): deepcopy(own).to("meta")})
+        return self._heads[task]
 
     def _check_classes(self, task: str, head: Any) -> None:
         """Refuse a head whose classes are not the dataset's, or come in another order."""
@@ -161,7 +169,8 @@ class ImageClassificationTaskPool(ImageTaskPool):
                 f"{key}: it tells {head.config.num_labels} classes apart, the dataset has "
                 f"{len(names)}."
             )
-        own = [str(head.config.id2label[label]).casefold() for label in range(len(names))]
+        labels = [str(head.config.id2label[label]) for label in range(len(names))]
+        own = [readable(label).casefold() for label in labels]
         expected = [name.casefold() for name in names]
         if own != expected and sorted(own) == sorted(expected):
             raise FusionBenchError(

@@ -47,17 +47,19 @@ class LabelledImages:
         return len(self.dataset)
 
     def image(self, index: int) -> Any:
-        """Return a sample's PIL image, in RGB.
+        """Return a sample's PIL image, decoded.
 
         Raises:
             FusionBenchError: an image that cannot be decoded.
         """
         try:
-            return self._images[index][self.image_column].convert("RGB")
+            image = self._images[index][self.image_column]
+            image.load()
         except (OSError, AttributeError) as error:
             raise FusionBenchError(
                 f"{self._key}: sample {index} holds no readable image ({error})."
             ) from error
+        return image
 
     @property
     def fingerprint(self) -> str:

@@ -110,13 +110,14 @@ class PreparedImages:
 
     def pixels(self, index: int) -> NDArray[Any]:
         """Return a sample's pixels, not to be written to; called from several threads."""
-        kept = self._store.get(index) if self._store is not None else None
+        store = self._store  # another thread may give it up meanwhile
+        kept = store.get(index) if store is not None else None
         if kept is not None:
             return kept
         pixels = self.preprocessor.pixels(self.data.image(index))
-        if self._store is not None and pixels.shape == self._store.shape:
+        if store is not None and pixels.shape == store.shape:
             try:
-                self._store.put(index, pixels)
+                store.put(index, pixels)
             except OSError as error:
                 self._store = None
                 log.warning("Preprocessed images are not kept any more: %s.", error)
@@ -160,23 +161,34 @@ def _opened(path: Path, size: int) -> int:
 
 
 def _make_room(needed: int, max_bytes: int, keep: Path) -> None:
-    """Remove the stores unused for longest until ``needed`` bytes more may be taken."""
+    """Remove the stores unused for longest until ``needed`` bytes more may be taken.
+
+    One that is in use may still be filled, so it counts whole; and none is removed in vain.
+    """
     stores = sorted(
         (store for store in _root().glob("*") if store.is_dir() and store != keep),
         key=lambda store: store.stat().st_mtime,
     )
-    sizes = {store: _allocated(store) for store in stores}
+    in_use = {store for store in stores if _in_use(store)}
+    sizes = {store: _size(store) if store in in_use else _allocated(store) for store in stores}
+    enough = needed + sum(sizes[store] for store in in_use) <= max_bytes
     for store in stores:
-        if sum(sizes.values()) + needed <= max_bytes:
+        if not enough or sum(sizes.values()) + needed <= max_bytes:
             break
-        if _in_use(store):
+        if store in in_use:
             continue
         shutil.rmtree(store, ignore_errors=True)
         sizes.pop(store)
         log.info("Preprocessed images in %s made room for others.", store)
     free = shutil.disk_usage(_root()).free + _allocated(keep)
-    if sum(sizes.values()) + needed > max_bytes or needed > 0.9 * free:
+    if not enough or needed > 0.9 * free:
         raise OSError(f"no room for {needed / 1e9:.1f} GB of preprocessed images")
+
+
+def _size(store: Path) -> int:
+    with suppress(OSError):
+        return sum(file.stat().st_size for file in store.iterdir())
+    return 0
 
 
 def _allocated(store: Path) -> int:

@@ -40,8 +40,10 @@ class Preprocessor:
 
         It is uint8 where ``in_bytes`` is true, and else float32 and final.
         """
+        if not getattr(self._processor, "do_convert_rgb", False):
+            image = image.convert("RGB")  # else the processor does it, in its own way
         if not self.in_bytes:
-            return self._call(image)
+            return self._call(image).astype(np.float32, copy=False)
         return self._call(image, do_rescale=False, do_normalize=False)
 
     def finish(self, pixels: Tensor) -> Tensor:

@@ -4,17 +4,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fusion_bench.storage import cache_dir, write_bytes
+from fusion_bench.storage import cache_dir
+from fusion_bench.taskpool.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
@@ -85,23 +84,18 @@ class ResultStore:
 
     def load(self, key: Mapping[str, Any]) -> Score | None:
         """Return what is known under ``key``; a damaged file counts as nothing."""
-        path = self._path(key)
-        with suppress(OSError, SafetensorError, TypeError, KeyError):
-            content = load(path.read_bytes())
-            score = Score(**content)
-            if len({len(values) for values in content.values()}) == 1:
-                return score
-        return None
+        content = read_sealed(self._path(key))
+        return None if content is None else Score(**load(content))
 
     def save(self, key: Mapping[str, Any], score: Score) -> None:
         """Keep a score; a disk that cannot take it is no reason to stop."""
         content = save({name: np.ascontiguousarray(v) for name, v in vars(score).items()})
         try:
-            write_bytes(self._path(key), content)
+            write_sealed(self._path(key), content)
         except OSError as error:
             log.warning("Results are not kept: %s.", error)
 
     def _path(self, key: Mapping[str, Any]) -> Path:
         canonical = json.dumps({"version": EVALUATION_VERSION, **key}, sort_keys=True)
         name = hashlib.sha256(canonical.encode()).hexdigest()
-        return self._root / name[:2] / f"{name}.safetensors"
+        return self._root / name[:2] / name

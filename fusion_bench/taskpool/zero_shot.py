@@ -5,16 +5,15 @@ Radford et al., Learning transferable visual models, https://arxiv.org/abs/2103.
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fusion_bench.storage import cache_dir, write_bytes
+from fusion_bench.storage import cache_dir
+from fusion_bench.taskpool.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,8 @@ class ZeroShotHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (batch, hidden) to (batch, classes), in float32 whatever the encoder's precision."""
-        return normalize(pooled.float() @ self.projection.T, dim=-1) @ self.classes.T
+        with torch.autocast(pooled.device.type, enabled=False):
+            return normalize(pooled.float() @ self.projection.T, dim=-1) @ self.classes.T
 
 
 class HeadStore:
@@ -84,15 +84,13 @@ class HeadStore:
 
     def load(self, identity: str) -> ZeroShotHead | None:
         """Return a head that was kept; a damaged file counts as none."""
-        with suppress(OSError, SafetensorError, KeyError):
-            content = load((self._root / f"{identity}.safetensors").read_bytes())
-            return ZeroShotHead(content["projection"], content["classes"])
-        return None
+        content = read_sealed(self._root / identity)
+        return None if content is None else ZeroShotHead(**load(content))
 
     def save(self, identity: str, head: ZeroShotHead) -> None:
         """Keep a head; a disk that cannot take it is no reason to stop."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
         try:
-            write_bytes(self._root / f"{identity}.safetensors", save(tensors))
+            write_sealed(self._root / identity, save(tensors))
         except OSError as error:
             log.warning("Text heads are not kept: %s.", error)

@@ -25,6 +25,23 @@ _PART = re.compile(
 )
 
 
+#: Ways to begin that change the base too, which the adapter's files then do not tell.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and name the result."
+
+
+def _refused(content: Mapping[str, Any]) -> str | None:
+    """Return why an adapter's arithmetic is not that of this file."""
+    begin = content.get("init_lora_weights")
+    if isinstance(begin, str) and begin.startswith(_CHANGES_BASE):
+        return f"it was begun with {begin}, which changes the base model."
+    if content.get("alora_invocation_tokens"):
+        return "it works on some tokens only (aLoRA) and cannot be merged."
+    if content.get("layer_replication"):
+        return "it repeats layers of its base."
+    return None
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """What an ``adapter_config.json`` says of the arithmetic.
@@ -47,6 +64,8 @@ class AdapterConfig:
             kind = content["peft_type"]
             if kind != "LORA":
                 raise FusionBenchError(f"'{path}': an adapter of the type {kind} is not supported.")
+            if reason := _refused(content):
+                raise FusionBenchError(f"'{path}': {reason} {_WITH_PEFT}")
             return cls(
                 base=content.get("base_model_name_or_path"),
                 alpha=float(content["lora_alpha"]),
@@ -117,11 +136,17 @@ class AdapterWeights(Weights):
                 self._replaced[key] = adapter[name]
         if unknown:
             raise FusionBenchError(
-                "The adapter does not fit its base model, which lacks the entries that it changes. "
-                f"Name the base that it was trained on as '_pretrained_'.\n  {shortened(unknown)}"
+                "The adapter changes what its base's files do not name so, or in a way that is not "
+                "supported. Name the base that it was trained on as '_pretrained_'; if it is that "
+                f"already: {_WITH_PEFT}\n  {shortened(unknown)}"
             )
         for key, tensors in parts.items():
             self._updates[key] = self._update(key, tensors, config)
+
+    def resized(self) -> list[tuple[int, int]]:
+        """Return the old and the new number of rows of entries whose rows the adapter changed."""
+        shapes = [(self._base.spec(key).shape, t.shape) for key, t in self._replaced.items()]
+        return [(old[0], new[0]) for old, new in shapes if old and new and old[0] != new[0]]
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -52,6 +52,9 @@ class MergePolicy:
             if field.name.startswith("on_") and value not in choices:
                 hint = did_you_mean(str(value), choices)
                 raise FusionBenchError(f"policy.{field.name}: '{value}' is unknown. {hint}")
+        _refuse_device(self.device)
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", _short(self.dtype))
         if self.dtype is not None:
             dtype = getattr(torch, str(self.dtype), None)
             if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -65,6 +68,17 @@ class MergePolicy:
     def torch_dtype(self) -> torch.dtype | None:
         """The merged entries' type as torch knows it."""
         return None if self.dtype is None else getattr(torch, self.dtype)
+
+
+def _refuse_device(name: str) -> None:
+    """Raise for a device that there is not."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise FusionBenchError(
+            f"policy.device: '{name}' cannot be used here. {did_you_mean(str(name), here)}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -131,8 +145,18 @@ class _Comparison:
 
     def aligned(self, model: str, weights: Weights) -> Weights:
         """Return ``weights`` with the reference's keys, if the policy allows."""
-        missing = [key for key in self.reference if key not in weights]
-        extra = [key for key in weights if key not in self.reference]
+        # A file may hold tied entries once or several times.
+        tied = {
+            key: first
+            for key in self.reference
+            if key not in weights and (first := self.reference.tied_to(key)) in weights
+        }
+        missing = [key for key in self.reference if key not in weights and key not in tied]
+        extra = [
+            key
+            for key in weights
+            if key not in self.reference and weights.tied_to(key) not in self.reference
+        ]
         if missing and self.policy.on_missing == "error":
             self._problem("on_missing=base", *(f"{model}: lacks '{key}'" for key in missing))
         elif self.policy.on_missing == "skip":
@@ -142,7 +166,8 @@ class _Comparison:
         for key in self.reference:
             if key in weights:
                 self._compare(model, key, weights.spec(key))
-        return _Completed(weights, self.reference) if missing or extra else weights
+        same = all(key in weights for key in self.reference) and len(weights) == len(self.reference)
+        return weights if same else _Completed(weights, self.reference, tied)
 
     def _compare(self, model: str, key: str, spec: TensorSpec) -> None:
         """Note what differs in an entry."""
@@ -181,16 +206,17 @@ class _Comparison:
             "Use models that were fine-tuned from the same base"
             + (f", or give {' '.join(self.mends)}" if self.mends else "")
             + ".\n  "
-            + shortened(self.problems)
+            + "\n  ".join(self.problems)
         )
 
 
 class _Completed(Weights):
-    """A model with the reference's keys; what it lacks is the reference's."""
+    """A model with the reference's keys; what it lacks is tied, or else the reference's."""
 
-    def __init__(self, weights: Weights, reference: Weights):
+    def __init__(self, weights: Weights, reference: Weights, tied: Mapping[str, str]):
         self._weights = weights
         self._reference = reference
+        self._tied = tied
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -198,7 +224,7 @@ class _Completed(Weights):
         return (*self._weights.files, *self._reference.files)
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._of(key)[key]
+        return self._of(key)[self._tied.get(key, key)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reference)
@@ -208,20 +234,21 @@ class _Completed(Weights):
 
     def spec(self, key: str) -> TensorSpec:
         """Return shape and dtype of the model's entry, or else of the reference's."""
-        return self._of(key).spec(key)
+        return self._of(key).spec(self._tied.get(key, key))
 
     def tied_to(self, key: str) -> str:
         """Return the key that the model ties this one to, or else the reference."""
-        return self._of(key).tied_to(key)
+        return self._of(key).tied_to(self._tied.get(key, key))
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements of the model's entry, or else of the reference's."""
-        return self._of(key).read(key, start, stop)
+        return self._of(key).read(self._tied.get(key, key), start, stop)
 
     def _of(self, key: str) -> Weights:
         if key not in self._reference:
             raise KeyError(key)
-        return self._weights if key in self._weights else self._reference
+        there = key in self._weights or key in self._tied
+        return self._weights if there else self._reference
 
 
 def shortened(lines: Collection[str], most: int = 50) -> str:

@@ -63,7 +63,7 @@ def shards(index: Path) -> dict[str, list[str]]:
             raise FusionBenchError(
                 f"'{index}' names '{name}', which is outside its directory. It is refused."
             )
-    return files
+    return dict(sorted(files.items()))
 
 
 def _open_sharded(index: Path) -> TensorWeights:

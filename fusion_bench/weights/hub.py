@@ -24,6 +24,8 @@ def open_repository(repository: Repository) -> Weights:
         FusionBenchError: no weights, damaged ones, or a download that failed.
     """
     files = weight_files(repository)
+    if repository.directory is not None:
+        return open_checkpoint(repository.directory / files[0])
     if "safetensors" in files[0] and not repository.has(*files):
         return HubWeights(repository, files)
     return open_checkpoint(repository.fetch(*files) / files[0])

@@ -148,7 +148,7 @@ class MergedWeights(Weights):
         """
         if not self._nonfinite:
             return
-        message = "NaN or infinity in\n  " + shortened(self._nonfinite)
+        message = "NaN, infinity or overflow in\n  " + shortened(self._nonfinite)
         if self._policy.on_nonfinite == "warn":
             log.warning(message)
             return

@@ -225,8 +225,9 @@ def _explain(error: OSError, directory: Path, specs: Iterable[TensorSpec]) -> st
     if error.errno != ENOSPC:
         return f"Cannot write '{directory}': {error.strerror or error}."
     needed = sum(spec.nbytes for spec in specs) / 1e9
-    free = shutil.disk_usage(directory).free / 1e9
+    own = sum(file.stat().st_blocks * 512 for file in directory.iterdir())
+    free = (shutil.disk_usage(directory).free + own) / 1e9
     return (
         f"Cannot write '{directory}': the disk is full. The model takes {needed:.2f} GB; "
-        f"{free:.2f} GB are free now."
+        f"{free:.2f} GB are free."
     )

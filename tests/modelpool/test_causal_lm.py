@@ -175,7 +175,7 @@ def test_an_adapter_without_a_base_says_how_to_name_one(family: Path, tmp_path: 
 def test_an_adapter_of_another_base_is_refused(family: Path, tmp_path: Path) -> None:
     other = {"model.layers.7.self_attn.q_proj.weight": torch.zeros(12, 12)}
     write_lora(tmp_path / "x", other, ["model.layers.7.self_attn.q_proj"])
-    with pytest.raises(FusionBenchError, match=r"does not fit its base(.|\n)*layers\.7"):
+    with pytest.raises(FusionBenchError, match=r"do not name so(.|\n)*layers\.7"):
         CausalLMPool({"_pretrained_": family / "base", "x": tmp_path / "x"}).weights("x")
 
 
@@ -205,3 +205,11 @@ def test_the_tokenizer_may_be_another_models(family: Path, tmp_path: Path) -> No
     models.save_model(models.weights("a"), tmp_path / "m")
     assert (tmp_path / "m" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "m" / "tokenizer_config.json").exists()
+
+
+def test_a_tokenizer_source_without_one_is_refused(family: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    models = CausalLMPool({"a": str(family / "a")}, tokenizer=str(tmp_path / "bare"))
+    with pytest.raises(FusionBenchError, match="neither a tokenizer nor a processor"):
+        models.save_model(models.weights("a"), tmp_path / "m")
+    assert not (tmp_path / "m").exists()

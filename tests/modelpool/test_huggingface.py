@@ -17,6 +17,7 @@ from fusion_bench.modelpool import HFModelPool
 from fusion_bench.weights import Weights
 
 CLASSIFIER = "BertForSequenceClassification"
+AUTO_CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_an_encoder_inside_a_classifier_is_merged_into_the_encoder(family: Path)
 
 
 def test_an_encoder_is_merged_into_the_classifier_around_it(family: Path) -> None:
-    models = pool(family, "c", "a", policy={"on_missing": "skip"})
+    models = pool(family, "c", "a", model_class=AUTO_CLASSIFIER, policy={"on_missing": "skip"})
     a, c = tensors(family / "a"), tensors(family / "c")
     merged = average(models)
     assert set(merged) == set(c)
@@ -145,7 +146,22 @@ def test_an_encoder_is_merged_into_the_classifier_around_it(family: Path) -> Non
 
 def test_the_head_that_an_encoder_lacks_is_named(family: Path) -> None:
     with pytest.raises(FusionBenchError, match=r"on_missing=base(.|\n)*a: lacks 'classifier\."):
-        average(pool(family, "c", "a"))
+        average(pool(family, "c", "a", model_class=AUTO_CLASSIFIER))
+
+
+def test_a_pool_of_bare_models_sees_classifiers_without_their_heads(
+    family: Path, tmp_path: Path
+) -> None:
+    models = pool(family, "c", "d")
+    merged = average(models)
+    c, d = tensors(family / "c"), tensors(family / "d")
+    assert set(merged) == {k.removeprefix("bert.") for k in c if k.startswith("bert.")}
+    assert all(torch.allclose(merged[k], (c[f"bert.{k}"] + d[f"bert.{k}"]) / 2) for k in merged)
+    models.save_model(merged, tmp_path / "m")
+    back, info = transformers.AutoModel.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values())
+    assert "architectures" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    assert torch.equal(answers(back), answers(models.build_model(merged)))
 
 
 def test_a_saved_model_is_read_back_by_transformers(family: Path, tmp_path: Path) -> None:

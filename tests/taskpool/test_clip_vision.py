@@ -1,3 +1,5 @@
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -5,16 +7,19 @@ import pytest
 import torch
 from datasets import load_dataset
 from lightning.fabric import Fabric
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPProcessor,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
 )
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score
+from fusion_bench.storage import cache_dir
+from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, clip_vision
 from fusion_bench.taskpool.evaluate import Loading
 from fusion_bench.tasks import readable
 
@@ -146,3 +151,164 @@ def test_bad_arguments(family: Path, program_config: dict[str, Any]) -> None:
     bare = pool(program_config, clip_model=str(family / "models" / "a"))
     with pytest.raises(FusionBenchError, match="not a full CLIP model"):
         bare.prepare(cpu())
+
+
+class Counted:
+    """How often text heads are made and whole CLIP models are read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.heads = self.towers = 0
+        make, read = clip_vision.text_head, CLIPModel.from_pretrained
+
+        def text_head(*args: Any) -> torch.Tensor:
+            self.heads += 1
+            return make(*args)
+
+        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+            self.towers += 1
+            return read(*args, **kwargs)
+
+        monkeypatch.setattr(clip_vision, "text_head", text_head)
+        monkeypatch.setattr(CLIPModel, "from_pretrained", from_pretrained)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+def judged(family: Path, program_config: dict[str, Any], **changes: Any) -> Score:
+    return pool(program_config, **changes).evaluate(model(family), cpu(), ["a"])["a"]
+
+
+def test_a_text_head_is_made_once_ever(
+    family: Path, program_config: dict[str, Any], counted: Counted
+) -> None:
+    first = judged(family, program_config)
+    assert (counted.heads, counted.towers) == (1, 1)
+    second = judged(family, program_config)
+    assert (counted.heads, counted.towers) == (1, 1)  # not even the text tower is read
+    assert second.losses.tolist() == first.losses.tolist()
+
+
+def test_without_the_cache_heads_are_made_each_time(
+    family: Path, program_config: dict[str, Any], counted: Counted
+) -> None:
+    for _ in range(2):
+        judged(family, program_config, cache=False)
+    assert counted.heads == 2
+
+
+def test_a_head_serves_all_models_of_a_pool(
+    family: Path, program_config: dict[str, Any], counted: Counted
+) -> None:
+    tasks = pool(program_config, cache=False)
+    for name in ("a", "b"):
+        tasks.evaluate(model(family, name), cpu())
+    assert (counted.heads, counted.towers) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"templates": ["a drawing of a {}."]},
+        {"templates": ["a photo of a {}.", "{}"]},
+        {"class_names": ["abbey", "airplane", "beach"]},
+        {"class_names": ["beach", "airplane cabin", "abbey"]},
+    ],
+    ids=str,
+)
+def test_other_texts_make_another_head(
+    family: Path, program_config: dict[str, Any], counted: Counted, change: dict[str, Any]
+) -> None:
+    plain = judged(family, program_config)
+    changed = judged(family, program_config, tasks={"a": change})
+    assert counted.heads == 2 and changed.loss_sum != plain.loss_sum
+
+
+def test_another_text_weight_makes_another_head(
+    family: Path, program_config: dict[str, Any], counted: Counted, tmp_path: Path
+) -> None:
+    judged(family, program_config)
+    path = shutil.copytree(family / "models" / "base", tmp_path / "base") / "model.safetensors"
+    weights = load_file(path)
+    weights["text_projection.weight"][0, 0] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    judged(family, program_config, clip_model=str(path.parent))
+    assert (counted.heads, counted.towers) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["directory", "object"])
+def test_another_tokenizer_makes_another_head(
+    family: Path, program_config: dict[str, Any], counted: Counted, tmp_path: Path, kind: str
+) -> None:
+    base = shutil.copytree(family / "models" / "base", tmp_path / "base")
+
+    def processor() -> Any:
+        return str(base) if kind == "directory" else CLIPProcessor.from_pretrained(base)
+
+    judged(family, program_config, processor=processor())
+    judged(family, program_config, processor=processor())
+    assert counted.heads == 1
+    for file in ("vocab.json", "tokenizer.json"):
+        if (base / file).exists():
+            text = (base / file).read_text(encoding="utf-8")
+            swapped = re.sub(r'"b</w>": (\d+)', '"@@": \\1', text)
+            swapped = swapped.replace('"c</w>"', '"b</w>"').replace('"@@"', '"c</w>"')
+            (base / file).write_text(swapped, encoding="utf-8")
+    judged(family, program_config, processor=processor())
+    assert counted.heads == 2
+
+
+def test_the_same_files_elsewhere_make_the_same_head(
+    family: Path, program_config: dict[str, Any], counted: Counted, tmp_path: Path
+) -> None:
+    judged(family, program_config)
+    copy = str(shutil.copytree(family / "models" / "base", tmp_path / "base"))
+    judged(family, program_config, clip_model=copy, processor=copy)
+    assert counted.heads == 1
+
+
+def test_a_damaged_head_is_made_again(
+    family: Path, program_config: dict[str, Any], counted: Counted
+) -> None:
+    first = judged(family, program_config)
+    (file,) = (cache_dir() / "heads").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert judged(family, program_config).losses.tolist() == first.losses.tolist()
+    assert counted.heads == 2 and file.read_bytes() == content
+
+
+def test_encoder_and_head_are_clips_own_logits(
+    family: Path, program_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = family / "models" / "base"
+    clip = CLIPModel.from_pretrained(path).eval()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    classifier = CLIPVisionModelTaskPool.classifier
+
+    def spy(*args: Any) -> Any:
+        classify = classifier(*args)
+
+        def spied(images: torch.Tensor) -> torch.Tensor:
+            seen.append((images, classify(images)))
+            return seen[-1][1]
+
+        return spied
+
+    monkeypatch.setattr(CLIPVisionModelTaskPool, "classifier", spy)
+    names = ["abbey", "airplane cabin", "beach"]
+    encoder = CLIPVisionModel.from_pretrained(path)
+    pool(program_config).evaluate(encoder, cpu(), ["a"])
+    texts = [f"a photo of a {name}." for name in names]
+    tokens = CLIPTokenizer.from_pretrained(path)(texts, padding=True, return_tensors="pt")
+    data = load_dataset(str(family / "datasets" / "a"), split="test")
+    images = [row["image"] for row in data]
+    pixels = CLIPImageProcessorPil.from_pretrained(path)(images, return_tensors="pt")
+    assert torch.equal(torch.cat([p for p, _ in seen]), pixels["pixel_values"])
+    with torch.no_grad():
+        expected = clip(**pixels, **tokens).logits_per_image
+    torch.testing.assert_close(
+        torch.cat([logits for _, logits in seen]), expected, rtol=1e-5, atol=1e-4
+    )

@@ -1,3 +1,4 @@
+import io
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,41 @@ def test_labels_that_are_no_numbers() -> None:
 
 def test_an_empty_split() -> None:
     assert "no samples" in message(dataset([0]).select([]))
+
+
+def test_the_fingerprint_is_the_same_for_the_same_data_alone() -> None:
+    assert images(dataset([0, 1])).fingerprint == images(dataset([0, 1])).fingerprint
+    assert images(dataset([0, 1])).fingerprint != images(dataset([0, 1, 1])).fingerprint
+
+
+def test_the_labels_hash_counts_classes_too() -> None:
+    two, three = (
+        images(dataset([0, 1], Value("int64")), class_names=names)
+        for names in (["x", "y"], ["x", "y", "z"])
+    )
+    assert two.labels_sha256 != three.labels_sha256
+    assert two.labels_sha256 == images(dataset([0, 1])).labels_sha256
+    assert two.labels_sha256 != images(dataset([1, 0])).labels_sha256
+
+
+@pytest.mark.parametrize("content", [b"no image", None])
+def test_an_unreadable_image(content: bytes | None) -> None:
+    features = Features({"image": Image(), "label": ClassLabel(names=["x"])})
+    broken = None if content is None else {"bytes": content, "path": None}
+    columns = {"image": [PICTURE, PICTURE], "label": [0, 0]}
+    data = Dataset.from_dict(columns, features=features).cast_column("image", Image(decode=False))
+    rows = [data[0], {"image": broken, "label": 0}]
+    found = images(Dataset.from_list(rows, features=features))
+    assert found.image(0).size == (4, 4)
+    with pytest.raises(FusionBenchError, match=r"test_datasets\.t: sample 1 holds no readable"):
+        found.image(1)
+
+
+def test_a_truncated_image() -> None:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    PILImage.fromarray(noise).save(file, format="JPEG")
+    features = Features({"image": Image(), "label": ClassLabel(names=["x"])})
+    row = {"image": {"bytes": file.getvalue()[:-900], "path": None}, "label": 0}
+    with pytest.raises(FusionBenchError, match="sample 0 holds no readable image"):
+        images(Dataset.from_list([row], features=features)).image(0)

@@ -210,7 +210,7 @@ def test_prefixes_may_differ(ours: str, theirs: str) -> None:
         for name, tensor in (QUERY | {f"{PEFT}block.0.q.bias": torch.zeros(4)}).items()
     }
     if ours and theirs:
-        with pytest.raises(FusionBenchError, match="lacks the entries"):
+        with pytest.raises(FusionBenchError, match="do not name so"):
             AdapterWeights(base, TensorWeights(tensors), config())
         return
     adapted = AdapterWeights(base, TensorWeights(tensors), config())
@@ -340,3 +340,24 @@ def test_what_is_no_configuration_is_named(content: str, tmp_path: Path) -> None
     path.write_bytes(content.encode(errors="surrogatepass"))
     with pytest.raises(FusionBenchError, match=f"{path}"):
         AdapterConfig.read(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
+        ({"init_lora_weights": "olora"}, "changes the base model"),
+        ({"alora_invocation_tokens": [1]}, "some tokens only"),
+        ({"layer_replication": [[0, 2]]}, "repeats layers"),
+    ],
+)
+def test_adapters_whose_arithmetic_is_another_are_refused(
+    setting: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    plain = {"peft_type": "LORA", "lora_alpha": 1, "init_lora_weights": True}
+    file.write_text(json.dumps(plain | setting))
+    with pytest.raises(FusionBenchError, match=f"{reason}.*merge_and_unload"):
+        AdapterConfig.read(file)
+    file.write_text(json.dumps(plain))
+    assert AdapterConfig.read(file).alpha == 1

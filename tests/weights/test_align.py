@@ -166,3 +166,13 @@ def test_a_policys_dtype_is_a_floating_point_type(dtype: Any) -> None:
 
 def test_long_lists_are_cut() -> None:
     assert shortened([str(i) for i in range(60)]).endswith("49\n  … and 10 more")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(FusionBenchError, match=rf"policy\.device: '{device}' cannot be used here"):
+        MergePolicy(device=device)
+
+
+def test_a_dtype_may_be_torchs_own() -> None:
+    assert MergePolicy(dtype=torch.float16) == MergePolicy(dtype="float16")  # type: ignore[arg-type]

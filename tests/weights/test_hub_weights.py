@@ -217,6 +217,14 @@ def test_the_best_format_is_taken(tmp_path: Path) -> None:
     names = frozenset({"model.safetensors.index.json", "pytorch_model.bin"})
     assert weight_files(Repository("n", names, tmp_path)) == [
         "model.safetensors.index.json",
-        "2.safetensors",
         "1.safetensors",
+        "2.safetensors",
     ]
+
+
+def test_a_local_index_that_names_a_missing_shard_is_said_so(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.zeros(1)}, tmp_path / "1.safetensors")
+    with pytest.raises(FusionBenchError, match=r"names '2\.safetensors', which is not there"):
+        open_repository(locate(str(tmp_path)))

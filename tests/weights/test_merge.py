@@ -205,17 +205,21 @@ def test_entries_that_one_model_unties_are_merged_apart() -> None:
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
-def test_a_tied_entry_that_is_skipped_leaves_its_twin_merged(order: tuple[str, ...]) -> None:
-    policy = MergePolicy(on_missing="skip")
-    lacking = weights(a=torch.ones(3, 2))
-    merged = in_memory(merge({"m": lacking}, total, tied(0, *order), policy=policy))
-    assert merged["a"].unique() == 1 and merged["b"].unique() == 0
+@pytest.mark.parametrize("lacking", ["a", "b"])
+def test_a_file_may_hold_tied_entries_once(order: tuple[str, ...], lacking: str) -> None:
+    held = weights(**{"ab".replace(lacking, ""): torch.ones(3, 2)})
+    if lacking == order[0]:  # only an entry that is tied to an earlier one may be left out
+        with pytest.raises(FusionBenchError, match=f"lacks '{lacking}'"):
+            merge({"m": held}, total, tied(0, *order))
+        return
+    merged = in_memory(merge({"m": held}, total, tied(0, *order)))
+    assert merged["a"].unique() == merged["b"].unique() == 1
+    assert merged["a"].data_ptr() == merged["b"].data_ptr()
 
 
-def test_an_entry_that_a_model_lacks_because_it_is_tied_stays_tied() -> None:
-    policy = MergePolicy(on_missing="base")
-    merged = merge({"m": weights(a=torch.ones(3, 2))}, total, tied(0), policy=policy)
-    assert in_memory(merged)["b"].unique() == 1
+def test_a_tied_entry_more_is_no_difference() -> None:
+    base = weights(a=torch.zeros(3, 2))
+    assert in_memory(merge({"m": tied(1)}, total, base))["a"].unique() == 1
 
 
 # --- inputs

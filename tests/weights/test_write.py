@@ -149,7 +149,7 @@ def test_a_directory_that_is_not_there_is_a_plain_error(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_the_weights_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FusionBenchError, match="NaN or infinity"):
+    with pytest.raises(FusionBenchError, match="NaN, infinity or overflow"):
         write_checkpoint(merge({"m": weights(a=torch.nan)}, first), tmp_path)
 
 

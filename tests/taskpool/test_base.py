@@ -1,0 +1,254 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Image, load_dataset
+from lightning.fabric import Fabric
+from torch import nn
+from transformers import CLIPImageProcessorPil, CLIPVisionModel
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.storage import cache_dir
+from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, results
+
+CPU = Fabric(accelerator="cpu", devices=1)
+
+
+@pytest.fixture(scope="module")
+def data(family: Path) -> Dataset:
+    """Return task `a` with a second picture and a second label a sample."""
+    rows = load_dataset(str(family / "datasets" / "a"), split="test")
+    turned = rows["label"][::-1]
+    rows = rows.add_column("second", turned, feature=ClassLabel(names=["x", "y", "z"]))
+    files = rows.cast_column("image", Image(decode=False))["image"]
+    return rows.add_column("picture", files[::-1], feature=Image())
+
+
+class Judge:
+    """Judges model `a`, and counts how often it is built."""
+
+    def __init__(self, family: Path, config: dict[str, Any], data: Dataset):
+        self._path = family / "models" / "a"
+        arguments = {k: v for k, v in config["taskpool"].items() if k != "_target_"}
+        own = {"image_column": "image", "label_column": "label"}
+        self._arguments = {**arguments, "test_datasets": {"a": data}, "tasks": {"a": own}}
+        self.built = 0
+
+    def build(self) -> nn.Module:
+        self.built += 1
+        return CLIPVisionModel.from_pretrained(self._path)
+
+    def __call__(
+        self,
+        weights: str | None = "w",
+        fabric: Fabric = CPU,
+        fast_dev_run: bool = False,
+        task: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Score:
+        arguments = self._arguments | changes
+        arguments["tasks"] = {"a": arguments["tasks"]["a"] | (task or {})}
+        pool = CLIPVisionModelTaskPool(**arguments)
+        return pool.evaluate(self.build, fabric, fast_dev_run=fast_dev_run, weights_sha256=weights)[
+            "a"
+        ]
+
+
+@pytest.fixture
+def judge(family: Path, program_config: dict[str, Any], data: Dataset) -> Judge:
+    return Judge(family, program_config, data)
+
+
+def answers(score: Score) -> list[Any]:
+    return [values.tolist() for values in vars(score).values()]
+
+
+def kept(kind: str) -> dict[Path, bytes]:
+    files = (cache_dir() / kind).rglob("*")
+    return {file: file.read_bytes() for file in files if file.is_file()}
+
+
+def test_what_was_judged_is_not_judged_again(
+    judge: Judge, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = judge()
+    second = judge()
+    assert judge.built == 1
+    assert answers(first) == answers(second) == answers(judge(cache=False))
+    assert "'model' was judged before on a" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"dataloader_kwargs": {"batch_size": 3, "num_workers": 2}},
+        {"per_class": True, "save_predictions": True},
+        {"cache_size": "1MB"},
+        {"max_samples": 23},
+        {"max_samples": 1000},
+    ],
+)
+def test_what_changes_no_figure_is_no_reason_to_judge(judge: Judge, same: dict[str, Any]) -> None:
+    judge()
+    judge(**same)
+    assert judge.built == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "v"},
+        {"weights": None},
+        {"task": {"label_column": "second"}},
+        {"task": {"image_column": "picture"}},
+        {"task": {"templates": ["a drawing of a {}."]}},
+        {"task": {"class_names": ["abbey", "airplane", "beach"]}},
+        {"max_samples": 5},
+        {"fast_dev_run": True, "dataloader_kwargs": {"batch_size": 4}},
+        {"fabric": Fabric(accelerator="cpu", devices=1, precision="bf16-true")},
+        {"fabric": Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")},
+    ],
+    ids=str,
+)
+def test_what_changes_a_figure_is_judged(judge: Judge, change: dict[str, Any]) -> None:
+    plain = answers(judge())
+    changed = answers(judge(**change))
+    assert judge.built == 2
+    assert changed == answers(judge(**change, cache=False))
+    assert (changed != plain) == (change.get("weights", "") == "")
+    judge()
+    judge(**change)
+    assert judge.built == (4 if "weights" in change and change["weights"] is None else 3)
+
+
+def test_other_preprocessing_is_judged(judge: Judge, family: Path) -> None:
+    judge()
+    processor = CLIPImageProcessorPil.from_pretrained(family / "models" / "base")
+    judge(data_processor=processor)
+    assert judge.built == 1
+    judge(data_processor=CLIPImageProcessorPil(**(processor.to_dict() | {"resample": 2})))
+    assert judge.built == 2
+
+
+def test_another_dataset_is_judged(judge: Judge, data: Dataset) -> None:
+    judge()
+    judge(test_datasets={"a": data.select(range(22))})
+    judge(test_datasets={"a": data.select([1, 0, *range(2, 23)])})
+    assert judge.built == 3
+
+
+def test_other_weights_in_the_text_tower_are_judged(
+    judge: Judge, family: Path, data: Dataset
+) -> None:
+    from transformers import CLIPModel
+
+    judge()
+    clip = CLIPModel.from_pretrained(family / "models" / "base")
+    with torch.no_grad():
+        clip.logit_scale += 1
+    judge(clip_model=clip)
+    assert judge.built == 2
+
+
+def test_a_newer_evaluation_judges_anew(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge()
+    monkeypatch.setattr(results, "EVALUATION_VERSION", results.EVALUATION_VERSION + 1)
+    judge()
+    assert judge.built == 2
+
+
+def test_without_the_cache_nothing_is_read_or_written(judge: Judge) -> None:
+    judge(cache=False)
+    for kind in ("results", "images", "heads"):
+        assert not (cache_dir() / kind).exists()
+    judge()
+    before = kept("results")
+    judge(cache=False)
+    assert judge.built == 3 and kept("results") == before
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:50], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""]
+)
+def test_a_damaged_result_is_judged_again(judge: Judge, damage: Any) -> None:
+    first = judge()
+    ((file, content),) = kept("results").items()
+    file.write_bytes(damage(content))
+    assert answers(judge()) == answers(first)
+    assert judge.built == 2 and kept("results") == {file: content}
+
+
+def test_the_model_is_built_once_for_the_tasks_that_need_it(judge: Judge, data: Dataset) -> None:
+    first = judge()
+    three = {"a": data, "b": data.select(range(7)), "c": data.select(range(9))}
+    pool = CLIPVisionModelTaskPool(**(judge._arguments | {"test_datasets": three}))
+    for _ in range(2):
+        scores = pool.evaluate(judge.build, CPU, weights_sha256="w")
+        assert judge.built == 2
+        assert [score.num_samples for score in scores.values()] == [23, 7, 9]
+        assert answers(scores["a"]) == answers(first)
+        assert scores["b"].predictions.tolist() == first.predictions[:7].tolist()
+
+
+def test_what_cannot_be_prepared_is_refused_each_time(judge: Judge, family: Path) -> None:
+    arguments = judge._arguments | {"clip_model": str(family / "models" / "a")}
+    pool = CLIPVisionModelTaskPool(**arguments)
+    for _ in range(2):
+        with pytest.raises(FusionBenchError, match="not a full CLIP model"):
+            pool.prepare(CPU)
+
+
+def test_samples_are_drawn_once_for_all_runs(judge: Judge) -> None:
+    some = judge(max_samples=6)
+    assert some.num_samples == 6
+    assert some.samples.tolist() == sorted(set(some.samples.tolist()))
+    assert some.samples.tolist() != list(range(6))
+    assert answers(judge(max_samples=6, cache=False)) == answers(some)
+    whole = judge()
+    assert some.predictions.tolist() == whole.predictions[some.samples].tolist()
+
+
+def test_max_samples_holds_for_each_task(family: Path, program_config: dict[str, Any]) -> None:
+    arguments = {k: v for k, v in program_config["taskpool"].items() if k != "_target_"}
+    pool = CLIPVisionModelTaskPool(**arguments, max_samples=4)
+    model = CLIPVisionModel.from_pretrained(family / "models" / "a")
+    assert [score.num_samples for score in pool.evaluate(model, CPU).values()] == [4, 4]
+
+
+def test_a_fast_run_takes_the_first_of_the_samples(judge: Judge) -> None:
+    settings = {"max_samples": 6, "dataloader_kwargs": {"batch_size": 2}}
+    fast = judge(fast_dev_run=True, **settings)
+    assert fast.samples.tolist() == judge(**settings).samples[:2].tolist()
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_max_samples_is_positive(judge: Judge, number: int) -> None:
+    with pytest.raises(FusionBenchError, match=r"taskpool\.max_samples"):
+        judge(max_samples=number)
+
+
+@pytest.mark.parametrize("size", ["50 GB", "50GB", "1.5tb", "700", 1000, "0", 0])
+def test_sizes(judge: Judge, size: int | str) -> None:
+    judge(cache_size=size, weights=None)
+    assert (cache_dir() / "images").exists() == (size not in ("0", 0))
+
+
+def test_what_is_no_size(judge: Judge) -> None:
+    with pytest.raises(FusionBenchError, match=r"taskpool\.cache_size: 'much' is no size"):
+        judge(cache_size="much")
+
+
+def test_a_compiled_model_is_judged_in_full_batches(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = judge()
+    compiled = []
+    # To compile in earnest takes half a minute.
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self)))
+    score = judge(compile=True, dataloader_kwargs={"batch_size": 5})
+    assert compiled == [CLIPVisionModel] and judge.built == 2
+    assert score.predictions.tolist() == plain.predictions.tolist()
+    assert score.losses.tolist() == pytest.approx(plain.losses.tolist(), rel=1e-4)
