@@ -1,5 +1,6 @@
 """Any models of the transformers library that were fine-tuned from one pretrained model."""
 
+import hashlib
 import json
 import logging
 import re
@@ -144,6 +145,21 @@ class HFModelPool:
         if name == self._reference:
             return self._reference_weights
         return _under_keys_of(self._reference_weights, self._weights(name))
+
+    def architecture(self, name: str | None = None) -> str:
+        """Return a hash of what besides its weights tells what a model computes, its config.
+
+        Without a name it is that of a merged model, which is built like the reference.
+        """
+        source = self._source(self._reference if name is None else name)
+        if isinstance(source, str):
+            config = self._json_config(self._whole_model(name or self._reference))
+            text = json.dumps([self.model_class, config], sort_keys=True)
+        elif isinstance(source, nn.Module):
+            text = f"{getattr(source, 'config', '')}{source}"
+        else:
+            text = json.dumps(source, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def load_model(self, name: str) -> "PreTrainedModel":
         """Load a model afresh, in eval mode, on the CPU.

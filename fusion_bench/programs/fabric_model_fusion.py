@@ -102,6 +102,8 @@ class FabricModelFusionProgram:
         self.method = instantiate(method, "method")
         self.modelpool = instantiate(_lazily(modelpool), "modelpool")
         self.taskpool = instantiate(_lazily(taskpool), "taskpool")
+        if output_dir is None and getattr(self.taskpool, "save_predictions", False):
+            raise FusionBenchError("taskpool.save_predictions: needs an output_dir.")
         self.fabric_config = fabric
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.seed = seed
@@ -200,19 +202,20 @@ class FabricModelFusionProgram:
         for name, model in merged.items():
             if isinstance(model, Weights):
                 build = partial(self.modelpool.build_model, model)
-                results[name] = self._judge(fabric, name, "merged", model, build)
-            else:
+                architecture = self.modelpool.architecture()
+                results[name] = self._judge(fabric, name, "merged", model, build, architecture)
+            else:  # what it computes is not told by its weights, so that nothing is kept of it
                 weights = TensorWeights(model.state_dict())
-                results[name] = self._judge(fabric, name, "merged", weights, model)
+                results[name] = self._judge(fabric, name, "merged", weights, model, None)
         return results
 
     def _judge_baseline(
         self, fabric: Fabric, name: str, role: Role, tasks: list[str] | None = None
     ) -> ModelResult:
-        weights = self.modelpool.weights(name)
-        return self._judge(
-            fabric, name, role, weights, partial(self.modelpool.load_model, name), tasks
-        )
+        pool = self.modelpool
+        build = partial(pool.load_model, name)
+        architecture = pool.architecture(name)
+        return self._judge(fabric, name, role, pool.weights(name), build, architecture, tasks)
 
     def _judge(
         self,
@@ -221,9 +224,13 @@ class FabricModelFusionProgram:
         role: Role,
         weights: Weights,
         model: nn.Module | Callable[[], nn.Module],
+        architecture: str | None,
         tasks: list[str] | None = None,
     ) -> ModelResult:
-        """Judge a model, which is only built if its results are not known."""
+        """Judge a model, which is only built if its results are not known.
+
+        ``architecture`` tells, with the weights, what the model computes.
+        """
         identity = sha256(weights)
         own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
         scores: dict[str, Score] = {}
@@ -234,7 +241,8 @@ class FabricModelFusionProgram:
                 tasks,
                 name=name,
                 fast_dev_run=self.fast_dev_run,
-                weights_sha256=identity,
+                weights_sha256=None if architecture is None else identity,
+                architecture=architecture or "",
             )
             if self.taskpool.save_predictions and fabric.global_rank == 0:
                 self._save_predictions(name, scores)
@@ -256,8 +264,7 @@ class FabricModelFusionProgram:
 
     def _save_predictions(self, model: str, scores: "Mapping[str, Score]") -> None:
         """Write each task's answers as a parquet file."""
-        if self.output_dir is None:
-            raise FusionBenchError("taskpool.save_predictions: needs an output_dir.")
+        assert self.output_dir is not None
         directory = self.output_dir / "predictions" / quote(model, safe="")
         for task, score in scores.items():
             write_bytes(directory / f"{quote(task, safe='')}.parquet", score.parquet())

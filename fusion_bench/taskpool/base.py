@@ -141,6 +141,7 @@ class ImageTaskPool(ABC):
         name: str = "model",
         fast_dev_run: bool = False,
         weights_sha256: str | None = None,
+        architecture: str = "",
     ) -> dict[str, Score]:
         """Judge a model on ``tasks``, by default all.
 
@@ -152,6 +153,7 @@ class ImageTaskPool(ABC):
             fast_dev_run: only the first batch of each task.
             weights_sha256: the hash of the model's weights. With it, results that are known are
                 taken from the cache, and new ones are kept.
+            architecture: what else tells the model from others with the same weights.
         """
         self.prepare(fabric)
         loading = Loading.for_device(self._dataloader_kwargs, fabric)
@@ -161,6 +163,8 @@ class ImageTaskPool(ABC):
         for task in self.task_names if tasks is None else tasks:
             samples = self._samples(task, loading.batch_size if fast_dev_run else None)
             key = self._key(task, samples, fabric, weights_sha256)
+            if key is not None:
+                key["architecture"] = architecture
             score = self._known(key, fabric)
             if score is not None:
                 known.append(task)
