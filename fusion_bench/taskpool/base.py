@@ -76,9 +76,10 @@ class ImageTaskPool(ABC):
                 raise FusionBenchError(
                     f"taskpool.tasks.{name}: there is no such task. "
                     + did_you_mean(name, test_datasets)
+                    + f" To take its settings away too: '~taskpool.tasks.{name}'."
                 )
-        if max_samples is not None and max_samples < 1:
-            raise FusionBenchError("taskpool.max_samples: must be 1 or more.")
+        if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
+            raise FusionBenchError(f"taskpool.max_samples: '{max_samples}' is not 1 or more.")
         self.task_names: list[str] = list(test_datasets)
         self.per_class = per_class
         self.save_predictions = save_predictions
@@ -249,9 +250,7 @@ def differing_sizes(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", size, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
     if not found:
         raise FusionBenchError(f"taskpool.cache_size: '{size}' is no size. Write it like '50GB'.")
     power = " KMGT".index(found[2].upper() or " ")

@@ -28,6 +28,12 @@ _IGNORED = (
     "multiprocessing_context",
     "pin_memory_device",
     "drop_last",
+    "sampler",
+    "batch_sampler",
+    "collate_fn",
+    "worker_init_fn",
+    "generator",
+    "in_order",
 )
 
 
@@ -76,10 +82,13 @@ class Loading:
         workers = given.get("num_workers", min(16, max(1, (cores or 1) // fabric.world_size)))
         ahead = given.get("prefetch_factor") or 2
         batch_size = given.get("batch_size", 32 if on_cpu else 128)
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise FusionBenchError(
-                f"taskpool.dataloader_kwargs.batch_size: '{batch_size}' is not 1 or more."
-            )
+        numbers = {"batch_size": (batch_size, 1), "num_workers": (workers, 0)}
+        numbers["prefetch_factor"] = (ahead, 1)
+        for name, (value, least) in numbers.items():
+            if type(value) is not int or value < least:
+                raise FusionBenchError(
+                    f"taskpool.dataloader_kwargs.{name}: '{value}' is not {least} or more."
+                )
         return cls(
             batch_size=batch_size,
             workers=max(1, workers),
@@ -99,7 +108,8 @@ def judge(
     """Return the answers of ``classify``, images to logits, on some of the samples.
 
     Each process takes every n-th sample, none twice, and the answers are put together by their
-    place: neither counts nor losses depend on the number of processes. All return the same score.
+    place: the counts do not depend on the number of processes, and the losses only in their last
+    bits, in which a batch's composition may show. All return the same score.
     """
     labels = images.labels[samples]
     mine = np.arange(fabric.global_rank, len(samples), fabric.world_size)

@@ -1,6 +1,8 @@
 """Any image-classification dataset as images and labels, its columns found by their type."""
 
 import hashlib
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,10 +63,30 @@ class LabelledImages:
             ) from error
         return image
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """What ``datasets`` knows the split's content by."""
-        return str(self.dataset._fingerprint)
+        """What ``datasets`` knows the split's content by.
+
+        Where the split names image files instead of holding them, their sizes and times count too:
+        ``datasets`` does not notice when they change.
+        """
+        known = str(self.dataset._fingerprint)
+        files = self._image_files()
+        if not files:
+            return known
+        states = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+        return f"{known}-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
+
+    def _image_files(self) -> list[Path]:
+        """Return the local files that images are read from, where the split does not hold them."""
+        files: set[str] = set()
+        for chunk in self.dataset.data.column(self.image_column).chunks:
+            fields = {field.name for field in chunk.type} if chunk.type.num_fields else set()
+            if {"bytes", "path"} <= fields and (
+                outside := chunk.field("bytes").is_null()
+            ).true_count:
+                files.update(chunk.field("path").filter(outside).drop_null().to_pylist())
+        return [Path(file) for file in sorted(files) if Path(file).is_file()]
 
     @property
     def labels_sha256(self) -> str:

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,22 @@ def test_a_truncated_image() -> None:
     row = {"image": {"bytes": file.getvalue()[:-900], "path": None}, "label": 0}
     with pytest.raises(FusionBenchError, match="sample 0 holds no readable image"):
         images(Dataset.from_list([row], features=features)).image(0)
+
+
+def test_image_files_that_change_change_the_fingerprint(tmp_path: Path) -> None:
+    def data() -> Dataset:
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+        files = [str(tmp_path / f"{i}.png") for i in range(3)]
+        return Dataset.from_dict({"image": files, "label": [0, 1, 0]}, features=features)
+
+    for i in range(3):
+        PILImage.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    first = images(data()).fingerprint
+    assert images(data()).fingerprint == first
+    PILImage.new("RGB", (5, 4)).save(tmp_path / "2.png")
+    assert images(data()).fingerprint != first
+
+
+def test_images_that_the_dataset_holds_keep_its_own_fingerprint() -> None:
+    data = dataset([0, 1])
+    assert images(data).fingerprint == data._fingerprint
