@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +49,20 @@ print("at", build.ensure(recipe), flush=True)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache directory that holds a small zoo."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a small zoo, once for all tests; returns the cache directory."""
     directory = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSION_BENCH_CACHE", str(directory))
         zoo.model_path("clip-tiny", SMALL)
-        yield directory
+    return directory
+
+
+@pytest.fixture
+def cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory that holds a small zoo."""
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(built))
+    return built
 
 
 @pytest.fixture
