@@ -4,14 +4,11 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import fields, replace
-from fnmatch import fnmatch
-from functools import cache, cached_property
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
-from fusion_bench.modelpool.card import Source, model_card, recipe
+from fusion_bench.modelpool.card import Source
+from fusion_bench.modelpool.directory import CONFIGS, PROCESSORS, copy_files, write_directory
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading
-from fusion_bench.storage import file_sha256, whole_directory, write_text
+from fusion_bench.storage import write_text
 from fusion_bench.weights import (
     AdapterConfig,
     AdapterWeights,
@@ -38,7 +36,6 @@ from fusion_bench.weights import (
     shortened,
     weight_files,
     without_prefix,
-    write_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -48,21 +45,6 @@ log = logging.getLogger(__name__)
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-#: What is copied beside merged weights; no weights, no code.
-_CONFIGS = ("config.json", "generation_config.json")
-_PROCESSORS = (
-    "*token*.json",
-    "*token*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "vocab.*",
-    "merges.txt",
-    "sentencepiece*.model",
-    "spiece.model",
-    "spm.model",
-    "chat_template*",
-    "*processor_config.json",
-)
 
 
 class HFModelPool:
@@ -224,25 +206,15 @@ class HFModelPool:
             path: a directory; what is there is replaced.
             config: the run's config.
         """
-        path = Path(path).absolute()
         weights = model if isinstance(model, Weights) else TensorWeights(model.state_dict())
-        sources = {name: self._described(name) for name in self._models}
-        with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
-            files = {file for source in sources.values() for file in source.files}
-            hashes = {file: pool.submit(file_sha256, file) for file in files}
-            pending = recipe(config, sources, lambda file: "0" * 64)  # as long as a hash
-            final = cache(lambda: recipe(config, sources, lambda file: hashes[file].result()))
-            with _plain_errors(path), whole_directory(path) as directory:
-                # First, so that a tokenizer that is not there is noticed before the work.
-                self._write_companions(directory)
-                write_checkpoint(
-                    self._for_file(weights),
-                    directory,
-                    max_shard_size=self.max_shard_size,
-                    metadata={"fusion_bench": json.dumps(pending)},
-                    finish=lambda: {"fusion_bench": json.dumps(final())},
-                )
-                write_text(directory / "README.md", model_card(path.name, final()))
+        write_directory(
+            Path(path).absolute(),
+            self._for_file(weights),
+            sources={name: self._described(name) for name in self._models},
+            config=config,
+            max_shard_size=self.max_shard_size,
+            write_companions=self._write_companions,
+        )
 
     def open_saved(self, path: Path) -> Weights:
         """Return the weights that ``save_model`` wrote, under the pool's keys."""
@@ -280,12 +252,12 @@ class HFModelPool:
     def _write_companions(self, directory: Path) -> None:
         """Write config, tokenizer and processor files beside merged weights."""
         if isinstance(self._models[self._reference], str):
-            own = _PROCESSORS if self._processor is None else ()
-            _copy(self._whole_model(self._reference), (*_CONFIGS, *own), directory)
+            own = PROCESSORS if self._processor is None else ()
+            copy_files(self._whole_model(self._reference), (*CONFIGS, *own), directory)
         elif (config := self._model_config()) is not None:
             config.save_pretrained(directory)
         if isinstance(self._processor, str):
-            if not _copy(self._located(self._processor), _PROCESSORS, directory):
+            if not copy_files(self._located(self._processor), PROCESSORS, directory):
                 raise FusionBenchError(
                     f"'{self._processor}' has neither a tokenizer nor a processor. Name another "
                     "source, or none to take the pretrained model's."
@@ -493,28 +465,6 @@ def _under_keys_of(reference: Weights, weights: Weights) -> Weights:
     if prefix := without_prefix(reference, weights):
         return Renamed(weights, {f"{prefix}{key}": key for key in weights})
     return weights
-
-
-def _copy(repository: Repository, patterns: tuple[str, ...], directory: Path) -> list[str]:
-    """Copy the files that fit the patterns; return their names."""
-    names = [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
-    if names:
-        place = repository.fetch(*names)
-        for name in names:
-            shutil.copyfile(place / name, directory / name)
-    return names
-
-
-@contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """Speak of the path that was asked for, not of the place beside it that is written to first."""
-    aside = re.compile(re.escape(str(path.parent / f".{path.name}-")) + r"\w{8}/new")
-    try:
-        yield
-    except FusionBenchError as error:
-        raise FusionBenchError(aside.sub(lambda _: str(path), str(error))) from error
-    except OSError as error:
-        raise FusionBenchError(f"Cannot write '{path}': {error.strerror or error}.") from error
 
 
 def _concrete(model_class: Any, config: Any) -> Any:
