@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, get_args
 
 
 class FusionBenchError(Exception):
@@ -17,3 +18,24 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     if close := get_close_matches(name, known, n=1, cutoff=0.6):
         return f"Did you mean '{close[0]}'?"
     return f"Known: {', '.join(known)}." if known else ""
+
+
+def check_choice(where: str, value: object, choices: Any) -> None:
+    """Refuse a ``value`` that is not among a ``Literal``'s choices; ``where`` is its key.
+
+    Raises:
+        FusionBenchError: it is not.
+    """
+    known = get_args(choices)
+    if value not in known:
+        raise FusionBenchError(f"{where}: '{value}' is unknown. {did_you_mean(str(value), known)}")
+
+
+def check_between(where: str, value: float, least: float, most: float) -> None:
+    """Refuse a ``value`` that is no number from ``least`` to ``most``; ``where`` is its key.
+
+    Raises:
+        FusionBenchError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise FusionBenchError(f"{where}: {value!r} is not a number from {least} to {most}.")

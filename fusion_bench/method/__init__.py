@@ -1,6 +1,7 @@
 """Fusion methods, one a file."""
 
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.dare import DareSimpleAverage, DareTaskArithmetic, DareTiesMerging
 from fusion_bench.method.expo import ExPOAlgorithm
 from fusion_bench.method.karcher import KarcherMeanAlgorithm
 from fusion_bench.method.linear_interpolation import LinearInterpolationAlgorithm
@@ -11,9 +12,13 @@ from fusion_bench.method.sce import SCEAlgorithm
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.method.slerp import SlerpMergeAlgorithm
 from fusion_bench.method.task_arithmetic import TaskArithmeticAlgorithm
+from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.method.weighted_average import WeightedAverageAlgorithm
 
 __all__ = [
+    "DareSimpleAverage",
+    "DareTaskArithmetic",
+    "DareTiesMerging",
     "ExPOAlgorithm",
     "KarcherMeanAlgorithm",
     "LinearInterpolationAlgorithm",
@@ -25,5 +30,6 @@ __all__ = [
     "SlerpMergeAlgorithm",
     "TaskArithmeticAlgorithm",
     "TensorwiseAlgorithm",
+    "TiesMergingAlgorithm",
     "WeightedAverageAlgorithm",
 ]

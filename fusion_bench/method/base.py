@@ -1,23 +1,30 @@
 """What a fusion method is: the smallest file that can say its mathematics."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.weights import (
-    Aligned,
+    Inputs,
     MergedWeights,
+    MergePiece,
     MergePolicy,
-    MergeTensor,
     TensorWeights,
     Weights,
     align,
+    everywhere,
     in_memory,
     is_special,
 )
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+#: What a method makes of a pool: one set of weights, or several by name.
+Fused = Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]
 
 
 class ModelPool(Protocol):
@@ -59,29 +66,37 @@ class ModuleDict:
         return TensorWeights(self._modules[name].state_dict())
 
 
-class TensorwiseAlgorithm(ABC):
+class TensorwiseAlgorithm:
     """A method that makes each output tensor from the same tensor of every model.
 
-    Subclasses implement ``merge_tensor``; those that need the pretrained model set
-    ``needs_pretrained``, and those whose result at each element depends on that element alone set
-    ``elementwise``; if it is a weighted sum, ``linear`` too, which saves looking for NaN twice.
+    Subclasses implement ``merge_tensor``, or ``merger`` where they need to see the whole models
+    first. Those that need the pretrained model set ``needs_pretrained``, and those whose result at
+    each element depends on that element alone set ``elementwise``; if it is a weighted sum,
+    ``linear`` too. Where NaN or infinity in a model shows in the result anyhow,
+    ``shows_nonfinite`` saves looking for it twice; in a weighted sum it does. ``heavy`` ones, which
+    factorise matrices or descend gradients, compute where Fabric computes.
     """
 
     needs_pretrained = False
     elementwise = False
     linear = False
+    heavy = False
+    shows_nonfinite = False
     show_pbar = True
     inplace = False
 
-    def merger(self, aligned: Aligned) -> MergeTensor:
-        """Return what merges one entry of these models, ``merge_tensor`` itself in most methods.
+    def check(self, inputs: Inputs) -> None:
+        """Refuse models that the method cannot merge."""
 
-        The place to refuse models that the method cannot merge, and for a first pass over all
-        weights where the method needs a statistic of the whole model.
+    def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
+        """Return what merges one piece of these models, or by name what makes each of several.
+
+        The place for a first pass, ``inputs.survey``, where the method needs a statistic of the
+        whole model. What is found is kept in what is returned, never in ``self``: the weights are
+        computed later, when they are read.
         """
-        return self.merge_tensor
+        return everywhere(self.merge_tensor)
 
-    @abstractmethod
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the merged entry ``key``.
 
@@ -94,15 +109,22 @@ class TensorwiseAlgorithm(ABC):
                 the flattened entry.
             base: the pretrained model's; ``None`` where there is none.
         """
+        raise NotImplementedError(f"{type(self).__name__} has neither merge_tensor nor merger.")
 
-    def run(self, modelpool: ModelPool | Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+    def run(
+        self, modelpool: ModelPool | Mapping[str, nn.Module], fabric: "Fabric | None" = None
+    ) -> Fused:
         """Merge the pool's models.
+
+        Args:
+            modelpool: the models.
+            fabric: whose device ``heavy`` methods use, if the pool's policy names no other.
 
         Returns:
             For a pool, weights whose entries are computed when they are read. For a dict of
             modules a state dict. The modules stay as they are, unless ``inplace`` is set: then the
             merged values are written to the pretrained model's tensors, or without one to the
-            first model's.
+            first model's. A method that makes several models returns either by name.
 
         Raises:
             FusionBenchError: an empty pool, a missing pretrained model, weights that differ in
@@ -116,15 +138,25 @@ class TensorwiseAlgorithm(ABC):
             )
         base = pool.weights("_pretrained_") if pool.has_pretrained else None
         models = {name: pool.weights(name) for name in pool.model_names}
-        aligned = align(models, base, pool.policy, pool.vocabulary)
-        lazy = MergedWeights(
-            aligned,
-            self.merger(aligned),
-            elementwise=self.elementwise,
-            linear=self.linear,
-            policy=pool.policy,
-            show_progress=self.show_pbar,
+        policy = pool.policy
+        if self.heavy and fabric is not None and policy.device == "cpu":
+            policy = replace(policy, device=str(fabric.device))
+        inputs = Inputs(
+            align(models, base, policy, pool.vocabulary),
+            policy,
+            self.elementwise,
+            self.linear,
+            not (self.linear or self.shows_nonfinite),
+            self.show_pbar,
         )
+        self.check(inputs)
+        merger = self.merger(inputs)
+        if isinstance(merger, Mapping):
+            family = {name: MergedWeights(inputs, own) for name, own in merger.items()}
+            if not isinstance(modelpool, Mapping):
+                return family
+            return {name: in_memory(weights) for name, weights in family.items()}
+        lazy = MergedWeights(inputs, merger)
         if not isinstance(modelpool, Mapping):
             return lazy
         merged = in_memory(lazy)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.weights import Aligned
+from fusion_bench.weights import Inputs
 
 
 def lerp(start: Tensor, end: Tensor, t: float) -> Tensor:
@@ -45,9 +45,9 @@ def two_ends(tensors: Sequence[Tensor], base: Tensor | None) -> tuple[Tensor, Te
     return (tensors[0], tensors[1]) if base is None else (base, tensors[0])
 
 
-def refuse_all_but_two(aligned: Aligned, method: str) -> None:
+def refuse_all_but_two(inputs: Inputs, method: str) -> None:
     """Raise unless there are two models, the pretrained one counted."""
-    names = [*(["_pretrained_"] if aligned.base is not None else []), *aligned.models]
+    names = [*(["_pretrained_"] if inputs.aligned.base is not None else []), *inputs.names]
     if len(names) != 2:
         raise FusionBenchError(
             f"{method} moves between exactly two models, the pretrained one counted; "

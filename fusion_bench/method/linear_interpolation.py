@@ -11,7 +11,7 @@ from torch import Tensor
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import lerp, refuse_all_but_two, two_ends
-from fusion_bench.weights import Aligned, MergeTensor
+from fusion_bench.weights import Inputs
 
 
 class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
@@ -33,10 +33,9 @@ class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
         self.show_pbar = show_pbar
         self.inplace = inplace
 
-    def merger(self, aligned: Aligned) -> MergeTensor:
+    def check(self, inputs: Inputs) -> None:
         """Refuse all but two models."""
-        refuse_all_but_two(aligned, "Linear interpolation")
-        return self.merge_tensor
+        refuse_all_but_two(inputs, "Linear interpolation")
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the point between the two."""

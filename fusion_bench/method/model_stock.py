@@ -8,14 +8,14 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import cosine
-from fusion_bench.weights import Aligned, MergeTensor
+from fusion_bench.weights import Inputs, matches
 
 Average = Literal["cosine", "angle"]
 
@@ -24,7 +24,7 @@ class ModelStock(TensorwiseAlgorithm):
     """A point between the pretrained model and the average, tensor by tensor.
 
     Args:
-        ignore_keys: entries that are averaged plainly.
+        ignore_keys: keys, or patterns of them, of entries that are averaged plainly.
         average: of more than two models, average the ``cosine`` or the ``angle`` between pairs.
         clamp: keep the share of the average between 0 and 1; without it, task vectors that point
             away from each other may give any number.
@@ -42,28 +42,23 @@ class ModelStock(TensorwiseAlgorithm):
         show_pbar: bool = True,
         inplace: bool = False,
     ):
-        if average not in get_args(Average):
-            raise FusionBenchError(
-                f"method.average: '{average}' is unknown. "
-                + did_you_mean(str(average), get_args(Average))
-            )
+        check_choice("method.average", average, Average)
         self.ignore_keys = list(ignore_keys)
         self.average = average
         self.clamp = clamp
         self.show_pbar = show_pbar
         self.inplace = inplace
 
-    def merger(self, aligned: Aligned) -> MergeTensor:
+    def check(self, inputs: Inputs) -> None:
         """Refuse a single model."""
-        if len(aligned.models) < 2:
+        if len(inputs.names) < 2:
             raise FusionBenchError("Model Stock needs at least two models besides '_pretrained_'.")
-        return self.merge_tensor
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the point between ``base`` and the mean of ``tensors``."""
         assert base is not None
         mean = sum(tensors[1:], tensors[0].clone()) / len(tensors)
-        if key in self.ignore_keys:
+        if matches(key, self.ignore_keys):
             return mean
         task_vectors = [tensor - base for tensor in tensors]
         cosines = [cosine(one, other) for one, other in combinations(task_vectors, 2)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.weights import Aligned, MergeTensor
+from fusion_bench.weights import Inputs
 
 
 class MultiSlerpAlgorithm(TensorwiseAlgorithm):
@@ -44,9 +44,9 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
         self.show_pbar = show_pbar
         self.inplace = inplace
 
-    def merger(self, aligned: Aligned) -> MergeTensor:
+    def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""
-        models = list(aligned.models)
+        models = inputs.names
         if self.weights is not None and len(self.weights) != len(models):
             raise FusionBenchError(
                 f"method.weights: {len(self.weights)} weights for {len(models)} models "
@@ -54,7 +54,6 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
             )
         if self.weights is not None and self.normalize_weights and sum(self.weights) == 0:
             raise FusionBenchError("method.weights: they add up to zero.")
-        return self.merge_tensor
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the mean on the sphere, of the tensors or of the task vectors."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
 
 
@@ -26,8 +26,7 @@ class SCEAlgorithm(TensorwiseAlgorithm):
     needs_pretrained = True
 
     def __init__(self, select_topk: float = 1.0, show_pbar: bool = True, inplace: bool = False):
-        if not 0 <= select_topk <= 1:
-            raise FusionBenchError(f"method.select_topk: {select_topk} is not between 0 and 1.")
+        check_between("method.select_topk", select_topk, 0, 1)
         self.select_topk = select_topk
         self.show_pbar = show_pbar
         self.inplace = inplace

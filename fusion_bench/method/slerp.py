@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import cosine, lerp, refuse_all_but_two, slerp, two_ends
-from fusion_bench.weights import Aligned, MergeTensor
+from fusion_bench.weights import Inputs
 
 
 class SlerpMergeAlgorithm(TensorwiseAlgorithm):
@@ -40,10 +40,9 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
         self.show_pbar = show_pbar
         self.inplace = inplace
 
-    def merger(self, aligned: Aligned) -> MergeTensor:
+    def check(self, inputs: Inputs) -> None:
         """Refuse all but two models."""
-        refuse_all_but_two(aligned, "SLERP")
-        return self.merge_tensor
+        refuse_all_but_two(inputs, "SLERP")
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the point on the arc."""

@@ -4,14 +4,13 @@ Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
 """
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.weights import Aligned, MergeTensor
+from fusion_bench.weights import Inputs, matches
 
 
 class WeightedAverageAlgorithm(TensorwiseAlgorithm):
@@ -47,28 +46,27 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
         self.show_pbar = show_pbar
         self.inplace = inplace
 
-    def merger(self, aligned: Aligned) -> MergeTensor:
+    def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""
         named = {"weights": self.weights} | {
             f"layer_weights.{key}": own for key, own in self.layer_weights.items()
         }
         for name, weights in named.items():
-            if len(weights) != len(aligned.models):
+            if len(weights) != len(inputs.names):
                 raise FusionBenchError(
-                    f"method.{name}: {len(weights)} weights for {len(aligned.models)} models "
-                    f"({', '.join(aligned.models)}). Give one for each."
+                    f"method.{name}: {len(weights)} weights for {len(inputs.names)} models "
+                    f"({', '.join(inputs.names)}). Give one for each."
                 )
             if self.normalize and sum(weights) == 0:
                 raise FusionBenchError(
                     f"method.{name}: the weights add up to zero and cannot be normalised. "
                     "Give method.normalize=false."
                 )
-        return self.merge_tensor
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the weighted sum of ``tensors``."""
         weights = next(
-            (own for pattern, own in self.layer_weights.items() if fnmatchcase(key, pattern)),
+            (own for pattern, own in self.layer_weights.items() if matches(key, [pattern])),
             self.weights,
         )
         scale = sum(weights) if self.normalize else 1.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from lightning.fabric import Fabric
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.environment import describe_run, make_fabric
 from fusion_bench.progress import quiet_libraries
@@ -92,11 +92,7 @@ class FabricModelFusionProgram:
             "fast_dev_run": fast_dev_run,
             "dry_run": dry_run,
         }
-        if baselines not in get_args(Baselines):
-            raise FusionBenchError(
-                f"baselines: '{baselines}' is unknown. "
-                + did_you_mean(str(baselines), get_args(Baselines))
-            )
+        check_choice("baselines", baselines, Baselines)
         if seed is not None and not isinstance(seed, int):
             raise FusionBenchError(f"seed: '{seed}' is not a whole number.")
         self.method = instantiate(method, "method")
@@ -162,7 +158,7 @@ class FabricModelFusionProgram:
         Merged weights are computed as they are written; they are held in memory only if they are
         to be judged or to be thrown away.
         """
-        merged = _named(self.method.run(self.modelpool))
+        merged = _named(self.method.run(self.modelpool, fabric))
         if self.taskpool is not None or self.model_path is None:
             for name, model in merged.items():
                 if isinstance(model, Weights):

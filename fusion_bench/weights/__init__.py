@@ -5,8 +5,9 @@ from fusion_bench.weights.align import Aligned, MergePolicy, align, shortened
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.hub import open_repository, weight_files
+from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
-from fusion_bench.weights.merge import MergedWeights, MergeTensor, merge
+from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, everywhere, merge
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, without_prefix
 from fusion_bench.weights.write import write_checkpoint
@@ -15,6 +16,8 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "Inputs",
+    "MergePiece",
     "MergePolicy",
     "MergeTensor",
     "MergedWeights",
@@ -23,9 +26,11 @@ __all__ = [
     "TensorWeights",
     "Weights",
     "align",
+    "everywhere",
     "in_memory",
     "into_module",
     "is_special",
+    "matches",
     "merge",
     "open_checkpoint",
     "open_repository",

@@ -2,16 +2,51 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fusion_bench.progress import byte_bar
-from fusion_bench.weights.mapping import Weights
+from fusion_bench.weights.mapping import TensorSpec, Weights
 
 #: Elements in a piece. In float32 it is a megabyte, about what a core's own cache holds.
 PIECE = 2**18
+
+
+class Pieces(Protocol):
+    """Entries that can be taken piece by piece."""
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether entries may be cut."""
+
+    @property
+    def in_threads(self) -> bool:
+        """Whether threads may take them side by side to good purpose."""
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether a person wants to watch."""
+
+    @property
+    def files(self) -> object:
+        """The files behind the entries; asking for them downloads them."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and dtype of an entry."""
+
+    def tied_to(self, key: str) -> str:
+        """Return the first key of the same entry."""
+
+    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
+        """Yield where pieces of at most ``size`` elements start and stop."""
+
+    def bytes_to_read(self, key: str) -> int:
+        """Return how many bytes lie behind an entry."""
 
 
 def stream(
@@ -19,53 +54,76 @@ def stream(
     consume: Callable[[str, int, Tensor], None],
     piece: int = PIECE,
 ) -> None:
-    """Hand every entry to ``consume(key, start, values)``, in 1-d pieces from several threads.
-
-    Large pieces are taken in the order of the keys, small ones together; they may be consumed in
-    any order. Tied entries come once, under their first key. Threads share nothing but the list of
-    pieces, so that a busy core slows down its own work alone. Where entries cannot be cut, one
-    thread takes them, and torch's operations use all cores.
+    """Hand every entry to ``consume(key, start, values)``, as ``visit`` does.
 
     Raises:
         FusionBenchError: what ``weights.verify`` has to say when everything was read.
     """
-    jobs = _jobs(weights, piece)
-    _ = weights.files  # downloads what is not here yet
-    show = weights.show_progress
-    total = sum(weights.bytes_to_read(k) for k in weights if show and weights.tied_to(k) == k)
+
+    def work(key: str, start: int, stop: int) -> None:
+        consume(key, start, weights.read(key, start, stop))
+
+    visit(weights, work, piece, "fusing")
+    weights.verify()
+
+
+def visit(
+    source: Pieces,
+    work: Callable[[str, int, int], None],
+    piece: int,
+    description: str,
+    pieces: Callable[[str, int], Iterator[tuple[int, int]]] | None = None,
+) -> None:
+    """Call ``work(key, start, stop)`` for 1-d pieces of every entry, from several threads.
+
+    Large pieces are taken in the order of the keys, small ones together; they may be worked on in
+    any order. Tied entries come once, under their first key. Threads share nothing but the list of
+    pieces, so that a busy core slows down its own work alone. Where threads do not suit the source,
+    one takes all pieces, and torch's operations use all cores. ``pieces`` may choose others than
+    the source's own.
+    """
+    jobs = _jobs(source, pieces or source.pieces, piece)
+    _ = source.files  # downloads what is not here yet
+    show = source.show_progress
+    total = sum(source.bytes_to_read(k) for k in source if show and source.tied_to(k) == k)
     lock = threading.Lock()
     failures: list[BaseException] = []
-    with byte_bar("fusing", total, show=show) as advance:
+    with byte_bar(description, total, show=show) as advance:
 
-        def work() -> None:
+        def take_jobs() -> None:
             while not failures:
                 with lock:
                     job = next(jobs, None)
                 if job is None:
                     return
                 for key, start, stop in job:
-                    consume(key, start, weights.read(key, start, stop))
+                    work(key, start, stop)
                     if show:
-                        share = (stop - start) / weights.spec(key).numel
+                        share = (stop - start) / source.spec(key).numel
                         with lock:
-                            advance(weights.bytes_to_read(key) * share)
+                            advance(source.bytes_to_read(key) * share)
 
-        _in_threads(work, failures, torch.get_num_threads() if weights.in_pieces else 1)
+        _in_threads(
+            take_jobs,
+            failures,
+            torch.get_num_threads() if source.in_pieces and source.in_threads else 1,
+        )
     if failures:
         raise failures[0]
-    weights.verify()
 
 
-def _jobs(weights: Weights, piece: int) -> Iterator[list[tuple[str, int, int]]]:
+def _jobs(
+    source: Pieces, pieces: Callable[[str, int], Iterator[tuple[int, int]]], piece: int
+) -> Iterator[list[tuple[str, int, int]]]:
     """Yield what a thread takes at once: a piece, or as many small ones as make up one.
 
     Two threads that both do small things wait for Python's lock more than they work.
     """
     small: list[tuple[str, int, int]] = []
-    for key in weights:
-        if weights.tied_to(key) != key:
+    for key in source:
+        if source.tied_to(key) != key:
             continue
-        for start, stop in weights.pieces(key, piece):
+        for start, stop in pieces(key, piece):
             if 8 * (stop - start) >= piece:
                 yield [(key, start, stop)]
                 continue
@@ -107,7 +165,11 @@ def into_module(weights: Weights, module: nn.Module) -> nn.Module:
 
 def _in_threads(work: Callable[[], None], failures: list[BaseException], count: int) -> None:
     """Run ``work`` in threads and wait; Ctrl-C stops them after the pieces at hand."""
-    with _one_core_each() if count > 1 else nullcontext():
+    if count == 1:  # here, for in another thread torch would start a second set of its own
+        with torch.no_grad():
+            work()
+        return
+    with _one_core_each():
         threads = [threading.Thread(target=_guarded, args=(work, failures)) for _ in range(count)]
         for thread in threads:
             thread.start()

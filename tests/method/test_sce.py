@@ -30,5 +30,5 @@ def test_no_change_at_all_is_no_nan() -> None:
 
 
 def test_a_share_beyond_one_is_refused() -> None:
-    with pytest.raises(FusionBenchError, match="not between 0 and 1"):
+    with pytest.raises(FusionBenchError, match="not a number from 0 to 1"):
         SCEAlgorithm(2)

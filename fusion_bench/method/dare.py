@@ -1,0 +1,169 @@
+r"""DARE: drop elements of the task vectors at random, scale up the rest, then merge.
+
+$\tilde\tau_t = m_t \odot \tau_t / (1 - p)$ with $m_t \sim \mathrm{Bernoulli}(1 - p)$.
+Yu et al., Language models are super Mario, https://arxiv.org/abs/2311.03099
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fusion_bench.errors import check_between, check_choice
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.ties_merging import Keep, Scope, TiesMergingAlgorithm, ZeroSign
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import MergeFunc, Rescale, drop, is_linear_weight, task_vectors
+from fusion_bench.weights.statistics import Values
+
+
+@dataclass(frozen=True)
+class _Dropping:
+    """How elements are dropped; each model's entry has a random stream of its own."""
+
+    sparsity_ratio: float
+    only_on_linear_weights: bool
+    rescale: bool | Rescale
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        check_between("method.sparsity_ratio", self.sparsity_ratio, 0, 1)
+        if not isinstance(self.rescale, bool):
+            check_choice("method.rescale", self.rescale, Rescale)
+
+    @property
+    def way(self) -> Rescale:
+        """What is done with the elements that are left."""
+        if isinstance(self.rescale, bool):
+            return "inverse_keep" if self.rescale else "none"
+        return self.rescale
+
+    def vectors(self, inputs: Inputs) -> Values:
+        """Return what gives the models' task vectors, thinned out."""
+
+        def dropped(
+            key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+        ) -> Iterator[Tensor]:
+            whole = self.only_on_linear_weights and not is_linear_weight(key, inputs.spec(key))
+            rate = 0.0 if whole else self.sparsity_ratio
+            vectors = task_vectors(key, start, tensors, base)
+            for name, vector in zip(inputs.names, vectors, strict=True):
+                yield drop(vector, rate, self.way, (self.seed or 0, name, key), start)
+
+        return dropped
+
+
+class DareTaskArithmetic(TensorwiseAlgorithm):
+    """Task arithmetic on task vectors that are thinned out.
+
+    Args:
+        scaling_factor: scales the sum of the task vectors.
+        sparsity_ratio: the probability that an element is dropped, from 0 to 1.
+        only_on_linear_weights: leave all entries but linear layers' matrices whole.
+        rescale: ``true`` divides what is left by the probability to be kept; ``l1`` restores each
+            tensor's sum of magnitudes; ``false`` does neither.
+        seed: draws with another seed are others.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+
+    def __init__(
+        self,
+        scaling_factor: float = 0.3,
+        sparsity_ratio: float = 0.5,
+        only_on_linear_weights: bool = False,
+        rescale: bool | Rescale = True,
+        seed: int | None = None,
+    ):
+        self.scaling_factor = scaling_factor
+        self._dropping = _Dropping(sparsity_ratio, only_on_linear_weights, rescale, seed)
+        self.elementwise = rescale != "l1"
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return what adds the thinned task vectors to the pretrained model."""
+        return _sum_merger(self._dropping.vectors(inputs), self.scaling_factor)
+
+
+class DareSimpleAverage(TensorwiseAlgorithm):
+    """The average of models whose task vectors are thinned out.
+
+    Args:
+        sparsity_ratio: as in ``DareTaskArithmetic``; so are the next arguments.
+        only_on_linear_weights: leave all entries but linear layers' matrices whole.
+        rescale: scale up what is left.
+        seed: draws with another seed are others.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+
+    def __init__(
+        self,
+        sparsity_ratio: float = 0.5,
+        only_on_linear_weights: bool = False,
+        rescale: bool | Rescale = True,
+        seed: int | None = None,
+    ):
+        self._dropping = _Dropping(sparsity_ratio, only_on_linear_weights, rescale, seed)
+        self.elementwise = rescale != "l1"
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return what adds the mean of the thinned task vectors to the pretrained model."""
+        return _sum_merger(self._dropping.vectors(inputs), 1 / len(inputs.names))
+
+
+class DareTiesMerging(TensorwiseAlgorithm):
+    """TIES on task vectors that are thinned out.
+
+    Args:
+        sparsity_ratio: as in ``DareTaskArithmetic``; so are the next two arguments.
+        only_on_linear_weights: leave all entries but linear layers' matrices whole.
+        rescale: scale up what is left.
+        scaling_factor: as in ``TiesMergingAlgorithm``; so are the next arguments.
+        threshold: how much of each thinned task vector is kept.
+        remove_keys: entries that stay the pretrained model's.
+        merge_func: how values of the elected sign are merged.
+        scope: what the largest elements are sought in.
+        keep: whether elements that equal the smallest one kept are all kept.
+        zero_sign: the sign where the sum is 0.
+        seed: as in ``DareTaskArithmetic``.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+
+    def __init__(
+        self,
+        sparsity_ratio: float = 0.5,
+        only_on_linear_weights: bool = False,
+        rescale: bool | Rescale = True,
+        scaling_factor: float = 0.5,
+        threshold: float = 20,
+        remove_keys: Sequence[str] = (),
+        merge_func: MergeFunc = "sum",
+        scope: Scope = "model",
+        keep: Keep = "exact_topk",
+        zero_sign: ZeroSign = "global_majority",
+        seed: int | None = None,
+    ):
+        self._dropping = _Dropping(sparsity_ratio, only_on_linear_weights, rescale, seed)
+        self._ties = TiesMergingAlgorithm(
+            scaling_factor, threshold, remove_keys, merge_func, scope, keep, zero_sign
+        )
+        self.elementwise = rescale != "l1" and self._ties.elementwise
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return what merges the thinned task vectors as TIES does."""
+        return self._ties.merger_of(inputs, self._dropping.vectors(inputs))
+
+
+def _sum_merger(vectors: Values, scaling_factor: float) -> MergePiece:
+    def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        assert base is not None
+        result = base.clone()
+        for vector in vectors(key, start, tensors, base):
+            result.add_(vector, alpha=scaling_factor)
+        return result
+
+    return merge

@@ -1,0 +1,133 @@
+r"""TIES: trim, elect sign, and merge, $\theta = \theta_0 + \lambda\,\tau$.
+
+Of each task vector the elements of largest magnitude are kept; at each element a sign is elected,
+that of the sum; and the values that have it are merged.
+Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708
+"""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from fusion_bench.errors import check_choice
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import (
+    MergeFunc,
+    disjoint_merge,
+    elected_signs,
+    keep_largest,
+    task_vectors,
+)
+from fusion_bench.weights.statistics import Values, largest, once, sums, total
+
+Scope = Literal["model", "tensor"]
+Keep = Literal["exact_topk", "ge_kth"]
+ZeroSign = Literal["global_majority", "positive"]
+
+
+class TiesMergingAlgorithm(TensorwiseAlgorithm):
+    """The pretrained model plus the merged task vector of those elements that agree.
+
+    Args:
+        scaling_factor: scales what is added.
+        threshold: how much of each task vector is kept: percent where it is above 1, else a share.
+        remove_keys: entries that stay the pretrained model's.
+        merge_func: how values of the elected sign are merged: ``mean``, ``sum`` or ``max``.
+        scope: what the largest elements are sought in: the whole ``model``, or each ``tensor``.
+        keep: ``exact_topk`` keeps just so many; ``ge_kth`` keeps one more, and all that equal it,
+            as common code does.
+        zero_sign: the sign where the sum is 0: that of the ``global_majority``, or ``positive``.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+
+    def __init__(
+        self,
+        scaling_factor: float = 1.0,
+        threshold: float = 20,
+        remove_keys: Sequence[str] = (),
+        merge_func: MergeFunc = "mean",
+        scope: Scope = "model",
+        keep: Keep = "exact_topk",
+        zero_sign: ZeroSign = "global_majority",
+    ):
+        check_choice("method.merge_func", merge_func, MergeFunc)
+        check_choice("method.scope", scope, Scope)
+        check_choice("method.keep", keep, Keep)
+        check_choice("method.zero_sign", zero_sign, ZeroSign)
+        self.scaling_factor = scaling_factor
+        self.threshold = threshold
+        self.remove_keys = list(remove_keys)
+        self.merge_func = merge_func
+        self.scope = scope
+        self.keep = keep
+        self.zero_sign = zero_sign
+        self.elementwise = scope == "model"
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Find where each task vector is cut off."""
+        return self.merger_of(inputs, task_vectors)
+
+    def merger_of(self, inputs: Inputs, vectors: Values) -> MergePiece:
+        """Return what trims and merges ``vectors``, one a model, which another step may make."""
+        merged = inputs.without(self.remove_keys)
+        trimmed = self._trimmed(merged, vectors)
+        zero_sign = once(partial(self._zero_sign, merged, trimmed))
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            if not merged.merged(key):
+                return base.clone()
+            kept = trimmed(key, start, tensors, base)
+            task_vector = disjoint_merge(kept, self.merge_func, zero_sign)
+            return task_vector.mul_(self.scaling_factor).add_(base)
+
+        return merge
+
+    def _trimmed(self, inputs: Inputs, vectors: Values) -> Values:
+        """Return what gives the elements of ``vectors`` that are kept, and 0 elsewhere."""
+        if self.scope == "tensor":
+            return partial(self._trimmed_alone, vectors)
+        count, ties = self._count(inputs.count()), self.keep == "ge_kth"
+        cutoffs = largest(inputs, vectors, [count] * len(inputs.names), ties=ties)
+
+        def trimmed(
+            key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+        ) -> Iterator[Tensor]:
+            for cutoff, vector in zip(cutoffs, vectors(key, start, tensors, base), strict=True):
+                yield cutoff.keep(key, start, vector)
+
+        return trimmed
+
+    def _trimmed_alone(
+        self,
+        vectors: Values,
+        key: str,
+        start: int,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+    ) -> Iterator[Tensor]:
+        """Yield what is kept of each tensor where nothing else is looked at."""
+        for vector in vectors(key, start, tensors, base):
+            yield keep_largest(vector, self._count(vector.numel()), ties=self.keep == "ge_kth")
+
+    def _count(self, size: int) -> int:
+        """Return how many of ``size`` elements are kept."""
+        share = Fraction(str(self.threshold)) / (100 if self.threshold > 1 else 1)
+        return min(size, int(size * share) + (self.keep == "ge_kth"))
+
+    def _zero_sign(self, inputs: Inputs, trimmed: Values) -> int:
+        """Return the sign of elements whose sum is 0."""
+        if self.zero_sign == "positive":
+            return 1
+
+        def signs(*piece: Any) -> Iterator[Tensor]:
+            yield elected_signs(trimmed(*piece))
+
+        return int(np.sign(total(sums(inputs, signs))[0]))

@@ -1,0 +1,201 @@
+"""The same entry of every model, as the mathematics wants it."""
+
+import math
+from binascii import crc32
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_bench.weights.align import Aligned, MergePolicy
+from fusion_bench.weights.mapping import TensorSpec
+from fusion_bench.weights.stream import PIECE, visit
+
+#: The types that the mathematics happens in.
+_WIDE = (torch.float32, torch.float64)
+#: What is done with a piece of an entry: its key, its first element, the models' tensors, and the
+#: pretrained model's.
+Visit = Callable[[str, int, Sequence[Tensor], Tensor | None], None]
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a key fits one of the patterns, in which ``*`` stands for anything."""
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+class Inputs:
+    """Aligned models, read entry by entry.
+
+    Args:
+        aligned: the models.
+        policy: where the mathematics happens.
+        elementwise: entries may be read in 1-d pieces.
+        in_threads: several threads may take pieces side by side.
+        look_for_nonfinite: look for NaN and infinity, which will not show in what is made.
+        show_progress: show a bar while they are read.
+    """
+
+    def __init__(
+        self,
+        aligned: Aligned,
+        policy: MergePolicy,
+        elementwise: bool = True,
+        in_threads: bool = False,
+        look_for_nonfinite: bool = True,
+        show_progress: bool = False,
+    ):
+        self.aligned = aligned
+        self.policy = policy
+        self.names = list(aligned.models)
+        self.show_progress = show_progress
+        self.nonfinite: dict[str, None] = {}  # an ordered set of what was noticed
+        self._look_for_nonfinite = look_for_nonfinite
+        self._on_cpu = torch.device(policy.device).type == "cpu"
+        self._inputs = list(aligned.models.values())
+        self._all = [*self._inputs, *([] if aligned.base is None else [aligned.base])]
+        self.in_pieces = elementwise and all(weights.in_pieces for weights in self._all)
+        self.in_threads = in_threads and all(weights.in_threads for weights in self._all)
+        self._elementwise = elementwise
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of all models."""
+        everything = [self.aligned.reference, *self._inputs]
+        return tuple(dict.fromkeys(file for weights in everything for file in weights.files))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.aligned.reference)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return the reference's shape and dtype."""
+        return self.aligned.reference.spec(key)
+
+    def tied_to(self, key: str) -> str:
+        """Return the first key of an entry that is tied in every model."""
+        first = self.aligned.reference.tied_to(key)
+        copied = self.aligned.copied
+        tied = all(weights.tied_to(key) == weights.tied_to(first) for weights in self._inputs)
+        return first if tied and (key in copied) == (first in copied) else key
+
+    def merged(self, key: str) -> int:
+        """Return how many elements of an entry are merged: those that all models have."""
+        if key in self.aligned.copied:
+            return 0
+        spec = self.spec(key)
+        rows = self.aligned.common_rows.get(key)
+        return spec.numel if rows is None else spec.numel // spec.shape[0] * rows
+
+    def count(self) -> int:
+        """Return how many elements are merged in all; tied ones count once."""
+        return sum(self.merged(key) for key in self if self.tied_to(key) == key)
+
+    def without(self, patterns: Sequence[str]) -> "Inputs":
+        """Return the same models, with the entries that fit a pattern copied and not merged."""
+        removed = {key for key in self if matches(key, patterns)}
+        aligned = replace(self.aligned, copied=self.aligned.copied | removed)
+        settings = (self._elementwise, self.in_threads, self._look_for_nonfinite)
+        return Inputs(aligned, self.policy, *settings, self.show_progress)
+
+    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
+        """Yield start and stop of pieces of what is merged of an entry."""
+        numel = self.merged(key)
+        step = size if self.in_pieces else max(numel, 1)
+        for start in range(0, numel, step):
+            yield start, min(start + step, numel)
+
+    def bytes_to_read(self, key: str) -> int:
+        """Return the bytes of the entry in all models."""
+        if key in self.aligned.copied:
+            return self.aligned.reference.bytes_to_read(key)
+        return sum(weights.bytes_to_read(key) for weights in self._all)
+
+    def shape(self, key: str, start: int, stop: int) -> tuple[int, ...]:
+        """Return the shape in which ``read`` gives elements: 1-d where pieces will do."""
+        if self._elementwise:
+            return (stop - start,)
+        shape = self.spec(key).shape
+        rows = self.aligned.common_rows.get(key)
+        return shape if rows is None else (rows, *shape[1:])
+
+    def read(self, key: str, start: int, stop: int) -> tuple["Working", Tensor | None]:
+        """Return the elements in every model, and in the pretrained one where there is one."""
+        shape = self.shape(key, start, stop)
+        stored = [weights.read(key, start, stop).view(shape) for weights in self._all]
+        tensors = Working(self._working, key, self.names, stored[: len(self._inputs)])
+        pretrained = None
+        if self.aligned.base is not None:
+            pretrained = self._working(key, "_pretrained_", stored[-1])
+        tensors.everything = stored
+        return tensors, pretrained
+
+    def survey(self, look: Visit, piece: int = PIECE, every: int = 1) -> None:
+        """Show every merged element to ``look``, in pieces, in any order.
+
+        ``every`` shows only one piece in so many, for an estimate.
+        """
+
+        def work(key: str, start: int, stop: int) -> None:
+            look(key, start, *self.read(key, start, stop))
+
+        def pieces(key: str, _: int) -> Iterator[tuple[int, int]]:
+            first = crc32(key.encode()) % every  # else each small entry would be looked at
+            return islice(self.pieces(key, piece), first, None, every)
+
+        visit(self, work, PIECE, "measuring", pieces)
+
+    def find_nonfinite(self, key: str, tensors: "Working") -> None:
+        """Note which of the models hold NaN or infinity."""
+        for name, tensor in zip([*self.names, "_pretrained_"], tensors.everything, strict=False):
+            self.is_finite(key, name, tensor.float())
+
+    def is_finite(self, key: str, model: str, tensor: Tensor) -> bool:
+        """Tell, and note, whether all elements are finite."""
+        # The sum is a quick first look: it is finite only where all elements are.
+        finite = math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+        if not finite:
+            self.nonfinite[f"{model}: '{key}'"] = None
+        return finite
+
+    def _working(self, key: str, model: str, stored: Tensor) -> Tensor:
+        """Return the values in the type and the place where the mathematics happens."""
+        if not (self._on_cpu and stored.dtype in _WIDE and stored.is_cpu):
+            dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+            stored = stored.to(self.policy.device, dtype)
+        if self._look_for_nonfinite:
+            self.is_finite(key, model, stored)
+        return stored
+
+
+class Working(Sequence[Tensor]):
+    """The tensors of one entry, each converted when the method asks for it.
+
+    So each is worked on while it is in the cache, and no more than one copy is held.
+    """
+
+    #: What is stored of all models, the pretrained one too.
+    everything: Sequence[Tensor] = ()
+
+    def __init__(
+        self,
+        convert: Callable[[str, str, Tensor], Tensor],
+        key: str,
+        names: Sequence[str],
+        stored: Sequence[Tensor],
+    ):
+        self._convert = convert
+        self._key = key
+        self._names = names
+        self._stored = stored
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Working(self._convert, self._key, self._names[index], self._stored[index])
+        return self._convert(self._key, self._names[index], self._stored[index])

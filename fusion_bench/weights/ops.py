@@ -1,0 +1,204 @@
+"""The steps that task-vector methods are put together from; a step exists once, here.
+
+In float32 a CPU adds, clamps and shrinks ten times faster than it selects by a mask, so that masks
+are 0.0 and 1.0 here.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from fusion_bench.weights.mapping import TensorSpec
+
+#: Elements that share a random stream; what is drawn does not depend on how entries are cut.
+_BLOCK = 2**18
+
+MergeFunc = Literal["mean", "sum", "max"]
+Rescale = Literal["inverse_keep", "l1", "none"]
+
+
+def task_vectors(
+    key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield what each model changed, one at a time; the tensors are the caller's."""
+    assert base is not None
+    for tensor in tensors:
+        yield tensor - base
+
+
+def is_linear_weight(key: str, spec: TensorSpec) -> bool:
+    """Tell, by name and shape, whether an entry is the matrix of a linear layer, no embedding."""
+    return len(spec.shape) == 2 and key.endswith("weight") and not _is_embedding(key)
+
+
+def _is_embedding(key: str) -> bool:
+    parts = key.split(".")
+    return any("embed" in part or part in ("wte", "wpe", "shared") for part in parts)
+
+
+def keep_largest(values: Tensor, count: int, *, ties: bool = False) -> Tensor:
+    """Return ``values`` with all but the ``count`` of largest magnitude set to 0.
+
+    Of equal magnitudes at the limit the first are kept, with ``ties`` all.
+    """
+    if count >= values.numel():
+        return values
+    if count <= 0:
+        return torch.zeros_like(values)
+    flat = values.reshape(-1)
+    magnitudes = flat.abs()
+    limit = magnitudes.kthvalue(flat.numel() - count + 1).values
+    kept = hardshrink(flat, float(limit))  # what is strictly larger
+    equal = (magnitudes == limit).nonzero().view(-1)
+    if not ties:
+        equal = equal[: count - int(torch.count_nonzero(magnitudes > limit))]
+    kept[equal] = flat[equal]
+    return kept.view(values.shape)
+
+
+def disjoint_merge(
+    vectors: Iterable[Tensor], func: MergeFunc, zero_sign: Callable[[], int]
+) -> Tensor:
+    """Elect a sign at each element, and merge the values that have it.
+
+    The elected sign is that of the sum. Zeros take no part.
+    Yadav et al., https://arxiv.org/abs/2306.01708
+
+    Args:
+        vectors: task vectors, sparse ones as a rule.
+        func: how values that agree are merged; ``max`` takes the largest of them.
+        zero_sign: gives the sign, -1, 0 (nothing is merged) or 1, of elements whose sum is 0
+            though not all values are; it is called only if there are such elements.
+    """
+    # Positive and negative values are merged apart; one of the two is chosen at the end.
+    sides: list[_Side] = []
+    for vector in vectors:
+        if not sides:
+            part = torch.empty_like(vector)  # one place for what comes and goes, kept in the cache
+            sides = [_Side(vector, func, bound) for bound in ({"min": 0.0}, {"max": 0.0})]
+        for side in sides:
+            side.add(vector, part)
+    sign = (sides[0].sum + sides[1].sum).sign_()
+    up, down = (side.merged() for side in sides)
+    contested = (1 - sign.abs()).mul_(up)
+    if contested.numel() and contested.amax() > 0:
+        sign.add_(contested.sign_(), alpha=zero_sign())
+    return up.mul_(torch.clamp(sign, min=0, out=part)).sub_(down.mul_(sign.clamp_(max=0)))
+
+
+class _Side:
+    """The values of one sign, merged."""
+
+    def __init__(self, like: Tensor, func: MergeFunc, bound: Mapping[str, float]):
+        self._bound = bound
+        self._func = func
+        self.sum = torch.zeros_like(like)
+        self._other = torch.zeros_like(like if func != "sum" else like[:0])
+
+    def add(self, vector: Tensor, part: Tensor) -> None:
+        """Add the values of this sign; ``part`` is written to."""
+        torch.clamp(vector, **self._bound, out=part)
+        self.sum.add_(part)
+        if self._func == "mean":
+            self._other.add_(part.sign_())
+        elif self._func == "max":
+            farther = torch.maximum if "min" in self._bound else torch.minimum
+            farther(self._other, part, out=self._other)
+
+    def merged(self) -> Tensor:
+        """Return the sum, the mean or the farthest value."""
+        if self._func == "mean":
+            return self.sum.div_(self._other.abs_().clamp_(min=1))
+        return self._other if self._func == "max" else self.sum
+
+
+def elected_signs(vectors: Iterable[Tensor]) -> Tensor:
+    """Return the sign of the sum at each element."""
+    total = torch.zeros(())
+    for vector in vectors:
+        total = vector + total
+    return total.sign()
+
+
+def bernoulli(
+    keep: float, numel: int, seed: Sequence[object], start: int = 0
+) -> NDArray[np.float32]:
+    """Draw ``numel`` times 1 with the probability ``keep``, else 0.
+
+    The draws belong to the places ``start`` and following of an endless sequence that ``seed``
+    tells from any other: an entry may be drawn whole or in pieces, in any order, on any machine.
+    """
+    if keep >= 1 or keep <= 0:
+        return np.full(numel, float(keep > 0), np.float32)
+    # A byte decides, but for one value in 256, which leaves it to a second draw.
+    whole = int(keep * 256)
+    rest = float(Fraction(keep) * 256 - whole)
+    parts = []
+    for block, begin, end in _blocks(start, numel):
+        words = -(-end // 8)
+        draw = _generator(*seed, block).integers(0, 2**64, words, dtype=np.uint64)
+        draws = draw.astype("<u8", copy=False).view(np.uint8)[:end]
+        kept = draws < whole
+        undecided = np.flatnonzero(draws == whole)
+        kept[undecided] = _generator(*seed, block, "again").random(len(undecided)) < rest
+        parts.append(kept.view(np.int8)[begin:].astype(np.float32))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def uniform(numel: int, seed: Sequence[object], start: int = 0) -> NDArray[np.float32]:
+    """Draw numbers from 0 to 1, with ``seed`` and ``start`` as in ``bernoulli``."""
+    parts = [
+        _generator(*seed, block).random(end, dtype=np.float32)[begin:]
+        for block, begin, end in _blocks(start, numel)
+    ]
+    return np.concatenate(parts)
+
+
+def _blocks(start: int, numel: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the blocks that a piece touches, each with the piece's first and last place in it."""
+    for block in range(start // _BLOCK, -(-(start + numel) // _BLOCK)):
+        first = block * _BLOCK
+        yield block, max(start - first, 0), min(start + numel - first, _BLOCK)
+
+
+def _generator(*seed: object) -> np.random.Generator:
+    digest = hashlib.sha256("\0".join(map(str, seed)).encode()).digest()
+    return np.random.Generator(np.random.SFC64(np.frombuffer(digest, "<u4").tolist()))
+
+
+def drop(
+    vector: Tensor, rate: float, rescale: Rescale, seed: Sequence[object], start: int = 0
+) -> Tensor:
+    """Set elements to 0 with the probability ``rate`` (DARE), and scale up what is left.
+
+    Yu et al., https://arxiv.org/abs/2311.03099
+
+    Args:
+        vector: a task vector, or a piece of one that starts at ``start``.
+        rate: from 0 to 1; where it is 1, nothing is left.
+        rescale: ``inverse_keep`` divides by ``1 - rate``; ``l1`` restores the sum of magnitudes.
+        seed: tells this draw from others.
+        start: the first element's place in its entry.
+    """
+    if rate == 0:
+        return vector
+    kept = torch.from_numpy(bernoulli(1 - rate, vector.numel(), seed, start))
+    dropped = kept.to(vector).view(vector.shape).mul_(vector)
+    if rescale == "inverse_keep" and rate < 1:
+        return dropped.div_(1 - rate)
+    if rescale == "l1":
+        return rescale_l1(dropped, vector)
+    return dropped
+
+
+def rescale_l1(sparse: Tensor, whole: Tensor) -> Tensor:
+    """Return ``sparse`` with the sum of magnitudes that ``whole`` has; zero stays zero."""
+    left = sparse.double().abs().sum()
+    return sparse if left == 0 else sparse * float(whole.double().abs().sum() / left)

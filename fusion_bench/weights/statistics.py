@@ -1,0 +1,275 @@
+"""Statistics of whole models, exact, from weights that are read piece by piece.
+
+What comes out does not depend on threads, on the order of files, or on how entries are cut.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import fsum
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusion_bench.weights.inputs import Inputs
+from fusion_bench.weights.stream import PIECE
+
+T = TypeVar("T")
+#: What is measured of a piece: one tensor of its shape for each quantity.
+Values = Callable[[str, int, Sequence[Tensor], Tensor | None], Iterable[Tensor]]
+#: Bins of a histogram that spans all floats, and the most of one that resolves single floats.
+_COARSE, _FINE = 2**16, 2**21
+#: An estimate looks at one piece of ``_SAMPLE_PIECE`` elements in so many.
+_SAMPLED, _SAMPLE_PIECE = 128, 2**11
+#: How far off, as a share of all elements, an estimated rank may be.
+_MARGIN = 0.006
+
+
+def sums(inputs: Inputs, values: Values) -> dict[str, list[float]]:
+    """Return, for each merged entry, the sum of each quantity over its elements, in float64."""
+    parts: dict[str, dict[int, list[float]]] = {}
+
+    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        found = [float(v.sum(dtype=torch.float64)) for v in values(key, start, tensors, base)]
+        parts.setdefault(key, {})[start] = found
+
+    inputs.survey(look)
+    return {
+        key: [fsum(column) for column in zip(*parts[key].values(), strict=True)]
+        for key in sorted(parts)
+    }
+
+
+def total(sums: dict[str, list[float]]) -> list[float]:
+    """Return each quantity's sum over all entries."""
+    return [fsum(column) for column in zip(*sums.values(), strict=True)]
+
+
+def once(compute: Callable[[], T]) -> Callable[[], T]:
+    """Return what computes at the first call only; other threads wait for that."""
+    lock = threading.Lock()
+    found: list[T] = []
+
+    def get() -> T:
+        with lock:
+            if not found:
+                found.append(compute())
+            return found[0]
+
+    return get
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """Where the largest elements of a model end.
+
+    Attributes:
+        value: the smallest magnitude that is kept.
+        last: key and index of the last element of just that magnitude that is kept, in the order
+            of keys; ``None`` keeps all of them.
+    """
+
+    value: float
+    last: tuple[str, int] | None = None
+
+    def keep(self, key: str, start: int, values: Tensor) -> Tensor:
+        """Return ``values``, elements of ``key`` from ``start`` on; 0 where they are cut off."""
+        if self.value == 0:
+            return values
+        number = np.float64 if values.dtype == torch.float64 else np.float32
+        below = float(np.nextafter(number(self.value), number(0)))
+        # hardshrink keeps what is strictly larger.
+        if self.last is None or key < self.last[0]:
+            return torch.nn.functional.hardshrink(values, below)
+        kept = torch.nn.functional.hardshrink(values, self.value)
+        if key == self.last[0]:
+            stop = max(0, self.last[1] + 1 - start)
+            head = values.reshape(-1)[:stop]
+            kept.view(-1)[:stop] = torch.nn.functional.hardshrink(head, below)
+        return kept
+
+
+def largest(
+    inputs: Inputs, values: Values, counts: Sequence[int], *, ties: bool = False
+) -> list[Cutoff]:
+    """Find, for each quantity, its ``count`` elements of largest magnitude in the whole model.
+
+    The value of that rank is found in a histogram over the bits of the magnitudes, which sort as
+    the magnitudes do. An estimate from a sample narrows it, so that one look at everything is
+    enough; where the estimate fails, another look follows.
+
+    Args:
+        inputs: the models.
+        values: the quantities; floats.
+        counts: how many elements to keep of each quantity.
+        ties: keep all elements of the smallest magnitude kept, instead of just ``count`` in all.
+            Where some are to go, those with the last key and index go.
+    """
+    size = inputs.count()
+    everything = [inputs.aligned.reference, *inputs.aligned.models.values()]
+    wide = any(w.spec(key).dtype == torch.float64 for w in everything for key in inputs)
+    searches = [_Search(min(count, size), size, 64 if wide else 32) for count in counts]
+    if inputs.in_pieces and size > _SAMPLED * _COARSE:
+        _look(inputs, values, searches, sample=True)
+        for search in searches:
+            search.guess()
+    while any(not search.found for search in searches):
+        _look(inputs, values, searches)
+        for search in searches:
+            search.narrow()
+    numbers = [search.value() for search in searches]
+    lasts: list[tuple[str, int] | None] = [None] * len(searches)
+    if not ties:
+        surplus = [search.ties_to_keep() for search in searches]
+        lasts = _last_ties(inputs, values, numbers, surplus)
+    return [Cutoff(value, last) for value, last in zip(numbers, lasts, strict=True)]
+
+
+class _Search:
+    """The search for the ``rank``-th largest value: a bracket of bits that grows narrower."""
+
+    def __init__(self, rank: int, size: int, bits: int):
+        self.rank = rank
+        self.size = size
+        self.word = np.int64 if bits == 64 else np.int32
+        self.end = 2 ** (bits - 1)
+        self.found = rank in (0, size)
+        self.equal = 0  # elements of the value that was found
+        self._bracket(0, self.end)
+
+    def _bracket(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.shift = 0
+        if high - low > _FINE:
+            self.shift = max(0, (high - low - 1).bit_length() - _COARSE.bit_length() + 1)
+        bins = ((high - low - 1) >> self.shift) + 1
+        self.histogram = torch.zeros(bins, dtype=torch.int64)
+        self.above = 0
+
+    def add(self, values: Tensor, lock: threading.Lock) -> None:
+        """Count values."""
+        bits: NDArray[np.signedinteger] = values.abs().cpu().numpy().reshape(-1).view(self.word)
+        above = 0
+        if self.high < self.end or self.low > 0:
+            beyond = bits >= self.high
+            above = int(np.count_nonzero(beyond))
+            bits = bits[(bits >= self.low) & ~beyond]
+        places = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
+        ones = torch.ones(1, dtype=torch.int64).expand(len(places))
+        with lock:
+            self.above += above
+            self.histogram.index_add_(0, places, ones)
+
+    def guess(self) -> None:
+        """Take the bracket from the counts of a sample."""
+        if self.found:
+            return
+        seen = int(self.histogram.sum())
+        rank, margin = self.rank / self.size * seen, _MARGIN * seen
+        from_top = self.histogram.flip(0).cumsum(0)
+        first, last = (
+            int(torch.searchsorted(from_top, torch.tensor(max(1, min(seen, int(place))))))
+            for place in (rank - margin, rank + margin)
+        )
+        width, bins = 1 << self.shift, len(self.histogram)
+        self._bracket((bins - 1 - last) * width, min(self.end, (bins - first) * width))
+
+    def narrow(self) -> None:
+        """Take the bracket from the counts of everything."""
+        if self.found:
+            return
+        inside = int(self.histogram.sum())
+        if self.rank <= self.above:
+            self._bracket(self.high, self.end)
+            return
+        if self.rank > self.above + inside:
+            self._bracket(0, self.low)
+            return
+        from_top = self.histogram.flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_top, torch.tensor(self.rank - self.above)))
+        chosen = len(self.histogram) - 1 - place
+        if self.shift == 0:
+            self.found = True
+            self.equal = int(self.histogram[chosen])
+            self.above += int(from_top[place]) - self.equal
+            self.low += chosen
+            return
+        low = self.low + (chosen << self.shift)
+        self._bracket(low, min(self.high, low + (1 << self.shift)))
+
+    def value(self) -> float:
+        """Return the value: of rank 0 it is infinity, of the last rank at most 0."""
+        if self.rank == 0:
+            return float("inf")
+        if self.rank == self.size:
+            return 0.0
+        return float(
+            np.array([self.low], self.word).view(np.float64 if self.end > 2**31 else np.float32)[0]
+        )
+
+    def ties_to_keep(self) -> int | None:
+        """Return how many of the elements of that value are kept; ``None`` where it is all."""
+        keep = self.rank - self.above
+        return None if self.rank in (0, self.size) or keep == self.equal else keep
+
+
+def _look(
+    inputs: Inputs,
+    values: Values,
+    searches: Sequence[_Search],
+    sample: bool = False,
+) -> None:
+    lock = threading.Lock()
+
+    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        for search, found in zip(searches, values(key, start, tensors, base), strict=True):
+            if not search.found:
+                wide = search.end > 2**31
+                search.add(found.double() if wide else found, lock)
+
+    if sample:
+        inputs.survey(look, _SAMPLE_PIECE, _SAMPLED)
+    else:
+        inputs.survey(look)
+
+
+def _last_ties(
+    inputs: Inputs, values: Values, numbers: Sequence[float], surplus: Sequence[int | None]
+) -> list[tuple[str, int] | None]:
+    """Return the place of the last of the elements of value ``number`` that is kept."""
+    wanted = {i: keep for i, keep in enumerate(surplus) if keep is not None and numbers[i] > 0}
+    if not wanted:
+        return [None] * len(numbers)
+    found: dict[tuple[str, int], dict[int, Tensor]] = {}
+
+    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        counts = {
+            i: torch.count_nonzero(value.abs() == numbers[i]).cpu()
+            for i, value in enumerate(values(key, start, tensors, base))
+            if i in wanted
+        }
+        found[key, start] = counts
+
+    inputs.survey(look)
+    lasts: list[tuple[str, int] | None] = [None] * len(numbers)
+    for i, keep in wanted.items():
+        for key, start in sorted(found):
+            here = int(found[key, start][i])
+            if here >= keep:
+                lasts[i] = key, start + _nth_tie(inputs, values, numbers[i], (key, start), i, keep)
+                break
+            keep -= here
+    return lasts
+
+
+def _nth_tie(
+    inputs: Inputs, values: Values, number: float, place: tuple[str, int], which: int, nth: int
+) -> int:
+    """Return where in a piece the ``nth`` element of that value stands."""
+    key, start = place
+    stop = next(stop for begin, stop in inputs.pieces(key, PIECE) if begin == start)
+    every = list(values(key, start, *inputs.read(key, start, stop)))
+    return int((every[which].reshape(-1).abs() == number).nonzero()[nth - 1])
