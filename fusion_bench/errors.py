@@ -15,7 +15,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     Falls back to listing all choices, and to an empty string when there are none.
     """
     known = sorted(set(choices))
-    if close := get_close_matches(name, known, n=1, cutoff=0.6):
+    begun = [choice for choice in known if name and choice.startswith(name)]
+    if close := begun or get_close_matches(name, known, n=1, cutoff=0.6):
         return f"Did you mean '{close[0]}'?"
     return f"Known: {', '.join(known)}." if known else ""
 

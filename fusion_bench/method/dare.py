@@ -13,7 +13,14 @@ from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import Keep, Scope, TiesMergingAlgorithm, ZeroSign
 from fusion_bench.weights import Inputs, MergePiece
-from fusion_bench.weights.ops import MergeFunc, Rescale, drop, is_linear_weight, task_vectors
+from fusion_bench.weights.ops import (
+    MergeFunc,
+    Rescale,
+    add_scaled,
+    drop,
+    is_linear_weight,
+    task_vectors,
+)
 from fusion_bench.weights.statistics import Values
 
 
@@ -161,9 +168,6 @@ class DareTiesMerging(TensorwiseAlgorithm):
 def _sum_merger(vectors: Values, scaling_factor: float) -> MergePiece:
     def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         assert base is not None
-        result = base.clone()
-        for vector in vectors(key, start, tensors, base):
-            result.add_(vector, alpha=scaling_factor)
-        return result
+        return add_scaled(base, vectors(key, start, tensors, base), scaling_factor)
 
     return merge

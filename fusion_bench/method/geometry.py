@@ -40,6 +40,24 @@ def slerp(start: Tensor, end: Tensor, t: float, cos: float) -> Tensor:
     return start * before + end * after
 
 
+def along_arcs(start: Tensor, end: Tensor, t: float, axis: int | None) -> Tensor:
+    """Return the points ``t`` of the way along the arcs between the vectors along ``axis``.
+
+    The vectors are combined as in ``slerp``, and linearly where there is no arc between them: one
+    line holds both. A zero vector is at a right angle to all. ``axis`` ``None`` makes one vector of
+    a tensor.
+    """
+    lengths = (torch.linalg.vector_norm(v, dim=axis, keepdim=True) for v in (start, end))
+    directions = [v / length for v, length in zip((start, end), lengths, strict=True)]
+    cos = (directions[0] * directions[1]).sum(axis, keepdim=True).nan_to_num(0).clamp(-1, 1)
+    angle = cos.arccos()
+    sine = angle.sin()
+    straight = sine < 1e-8
+    before = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / sine)
+    after = torch.where(straight, t, torch.sin(t * angle) / sine)
+    return start * before + end * after
+
+
 def two_ends(tensors: Sequence[Tensor], base: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the two tensors to move between; the pretrained model's is the start."""
     return (tensors[0], tensors[1]) if base is None else (base, tensors[0])

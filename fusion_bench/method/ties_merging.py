@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from fusion_bench.errors import check_choice
-from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.method.base import ModelPool, TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights, align
 from fusion_bench.weights.ops import (
     MergeFunc,
     disjoint_merge,
@@ -89,6 +89,31 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
             return task_vector.mul_(self.scaling_factor).add_(base)
 
         return merge
+
+    def agreeing(self, modelpool: ModelPool) -> dict[str, Weights]:
+        """Return each model with only those changes that are kept and have the elected sign."""
+        models = {name: modelpool.weights(name) for name in modelpool.model_names}
+        base = modelpool.weights("_pretrained_")
+        policy = modelpool.policy
+        inputs = Inputs(align(models, base, policy, modelpool.vocabulary), policy)
+        merged = inputs.without(self.remove_keys)
+        trimmed = self._trimmed(merged, task_vectors)
+        zero_sign = once(partial(self._zero_sign, merged, trimmed))
+
+        def keep(
+            index: int, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+        ) -> Tensor:
+            assert base is not None
+            if not merged.merged(key):
+                return base.clone()
+            kept = list(trimmed(key, start, tensors, base))
+            signs = elected_signs(kept)
+            signs[signs == 0] = zero_sign()
+            return base + kept[index] * (kept[index].sign() == signs)
+
+        return {
+            name: MergedWeights(inputs, partial(keep, index)) for index, name in enumerate(models)
+        }
 
     def _trimmed(self, inputs: Inputs, vectors: Values) -> Values:
         """Return what gives the elements of ``vectors`` that are kept, and 0 elsewhere."""

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fusion_bench import __version__
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
-from fusion_bench.report import Run, Seconds
+from fusion_bench.report import Run, Seconds, Tuning
 
 _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "safetensors", "numpy")
 
@@ -42,7 +42,11 @@ def make_fabric(section: Any) -> Fabric:
 
 
 def describe_run(
-    fabric: Fabric, config: Mapping[str, Any], seed: int | None, seconds: Seconds
+    fabric: Fabric,
+    config: Mapping[str, Any],
+    seed: int | None,
+    seconds: Seconds,
+    tuning: Tuning | None = None,
 ) -> Run:
     """Return the report's account of what was run, when, and with what."""
     canonical = json.dumps(config, sort_keys=True, default=str)
@@ -58,6 +62,7 @@ def describe_run(
         world_size=fabric.world_size,
         packages={name: version(name) for name in _PACKAGES},
         seconds=seconds,
+        tuning=tuning,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from urllib.parse import quote
 
 from lightning.fabric import Fabric
@@ -25,6 +25,8 @@ from fusion_bench.report import (
     Seconds,
     TaskInfo,
     TaskResult,
+    Tuning,
+    TuningTask,
     markdown,
     print_comparison,
     summarise,
@@ -35,11 +37,22 @@ from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import TensorWeights, Weights, in_memory, sha256
 
 if TYPE_CHECKING:
-    from fusion_bench.taskpool import Score
+    from fusion_bench.taskpool import Score, TuningImages
 
 log = logging.getLogger(__name__)
 
+#: What the fused model is called; one of several has its own name after a slash.
+_MERGED = "merged"
+
 Baselines = Literal["own_task", "all_tasks", "none"]
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """A module that is no plain checkpoint, and writes itself."""
+
+    def save(self, directory: Path, modelpool: Any, config: Mapping[str, Any]) -> None:
+        """Write the directory, whole or not at all."""
 
 
 class FabricModelFusionProgram:
@@ -58,6 +71,7 @@ class FabricModelFusionProgram:
             ``output_dir``.
         merged_model_save_path: directory for the merged model; likewise.
         overwrite: replace what is at these two paths.
+        allow_test_split: let the method learn from data that the models are judged on.
         fast_dev_run: judge only the first batch of each task.
         dry_run: check the config and stop before anything is loaded.
     """
@@ -74,6 +88,7 @@ class FabricModelFusionProgram:
         report_save_path: str | None = None,
         merged_model_save_path: str | None = None,
         overwrite: bool = False,
+        allow_test_split: bool = False,
         fast_dev_run: bool = False,
         dry_run: bool = False,
     ):
@@ -89,6 +104,7 @@ class FabricModelFusionProgram:
             "report_save_path": report_save_path,
             "merged_model_save_path": merged_model_save_path,
             "overwrite": overwrite,
+            "allow_test_split": allow_test_split,
             "fast_dev_run": fast_dev_run,
             "dry_run": dry_run,
         }
@@ -104,6 +120,7 @@ class FabricModelFusionProgram:
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.seed = seed
         self.baselines = baselines
+        self.allow_test_split = allow_test_split
         self.fast_dev_run = fast_dev_run
         self.dry_run = dry_run
         self.report_path = self._destination("report_save_path", report_save_path, overwrite)
@@ -135,15 +152,16 @@ class FabricModelFusionProgram:
         with clock.measure("load"):
             if self.taskpool is not None:
                 self.taskpool.prepare(fabric)
+            data = self._tuning_data(fabric) if _needs_data(self.method) else None
         with clock.measure("fuse"):
-            merged = self._fuse(fabric)
+            merged = self._fuse(fabric, data)
         with clock.measure("evaluate"):
             models = self._judge_all(fabric, merged)
         seconds = Seconds(**clock.seconds, total=clock.total())
         own_model = {task: name for name in models for task in self._own_tasks(name)}
         summarise(models, own_model)
         return Report(
-            run=describe_run(fabric, self.config, self.seed, seconds),
+            run=describe_run(fabric, self.config, self.seed, seconds, self._tuning(data)),
             tasks=self._task_infos(models),
             models=models,
         )
@@ -152,21 +170,70 @@ class FabricModelFusionProgram:
         if self.taskpool is not None:  # a merge alone imports neither transformers nor datasets
             quiet_libraries()
 
-    def _fuse(self, fabric: Fabric) -> dict[str, nn.Module | Weights]:
+    def _tuning_data(self, fabric: Fabric) -> "dict[str, TuningImages]":
+        """Return what the method learns from; of the test split only if that is allowed."""
+        split = self.method.split
+        key = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
+        datasets, where = getattr(self.modelpool, key, None), f"modelpool.{key}"
+        if self.taskpool is None:
+            raise FusionBenchError(
+                f"{type(self.method).__name__} learns from data; give the task pool that its "
+                "classifiers are from."
+            )
+        if split == "test" and not datasets:
+            datasets, where = self.taskpool.test_datasets, "taskpool.test_datasets"
+        if not datasets:
+            raise FusionBenchError(
+                f"{where}: missing; {type(self.method).__name__} learns from the {split} split. "
+                "Name a dataset for each model there, or choose another method.split."
+            )
+        data: dict[str, TuningImages] = self.taskpool.tuning(datasets, fabric, where)
+        judged = {self.taskpool.data(task).fingerprint for task in self.taskpool.task_names}
+        for name, images in data.items():
+            if images.is_test(judged) and not self.allow_test_split:
+                raise FusionBenchError(
+                    f"{where}.{name}: the models are judged on this very split. Learn from another "
+                    "(method.split=train or validation), or give allow_test_split=true; the report "
+                    "will say so."
+                )
+        return data
+
+    def _tuning(self, data: "Mapping[str, TuningImages] | None") -> Tuning | None:
+        """Return what the report says of the data that the method learned from."""
+        if data is None:
+            return None
+        assert self.taskpool is not None
+        judged = {self.taskpool.data(task).fingerprint for task in self.taskpool.task_names}
+        return Tuning(
+            split=self.method.split,
+            labels=self.method.uses_labels,
+            test_split=any(images.is_test(judged) for images in data.values()),
+            tasks={
+                name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
+                for name, images in data.items()
+            },
+        )
+
+    def _fuse(
+        self, fabric: Fabric, data: "Mapping[str, TuningImages] | None"
+    ) -> dict[str, nn.Module | Weights]:
         """Return what the method makes, by name; saved, where a path is given.
 
         Merged weights are computed as they are written; they are held in memory only if they are
         to be judged or to be thrown away.
         """
-        merged = _named(self.method.run(self.modelpool, fabric))
+        known = () if data is None else (data,)
+        merged = _named(self.method.run(self.modelpool, fabric, *known))
         if self.taskpool is not None or self.model_path is None:
             for name, model in merged.items():
                 if isinstance(model, Weights):
                     merged[name] = TensorWeights(in_memory(model))
         if self.model_path is None:
             return merged
-        several = len(merged) > 1
-        places = {name: self.model_path / (name if several else "") for name in merged}
+        places = {
+            name: self.model_path / quote(name.removeprefix(_MERGED).lstrip("/"), safe="")
+            for name in merged
+        }
         if fabric.global_rank == 0:
             for name, place in places.items():
                 self._save(merged[name], place)
@@ -177,7 +244,10 @@ class FabricModelFusionProgram:
 
     def _save(self, model: nn.Module | Weights, place: Path) -> None:
         try:
-            self.modelpool.save_model(model, place, self.config)
+            if isinstance(model, Savable):
+                model.save(place, self.modelpool, self.config)
+            else:
+                self.modelpool.save_model(model, place, self.config)
         except OSError as error:
             raise FusionBenchError(f"merged_model_save_path: cannot write it: {error}") from error
 
@@ -196,13 +266,17 @@ class FabricModelFusionProgram:
                     continue
                 results[name] = self._judge_baseline(fabric, name, "individual", tasks)
         for name, model in merged.items():
+            # One of several that bears a task's name is made for that task.
+            tasks = self._own_tasks(name.removeprefix(f"{_MERGED}/")) or None
+            if self.baselines == "all_tasks":
+                tasks = None
             if isinstance(model, Weights):
                 build = partial(self.modelpool.build_model, model)
-                architecture = self.modelpool.architecture()
-                results[name] = self._judge(fabric, name, "merged", model, build, architecture)
+                known = self.modelpool.architecture()
+                results[name] = self._judge(fabric, name, "merged", model, build, known, tasks)
             else:  # what it computes is not told by its weights, so that nothing is kept of it
                 weights = TensorWeights(model.state_dict())
-                results[name] = self._judge(fabric, name, "merged", weights, model, None)
+                results[name] = self._judge(fabric, name, "merged", weights, model, None, tasks)
         return results
 
     def _judge_baseline(
@@ -299,6 +373,8 @@ class FabricModelFusionProgram:
                 "The merged model was neither judged nor saved; give a task pool or %s.",
                 "merged_model_save_path",
             )
+        if report.run.tuning is not None and report.run.tuning.test_split:
+            log.warning("The merged model was %s.", report.run.tuning.sentence())
         if self.fast_dev_run and report.tasks:
             log.warning("Only the first batch of each task was judged (fast_dev_run).")
         if self.output_dir is not None:
@@ -349,13 +425,18 @@ class _Clock:
         return round(time.perf_counter() - self._start, 3)
 
 
-def _named(result: Any) -> dict[str, nn.Module | Weights]:
+def _named(result: Any, name: str = _MERGED) -> dict[str, nn.Module | Weights]:
     """Return by name what a method returned: weights, a module, or a family of either."""
     if isinstance(result, nn.Module | Weights):
-        return {"merged": result}
+        return {name: result}
     if all(isinstance(value, Tensor) for value in result.values()):
-        return {"merged": TensorWeights(result)}
-    return {name: model for name, part in result.items() for model in _named(part).values()}
+        return {name: TensorWeights(result)}
+    parts = [_named(part, f"{name}/{own}") for own, part in result.items()]
+    return {key: model for part in parts for key, model in part.items()}
+
+
+def _needs_data(method: Any) -> bool:
+    return bool(getattr(method, "needs_data", False))
 
 
 def _lazily(section: Any) -> Any:

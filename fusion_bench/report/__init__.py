@@ -7,6 +7,8 @@ from fusion_bench.report.schema import (
     Seconds,
     TaskInfo,
     TaskResult,
+    Tuning,
+    TuningTask,
     summarise,
 )
 from fusion_bench.report.table import comparison, markdown, print_comparison
@@ -18,6 +20,8 @@ __all__ = [
     "Seconds",
     "TaskInfo",
     "TaskResult",
+    "Tuning",
+    "TuningTask",
     "comparison",
     "markdown",
     "print_comparison",

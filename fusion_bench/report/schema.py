@@ -26,6 +26,34 @@ class Seconds(_Strict):
     total: float
 
 
+class TuningTask(_Strict):
+    """A dataset that a method learned from."""
+
+    num_samples: int
+    fingerprint: str
+
+
+class Tuning(_Strict):
+    """What the method learned from.
+
+    ``test_split`` tells that it is the very part that the models are judged on.
+    """
+
+    split: str
+    labels: bool
+    test_split: bool
+    tasks: dict[str, TuningTask]
+
+    def sentence(self) -> str:
+        """Return it in words."""
+        labels = "with their labels" if self.labels else "without labels"
+        if not self.test_split:
+            return f"tuned on the {self.split} split, {labels}"
+        if self.labels:
+            return "tuned on the test split with its labels: the figures say nothing of new data"
+        return "adapted to the unlabelled images of the test split (test-time adaptation)"
+
+
 class Run(_Strict):
     """What was run, when, with what."""
 
@@ -40,6 +68,7 @@ class Run(_Strict):
     world_size: int
     packages: dict[str, str]
     seconds: Seconds
+    tuning: Tuning | None = None
 
 
 class TaskInfo(_Strict):

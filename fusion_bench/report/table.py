@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from rich import box
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fusion_bench.report.schema import Average, Report, TaskResult
+from fusion_bench.report.schema import Average, Report, Role, TaskResult
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,19 @@ def comparison(report: Report) -> list[Row]:
     """Return the rows: pretrained, individual, merged.
 
     Individual models that were each judged on their own task alone share one row, which holds
-    each task's own model; the full matrix has a row per model.
+    each task's own model; the full matrix has a row per model. So do several merged models.
     """
-    rows: dict[str, list[Row]] = {"pretrained": [], "individual": [], "merged": []}
-    own: dict[str, TaskResult] = {}
-    individual = [m.tasks for m in report.models.values() if m.role == "individual"]
-    judged = [task for tasks in individual for task in tasks]
-    diagonal = len(judged) == len(individual) == len(set(judged))  # a task each, none twice
-    for name, model in report.models.items():
-        if model.role == "individual" and diagonal:
-            own |= model.tasks
-        else:
-            label = "pretrained" if model.role == "pretrained" else name
-            rows[model.role].append(_row(label, model.tasks, report))
-    if own:
-        rows["individual"].append(_row("individual", own, report))
-    return [row for group in rows.values() for row in group]
+    rows = []
+    for role in get_args(Role):
+        models = {name: m.tasks for name, m in report.models.items() if m.role == role}
+        judged = [task for tasks in models.values() for task in tasks]
+        # A task each, none twice; one merged model judged on one task is the same thing.
+        if len(judged) == len(models) == len(set(judged)) and role != "pretrained" and judged:
+            own = {task: result for tasks in models.values() for task, result in tasks.items()}
+            models = {role: own}
+        for name, tasks in models.items():
+            rows.append(_row(role if role == "pretrained" else name, tasks, report))
+    return rows
 
 
 def _row(name: str, results: Mapping[str, TaskResult], report: Report) -> Row:
@@ -111,6 +109,8 @@ def markdown(report: Report) -> str:
         f"- fusion_bench {report.run.version}, {report.run.created_at}",
         "",
     ]
+    if report.run.tuning is not None:
+        lines[-1:] = [f"- {report.run.tuning.sentence()}", ""]
     if report.run.config.get("fast_dev_run"):
         lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
     if not report.tasks:

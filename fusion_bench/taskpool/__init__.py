@@ -3,5 +3,6 @@
 from fusion_bench.taskpool.clip_vision import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.image_classification import ImageClassificationTaskPool
 from fusion_bench.taskpool.results import Score
+from fusion_bench.taskpool.tuning import TuningImages
 
-__all__ = ["CLIPVisionModelTaskPool", "ImageClassificationTaskPool", "Score"]
+__all__ = ["CLIPVisionModelTaskPool", "ImageClassificationTaskPool", "Score", "TuningImages"]

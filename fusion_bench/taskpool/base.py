@@ -6,7 +6,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -20,7 +21,8 @@ from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
 from fusion_bench.taskpool.results import ResultStore, Score
-from fusion_bench.tasks import Task, load_task
+from fusion_bench.taskpool.tuning import TuningImages
+from fusion_bench.tasks import Task, canonical_name, load_task
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,18 @@ _SUBSET_SEED = 0
 _SIZES = ("hidden_size", "hidden_sizes", "depths", "patch_size", "image_size", "num_hidden_layers")
 
 Classify = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Committee(Protocol):
+    """A module whose members are each judged, and whose logits are put together."""
+
+    @property
+    def members(self) -> Sequence[nn.Module]:
+        """Models, each of which makes a classifier."""
+
+    def combine(self, logits: Sequence[Tensor]) -> Tensor:
+        """Return one tensor of logits from those of all members."""
 
 
 class ImageTaskPool(ABC):
@@ -83,13 +97,13 @@ class ImageTaskPool(ABC):
         self.task_names: list[str] = list(test_datasets)
         self.per_class = per_class
         self.save_predictions = save_predictions
-        self._datasets = dict(test_datasets)
+        self.test_datasets = dict(test_datasets)
         self._dataloader_kwargs = dict(dataloader_kwargs or {})
         self._tasks: dict[str, Task] = {
             name: Task.from_mapping(
                 (tasks or {}).get(name, {}), where=f"taskpool.tasks.{name}", base=load_task(name)
             )
-            for name in self._datasets
+            for name in self.test_datasets
         }
         self._max_samples = max_samples
         self._cache_bytes = _bytes(cache_size) if cache else 0
@@ -128,6 +142,56 @@ class ImageTaskPool(ABC):
                 found[name] = next(same, own)
                 self.head_identity(name)  # so that what is not there is noticed now
         self._preprocessors = found
+
+    def tuning(
+        self, datasets: Mapping[str, Any], fabric: Fabric, key: str
+    ) -> dict[str, TuningImages]:
+        """Return what a method may learn from, by the datasets' names.
+
+        Args:
+            datasets: name of a task of this pool to dataset node.
+            fabric: gives the device.
+            key: the datasets' place in the config.
+
+        Raises:
+            FusionBenchError: a name that is no task's, a dataset that cannot be read, or classes
+                that are not the task's.
+        """
+        self.prepare(fabric)
+        loading = Loading.for_device(self._dataloader_kwargs, fabric)
+        tuning = {}
+        for name, node in datasets.items():
+            known = {canonical_name(task): task for task in self.task_names}
+            task = known.get(canonical_name(name))
+            if task is None:
+                raise FusionBenchError(
+                    f"{key}.{name}: the task pool has no such task. "
+                    + did_you_mean(name, self.task_names)
+                )
+            with fabric.rank_zero_first():
+                dataset = load("dataset", node, f"{key}.{name}")
+                data = LabelledImages(name, dataset, self._tasks[task], f"{key}.{name}")
+            if data.class_names != self._data[task].class_names:
+                raise FusionBenchError(f"{key}.{name}: its classes are not those of '{task}'.")
+            tuning[name] = TuningImages(
+                task,
+                str(getattr(dataset, "split", None) or ""),
+                PreparedImages(data, self._preprocessors[task], self._cache_bytes),
+                partial(self._tuned_classifier, task, fabric),
+                fabric,
+                loading,
+            )
+        return tuning
+
+    def _tuned_classifier(self, task: str, fabric: Fabric, model: nn.Module) -> Classify:
+        return self._classifier(task, model, "merged", fabric)
+
+    def _classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
+        """Return the classifier that a model makes, or that its members make together."""
+        if not isinstance(model, Committee):
+            return self.classifier(task, model, name, fabric)
+        members = [self.classifier(task, member, name, fabric) for member in model.members]
+        return lambda images: model.combine([member(images) for member in members])
 
     def data(self, name: str) -> LabelledImages:
         """Return a task's images and labels, once ``prepare`` has run."""
@@ -174,7 +238,7 @@ class ImageTaskPool(ABC):
                     module = self._on_device(model, fabric)
                 score = judge(
                     fabric,
-                    self.classifier(task, module, name, fabric),
+                    self._classifier(task, module, name, fabric),
                     self._prepared(task),
                     samples,
                     replace(loading, full_batches=self._compile),
@@ -237,7 +301,7 @@ class ImageTaskPool(ABC):
         return self._images[task]
 
     def _load_data(self, name: str) -> LabelledImages:
-        dataset = load("dataset", self._datasets[name], f"taskpool.test_datasets.{name}")
+        dataset = load("dataset", self.test_datasets[name], f"taskpool.test_datasets.{name}")
         return LabelledImages(name, dataset, self._tasks[name])
 
 

@@ -117,9 +117,9 @@ def judge(
     losses = torch.zeros(len(samples), dtype=torch.float32, device=fabric.device)
     targets = torch.from_numpy(labels).to(fabric.device)
     steps = [mine[i : i + loading.batch_size] for i in range(0, len(mine), loading.batch_size)]
-    batches = _batches(images, [samples[step] for step in steps], loading)
-    with torch.inference_mode(), closing(batches):
-        shown = bar(batches, description, total=len(steps), unit="batch")
+    loaded = batches(images, [samples[step] for step in steps], loading)
+    with torch.inference_mode(), closing(loaded):
+        shown = bar(loaded, description, total=len(steps), unit="batch")
         for step, pixels in zip(steps, shown, strict=True):
             pixels = images.preprocessor.finish(pixels.to(fabric.device, non_blocking=True))
             pixels = fabric.strategy.precision.convert_input(pixels)
@@ -150,7 +150,7 @@ def _gathered(fabric: Fabric, values: Tensor) -> Tensor:
     return total
 
 
-def _batches(
+def batches(
     images: PreparedImages, steps: Sequence[NDArray[np.int64]], loading: Loading
 ) -> Generator[Tensor, None, None]:
     """Yield the pixels of each batch, prepared by threads; Pillow lets them run side by side."""

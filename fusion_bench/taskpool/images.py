@@ -25,14 +25,15 @@ class LabelledImages:
         name: the task's name, for messages.
         dataset: one split, with an image column and a label column.
         task: what is known of the dataset beyond its features.
+        key: the dataset's place in the config, for messages.
 
     Raises:
         FusionBenchError: no single split, no image or label column, labels outside the class
             names.
     """
 
-    def __init__(self, name: str, dataset: "Dataset", task: Task):
-        self._key = f"taskpool.test_datasets.{name}"
+    def __init__(self, name: str, dataset: "Dataset", task: Task, key: str | None = None):
+        self._key = key or f"taskpool.test_datasets.{name}"
         self._override = f"taskpool.tasks.{name}"
         if isinstance(dataset, dict):
             raise FusionBenchError(

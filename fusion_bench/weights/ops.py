@@ -63,6 +63,24 @@ def keep_largest(values: Tensor, count: int, *, ties: bool = False) -> Tensor:
     return kept.view(values.shape)
 
 
+def ranks(rows: Tensor) -> Tensor:
+    """Return each element's place in its row by magnitude; the smallest is 0.
+
+    Rows lie along the last dimension. Of equal magnitudes the first comes first.
+    """
+    order = rows.abs().argsort(dim=-1, stable=True)
+    places = torch.arange(rows.shape[-1], device=rows.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def add_scaled(base: Tensor, vectors: Iterable[Tensor], factor: float) -> Tensor:
+    """Return ``base`` plus ``factor`` times the sum of ``vectors``."""
+    total = torch.zeros_like(base)
+    for vector in vectors:
+        total += vector
+    return total.mul_(factor).add_(base)
+
+
 def disjoint_merge(
     vectors: Iterable[Tensor], func: MergeFunc, zero_sign: Callable[[], int]
 ) -> Tensor:
@@ -100,7 +118,7 @@ class _Side:
         self._bound = bound
         self._func = func
         self.sum = torch.zeros_like(like)
-        self._other = torch.zeros_like(like if func != "sum" else like[:0])
+        self._other = torch.zeros_like(like) if func != "sum" else like.new_empty(0)
 
     def add(self, vector: Tensor, part: Tensor) -> None:
         """Add the values of this sign; ``part`` is written to."""
@@ -135,7 +153,7 @@ def bernoulli(
     The draws belong to the places ``start`` and following of an endless sequence that ``seed``
     tells from any other: an entry may be drawn whole or in pieces, in any order, on any machine.
     """
-    if keep >= 1 or keep <= 0:
+    if keep >= 1 or keep <= 0 or numel == 0:
         return np.full(numel, float(keep > 0), np.float32)
     # A byte decides, but for one value in 256, which leaves it to a second draw.
     whole = int(keep * 256)
@@ -158,7 +176,7 @@ def uniform(numel: int, seed: Sequence[object], start: int = 0) -> NDArray[np.fl
         _generator(*seed, block).random(end, dtype=np.float32)[begin:]
         for block, begin, end in _blocks(start, numel)
     ]
-    return np.concatenate(parts)
+    return np.concatenate([np.empty(0, np.float32), *parts])
 
 
 def _blocks(start: int, numel: int) -> Iterator[tuple[int, int, int]]:

@@ -24,6 +24,8 @@ Values = Callable[[str, int, Sequence[Tensor], Tensor | None], Iterable[Tensor]]
 _COARSE, _FINE = 2**16, 2**21
 #: An estimate looks at one piece of ``_SAMPLE_PIECE`` elements in so many.
 _SAMPLED, _SAMPLE_PIECE = 128, 2**11
+#: Elements that are summed at once, in one thread.
+_ROW = 2**14
 #: How far off, as a share of all elements, an estimated rank may be.
 _MARGIN = 0.006
 
@@ -33,8 +35,10 @@ def sums(inputs: Inputs, values: Values) -> dict[str, list[float]]:
     parts: dict[str, dict[int, list[float]]] = {}
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
-        found = [float(v.sum(dtype=torch.float64)) for v in values(key, start, tensors, base)]
-        parts.setdefault(key, {})[start] = found
+        parts.setdefault(key, {})[start] = [
+            fsum(map(_sum, value.reshape(-1).split(PIECE)))
+            for value in values(key, start, tensors, base)
+        ]
 
     inputs.survey(look)
     return {
@@ -43,9 +47,31 @@ def sums(inputs: Inputs, values: Values) -> dict[str, list[float]]:
     }
 
 
+def _sum(piece: Tensor) -> float:
+    """Return the sum; by rows, for torch splits a long sum between its threads."""
+    rows = len(piece) // _ROW
+    heads = piece[: rows * _ROW].view(rows, _ROW).sum(1, dtype=torch.float64)
+    return float(heads.sum() + piece[rows * _ROW :].sum(dtype=torch.float64))
+
+
 def total(sums: dict[str, list[float]]) -> list[float]:
     """Return each quantity's sum over all entries."""
     return [fsum(column) for column in zip(*sums.values(), strict=True)]
+
+
+def extremes(inputs: Inputs, values: Values) -> list[tuple[float, float]]:
+    """Return each quantity's smallest and largest value in the whole model."""
+    found: list[Tensor] = []
+
+    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        ends = [torch.stack(v.aminmax()).double() for v in values(key, start, tensors, base)]
+        found.append(torch.stack(ends).cpu())
+
+    inputs.survey(look)
+    if not found:
+        return []
+    low, high = torch.stack(found).unbind(-1)
+    return list(zip(low.amin(0).tolist(), high.amax(0).tolist(), strict=True))
 
 
 def once(compute: Callable[[], T]) -> Callable[[], T]:
@@ -79,12 +105,15 @@ class Cutoff:
         """Return ``values``, elements of ``key`` from ``start`` on; 0 where they are cut off."""
         if self.value == 0:
             return values
+        # hardshrink keeps what is strictly larger than a number of the values' own type.
         number = np.float64 if values.dtype == torch.float64 else np.float32
-        below = float(np.nextafter(number(self.value), number(0)))
-        # hardshrink keeps what is strictly larger.
+        nearest = float(number(self.value))
+        smaller = float(np.nextafter(number(nearest), number(0)))
+        below = smaller if nearest >= self.value else nearest
+        limit = smaller if nearest > self.value else nearest
         if self.last is None or key < self.last[0]:
             return torch.nn.functional.hardshrink(values, below)
-        kept = torch.nn.functional.hardshrink(values, self.value)
+        kept = torch.nn.functional.hardshrink(values, limit)
         if key == self.last[0]:
             stop = max(0, self.last[1] + 1 - start)
             head = values.reshape(-1)[:stop]
@@ -247,7 +276,7 @@ def _last_ties(
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
         counts = {
-            i: torch.count_nonzero(value.abs() == numbers[i]).cpu()
+            i: torch.count_nonzero(value.abs().double() == numbers[i]).cpu()
             for i, value in enumerate(values(key, start, tensors, base))
             if i in wanted
         }
@@ -272,4 +301,4 @@ def _nth_tie(
     key, start = place
     stop = next(stop for begin, stop in inputs.pieces(key, PIECE) if begin == start)
     every = list(values(key, start, *inputs.read(key, start, stop)))
-    return int((every[which].reshape(-1).abs() == number).nonzero()[nth - 1])
+    return int((every[which].reshape(-1).abs().double() == number).nonzero()[nth - 1])

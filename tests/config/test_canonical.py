@@ -89,8 +89,9 @@ def test_model_pool(suite: str, architecture: str) -> None:
     node = model_pool(suite, architecture)
     assert node.pop("_target_") == "fusion_bench.modelpool.CLIPVisionModelPool"
     assert node.pop("_recursive_") is False
-    models = node.pop("models")
+    models, datasets = node.pop("models"), node.pop("train_datasets")
     assert node == {}
+    assert datasets == {name: dataset(name, "train") for name in SUITES[suite]}
     assert list(models) == ["_pretrained_", *SUITES[suite]]
     assert models.pop("_pretrained_") == f"openai/{architecture}"
     assert models == {name: f"tanganke/{architecture}_{name}" for name in SUITES[suite]}

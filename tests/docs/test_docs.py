@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fusion_bench.method
 from fusion_bench.instantiate import instantiate
 from fusion_bench.scripts.cli import CONFIG_DIR
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+METHODS = DOCS / "methods"
 PAGES = sorted(DOCS.rglob("*.md"))
 ON_DISK = sorted(ROOT.glob("*.md"))  # read where they lie, not on the site
 
@@ -83,6 +85,30 @@ def test_local_links_lead_somewhere(page: Path):
 
 def test_nav_lists_each_page_once(site):
     assert sorted(nav_pages(site["nav"])) == [str(p.relative_to(DOCS)) for p in PAGES]
+
+
+def test_each_method_is_shown_with_its_yaml():
+    pages = "".join(page.read_text("utf-8") for page in METHODS.glob("*.md"))
+    shown = re.findall(r'^--8<-- "(config/method/.*)"$', pages, re.MULTILINE)
+    there = (CONFIG_DIR / "method").rglob("*.yaml")
+    assert sorted(shown) == sorted(p.relative_to(ROOT).as_posix() for p in there)
+
+
+def test_table_of_methods_names_each_page_and_config():
+    text = (METHODS / "index.md").read_text("utf-8")
+    rows = "".join(line for line in text.splitlines() if line.startswith("|"))
+    pages = {page.name for page in METHODS.glob("*.md")} - {"index.md"}
+    configs = CONFIG_DIR / "method"
+    names = {p.relative_to(configs).with_suffix("").as_posix() for p in configs.rglob("*.yaml")}
+    assert set(re.findall(r"\]\((\w+\.md)\)", rows)) == pages
+    assert set(re.findall(r"`([\w/]+)`", rows)) == names
+
+
+def test_reference_lists_each_method():
+    text = (DOCS / "reference.md").read_text("utf-8")
+    listed = re.findall(r"^::: fusion_bench\.method\.(\w+)$", text, re.MULTILINE)
+    there = {getattr(fusion_bench.method, name).__name__ for name in fusion_bench.method.__all__}
+    assert sorted(listed) == sorted(there)
 
 
 def test_site_brings_the_files_that_it_loads(site):

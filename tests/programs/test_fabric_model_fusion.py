@@ -159,10 +159,11 @@ class Ensemble:
 
 def test_a_method_may_return_several_models_or_a_module(program_config: dict[str, Any]) -> None:
     family = run(program_config, method=TwoModels())
-    assert [n for n, m in family.models.items() if m.role == "merged"] == ["like_a", "like_b"]
+    merged = [name for name, model in family.models.items() if model.role == "merged"]
+    assert merged == ["merged/like_a", "merged/like_b"]
     own = family.models["a"]
-    assert family.models["like_a"].weights_sha256 == own.weights_sha256
-    assert family.models["like_a"].tasks["a"] == own.tasks["a"]
+    assert family.models["merged/like_a"].weights_sha256 == own.weights_sha256
+    assert family.models["merged/like_a"].tasks["a"] == own.tasks["a"]
     module = run(program_config, method=Ensemble(), baselines="none")
     assert module.models["merged"].weights_sha256 == own.weights_sha256
 

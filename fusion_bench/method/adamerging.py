@@ -1,0 +1,225 @@
+r"""AdaMerging: $\theta = \theta_0 + \sum_t \lambda_t \tau_t$ with coefficients that are learned.
+
+The coefficients, one a model or one a model and tensor, minimise the entropy of the merged model's
+answers on unlabelled images of all tasks. Yang et al., AdaMerging, https://arxiv.org/abs/2310.02575
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError, check_choice
+from fusion_bench.method.data import (
+    Data,
+    Split,
+    TrainablePool,
+    completed,
+    own_data,
+    parameter_keys,
+)
+from fusion_bench.method.ties_merging import TiesMergingAlgorithm
+from fusion_bench.progress import bar
+from fusion_bench.storage import write_text
+from fusion_bench.weights import Weights
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Granularity = Literal["layer", "task"]
+
+
+class AdaMergingAlgorithm:
+    """Task arithmetic whose coefficients are learned without labels.
+
+    Args:
+        granularity: a coefficient for each model and ``layer``, which is one parameter tensor, or
+            one for each ``task``.
+        init_values: the coefficients at the beginning; ``null`` is one over the number of models.
+        weights: a file of coefficients that ``save_merging_weights`` wrote; the learning then
+            begins with these, and with ``max_steps: 0`` they are used as they are.
+        lr: Adam's learning rate.
+        max_steps: steps of Adam; each sees one batch of every task.
+        batch_size: images of a task in a step.
+        clamp_weights: keep the coefficients between 0 and 1.
+        plusplus: AdaMerging++: first trim the task vectors to ``threshold`` percent and keep what
+            agrees with the elected sign, as TIES does.
+        threshold: for ``plusplus``.
+        save_merging_weights: where the learned coefficients go, as JSON.
+        split: what part of the datasets is used; the paper adapts to the test images.
+        seed: draws with another seed are others.
+    """
+
+    needs_data = True
+    uses_labels = False
+
+    def __init__(
+        self,
+        granularity: Granularity = "layer",
+        init_values: float | None = 0.3,
+        weights: str | None = None,
+        lr: float = 1e-3,
+        max_steps: int = 1000,
+        batch_size: int = 16,
+        clamp_weights: bool = False,
+        plusplus: bool = False,
+        threshold: float = 20,
+        save_merging_weights: str | None = None,
+        split: Split = "train",
+        seed: int | None = None,
+    ):
+        check_choice("method.granularity", granularity, Granularity)
+        check_choice("method.split", split, Split)
+        self.granularity = granularity
+        self.init_values = init_values
+        self.weights = weights
+        self.lr = lr
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.clamp_weights = clamp_weights
+        self.plusplus = plusplus
+        self.threshold = threshold
+        self.save_merging_weights = save_merging_weights
+        self.split = split
+        self.seed = seed or 0
+
+    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+        """Learn the coefficients and merge.
+
+        Raises:
+            FusionBenchError: no pretrained model, a model without data, or a file of coefficients
+                that does not fit.
+        """
+        if not modelpool.has_pretrained:
+            raise FusionBenchError(
+                "AdaMerging needs the pretrained model: add '_pretrained_' to modelpool.models."
+            )
+        names = list(modelpool.model_names)
+        base = modelpool.weights("_pretrained_")
+        module = fabric.to_device(modelpool.build_model(base)).requires_grad_(True)
+        keys = parameter_keys(module, base)
+        mixture = Mixture(module, keys, base, self._models(modelpool))
+        coefficients = nn.Parameter(self._initial(names, keys).to(fabric.device))
+        self._learn(mixture, coefficients, own_data(names, data))
+        if self.save_merging_weights is not None:
+            found = {"models": names, "keys": keys, "coefficients": coefficients.tolist()}
+            write_text(Path(self.save_merging_weights), json.dumps(found))
+        return completed(mixture.merged(self._per_key(coefficients.detach())), base)
+
+    def _models(self, pool: TrainablePool) -> Mapping[str, Mapping[str, Tensor]]:
+        if self.plusplus:
+            return TiesMergingAlgorithm(1.0, self.threshold).agreeing(pool)
+        return {name: pool.weights(name) for name in pool.model_names}
+
+    def _initial(self, names: list[str], keys: list[str]) -> Tensor:
+        """Return the coefficients to begin with: a row a model, a column a tensor or just one."""
+        columns = len(keys) if self.granularity == "layer" else 1
+        if self.weights is None:
+            value = 1 / len(names) if self.init_values is None else self.init_values
+            return torch.full((len(names), columns), value)
+        known = json.loads(Path(self.weights).read_text())
+        found = torch.tensor(known["coefficients"])
+        fits = known["models"] == names and found.shape == (len(names), columns)
+        if not fits or (columns > 1 and known["keys"] != keys):
+            raise FusionBenchError(
+                f"method.weights: '{self.weights}' holds coefficients of other models, tensors or "
+                "granularity."
+            )
+        return found
+
+    def _per_key(self, coefficients: Tensor) -> Tensor:
+        return coefficients.clamp(0, 1) if self.clamp_weights else coefficients
+
+    def _learn(self, mixture: "Mixture", coefficients: nn.Parameter, data: Data) -> None:
+        """Minimise the entropy of the answers."""
+        optimizer = torch.optim.Adam([coefficients], lr=self.lr)
+        batches = {name: task.endless(self.batch_size, self.seed) for name, task in data.items()}
+        classify = {name: task.classify(mixture.module) for name, task in data.items()}
+        steps = bar(range(self.max_steps), "adapting", total=self.max_steps, unit="step")
+        for _ in steps:
+            used = self._per_key(coefficients)
+            mixture.set(used.detach())
+            entropy = 0.0
+            for name, images in ((name, next(batches[name])[0]) for name in data):
+                loss = entropies(classify[name](images)).mean()
+                loss.backward()
+                entropy += loss.item()
+            optimizer.zero_grad()
+            used.backward(mixture.gradient(used.shape[1]))
+            optimizer.step()
+            steps.set_postfix(entropy=f"{entropy / len(data):.4f}", refresh=False)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Return the entropy, in nats, of each answer."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+class Mixture:
+    """A module whose parameters are the base's plus a weighted sum of vectors.
+
+    The weights' gradient is each vector's product with the parameters' gradient, so that no graph
+    goes through the sum.
+
+    Args:
+        module: takes the parameters; on its device the vectors are held.
+        keys: of the parameters that are mixed.
+        base: what the vectors are added to; ``None`` adds them to nothing.
+        models: by name; the vectors are their differences from the base.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        keys: list[str],
+        base: Mapping[str, Tensor] | None,
+        models: Mapping[str, Mapping[str, Tensor]],
+    ):
+        self.module = module
+        self._parameters = [dict(module.named_parameters())[key] for key in keys]
+        self._keys = keys
+        self._base: list[Tensor] = []
+        self._vectors: list[Tensor] = []
+        for key, parameter in zip(keys, self._parameters, strict=True):
+            origin = torch.zeros_like(parameter, dtype=torch.float32)
+            if base is not None:
+                origin.copy_(base[key])
+            rows = (model[key].to(origin) - origin for model in models.values())
+            self._base.append(origin)
+            self._vectors.append(torch.stack([row.flatten() for row in rows]))
+
+    @torch.no_grad()
+    def set(self, weights: Tensor) -> None:
+        """Give the module the mixture: a row of weights a model, a column a tensor or just one."""
+        for parameter, value in zip(self._parameters, self._mixed(weights), strict=True):
+            parameter.copy_(value)
+
+    def merged(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return the mixed parameters, in float32 on the CPU."""
+        mixed = (value.cpu() for value in self._mixed(weights))
+        return dict(zip(self._keys, mixed, strict=True))
+
+    def _mixed(self, weights: Tensor) -> list[Tensor]:
+        columns = weights.expand(-1, len(self._keys)).unbind(dim=1)
+        return [
+            base + (column.to(vectors) @ vectors).view(base.shape)
+            for base, vectors, column in zip(self._base, self._vectors, columns, strict=True)
+        ]
+
+    @torch.no_grad()
+    def gradient(self, columns: int) -> Tensor:
+        """Return the weights' gradient, and forget the parameters'."""
+        found = []
+        for parameter, vectors in zip(self._parameters, self._vectors, strict=True):
+            gradient = parameter.grad
+            parameter.grad = None
+            if gradient is None:
+                found.append(torch.zeros(len(vectors), device=vectors.device))
+            else:
+                found.append(vectors @ gradient.flatten().float())
+        stacked = torch.stack(found, dim=1)
+        return stacked if columns > 1 else stacked.sum(dim=1, keepdim=True)

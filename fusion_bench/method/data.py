@@ -1,0 +1,96 @@
+"""What methods that learn from data have in common."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.method.base import ModelPool
+from fusion_bench.weights import TensorWeights, Weights
+
+#: The part of the datasets that a method learns from. The test split is that of the task pool.
+Split = Literal["train", "validation", "test"]
+
+
+class TrainablePool(ModelPool, Protocol):
+    """A model pool that makes modules, which a method may run and change."""
+
+    def load_model(self, name: str) -> nn.Module:
+        """Load a model afresh, in eval mode, on the CPU."""
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a module with these weights."""
+
+
+class TaskData(Protocol):
+    """A task's images for a method to learn from; all on Fabric's device."""
+
+    @property
+    def classify(self) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
+        """Gives the function from images to logits that a model makes for the task."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, count: int | None, seed: int = 0) -> Any:
+        """Draw so many samples, none twice; all where there are no more, or for ``None``."""
+
+    def batches(self, samples: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels."""
+
+    def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches for ever, in a new order each time round."""
+
+    def judge(self, model: nn.Module) -> Any:
+        """Return the model's answers on all images: ``num_correct`` of ``num_samples``."""
+
+
+Data = Mapping[str, TaskData]
+
+
+def own_data(names: Sequence[str], data: Data) -> Data:
+    """Return each model's own task's data.
+
+    Raises:
+        FusionBenchError: a model without.
+    """
+    for name in names:
+        if name not in data:
+            raise FusionBenchError(
+                f"There is no data for the model '{name}'. Name its dataset beside the others', "
+                f"as '{name}': there is {', '.join(data) or 'none'}."
+            )
+    return {name: data[name] for name in names}
+
+
+def parameter_keys(module: nn.Module, weights: Weights) -> list[str]:
+    """Return the keys of a module's parameters, which must be the weights' own.
+
+    Raises:
+        FusionBenchError: the module calls them otherwise than the files do.
+    """
+    keys = [name for name, _ in module.named_parameters()]
+    if unknown := [key for key in keys if key not in weights]:
+        raise FusionBenchError(
+            f"The module calls a parameter '{unknown[0]}' that its weights do not have: this "
+            f"method cannot learn with a {type(module).__name__}."
+        )
+    return keys
+
+
+def excluded(key: str, patterns: Iterable[str]) -> bool:
+    """Tell whether one of the regular expressions is found in a parameter's name."""
+    return any(re.search(pattern, key) for pattern in patterns)
+
+
+def completed(parameters: Mapping[str, Tensor], like: Weights) -> Weights:
+    """Return all entries of ``like``, with ``parameters`` in place of its own, in its dtypes."""
+    tensors: dict[str, Tensor] = {}
+    for key in like:
+        first = like.tied_to(key)
+        if first in tensors:
+            tensors[key] = tensors[first]
+        else:
+            tensors[key] = parameters.get(key, like[key]).to(like.spec(key).dtype)
+    return TensorWeights(tensors)

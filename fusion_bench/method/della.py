@@ -1,0 +1,119 @@
+r"""DELLA: drop small changes more often than large ones, elect a sign, and merge.
+
+$\tilde\tau_t = m_t \odot \tau_t / q_t$ with $m_t \sim \mathrm{Bernoulli}(q_t)$, where $q_t$ rises
+along each row with the rank of the magnitude.
+Deep et al., DELLA-Merging, https://arxiv.org/abs/2406.11617
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError, check_between, check_choice
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.ties_merging import TiesMergingAlgorithm
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import (
+    MergeFunc,
+    Rescale,
+    add_scaled,
+    ranks,
+    rescale_l1,
+    task_vectors,
+    uniform,
+)
+
+Window = Literal["full", "half"]
+Merge = Literal["elect", "linear"]
+
+
+class DellaMerging(TensorwiseAlgorithm):
+    """The pretrained model plus merged task vectors that were thinned out by magnitude.
+
+    Args:
+        scaling_factor: scales what is added.
+        density: the probability that an element is kept, on average over its row.
+        epsilon: by how much that probability differs along a row.
+        window: ``full``: ``epsilon`` is the difference between the largest and the smallest
+            element of a row; ``half``: between each of them and the average, as common code has it.
+        rescale: ``inverse_keep`` divides what is left by its probability; ``l1`` restores each
+            tensor's sum of magnitudes; ``none`` does neither.
+        merge: ``elect`` a sign at each element, as TIES does, or be ``linear``.
+        merge_func: how the values are merged: ``mean``, ``sum`` or, of elected ones, ``max``.
+        seed: draws with another seed are others.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+
+    def __init__(
+        self,
+        scaling_factor: float = 1.0,
+        density: float = 0.7,
+        epsilon: float = 0.14,
+        window: Window = "full",
+        rescale: Rescale = "inverse_keep",
+        merge: Merge = "elect",
+        merge_func: MergeFunc = "mean",
+        seed: int | None = None,
+    ):
+        check_between("method.density", density, 0, 1)
+        check_between("method.epsilon", epsilon, 0, 1)
+        check_choice("method.window", window, Window)
+        check_choice("method.rescale", rescale, Rescale)
+        check_choice("method.merge", merge, Merge)
+        check_choice("method.merge_func", merge_func, MergeFunc)
+        self._half = epsilon / 2 if window == "full" else epsilon
+        if not 0 < density - self._half <= density + self._half <= 1:
+            raise FusionBenchError(
+                f"method.epsilon: with density {density} elements would be kept with the "
+                f"probabilities {density - self._half:g} to {density + self._half:g}, which must "
+                "lie above 0 and not above 1."
+            )
+        if merge == "linear" and merge_func == "max":
+            raise FusionBenchError("method.merge_func: 'max' is only for merge=elect.")
+        self.scaling_factor = scaling_factor
+        self.density = density
+        self.rescale = rescale
+        self.merge = merge
+        self.merge_func = merge_func
+        self.seed = seed or 0
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return what thins out the task vectors and merges them."""
+
+        def pruned(
+            key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+        ) -> Iterator[Tensor]:
+            vectors = task_vectors(key, start, tensors, base)
+            for name, vector in zip(inputs.names, vectors, strict=True):
+                yield self._pruned(vector, (self.seed, name, key))
+
+        if self.merge == "elect":
+            everything = 1  # nothing is trimmed
+            ties = TiesMergingAlgorithm(self.scaling_factor, everything, (), self.merge_func)
+            return ties.merger_of(inputs, pruned)
+        factor = self.scaling_factor / (len(inputs.names) if self.merge_func == "mean" else 1)
+
+        def add(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            return add_scaled(base, pruned(key, start, tensors, base), factor)
+
+        return add
+
+    def _pruned(self, vector: Tensor, seed: Sequence[object]) -> Tensor:
+        """Return a task vector thinned out, row by row: along all dimensions but the first."""
+        rows = vector.flatten(1) if vector.ndim > 1 else vector.reshape(1, -1)
+        last = rows.shape[1] - 1
+        # From -1 for the smallest to 1 for the largest; 0 for one that is alone.
+        place = ranks(rows).to(rows.dtype).mul_(2).sub_(last).div_(max(last, 1))
+        keep = place.mul_(self._half).add_(self.density)
+        draws = torch.from_numpy(uniform(rows.numel(), seed)).to(rows).view_as(rows)
+        left = (draws < keep).to(rows.dtype).mul_(rows)
+        if self.rescale == "inverse_keep":
+            left.div_(keep)
+        elif self.rescale == "l1":
+            left = rescale_l1(left, rows)
+        return left.view(vector.shape)

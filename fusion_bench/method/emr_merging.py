@@ -1,0 +1,81 @@
+r"""EMR: elect, mask and rescale, $\theta_t = \theta_0 + \lambda_t\, m_t \odot \tau$.
+
+At each element $\tau$ has the sign of $\sum_t \tau_t$ and the largest magnitude with that sign;
+$m_t$ is 1 where $\tau_t$ has it too; $\lambda_t = \sum |\tau_t| / \sum |m_t \odot \tau|$.
+Huang et al., EMR-Merging, https://arxiv.org/abs/2405.17461
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from fusion_bench.errors import check_choice
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import disjoint_merge, task_vectors
+from fusion_bench.weights.statistics import sums, total
+
+Rescale = Literal["paper", "released"]
+
+
+class EMRMerging(TensorwiseAlgorithm):
+    """For each task a model: the pretrained one plus the task's share of one unified task vector.
+
+    Args:
+        rescale: what the magnitudes are compared by: ``paper`` takes sums over the whole model,
+            ``released``, as the authors' code, sums over the tensors of each tensor's mean.
+    """
+
+    needs_pretrained = True
+    elementwise = True
+
+    def __init__(self, rescale: Rescale = "paper"):
+        check_choice("method.rescale", rescale, Rescale)
+        self.rescale = rescale
+
+    def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
+        """Find the scales; return by the models' names what makes each task's model."""
+        found = sums(inputs, _magnitudes)
+        if self.rescale == "released":
+            found = {key: [own / inputs.merged(key) for own in found[key]] for key in found}
+        totals = total(found)
+        scales = [
+            own / shared if shared else 1.0
+            for own, shared in zip(totals[::2], totals[1::2], strict=True)
+        ]
+        return {name: partial(_merge, scales, task) for task, name in enumerate(inputs.names)}
+
+
+def _merge(
+    scales: Sequence[float],
+    task: int,
+    key: str,
+    start: int,
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+) -> Tensor:
+    assert base is not None
+    unified = _unified(key, start, tensors, base)
+    return _masked(unified, tensors[task] - base).mul_(scales[task]).add_(base)
+
+
+def _magnitudes(
+    key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield, model by model, those of the task vector and of its share of the unified one."""
+    unified = _unified(key, start, tensors, base)
+    for vector in task_vectors(key, start, tensors, base):
+        yield vector.abs()
+        yield _masked(unified, vector).abs_()
+
+
+def _unified(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    return disjoint_merge(task_vectors(key, start, tensors, base), "max", lambda: -1)
+
+
+def _masked(unified: Tensor, vector: Tensor) -> Tensor:
+    """Return ``unified`` where ``vector``, which is used up, has its sign, else 0."""
+    sign = vector.sign_()
+    return (sign * unified).clamp_(min=0).mul_(sign)

@@ -1,0 +1,200 @@
+r"""Ensembles: $F(x) = \sum_t w_t f_t(x)$; the models stay apart, and their answers are merged."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError, check_choice
+from fusion_bench.method.data import TrainablePool
+from fusion_bench.storage import whole_directory, write_text
+from fusion_bench.weights import is_special
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+#: What is put together: whatever the models return, or what their classifiers make of it.
+Of = Literal["outputs", "logits", "probabilities", "log_probabilities"]
+Models = TrainablePool | Mapping[str, nn.Module]
+#: The file that says how a saved ensemble's members belong together.
+_FILE = "ensemble.json"
+
+
+class Ensemble(nn.Module):
+    """Models of which each answers, as one.
+
+    Args:
+        models: name to model.
+        weights: one a model, of a sum; ``None`` takes the largest value of each element.
+        of: what is put together.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], weights: Sequence[float] | None, of: Of = "outputs"
+    ):
+        super().__init__()
+        self.names = list(models)
+        self.models = nn.ModuleList(models.values())
+        self.weights = None if weights is None else list(weights)
+        self.of = of
+
+    @property
+    def config(self) -> Any:
+        """The first model's; the others are of its kind."""
+        return getattr(self.models[0], "config", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the models return, put together: tensors, and whatever holds tensors."""
+        return self._together([model(*args, **kwargs) for model in self.models])
+
+    def _together(self, outputs: list[Any]) -> Any:
+        first = outputs[0]
+        if isinstance(first, Tensor):
+            return self._merged(outputs)
+        if isinstance(first, Mapping):
+            parts = {key: self._together([output[key] for output in outputs]) for key in first}
+            return type(first)(**parts)
+        if isinstance(first, tuple | list):
+            return type(first)(self._together(list(part)) for part in zip(*outputs, strict=True))
+        return first
+
+    def _merged(self, tensors: Sequence[Tensor]) -> Tensor:
+        if self.weights is None:
+            return torch.stack(list(tensors)).amax(dim=0)
+        total = tensors[0] * self.weights[0]
+        for tensor, weight in zip(tensors[1:], self.weights[1:], strict=True):
+            total = total + tensor * weight
+        return total
+
+    def save(self, directory: Path, modelpool: Any, config: Mapping[str, Any]) -> None:
+        """Write each model into a directory of its name, and beside them what they make together.
+
+        ``load_ensemble`` reads it back.
+        """
+        with whole_directory(directory) as place:
+            for name, model in zip(self.names, self.models, strict=True):
+                modelpool.save_model(model, place / name, config)
+            described = {"models": self.names, "weights": self.weights, "of": self.of}
+            write_text(place / _FILE, json.dumps(described, indent=2) + "\n")
+
+
+class LogitEnsemble(Ensemble):
+    """An ensemble of classifiers: their logits are put together, not what the models return."""
+
+    @property
+    def members(self) -> Sequence[nn.Module]:
+        """The models, each of which makes a classifier."""
+        return list(self.models)
+
+    def combine(self, logits: Sequence[Tensor]) -> Tensor:
+        """Return the ensemble's logits."""
+        logits = [own.float() for own in logits]
+        if self.of == "logits":
+            return self._merged(logits)
+        log_probs = [own.log_softmax(dim=-1) for own in logits]
+        if self.of == "log_probabilities":
+            return self._merged(log_probs)
+        # Not the log of a sum of tiny numbers: the largest is taken out first.
+        largest = torch.stack(log_probs).amax(dim=0)
+        shares = self._merged([(own - largest).exp() for own in log_probs])
+        return largest + shares.log()
+
+
+def load_ensemble(directory: str | Path, models: Mapping[str, nn.Module]) -> Ensemble:
+    """Return a saved ensemble; ``models`` are those that its directories hold, by name."""
+    known = json.loads((Path(directory) / _FILE).read_text(encoding="utf-8"))
+    named = {name: models[name] for name in known["models"]}
+    return ensemble_of(named, known["weights"], known["of"])
+
+
+def ensemble_of(
+    models: Mapping[str, nn.Module], weights: Sequence[float] | None, of: Of
+) -> Ensemble:
+    """Return an ensemble of the kind that ``of`` asks for."""
+    return Ensemble(models, weights) if of == "outputs" else LogitEnsemble(models, weights, of)
+
+
+class SimpleEnsembleAlgorithm:
+    """The mean of what all models answer; the pretrained model is not one of them.
+
+    Args:
+        of: what is averaged: ``outputs``, which are whatever the models return, for an encoder its
+            features; or their classifiers' ``logits``, ``probabilities`` or ``log_probabilities``.
+    """
+
+    def __init__(self, of: Of = "outputs"):
+        check_choice("method.of", of, Of)
+        self.of = of
+
+    def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:
+        """Load the models; a dict of modules is an ensemble of just these."""
+        models = loaded(modelpool)
+        return ensemble_of(models, [1 / len(models)] * len(models), self.of)
+
+
+class WeightedEnsembleAlgorithm:
+    """The weighted sum of what all models answer.
+
+    Args:
+        weights: one a model, in the pool's order; ``null`` weighs all alike.
+        normalize: divide the weights by their sum.
+        of: as in ``SimpleEnsembleAlgorithm``.
+
+    Raises:
+        FusionBenchError: from ``run``: another number of weights than models, or weights whose sum
+            is zero with ``normalize``.
+    """
+
+    def __init__(
+        self, weights: Sequence[float] | None = None, normalize: bool = True, of: Of = "outputs"
+    ):
+        check_choice("method.of", of, Of)
+        self.weights = None if weights is None else list(weights)
+        self.normalize = normalize
+        self.of = of
+
+    def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:
+        """Load the models."""
+        models = loaded(modelpool)
+        weights = self.weights if self.weights is not None else [1.0] * len(models)
+        if len(weights) != len(models):
+            raise FusionBenchError(
+                f"method.weights: {len(weights)} weights for {len(models)} models "
+                f"({', '.join(models)}). Give one for each."
+            )
+        total = sum(weights) if self.normalize else 1.0
+        if total == 0:
+            raise FusionBenchError(
+                "method.weights: the weights add up to zero and cannot be normalised. "
+                "Give method.normalize=false."
+            )
+        return ensemble_of(models, [weight / total for weight in weights], self.of)
+
+
+class MaxModelPredictorAlgorithm:
+    """The largest of what all models answer, element by element: the most confident one's.
+
+    Zhu et al., https://proceedings.mlr.press/v97/zhu19b.html
+
+    Args:
+        of: as in ``SimpleEnsembleAlgorithm``; the largest of features would tell nothing of
+            confidence, so that it is the logits by default.
+    """
+
+    def __init__(self, of: Of = "logits"):
+        check_choice("method.of", of, Of)
+        self.of = of
+
+    def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:
+        """Load the models."""
+        return ensemble_of(loaded(modelpool), None, self.of)
+
+
+def loaded(modelpool: Models) -> dict[str, nn.Module]:
+    """Return the models to fuse, of a pool or of a plain dict."""
+    if isinstance(modelpool, Mapping):
+        return {name: module for name, module in modelpool.items() if not is_special(name)}
+    return {name: modelpool.load_model(name) for name in modelpool.model_names}

@@ -1,0 +1,171 @@
+r"""Fisher merging: $\theta_j = \sum_t c_t F_{t,j} \theta_{t,j} / \sum_t c_t F_{t,j}$.
+
+$F_t$ is the diagonal of the Fisher information of model $t$ on its own task,
+$F_{t,j} = \frac{1}{N} \sum_x \sum_y p(y|x) (\partial \log p(y|x) / \partial \theta_j)^2$: the more
+an answer depends on a parameter, the more that model has to say about it.
+Matena and Raffel, Merging models with Fisher-weighted averaging, https://arxiv.org/abs/2111.09832
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusion_bench.errors import check_between, check_choice
+from fusion_bench.method.data import (
+    Data,
+    Split,
+    TaskData,
+    TrainablePool,
+    excluded,
+    own_data,
+    parameter_keys,
+)
+from fusion_bench.progress import bar
+from fusion_bench.weights import Weights, merge
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Estimator = Literal["exact", "sampled", "empirical", "batch_sqrt"]
+
+#: Gradients that are held at once take no more floats than this, as far as one alone allows.
+_FLOATS = 2**28
+
+
+class FisherMergingAlgorithm:
+    """The average of all models, each parameter weighted by its Fisher information.
+
+    Args:
+        exclude_param_names_regex: parameters whose names match one of these are averaged plainly.
+        normalize_fisher_weight: divide each model's Fisher by its norm, so that none prevails.
+        minimal_fisher_weight: is added to each weight.
+        num_fisher_examples: samples of each task, drawn at random; ``null`` takes all.
+        estimator: of the sum over labels: ``exact``, which costs one backward pass a class and
+            sample; ``sampled``, one label drawn from the model's answer; ``empirical``, the true
+            label; ``batch_sqrt``, the square of a batch's summed gradient, as common code has it.
+        batch_size: samples in a batch, which matters for ``batch_sqrt`` alone.
+        split: what part of the datasets is used.
+        seed: draws with another seed are others.
+    """
+
+    needs_data = True
+
+    def __init__(
+        self,
+        exclude_param_names_regex: Sequence[str] = (),
+        normalize_fisher_weight: bool = True,
+        minimal_fisher_weight: float = 1e-6,
+        num_fisher_examples: int | None = 256,
+        estimator: Estimator = "exact",
+        batch_size: int = 32,
+        split: Split = "train",
+        seed: int | None = None,
+    ):
+        check_choice("method.estimator", estimator, Estimator)
+        check_choice("method.split", split, Split)
+        check_between("method.minimal_fisher_weight", minimal_fisher_weight, 0, 1)
+        self.exclude_param_names_regex = list(exclude_param_names_regex)
+        self.normalize_fisher_weight = normalize_fisher_weight
+        self.minimal_fisher_weight = minimal_fisher_weight
+        self.num_fisher_examples = num_fisher_examples
+        self.estimator = estimator
+        self.batch_size = batch_size
+        self.split = split
+        self.seed = seed or 0
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the true labels are looked at."""
+        return self.estimator == "empirical"
+
+    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+        """Estimate the Fisher information of each model and merge.
+
+        Raises:
+            FusionBenchError: a model without data.
+        """
+        names = modelpool.model_names
+        own = own_data(names, data)
+        fishers = []
+        for name in names:
+            module = fabric.to_device(modelpool.load_model(name))
+            parameter_keys(module, modelpool.weights(name))
+            fishers.append(self.fisher(module, name, own[name]))
+        coefficients = self._coefficients(fishers)
+
+        def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            if base is not None and excluded(key, self.exclude_param_names_regex):
+                return base.clone()
+            weighted, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])
+            for fisher, coefficient, tensor in zip(fishers, coefficients, tensors, strict=True):
+                weight = torch.full_like(tensor, self.minimal_fisher_weight)
+                if key in fisher:
+                    weight += fisher[key].to(tensor)
+                weight *= coefficient
+                weighted += weight * tensor
+                total += weight
+            return torch.where(total > 0, weighted / total, sum(tensors) / len(tensors))
+
+        return merge(
+            {name: modelpool.weights(name) for name in names},
+            merge_tensor,
+            modelpool.weights("_pretrained_") if modelpool.has_pretrained else None,
+            policy=modelpool.policy,
+            show_progress=True,
+        )
+
+    def fisher(self, module: nn.Module, name: str, data: TaskData) -> dict[str, Tensor]:
+        """Return the diagonal Fisher information of a model, by parameter, on the CPU."""
+        parameters = {
+            key: parameter
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad and not excluded(key, self.exclude_param_names_regex)
+        }
+        classify = data.classify(module)
+        samples = data.sample(self.num_fisher_examples, self.seed)
+        fisher = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+        size = self.batch_size if self.estimator == "batch_sqrt" else 1
+        random = torch.Generator().manual_seed(self.seed)
+        steps = -(-len(samples) // size)
+        for images, labels in bar(data.batches(samples, size), f"Fisher of {name}", total=steps):
+            log_probs = classify(images).float().log_softmax(dim=-1)
+            rows = self._rows(log_probs.detach(), labels, random)
+            at_once = max(1, _FLOATS // sum(p.numel() for p in parameters.values()))
+            for chunk in rows.split(at_once):
+                gradients = torch.autograd.grad(
+                    log_probs,
+                    list(parameters.values()),
+                    chunk.view(len(chunk), *log_probs.shape),
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+                for total, gradient in zip(fisher.values(), gradients, strict=True):
+                    if gradient is not None:  # the answer does not depend on it
+                        total += gradient.square().sum(dim=0)
+        return {key: (total / len(samples)).cpu() for key, total in fisher.items()}
+
+    def _rows(self, log_probs: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        """Return weights of the log-probabilities; each row's gradient is squared by itself."""
+        probs = log_probs.exp()
+        if self.estimator == "batch_sqrt":
+            return probs.sqrt().view(1, -1)
+        if self.estimator == "exact":
+            return probs[0].sqrt().diag()
+        if self.estimator == "sampled":
+            labels = torch.multinomial(probs.cpu(), 1, generator=random)[0].to(probs.device)
+        return torch.nn.functional.one_hot(labels, probs.shape[-1]).to(probs)
+
+    def _coefficients(self, fishers: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """Return what makes the models' Fishers comparable."""
+        if not self.normalize_fisher_weight:
+            return [1.0] * len(fishers)
+        norms = [
+            math.sqrt(math.fsum(float(f.double().square().sum()) for f in fisher.values()))
+            for fisher in fishers
+        ]
+        inverse = [1 / (norm + self.minimal_fisher_weight) for norm in norms]
+        return [value / sum(inverse) for value in inverse]

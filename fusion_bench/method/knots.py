@@ -1,0 +1,222 @@
+r"""KnOTS: another method's merge, in directions common to all models.
+
+Side by side, $[\tau_1 \dots \tau_T] = U \Sigma [V_1^\top \dots V_T^\top]$; the other method $f$
+merges what is left of the task vectors, $\tau = U f(\Sigma V_1^\top, \dots, \Sigma V_T^\top)$.
+Stoica et al., Model merging with SVD to tie the KnOTS, https://arxiv.org/abs/2410.19735
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError, check_between
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.ties_merging import TiesMergingAlgorithm
+from fusion_bench.weights import Inputs, MergePiece, MergePolicy, TensorSpec, Weights
+from fusion_bench.weights.matrices import column_space, is_matrix
+from fusion_bench.weights.ops import task_vectors
+
+#: Bytes of directions that are kept at hand.
+_AT_HAND = 2**31
+
+
+class KnOTSMerging(TensorwiseAlgorithm):
+    """The pretrained model plus what another method makes of the task vectors, aligned.
+
+    What is no matrix reaches the other method as it is.
+
+    Args:
+        base_method: the other method; by default TIES. It sees the aligned task vectors as models,
+            and zeros as the pretrained one.
+        scaling_factor: scales what is added.
+        exclude_keys: keys, or patterns of them, of matrices that are not aligned.
+        rank_tol: directions whose singular value is at most this share of the largest are left out.
+    """
+
+    needs_pretrained = True
+    heavy = True
+
+    def __init__(
+        self,
+        base_method: Any = None,
+        scaling_factor: float = 1.0,
+        exclude_keys: Sequence[str] | None = None,
+        rank_tol: float = 1e-5,
+    ):
+        check_between("method.rank_tol", rank_tol, 0, 1)
+        method = instantiate(base_method, "method.base_method")
+        self.base_method = TiesMergingAlgorithm() if method is None else method
+        needs_data = getattr(self.base_method, "needs_data", False)
+        if needs_data or not isinstance(self.base_method, TensorwiseAlgorithm):
+            raise FusionBenchError(
+                f"method.base_method: {type(self.base_method).__name__} does not merge weights "
+                "alone, tensor by tensor. Choose another method."
+            )
+        self.scaling_factor = scaling_factor
+        self.exclude_keys = list(exclude_keys or ())
+        self.rank_tol = rank_tol
+
+    def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
+        """Let the base method merge the aligned task vectors, and turn back what it makes."""
+        alignment = _Alignment(inputs, self.exclude_keys, self.rank_tol)
+        fused = self.base_method.run(_AlignedPool(alignment))
+        if isinstance(fused, Weights):
+            return self._turned_back(alignment, fused)
+        return {
+            name: self._turned_back(alignment, own)
+            for name, own in fused.items()
+            if isinstance(own, Weights)
+        }
+
+    def _turned_back(self, alignment: "_Alignment", fused: Weights) -> MergePiece:
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            spec = fused.spec(key)
+            merged = fused.read(key, 0, spec.numel).view(spec.shape)
+            u = alignment.entry(key).u
+            merged = merged if u is None else u @ merged
+            return merged.to(base).mul_(self.scaling_factor).add_(base)
+
+        return merge
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of all models, with the common directions as columns; a matrix has some."""
+
+    key: str
+    tensors: Sequence[Tensor]
+    base: Tensor | None
+    u: Tensor | None
+
+    def aligned(self, model: int) -> Tensor:
+        """Return a model's task vector, by its parts in the common directions."""
+        assert self.base is not None
+        vector = self.tensors[model] - self.base
+        return vector if self.u is None else self.u.T @ vector
+
+
+class _Alignment:
+    """The common directions of each matrix: the left singular vectors of all its task vectors.
+
+    The base method may look at an entry several times, and each time at one model after the other.
+    So the last entry is at hand, and of the others as many directions as there is room for.
+    """
+
+    def __init__(self, inputs: Inputs, exclude_keys: Sequence[str], rank_tol: float):
+        self.inputs = inputs
+        self._exclude_keys = exclude_keys
+        self._rank_tol = rank_tol
+        self._ranks: dict[str, int] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._last: _Entry | None = None
+        self._lock = threading.Lock()
+        inputs.survey(self._find)
+
+    def entry(self, key: str) -> _Entry:
+        """Return an entry as it is read and aligned."""
+        key = self.inputs.tied_to(key)
+        with self._lock:
+            if self._last is None or self._last.key != key:
+                tensors, base = self.inputs.read(key, 0, self.inputs.merged(key))
+                self._last = _Entry(key, tensors, base, self._directions(key, tensors, base))
+            return self._last
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of an entry's aligned task vectors."""
+        shape = self.inputs.shape(key, 0, self.inputs.merged(key))
+        rank = self._ranks.get(self.inputs.tied_to(key))
+        return shape if rank is None else (rank, *shape[1:])
+
+    def _find(self, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        u = self._directions(key, tensors, base)
+        if u is not None:
+            self._ranks[key] = u.shape[1]
+
+    def _directions(
+        self, key: str, tensors: Sequence[Tensor], base: Tensor | None
+    ) -> Tensor | None:
+        assert base is not None
+        if not is_matrix(key, base.shape, self._exclude_keys):
+            return None
+        u = self._kept.get(key)
+        if u is None:
+            rows, columns = base.shape
+            vectors = task_vectors(key, 0, tensors, base)
+            u = column_space(vectors, (rows, columns * len(tensors)), self._rank_tol)
+            u = u.to(base).contiguous()
+            # Entries come in the same order each time: to make room would drop the next to come.
+            if u.nbytes + sum(kept.nbytes for kept in self._kept.values()) <= _AT_HAND:
+                self._kept[key] = u
+        return u
+
+
+class _AlignedPool:
+    """A pool whose models are aligned task vectors, and whose pretrained model is zeros."""
+
+    has_pretrained = True
+    vocabulary = None
+
+    def __init__(self, alignment: _Alignment):
+        self._alignment = alignment
+        self.model_names = alignment.inputs.names
+        self.policy = MergePolicy(on_nonfinite="warn", device=alignment.inputs.policy.device)
+
+    def weights(self, name: str) -> Weights:
+        """Return what is computed when it is read."""
+        model = None if name == "_pretrained_" else self.model_names.index(name)
+        return _Aligned(self._alignment, model)
+
+
+class _Aligned(Weights):
+    """One model's aligned task vectors; without a model, zeros of the same shapes."""
+
+    in_pieces = False
+    in_threads = False
+
+    def __init__(self, alignment: _Alignment, model: int | None):
+        self._alignment = alignment
+        self._model = model
+        inputs = alignment.inputs
+        everything = [inputs.aligned.reference, *inputs.aligned.models.values()]
+        self._specs = {
+            key: TensorSpec(
+                alignment.shape(key),
+                torch.float64
+                if any(weights.spec(key).dtype == torch.float64 for weights in everything)
+                else torch.float32,
+            )
+            for key in inputs
+            if inputs.merged(key)
+        }
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of all models: they share the directions."""
+        return self._alignment.inputs.files
+
+    def __getitem__(self, key: str) -> Tensor:
+        spec = self._specs[key]
+        if self._model is None:
+            return torch.zeros(spec.shape, dtype=spec.dtype)
+        return self._alignment.entry(key).aligned(self._model).to(spec.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return a shape with as many rows as there are directions."""
+        return self._specs[key]
+
+    def tied_to(self, key: str) -> str:
+        """Return the first key of an entry that is tied in every model."""
+        return self._alignment.inputs.tied_to(key)

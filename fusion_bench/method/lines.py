@@ -1,0 +1,172 @@
+r"""LiNeS: $\theta = \theta_0 + c_l\,\tau$, where the coefficient $c_l$ grows from block to block.
+
+$\tau$ is what another method adds to the pretrained model. In block $l = 0 \dots L - 1$ of a stack
+$c_l = \alpha + \beta\,\frac{l}{L - 1}$, and $\alpha$ outside of blocks: shallow layers, which all
+tasks share, change less than deep ones.
+Wang et al., LiNeS, https://arxiv.org/abs/2410.17146
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method.base import Fused, ModelPool, ModuleDict, TensorwiseAlgorithm
+from fusion_bench.weights import (
+    Inputs,
+    MergedWeights,
+    MergePiece,
+    TensorWeights,
+    Weights,
+    align,
+    in_memory,
+)
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.statistics import sums, total
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
+
+#: A block's stack and its place there: the outermost, where blocks have layers of their own.
+_BLOCK = re.compile(r"(.*?(?:^|\.)(?:layers?|blocks?|resblocks|h))\.(\d+)\.")
+
+
+class LiNeSAlgorithm(TensorwiseAlgorithm):
+    """What another method makes, its changes scaled from block to block.
+
+    Args:
+        base_method: the other method.
+        alpha: the coefficient in the first block and outside of blocks. ``auto`` takes the one that
+            gives the changes the L1 norm of the average of the task vectors.
+        beta: by how much the coefficient grows up to the last block; with ``None`` up to 1.
+    """
+
+    needs_pretrained = True
+
+    def __init__(
+        self,
+        base_method: Any,
+        alpha: float | Literal["auto"] = "auto",
+        beta: float | None = 1.0,
+    ):
+        if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+            raise FusionBenchError(f"method.alpha: {alpha!r} is neither a number nor 'auto'.")
+        self.base_method = instantiate(base_method, "method.base_method")
+        self.alpha = alpha
+        self.beta = beta
+        # Where the base method learns from data, it says from which.
+        self.needs_data = getattr(self.base_method, "needs_data", False)
+        self.uses_labels = getattr(self.base_method, "uses_labels", False)
+        self.split = getattr(self.base_method, "split", None)
+
+    def run(
+        self,
+        modelpool: ModelPool | Mapping[str, nn.Module],
+        fabric: "Fabric | None" = None,
+        *data: Any,
+    ) -> Fused:
+        """Let the base method merge, and scale what it changed.
+
+        Args:
+            modelpool: the models.
+            fabric: for the base method.
+            data: likewise, where it learns from data.
+
+        Returns:
+            As ``TensorwiseAlgorithm``; several models where the base method makes several.
+
+        Raises:
+            FusionBenchError: no pretrained model; a base method that does not return weights.
+        """
+        pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
+        if not pool.has_pretrained:
+            raise FusionBenchError(
+                "LiNeSAlgorithm needs the pretrained model: add '_pretrained_' to modelpool.models."
+            )
+        fused = self.base_method.run(pool, fabric, *data)
+        if not isinstance(fused, Mapping):
+            raise FusionBenchError(
+                f"method.base_method: {type(self.base_method).__name__} makes a module, and no "
+                "weights that could be scaled. Choose another method."
+            )
+        several = not isinstance(fused, Weights) and all(
+            isinstance(part, Mapping) for part in fused.values()
+        )
+        family: Mapping[str, Any] = fused if several else {"": fused}
+        scaled: dict[str, Any] = {name: self._scaled(pool, own) for name, own in family.items()}
+        if isinstance(modelpool, Mapping):
+            scaled = {name: in_memory(weights) for name, weights in scaled.items()}
+        return scaled if several else scaled[""]
+
+    def _scaled(self, pool: ModelPool, fused: Mapping[str, Tensor]) -> Weights:
+        """Return what scales ``fused`` when it is read."""
+        merged = fused if isinstance(fused, Weights) else TensorWeights(fused)
+        base = pool.weights("_pretrained_")
+        # What was merged may be stored in another type than the models.
+        policy = replace(pool.policy, on_dtype="cast")
+
+        def inputs(models: Mapping[str, Weights]) -> Inputs:
+            aligned = align(models, base, policy, pool.vocabulary)
+            return Inputs(aligned, policy, True, True, False, self.show_pbar)
+
+        alpha = self.alpha
+        if alpha == "auto":
+            models = {name: pool.weights(name) for name in pool.model_names}
+            alpha = _alpha(inputs({**models, "_merged_": merged}))
+            log.info("LiNeS: alpha is %.4g.", alpha)
+        beta = 1 - alpha if self.beta is None else self.beta
+        depths = _depths(merged)
+        if not depths:
+            log.warning("LiNeS: no key names a block, so that all changes are scaled alike.")
+        return _Scaled(inputs({"merged": merged}), _scale(alpha, beta, depths), merged)
+
+
+class _Scaled(MergedWeights):
+    """Scaled weights, which also tell what was noticed as they were merged."""
+
+    def __init__(self, inputs: Inputs, merge_piece: MergePiece, fused: Weights):
+        super().__init__(inputs, merge_piece)
+        self._fused = fused
+
+    def verify(self) -> None:
+        self._fused.verify()
+        super().verify()
+
+
+def _scale(alpha: float, beta: float, depths: Mapping[str, float]) -> MergePiece:
+    def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        assert base is not None
+        (vector,) = task_vectors(key, start, tensors, base)
+        return vector.mul_(alpha + beta * depths.get(key, 0)).add_(base)
+
+    return merge
+
+
+def _depths(keys: Iterable[str]) -> dict[str, float]:
+    """Return how deep in its stack, from 0 to 1, the block of each key is."""
+    blocks = {key: (match[1], int(match[2])) for key in keys if (match := _BLOCK.match(key))}
+    last: dict[str, int] = {}
+    for stack, index in blocks.values():
+        last[stack] = max(index, last.get(stack, 1))  # a block alone is the first
+    return {key: index / last[stack] for key, (stack, index) in blocks.items()}
+
+
+def _alpha(inputs: Inputs) -> float:
+    """Return the norm of the models' average change over that of the last one's change."""
+    average, merged = total(sums(inputs, _magnitudes))
+    return average / merged if merged else 1.0
+
+
+def _magnitudes(
+    key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+) -> Iterator[Tensor]:
+    *vectors, merged = task_vectors(key, start, tensors, base)
+    yield (sum(vectors[1:], vectors[0]) / len(vectors)).abs_()
+    yield merged.abs_()

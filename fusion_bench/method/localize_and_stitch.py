@@ -1,0 +1,52 @@
+r"""Localize-and-Stitch: $\theta = \theta_0 + \sum_t \gamma'_t \odot \tau_t$, without data.
+
+The mask $\gamma_t$ has the largest elements of $\tau_t$ in the whole model; where several have an
+element, they share it: $\gamma'_t = \gamma_t / \max(1, \sum_u \gamma_u)$.
+He et al., Localize-and-Stitch, https://arxiv.org/abs/2408.13656
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import check_between
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.statistics import largest
+
+
+class LocalizeAndStitch(TensorwiseAlgorithm):
+    """The pretrained model plus the largest changes, averaged where several models have them.
+
+    Args:
+        density: the share of each task vector that is kept, of the whole model. What a model did
+            not change at all is never among it.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+    elementwise = True
+
+    def __init__(self, density: float = 0.1):
+        check_between("method.density", density, 0, 1)
+        self.density = density
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Find where each task vector is cut off."""
+        count = int(inputs.count() * Fraction(str(self.density)))
+        cutoffs = largest(inputs, task_vectors, [count] * len(inputs.names))
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            total, sharing = torch.zeros_like(base), torch.zeros_like(base)
+            vectors = task_vectors(key, start, tensors, base)
+            for cutoff, vector in zip(cutoffs, vectors, strict=True):
+                kept = cutoff.keep(key, start, vector)
+                total += kept
+                sharing += kept.sign_().abs_()
+            return total.div_(sharing.clamp_(min=1)).add_(base)
+
+        return merge

@@ -1,0 +1,139 @@
+r"""Model soups: which models to average, and how much of each, learned on a validation split.
+
+Greedy: models join the average one by one, the best first, where it gets better by that. Learned:
+$\theta = \sum_t \mathrm{softmax}(a)_t\,\theta_t$ with the $a$ that minimise the cross entropy.
+Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
+"""
+
+import logging
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fusion_bench.errors import check_choice
+from fusion_bench.method.adamerging import Mixture
+from fusion_bench.method.data import Data, Split, TrainablePool, completed, parameter_keys
+from fusion_bench.method.simple_average import SimpleAverageAlgorithm
+from fusion_bench.progress import bar
+from fusion_bench.weights import Weights, merge
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
+
+Granularity = Literal["layer", "model"]
+
+
+class GreedySoupAlgorithm:
+    """The average of those models that make it better; equal ones keep the pool's order.
+
+    The score is the mean accuracy over all tasks.
+
+    Args:
+        accept_equal: a model also joins where the average stays as good.
+        split: what part of the datasets judges, with its labels.
+    """
+
+    needs_data = True
+    uses_labels = True
+
+    def __init__(self, accept_equal: bool = False, split: Split = "validation"):
+        check_choice("method.split", split, Split)
+        self.accept_equal = accept_equal
+        self.split = split
+
+    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+        """Judge every model, then add one after the other."""
+
+        def soup(names: list[str]) -> Weights:
+            models = {name: modelpool.weights(name) for name in names}
+            average = SimpleAverageAlgorithm().merge_tensor
+            return merge(models, average, elementwise=True, linear=True, policy=modelpool.policy)
+
+        def score(weights: Weights) -> float:
+            module = fabric.to_device(modelpool.build_model(weights))
+            scores = [task.judge(module) for task in data.values()]
+            return sum(s.num_correct / s.num_samples for s in scores) / len(scores)
+
+        names = list(modelpool.model_names)
+        alone = {
+            name: score(soup([name])) for name in bar(names, "soup", total=len(names), unit="model")
+        }
+        ranked = sorted(names, key=lambda name: -alone[name])  # stable
+        chosen, best = ranked[:1], alone[ranked[0]]
+        for name in ranked[1:]:
+            found = score(soup([*chosen, name]))
+            if found > best or (self.accept_equal and found == best):
+                chosen, best = [*chosen, name], found
+        log.info("The soup is made of %s (%.1f %%).", ", ".join(chosen), 100 * best)
+        return soup(chosen)
+
+
+class LearnedSoupAlgorithm:
+    """The weighted average of all models whose weights, which add up to 1, are learned.
+
+    Args:
+        granularity: weights for each model, or for each model and ``layer``, one parameter tensor.
+        lr: AdamW's learning rate.
+        max_steps: steps of AdamW; each sees one batch of every task.
+        batch_size: images of a task in a step.
+        split: what part of the datasets is used, with its labels.
+        seed: draws with another seed are others.
+    """
+
+    needs_data = True
+    uses_labels = True
+
+    def __init__(
+        self,
+        granularity: Granularity = "model",
+        lr: float = 0.05,
+        max_steps: int = 100,
+        batch_size: int = 32,
+        split: Split = "validation",
+        seed: int | None = None,
+    ):
+        check_choice("method.granularity", granularity, Granularity)
+        check_choice("method.split", split, Split)
+        self.granularity = granularity
+        self.lr = lr
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.split = split
+        self.seed = seed or 0
+
+    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+        """Learn the weights, and with them a temperature of the answers, and merge."""
+        models = {name: modelpool.weights(name) for name in modelpool.model_names}
+        first = next(iter(models.values()))
+        module = fabric.to_device(modelpool.build_model(first)).requires_grad_(True)
+        keys = parameter_keys(module, first)
+        mixture = Mixture(module, keys, None, models)
+        columns = len(keys) if self.granularity == "layer" else 1
+        logits = nn.Parameter(torch.zeros(len(models), columns, device=fabric.device))
+        temperature = nn.Parameter(torch.ones((), device=fabric.device))
+        optimizer = torch.optim.AdamW([logits, temperature], lr=self.lr, weight_decay=0)
+        batches = {name: task.endless(self.batch_size, self.seed) for name, task in data.items()}
+        classify = {name: task.classify(module) for name, task in data.items()}
+        steps = bar(range(self.max_steps), "learning the soup", total=self.max_steps, unit="step")
+        for _ in steps:
+            optimizer.zero_grad()
+            weights = logits.softmax(dim=0)
+            mixture.set(weights.detach())
+            total = 0.0
+            for name in data:
+                images, labels = next(batches[name])
+                answers = classify[name](images).float()
+                loss = cross_entropy(temperature * answers, labels) / len(data)
+                loss.backward()
+                total += loss.item()
+            weights.backward(mixture.gradient(columns))
+            optimizer.step()
+            steps.set_postfix(loss=f"{total:.4f}", refresh=False)
+        weights = logits.detach().softmax(dim=0)
+        shares = zip(models, weights.mean(dim=1).tolist(), strict=True)
+        log.info("The soup: %s.", ", ".join(f"{name} {share:.2f}" for name, share in shares))
+        return completed(mixture.merged(weights), first)

@@ -1,0 +1,55 @@
+r"""NuSLERP: along great circles from one task vector to the next, by the models' weights.
+
+With $\Omega$ the angle between two vectors and $t = w_2 / (w_1 + w_2)$,
+$(\sin((1-t)\Omega)\,\tau_1 + \sin(t\Omega)\,\tau_2) / \sin\Omega$. A third model follows from there
+with $t = w_3 / (w_1 + w_2 + w_3)$, and so on.
+
+Goddard, NuSLERP, 2024, as published with mergekit; with more than two models it is the merging step
+of WARP: Ramé et al., https://arxiv.org/abs/2406.16768
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.geometry import along_arcs
+from fusion_bench.weights import Inputs
+
+
+class NuSlerpAlgorithm(TensorwiseAlgorithm):
+    """A weighted mean along arcs: of the task vectors, or without a pretrained model of the models.
+
+    Args:
+        weights: one a model, in the pool's order; equal where not given. Only their ratios count.
+        axis: what is a vector: ``None`` for the whole tensor; -1 for each row, along the last
+            dimension; 0 for each column, along the first.
+    """
+
+    def __init__(self, weights: Sequence[float] | None = None, axis: int | None = None):
+        if axis not in (None, 0, -1):
+            raise FusionBenchError(f"method.axis: {axis!r} is none of null, 0 and -1.")
+        self.weights = None if weights is None else list(weights)
+        self.axis = axis
+
+    def check(self, inputs: Inputs) -> None:
+        """Refuse weights that do not fit the models."""
+        models = inputs.names
+        if self.weights is not None and len(self.weights) != len(models):
+            raise FusionBenchError(
+                f"method.weights: {len(self.weights)} weights for {len(models)} models "
+                f"({', '.join(models)}). Give one for each."
+            )
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return where the arcs lead."""
+        weights = self.weights or [1.0] * len(tensors)
+        vectors = (t.double() if base is None else (t - base).double() for t in tensors)
+        point, total = next(vectors), weights[0]
+        for vector, weight in zip(vectors, weights[1:], strict=True):
+            total += weight
+            t = weight / total if abs(total) >= 1e-6 else 0.5
+            point = along_arcs(point, vector, t, self.axis if vector.ndim else None)
+        merged = point.to(tensors[0].dtype)
+        return merged if base is None else merged + base

@@ -1,0 +1,161 @@
+r"""OPCM: models merged one after the other, $\theta = \theta_0 + s_T \sum_t \mathcal{P}_t(\tau_t)$.
+
+Of each linear layer's matrix, $\mathcal{P}_t$ takes away what lies along the singular directions of
+the sum so far; $s_T$ gives the sum the mean norm of the task vectors.
+Tang et al., Merging models on the fly, https://arxiv.org/abs/2501.09522
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import check_between, check_choice
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import is_linear_weight, uniform
+from fusion_bench.weights.statistics import sums, total
+
+Rho = Literal["paper", "fusionbench"]
+
+
+class OPCM(TensorwiseAlgorithm):
+    """Orthogonal projections: each model adds to the merged one what is new in it.
+
+    Args:
+        alpha: the share of singular values, from 0 to 1, whose directions are closed to later
+            models; the larger, the better earlier models are kept.
+        shuffle_order: merge the models in a random order, not in the pool's.
+        seed: another seed gives another order.
+        save_on_every_step: return the merged model after each step, by name, not only the last.
+        evaluate_on_every_step: the same.
+        rho: how many directions that share makes: the ``paper``'s smallest number that reaches it,
+            or about one fewer, as ``fusionbench`` counts.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+    heavy = True
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        shuffle_order: bool = False,
+        seed: int | None = None,
+        save_on_every_step: bool = False,
+        evaluate_on_every_step: bool = False,
+        rho: Rho = "paper",
+    ):
+        check_between("method.alpha", alpha, 0, 1)
+        check_choice("method.rho", rho, Rho)
+        self.alpha = alpha
+        self.shuffle_order = shuffle_order
+        self.seed = seed
+        self.every_step = save_on_every_step or evaluate_on_every_step
+        self.rho = rho
+
+    def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
+        """Add up the task vectors, and find the scale after each step.
+
+        To scale the sum at each step changes neither its directions nor, in the end, its length:
+        it is enough to do it once, after the last one.
+        """
+        order = list(range(len(inputs.names)))
+        if self.shuffle_order:
+            draws = uniform(len(order), (self.seed or 0, "order of models"))
+            order = np.argsort(draws, kind="stable").tolist()
+        path = _Path(self, inputs, order)
+        steps = range(1, len(order) + 1)
+        scales = path.scales()
+        if not self.every_step:
+            return path.merger(len(order), scales[-1])
+        digits = len(str(len(order)))
+        return {
+            f"step{step:0{digits}}_{inputs.names[order[step - 1]]}": path.merger(step, scale)
+            for step, scale in zip(steps, scales, strict=True)
+        }
+
+    def clean(self, vector: Tensor, merged: Tensor) -> Tensor:
+        """Return the matrix ``vector`` without what lies along the directions of ``merged``."""
+        if not 0 < float(merged.norm()) < math.inf:
+            return vector
+        u, s, vh = torch.linalg.svd(merged, full_matrices=False)
+        # Directions of value 0 are anyone's guess.
+        rank = int((s > s[0] * max(merged.shape) * torch.finfo(s.dtype).eps).sum())
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        inside = u.mT @ vector @ vh.mT
+        taken = inside.diagonal().diag_embed()
+        closed = self._closed(s)
+        taken[:closed, :closed] = inside[:closed, :closed]
+        return vector - u @ taken @ vh
+
+    def _closed(self, values: Tensor) -> int:
+        """Return how many directions are closed."""
+        shares = values.double().cumsum(0)
+        shares = shares / shares[-1]
+        if self.rho == "paper":
+            return int((shares < self.alpha).sum()) + (self.alpha > 0)
+        return int((shares <= self.alpha).sum()) % len(shares)
+
+
+#: The name for CLIP; it is the same.
+OPCMForCLIP = OPCM
+
+
+class _Path:
+    """The sum of the cleaned task vectors, step by step.
+
+    Of each entry the sum that was asked for last is kept, in all one copy of the model: who asks
+    for one step after the other computes each once.
+    """
+
+    def __init__(self, method: OPCM, inputs: Inputs, order: Sequence[int]):
+        self._method = method
+        self._inputs = inputs
+        self._order = order
+        self._last: dict[str, tuple[int, Tensor]] = {}
+
+    def after(self, step: int, key: str, tensors: Sequence[Tensor], base: Tensor) -> Tensor:
+        """Return an entry's sum after so many models; the caller must not write to it."""
+        done, last = self._last.get(key, (0, None))
+        if last is None or done > step:
+            done, last = 0, torch.zeros_like(base)
+        merged = last.to(base.device)
+        linear = is_linear_weight(key, self._inputs.spec(key))
+        for model in self._order[done:step]:
+            vector = tensors[model] - base
+            merged = merged + (self._method.clean(vector, merged) if linear else vector)
+        self._last[key] = step, merged.cpu()
+        return merged
+
+    def scales(self) -> list[float]:
+        """Return what gives the sum after each step the mean norm of its task vectors."""
+
+        def squares(
+            key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+        ) -> Iterator[Tensor]:
+            assert base is not None
+            for step, model in enumerate(self._order, 1):
+                yield (tensors[model] - base).square()
+                yield self.after(step, key, tensors, base).square()
+
+        squared = total(sums(self._inputs, squares)) or [0.0] * (2 * len(self._order))
+        norms = [math.sqrt(value) for value in squared[::2]]
+        scales = []
+        for step, value in enumerate(squared[1::2], 1):
+            scale = fmean(norms[:step]) / math.sqrt(value) if value > 0 else 1.0
+            scales.append(scale if math.isfinite(scale) else 1.0)
+        return scales
+
+    def merger(self, step: int, scale: float) -> MergePiece:
+        """Return what adds the scaled sum after ``step`` models to the pretrained model."""
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            return base + self.after(step, key, tensors, base) * scale
+
+        return merge

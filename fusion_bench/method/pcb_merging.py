@@ -1,0 +1,154 @@
+r"""PCB: parameters compete, $\theta = \theta_0 + \lambda \sum_t b_t \tau_t / \sum_t b_t$.
+
+An element's score $b_t$ is larger, the larger its change is in its own task vector and the more it
+agrees with the other tasks'; of each task only the elements of the highest scores count.
+Du et al., Parameter competition balancing, https://arxiv.org/abs/2410.02396
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from itertools import combinations_with_replacement
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import check_between, check_choice
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.statistics import extremes, largest, sums, total
+
+Variant = Literal["paper", "released"]
+#: Of a piece, for each model: the score of each element, 0 where it does not count, and its change.
+Scored = Callable[..., Iterator[tuple[Tensor, Tensor]]]
+
+
+class PCBMerging(TensorwiseAlgorithm):
+    """The pretrained model plus the mean of the changes, weighted by their scores.
+
+    Args:
+        density: the share of each task vector's elements that count, from 0 to 1.
+        scaling_factor: scales what is added.
+        variant: how elements are scored: ``paper``, or ``released`` as in the authors' code.
+    """
+
+    needs_pretrained = True
+    elementwise = True
+
+    def __init__(
+        self, density: float = 0.1, scaling_factor: float = 1.0, variant: Variant = "paper"
+    ):
+        check_between("method.density", density, 0, 1)
+        check_choice("method.variant", variant, Variant)
+        self.density = density
+        self.scaling_factor = scaling_factor
+        self.variant = variant
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Find the ranges of all scores, and which elements count."""
+        count = int(inputs.count() * Fraction(str(self.density)))
+        scored = (_as_in_the_paper if self.variant == "paper" else _as_released)(inputs, count)
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            result, scores = torch.zeros_like(base), torch.zeros_like(base)
+            for score, vector in scored(key, start, tensors, base):
+                scores.add_(score)
+                result.add_(vector.mul_(score))
+            scores.clamp_(min=torch.finfo(scores.dtype).tiny)
+            return result.div_(scores).mul_(self.scaling_factor).add_(base)
+
+        return merge
+
+
+def _as_in_the_paper(inputs: Inputs, count: int) -> Scored:
+    r"""Score by $\mathrm{softmax}(T N(\tau_t^2)) \sum_u \mathrm{softmax}(N(\tau_t \tau_u))$.
+
+    $N$ maps the whole model's values to the range from 0 to 1.
+    """
+    size, tasks = inputs.count(), range(len(inputs.names))
+    pairs = list(combinations_with_replacement(tasks, 2))
+    sharpness = [1] * len(pairs) + [len(tasks)] * len(tasks)
+
+    def products(*piece: Any) -> Iterator[Tensor]:
+        vectors = list(task_vectors(*piece))
+        for i, j in [*pairs, *zip(tasks, tasks, strict=True)]:
+            yield vectors[i] * vectors[j]
+
+    ranges = extremes(inputs, products)
+
+    def exponentials(*piece: Any) -> Iterator[Tensor]:
+        for product, sharp, (low, high) in zip(products(*piece), sharpness, ranges, strict=True):
+            # At most 1: nothing overflows. The shift, as the scale below, leaves the mean alone.
+            yield product.sub_(high).div_((high - low) or 1).mul_(sharp).exp_()
+
+    scales = [size / mass for mass in total(sums(inputs, exponentials))]
+
+    def scores(*piece: Any) -> Iterator[Tensor]:
+        found = zip(exponentials(*piece), scales, strict=True)
+        softmaxes = (exponential.mul_(scale) for exponential, scale in found)
+        between: list[Any] = [0.0 for _ in tasks]
+        for pair, softmax in zip(pairs, softmaxes, strict=False):
+            for task in set(pair):
+                between[task] = softmax + between[task]
+        for own, softmax in zip(between, softmaxes, strict=True):
+            yield softmax.mul_(own)
+
+    cutoffs = largest(inputs, scores, [count for _ in tasks])
+
+    def scored(key: str, start: int, *piece: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        vectors = task_vectors(key, start, *piece)
+        found = zip(cutoffs, scores(key, start, *piece), vectors, strict=True)
+        for cutoff, score, vector in found:
+            yield cutoff.keep(key, start, score), vector
+
+    return scored
+
+
+def _as_released(inputs: Inputs, count: int) -> Scored:
+    r"""Score by $\exp(T N(|\tau_t|)^2) \tanh(\tau_t \sum_u \tau_u)$, from the last that counts on.
+
+    The magnitudes are clipped first: one in 10,000 at either end.
+    """
+    size, tasks = inputs.count(), len(inputs.names)
+
+    def magnitudes(*piece: Any) -> Iterator[Tensor]:
+        for vector in task_vectors(*piece):
+            yield vector.abs_()
+
+    def both_ends(*piece: Any) -> Iterator[Tensor]:
+        for magnitude in magnitudes(*piece):
+            yield from (magnitude, magnitude)
+
+    clipped = size // 10_000
+    ends = largest(inputs, both_ends, [size - clipped, clipped + 1] * tasks, ties=True)
+    least = [low for low, _ in extremes(inputs, magnitudes)]
+    limits = [
+        (max(low, cutoff.value), high.value)
+        for low, cutoff, high in zip(least, ends[::2], ends[1::2], strict=False)
+    ]
+
+    def signed_scores(*piece: Any) -> Iterator[Tensor]:
+        vectors = list(task_vectors(*piece))
+        together = sum(vectors[1:], vectors[0])
+        for vector, (low, high) in zip(vectors, limits, strict=True):
+            strength = vector.abs().clamp_(low, high).sub_(low).div_((high - low) or 1)
+            agreement = (vector * together).tanh_()
+            yield strength.square_().mul_(tasks).exp_().mul_(agreement)
+
+    ranges = extremes(inputs, signed_scores)
+
+    def scores(*piece: Any) -> Iterator[Tensor]:
+        for score, (low, _) in zip(signed_scores(*piece), ranges, strict=True):
+            yield score.sub_(low)
+
+    cuts = largest(inputs, scores, [min(count + 1, size)] * tasks, ties=True)
+
+    def scored(*piece: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        found = zip(scores(*piece), task_vectors(*piece), cuts, ranges, limits, strict=True)
+        for score, vector, cut, (low, high), limit in found:
+            score.sub_(cut.value).clamp_(min=0).div_((high - low - cut.value) or 1)
+            yield score, vector.abs().clamp_(*limit).mul_(vector.sign_())
+
+    return scored

@@ -1,0 +1,101 @@
+r"""TALL masks: $\theta_t = \theta_0 + m_t \odot \tau$ with $\tau = \sum_t \tau_t$.
+
+The mask $m_t$ is 1 where $|\tau_t| > \lambda |\tau - \tau_t|$: where the task's own change
+outweighs the others'. Consensus merging keeps in one model what several tasks need,
+$\theta = \theta_0 + \alpha\,[\sum_t m_t \ge k] \odot \tau$.
+Wang et al., Localizing task information, https://arxiv.org/abs/2405.07813
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError, check_between
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import task_vectors
+
+
+class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
+    """For each task a model: the pretrained one plus what the task's mask leaves of the sum.
+
+    Args:
+        tall_mask_lambda: the larger, the fewer elements a mask keeps.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+    elementwise = True
+
+    def __init__(self, tall_mask_lambda: float = 0.6):
+        check_between("method.tall_mask_lambda", tall_mask_lambda, 0, math.inf)
+        self.tall_mask_lambda = tall_mask_lambda
+
+    def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
+        """Return by the models' names what makes each task's model."""
+        return {name: partial(self._merge, task) for task, name in enumerate(inputs.names)}
+
+    def _merge(
+        self, task: int, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+    ) -> Tensor:
+        assert base is not None
+        total = _total(tensors, base)
+        mask = _tall_mask(tensors[task] - base, total, self.tall_mask_lambda)
+        return mask.mul_(total).add_(base)
+
+
+class ConsensusTaskArithmetic(TensorwiseAlgorithm):
+    """Task arithmetic where the masks of several tasks agree; elsewhere the pretrained model.
+
+    Args:
+        scaling_factor: scales what is added.
+        tall_mask_lambda: the larger, the fewer elements a task's mask keeps.
+        k: how many tasks must keep an element; 0 keeps all, as task arithmetic does.
+
+    Raises:
+        FusionBenchError: from ``run``: a ``k`` larger than the number of models.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+    elementwise = True
+
+    def __init__(self, scaling_factor: float = 0.3, tall_mask_lambda: float = 0.6, k: int = 2):
+        check_between("method.tall_mask_lambda", tall_mask_lambda, 0, math.inf)
+        check_between("method.k", k, 0, math.inf)
+        self.scaling_factor = scaling_factor
+        self.tall_mask_lambda = tall_mask_lambda
+        self.k = math.ceil(k)
+
+    def check(self, inputs: Inputs) -> None:
+        """Refuse a consensus of more tasks than there are."""
+        if self.k > len(inputs.names):
+            raise FusionBenchError(
+                f"method.k: {self.k} of {len(inputs.names)} models cannot agree. "
+                "Give more models or a smaller k."
+            )
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return ``base`` plus the sum of the changes, where enough masks agree."""
+        assert base is not None
+        total = _total(tensors, base)
+        surplus = torch.full_like(base, 1 - self.k)
+        for vector in task_vectors(key, 0, tensors, base):
+            surplus.add_(_tall_mask(vector, total, self.tall_mask_lambda))
+        return surplus.clamp_(0, 1).mul_(total).mul_(self.scaling_factor).add_(base)
+
+
+def _total(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
+    total = torch.zeros_like(base)
+    for vector in task_vectors("", 0, tensors, base):
+        total.add_(vector)
+    return total
+
+
+def _tall_mask(vector: Tensor, total: Tensor, weight: float) -> Tensor:
+    """Return 1 where ``vector`` outweighs the rest of ``total``, else 0; ``vector`` is used up."""
+    others = (total - vector).abs_().mul_(weight)
+    return vector.abs_().sub_(others).sign_().clamp_(min=0)

@@ -1,0 +1,97 @@
+r"""TSV-Merge: $\tau = U_\perp \Sigma V_\perp^\top$ from the task vectors' largest singular values.
+
+Of each of $T$ task vectors the largest $1/T$ of the singular triplets are kept; side by side, the
+vectors of all tasks are made orthonormal, so that tasks no longer interfere.
+Gargiulo et al., Task singular vectors, https://arxiv.org/abs/2412.00081
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece, everywhere
+from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd
+from fusion_bench.weights.ops import add_scaled, task_vectors
+
+
+class TaskSingularVectorMerging(TensorwiseAlgorithm):
+    """The pretrained model plus the task vectors' main directions, made orthogonal to each other.
+
+    What is no matrix, or too small to give each model a direction, gets the mean task vector.
+
+    Args:
+        alpha: scales what is added; a list has a factor for each model's task vector.
+        exclude_keys: keys, or patterns of them, of matrices that are merged as the rest is.
+        return_single_task_models: return, beside ``merged``, each model with no more directions of
+            its task vector than the merged one has of it.
+    """
+
+    needs_pretrained = True
+    heavy = True
+
+    def __init__(
+        self,
+        alpha: float | Sequence[float] | None = 1.0,
+        exclude_keys: Sequence[str] | None = None,
+        return_single_task_models: bool = False,
+    ):
+        self.alpha = 1.0 if alpha is None else alpha
+        self.exclude_keys = list(exclude_keys or ())
+        self.return_single_task_models = return_single_task_models
+
+    def check(self, inputs: Inputs) -> None:
+        """Refuse a list of factors that are not as many as the models."""
+        if isinstance(self.alpha, Sequence) and len(self.alpha) != len(inputs.names):
+            raise FusionBenchError(
+                f"method.alpha: {len(self.alpha)} factors for {len(inputs.names)} models: "
+                f"{', '.join(inputs.names)}."
+            )
+
+    def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
+        """Return what merges, or by name also what truncates each model."""
+        merge = everywhere(self.merge_tensor)
+        if not self.return_single_task_models:
+            return merge
+        singles = {
+            name: everywhere(partial(self._truncated, model))
+            for model, name in enumerate(inputs.names)
+        }
+        return {"merged": merge, **singles}
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return ``base`` plus the merged task vector."""
+        assert base is not None
+        vectors = self._scaled(key, tensors, base)
+        rank = self._rank(key, tensors, base)
+        if rank == 0:
+            return add_scaled(base, vectors, 1 / len(tensors))
+        u, s, vh = zip(*(svd(vector, rank) for vector in vectors), strict=True)
+        return base + orthogonal_product(torch.cat(u, 1), torch.cat(s), torch.cat(vh)).to(base)
+
+    def _scaled(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> Iterator[Tensor]:
+        """Yield the task vectors times their factors."""
+        alpha = self.alpha
+        factors = alpha if isinstance(alpha, Sequence) else [alpha] * len(tensors)
+        for vector, factor in zip(task_vectors(key, 0, tensors, base), factors, strict=True):
+            yield vector.mul_(factor)
+
+    def _rank(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> int:
+        """Return how many directions each model has in the entry."""
+        return (
+            min(base.shape) // len(tensors) if is_matrix(key, base.shape, self.exclude_keys) else 0
+        )
+
+    def _truncated(
+        self, model: int, key: str, tensors: Sequence[Tensor], base: Tensor | None
+    ) -> Tensor:
+        """Return one model's entry, its task vector reduced to the directions that it has."""
+        assert base is not None
+        rank = self._rank(key, tensors, base)
+        if rank == 0:
+            return tensors[model].clone()
+        u, s, vh = svd(tensors[model] - base, rank)
+        return base + ((u * s) @ vh).to(base)

@@ -1,0 +1,109 @@
+r"""WUDI: the task vector whose rows differ least from the models' where those act.
+
+$\tau = \arg\min_\tau \sum_t \|(\tau - \tau_t)\,\tau_t^\top\|^2 / \|\tau_t\|^2$, matrix by matrix.
+Cheng et al., Whoever started the interference should end it, https://arxiv.org/abs/2503.08099
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusion_bench.errors import check_between, check_choice
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import matches
+from fusion_bench.weights.ops import task_vectors
+
+Solver = Literal["adam", "lstsq"]
+Divisor = Literal["squared", "norm"]
+Rest = Literal["mean", "base"]
+
+#: The paper's step size.
+_LEARNING_RATE = 1e-5
+
+
+class WUDIMerging(TensorwiseAlgorithm):
+    """The pretrained model plus, for each matrix, a task vector that is fitted to all models.
+
+    Args:
+        iter_num: steps of ``adam``.
+        exclude_keys: keys, or patterns of them, of matrices that are merged as the rest is.
+        solver: ``adam`` goes from the sum of the task vectors towards the minimum, by 1e-5 a step
+            at most; ``lstsq`` goes all the way, in closed form.
+        divisor: a model's part of the sum is divided by the ``squared`` norm of its task vector,
+            as in the paper, or by the ``norm``, as in the code that the authors published.
+        rest: what is no matrix gets the ``mean`` of the task vectors, or stays the ``base``'s.
+    """
+
+    needs_pretrained = True
+    shows_nonfinite = True
+    heavy = True
+
+    def __init__(
+        self,
+        iter_num: int = 400,
+        exclude_keys: Sequence[str] | None = None,
+        solver: Solver = "adam",
+        divisor: Divisor = "squared",
+        rest: Rest = "mean",
+    ):
+        check_between("method.iter_num", iter_num, 0, 1_000_000)
+        check_choice("method.solver", solver, Solver)
+        check_choice("method.divisor", divisor, Divisor)
+        check_choice("method.rest", rest, Rest)
+        self.iter_num = iter_num
+        self.exclude_keys = list(exclude_keys or ())
+        self.solver = solver
+        self.divisor = divisor
+        self.rest = rest
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return ``base`` plus the fitted, or else the mean task vector."""
+        assert base is not None
+        fitted = base.ndim == 2 and not matches(key, self.exclude_keys)
+        if self.rest == "base" and not fitted:
+            return base.clone()
+        merged = torch.zeros_like(base)
+        for vector in task_vectors(key, 0, tensors, base):
+            merged += vector
+        if not fitted:
+            return merged.div_(len(tensors)).add_(base)
+        gram, pull = self._equations(key, tensors, base, merged)
+        if pull.any():  # else the sum is the minimum
+            merged += self._solution(gram, pull, like=merged)
+        return merged.add_(base)
+
+    def _equations(
+        self, key: str, tensors: Sequence[Tensor], base: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``gram`` and ``pull``: at ``total + x`` the gradient is 2 (x @ gram + pull)."""
+        dtype = torch.float64 if self.solver == "lstsq" else base.dtype
+        gram = base.new_zeros(base.shape[1], base.shape[1], dtype=dtype)
+        pull = torch.zeros_like(base, dtype=dtype)
+        for vector in task_vectors(key, 0, tensors, base):
+            norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+            if norm == 0:  # it asks for nothing
+                continue
+            weight = 1.0 if self.divisor == "squared" else norm
+            unit = vector.to(dtype) / norm
+            own = (unit.mT @ unit) * weight
+            gram += own
+            pull.addmm_((total - vector).to(dtype), own)
+        return gram, pull
+
+    def _solution(self, gram: Tensor, pull: Tensor, like: Tensor) -> Tensor:
+        """Return ``x``."""
+        if self.solver == "lstsq":
+            if not pull.isfinite().all():
+                return pull.to(like)
+            return (-pull @ torch.linalg.pinv(gram, hermitian=True)).to(like)
+        # Written by hand, a step is one product; the loss itself would take two for each model.
+        gram, pull = 2 * gram, 2 * pull
+        x = torch.zeros_like(like)
+        gradient = x.grad = torch.empty_like(like)
+        optimizer = torch.optim.Adam([x], _LEARNING_RATE, fused=True)
+        for _ in range(self.iter_num):
+            torch.addmm(pull, x, gram, out=gradient)
+            optimizer.step()
+        return x

@@ -1,0 +1,123 @@
+"""The steps that methods which factorise matrices are put together from.
+
+A thin SVD comes from the eigenvectors of the smaller Gram matrix, in float64. For float32 input
+that is as fast as LAPACK's SVD, for long matrices faster, and far more accurate.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fusion_bench.weights.inputs import matches
+
+#: Singular values of a smaller share of the largest are what float32 leaves of 0.
+NEGLIGIBLE = 1e-6
+#: Down to this share of the largest singular value a Gram matrix gives vectors to 1e-6.
+_RESOLVED = 1e-5
+#: Columns that are converted to float64 at a time.
+_COLUMNS = 4096
+
+
+def is_matrix(key: str, shape: Sequence[int], exclude_keys: Iterable[str] = ()) -> bool:
+    """Tell whether an entry is a matrix to factorise: one of two dimensions, and not excluded."""
+    return len(shape) == 2 and min(shape) > 0 and not matches(key, exclude_keys)
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """Return ``matrix @ matrix.T``, in float64."""
+    rows = len(matrix)
+    result = torch.zeros(rows, rows, dtype=torch.float64, device=_place(matrix))
+    for part in matrix.split(_COLUMNS, dim=1):
+        part = wide(part)
+        result.addmm_(part, part.T)
+    return result
+
+
+def svd(
+    matrix: Tensor, count: int | None = None, tol: float = NEGLIGIBLE, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD ``U, S, Vh``, in float64, the largest singular values first.
+
+    Args:
+        matrix: any; of one that holds NaN or infinity there is nothing in the SVD.
+        count: return no more than so many singular values.
+        tol: leave out those that are at most this share of ``scale``, for their vectors are as good
+            as arbitrary. With 0 there are always ``min(m, n)``, or ``count``.
+        scale: by default the largest singular value.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vh = svd(matrix.T, count, tol, scale)
+        return vh.T, s, u.T
+    s, u = _spectrum(gram(matrix), count)
+    kept = _kept(s, tol, scale)
+    if kept and s[kept - 1] <= _RESOLVED * s[0]:
+        u, s, vh = torch.linalg.svd(wide(matrix), full_matrices=False)
+        kept = _kept(s[:count], tol, scale)
+        return u[:, :kept], s[:kept], vh[:kept]
+    u, s = u[:, :kept], s[:kept]
+    vh = (u / s).T @ wide(matrix)
+    return u, s, vh
+
+
+def column_space(matrices: Iterable[Tensor], shape: Sequence[int], tol: float) -> Tensor:
+    """Return the left singular vectors of matrices side by side, in float64.
+
+    Args:
+        matrices: read once, one at a time where they have more columns than rows.
+        shape: of all of them side by side.
+        tol: leave out those whose singular value is at most this share of the largest.
+    """
+    rows, columns = shape
+    if rows > columns:
+        return svd(torch.cat(list(matrices), dim=1), tol=max(tol, NEGLIGIBLE))[0]
+    total = torch.zeros(())
+    for matrix in matrices:
+        total = gram(matrix) + total
+    s, u = _spectrum(total)
+    return u[:, : _kept(s, tol)]
+
+
+def inverse_root(gram: Tensor) -> Tensor:
+    """Return the inverse square root of a Gram matrix, 0 where that is singular.
+
+    Columns ``A`` times that of ``A.T @ A`` are the polar factor of ``A``, the nearest orthonormal
+    columns. Where columns of ``A`` depend on each other, as those of equal models do, it is the
+    one polar factor that is 0 where ``A`` is.
+    """
+    s, u = _spectrum(gram)
+    kept = _kept(s, _RESOLVED)
+    u = u[:, :kept]
+    return (u / s[:kept]) @ u.T
+
+
+def orthogonal_product(left: Tensor, s: Tensor, right: Tensor) -> Tensor:
+    """Return ``L @ diag(s) @ R``, in float64; ``L`` and ``R`` are the two sides' polar factors."""
+    middle = (inverse_root(gram(left.T)) * s) @ inverse_root(gram(right))
+    return torch.linalg.multi_dot([left, middle, right])
+
+
+def _spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return singular values, the largest first, and left singular vectors of what has ``gram``."""
+    if not math.isfinite(gram.trace()):
+        return gram.new_zeros(0), gram.new_zeros(len(gram), 0)
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_(min=0).sqrt_().flip(0)[:count], vectors.flip(1)[:, :count]
+
+
+def _kept(s: Tensor, tol: float, scale: float | None = None) -> int:
+    """Return how many singular values are not negligible."""
+    if tol == 0 or not len(s):
+        return len(s)
+    return int((s > tol * (s[0] if scale is None else scale)).sum())
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64."""
+    return tensor.to(_place(tensor), torch.float64)
+
+
+def _place(tensor: Tensor) -> torch.device:
+    """Return where to compute: Apple's GPUs have no float64."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
