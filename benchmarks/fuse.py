@@ -338,30 +338,6 @@ def anonymous_memory(files: Files) -> dict[str, Any]:
     return peaks
 
 
-def peak(work: Callable[[], object]) -> int:
-    """Return how many bytes of anonymous memory ``work`` needs at most, beside what was there."""
-    before, most, done = _anonymous(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, _anonymous())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    result = work()
-    most = max(most, _anonymous())
-    done.set()
-    thread.join()
-    del result
-    return most - before
-
-
-def _anonymous() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
-
-
 def _paths(models: list[Path]) -> str:
     return "[" + ", ".join(f"Path({str(model)!r})" for model in models) + "]"
 

@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,32 @@ def alternate(
                 times[name].append(seconds)
         print(f"round {number} of {rounds} done", file=sys.stderr)
     return times
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Return how many bytes of anonymous memory ``work`` needs at most, beside what was there."""
+    before, most, done = _anonymous(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, _anonymous())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        result = work()
+        most = max(most, _anonymous())
+    finally:
+        done.set()
+        thread.join()
+    del result
+    return most - before
+
+
+def _anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def ratio(times: Times, name: str, to: str) -> float:

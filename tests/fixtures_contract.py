@@ -45,6 +45,7 @@ class Special:
         two_ends: it takes exactly two models, the pretrained one counted.
         ordered: the order of the models matters.
         rounds: what it makes of equal models is that model but for rounding.
+        ignores: entries of ``Net`` that it takes from the base without a look at the models.
         draws: options with which it draws at random, where the YAML's own do not.
     """
 
@@ -52,6 +53,7 @@ class Special:
     two_ends: bool = False
     ordered: bool = False
     rounds: bool = False
+    ignores: Sequence[str] = ()
     draws: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +85,7 @@ SPECIAL: dict[str, Special] = {
     "slerp/nuslerp": Special(ordered=True),
     "slerp/slerp": Special(two_ends=True, ordered=True),
     "wudi/wudi": Special({"iter_num": 20}),
+    "wudi/wudi rest=base": Special({"iter_num": 20}, ignores=("conv.weight", "logit_scale")),
 }
 
 

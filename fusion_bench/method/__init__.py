@@ -38,6 +38,11 @@ from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.method.weighted_average import WeightedAverageAlgorithm
 from fusion_bench.method.wudi import WUDIMerging
 
+# The names that FusionBench's configs have for them.
+FisherMergingForCLIPVisionModel = FisherMergingAlgorithm
+RegMeanAlgorithmForCLIP = RegMeanAlgorithm
+RegMeanAlgorithmForCLIPPlusPlus = RegMeanAlgorithmPlusPlus
+
 __all__ = [
     "OPCM",
     "AdaMergingAlgorithm",
@@ -49,6 +54,7 @@ __all__ = [
     "EMRMerging",
     "ExPOAlgorithm",
     "FisherMergingAlgorithm",
+    "FisherMergingForCLIPVisionModel",
     "GreedySoupAlgorithm",
     "ISO_CTS_Merge",
     "ISO_C_Merge",
@@ -67,6 +73,8 @@ __all__ = [
     "OPCMForCLIP",
     "PCBMerging",
     "RegMeanAlgorithm",
+    "RegMeanAlgorithmForCLIP",
+    "RegMeanAlgorithmForCLIPPlusPlus",
     "RegMeanAlgorithmPlusPlus",
     "SCEAlgorithm",
     "SimpleAverageAlgorithm",

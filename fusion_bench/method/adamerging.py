@@ -5,26 +5,21 @@ answers on unlabelled images of all tasks. Yang et al., AdaMerging, https://arxi
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, check_choice
-from fusion_bench.method.data import (
-    Data,
-    Split,
-    TrainablePool,
-    completed,
-    own_data,
-    parameter_keys,
-)
+from fusion_bench.errors import FusionBenchError, check_between, check_choice
+from fusion_bench.method.data import Data, Split, TrainablePool, merged, own_data, parameter_keys
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.progress import bar
 from fusion_bench.storage import write_text
-from fusion_bench.weights import Weights
+from fusion_bench.weights import Weights, align
+from fusion_bench.weights.ops import task_vectors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -73,6 +68,8 @@ class AdaMergingAlgorithm:
     ):
         check_choice("method.granularity", granularity, Granularity)
         check_choice("method.split", split, Split)
+        check_between("method.batch_size", batch_size, 1, math.inf)
+        check_between("method.max_steps", max_steps, 0, math.inf)
         self.granularity = granularity
         self.init_values = init_values
         self.weights = weights
@@ -87,29 +84,40 @@ class AdaMergingAlgorithm:
         self.seed = seed or 0
 
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
-        """Learn the coefficients and merge.
+        """Learn the coefficients and merge; what is no parameter stays the pretrained model's.
 
         Raises:
-            FusionBenchError: no pretrained model, a model without data, or a file of coefficients
-                that does not fit.
+            FusionBenchError: no pretrained model, models that differ in keys, shapes or dtypes, a
+                model without data, or a file of coefficients that does not fit.
         """
         if not modelpool.has_pretrained:
             raise FusionBenchError(
                 "AdaMerging needs the pretrained model: add '_pretrained_' to modelpool.models."
             )
         names = list(modelpool.model_names)
-        base = modelpool.weights("_pretrained_")
+        own = own_data(names, data)
+        base, models = modelpool.weights("_pretrained_"), self._models(modelpool)
+        aligned = align(models, base, modelpool.policy, modelpool.vocabulary)
         module = fabric.to_device(modelpool.build_model(base)).requires_grad_(True)
         keys = parameter_keys(module, base)
-        mixture = Mixture(module, keys, base, self._models(modelpool))
+        mixture = Mixture(module, keys, base, aligned.models)
         coefficients = nn.Parameter(self._initial(names, keys).to(fabric.device))
-        self._learn(mixture, coefficients, own_data(names, data))
+        self._learn(mixture, coefficients, own)
+        used = self._clamped(coefficients.detach())
         if self.save_merging_weights is not None:
-            found = {"models": names, "keys": keys, "coefficients": coefficients.tolist()}
-            write_text(Path(self.save_merging_weights), json.dumps(found))
-        return completed(mixture.merged(self._per_key(coefficients.detach())), base)
+            self._save({"models": names, "keys": keys, "coefficients": used.tolist()})
+        by_key = per_key(used, keys)
 
-    def _models(self, pool: TrainablePool) -> Mapping[str, Mapping[str, Tensor]]:
+        def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            total, vectors = base.clone(), task_vectors(key, 0, tensors, base)
+            for weight, vector in zip(by_key.get(key, ()), vectors, strict=False):
+                total.add_(vector, alpha=weight)
+            return total
+
+        return merged(modelpool, models, merge_tensor)
+
+    def _models(self, pool: TrainablePool) -> Mapping[str, Weights]:
         if self.plusplus:
             return TiesMergingAlgorithm(1.0, self.threshold).agreeing(pool)
         return {name: pool.weights(name) for name in pool.model_names}
@@ -119,18 +127,33 @@ class AdaMergingAlgorithm:
         columns = len(keys) if self.granularity == "layer" else 1
         if self.weights is None:
             value = 1 / len(names) if self.init_values is None else self.init_values
-            return torch.full((len(names), columns), value)
-        known = json.loads(Path(self.weights).read_text())
-        found = torch.tensor(known["coefficients"])
-        fits = known["models"] == names and found.shape == (len(names), columns)
-        if not fits or (columns > 1 and known["keys"] != keys):
+            return torch.full((len(names), columns), float(value))
+        try:
+            known = json.loads(Path(self.weights).read_text(encoding="utf-8"))
+            found = torch.tensor(known["coefficients"], dtype=torch.float32)
+            fits = known["models"] == names and found.shape == (len(names), columns)
+            fits &= columns == 1 or known["keys"] == keys
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FusionBenchError(
+                f"method.weights: '{self.weights}' is no file of coefficients ({error})."
+            ) from error
+        if not fits:
             raise FusionBenchError(
                 f"method.weights: '{self.weights}' holds coefficients of other models, tensors or "
                 "granularity."
             )
         return found
 
-    def _per_key(self, coefficients: Tensor) -> Tensor:
+    def _save(self, coefficients: Mapping[str, object]) -> None:
+        assert self.save_merging_weights is not None
+        try:
+            write_text(Path(self.save_merging_weights), json.dumps(coefficients))
+        except OSError as error:
+            raise FusionBenchError(
+                f"method.save_merging_weights: cannot write it: {error}"
+            ) from error
+
+    def _clamped(self, coefficients: Tensor) -> Tensor:
         return coefficients.clamp(0, 1) if self.clamp_weights else coefficients
 
     def _learn(self, mixture: "Mixture", coefficients: nn.Parameter, data: Data) -> None:
@@ -140,7 +163,7 @@ class AdaMergingAlgorithm:
         classify = {name: task.classify(mixture.module) for name, task in data.items()}
         steps = bar(range(self.max_steps), "adapting", total=self.max_steps, unit="step")
         for _ in steps:
-            used = self._per_key(coefficients)
+            used = self._clamped(coefficients)
             mixture.set(used.detach())
             entropy = 0.0
             for name, images in ((name, next(batches[name])[0]) for name in data):
@@ -159,6 +182,11 @@ def entropies(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
+def per_key(weights: Tensor, keys: Sequence[str]) -> dict[str, list[float]]:
+    """Return the models' weights by key; ``weights`` has a column a key, or just one."""
+    return dict(zip(keys, weights.expand(-1, len(keys)).T.tolist(), strict=True))
+
+
 class Mixture:
     """A module whose parameters are the base's plus a weighted sum of vectors.
 
@@ -167,7 +195,7 @@ class Mixture:
 
     Args:
         module: takes the parameters; on its device the vectors are held.
-        keys: of the parameters that are mixed.
+        keys: of the parameters, and buffers, that are mixed.
         base: what the vectors are added to; ``None`` adds them to nothing.
         models: by name; the vectors are their differences from the base.
     """
@@ -180,8 +208,8 @@ class Mixture:
         models: Mapping[str, Mapping[str, Tensor]],
     ):
         self.module = module
-        self._parameters = [dict(module.named_parameters())[key] for key in keys]
-        self._keys = keys
+        entries = module.state_dict(keep_vars=True)
+        self._parameters = [entries[key] for key in keys]
         self._base: list[Tensor] = []
         self._vectors: list[Tensor] = []
         for key, parameter in zip(keys, self._parameters, strict=True):
@@ -195,20 +223,10 @@ class Mixture:
     @torch.no_grad()
     def set(self, weights: Tensor) -> None:
         """Give the module the mixture: a row of weights a model, a column a tensor or just one."""
-        for parameter, value in zip(self._parameters, self._mixed(weights), strict=True):
-            parameter.copy_(value)
-
-    def merged(self, weights: Tensor) -> dict[str, Tensor]:
-        """Return the mixed parameters, in float32 on the CPU."""
-        mixed = (value.cpu() for value in self._mixed(weights))
-        return dict(zip(self._keys, mixed, strict=True))
-
-    def _mixed(self, weights: Tensor) -> list[Tensor]:
-        columns = weights.expand(-1, len(self._keys)).unbind(dim=1)
-        return [
-            base + (column.to(vectors) @ vectors).view(base.shape)
-            for base, vectors, column in zip(self._base, self._vectors, columns, strict=True)
-        ]
+        columns = weights.expand(-1, len(self._parameters)).unbind(dim=1)
+        parts = zip(self._parameters, self._base, self._vectors, columns, strict=True)
+        for parameter, base, vectors, column in parts:
+            parameter.copy_(base + (column.to(vectors) @ vectors).view(base.shape))
 
     @torch.no_grad()
     def gradient(self, columns: int) -> Tensor:

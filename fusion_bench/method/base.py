@@ -71,15 +71,14 @@ class TensorwiseAlgorithm:
 
     Subclasses implement ``merge_tensor``, or ``merger`` where they need to see the whole models
     first. Those that need the pretrained model set ``needs_pretrained``, and those whose result at
-    each element depends on that element alone set ``elementwise``; if it is a weighted sum,
-    ``linear`` too. Where NaN or infinity in a model shows in the result anyhow,
-    ``shows_nonfinite`` saves looking for it twice; in a weighted sum it does. ``heavy`` ones, which
-    factorise matrices or descend gradients, compute where Fabric computes.
+    each element depends on that element alone set ``elementwise``. Where NaN or infinity in a model
+    always shows in the result, as in a weighted sum, ``shows_nonfinite`` saves looking for it
+    twice. ``heavy`` ones, which factorise matrices or descend gradients, compute where Fabric
+    computes.
     """
 
     needs_pretrained = False
     elementwise = False
-    linear = False
     heavy = False
     shows_nonfinite = False
     show_pbar = True
@@ -145,8 +144,7 @@ class TensorwiseAlgorithm:
             align(models, base, policy, pool.vocabulary),
             policy,
             self.elementwise,
-            self.linear,
-            not (self.linear or self.shows_nonfinite),
+            not self.shows_nonfinite,
             self.show_pbar,
         )
         self.check(inputs)

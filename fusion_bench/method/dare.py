@@ -159,6 +159,7 @@ class DareTiesMerging(TensorwiseAlgorithm):
             scaling_factor, threshold, remove_keys, merge_func, scope, keep, zero_sign
         )
         self.elementwise = rescale != "l1" and self._ties.elementwise
+        self.shows_nonfinite = self._ties.shows_nonfinite
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return what merges the thinned task vectors as TIES does."""

@@ -1,14 +1,17 @@
 """What methods that learn from data have in common."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import ModelPool
-from fusion_bench.weights import TensorWeights, Weights
+from fusion_bench.tasks import canonical_name
+from fusion_bench.weights import MergeTensor, Weights, merge
 
 #: The part of the datasets that a method learns from. The test split is that of the task pool.
 Split = Literal["train", "validation", "test"]
@@ -49,19 +52,31 @@ class TaskData(Protocol):
 Data = Mapping[str, TaskData]
 
 
+def check_sampling(key: str, count: int | None, batch_size: int) -> None:
+    """Refuse fewer than one sample, whose number is at ``key``, or less than one a batch.
+
+    Raises:
+        FusionBenchError: there is less.
+    """
+    if count is not None:
+        check_between(key, count, 1, math.inf)
+    check_between("method.batch_size", batch_size, 1, math.inf)
+
+
 def own_data(names: Sequence[str], data: Data) -> Data:
     """Return each model's own task's data.
 
     Raises:
         FusionBenchError: a model without.
     """
+    known = {canonical_name(name): task for name, task in data.items()}
     for name in names:
-        if name not in data:
+        if canonical_name(name) not in known:
             raise FusionBenchError(
                 f"There is no data for the model '{name}'. Name its dataset beside the others', "
                 f"as '{name}': there is {', '.join(data) or 'none'}."
             )
-    return {name: data[name] for name in names}
+    return {name: known[canonical_name(name)] for name in names}
 
 
 def parameter_keys(module: nn.Module, weights: Weights) -> list[str]:
@@ -79,18 +94,40 @@ def parameter_keys(module: nn.Module, weights: Weights) -> list[str]:
     return keys
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return it in float32, or in float64 where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def merged(
+    pool: ModelPool,
+    models: Mapping[str, Weights],
+    merge_tensor: MergeTensor,
+    *,
+    weighted_sum: bool = True,
+) -> Weights:
+    """Return what ``merge_tensor`` makes of the models, by the pool's policy.
+
+    Args:
+        pool: where the models are from.
+        models: by name.
+        merge_tensor: the method.
+        weighted_sum: it sums at each element apart, with weights that are the same all over.
+
+    Raises:
+        FusionBenchError: models that differ in keys, shapes or dtypes.
+    """
+    return merge(
+        models,
+        merge_tensor,
+        pool.weights("_pretrained_") if pool.has_pretrained else None,
+        elementwise=weighted_sum,
+        shows_nonfinite=weighted_sum,
+        policy=pool.policy,
+        vocabulary=pool.vocabulary,
+    )
+
+
 def excluded(key: str, patterns: Iterable[str]) -> bool:
     """Tell whether one of the regular expressions is found in a parameter's name."""
     return any(re.search(pattern, key) for pattern in patterns)
-
-
-def completed(parameters: Mapping[str, Tensor], like: Weights) -> Weights:
-    """Return all entries of ``like``, with ``parameters`` in place of its own, in its dtypes."""
-    tensors: dict[str, Tensor] = {}
-    for key in like:
-        first = like.tied_to(key)
-        if first in tensors:
-            tensors[key] = tensors[first]
-        else:
-            tensors[key] = parameters.get(key, like[key]).to(like.spec(key).dtype)
-    return TensorWeights(tensors)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +77,32 @@ class Ensemble(nn.Module):
         """
         with whole_directory(directory) as place:
             for name, model in zip(self.names, self.models, strict=True):
-                modelpool.save_model(model, place / name, config)
+                modelpool.save_model(model, place / quote(name, safe=""), config)
             described = {"models": self.names, "weights": self.weights, "of": self.of}
             write_text(place / _FILE, json.dumps(described, indent=2) + "\n")
 
 
 class LogitEnsemble(Ensemble):
-    """An ensemble of classifiers: their logits are put together, not what the models return."""
+    """An ensemble of classifiers: their logits are put together, not what the models return.
+
+    A task pool makes each model a classifier; called by itself, the ensemble takes the logits that
+    the models return.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the ensemble's logits.
+
+        Raises:
+            FusionBenchError: models that return features.
+        """
+        outputs = [model(*args, **kwargs) for model in self.models]
+        logits = [getattr(output, "logits", output) for output in outputs]
+        if not all(isinstance(own, Tensor) for own in logits):
+            raise FusionBenchError(
+                f"method.of: a {type(self.models[0]).__name__} returns no logits. Let a task pool "
+                "judge the ensemble, or give method.of=outputs."
+            )
+        return self.combine(logits)
 
     @property
     def members(self) -> Sequence[nn.Module]:
@@ -95,12 +115,12 @@ class LogitEnsemble(Ensemble):
         if self.of == "logits":
             return self._merged(logits)
         log_probs = [own.log_softmax(dim=-1) for own in logits]
-        if self.of == "log_probabilities":
+        if self.of == "log_probabilities" or self.weights is None:  # the log keeps the order
             return self._merged(log_probs)
-        # Not the log of a sum of tiny numbers: the largest is taken out first.
-        largest = torch.stack(log_probs).amax(dim=0)
-        shares = self._merged([(own - largest).exp() for own in log_probs])
-        return largest + shares.log()
+        # Not the log of a sum of tiny numbers.
+        shares = torch.tensor(self.weights).log()
+        weighted = [own + share for own, share in zip(log_probs, shares, strict=True)]
+        return torch.stack(weighted).logsumexp(dim=0)
 
 
 def load_ensemble(directory: str | Path, models: Mapping[str, nn.Module]) -> Ensemble:
@@ -144,8 +164,8 @@ class WeightedEnsembleAlgorithm:
         of: as in ``SimpleEnsembleAlgorithm``.
 
     Raises:
-        FusionBenchError: from ``run``: another number of weights than models, or weights whose sum
-            is zero with ``normalize``.
+        FusionBenchError: from ``run``: another number of weights than models, weights whose sum is
+            zero with ``normalize``, or negative ones for probabilities.
     """
 
     def __init__(
@@ -171,13 +191,19 @@ class WeightedEnsembleAlgorithm:
                 "method.weights: the weights add up to zero and cannot be normalised. "
                 "Give method.normalize=false."
             )
-        return ensemble_of(models, [weight / total for weight in weights], self.of)
+        shares = [weight / total for weight in weights]
+        if self.of == "probabilities" and min(shares) < 0:
+            raise FusionBenchError(
+                "method.weights: negative ones would make negative probabilities. Give others, or "
+                "another method.of."
+            )
+        return ensemble_of(models, shares, self.of)
 
 
 class MaxModelPredictorAlgorithm:
     """The largest of what all models answer, element by element: the most confident one's.
 
-    Zhu et al., https://proceedings.mlr.press/v97/zhu19b.html
+    Wu et al., Heterogeneous model reuse, https://icml.cc/virtual/2019/poster/4036
 
     Args:
         of: as in ``SimpleEnsembleAlgorithm``; the largest of features would tell nothing of

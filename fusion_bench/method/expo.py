@@ -22,7 +22,7 @@ class ExPOAlgorithm(TensorwiseAlgorithm):
 
     needs_pretrained = True
     elementwise = True
-    linear = True
+    shows_nonfinite = True
 
     def __init__(
         self, extrapolation_factor: float = 0.1, show_pbar: bool = True, inplace: bool = False

@@ -8,7 +8,7 @@ Matena and Raffel, Merging models with Fisher-weighted averaging, https://arxiv.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,33 @@ from fusion_bench.method.data import (
     Split,
     TaskData,
     TrainablePool,
+    check_sampling,
     excluded,
+    merged,
     own_data,
     parameter_keys,
+    wide,
 )
+from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.progress import bar
-from fusion_bench.weights import Weights, merge
+from fusion_bench.weights import Weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Estimator = Literal["exact", "sampled", "empirical", "batch_sqrt"]
 
-#: Gradients that are held at once take no more floats than this, as far as one alone allows.
-_FLOATS = 2**28
+#: Gradients are computed side by side as long as they take no more floats than this. That makes up
+#: for the overhead of small models; large ones are quicker one by one.
+_FLOATS = 2**26
 
 
 class FisherMergingAlgorithm:
     """The average of all models, each parameter weighted by its Fisher information.
 
     Args:
-        exclude_param_names_regex: parameters whose names match one of these are averaged plainly.
+        exclude_param_names_regex: parameters whose names match one of these stay the pretrained
+            model's, or are averaged where there is none.
         normalize_fisher_weight: divide each model's Fisher by its norm, so that none prevails.
         minimal_fisher_weight: is added to each weight.
         num_fisher_examples: samples of each task, drawn at random; ``null`` takes all.
@@ -49,6 +55,8 @@ class FisherMergingAlgorithm:
         batch_size: samples in a batch, which matters for ``batch_sqrt`` alone.
         split: what part of the datasets is used.
         seed: draws with another seed are others.
+        dataloader_kwargs: another place for ``batch_size``; ``num_workers`` beside it is ignored,
+            for the task pool's own are used.
     """
 
     needs_data = True
@@ -63,10 +71,15 @@ class FisherMergingAlgorithm:
         batch_size: int = 32,
         split: Split = "train",
         seed: int | None = None,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
     ):
         check_choice("method.estimator", estimator, Estimator)
         check_choice("method.split", split, Split)
         check_between("method.minimal_fisher_weight", minimal_fisher_weight, 0, 1)
+        for key, value in (dataloader_kwargs or {}).items():
+            check_choice("method.dataloader_kwargs", key, Literal["batch_size", "num_workers"])
+            batch_size = value if key == "batch_size" else batch_size
+        check_sampling("method.num_fisher_examples", num_fisher_examples, batch_size)
         self.exclude_param_names_regex = list(exclude_param_names_regex)
         self.normalize_fisher_weight = normalize_fisher_weight
         self.minimal_fisher_weight = minimal_fisher_weight
@@ -91,7 +104,7 @@ class FisherMergingAlgorithm:
         own = own_data(names, data)
         fishers = []
         for name in names:
-            module = fabric.to_device(modelpool.load_model(name))
+            module = fabric.to_device(modelpool.load_model(name)).requires_grad_(True)
             parameter_keys(module, modelpool.weights(name))
             fishers.append(self.fisher(module, name, own[name]))
         coefficients = self._coefficients(fishers)
@@ -99,53 +112,54 @@ class FisherMergingAlgorithm:
         def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             if base is not None and excluded(key, self.exclude_param_names_regex):
                 return base.clone()
-            weighted, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])
+            average = SimpleAverageAlgorithm().merge_tensor(key, tensors, base)
+            if key not in fishers[0]:
+                return average
+            weighted, total = torch.zeros_like(average), torch.zeros_like(average)
             for fisher, coefficient, tensor in zip(fishers, coefficients, tensors, strict=True):
-                weight = torch.full_like(tensor, self.minimal_fisher_weight)
-                if key in fisher:
-                    weight += fisher[key].to(tensor)
-                weight *= coefficient
+                weight = (fisher[key].to(tensor) + self.minimal_fisher_weight) * coefficient
                 weighted += weight * tensor
                 total += weight
-            return torch.where(total > 0, weighted / total, sum(tensors) / len(tensors))
+            # Where no model has anything to say; NaN must not be taken for that.
+            return torch.where(total == 0, average, weighted / total)
 
-        return merge(
-            {name: modelpool.weights(name) for name in names},
-            merge_tensor,
-            modelpool.weights("_pretrained_") if modelpool.has_pretrained else None,
-            policy=modelpool.policy,
-            show_progress=True,
-        )
+        models = {name: modelpool.weights(name) for name in names}
+        return merged(modelpool, models, merge_tensor, weighted_sum=False)
 
+    @torch.enable_grad()
     def fisher(self, module: nn.Module, name: str, data: TaskData) -> dict[str, Tensor]:
         """Return the diagonal Fisher information of a model, by parameter, on the CPU."""
         parameters = {
             key: parameter
             for key, parameter in module.named_parameters()
-            if parameter.requires_grad and not excluded(key, self.exclude_param_names_regex)
+            if not excluded(key, self.exclude_param_names_regex)
         }
+        if not parameters:
+            return {}
         classify = data.classify(module)
         samples = data.sample(self.num_fisher_examples, self.seed)
-        fisher = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+        fisher = {key: wide(torch.zeros_like(p)) for key, p in parameters.items()}
         size = self.batch_size if self.estimator == "batch_sqrt" else 1
         random = torch.Generator().manual_seed(self.seed)
         steps = -(-len(samples) // size)
         for images, labels in bar(data.batches(samples, size), f"Fisher of {name}", total=steps):
-            log_probs = classify(images).float().log_softmax(dim=-1)
+            log_probs = wide(classify(images)).log_softmax(dim=-1)
             rows = self._rows(log_probs.detach(), labels, random)
             at_once = max(1, _FLOATS // sum(p.numel() for p in parameters.values()))
             for chunk in rows.split(at_once):
+                several = len(chunk) > 1
                 gradients = torch.autograd.grad(
                     log_probs,
                     list(parameters.values()),
-                    chunk.view(len(chunk), *log_probs.shape),
+                    chunk.view(-1, *log_probs.shape) if several else chunk.view_as(log_probs),
                     retain_graph=True,
                     allow_unused=True,
-                    is_grads_batched=True,
+                    is_grads_batched=several,
                 )
                 for total, gradient in zip(fisher.values(), gradients, strict=True):
                     if gradient is not None:  # the answer does not depend on it
-                        total += gradient.square().sum(dim=0)
+                        squares = wide(gradient).square()
+                        total += squares.sum(dim=0) if several else squares
         return {key: (total / len(samples)).cpu() for key, total in fisher.items()}
 
     def _rows(self, log_probs: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
@@ -167,5 +181,5 @@ class FisherMergingAlgorithm:
             math.sqrt(math.fsum(float(f.double().square().sum()) for f in fisher.values()))
             for fisher in fishers
         ]
-        inverse = [1 / (norm + self.minimal_fisher_weight) for norm in norms]
+        inverse = [1 / (norm + self.minimal_fisher_weight or 1) for norm in norms]
         return [value / sum(inverse) for value in inverse]

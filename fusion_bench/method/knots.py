@@ -178,7 +178,6 @@ class _Aligned(Weights):
     """One model's aligned task vectors; without a model, zeros of the same shapes."""
 
     in_pieces = False
-    in_threads = False
 
     def __init__(self, alignment: _Alignment, model: int | None):
         self._alignment = alignment

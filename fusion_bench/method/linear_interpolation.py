@@ -24,7 +24,7 @@ class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
     """
 
     elementwise = True
-    linear = True
+    shows_nonfinite = True
 
     def __init__(self, t: float = 0.5, show_pbar: bool = True, inplace: bool = False):
         if not 0 <= t <= 1:

@@ -70,7 +70,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         self,
         modelpool: ModelPool | Mapping[str, nn.Module],
         fabric: "Fabric | None" = None,
-        *data: Any,
+        data: Any = None,
     ) -> Fused:
         """Let the base method merge, and scale what it changed.
 
@@ -90,7 +90,8 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
             raise FusionBenchError(
                 "LiNeSAlgorithm needs the pretrained model: add '_pretrained_' to modelpool.models."
             )
-        fused = self.base_method.run(pool, fabric, *data)
+        known = {"data": data} if self.needs_data else {}
+        fused = self.base_method.run(pool, fabric, **known)
         if not isinstance(fused, Mapping):
             raise FusionBenchError(
                 f"method.base_method: {type(self.base_method).__name__} makes a module, and no "
@@ -114,7 +115,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
 
         def inputs(models: Mapping[str, Weights]) -> Inputs:
             aligned = align(models, base, policy, pool.vocabulary)
-            return Inputs(aligned, policy, True, True, False, self.show_pbar)
+            return Inputs(aligned, policy, True, False, self.show_pbar)
 
         alpha = self.alpha
         if alpha == "auto":

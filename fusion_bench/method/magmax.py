@@ -40,7 +40,8 @@ class MagMaxAlgorithm(TensorwiseAlgorithm):
             torch.maximum(up, vector, out=up)
             torch.minimum(down, vector, out=down)
         sign = (up + down).sign_()
-        if (1 - sign.abs()).mul_(up).any():
+        opposite = (1 - sign.abs()).mul_(up)  # equally large ones
+        if opposite.numel() and opposite.amax() > 0:
             return base + self._of_equals(key, tensors, base) * self.scaling_factor
         largest = up.mul_(sign.clamp(min=0)).sub_(down.mul_(sign.clamp_(max=0)))
         return largest.mul_(self.scaling_factor).add_(base)

@@ -6,18 +6,20 @@ Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fusion_bench.errors import check_choice
-from fusion_bench.method.adamerging import Mixture
-from fusion_bench.method.data import Data, Split, TrainablePool, completed, parameter_keys
+from fusion_bench.errors import check_between, check_choice
+from fusion_bench.method.adamerging import Mixture, per_key
+from fusion_bench.method.data import Data, Split, TrainablePool, merged, parameter_keys
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.progress import bar
-from fusion_bench.weights import Weights, merge
+from fusion_bench.weights import Weights, align
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -50,8 +52,7 @@ class GreedySoupAlgorithm:
 
         def soup(names: list[str]) -> Weights:
             models = {name: modelpool.weights(name) for name in names}
-            average = SimpleAverageAlgorithm().merge_tensor
-            return merge(models, average, elementwise=True, linear=True, policy=modelpool.policy)
+            return merged(modelpool, models, SimpleAverageAlgorithm().merge_tensor)
 
         def score(weights: Weights) -> float:
             module = fabric.to_device(modelpool.build_model(weights))
@@ -98,6 +99,8 @@ class LearnedSoupAlgorithm:
     ):
         check_choice("method.granularity", granularity, Granularity)
         check_choice("method.split", split, Split)
+        check_between("method.batch_size", batch_size, 1, math.inf)
+        check_between("method.max_steps", max_steps, 0, math.inf)
         self.granularity = granularity
         self.lr = lr
         self.max_steps = max_steps
@@ -108,10 +111,16 @@ class LearnedSoupAlgorithm:
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Learn the weights, and with them a temperature of the answers, and merge."""
         models = {name: modelpool.weights(name) for name in modelpool.model_names}
-        first = next(iter(models.values()))
-        module = fabric.to_device(modelpool.build_model(first)).requires_grad_(True)
-        keys = parameter_keys(module, first)
-        mixture = Mixture(module, keys, None, models)
+        base = modelpool.weights("_pretrained_") if modelpool.has_pretrained else None
+        aligned = align(models, base, modelpool.policy, modelpool.vocabulary)
+        module = fabric.to_device(modelpool.build_model(aligned.reference)).requires_grad_(True)
+        keys = parameter_keys(module, aligned.reference)
+        keys += [  # running statistics are averaged too
+            key
+            for key, buffer in module.named_buffers()
+            if key in aligned.reference and buffer.is_floating_point()
+        ]
+        mixture = Mixture(module, keys, None, aligned.models)
         columns = len(keys) if self.granularity == "layer" else 1
         logits = nn.Parameter(torch.zeros(len(models), columns, device=fabric.device))
         temperature = nn.Parameter(torch.ones((), device=fabric.device))
@@ -134,6 +143,14 @@ class LearnedSoupAlgorithm:
             optimizer.step()
             steps.set_postfix(loss=f"{total:.4f}", refresh=False)
         weights = logits.detach().softmax(dim=0)
-        shares = zip(models, weights.mean(dim=1).tolist(), strict=True)
-        log.info("The soup: %s.", ", ".join(f"{name} {share:.2f}" for name, share in shares))
-        return completed(mixture.merged(weights), first)
+        by_key, shares = per_key(weights, keys), weights.mean(dim=1).tolist()
+        named = (f"{name} {share:.2f}" for name, share in zip(models, shares, strict=True))
+        log.info("The soup: %s.", ", ".join(named))
+
+        def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            total = torch.zeros_like(tensors[0])
+            for weight, tensor in zip(by_key.get(key, shares), tensors, strict=True):
+                total.add_(tensor, alpha=weight)
+            return total
+
+        return merged(modelpool, models, merge_tensor)

@@ -58,7 +58,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the mean on the sphere, of the tensors or of the task vectors."""
         vectors = torch.stack([t if base is None else t - base for t in tensors]).double()
-        flat = vectors.flatten(1)
+        flat = vectors.view(len(vectors), -1)
         weights = torch.tensor(self.weights or [1.0] * len(flat), dtype=torch.float64)
         weights = weights.to(flat.device)
         if self.normalize_weights:
@@ -68,7 +68,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
         mean = weights @ units
         length = mean.norm()
         if length < self.eps:
-            if len(flat) > 2:
+            if len(flat) > 2 and norms.any():
                 raise FusionBenchError(
                     f"Multi-SLERP: the models' directions cancel out in '{key}'. Use other weights."
                 )

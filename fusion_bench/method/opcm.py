@@ -17,6 +17,7 @@ from torch import Tensor
 from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.matrices import svd, wide
 from fusion_bench.weights.ops import is_linear_weight, uniform
 from fusion_bench.weights.statistics import sums, total
 
@@ -83,15 +84,13 @@ class OPCM(TensorwiseAlgorithm):
         """Return the matrix ``vector`` without what lies along the directions of ``merged``."""
         if not 0 < float(merged.norm()) < math.inf:
             return vector
-        u, s, vh = torch.linalg.svd(merged, full_matrices=False)
-        # Directions of value 0 are anyone's guess.
-        rank = int((s > s[0] * max(merged.shape) * torch.finfo(s.dtype).eps).sum())
-        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-        inside = u.mT @ vector @ vh.mT
+        u, s, vh = svd(merged)  # without the directions of value 0, which are anyone's guess
+        change = wide(vector)
+        inside = u.mT @ change @ vh.mT
         taken = inside.diagonal().diag_embed()
         closed = self._closed(s)
         taken[:closed, :closed] = inside[:closed, :closed]
-        return vector - u @ taken @ vh
+        return (change - u @ taken @ vh).to(vector)
 
     def _closed(self, values: Tensor) -> int:
         """Return how many directions are closed."""

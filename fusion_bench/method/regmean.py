@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import check_between, check_choice
-from fusion_bench.method.data import Data, Split, TaskData, TrainablePool, excluded, own_data
+from fusion_bench.errors import FusionBenchError, check_between, check_choice
+from fusion_bench.method.data import (
+    Data,
+    Split,
+    TaskData,
+    TrainablePool,
+    check_sampling,
+    excluded,
+    merged,
+    own_data,
+    parameter_keys,
+    wide,
+)
+from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.progress import bar
-from fusion_bench.weights import Weights, merge
+from fusion_bench.weights import Weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -32,6 +44,9 @@ class RegMeanAlgorithm:
         batch_size: samples in a batch.
         split: what part of the datasets is used; labels are not looked at.
         seed: draws with another seed are others.
+        weight_transpose: layers keep their weights outputs first, as ``nn.Linear`` does; there are
+            no others here.
+        num_workers: ignored, for the task pool's own are used.
     """
 
     needs_data = True
@@ -45,9 +60,17 @@ class RegMeanAlgorithm:
         batch_size: int = 32,
         split: Split = "train",
         seed: int | None = None,
+        weight_transpose: bool = True,
+        num_workers: int | None = None,
     ):
         check_choice("method.split", split, Split)
         check_between("method.reduce_non_diagonal_ratio", reduce_non_diagonal_ratio, 0, 1)
+        check_sampling("method.num_regmean_examples", num_regmean_examples, batch_size)
+        if not weight_transpose:
+            raise FusionBenchError(
+                "method.weight_transpose: false is for layers that keep their weights inputs "
+                "first; only nn.Linear is merged here. Leave it out."
+            )
         self.num_regmean_examples = num_regmean_examples
         self.exclude_param_names_regex = list(exclude_param_names_regex)
         self.reduce_non_diagonal_ratio = reduce_non_diagonal_ratio
@@ -55,6 +78,7 @@ class RegMeanAlgorithm:
         self.split = split
         self.seed = seed or 0
 
+    @torch.no_grad()
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Collect the Gram matrices, model by model, and merge.
 
@@ -64,13 +88,13 @@ class RegMeanAlgorithm:
         normal = NormalEquations(self.reduce_non_diagonal_ratio)
         for name, task in own_data(modelpool.model_names, data).items():
             module = fabric.to_device(modelpool.load_model(name))
+            parameter_keys(module, modelpool.weights(name))
             classify = task.classify(module)
-            with collected_grams(module) as grams, torch.inference_mode():
+            with collected_grams(module) as grams:
                 for images in self.batches(name, task):
                     classify(images)
             normal.add(module, grams)
-
-        return solved(modelpool, normal, self.exclude_param_names_regex)
+        return self.solved(modelpool, normal)
 
     def batches(self, name: str, task: TaskData) -> Iterator[Tensor]:
         """Yield the images whose way through a model is followed."""
@@ -80,24 +104,18 @@ class RegMeanAlgorithm:
         for images, _ in bar(batches, f"layer inputs of {name}", total=steps):
             yield images
 
+    def solved(self, pool: TrainablePool, normal: "NormalEquations") -> Weights:
+        """Return the models' average, but for the linear layers that ``normal`` solves."""
 
-def solved(pool: TrainablePool, normal: "NormalEquations", exclude: Sequence[str]) -> Weights:
-    """Return the average of the pool's models, with the linear layers that ``normal`` solves."""
+        def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            kept = excluded(key, self.exclude_param_names_regex)
+            if kept and base is not None:
+                return base.clone()
+            average = SimpleAverageAlgorithm().merge_tensor(key, tensors, base)
+            return average if kept or key not in normal else normal.solution(key, average)
 
-    def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        if base is not None and excluded(key, exclude):
-            return base.clone()
-        if key in normal:
-            return normal.solution(key).to(tensors[0])
-        return sum(tensors[1:], tensors[0].clone()) / len(tensors)
-
-    return merge(
-        {name: pool.weights(name) for name in pool.model_names},
-        merge_tensor,
-        pool.weights("_pretrained_") if pool.has_pretrained else None,
-        policy=pool.policy,
-        show_progress=True,
-    )
+        models = {name: pool.weights(name) for name in pool.model_names}
+        return merged(pool, models, merge_tensor, weighted_sum=False)
 
 
 class NormalEquations:
@@ -111,86 +129,83 @@ class NormalEquations:
         self._ratio = ratio
         self._left: dict[str, Tensor] = {}
         self._right: dict[str, Tensor] = {}
-        self._shared: dict[str, str] = {}  # of layers that are fed one tensor, the first
 
     def __contains__(self, key: str) -> bool:
-        return key in self._right
+        return key in self._left
 
     def add(self, module: nn.Module, grams: "Mapping[str, Gram]", prefix: str = "") -> None:
         """Add a model's weights, and the Gram matrices of what entered them."""
         own = dict(module.named_parameters())
-        reduced: dict[str, Tensor] = {}
         for key, gram in grams.items():
-            if gram.first not in reduced:
-                reduced[gram.first] = self._reduced(gram.mean())
-                _add(self._left, prefix + gram.first, reduced[gram.first])
-            self._shared[prefix + key] = prefix + gram.first
-            right = reduced[gram.first] @ own[key].detach().double().T
-            _add(self._right, prefix + key, right)
+            mean = gram.mean()
+            left = (mean * self._ratio).diagonal_scatter(mean.diagonal())
+            right = left @ own[key].detach().to(left).T
+            for sums, value in ((self._left, left), (self._right, right)):
+                sums[prefix + key] = sums[prefix + key] + value if prefix + key in sums else value
 
-    def solution(self, key: str) -> Tensor:
-        """Return a layer's merged weight, outputs first, in float64."""
-        factor = torch.linalg.cholesky(self._left[self._shared[key]])
-        return torch.cholesky_solve(self._right[key], factor).T
+    def solution(self, key: str, average: Tensor) -> Tensor:
+        """Return a layer's merged weight, outputs first; the models' average where nothing entered.
 
-    def _reduced(self, gram: Tensor) -> Tensor:
-        diagonal = gram.diagonal()
-        # Where next to nothing entered, the models' weights count alike; and no matrix is singular.
-        floor = 1e-9 * float(diagonal.mean()) or 1.0
-        return (gram * self._ratio).diagonal_scatter(diagonal + floor)
-
-
-def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
-    sums[key] = value.clone() if key not in sums else sums[key].add_(value)
+        It is drawn to the average no more than makes the matrix regular.
+        """
+        left = self._left[key]
+        diagonal = left.diagonal()
+        for power in range(-9, 0):
+            pull = 10.0**power * torch.where(diagonal == 0, 1, diagonal)
+            factor, failed = torch.linalg.cholesky_ex(left.diagonal_scatter(diagonal + pull))
+            if not failed:
+                break
+        right = self._right[key] + pull[:, None] * average.to(left).T
+        return torch.cholesky_solve(right, factor).T.to(average)
 
 
 class Gram:
-    r"""The mean of $x x^\top$ over all rows that enter a layer, in float64.
+    r"""The mean of $x x^\top$ over all rows that enter a layer, in float64."""
 
-    Attributes:
-        first: the weight of the layer that was seen first, of those that share it.
-    """
-
-    def __init__(self, first: str):
-        self.first = first
+    def __init__(self) -> None:
         self._total = torch.zeros((), dtype=torch.float64)
         self._rows = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Add rows: all dimensions but the last are rows."""
-        rows = inputs.detach().flatten(0, -2).float()
-        self._total = (rows.T @ rows).double() + self._total.to(rows.device)
-        self._rows += len(rows)
+    def add(self, total: Tensor, rows: int) -> None:
+        """Add the sum over so many rows."""
+        self._total = total + self._total.to(total)
+        self._rows += rows
 
     def mean(self) -> Tensor:
         """Return the matrix."""
-        return self._total / self._rows
+        return self._total / max(self._rows, 1)
+
+
+def gram_sum(inputs: Tensor) -> Tensor:
+    r"""Return the sum of $x x^\top$ over all rows, which lie along the last dimension."""
+    rows = wide(inputs.reshape(-1, inputs.shape[-1]))
+    return (rows.T @ rows).double()
 
 
 @contextmanager
 def collected_grams(module: nn.Module) -> Iterator[Mapping[str, Gram]]:
     """Collect, while the context lasts, what enters each linear layer, by the weight's name.
 
-    Layers that are fed one tensor, such as those of query, key and value, share a matrix.
+    For layers that are fed one tensor, such as those of query, key and value, it is computed once.
     """
     grams: dict[str, Gram] = {}
-    last: list[Any] = [None, ""]  # the last tensor seen, and the first layer that saw it
+    last: list[Any] = [None, 0, None]  # a tensor, how often it was written to, and its matrix
 
-    def hook(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0] is last[0]:
-                grams[key] = grams[last[1]]
-                return
-            last[:] = inputs[0], key
-            grams.setdefault(key, Gram(key)).add(inputs[0])
+    def hook(key: str) -> Callable[..., None]:
+        def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+            inputs = args[0] if args else kwargs["input"]
+            if inputs is not last[0] or inputs._version != last[1]:
+                last[:] = inputs, inputs._version, gram_sum(inputs)
+            grams.setdefault(key, Gram()).add(last[2], inputs.numel() // inputs.shape[-1])
 
         return look
 
-    layers = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-    handles = [
-        layer.register_forward_pre_hook(hook(f"{name}.weight" if name else "weight"))
-        for name, layer in layers
-    ]
+    own = dict(module.named_parameters())  # a tied weight is an embedding too
+    handles = []
+    for name, layer in module.named_modules():
+        key = f"{name}.weight".removeprefix(".")
+        if isinstance(layer, nn.Linear) and key in own:
+            handles.append(layer.register_forward_pre_hook(hook(key), with_kwargs=True))
     try:
         yield grams
     finally:

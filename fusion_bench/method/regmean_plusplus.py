@@ -3,15 +3,14 @@ r"""RegMean++: RegMean, where what enters a layer comes from the layers merged b
 Nguyen et al., RegMean++, https://arxiv.org/abs/2508.03121
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.method.data import Data, Split, TaskData, TrainablePool, own_data
-from fusion_bench.method.regmean import NormalEquations, RegMeanAlgorithm, collected_grams, solved
+from fusion_bench.method.data import Data, TaskData, TrainablePool, own_data, parameter_keys
+from fusion_bench.method.regmean import NormalEquations, RegMeanAlgorithm, collected_grams
 from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
 
@@ -19,43 +18,14 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-class RegMeanAlgorithmPlusPlus:
+class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
     """RegMean block by block: each block sees what the merged blocks before it give.
 
-    What stands before the blocks and behind them is averaged.
-
-    Args:
-        num_regmean_examples: as in ``RegMeanAlgorithm``; so are all arguments.
-        exclude_param_names_regex: parameters that stay the pretrained model's.
-        reduce_non_diagonal_ratio: factor of the Gram matrices' off-diagonal elements.
-        batch_size: samples in a batch.
-        split: what part of the datasets is used.
-        seed: draws with another seed are others.
+    What stands before the blocks and behind them is averaged. It takes what ``RegMeanAlgorithm``
+    takes.
     """
 
-    needs_data = True
-    uses_labels = False
-
-    def __init__(
-        self,
-        num_regmean_examples: int | None = 256,
-        exclude_param_names_regex: Sequence[str] = (),
-        reduce_non_diagonal_ratio: float = 0.95,
-        batch_size: int = 32,
-        split: Split = "train",
-        seed: int | None = None,
-    ):
-        self._regmean = RegMeanAlgorithm(
-            num_regmean_examples,
-            exclude_param_names_regex,
-            reduce_non_diagonal_ratio,
-            batch_size,
-            split,
-            seed,
-        )
-        self.split = split
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Merge block by block.
 
@@ -63,11 +33,12 @@ class RegMeanAlgorithmPlusPlus:
             FusionBenchError: a model without data, or without a list of blocks.
         """
         own = own_data(modelpool.model_names, data)
-        normal = NormalEquations(self._regmean.reduce_non_diagonal_ratio)
-        weights = solved(modelpool, normal, self._regmean.exclude_param_names_regex)
+        normal = NormalEquations(self.reduce_non_diagonal_ratio)
+        weights = self.solved(modelpool, normal)
         merged = fabric.to_device(modelpool.build_model(weights))  # all is averaged so far
-        models = {name: fabric.to_device(modelpool.load_model(name)) for name in own}
+        parameter_keys(merged, weights)
         prefix, blocks = blocks_of(merged)
+        models = {name: fabric.to_device(modelpool.load_model(name)) for name in own}
         calls = {name: self._calls(merged, blocks[0], name, task) for name, task in own.items()}
         for index, block in enumerate(bar(blocks, "blocks", total=len(blocks), unit="block")):
             place = f"{prefix}{index}."
@@ -94,7 +65,7 @@ class RegMeanAlgorithmPlusPlus:
         classify = task.classify(model)
         handle = block.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            for images in self._regmean.batches(name, task):
+            for images in self.batches(name, task):
                 try:
                     classify(images)
                 except _Reached:
@@ -109,7 +80,7 @@ class _Reached(Exception):  # noqa: N818
 
 
 def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return a model's list of blocks, and what its keys begin with.
+    """Return a model's longest list of blocks, and what its keys begin with.
 
     Raises:
         FusionBenchError: there is none.

@@ -37,7 +37,7 @@ class SCEAlgorithm(TensorwiseAlgorithm):
         task_vectors = torch.stack([tensor - base for tensor in tensors])
         if self.select_topk < 1:
             task_vectors *= self._selected(task_vectors)
-        energy = task_vectors.double().square().flatten(1).mean(dim=1)
+        energy = task_vectors.double().square().view(len(tensors), -1).mean(dim=1)
         total = energy.sum()
         weights = energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))
         weights = weights.to(task_vectors.dtype).view(-1, *[1] * base.ndim)

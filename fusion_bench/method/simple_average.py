@@ -14,7 +14,7 @@ class SimpleAverageAlgorithm(TensorwiseAlgorithm):
     """The mean of all models; the pretrained model is not one of them."""
 
     elementwise = True
-    linear = True
+    shows_nonfinite = True
 
     def __init__(self, show_pbar: bool = True, inplace: bool = False):
         self.show_pbar = show_pbar

@@ -18,7 +18,7 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
 
     needs_pretrained = True
     elementwise = True
-    linear = True
+    shows_nonfinite = True
 
     def __init__(self, scaling_factor: float = 0.3, show_pbar: bool = True, inplace: bool = False):
         self.scaling_factor = scaling_factor

@@ -68,7 +68,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         self.scope = scope
         self.keep = keep
         self.zero_sign = zero_sign
-        self.elementwise = scope == "model"
+        self.elementwise = self.shows_nonfinite = scope == "model"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find where each task vector is cut off."""

@@ -30,7 +30,7 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
     """
 
     elementwise = True
-    linear = True
+    shows_nonfinite = True
 
     def __init__(
         self,

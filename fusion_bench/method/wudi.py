@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.weights import matches
+from fusion_bench.weights.matrices import is_matrix
 from fusion_bench.weights.ops import task_vectors
 
 Solver = Literal["adam", "lstsq"]
@@ -61,7 +61,7 @@ class WUDIMerging(TensorwiseAlgorithm):
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus the fitted, or else the mean task vector."""
         assert base is not None
-        fitted = base.ndim == 2 and not matches(key, self.exclude_keys)
+        fitted = is_matrix(key, base.shape, self.exclude_keys)
         if self.rest == "base" and not fitted:
             return base.clone()
         merged = torch.zeros_like(base)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from urllib.parse import quote
@@ -222,8 +223,9 @@ class FabricModelFusionProgram:
         Merged weights are computed as they are written; they are held in memory only if they are
         to be judged or to be thrown away.
         """
-        known = () if data is None else (data,)
-        merged = _named(self.method.run(self.modelpool, fabric, *known))
+        offered = {"fabric": fabric, "data": data}
+        wanted = {k: v for k, v in offered.items() if k in signature(self.method.run).parameters}
+        merged = _named(self.method.run(self.modelpool, **wanted))
         if self.taskpool is not None or self.model_path is None:
             for name, model in merged.items():
                 if isinstance(model, Weights):
@@ -240,7 +242,10 @@ class FabricModelFusionProgram:
         fabric.barrier()
         if self.taskpool is not None:
             return merged
-        return {name: self.modelpool.open_saved(place) for name, place in places.items()}
+        for name, place in places.items():
+            if isinstance(merged[name], Weights):
+                merged[name] = self.modelpool.open_saved(place)
+        return merged
 
     def _save(self, model: nn.Module | Weights, place: Path) -> None:
         try:

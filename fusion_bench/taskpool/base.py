@@ -184,7 +184,9 @@ class ImageTaskPool(ABC):
         return tuning
 
     def _tuned_classifier(self, task: str, fabric: Fabric, model: nn.Module) -> Classify:
-        return self._classifier(task, model, "merged", fabric)
+        classify = self._classifier(task, model, "merged", fabric)
+        dtype = next(model.parameters()).dtype
+        return lambda images: classify(images.to(dtype))
 
     def _classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
         """Return the classifier that a model makes, or that its members make together."""

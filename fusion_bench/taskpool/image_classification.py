@@ -127,7 +127,8 @@ class ImageClassificationTaskPool(ImageTaskPool):
                 f"'{name}' {found}. Name a classifier of the same size."
             )
         head = deepcopy(head, {id(own): backbone})
-        head = fabric.to_device(fabric.strategy.precision.convert_module(head)).eval()
+        dtype = next(backbone.parameters()).dtype  # what learns may be of another than Fabric's
+        head = fabric.to_device(head.to(dtype)).eval()
 
         def classify(images: Tensor) -> Tensor:
             logits: Tensor = head(pixel_values=images).logits

@@ -43,7 +43,8 @@ class TuningImages:
 
     def is_test(self, fingerprints: Collection[str]) -> bool:
         """Tell whether models are judged on these images: by name, or by content."""
-        return self.split.startswith("test") or self.data.fingerprint in fingerprints
+        named = any(part.startswith("test") for part in self.split.split("+"))
+        return named or self.data.fingerprint in fingerprints
 
     def sample(self, count: int | None, seed: int = 0) -> NDArray[np.int64]:
         """Draw ``count`` samples, none twice; all, in order, where there are no more or ``None``.

@@ -35,7 +35,6 @@ class Inputs:
         aligned: the models.
         policy: where the mathematics happens.
         elementwise: entries may be read in 1-d pieces.
-        in_threads: several threads may take pieces side by side.
         look_for_nonfinite: look for NaN and infinity, which will not show in what is made.
         show_progress: show a bar while they are read.
     """
@@ -45,7 +44,6 @@ class Inputs:
         aligned: Aligned,
         policy: MergePolicy,
         elementwise: bool = True,
-        in_threads: bool = False,
         look_for_nonfinite: bool = True,
         show_progress: bool = False,
     ):
@@ -59,7 +57,6 @@ class Inputs:
         self._inputs = list(aligned.models.values())
         self._all = [*self._inputs, *([] if aligned.base is None else [aligned.base])]
         self.in_pieces = elementwise and all(weights.in_pieces for weights in self._all)
-        self.in_threads = in_threads and all(weights.in_threads for weights in self._all)
         self._elementwise = elementwise
 
     @property
@@ -98,7 +95,7 @@ class Inputs:
         """Return the same models, with the entries that fit a pattern copied and not merged."""
         removed = {key for key in self if matches(key, patterns)}
         aligned = replace(self.aligned, copied=self.aligned.copied | removed)
-        settings = (self._elementwise, self.in_threads, self._look_for_nonfinite)
+        settings = (self._elementwise, self._look_for_nonfinite)
         return Inputs(aligned, self.policy, *settings, self.show_progress)
 
     def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:

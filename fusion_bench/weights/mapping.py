@@ -36,9 +36,6 @@ class Weights(Mapping[str, Tensor]):
 
     #: Whether entries may be read piece by piece for no more work than as a whole.
     in_pieces: bool = True
-    #: Whether threads may read them side by side to good purpose. Where a piece is many operations,
-    #: threads wait for Python's lock more than they work; torch then spreads each over the cores.
-    in_threads: bool = True
     #: Whether a person wants to watch them being read.
     show_progress: bool = False
 

@@ -53,9 +53,9 @@ def svd(
     s, u = _spectrum(gram(matrix), count)
     kept = _kept(s, tol, scale)
     if kept and s[kept - 1] <= _RESOLVED * s[0]:
-        u, s, vh = torch.linalg.svd(wide(matrix), full_matrices=False)
+        v, s, uh = torch.linalg.svd(wide(matrix).T, full_matrices=False)  # LAPACK prefers it tall
         kept = _kept(s[:count], tol, scale)
-        return u[:, :kept], s[:kept], vh[:kept]
+        return uh[:kept].T, s[:kept], v[:, :kept].T
     u, s = u[:, :kept], s[:kept]
     vh = (u / s).T @ wide(matrix)
     return u, s, vh

@@ -31,7 +31,6 @@ def merge(
     base: Weights | None = None,
     *,
     elementwise: bool = False,
-    linear: bool = False,
     shows_nonfinite: bool = False,
     policy: MergePolicy | None = None,
     vocabulary: int | None = None,
@@ -46,7 +45,6 @@ def merge(
         base: the pretrained model.
         elementwise: each merged element depends on the same element of every model alone, so that
             ``merge_tensor`` may be given 1-d pieces of an entry.
-        linear: it is their weighted sum: so little work that threads pay.
         shows_nonfinite: NaN or infinity in a model shows in the result, as in a sum.
         policy: what to do where models differ.
         vocabulary: the reference's number of tokens, for ``policy.on_vocabulary``.
@@ -57,7 +55,7 @@ def merge(
     """
     policy = policy or MergePolicy()
     aligned = align(models, base, policy, vocabulary)
-    inputs = Inputs(aligned, policy, elementwise, linear, not shows_nonfinite, show_progress)
+    inputs = Inputs(aligned, policy, elementwise, not shows_nonfinite, show_progress)
     return MergedWeights(inputs, everywhere(merge_tensor))
 
 
@@ -71,7 +69,6 @@ class MergedWeights(Weights):
 
     def __init__(self, inputs: Inputs, merge_piece: MergePiece):
         self.in_pieces = inputs.in_pieces
-        self.in_threads = inputs.in_threads
         self.show_progress = inputs.show_progress
         self._inputs = inputs
         self._reference = inputs.aligned.reference

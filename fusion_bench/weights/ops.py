@@ -164,8 +164,9 @@ def bernoulli(
         draw = _generator(*seed, block).integers(0, 2**64, words, dtype=np.uint64)
         draws = draw.astype("<u8", copy=False).view(np.uint8)[:end]
         kept = draws < whole
-        undecided = np.flatnonzero(draws == whole)
-        kept[undecided] = _generator(*seed, block, "again").random(len(undecided)) < rest
+        if rest:
+            undecided = np.flatnonzero(draws == whole)
+            kept[undecided] = _generator(*seed, block, "again").random(len(undecided)) < rest
         parts.append(kept.view(np.int8)[begin:].astype(np.float32))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

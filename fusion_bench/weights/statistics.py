@@ -4,10 +4,10 @@ What comes out does not depend on threads, on the order of files, or on how entr
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ Values = Callable[[str, int, Sequence[Tensor], Tensor | None], Iterable[Tensor]]
 _COARSE, _FINE = 2**16, 2**21
 #: An estimate looks at one piece of ``_SAMPLE_PIECE`` elements in so many.
 _SAMPLED, _SAMPLE_PIECE = 128, 2**11
+#: How many places of elements near the cutoffs are remembered, lest another look be needed.
+_REMEMBERED = 2**24
 #: Elements that are summed at once, in one thread.
 _ROW = 2**14
 #: How far off, as a share of all elements, an estimated rank may be.
@@ -140,7 +142,8 @@ def largest(
     size = inputs.count()
     everything = [inputs.aligned.reference, *inputs.aligned.models.values()]
     wide = any(w.spec(key).dtype == torch.float64 for w in everything for key in inputs)
-    searches = [_Search(min(count, size), size, 64 if wide else 32) for count in counts]
+    room = 0 if ties else _REMEMBERED // max(1, len(counts))
+    searches = [_Search(min(count, size), size, 64 if wide else 32, room) for count in counts]
     if inputs.in_pieces and size > _SAMPLED * _COARSE:
         _look(inputs, values, searches, sample=True)
         for search in searches:
@@ -152,16 +155,23 @@ def largest(
     numbers = [search.value() for search in searches]
     lasts: list[tuple[str, int] | None] = [None] * len(searches)
     if not ties:
-        surplus = [search.ties_to_keep() for search in searches]
-        lasts = _last_ties(inputs, values, numbers, surplus)
+        lasts = [search.last_tie() for search in searches]
+        unknown = {
+            index: keep
+            for index, search in enumerate(searches)
+            if lasts[index] is None and (keep := search.ties_to_keep()) is not None
+        }
+        if unknown:
+            lasts = _last_ties(inputs, values, numbers, lasts, unknown)
     return [Cutoff(value, last) for value, last in zip(numbers, lasts, strict=True)]
 
 
 class _Search:
     """The search for the ``rank``-th largest value: a bracket of bits that grows narrower."""
 
-    def __init__(self, rank: int, size: int, bits: int):
+    def __init__(self, rank: int, size: int, bits: int, room: int):
         self.rank = rank
+        self.room = room
         self.size = size
         self.word = np.int64 if bits == 64 else np.int32
         self.end = 2 ** (bits - 1)
@@ -177,20 +187,31 @@ class _Search:
         bins = ((high - low - 1) >> self.shift) + 1
         self.histogram = torch.zeros(bins, dtype=torch.int64)
         self.above = 0
+        # What is in the bracket: by key and start of a piece, the indices in it, and the bits.
+        self.inside: dict[tuple[str, int], tuple[NDArray[np.int32], NDArray[Any]]] = {}
+        self.remembers = self.shift == 0 and self.low > 0
+        self.remembered = 0
 
-    def add(self, values: Tensor, lock: threading.Lock) -> None:
+    def add(self, key: str, start: int, values: Tensor, lock: threading.Lock) -> None:
         """Count values."""
-        bits: NDArray[np.signedinteger] = values.abs().cpu().numpy().reshape(-1).view(self.word)
-        above = 0
+        bits: Any = values.abs().cpu().numpy().reshape(-1).view(self.word)
+        above, here = 0, None
         if self.high < self.end or self.low > 0:
             beyond = bits >= self.high
             above = int(np.count_nonzero(beyond))
-            bits = bits[(bits >= self.low) & ~beyond]
+            here = np.flatnonzero((bits >= self.low) & ~beyond).astype(np.int32)
+            bits = bits[here]
         places = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
         ones = torch.ones(1, dtype=torch.int64).expand(len(places))
         with lock:
             self.above += above
             self.histogram.index_add_(0, places, ones)
+            self.remembered += len(bits)
+            if self.remembered > self.room:
+                self.remembers = False
+                self.inside.clear()
+            elif self.remembers and here is not None:
+                self.inside[key, start] = here, bits
 
     def guess(self) -> None:
         """Take the bracket from the counts of a sample."""
@@ -244,6 +265,19 @@ class _Search:
         keep = self.rank - self.above
         return None if self.rank in (0, self.size) or keep == self.equal else keep
 
+    def last_tie(self) -> tuple[str, int] | None:
+        """Return the place of the last element of that value that is kept, if it is known."""
+        keep = self.ties_to_keep()
+        if keep is None or not self.remembers:
+            return None
+        for key, start in sorted(self.inside):
+            here, bits = self.inside[key, start]
+            ties = here[bits == self.low]
+            if len(ties) >= keep:
+                return key, start + int(ties[keep - 1])
+            keep -= len(ties)
+        return None
+
 
 def _look(
     inputs: Inputs,
@@ -257,7 +291,7 @@ def _look(
         for search, found in zip(searches, values(key, start, tensors, base), strict=True):
             if not search.found:
                 wide = search.end > 2**31
-                search.add(found.double() if wide else found, lock)
+                search.add(key, start, found.double() if wide else found, lock)
 
     if sample:
         inputs.survey(look, _SAMPLE_PIECE, _SAMPLED)
@@ -266,12 +300,20 @@ def _look(
 
 
 def _last_ties(
-    inputs: Inputs, values: Values, numbers: Sequence[float], surplus: Sequence[int | None]
+    inputs: Inputs,
+    values: Values,
+    numbers: Sequence[float],
+    lasts: Sequence[tuple[str, int] | None],
+    unknown: Mapping[int, int],
 ) -> list[tuple[str, int] | None]:
-    """Return the place of the last of the elements of value ``number`` that is kept."""
-    wanted = {i: keep for i, keep in enumerate(surplus) if keep is not None and numbers[i] > 0}
+    """Return the places of the last elements of just the cutoff that are kept.
+
+    ``unknown`` tells, by index, of how many such elements the last is still to be found.
+    """
+    lasts = list(lasts)
+    wanted = {index: keep for index, keep in unknown.items() if numbers[index] > 0}
     if not wanted:
-        return [None] * len(numbers)
+        return lasts
     found: dict[tuple[str, int], dict[int, Tensor]] = {}
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
@@ -283,7 +325,6 @@ def _last_ties(
         found[key, start] = counts
 
     inputs.survey(look)
-    lasts: list[tuple[str, int] | None] = [None] * len(numbers)
     for i, keep in wanted.items():
         for key, start in sorted(found):
             here = int(found[key, start][i])

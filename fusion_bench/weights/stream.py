@@ -23,10 +23,6 @@ class Pieces(Protocol):
         """Whether entries may be cut."""
 
     @property
-    def in_threads(self) -> bool:
-        """Whether threads may take them side by side to good purpose."""
-
-    @property
     def show_progress(self) -> bool:
         """Whether a person wants to watch."""
 
@@ -78,9 +74,9 @@ def visit(
 
     Large pieces are taken in the order of the keys, small ones together; they may be worked on in
     any order. Tied entries come once, under their first key. Threads share nothing but the list of
-    pieces, so that a busy core slows down its own work alone. Where threads do not suit the source,
-    one takes all pieces, and torch's operations use all cores. ``pieces`` may choose others than
-    the source's own.
+    pieces, so that a busy core slows down its own work alone: operations that torch spreads over
+    the cores wait for the slowest. Where entries cannot be cut, one thread takes them, and torch's
+    operations use all cores. ``pieces`` may choose others than the source's own.
     """
     jobs = _jobs(source, pieces or source.pieces, piece)
     _ = source.files  # downloads what is not here yet
@@ -103,11 +99,7 @@ def visit(
                         with lock:
                             advance(source.bytes_to_read(key) * share)
 
-        _in_threads(
-            take_jobs,
-            failures,
-            torch.get_num_threads() if source.in_pieces and source.in_threads else 1,
-        )
+        _in_threads(take_jobs, failures, torch.get_num_threads() if source.in_pieces else 1)
     if failures:
         raise failures[0]
 

@@ -21,7 +21,6 @@ class Renamed(Weights):
         self._names = dict(names)
         self._new = {old: new for new, old in reversed(self._names.items())}
         self.in_pieces = weights.in_pieces
-        self.in_threads = weights.in_threads
         self.show_progress = weights.show_progress
 
     @property

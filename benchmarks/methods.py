@@ -1,0 +1,199 @@
+"""What each method costs, and what it is worth on the embedded models.
+
+    python benchmarks/methods.py cost                # every method without data, on ViT-B/32 sizes
+    python benchmarks/methods.py cost --only ties_merging dare/task_arithmetic
+    python benchmarks/methods.py zoo                 # every method with its defaults, judged
+
+`cost` makes nine checkpoints on the spot, a base and eight models that differ from it by noise.
+Quick methods take turns with the simple average, so that a busy moment meets both alike; a method
+that takes long runs once. Memory is measured in a process of its own. `zoo` runs the program as
+`fusion_bench method=…` does, with the seed 0.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from measure import alternate, peak, publish, ratio, summary
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from fusion_bench.instantiate import instantiate
+from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.progress import quiet_libraries
+from fusion_bench.report import comparison
+from fusion_bench.scripts.cli import CONFIG_DIR
+from fusion_bench.weights import Weights, in_memory
+
+AVERAGE = "simple_average"
+#: Those that want two models only.
+TWO_MODELS = {"linear/linear_interpolation", "slerp/slerp", "slerp/nuslerp"}
+#: Seconds beyond which a method runs once.
+LONG = 20.0
+
+
+def main() -> None:
+    """Measure what is asked for, print the table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["cost", "zoo", "memory"])
+    parser.add_argument("--only", nargs="+", help="methods, as in method=…")
+    parser.add_argument("--without", nargs="+", default=[], help="methods to leave out")
+    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try it out")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    names = [name for name in arguments.only or methods() if name not in arguments.without]
+    results: dict[str, Any]
+    with tempfile.TemporaryDirectory() as scratch:
+        root = arguments.workdir or Path(scratch)
+        if arguments.what == "memory":  # a child of `cost`
+            print(peak(lambda: fuse(names[0], root)))
+            return
+        if arguments.what == "cost":
+            write_models(root, small=arguments.small)
+            costs = cost(names, root, arguments.rounds)
+            results = {"eight ViT-B/32 encoders into memory": costs}
+        else:
+            results = {"on the embedded models": worth(names)}
+    publish(results, "methods.py", arguments.rounds, arguments.json, arguments.markdown)
+
+
+def methods() -> list[str]:
+    """Return the names of all methods, as in ``method=…``."""
+    root = Path(CONFIG_DIR) / "method"
+    files = sorted(root.rglob("*.yaml"))
+    return [str(f.relative_to(root).with_suffix("")) for f in files if f.name[0] != "_"]
+
+
+@contextmanager
+def composed(*overrides: str) -> Iterator[dict[str, Any]]:
+    """Compose the default config with overrides."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose("fabric_model_fusion", list(overrides))
+        node: Any = OmegaConf.to_container(config, resolve=True)
+        yield node
+
+
+def method_of(name: str) -> Any:
+    """Return a method with its default settings."""
+    with composed(f"method={name}") as config:
+        return instantiate(config["method"], "method")
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+def write_models(root: Path, *, small: bool) -> None:
+    """Write a base and eight models, unless they are there."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = CLIPVisionConfig(patch_size=32, **(tiny if small else {}))
+    if (root / "m7" / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    CLIPVisionModel(config).save_pretrained(root / "base")
+    base = load_file(root / "base" / "model.safetensors")
+    for number in range(8):
+        place = root / f"m{number}"
+        place.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(number)
+        model = {
+            key: value + 1e-3 * torch.randn(value.shape, generator=generator)
+            for key, value in base.items()
+        }
+        save_file(model, place / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(place)
+
+
+def pool(root: Path, models: int = 8) -> CLIPVisionModelPool:
+    """Return the models as a pool."""
+    names = ["_pretrained_", *(f"m{number}" for number in range(models))]
+    return CLIPVisionModelPool(
+        {name: str(root / name.replace("_pretrained_", "base")) for name in names}
+    )
+
+
+def fuse(name: str, root: Path) -> int:
+    """Merge the models into memory; returns how many models came out."""
+    models = pool(root, models=1 if name in TWO_MODELS else 8)
+    result = method_of(name).run(models)
+    family = {"": result} if isinstance(result, Weights) else result
+    return len([in_memory(w) if isinstance(w, Weights) else w for w in family.values()])
+
+
+def cost(names: list[str], root: Path, rounds: int) -> dict[str, Any]:
+    """Return each method's seconds, beside those of the simple average, and its memory."""
+    table: dict[str, Any] = {}
+    for name in names:
+        method = method_of(name)
+        if getattr(method, "needs_data", False) or "ensemble/" in name:
+            continue
+        start = time.perf_counter()
+        models = fuse(name, root)
+        once = time.perf_counter() - start
+        contestants = {AVERAGE: lambda: fuse(AVERAGE, root)}
+        if once < LONG and name != AVERAGE:
+            contestants[name] = lambda name=name: fuse(name, root)
+        times = alternate(contestants, rounds)
+        if name not in times:
+            times[name] = [once] * rounds
+        table[name] = {
+            "seconds": summary(times[name])["seconds"],
+            "times the average": ratio(times, name, AVERAGE),
+            "peak MB": round(memory(name, root) / 1e6),
+            "models": models,
+        }
+        print(name, json.dumps(table[name]), file=sys.stderr)
+    return table
+
+
+def memory(name: str, root: Path) -> int:
+    """Return the peak of anonymous memory, the merged models in it."""
+    command = [sys.executable, __file__, "memory", "--only", name, "--workdir", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+# --- what it is worth -----------------------------------------------------------------------------
+
+
+def worth(names: list[str]) -> dict[str, Any]:
+    """Return each method's accuracies on the zoo, the best first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name in TWO_MODELS:
+            continue
+        with tempfile.TemporaryDirectory() as place, composed(f"method={name}", "seed=0") as config:
+            report = instantiate(config, output_dir=place).run()
+        table = comparison(report)
+        for row in table[:2] if not rows else []:
+            rows[f"({row.name})"] = _figures(row, None)
+        # Several models that are no family of one a task, one a step for one: the last counts.
+        rows[name] = _figures(table[-1], report.run.seconds.fuse)
+        print(name, json.dumps(rows[name]), file=sys.stderr)
+    return dict(sorted(rows.items(), key=lambda entry: -float(entry[1]["accuracy, %"])))
+
+
+def _figures(row: Any, seconds: float | None) -> dict[str, Any]:
+    return {
+        "accuracy, %": f"{row.average:.1f}",
+        "normalised, %": f"{row.normalized:.1f}",
+        "seconds to fuse": "–" if seconds is None else f"{seconds:.1f}",
+    }
+
+
+if __name__ == "__main__":
+    main()

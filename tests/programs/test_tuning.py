@@ -1,0 +1,485 @@
+"""Programs whose method learns from data, or makes more than one plain model."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CLASSES
+from lightning.fabric import Fabric
+from transformers import (
+    ConvNextImageProcessorPil,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+)
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method.ensemble import load_ensemble
+from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.report import Report, comparison
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
+
+Config = dict[str, Any]
+
+
+def method(name: str, **options: Any) -> Config:
+    return {"_target_": f"fusion_bench.method.{name}", **options}
+
+
+ADAMERGING = method("AdaMergingAlgorithm", max_steps=3, batch_size=2)
+LEARNING = {
+    "adamerging": ADAMERGING,
+    "adamerging++": ADAMERGING | {"plusplus": True, "granularity": "task"},
+    "greedy soup": method("GreedySoupAlgorithm", split="train"),
+    "learned soup": method("LearnedSoupAlgorithm", split="train", max_steps=3, batch_size=2),
+    "fisher": method("FisherMergingAlgorithm", num_fisher_examples=2),
+    "regmean": method("RegMeanAlgorithm", num_regmean_examples=2),
+    "regmean++": method("RegMeanAlgorithmPlusPlus", num_regmean_examples=2),
+}
+LABELLED = {"greedy soup", "learned soup"}
+TEST_TIME = "adapted to the unlabelled images of the test split (test-time adaptation)"
+
+
+def dataset(family: Path, task: str, split: str) -> Config:
+    path = str(family / "datasets" / task)
+    return {"_target_": "datasets.load_dataset", "path": path, "split": split}
+
+
+@pytest.fixture
+def config(program_config: Config, family: Path) -> Config:
+    """Return a config of AdaMerging with the training data of all tasks."""
+    train = {task: dataset(family, task, "train") for task in CLASSES}
+    program_config["modelpool"]["train_datasets"] = train
+    return program_config | {"method": ADAMERGING}
+
+
+def run(config: Config, **changes: Any) -> Report:
+    report = instantiate(config | changes).run()
+    assert isinstance(report, Report)
+    return report
+
+
+def refused(config: Config, **changes: Any) -> str:
+    """Return the message with which a config is refused."""
+    with pytest.raises(FusionBenchError) as caught:
+        run(config, **changes)
+    return str(caught.value)
+
+
+def figures(report: Report, *names: str) -> dict[str, Any]:
+    """Return accuracy and loss by model and task."""
+    return {
+        f"{name} on {task}": (result.accuracy, pytest.approx(result.loss, rel=1e-4))
+        for name, model in report.models.items()
+        for task, result in model.tasks.items()
+        if not names or name in names
+    }
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_method_learns_from_the_training_data(name: str, config: Config, tmp_path: Path) -> None:
+    report = run(
+        config,
+        method=LEARNING[name],
+        output_dir=tmp_path / "out",
+        merged_model_save_path=str(tmp_path / "merged"),
+    )
+    tuning = report.run.tuning
+    assert tuning is not None
+    assert (tuning.split, tuning.labels) == ("train", name in LABELLED) and not tuning.test_split
+    assert {task: used.num_samples for task, used in tuning.tasks.items()} == {"a": 4, "b": 4}
+    judged = {info.fingerprint for info in report.tasks.values()}
+    assert not judged & {used.fingerprint for used in tuning.tasks.values()}
+    labels = "with their labels" if name in LABELLED else "without labels"
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert f"- tuned on the train split, {labels}" in lines
+    assert Report.load(tmp_path / "out" / "report.json") == report
+    assert list(report.models) == ["_pretrained_", "a", "b", "merged"]
+
+    saved = {"_target_": config["modelpool"]["_target_"], "models": {"m": str(tmp_path / "merged")}}
+    plain = method("SimpleAverageAlgorithm")
+    again = run(config, modelpool=saved, method=plain, baselines="none")
+    assert again.models["merged"].weights_sha256 == report.models["merged"].weights_sha256
+    assert figures(again, "merged") == figures(report, "merged")
+    assert again.run.tuning is None
+
+
+def test_what_is_learned_depends_on_the_data_alone(config: Config, family: Path) -> None:
+    learned = run(config).models["merged"].weights_sha256
+    assert run(config).models["merged"].weights_sha256 == learned
+    fewer = {task: dataset(family, task, "train[:1]") for task in CLASSES}
+    config["modelpool"]["train_datasets"] = fewer
+    assert run(config).models["merged"].weights_sha256 != learned
+
+
+def test_without_a_step_adamerging_is_task_arithmetic(config: Config) -> None:
+    found = run(config, method=ADAMERGING | {"max_steps": 0})
+    plain = run(config, method=method("TaskArithmeticAlgorithm", scaling_factor=0.3))
+    assert figures(found) == figures(plain)
+    assert found.run.tuning is not None and plain.run.tuning is None
+
+
+def test_adamerging_makes_the_answers_surer(config: Config) -> None:
+    """Judged with what it learned from, by the loss of the answers themselves."""
+    pool, tasks = instantiate(_lazy(config["modelpool"])), instantiate(_lazy(config["taskpool"]))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    data = tasks.tuning(pool.train_datasets, fabric, "modelpool.train_datasets")
+    found = []
+    for steps in (0, 30):
+        options = {"max_steps": steps, "batch_size": 4, "lr": 1e-2}
+        weights = instantiate(ADAMERGING | options).run(pool, fabric, data)
+        model = pool.build_model(weights)
+        total = 0.0
+        for task in data.values():
+            images, labels = next(task.batches(task.sample(None), 4))
+            assert len(task) == len(labels) == 4
+            with torch.no_grad():
+                logits = task.classify(model)(images)
+            total += float(torch.distributions.Categorical(logits=logits).entropy().sum())
+        found.append(total)
+    assert found[1] < 0.9 * found[0]
+
+
+def _lazy(section: Config) -> Config:
+    return {"_recursive_": False, **section}
+
+
+def test_a_greedy_soup_takes_the_best_model_first(config: Config) -> None:
+    config["modelpool"]["models"]["base"] = config["modelpool"]["models"]["_pretrained_"]
+    train = config["taskpool"] | {"test_datasets": config["modelpool"]["train_datasets"]}
+    soup = method("GreedySoupAlgorithm", split="train")
+    report = run(config, method=soup, taskpool=train, baselines="all_tasks", allow_test_split=True)
+    scores = {
+        name: sum(result.accuracy for result in model.tasks.values())
+        for name, model in report.models.items()
+    }
+    assert scores["merged"] >= max(scores.values())
+
+
+def test_the_validation_split_has_datasets_of_its_own(config: Config, family: Path) -> None:
+    validation = {task: dataset(family, task, "train[:2]") for task in CLASSES}
+    config["modelpool"]["val_datasets"] = validation
+    report = run(config, method=ADAMERGING | {"split": "validation"})
+    assert report.run.tuning is not None and report.run.tuning.split == "validation"
+    assert [used.num_samples for used in report.run.tuning.tasks.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("split", ["test", "test[:10]", "test[50%:]", "train+test"])
+def test_the_test_split_is_refused_by_its_name(
+    split: str, config: Config, family: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config["modelpool"]["train_datasets"]["b"] = dataset(family, "b", split)
+    message = refused(config)
+    assert message == (
+        "modelpool.train_datasets.b: the models are judged on this very split. Learn from another "
+        "(method.split=train or validation), or give allow_test_split=true; the report will say so."
+    )
+    report = run(config, allow_test_split=True)
+    assert report.run.tuning is not None and report.run.tuning.test_split
+    assert report.run.config["allow_test_split"] is True
+    assert f"The merged model was {TEST_TIME}." in caplog.messages
+
+
+def test_the_judged_images_are_refused_under_any_name(config: Config) -> None:
+    judged = config["modelpool"]["train_datasets"]
+    taskpool = config["taskpool"] | {"test_datasets": judged}
+    message = refused(config, taskpool=taskpool)
+    assert message.startswith("modelpool.train_datasets.a: the models are judged on this very spl")
+    report = run(config, taskpool=taskpool, allow_test_split=True)
+    assert report.run.tuning is not None and report.run.tuning.test_split
+
+
+def test_the_report_owns_up_to_the_test_split(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapting = ADAMERGING | {"split": "test"}
+    assert refused(config, method=adapting).startswith("taskpool.test_datasets.a: the models are")
+    for name, learning, sentence in (
+        ("adapted", adapting, TEST_TIME),
+        (
+            "tuned",
+            LEARNING["learned soup"] | {"split": "test"},
+            "tuned on the test split with its labels: the figures say nothing of new data",
+        ),
+    ):
+        caplog.clear()
+        out = tmp_path / name
+        report = run(config, method=learning, allow_test_split=True, output_dir=out)
+        assert f"- {sentence}" in (out / "report.md").read_text().splitlines()
+        warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+        assert warnings == [f"The merged model was {sentence}."]
+        tuning = Report.load(out / "report.json").run.tuning
+        assert tuning is not None and tuning == report.run.tuning
+        assert tuning.test_split and tuning.split == "test" and tuning.labels == (name == "tuned")
+        for task, used in tuning.tasks.items():
+            assert (used.num_samples, used.fingerprint) == (23, report.tasks[task].fingerprint)
+
+
+def test_names_match_whatever_the_spelling(config: Config) -> None:
+    expected = run(config).models["merged"].weights_sha256
+    models, train = config["modelpool"]["models"], config["modelpool"]["train_datasets"]
+    judged = config["taskpool"]["test_datasets"]
+    models["My_Task"], train["my-task"], judged["MY_TASK"] = (
+        section.pop("a") for section in (models, train, judged)
+    )
+    for section in (models, train, judged):
+        section["b"] = section.pop("b")
+    assert run(config).models["merged"].weights_sha256 == expected
+
+
+def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
+    assert refused(config, taskpool=None) == (
+        "AdaMergingAlgorithm learns from data; give the task pool that its classifiers are from."
+    )
+    train = config["modelpool"]["train_datasets"]
+
+    def with_data(datasets: Any) -> Config:
+        return config | {"modelpool": config["modelpool"] | {"train_datasets": datasets}}
+
+    nothing: list[Any] = [None, {}]
+    for missing in nothing:
+        assert refused(with_data(missing)) == (
+            "modelpool.train_datasets: missing; AdaMergingAlgorithm learns from the train split. "
+            "Name a dataset for each model there, or choose another method.split."
+        )
+    assert refused(config, method=LEARNING["greedy soup"] | {"split": "validation"}) == (
+        "modelpool.val_datasets: missing; GreedySoupAlgorithm learns from the validation split. "
+        "Name a dataset for each model there, or choose another method.split."
+    )
+    assert refused(with_data({"a": train["a"]})) == (
+        "There is no data for the model 'b'. Name its dataset beside the others', as 'b': there is "
+        "a."
+    )
+    assert refused(with_data(train | {"c": train["a"]})) == (
+        "modelpool.train_datasets.c: the task pool has no such task. Known: a, b."
+    )
+    assert refused(with_data(train | {"b": train["a"]})) == (
+        "modelpool.train_datasets.b: its classes are not those of 'b'."
+    )
+    whole = {k: v for k, v in train["b"].items() if k != "split"}
+    assert refused(with_data(train | {"b": whole})) == (
+        "modelpool.train_datasets.b: names no split. Add 'split: …', one of: train, test."
+    )
+    nowhere = train["b"] | {"path": str(family / "nowhere")}
+    assert str(family / "nowhere") in refused(with_data(train | {"b": nowhere}))
+    with pytest.raises(FusionBenchError, match=r"method\.split: 'trian' is unknown\. Did you mean"):
+        run(config, method=ADAMERGING | {"split": "trian"})
+
+
+def test_a_method_without_data_needs_none(config: Config) -> None:
+    config["modelpool"]["train_datasets"] = {"nobody": "looks"}
+    assert run(config, method=method("SimpleAverageAlgorithm")).run.tuning is None
+
+
+@pytest.mark.parametrize("name", ["adamerging", "learned soup", "greedy soup"])
+def test_two_processes_learn_the_same(name: str, config: Config) -> None:
+    config["taskpool"] = config["taskpool"] | {"cache": False}
+    alone = run(config, method=LEARNING[name])
+    together = run(config, method=LEARNING[name], fabric={"accelerator": "cpu", "devices": 2})
+    assert together.run.world_size == 2
+    assert figures(together) == figures(alone)
+    assert together.run.tuning == alone.run.tuning
+
+
+FAMILIES = {
+    "TALL masks": method("TallMaskTaskArithmeticAlgorithm"),
+    "EMR": method("EMRMerging"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_has_a_model_for_each_task(
+    name: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "family"
+    report = run(
+        config,
+        method=FAMILIES[name],
+        merged_model_save_path=str(place),
+        output_dir=tmp_path / "out",
+    )
+    assert list(report.models) == ["_pretrained_", "a", "b", "merged/a", "merged/b"]
+    for task in CLASSES:
+        model = report.models[f"merged/{task}"]
+        assert model.role == "merged" and list(model.tasks) == [task]
+        own = report.models[task].tasks[task].accuracy
+        found = model.tasks[task]
+        assert found.normalized_accuracy == (pytest.approx(found.accuracy / own) if own else None)
+    assert [row.name for row in comparison(report)] == ["pretrained", "individual", "merged"]
+    shown = [capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()]
+    for text in shown:
+        assert len(re.findall(r"\bmerged\b", text)) == 1 and "merged/" not in text
+
+    assert sorted(file.name for file in place.iterdir()) == ["a", "b"]
+    for task in CLASSES:
+        saved = CLIPVisionModelPool({"m": str(place / task)}).weights("m")
+        merged = report.models[f"merged/{task}"]
+        judged = run(
+            config,
+            modelpool={
+                "_target_": config["modelpool"]["_target_"],
+                "models": {"m": str(place / task)},
+            },
+            method=method("SimpleAverageAlgorithm"),
+            baselines="none",
+        ).models["merged"]
+        assert len(saved) and judged.weights_sha256 == merged.weights_sha256
+        assert judged.tasks[task].loss == pytest.approx(merged.tasks[task].loss)
+
+
+def test_a_family_may_be_judged_on_all_tasks(config: Config) -> None:
+    report = run(config, method=FAMILIES["EMR"], baselines="all_tasks")
+    for model in report.models.values():
+        assert list(model.tasks) == ["a", "b"]
+    names = [row.name for row in comparison(report)]
+    assert names == ["pretrained", "a", "b", "merged/a", "merged/b"]
+    alone = run(config, method=FAMILIES["EMR"], baselines="none")
+    assert list(alone.models) == ["merged/a", "merged/b"]
+    for task in CLASSES:
+        assert list(alone.models[f"merged/{task}"].tasks) == [task]
+        found, expected = (r.models[f"merged/{task}"].tasks[task].loss for r in (alone, report))
+        assert found == expected
+
+
+def test_a_family_with_odd_names(config: Config, tmp_path: Path) -> None:
+    models = config["modelpool"]["models"]
+    models["Other/../one"] = models.pop("b")
+    place = tmp_path / "family"
+    report = run(config, method=FAMILIES["EMR"], merged_model_save_path=str(place), taskpool=None)
+    assert "merged/Other/../one" in report.models
+    assert sorted(file.name for file in place.iterdir()) == ["Other%2F..%2Fone", "a"]
+    # one that bears no task's name is judged on all
+    report = run(config, method=FAMILIES["EMR"])
+    assert list(report.models["merged/Other/../one"].tasks) == ["a", "b"]
+    assert list(report.models["merged/a"].tasks) == ["a"]
+
+
+ENSEMBLES = {
+    "features": method("SimpleEnsembleAlgorithm"),
+    "probabilities": method("WeightedEnsembleAlgorithm", weights=[1, 3], of="probabilities"),
+    "maximum": method("MaxModelPredictorAlgorithm"),
+}
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_an_ensemble_is_judged_and_saved_and_loaded_back(
+    name: str, config: Config, tmp_path: Path
+) -> None:
+    place = tmp_path / "ensemble"
+    report = run(config, method=ENSEMBLES[name], merged_model_save_path=str(place))
+    model = report.models["merged"]
+    assert list(report.models) == ["_pretrained_", "a", "b", "merged"]
+    assert list(model.tasks) == ["a", "b"]
+    members = [report.models[task].num_parameters for task in CLASSES]
+    assert model.num_parameters == sum(members)
+
+    pool = CLIPVisionModelPool({task: str(place / task) for task in CLASSES})
+    ensemble = load_ensemble(place, {task: pool.load_model(task) for task in CLASSES})
+    arguments = {k: v for k, v in config["taskpool"].items() if k != "_target_"}
+    scores = CLIPVisionModelTaskPool(**arguments).evaluate(
+        ensemble, Fabric(accelerator="cpu", devices=1)
+    )
+    for task, score in scores.items():
+        assert score.num_correct / 23 == model.tasks[task].accuracy
+        assert score.loss_sum / 23 == model.tasks[task].loss
+
+
+def test_an_ensemble_of_one_answers_as_that_model(config: Config) -> None:
+    del config["modelpool"]["models"]["b"]
+    for of in ("outputs", "logits", "probabilities", "log_probabilities"):
+        for kind in ("Simple", "Weighted"):
+            one = method(f"{kind}EnsembleAlgorithm", of=of)
+            report = run(config, method=one, baselines="all_tasks")
+            for task, result in report.models["merged"].tasks.items():
+                alone = report.models["a"].tasks[task]
+                assert result.accuracy == alone.accuracy
+                assert result.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_an_ensemble_needs_no_task_pool_to_be_saved(config: Config, tmp_path: Path) -> None:
+    place = tmp_path / "ensemble"
+    report = run(
+        config, method=ENSEMBLES["maximum"], merged_model_save_path=str(place), taskpool=None
+    )
+    assert report.models["merged"].num_parameters > 0 and not report.models["merged"].tasks
+    assert sorted(file.name for file in place.iterdir()) == ["a", "b", "ensemble.json"]
+
+
+def test_two_processes_judge_an_ensemble_as_one(config: Config) -> None:
+    config["taskpool"] = config["taskpool"] | {"cache": False}
+    alone = run(config, method=ENSEMBLES["probabilities"])
+    two = {"accelerator": "cpu", "devices": 2}
+    together = run(config, method=ENSEMBLES["probabilities"], fabric=two)
+    assert figures(together) == figures(alone)
+
+
+@pytest.fixture
+def with_heads(config: Config, tmp_path: Path) -> Config:
+    """Return a config of classifiers with heads and running statistics."""
+    named = {}
+    for seed, (task, names) in enumerate(CLASSES.items()):
+        labels = dict(enumerate(names))
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = ResNetForImageClassification(
+                ResNetConfig(layer_type="basic", id2label=labels, **sizes)
+            )
+        for key, value in model.state_dict().items():
+            if "running_mean" in key:
+                value += seed
+        named[task] = str(tmp_path / "heads" / task)
+        model.save_pretrained(named[task])
+        ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(named[task])
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        ResNetModel(model.config).save_pretrained(tmp_path / "heads" / "base")
+    datasets = config["modelpool"]["train_datasets"]
+    models = {"_pretrained_": str(tmp_path / "heads" / "base"), **named}
+    return config | {
+        "modelpool": {
+            "_target_": "fusion_bench.modelpool.HFModelPool",
+            "models": models,
+            "train_datasets": datasets,
+        },
+        "taskpool": {
+            "_target_": "fusion_bench.taskpool.ImageClassificationTaskPool",
+            "test_datasets": config["taskpool"]["test_datasets"],
+            "classifiers": named,
+        },
+    }
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", LEARNING)
+def test_models_with_heads_learn_in_every_precision(
+    name: str, precision: str, with_heads: Config
+) -> None:
+    fabric = {"accelerator": "cpu", "precision": precision}
+    report = run(with_heads, method=LEARNING[name], fabric=fabric)
+    assert list(report.models["merged"].tasks) == ["a", "b"]
+
+
+def test_running_statistics_are_the_bases_or_averaged(with_heads: Config) -> None:
+    pool = instantiate(_lazy(with_heads["modelpool"]))
+    tasks = instantiate(_lazy(with_heads["taskpool"]))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    data = tasks.tuning(pool.train_datasets, fabric, "modelpool.train_datasets")
+    key = "embedder.embedder.normalization.running_mean"
+    soup, adapted = (
+        instantiate(LEARNING[name]).run(pool, fabric, data)
+        for name in ("learned soup", "adamerging")
+    )
+    assert (pool.weights("b")[key] == 1).all()
+    assert ((soup[key] > 0.2) & (soup[key] < 0.8)).all() and (adapted[key] == 0).all()
+
+
+def test_heads_make_an_ensemble_of_logits(with_heads: Config) -> None:
+    report = run(with_heads, method=ENSEMBLES["probabilities"])
+    assert list(report.models["merged"].tasks) == ["a", "b"]
+    message = refused(with_heads, method=ENSEMBLES["features"])
+    assert "its backbone is a ResNetModel, that of 'merged' a Ensemble" in message
