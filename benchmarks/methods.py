@@ -7,7 +7,9 @@
 `cost` makes nine checkpoints on the spot, a base and eight models that differ from it by noise.
 Quick methods take turns with the simple average, so that a busy moment meets both alike; a method
 that takes long runs once. Memory is measured in a process of its own. `zoo` runs the program as
-`fusion_bench method=…` does, with the seed 0.
+`fusion_bench method=…` does, with the seed 0. Rows that the file of `--json` has are kept: a run
+that was stopped goes on, and one without the file begins anew. A method whose defaults do not suit
+the models, weights for two models for one, is left out and named.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from measure import alternate, peak, publish, ratio, summary
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.progress import quiet_libraries
@@ -35,6 +38,7 @@ from fusion_bench.scripts.cli import CONFIG_DIR
 from fusion_bench.weights import Weights, in_memory
 
 AVERAGE = "simple_average"
+COSTS, WORTH = "eight ViT-B/32 encoders into memory", "on the embedded models"
 #: Those that want two models only.
 TWO_MODELS = {"linear/linear_interpolation", "slerp/slerp", "slerp/nuslerp"}
 #: Seconds beyond which a method runs once.
@@ -63,10 +67,9 @@ def main() -> None:
             return
         if arguments.what == "cost":
             write_models(root, small=arguments.small)
-            costs = cost(names, root, arguments.rounds)
-            results = {"eight ViT-B/32 encoders into memory": costs}
+            results = {COSTS: cost(names, root, arguments)}
         else:
-            results = {"on the embedded models": worth(names)}
+            results = {WORTH: worth(names, arguments)}
     publish(results, "methods.py", arguments.rounds, arguments.json, arguments.markdown)
 
 
@@ -134,15 +137,19 @@ def fuse(name: str, root: Path) -> int:
     return len([in_memory(w) if isinstance(w, Weights) else w for w in family.values()])
 
 
-def cost(names: list[str], root: Path, rounds: int) -> dict[str, Any]:
+def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return each method's seconds, beside those of the simple average, and its memory."""
-    table: dict[str, Any] = {}
+    table, rounds = known(arguments.json, COSTS), arguments.rounds
     for name in names:
         method = method_of(name)
-        if getattr(method, "needs_data", False) or "ensemble/" in name:
+        if name in table or getattr(method, "needs_data", False) or "ensemble/" in name:
             continue
         start = time.perf_counter()
-        models = fuse(name, root)
+        try:
+            models = fuse(name, root)
+        except FusionBenchError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
         once = time.perf_counter() - start
         contestants = {AVERAGE: lambda: fuse(AVERAGE, root)}
         if once < LONG and name != AVERAGE:
@@ -156,8 +163,23 @@ def cost(names: list[str], root: Path, rounds: int) -> dict[str, Any]:
             "peak MB": round(memory(name, root) / 1e6),
             "models": models,
         }
-        print(name, json.dumps(table[name]), file=sys.stderr)
+        keep(arguments.json, COSTS, table, name)
     return table
+
+
+def known(file: Path | None, title: str) -> dict[str, Any]:
+    """Return the rows that a file of an earlier run has."""
+    if file is None or not file.exists():
+        return {}
+    rows: dict[str, Any] = json.loads(file.read_text()).get(title, {})
+    return rows
+
+
+def keep(file: Path | None, title: str, rows: dict[str, Any], name: str) -> None:
+    """Show a new row, and write all that there are."""
+    print(name, json.dumps(rows[name]), file=sys.stderr)
+    if file is not None:
+        file.write_text(json.dumps({title: rows}))
 
 
 def memory(name: str, root: Path) -> int:
@@ -170,29 +192,29 @@ def memory(name: str, root: Path) -> int:
 # --- what it is worth -----------------------------------------------------------------------------
 
 
-def worth(names: list[str]) -> dict[str, Any]:
+def worth(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Return each method's accuracies on the zoo, the best first."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows = known(arguments.json, WORTH)
     for name in names:
-        if name in TWO_MODELS:
+        if name in TWO_MODELS or name in rows:
             continue
         with tempfile.TemporaryDirectory() as place, composed(f"method={name}", "seed=0") as config:
-            report = instantiate(config, output_dir=place).run()
+            try:
+                report = instantiate(config, output_dir=place).run()
+            except FusionBenchError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                continue
         table = comparison(report)
-        for row in table[:2] if not rows else []:
-            rows[f"({row.name})"] = _figures(row, None)
-        # Several models that are no family of one a task, one a step for one: the last counts.
-        rows[name] = _figures(table[-1], report.run.seconds.fuse)
-        print(name, json.dumps(rows[name]), file=sys.stderr)
-    return dict(sorted(rows.items(), key=lambda entry: -float(entry[1]["accuracy, %"])))
+        for row in table[:2]:  # the pretrained model and the individual ones
+            rows.setdefault(f"({row.name})", _figures(row, report))
+        rows[name] = _figures(table[-1], report)
+        keep(arguments.json, WORTH, rows, name)
+    return dict(sorted(rows.items(), key=lambda entry: -float(entry[1]["average"])))
 
 
-def _figures(row: Any, seconds: float | None) -> dict[str, Any]:
-    return {
-        "accuracy, %": f"{row.average:.1f}",
-        "normalised, %": f"{row.normalized:.1f}",
-        "seconds to fuse": "–" if seconds is None else f"{seconds:.1f}",
-    }
+def _figures(row: Any, report: Any) -> dict[str, Any]:
+    cells = {task: f"{value:.1f}" for task, value in zip(report.tasks, row.cells, strict=True)}
+    return {**cells, "average": f"{row.average:.1f}", "normalised": f"{row.normalized:.1f}"}
 
 
 if __name__ == "__main__":
