@@ -23,7 +23,7 @@ from fusion_bench.weights.matrices import column_space, is_matrix
 from fusion_bench.weights.ops import task_vectors
 
 #: Bytes of directions that are kept at hand.
-_AT_HAND = 2**31
+_AT_HAND = 2**29
 
 
 class KnOTSMerging(TensorwiseAlgorithm):
