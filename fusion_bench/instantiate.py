@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
@@ -15,6 +15,19 @@ from fusion_bench.errors import FusionBenchError, did_you_mean
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it also raises
 
+#: What pydantic misses, in plain words.
+_WANTED = {
+    "bool_type": "true or false",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "string_type": "a text",
+    "sequence_str": "a list",
+    "list_type": "a list",
+    "is_instance_of": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "none_required": "null",
+}
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
 
@@ -83,12 +96,47 @@ def _signature_problems(
             yield f"{prefix}{name}: {_short(target)} takes no such key. " + did_you_mean(
                 name, parameters
             )
+    yield from _type_problems(function, {k: v for k, v in node.items() if k in parameters}, prefix)
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if named and parameter.default is parameter.empty and name not in given:
             yield f"{prefix}{name}: missing; {_short(target)} needs it."
+
+
+def _type_problems(function: Any, given: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Yield one line for each value that is not of the type that our signature says.
+
+    Only plain values are looked at: a node becomes an object later.
+    """
+    if not str(getattr(function, "__module__", "")).startswith("fusion_bench."):
+        return
+    from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+    try:
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except NameError:  # a type that is imported for type checkers alone
+        return
+    for name, value in given.items():
+        if name not in hints or _has_target(value):
+            continue
+        try:
+            # A number may stand for its like, but a text for no number, and for no list of texts.
+            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
+        except PydanticSchemaGenerationError:  # a class of somebody else's
+            continue
+        except ValidationError as error:
+            kinds = [problem["type"] for problem in error.errors()]
+            if "literal_error" not in kinds:  # the constructor tells the choices, and the nearest
+                wanted = dict.fromkeys(_WANTED.get(kind, kind) for kind in kinds)
+                yield f"{prefix}{name}: '{value}' is not {' or '.join(wanted)}."
+
+
+def _has_target(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_has_target, value.values()))
+    return isinstance(value, list) and any(map(_has_target, value))
 
 
 def _short(target: Any) -> str:

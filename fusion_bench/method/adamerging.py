@@ -73,11 +73,13 @@ class AdaMergingAlgorithm:
         self.granularity = granularity
         self.init_values = init_values
         self.weights = weights
+        check_between("method.lr", lr, 0, 1e6)
         self.lr = lr
         self.max_steps = max_steps
         self.batch_size = batch_size
         self.clamp_weights = clamp_weights
         self.plusplus = plusplus
+        check_between("method.threshold", threshold, 0, 100)
         self.threshold = threshold
         self.save_merging_weights = save_merging_weights
         self.split = split

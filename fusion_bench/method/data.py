@@ -128,6 +128,19 @@ def merged(
     )
 
 
+def check_patterns(where: str, patterns: Iterable[str]) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        FusionBenchError: one that is none.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise FusionBenchError(f"{where}: '{pattern}' is no pattern: {error}.") from error
+
+
 def excluded(key: str, patterns: Iterable[str]) -> bool:
     """Tell whether one of the regular expressions is found in a parameter's name."""
     return any(re.search(pattern, key) for pattern in patterns)

@@ -1,6 +1,7 @@
 r"""Ensembles: $F(x) = \sum_t w_t f_t(x)$; the models stay apart, and their answers are merged."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -186,6 +187,8 @@ class WeightedEnsembleAlgorithm:
                 f"({', '.join(models)}). Give one for each."
             )
         total = sum(weights) if self.normalize else 1.0
+        if not math.isfinite(sum(weights)):
+            raise FusionBenchError("method.weights: they are not all finite.")
         if total == 0:
             raise FusionBenchError(
                 "method.weights: the weights add up to zero and cannot be normalised. "
@@ -222,5 +225,7 @@ class MaxModelPredictorAlgorithm:
 def loaded(modelpool: Models) -> dict[str, nn.Module]:
     """Return the models to fuse, of a pool or of a plain dict."""
     if isinstance(modelpool, Mapping):
+        if not any(not is_special(name) for name in modelpool):
+            raise FusionBenchError("There is nothing to fuse: the pool names no model.")
         return {name: module for name, module in modelpool.items() if not is_special(name)}
     return {name: modelpool.load_model(name) for name in modelpool.model_names}

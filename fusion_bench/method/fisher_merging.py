@@ -19,6 +19,7 @@ from fusion_bench.method.data import (
     Split,
     TaskData,
     TrainablePool,
+    check_patterns,
     check_sampling,
     excluded,
     merged,
@@ -80,6 +81,7 @@ class FisherMergingAlgorithm:
             check_choice("method.dataloader_kwargs", key, Literal["batch_size", "num_workers"])
             batch_size = value if key == "batch_size" else batch_size
         check_sampling("method.num_fisher_examples", num_fisher_examples, batch_size)
+        check_patterns("method.exclude_param_names_regex", exclude_param_names_regex)
         self.exclude_param_names_regex = list(exclude_param_names_regex)
         self.normalize_fisher_weight = normalize_fisher_weight
         self.minimal_fisher_weight = minimal_fisher_weight

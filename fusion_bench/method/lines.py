@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: A block's stack and its place there: the outermost, where blocks have layers of their own.
-_BLOCK = re.compile(r"(.*?(?:^|\.)(?:layers?|blocks?|resblocks|h))\.(\d+)\.")
+_BLOCK = re.compile(r"(.*?(?:^|\.)(?:layers?|blocks?|resblocks|stages|h))\.(\d+)\.")
 
 
 class LiNeSAlgorithm(TensorwiseAlgorithm):
@@ -59,6 +59,11 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
             raise FusionBenchError(f"method.alpha: {alpha!r} is neither a number nor 'auto'.")
         self.base_method = instantiate(base_method, "method.base_method")
+        if not hasattr(self.base_method, "run"):
+            raise FusionBenchError(
+                f"method.base_method: {base_method!r} is no method. From the command line choose "
+                "one with 'method@method.base_method=ties_merging'."
+            )
         self.alpha = alpha
         self.beta = beta
         # Where the base method learns from data, it says from which.

@@ -102,6 +102,7 @@ class LearnedSoupAlgorithm:
         check_between("method.batch_size", batch_size, 1, math.inf)
         check_between("method.max_steps", max_steps, 0, math.inf)
         self.granularity = granularity
+        check_between("method.lr", lr, 0, 1e6)
         self.lr = lr
         self.max_steps = max_steps
         self.batch_size = batch_size

@@ -4,6 +4,7 @@ For $T$ models whose task vectors have the cosine $c$: $t = \frac{T c}{(T - 1) c
 Jang et al., Model Stock, https://arxiv.org/abs/2403.19522
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from itertools import combinations
@@ -15,7 +16,10 @@ from torch import Tensor
 from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import cosine
-from fusion_bench.weights import Inputs, matches
+from fusion_bench.weights import Inputs, MergePiece, matches
+from fusion_bench.weights.statistics import once
+
+log = logging.getLogger(__name__)
 
 Average = Literal["cosine", "angle"]
 
@@ -54,20 +58,34 @@ class ModelStock(TensorwiseAlgorithm):
         if len(inputs.names) < 2:
             raise FusionBenchError("Model Stock needs at least two models besides '_pretrained_'.")
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return the point between ``base`` and the mean of ``tensors``."""
-        assert base is not None
-        mean = sum(tensors[1:], tensors[0].clone()) / len(tensors)
-        if matches(key, self.ignore_keys):
-            return mean
-        task_vectors = [tensor - base for tensor in tensors]
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Tell, once, that a share is beyond the two models."""
+        warn = once(
+            lambda: log.warning(
+                "Model Stock: some task vectors point away from each other, and the result lies "
+                "beyond the models or far off. Give method.clamp=true to keep it between them."
+            )
+        )
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            mean = sum(tensors[1:], tensors[0].clone()) / len(tensors)
+            if matches(key, self.ignore_keys):
+                return mean
+            share = self._share_of([tensor - base for tensor in tensors])
+            if not 0 <= share <= 1:
+                warn()
+            return base + (mean - base) * share
+
+        return merge
+
+    def _share_of(self, task_vectors: Sequence[Tensor]) -> float:
         cosines = [cosine(one, other) for one, other in combinations(task_vectors, 2)]
         if self.average == "cosine":
             cos = fmean(cosines)
         else:
             cos = math.cos(fmean(map(math.acos, cosines)))
-        share = self._share(cos, len(tensors))
-        return base + (mean - base) * share
+        return self._share(cos, len(task_vectors))
 
     def _share(self, cos: float, models: int) -> float:
         denominator = (models - 1) * cos + 1

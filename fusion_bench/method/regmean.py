@@ -18,6 +18,7 @@ from fusion_bench.method.data import (
     Split,
     TaskData,
     TrainablePool,
+    check_patterns,
     check_sampling,
     excluded,
     merged,
@@ -72,6 +73,7 @@ class RegMeanAlgorithm:
                 "first; only nn.Linear is merged here. Leave it out."
             )
         self.num_regmean_examples = num_regmean_examples
+        check_patterns("method.exclude_param_names_regex", exclude_param_names_regex)
         self.exclude_param_names_regex = list(exclude_param_names_regex)
         self.reduce_non_diagonal_ratio = reduce_non_diagonal_ratio
         self.batch_size = batch_size

@@ -24,13 +24,15 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
 
     Args:
         tall_mask_lambda: the larger, the fewer elements a mask keeps.
+        debug: has no effect; so has the next. Configs of FusionBench have them.
+        verbose: has no effect.
     """
 
     needs_pretrained = True
     shows_nonfinite = True
     elementwise = True
 
-    def __init__(self, tall_mask_lambda: float = 0.6):
+    def __init__(self, tall_mask_lambda: float = 0.6, debug: int = 0, verbose: int = 0):
         check_between("method.tall_mask_lambda", tall_mask_lambda, 0, math.inf)
         self.tall_mask_lambda = tall_mask_lambda
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from fusion_bench.errors import check_choice
+from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import ModelPool, TensorwiseAlgorithm
 from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights, align
 from fusion_bench.weights.ops import (
@@ -57,6 +57,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         keep: Keep = "exact_topk",
         zero_sign: ZeroSign = "global_majority",
     ):
+        check_between("method.threshold", threshold, 0, 100)
         check_choice("method.merge_func", merge_func, MergeFunc)
         check_choice("method.scope", scope, Scope)
         check_choice("method.keep", keep, Keep)

@@ -4,13 +4,14 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from urllib.parse import quote
 
+from hydra.utils import get_object
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -33,7 +34,7 @@ from fusion_bench.report import (
     summarise,
 )
 from fusion_bench.report.schema import Role
-from fusion_bench.storage import write_bytes, write_text
+from fusion_bench.storage import whole_directory, write_bytes, write_text
 from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import TensorWeights, Weights, in_memory, sha256
 
@@ -112,7 +113,7 @@ class FabricModelFusionProgram:
         check_choice("baselines", baselines, Baselines)
         if seed is not None and not isinstance(seed, int):
             raise FusionBenchError(f"seed: '{seed}' is not a whole number.")
-        self.method = instantiate(method, "method")
+        self.method = instantiate(_seeded(method, seed), "method")
         self.modelpool = instantiate(_lazily(modelpool), "modelpool")
         self.taskpool = instantiate(_lazily(taskpool), "taskpool")
         if output_dir is None and getattr(self.taskpool, "save_predictions", False):
@@ -189,9 +190,8 @@ class FabricModelFusionProgram:
                 "Name a dataset for each model there, or choose another method.split."
             )
         data: dict[str, TuningImages] = self.taskpool.tuning(datasets, fabric, where)
-        judged = {self.taskpool.data(task).fingerprint for task in self.taskpool.task_names}
         for name, images in data.items():
-            if images.is_test(judged) and not self.allow_test_split:
+            if not self.allow_test_split and images.is_test(self.taskpool.data(images.task)):
                 raise FusionBenchError(
                     f"{where}.{name}: the models are judged on this very split. Learn from another "
                     "(method.split=train or validation), or give allow_test_split=true; the report "
@@ -204,11 +204,11 @@ class FabricModelFusionProgram:
         if data is None:
             return None
         assert self.taskpool is not None
-        judged = {self.taskpool.data(task).fingerprint for task in self.taskpool.task_names}
+        judged = self.taskpool.data
         return Tuning(
             split=self.method.split,
             labels=self.method.uses_labels,
-            test_split=any(images.is_test(judged) for images in data.values()),
+            test_split=any(images.is_test(judged(images.task)) for images in data.values()),
             tasks={
                 name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
                 for name, images in data.items()
@@ -237,8 +237,9 @@ class FabricModelFusionProgram:
             for name in merged
         }
         if fabric.global_rank == 0:
-            for name, place in places.items():
-                self._save(merged[name], place)
+            with _whole(self.model_path, several=len(merged) > 1) as whole:
+                for name, place in places.items():
+                    self._save(merged[name], whole / place.relative_to(self.model_path))
         fabric.barrier()
         if self.taskpool is not None:
             return merged
@@ -362,6 +363,7 @@ class FabricModelFusionProgram:
                 ),
             )
             for task in self.taskpool.task_names
+            if task in judged
         }
 
     def _publish(self, report: Report) -> None:
@@ -438,6 +440,27 @@ def _named(result: Any, name: str = _MERGED) -> dict[str, nn.Module | Weights]:
         return {name: TensorWeights(result)}
     parts = [_named(part, f"{name}/{own}") for own, part in result.items()]
     return {key: model for part in parts for key, model in part.items()}
+
+
+@contextmanager
+def _whole(directory: Path, *, several: bool) -> Iterator[Path]:
+    """Yield where models go: several together take the place of what was in the directory."""
+    if not several:
+        yield directory  # a model alone sees to that itself
+        return
+    with whole_directory(directory) as place:
+        yield place
+
+
+def _seeded(method: Any, seed: int | None) -> Any:
+    """Return a method's node with the program's seed, where it takes one and names none."""
+    node = _plain(method)
+    if seed is None or not isinstance(node, Mapping) or "seed" in node:
+        return method
+    with suppress(ImportError, AttributeError, TypeError, ValueError):
+        if "seed" in signature(get_object(str(node.get("_target_")))).parameters:
+            return {**node, "seed": seed}
+    return method
 
 
 def _needs_data(method: Any) -> bool:

@@ -168,6 +168,10 @@ class ImageTaskPool(ABC):
                     f"{key}.{name}: the task pool has no such task. "
                     + did_you_mean(name, self.task_names)
                 )
+            if node is None:
+                raise FusionBenchError(
+                    f"{key}.{name}: names no dataset. To leave it out: '~{key}.{name}'."
+                )
             with fabric.rank_zero_first():
                 dataset = load("dataset", node, f"{key}.{name}")
                 data = LabelledImages(name, dataset, self._tasks[task], f"{key}.{name}")

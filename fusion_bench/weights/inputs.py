@@ -1,5 +1,6 @@
 """The same entry of every model, as the mathematics wants it."""
 
+import logging
 import math
 from binascii import crc32
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 from fusion_bench.weights.align import Aligned, MergePolicy
 from fusion_bench.weights.mapping import TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
+
+log = logging.getLogger(__name__)
 
 #: The types that the mathematics happens in.
 _WIDE = (torch.float32, torch.float64)
@@ -93,6 +96,9 @@ class Inputs:
 
     def without(self, patterns: Sequence[str]) -> "Inputs":
         """Return the same models, with the entries that fit a pattern copied and not merged."""
+        for pattern in patterns:
+            if not any(matches(key, [pattern]) for key in self):
+                log.warning("'%s' fits no entry's key.", pattern)
         removed = {key for key in self if matches(key, patterns)}
         aligned = replace(self.aligned, copied=self.aligned.copied | removed)
         settings = (self._elementwise, self._look_for_nonfinite)

@@ -145,22 +145,31 @@ def test_judging_in_other_precisions(
 def test_the_test_split_is_known_by_its_name(
     family: Path, program_config: dict[str, Any], split: str, expected: bool
 ) -> None:
-    data = tasks(program_config).tuning({"a": node(family, split=split)}, CPU, "here")["a"]
+    pool = tasks(program_config)
+    data = pool.tuning({"a": node(family, split=split)}, CPU, "here")["a"]
     assert data.split == split
-    assert data.is_test(()) is expected
+    assert data.is_test(pool.data("a")) is expected
 
 
 def test_the_test_split_is_known_by_its_content(
     family: Path, program_config: dict[str, Any]
 ) -> None:
     judged = tasks(program_config, test_datasets={"a": node(family)})
-    train, other = (
-        judged.tuning({"a": node(family, split=s)}, CPU, "here")["a"]
-        for s in ("train", "train[:2]")
-    )
-    fingerprints = {judged.data("a").fingerprint}
-    assert train.is_test(fingerprints) and not train.is_test(())
-    assert not other.is_test(fingerprints)
+    for split in ("train", "train[:2]", "train[1:]"):
+        data = judged.tuning({"a": node(family, split=split)}, CPU, "here")["a"]
+        assert data.is_test(judged.data("a"))
+
+
+def test_a_copy_of_the_test_split_is_known_by_its_images(
+    family: Path, program_config: dict[str, Any], tmp_path: Path
+) -> None:
+    pool = tasks(program_config)
+    pool.prepare(CPU)
+    copy = tmp_path / "copy.parquet"
+    pool.data("a").dataset.select(range(3, 20)).to_parquet(copy)
+    load = {"_target_": "datasets.load_dataset", "path": "parquet", "split": "train"}
+    data = pool.tuning({"a": load | {"data_files": str(copy)}}, CPU, "here")["a"]
+    assert data.split == "train" and data.is_test(pool.data("a"))
 
 
 def test_names_are_those_of_tasks_however_they_are_written(
