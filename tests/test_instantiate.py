@@ -66,3 +66,27 @@ def test_what_the_target_raises_is_raised_plainly() -> None:
         instantiate({"_target_": "fusion_bench.modelpool.CLIPVisionModelPool", "models": {}})
     with pytest.raises(ValueError, match="invalid literal"):
         instantiate({"_target_": "builtins.int", "_args_": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "said"),
+    [
+        ("TiesMergingAlgorithm", {"threshold": "abc"}, "threshold: 'abc' is not a number"),
+        ("TiesMergingAlgorithm", {"scaling_factor": None}, "scaling_factor: 'None' is not a num"),
+        ("TiesMergingAlgorithm", {"remove_keys": "a.*"}, "remove_keys: 'a.*' is not a list"),
+        ("WeightedAverageAlgorithm", {"weights": 0.5}, "weights: '0.5' is not a list"),
+        ("WeightedAverageAlgorithm", {"weights": ["a", 1]}, "weights: '['a', 1]' is not a number"),
+        ("ModelStock", {"clamp": "maybe"}, "clamp: 'maybe' is not true or false"),
+        ("WUDIMerging", {"iter_num": 1.5}, "iter_num: '1.5' is not a whole number"),
+        ("TaskSingularVectorMerging", {"alpha": "x"}, "alpha: 'x' is not a number or a list"),
+    ],
+)
+def test_a_value_of_another_type_is_named(target: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(FusionBenchError) as caught:
+        instantiate({"_target_": f"fusion_bench.method.{target}", **given}, "method")
+    assert f"method.{said}" in str(caught.value)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    node = {"_target_": "fusion_bench.method.WeightedAverageAlgorithm", "weights": [1, 2.5]}
+    assert instantiate(node, "method").weights == [1, 2.5]

@@ -237,7 +237,7 @@ class FabricModelFusionProgram:
             for name in merged
         }
         if fabric.global_rank == 0:
-            with _whole(self.model_path, several=len(merged) > 1) as whole:
+            with _whole(self.model_path, several=list(merged) != [_MERGED]) as whole:
                 for name, place in places.items():
                     self._save(merged[name], whole / place.relative_to(self.model_path))
         fabric.barrier()

@@ -65,3 +65,12 @@ def test_bad_arguments() -> None:
         ModelStock(average="angel")
     with pytest.raises(FusionBenchError, match="at least two"):
         merged(ModelStock(), [[1.0]], [0.0])
+
+
+def test_a_share_beyond_the_models_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    merged(ModelStock(), at(0, 170), ZERO)
+    assert caplog.text.count("clamp=true") == 1
+    caplog.clear()
+    merged(ModelStock(), at(0, 60), ZERO)
+    merged(ModelStock(clamp=True), at(0, 170), ZERO)
+    assert not caplog.text

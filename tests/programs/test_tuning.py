@@ -358,6 +358,33 @@ def test_a_family_with_odd_names(config: Config, tmp_path: Path) -> None:
     assert list(report.models["merged/a"].tasks) == ["a"]
 
 
+def test_a_task_without_a_model_is_not_judged_by_a_family(config: Config) -> None:
+    del config["modelpool"]["models"]["b"]
+    report = run(config, method=FAMILIES["EMR"], baselines="none")
+    assert list(report.models) == ["merged/a"] and list(report.tasks) == ["a"]
+
+
+def test_a_family_takes_the_place_of_what_was_there(config: Config, tmp_path: Path) -> None:
+    place = tmp_path / "models"
+    save = {"merged_model_save_path": str(place), "taskpool": None, "overwrite": True}
+    run(config, method=method("SimpleAverageAlgorithm"), **save)
+    assert (place / "model.safetensors").exists()
+    run(config, method=FAMILIES["EMR"], **save)
+    assert sorted(file.name for file in place.iterdir()) == ["a", "b"]
+    del config["modelpool"]["models"]["b"]
+    run(config, method=FAMILIES["EMR"], **save)
+    assert [file.name for file in place.iterdir()] == ["a"]
+
+
+def test_a_method_without_a_seed_of_its_own_takes_the_program_s(config: Config) -> None:
+    dare = method("DareTaskArithmetic")
+    one, other, again, own = (
+        run(config, method=node, seed=seed, baselines="none").models["merged"].weights_sha256
+        for node, seed in ((dare, 1), (dare, 2), (dare, 1), (dare | {"seed": 1}, 2))
+    )
+    assert one == again == own != other
+
+
 ENSEMBLES = {
     "features": method("SimpleEnsembleAlgorithm"),
     "probabilities": method("WeightedEnsembleAlgorithm", weights=[1, 3], of="probabilities"),
