@@ -8,6 +8,9 @@ from torch import Tensor
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.weights import Inputs
 
+#: Elements of a vector that are converted to float64 at a time.
+_COLUMNS = 2**18
+
 
 def lerp(start: Tensor, end: Tensor, t: float) -> Tensor:
     """Return the point ``t`` of the way from ``start`` to ``end``, both ends exactly."""
@@ -26,6 +29,24 @@ def cosine(one: Tensor, other: Tensor, epsilon: float = 0.0) -> float:
     if min(norms) <= epsilon:
         return 0.0
     return max(-1.0, min(1.0, float((one / norms[0]) @ (other / norms[1]))))
+
+
+def cosines(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the cosines between all pairs of tensors taken as vectors, in float64.
+
+    One that is zero has no direction: its cosines are 0.
+    """
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
+    largest = [float(vector.abs().max()) or 1.0 for vector in flat]
+    for start in range(0, len(flat[0]), _COLUMNS):
+        # Scaled, so that squares of tiny numbers do not vanish.
+        parts = zip(flat, largest, strict=True)
+        rows = torch.stack([v[start : start + _COLUMNS].double() / most for v, most in parts])
+        products.addmm_(rows, rows.T)
+    norms = products.diagonal().sqrt()
+    norms = torch.where(norms > 0, norms, 1)
+    return (products / norms / norms[:, None]).clamp_(-1, 1)
 
 
 def slerp(start: Tensor, end: Tensor, t: float, cos: float) -> Tensor:

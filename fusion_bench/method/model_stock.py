@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import cosine
+from fusion_bench.method.geometry import cosines
 from fusion_bench.weights import Inputs, MergePiece, matches
 from fusion_bench.weights.statistics import once
 
@@ -80,11 +80,9 @@ class ModelStock(TensorwiseAlgorithm):
         return merge
 
     def _share_of(self, task_vectors: Sequence[Tensor]) -> float:
-        cosines = [cosine(one, other) for one, other in combinations(task_vectors, 2)]
-        if self.average == "cosine":
-            cos = fmean(cosines)
-        else:
-            cos = math.cos(fmean(map(math.acos, cosines)))
+        found = cosines(task_vectors)
+        pairs = [float(found[i, j]) for i, j in combinations(range(len(found)), 2)]
+        cos = fmean(pairs) if self.average == "cosine" else math.cos(fmean(map(math.acos, pairs)))
         return self._share(cos, len(task_vectors))
 
     def _share(self, cos: float, models: int) -> float:
