@@ -96,14 +96,18 @@ def machine() -> str:
 
 
 def publish(
-    results: Results, script: str, rounds: int, json_path: Path | None, markdown_path: Path | None
+    results: Results,
+    script: str,
+    rounds: int | None,
+    json_path: Path | None,
+    markdown_path: Path | None,
 ) -> None:
     """Print the tables, and write them where asked to.
 
     Args:
         results: title to table; a table is row name to column name to figure.
         script: which benchmark it was.
-        rounds: over how many rounds.
+        rounds: over how many rounds; ``None`` where that differs, or nothing was timed.
         json_path: for the figures.
         markdown_path: for a piece of a page.
     """
@@ -119,7 +123,8 @@ def publish(
         content = {"machine": where, "rounds": rounds, **results}
         json_path.write_text(json.dumps(content, indent=2) + "\n")
     if markdown_path:
-        lines = [f"Measured by `benchmarks/{script}` on {where}; medians of {rounds} rounds."]
+        medians = "" if rounds is None else f"; medians of {rounds} rounds"
+        lines = [f"Measured by `benchmarks/{script}` on {where}{medians}."]
         for title, columns, rows in _tables(results):
             lines += ["", "| " + " | ".join([title, *columns]) + " |"]
             lines += ["| --- |" + " ---: |" * len(columns)]

@@ -70,7 +70,7 @@ def main() -> None:
             results = {COSTS: cost(names, root, arguments)}
         else:
             results = {WORTH: worth(names, arguments)}
-    publish(results, "methods.py", arguments.rounds, arguments.json, arguments.markdown)
+    publish(results, "methods.py", None, arguments.json, arguments.markdown)
 
 
 def methods() -> list[str]:
