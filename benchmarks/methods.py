@@ -48,7 +48,7 @@ LONG = 20.0
 def main() -> None:
     """Measure what is asked for, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "zoo", "memory"])
+    parser.add_argument("what", choices=["cost", "zoo", "alone"])
     parser.add_argument("--only", nargs="+", help="methods, as in method=…")
     parser.add_argument("--without", nargs="+", default=[], help="methods to leave out")
     parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
@@ -62,8 +62,8 @@ def main() -> None:
     results: dict[str, Any]
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.workdir or Path(scratch)
-        if arguments.what == "memory":  # a child of `cost`
-            print(peak(lambda: fuse(names[0], root)))
+        if arguments.what == "alone":  # a child of `cost`
+            print(json.dumps(observed(names[0], root)))
             return
         if arguments.what == "cost":
             write_models(root, small=arguments.small)
@@ -129,6 +129,14 @@ def pool(root: Path, models: int = 8) -> CLIPVisionModelPool:
     )
 
 
+def observed(name: str, root: Path) -> dict[str, Any]:
+    """Merge the models once, and tell what that took and how many models came out."""
+    made: list[int] = []
+    start = time.perf_counter()
+    most = peak(lambda: made.append(fuse(name, root)))
+    return {"seconds": time.perf_counter() - start, "bytes": most, "models": made[0]}
+
+
 def fuse(name: str, root: Path) -> int:
     """Merge the models into memory; returns how many models came out."""
     models = pool(root, models=1 if name in TWO_MODELS else 8)
@@ -144,24 +152,20 @@ def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[st
         method = method_of(name)
         if name in table or getattr(method, "needs_data", False) or "ensemble/" in name:
             continue
-        start = time.perf_counter()
-        try:
-            models = fuse(name, root)
-        except FusionBenchError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+        once = alone(name, root)
+        if once is None:
             continue
-        once = time.perf_counter() - start
         contestants = {AVERAGE: lambda: fuse(AVERAGE, root)}
-        if once < LONG and name != AVERAGE:
+        if once["seconds"] < LONG and name != AVERAGE:
             contestants[name] = lambda name=name: fuse(name, root)
         times = alternate(contestants, rounds)
         if name not in times:
-            times[name] = [once] * rounds
+            times[name] = [once["seconds"]] * rounds
         table[name] = {
             "seconds": summary(times[name])["seconds"],
             "times the average": ratio(times, name, AVERAGE),
-            "peak MB": round(memory(name, root) / 1e6),
-            "models": models,
+            "peak MB": round(once["bytes"] / 1e6),
+            "models": once["models"],
         }
         keep(arguments.json, COSTS, table, name)
     return table
@@ -182,11 +186,18 @@ def keep(file: Path | None, title: str, rows: dict[str, Any], name: str) -> None
         file.write_text(json.dumps({title: rows}))
 
 
-def memory(name: str, root: Path) -> int:
-    """Return the peak of anonymous memory, the merged models in it."""
-    command = [sys.executable, __file__, "memory", "--only", name, "--workdir", str(root)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def alone(name: str, root: Path) -> dict[str, Any] | None:
+    """Return what a process of its own needs: seconds, and the peak of anonymous memory.
+
+    The merged models are in that peak. ``None``, with a word, where the method is left out.
+    """
+    command = [sys.executable, __file__, "alone", "--only", name, "--workdir", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name} is left out: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 # --- what it is worth -----------------------------------------------------------------------------

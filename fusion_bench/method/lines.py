@@ -7,7 +7,6 @@ Wang et al., LiNeS, https://arxiv.org/abs/2410.17146
 """
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,16 +25,13 @@ from fusion_bench.weights import (
     align,
     in_memory,
 )
-from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.ops import block, task_vectors
 from fusion_bench.weights.statistics import sums, total
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 log = logging.getLogger(__name__)
-
-#: A block's stack and its place there: the outermost, where blocks have layers of their own.
-_BLOCK = re.compile(r"(.*?(?:^|\.)(?:layers?|blocks?|resblocks|stages|h))\.(\d+)\.")
 
 
 class LiNeSAlgorithm(TensorwiseAlgorithm):
@@ -157,7 +153,7 @@ def _scale(alpha: float, beta: float, depths: Mapping[str, float]) -> MergePiece
 
 def _depths(keys: Iterable[str]) -> dict[str, float]:
     """Return how deep in its stack, from 0 to 1, the block of each key is."""
-    blocks = {key: (match[1], int(match[2])) for key in keys if (match := _BLOCK.match(key))}
+    blocks = {key: place for key in keys if (place := block(key))}
     last: dict[str, int] = {}
     for stack, index in blocks.values():
         last[stack] = max(index, last.get(stack, 1))  # a block alone is the first

@@ -46,24 +46,31 @@ def describe_run(
     config: Mapping[str, Any],
     seed: int | None,
     seconds: Seconds,
+    inputs: Mapping[str, str],
     tuning: Tuning | None = None,
 ) -> Run:
     """Return the report's account of what was run, when, and with what."""
-    canonical = json.dumps(config, sort_keys=True, default=str)
     return Run(
         version=__version__,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=sys.argv,
         config=dict(config),
-        config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        config_sha256=config_sha256(config),
         seed=seed,
         precision=str(fabric.strategy.precision.precision),
         device=_device_name(fabric.device),
         world_size=fabric.world_size,
         packages={name: version(name) for name in _PACKAGES},
         seconds=seconds,
+        inputs=dict(inputs),
         tuning=tuning,
     )
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Return the hash of a config, as JSON with sorted keys."""
+    canonical = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _local_strategy() -> str:

@@ -4,13 +4,15 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from fusion_bench.storage import write_text
+from fusion_bench.tasks import canonical_name
 
 Role = Literal["pretrained", "individual", "merged"]
+Verdict = Literal["better", "worse", "not distinguishable"]
 
 
 class _Strict(BaseModel):
@@ -68,15 +70,22 @@ class Run(_Strict):
     world_size: int
     packages: dict[str, str]
     seconds: Seconds
+    inputs: dict[str, str] = {}
     tuning: Tuning | None = None
 
 
 class TaskInfo(_Strict):
-    """A dataset that models were judged on."""
+    """A dataset that models were judged on.
+
+    The hashes tell what else the figures depend on: the classifier's part that is no model's, such
+    as prompts and text tower, and how images are prepared.
+    """
 
     num_classes: int
     num_samples: int
     fingerprint: str
+    head_sha256: str | None = None
+    images_sha256: str | None = None
     class_names: list[str] | None = None
 
 
@@ -113,6 +122,7 @@ class Average(_Strict):
     """The mean over the tasks that a model was judged on, each task weighing the same."""
 
     accuracy: float
+    accuracy_stderr: float
     loss: float
     normalized_accuracy: float | None = None
 
@@ -122,6 +132,7 @@ class Average(_Strict):
         normalized = [r.normalized_accuracy for r in results if r.normalized_accuracy is not None]
         return cls(
             accuracy=fmean(r.accuracy for r in results),
+            accuracy_stderr=math.hypot(*(r.accuracy_stderr for r in results)) / len(results),
             loss=fmean(r.loss for r in results),
             normalized_accuracy=fmean(normalized) if len(normalized) == len(results) else None,
         )
@@ -137,6 +148,68 @@ class ModelResult(_Strict):
     average: Average | None = None
 
 
+class Difference(_Strict):
+    """A difference of two models' accuracies, and the interval that it lies in; fractions."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class Comparison(_Strict):
+    """What the test sets tell of ``model`` beside ``other``: differences, model minus other."""
+
+    model: str
+    other: str
+    tasks: dict[str, Difference]
+    accuracy: Difference
+    normalized_accuracy: Difference | None = None
+    verdict: Verdict
+
+    def sentence(self) -> str:
+        """Return it in words."""
+        estimate, low, high = (
+            f"{100 * value:+.1f}"
+            for value in (self.accuracy.estimate, self.accuracy.low, self.accuracy.high)
+        )
+        what = {
+            "better": f"is better than {self.other}",
+            "worse": f"is worse than {self.other}",
+            "not distinguishable": f"and {self.other} are not distinguishable",
+        }[self.verdict]
+        tasks = f"{len(self.tasks)} test sets" if len(self.tasks) > 1 else "this test set"
+        return (
+            f"{self.model} {what} on {tasks}: {estimate} points of accuracy "
+            f"(95 % interval {low} to {high})."
+        )
+
+
+class Similarity(_Strict):
+    """How the models' task vectors lie to each other, part by part of the network.
+
+    ``norms`` has a row a part and a number a model; ``cosines`` a matrix a part.
+    """
+
+    models: list[str]
+    parts: list[str]
+    norms: list[list[float]]
+    cosines: list[list[list[float]]]
+
+
+class Contender(NamedTuple):
+    """What a comparison has a row for: a model, or several models that stand for one.
+
+    Attributes:
+        name: what people read.
+        role: the models'.
+        models: each task that it was judged on, to the model that was judged.
+    """
+
+    name: str
+    role: Role
+    models: dict[str, str]
+
+
 class Report(_Strict):
     """The whole result of a run."""
 
@@ -144,6 +217,43 @@ class Report(_Strict):
     run: Run
     tasks: dict[str, TaskInfo]
     models: dict[str, ModelResult]
+    comparisons: list[Comparison] = []
+    similarity: Similarity | None = None
+
+    def contenders(self) -> list[Contender]:
+        """Return what stands beside each other: pretrained, individual, merged.
+
+        Individual models that were each judged on their own task alone are one contender, which
+        has each task's own model; in the full matrix each model is one. So it is with several
+        merged models.
+        """
+        found = []
+        for role in get_args(Role):
+            models = {name: list(m.tasks) for name, m in self.models.items() if m.role == role}
+            judged = [task for tasks in models.values() for task in tasks]
+            # A task each, none twice; one merged model judged on one task is the same thing.
+            if len(judged) == len(models) == len(set(judged)) and role != "pretrained" and judged:
+                own = {tasks[0]: name for name, tasks in models.items()}
+                found.append(Contender(role, role, own))
+                continue
+            for name, tasks in models.items():
+                shown = role if role == "pretrained" else name
+                found.append(Contender(shown, role, dict.fromkeys(tasks, name)))
+        return found
+
+    def main_comparisons(self) -> list[Comparison]:
+        """Return the comparisons with the pretrained and the individual models as a whole."""
+        return [c for c in self.comparisons if c.other in ("pretrained", "individual")]
+
+    def own_models(self) -> dict[str, str]:
+        """Return each task's individual model, where one was judged on it."""
+        return {
+            task: name
+            for name, model in self.models.items()
+            if model.role == "individual"
+            for task in model.tasks
+            if canonical_name(task) == canonical_name(name)
+        }
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""

@@ -1,8 +1,6 @@
 """The comparison of models, for the terminal and for Markdown."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 from rich import box
 from rich.console import Console
@@ -10,7 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fusion_bench.report.schema import Average, Report, Role, TaskResult
+from fusion_bench.report.schema import Average, Contender, Report
 
 
 @dataclass(frozen=True)
@@ -24,28 +22,15 @@ class Row:
 
 
 def comparison(report: Report) -> list[Row]:
-    """Return the rows: pretrained, individual, merged.
-
-    Individual models that were each judged on their own task alone share one row, which holds
-    each task's own model; the full matrix has a row per model. So do several merged models.
-    """
-    rows = []
-    for role in get_args(Role):
-        models = {name: m.tasks for name, m in report.models.items() if m.role == role}
-        judged = [task for tasks in models.values() for task in tasks]
-        # A task each, none twice; one merged model judged on one task is the same thing.
-        if len(judged) == len(models) == len(set(judged)) and role != "pretrained" and judged:
-            own = {task: result for tasks in models.values() for task, result in tasks.items()}
-            models = {role: own}
-        for name, tasks in models.items():
-            rows.append(_row(role if role == "pretrained" else name, tasks, report))
-    return rows
+    """Return a row for each of the report's contenders."""
+    return [_row(contender, report) for contender in report.contenders()]
 
 
-def _row(name: str, results: Mapping[str, TaskResult], report: Report) -> Row:
+def _row(contender: Contender, report: Report) -> Row:
+    results = {task: report.models[name].tasks[task] for task, name in contender.models.items()}
     average = Average.over(results.values()) if results else None
     return Row(
-        name,
+        contender.name,
         [_percent(results[t].accuracy if t in results else None) for t in report.tasks],
         _percent(average.accuracy if average else None),
         _percent(average.normalized_accuracy if average else None),

@@ -26,7 +26,7 @@ CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") i
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
-    r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|fast_dev_run|dry_run|"
+    r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
     r"fabric\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
 )

@@ -1,6 +1,7 @@
 """What the image-classification task pools have in common."""
 
 import hashlib
+import json
 import logging
 import re
 from abc import ABC, abstractmethod
@@ -120,6 +121,11 @@ class ImageTaskPool(ABC):
     @abstractmethod
     def head_identity(self, task: str) -> str:
         """Return what tells a task's classifier, the model aside, from any other."""
+
+    def images_identity(self, task: str) -> str:
+        """Return what tells how a task's images are prepared from any other way, once prepared."""
+        own = [self._data[task].image_column, self._preprocessors[task].identity]
+        return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
     @abstractmethod
     def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:

@@ -5,6 +5,7 @@ are 0.0 and 1.0 here.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
@@ -19,6 +20,9 @@ from fusion_bench.weights.mapping import TensorSpec
 
 #: Elements that share a random stream; what is drawn does not depend on how entries are cut.
 _BLOCK = 2**18
+
+#: A block's stack and its place there: the outermost, where blocks have layers of their own.
+_BLOCK_KEY = re.compile(r"(.*?(?:^|\.)(?:layers?|blocks?|resblocks|stages|h))\.(\d+)\.")
 
 MergeFunc = Literal["mean", "sum", "max"]
 Rescale = Literal["inverse_keep", "l1", "none"]
@@ -41,6 +45,12 @@ def is_linear_weight(key: str, spec: TensorSpec) -> bool:
 def _is_embedding(key: str) -> bool:
     parts = key.split(".")
     return any("embed" in part or part in ("wte", "wpe", "shared") for part in parts)
+
+
+def block(key: str) -> tuple[str, int] | None:
+    """Return the stack of blocks that an entry belongs to, and its block's number there."""
+    match = _BLOCK_KEY.match(key)
+    return (match[1], int(match[2])) if match else None
 
 
 def keep_largest(values: Tensor, count: int, *, ties: bool = False) -> Tensor:

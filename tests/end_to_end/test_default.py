@@ -74,5 +74,6 @@ def test_a_run_leaves_its_output_directory_and_nothing_else(runs: dict[str, Path
         assert [path.name for path in run.iterdir()] == ["outputs"]
         (out,) = run.glob("outputs/*/*")
         assert {p.name for p in out.iterdir()} == {
-            *(".hydra", "cli.log", "config.yaml", "report.json", "report.md")
+            *(".hydra", "cli.log", "config.yaml"),
+            *("report.answers.safetensors", "report.json", "report.md"),
         }

@@ -1,0 +1,99 @@
+"""Lets a method fuse a pool: with the data that it learns from, and under common names."""
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.report import Tuning, TuningTask
+from fusion_bench.weights import TensorWeights, Weights, in_memory
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool import TuningImages
+
+#: What the fused model is called; one of several has its own name after a slash.
+MERGED = "merged"
+
+TuningData = Mapping[str, "TuningImages"] | None
+
+
+def fuse(
+    method: Any, modelpool: Any, fabric: Fabric, data: TuningData
+) -> dict[str, nn.Module | Weights]:
+    """Return what the method makes, by name; merged weights are computed when they are read."""
+    offered = {"fabric": fabric, "data": data}
+    wanted = {k: v for k, v in offered.items() if k in signature(method.run).parameters}
+    return _named(method.run(modelpool, **wanted), MERGED)
+
+
+def held(merged: Mapping[str, nn.Module | Weights]) -> dict[str, nn.Module | Weights]:
+    """Return the same with all weights computed and in memory."""
+    return {
+        name: TensorWeights(in_memory(model)) if isinstance(model, Weights) else model
+        for name, model in merged.items()
+    }
+
+
+def _named(result: Any, name: str) -> dict[str, nn.Module | Weights]:
+    """Return by name what a method returned: weights, a module, or a family of either."""
+    if isinstance(result, nn.Module | Weights):
+        return {name: result}
+    if all(isinstance(value, Tensor) for value in result.values()):
+        return {name: TensorWeights(result)}
+    parts = [_named(part, f"{name}/{own}") for own, part in result.items()]
+    return {key: model for part in parts for key, model in part.items()}
+
+
+def tuning_data(
+    method: Any, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
+) -> TuningData:
+    """Return what the method learns from; ``None`` where it learns from no data.
+
+    Raises:
+        FusionBenchError: no such data, or the test split without leave.
+    """
+    if not getattr(method, "needs_data", False):
+        return None
+    split = method.split
+    key = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
+    datasets, where = getattr(modelpool, key, None), f"modelpool.{key}"
+    if taskpool is None:
+        raise FusionBenchError(
+            f"{type(method).__name__} learns from data; give the task pool that its "
+            "classifiers are from."
+        )
+    if split == "test" and not datasets:
+        datasets, where = taskpool.test_datasets, "taskpool.test_datasets"
+    if not datasets:
+        raise FusionBenchError(
+            f"{where}: missing; {type(method).__name__} learns from the {split} split. "
+            "Name a dataset for each model there, or choose another method.split."
+        )
+    data: dict[str, TuningImages] = taskpool.tuning(datasets, fabric, where)
+    for name, images in data.items():
+        if not allow_test_split and images.is_test(taskpool.data(images.task)):
+            raise FusionBenchError(
+                f"{where}.{name}: the models are judged on this very split. Learn from another "
+                "(method.split=train or validation), or give allow_test_split=true; the report "
+                "will say so."
+            )
+    return data
+
+
+def describe_tuning(method: Any, taskpool: Any, data: TuningData) -> Tuning | None:
+    """Return what the report says of the data that the method learned from."""
+    if data is None:
+        return None
+    judged = taskpool.data
+    return Tuning(
+        split=method.split,
+        labels=method.uses_labels,
+        test_split=any(images.is_test(judged(images.task)) for images in data.values()),
+        tasks={
+            name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
+            for name, images in data.items()
+        },
+    )

@@ -1,0 +1,176 @@
+"""Judges the models of a run, each on its tasks."""
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
+
+from lightning.fabric import Fabric
+from torch import nn
+
+from fusion_bench.programs.fusing import MERGED
+from fusion_bench.report import Answers, ModelResult, TaskAnswers, TaskInfo, TaskResult, summarise
+from fusion_bench.report.schema import Role
+from fusion_bench.storage import write_bytes
+from fusion_bench.tasks import canonical_name
+from fusion_bench.weights import TensorWeights, Weights, sha256
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool import Score
+
+log = logging.getLogger(__name__)
+
+Baselines = Literal["own_task", "all_tasks", "none"]
+
+
+class Judge:
+    """Has a task pool judge models, and keeps what comes out.
+
+    Args:
+        modelpool: the models; each is loaded when its turn comes.
+        taskpool: the tasks; without it models are only described.
+        fabric: gives device, precision and processes; all of them must make the same calls.
+        baselines: which of the pool's models are judged, and on which tasks.
+        fast_dev_run: judge only the first batch of each task.
+        output_dir: where the answers go as parquet files, if the task pool is to save them.
+
+    Attributes:
+        models: a model's name to how it did.
+        answers: what each of them answered.
+    """
+
+    def __init__(
+        self,
+        modelpool: Any,
+        taskpool: Any,
+        fabric: Fabric,
+        baselines: Baselines,
+        fast_dev_run: bool = False,
+        output_dir: Path | None = None,
+    ):
+        self.modelpool = modelpool
+        self.taskpool = taskpool
+        self.fabric = fabric
+        self.baselines = baselines
+        self.fast_dev_run = fast_dev_run
+        self.output_dir = output_dir
+        self.models: dict[str, ModelResult] = {}
+        self.answers = Answers()
+
+    def judge_baselines(self) -> None:
+        """Judge the pretrained model and the individual ones, as far as they are asked for."""
+        if self.baselines == "none" or self.taskpool is None:
+            return
+        if self.modelpool.has_pretrained:
+            self._judge_baseline("_pretrained_", "pretrained")
+        for name in self.modelpool.model_names:
+            tasks = self.own_tasks(name) if self.baselines == "own_task" else None
+            if tasks == []:
+                log.info("'%s' is judged on no task: none bears its name.", name)
+                continue
+            self._judge_baseline(name, "individual", tasks)
+
+    def judge_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
+        """Judge what a method made."""
+        for name, model in merged.items():
+            # One of several that bears a task's name is made for that task.
+            tasks = self.own_tasks(name.removeprefix(f"{MERGED}/")) or None
+            if self.baselines == "all_tasks":
+                tasks = None
+            if isinstance(model, Weights):
+                build = partial(self.modelpool.build_model, model)
+                known = self.modelpool.architecture()
+                self._judge(name, "merged", model, build, known, tasks)
+            else:  # what it computes is not told by its weights, so that nothing is kept of it
+                weights = TensorWeights(model.state_dict())
+                self._judge(name, "merged", weights, model, None, tasks)
+
+    def summarise(self) -> None:
+        """Fill in normalised accuracies and averages, once all models are judged."""
+        summarise(self.models, {t: name for name in self.models for t in self.own_tasks(name)})
+
+    def own_tasks(self, model: str) -> list[str]:
+        """Return the tasks that bear a model's name."""
+        names = [] if self.taskpool is None else self.taskpool.task_names
+        return [task for task in names if canonical_name(task) == canonical_name(model)]
+
+    def task_infos(self) -> dict[str, TaskInfo]:
+        """Describe the tasks that models were judged on."""
+        if self.taskpool is None:
+            return {}
+        judged = {t: r.num_samples for m in self.models.values() for t, r in m.tasks.items()}
+        return {
+            task: TaskInfo(
+                num_classes=len(self.taskpool.data(task).class_names),
+                num_samples=judged[task],
+                fingerprint=self.taskpool.data(task).fingerprint,
+                head_sha256=self.taskpool.head_identity(task),
+                images_sha256=self.taskpool.images_identity(task),
+                class_names=(
+                    self.taskpool.data(task).class_names if self.taskpool.per_class else None
+                ),
+            )
+            for task in self.taskpool.task_names
+            if task in judged
+        }
+
+    def _judge_baseline(self, name: str, role: Role, tasks: list[str] | None = None) -> None:
+        pool = self.modelpool
+        build = partial(pool.load_model, name)
+        self._judge(name, role, pool.weights(name), build, pool.architecture(name), tasks)
+
+    def _judge(
+        self,
+        name: str,
+        role: Role,
+        weights: Weights,
+        model: nn.Module | Callable[[], nn.Module],
+        architecture: str | None,
+        tasks: list[str] | None,
+    ) -> None:
+        """Judge a model, which is only built if its results are not known.
+
+        ``architecture`` tells, with the weights, what the model computes.
+        """
+        identity = sha256(weights)
+        own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
+        scores: dict[str, Score] = {}
+        if self.taskpool is not None:
+            scores = self.taskpool.evaluate(
+                model,
+                self.fabric,
+                tasks,
+                name=name,
+                fast_dev_run=self.fast_dev_run,
+                weights_sha256=None if architecture is None else identity,
+                architecture=architecture or "",
+            )
+            if self.taskpool.save_predictions and self.fabric.global_rank == 0:
+                self._save_predictions(name, scores)
+        for task, score in scores.items():
+            found = (score.samples, score.labels, score.predictions)
+            samples, labels, predictions = (array.astype("int32") for array in found)
+            self.answers.add(task, name, TaskAnswers(samples, labels, {name: predictions}))
+        self.models[name] = ModelResult(
+            role=role,
+            weights_sha256=identity,
+            num_parameters=sum(spec.numel for spec in own if spec.dtype.is_floating_point),
+            tasks={task: self._task_result(task, score) for task, score in scores.items()},
+        )
+
+    def _task_result(self, task: str, score: "Score") -> TaskResult:
+        per_class = None
+        if self.taskpool.per_class:
+            per_class = score.per_class(len(self.taskpool.data(task).class_names))
+        return TaskResult.from_counts(
+            score.num_correct, score.loss_sum, score.num_samples, per_class
+        )
+
+    def _save_predictions(self, model: str, scores: "Mapping[str, Score]") -> None:
+        """Write each task's answers as a parquet file."""
+        assert self.output_dir is not None
+        directory = self.output_dir / "predictions" / quote(model, safe="")
+        for task, score in scores.items():
+            write_bytes(directory / f"{quote(task, safe='')}.parquet", score.parquet())

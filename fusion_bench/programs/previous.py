@@ -1,0 +1,94 @@
+"""What need not be done again: a run that was done before, and what is known of its models."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fusion_bench import __version__
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.programs.environment import config_sha256
+from fusion_bench.report import Answers, Report, Similarity
+from fusion_bench.storage import cache_dir, file_sha256, write_text
+from fusion_bench.weights import Inputs, align, sha256
+from fusion_bench.weights.similarity import similarity
+
+
+def identities(modelpool: Any) -> dict[str, str]:
+    """Return what tells each model's weights from any others: a hash of the files or values."""
+    names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
+    return {name: _identity(modelpool.weights(name)) for name in names}
+
+
+def _identity(weights: Any) -> str:
+    if not weights.files:
+        return sha256(weights)
+    files = json.dumps(sorted(file_sha256(file) for file in weights.files))
+    return hashlib.sha256(files.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Previous:
+    """A report that a run with the same config has left in its output directory."""
+
+    report: Report
+    answers: Answers
+
+    @classmethod
+    def find(cls, output_dir: Path | None, config: Mapping[str, Any]) -> "Previous | None":
+        """Return it, if there is a whole one of this version."""
+        if output_dir is None:
+            return None
+        path = output_dir / "report.json"
+        with suppress(OSError, ValidationError, FusionBenchError):
+            report = Report.load(path)
+            run = report.run
+            if (run.version, run.config_sha256) == (__version__, config_sha256(config)):
+                return cls(report, Answers.load(path))
+        return None
+
+    def still_true(self, inputs: Mapping[str, str], taskpool: Any) -> tuple[Report, Answers] | None:
+        """Return it, unless a model or a dataset is not what it was."""
+        same = self.report.run.inputs == dict(inputs)
+        for task, known in self.report.tasks.items():
+            now = (
+                taskpool.data(task).fingerprint,
+                taskpool.head_identity(task),
+                taskpool.images_identity(task),
+            )
+            same = same and now == (known.fingerprint, known.head_sha256, known.images_sha256)
+        return (self.report, self.answers) if same else None
+
+
+def known_similarity(modelpool: Any, inputs: Mapping[str, str]) -> Similarity | None:
+    """Return how the pool's task vectors lie to each other, from the cache if it is known.
+
+    ``None`` where there is no pretrained model, or where the models cannot be aligned.
+    """
+    if not modelpool.has_pretrained:
+        return None
+    key = hashlib.sha256(json.dumps([__version__, dict(inputs)]).encode()).hexdigest()
+    path = cache_dir() / "similarity" / f"{key}.json"
+    with suppress(OSError, ValidationError):
+        return Similarity.model_validate_json(path.read_text(encoding="utf-8"))
+    models = {name: modelpool.weights(name) for name in modelpool.model_names}
+    base, policy = modelpool.weights("_pretrained_"), modelpool.policy
+    try:
+        aligned = align(models, base, policy, modelpool.vocabulary)
+    except FusionBenchError:  # models of several architectures, which an ensemble takes
+        return None
+    parts = similarity(Inputs(aligned, policy, True, False, True))
+    found = Similarity(
+        models=list(models),
+        parts=[part.name for part in parts],
+        norms=[part.norms for part in parts],
+        cosines=[part.cosines for part in parts],
+    )
+    with suppress(OSError):  # it is only to save time
+        write_text(path, found.model_dump_json())
+    return found

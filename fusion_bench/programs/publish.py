@@ -1,0 +1,57 @@
+"""Shows a result and leaves its files."""
+
+import logging
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.report import Answers, Report, markdown, print_comparison
+from fusion_bench.storage import write_text
+
+log = logging.getLogger(__name__)
+
+
+def publish(
+    report: Report, answers: Answers, output_dir: Path | None, report_path: Path | None
+) -> None:
+    """Print the comparison, and write the report's files; ``report.json`` comes last.
+
+    Raises:
+        FusionBenchError: ``report_path`` cannot be written.
+    """
+    if report.tasks:
+        print_comparison(report, wide_console())
+    for comparison in report.main_comparisons():
+        log.info(comparison.sentence())
+    if report.run.tuning is not None and report.run.tuning.test_split:
+        log.warning("The merged model was %s.", report.run.tuning.sentence())
+    if report.run.config.get("fast_dev_run") and report.tasks:
+        log.warning("Only the first batch of each task was judged (fast_dev_run).")
+    if output_dir is not None:
+        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(report.run.config))
+        write_text(output_dir / "report.md", markdown(report))
+        save(report, answers, output_dir / "report.json")
+        log.info("Report: %s", output_dir / "report.md")
+    if report_path is not None:
+        try:
+            save(report, answers, report_path)
+        except OSError as error:
+            raise FusionBenchError(f"report_save_path: cannot write it: {error}") from error
+        log.info("Report: %s", report_path)
+
+
+def save(report: Report, answers: Answers, path: Path) -> None:
+    """Write a report, and beside it what the models answered."""
+    if answers.tasks:
+        answers.save(path)
+    report.save(path)
+
+
+def wide_console() -> Console:
+    """Return where tables go; a log or a pipe has no width of its own."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    return console

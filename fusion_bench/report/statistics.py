@@ -1,0 +1,129 @@
+r"""What a finite test set can tell of two models that were judged on the same samples.
+
+The samples of a task are drawn anew, with replacement, as often as there are: the paired bootstrap
+(Efron and Tibshirani, An introduction to the bootstrap, 1993). Only how often each pattern of right
+and wrong answers occurs matters, so that a resample is one draw from a multinomial distribution.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion_bench.report.answers import Answers
+from fusion_bench.report.schema import Comparison, Contender, Difference, Report, Verdict
+
+#: Which samples were answered rightly, by task; the samples of a task are those of the other model.
+Right = Mapping[str, NDArray[np.bool_]]
+
+CONFIDENCE = 0.95
+#: With so many resamples the ends of an interval move by a twentieth of its width at most.
+RESAMPLES = 10_000
+
+
+def compare(
+    model: str, one: Right, other_name: str, other: Right, individual: Right, seed: int = 0
+) -> Comparison:
+    """Tell by how much ``one`` is more accurate than ``other``, on the tasks that both have.
+
+    Tasks are resampled apart and weigh the same in the average. The normalised difference divides
+    by the individual models' accuracies, which are resampled along; it is empty where a task has
+    no individual model, or one that is never right.
+
+    Args:
+        model: the first model's name.
+        one: its answers.
+        other_name: the second model's name.
+        other: its answers, on the same samples.
+        individual: those of each task's own model.
+        seed: of the resamples; the same for the same result.
+    """
+    tasks = [task for task in one if task in other]
+    normal = all(task in individual and individual[task].any() for task in tasks)
+    random = np.random.default_rng(seed)
+    found: dict[str, _Resampled] = {}
+    for task in tasks:
+        patterns = [one[task], other[task], *([individual[task]] if normal else [])]
+        found[task] = _resample(patterns, random)
+    differences = {task: parts.accuracy for task, parts in found.items()}
+    average = _mean([parts.plain for parts in found.values()])
+    normalized = _mean([parts.normalized for parts in found.values()]) if normal else None
+    return Comparison(
+        model=model,
+        other=other_name,
+        tasks=differences,
+        accuracy=average,
+        normalized_accuracy=normalized,
+        verdict=verdict(average),
+    )
+
+
+def compare_contenders(report: Report, answers: Answers) -> list[Comparison]:
+    """Compare each merged contender with all that come before it in the report."""
+    contenders = report.contenders()
+    individual = individual_answers(report, answers)
+    return [
+        compare(one.name, right(one, answers), other.name, right(other, answers), individual)
+        for place, one in enumerate(contenders)
+        if one.role == "merged"
+        for other in contenders[:place]
+        if set(one.models) & set(other.models)
+    ]
+
+
+def right(contender: Contender, answers: Answers) -> Right:
+    """Return which samples a contender got right, by task."""
+    return {task: answers.tasks[task].right(model) for task, model in contender.models.items()}
+
+
+def individual_answers(report: Report, answers: Answers) -> Right:
+    """Return which samples each task's own model got right."""
+    return {task: answers.tasks[task].right(name) for task, name in report.own_models().items()}
+
+
+def verdict(difference: Difference) -> Verdict:
+    """Tell what an interval says: it lies above 0, below, or around it."""
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "not distinguishable"
+
+
+@dataclass(frozen=True)
+class _Resampled:
+    """Differences on one task: the observed one first, then that of each resample."""
+
+    plain: NDArray[np.float64]
+    normalized: NDArray[np.float64]
+
+    @property
+    def accuracy(self) -> Difference:
+        return _interval(self.plain)
+
+
+def _resample(patterns: Sequence[NDArray[np.bool_]], random: np.random.Generator) -> _Resampled:
+    """Return the differences between the first two of two or three models."""
+    size, kinds = len(patterns[0]), 2 ** len(patterns)
+    codes = sum(p.astype(np.int64) << place for place, p in enumerate(patterns))
+    observed = np.bincount(np.asarray(codes), minlength=kinds)
+    drawn = random.multinomial(size, observed / size, RESAMPLES)
+    counts = np.vstack([observed, drawn]).astype(np.float64)
+    right = [
+        counts[:, [kind for kind in range(kinds) if kind >> place & 1]].sum(axis=1)
+        for place in range(len(patterns))
+    ]
+    change = right[0] - right[1]
+    # A resample in which the individual model is never right says nothing of a ratio.
+    ratio = change / np.maximum(right[2], 1) if len(patterns) > 2 else change
+    return _Resampled(change / size, ratio)
+
+
+def _mean(parts: Sequence[NDArray[np.float64]]) -> Difference:
+    return _interval(np.mean(parts, axis=0))
+
+
+def _interval(values: NDArray[np.float64]) -> Difference:
+    """Return the observed difference, which comes first, and the interval of the resamples."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values[1:], [tail, 1 - tail])
+    return Difference(estimate=float(values[0]), low=float(low), high=float(high))

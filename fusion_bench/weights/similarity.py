@@ -1,0 +1,79 @@
+"""How the task vectors of several models lie to each other, in each part of the network."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusion_bench.weights.inputs import Inputs
+from fusion_bench.weights.ops import block, task_vectors
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the network.
+
+    Attributes:
+        name: a block's number, or what lies before and after the blocks.
+        norms: the norm of each model's task vector.
+        cosines: those between them, models by models; 0 where one has no length.
+    """
+
+    name: str
+    norms: list[float]
+    cosines: list[list[float]]
+
+
+def similarity(inputs: Inputs) -> list[Part]:
+    """Return the norms and cosines of the task vectors in each part; the weights are read once.
+
+    The whole network is the first part. Parts follow in the order of the keys. What is summed up
+    is summed in float64, in an order that does not depend on threads.
+    """
+    products: dict[tuple[str, int], Tensor] = {}
+    lock = threading.Lock()
+
+    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        rows = torch.stack([v.reshape(-1) for v in task_vectors(key, start, tensors, base)])
+        found = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for columns in rows.split(2**14, dim=1):  # a copy in float64 that fits the cache
+            wide = columns.double()
+            found += (wide @ wide.T).cpu()
+        with lock:
+            products[key, start] = found
+
+    inputs.survey(look)
+    models = len(inputs.names)
+    totals: dict[str, Tensor] = {"all": torch.zeros(models, models, dtype=torch.float64)}
+    names = _parts(list(inputs))
+    for key in inputs:
+        for place in sorted(place for place in products if place[0] == key):
+            zero = torch.zeros(models, models, dtype=torch.float64)
+            totals.setdefault(names[key], zero).add_(products[place])
+            totals["all"] += products[place]
+    return [_part(name, total) for name, total in totals.items()]
+
+
+def _part(name: str, products: Tensor) -> Part:
+    norms = products.diagonal().sqrt()
+    length = torch.where(norms > 0, norms, 1)
+    cosines = (products / length / length[:, None]).clamp(-1, 1)
+    return Part(name, norms.tolist(), cosines.tolist())
+
+
+def _parts(keys: Sequence[str]) -> dict[str, str]:
+    """Return the part of each key: its block, or what lies before or after all blocks."""
+    found = {key: block(key) for key in keys}
+    stacks = dict.fromkeys(place[0] for place in found.values() if place)
+    names: dict[str, str] = {}
+    outside = "before the blocks" if stacks else "outside of blocks"
+    for key, place in found.items():
+        if place is None:
+            names[key] = outside
+        else:
+            outside = "after the blocks"
+            stack, index = place
+            names[key] = f"block {index}" if len(stacks) == 1 else f"{stack}.{index}"
+    return names
