@@ -94,7 +94,7 @@ class Answers:
                     if predictions.shape != answers.tasks[task].labels.shape:
                         raise ValueError(name)
                     answers.tasks[task].predictions[model] = predictions
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError) as error:
             raise FusionBenchError(f"'{path}' holds no answers of a report: {error}") from error
         return answers
 

@@ -1,0 +1,108 @@
+"""A run that was done before is not done again, unless something has changed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench.report import Report
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows with each merge."""
+    done: list[str] = []
+    before = SimpleAverageAlgorithm.run
+
+    def run(self: SimpleAverageAlgorithm, *arguments: Any) -> Any:
+        done.append("merge")
+        return before(self, *arguments)
+
+    monkeypatch.setattr(SimpleAverageAlgorithm, "run", run)
+    return done
+
+
+def run(config: dict[str, Any], **changes: Any) -> Report:
+    return instantiate({**config, **changes}).run()
+
+
+def test_the_report_stands(
+    program_config: dict[str, Any], tmp_path: Path, merges: list[str]
+) -> None:
+    saved = {
+        "merged_model_save_path": "{log_dir}/merged",
+        "report_save_path": str(tmp_path / "r.json"),
+    }
+    first = run(program_config, output_dir=tmp_path / "out", **saved)
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    second = run(program_config, output_dir=tmp_path / "out", **saved)
+    assert second == first and len(merges) == 1
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    run(program_config, output_dir=tmp_path / "elsewhere")
+    assert len(merges) == 2
+
+
+def test_another_config_is_another_run(
+    program_config: dict[str, Any], tmp_path: Path, merges: list[str]
+) -> None:
+    run(program_config, output_dir=tmp_path)
+    run(program_config, output_dir=tmp_path, seed=1)
+    assert len(merges) == 2
+
+
+def test_another_model_under_the_same_name(
+    program_config: dict[str, Any], tmp_path: Path, merges: list[str]
+) -> None:
+    source = Path(program_config["modelpool"]["models"]["a"])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for file in source.iterdir():
+        (mine / file.name).write_bytes(file.read_bytes())
+    program_config["modelpool"]["models"]["a"] = str(mine)
+    model = "{log_dir}/merged"
+    first = run(program_config, output_dir=tmp_path / "out", merged_model_save_path=model)
+    weights = {k: v + torch.ones_like(v) for k, v in load_file(mine / "model.safetensors").items()}
+    (mine / "model.safetensors").unlink()
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    # What is there belongs to other models, and is not replaced unasked.
+    with pytest.raises(FusionBenchError, match=r"merged_model_save_path: .* exists already"):
+        run(program_config, output_dir=tmp_path / "out", merged_model_save_path=model)
+    second = run(program_config, output_dir=tmp_path / "new")
+    assert len(merges) == 2
+    assert second.run.inputs["b"] == first.run.inputs["b"]
+    assert second.run.inputs["a"] != first.run.inputs["a"]
+    assert second.models["merged"].weights_sha256 != first.models["merged"].weights_sha256
+
+
+@pytest.mark.parametrize("damage", ["report.json", "report.answers.safetensors"])
+def test_a_damaged_report_counts_as_none(
+    program_config: dict[str, Any], tmp_path: Path, merges: list[str], damage: str
+) -> None:
+    first = run(program_config, output_dir=tmp_path)
+    (tmp_path / damage).write_bytes((tmp_path / damage).read_bytes()[:50])
+    assert run(program_config, output_dir=tmp_path).models == first.models
+    assert len(merges) == 2
+
+
+def test_the_report_tells_similarities_and_intervals(
+    program_config: dict[str, Any], tmp_path: Path
+) -> None:
+    report = run(program_config, output_dir=tmp_path)
+    assert report.similarity is not None
+    assert report.similarity.models == ["a", "b"] and report.similarity.parts[0] == "all"
+    assert set(report.run.inputs) == {"_pretrained_", "a", "b"}
+    pairs = {(c.model, c.other): c for c in report.comparisons}
+    assert set(pairs) == {("merged", "pretrained"), ("merged", "individual")}
+    merged = report.models["merged"]
+    for (_, other), found in pairs.items():
+        for task, difference in found.tasks.items():
+            beside = report.models["_pretrained_" if other == "pretrained" else task]
+            expected = merged.tasks[task].accuracy - beside.tasks[task].accuracy
+            assert difference.estimate == pytest.approx(expected)
+            assert difference.low <= difference.estimate <= difference.high
+    assert run(program_config, similarity=False).similarity is None
