@@ -63,6 +63,7 @@ SPECIAL: dict[str, Special] = {
     "adamerging/layer_wise_plusplus": Special({"max_steps": 3}),
     "adamerging/task_wise": Special({"max_steps": 3}),
     "adamerging/task_wise_plusplus": Special({"max_steps": 3}),
+    "karcher/karcher": Special(rounds=True),
     "linear/expo": Special(rounds=True),
     "linear/linear_interpolation": Special(two_ends=True, ordered=True),
     "linear/weighted_average": Special({"weights": [0.5, 0.3, 0.2]}, ordered=True, rounds=True),

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.weights import Inputs
-
-#: Elements of a vector that are converted to float64 at a time.
-_COLUMNS = 2**18
+from fusion_bench.weights.matrices import inner_products
 
 
 def lerp(start: Tensor, end: Tensor, t: float) -> Tensor:
@@ -36,17 +34,23 @@ def cosines(tensors: Sequence[Tensor]) -> Tensor:
 
     One that is zero has no direction: its cosines are 0.
     """
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
-    largest = [float(vector.abs().max()) or 1.0 for vector in flat]
-    for start in range(0, len(flat[0]), _COLUMNS):
-        # Scaled, so that squares of tiny numbers do not vanish.
-        parts = zip(flat, largest, strict=True)
-        rows = torch.stack([v[start : start + _COLUMNS].double() / most for v, most in parts])
-        products.addmm_(rows, rows.T)
+    return directions(tensors)[0]
+
+
+def directions(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the cosines between all pairs of tensors taken as vectors, and their norms."""
+    products = inner_products(tensors).cpu()
     norms = products.diagonal().sqrt()
-    norms = torch.where(norms > 0, norms, 1)
-    return (products / norms / norms[:, None]).clamp_(-1, 1)
+    length = torch.where(norms > 0, norms, 1)
+    return (products / length / length[:, None]).clamp_(-1, 1), norms
+
+
+def combined(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return the sum of the tensors, each times its weight."""
+    total = tensors[0] * float(weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:].tolist(), strict=True):
+        total.add_(tensor, alpha=weight)
+    return total
 
 
 def slerp(start: Tensor, end: Tensor, t: float, cos: float) -> Tensor:

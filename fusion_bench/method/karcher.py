@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.geometry import combined, directions
 
 
 class KarcherMeanAlgorithm(TensorwiseAlgorithm):
@@ -37,26 +38,36 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the mean; the pretrained model is not part of it."""
-        first = tensors[0]
-        flat = torch.stack([tensor.double().flatten() for tensor in tensors])
-        norms = flat.norm(dim=1)
-        units = flat[norms > self.tol] / norms[norms > self.tol, None]
-        if len(units) == 0:
-            return torch.zeros_like(first)
-        mean = units.mean(dim=0)
-        mean = mean / mean.norm() if mean.norm() > self.tol else units[0]
+        cosines, norms = directions(tensors)
+        there = norms > self.tol
+        if not there.any():
+            return torch.zeros_like(tensors[0])
+        weights = torch.zeros_like(norms)
+        weights[there] = self._mean(cosines[there][:, there]) / norms[there]
+        return combined(tensors, weights * norms.mean())
+
+    def _mean(self, cosines: Tensor) -> Tensor:
+        """Return the mean direction as a sum of directions that have these cosines.
+
+        All steps stay within what the directions span, so that the cosines are all it takes.
+        """
+
+        def length(direction: Tensor) -> Tensor:
+            return (direction @ cosines @ direction).clamp(min=0).sqrt()
+
+        mean = torch.full_like(cosines[0], 1 / len(cosines))
+        if length(mean) <= self.tol:
+            mean = torch.zeros_like(mean)
+            mean[0] = 1
+        mean = mean / length(mean)
         for _ in range(self.max_iter):
-            cosines = (units @ mean).clamp(-1, 1)
-            angles = torch.arccos(cosines)
-            far = angles > self.tol
-            if not far.any():
+            to_mean = (cosines @ mean).clamp(-1, 1)
+            angles = torch.arccos(to_mean)
+            scales = torch.where(angles > self.tol, angles / torch.sin(angles), 0)
+            step = (scales - (scales @ to_mean) * mean) / len(mean)
+            distance = length(step)
+            if distance < self.tol:
                 break
-            scales = angles[far] / torch.sin(angles[far])
-            directions = units[far] - cosines[far, None] * mean
-            step = (scales[:, None] * directions).sum(dim=0) / len(units)
-            length = step.norm()
-            if length < self.tol:
-                break
-            mean = torch.cos(length) * mean + torch.sin(length) / length * step
-            mean = mean / mean.norm()
-        return (mean * norms.mean()).view(first.shape).to(first.dtype)
+            mean = torch.cos(distance) * mean + torch.sin(distance) / distance * step
+            mean = mean / length(mean)
+        return mean

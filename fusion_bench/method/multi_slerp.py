@@ -1,8 +1,9 @@
-r"""Multi-SLERP: a weighted mean of directions on the sphere, in one step.
+r"""Multi-SLERP: the weighted mean of directions, at the weighted mean of the lengths.
 
-With $u_t = \theta_t / \|\theta_t\|$ and $m$ the direction of $\sum_t w_t u_t$, the parts of the
-$u_t$ orthogonal to $m$ are averaged to $v$, and the result is
-$\bigl(m \cos\|v\| + \frac{v}{\|v\|} \sin\|v\|\bigr) \sum_t w_t \|\theta_t\|$.
+With $u_t = \theta_t / \|\theta_t\|$ the result is
+$\frac{\sum_t w_t u_t}{\|\sum_t w_t u_t\|} \sum_t w_t \|\theta_t\|$.
+The published method then moves along the mean of the parts of the $u_t$ that are orthogonal to
+that direction; but this mean is always zero.
 
 Goddard, Multi-SLERP, 2024, as published with mergekit.
 """
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.geometry import combined, directions
 from fusion_bench.weights import Inputs
+
+#: What is left of a length of 0 that is computed from its square, in float64.
+_ROUNDING = 1e-7
 
 
 class MultiSlerpAlgorithm(TensorwiseAlgorithm):
@@ -57,27 +62,20 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the mean on the sphere, of the tensors or of the task vectors."""
-        vectors = torch.stack([t if base is None else t - base for t in tensors]).double()
-        flat = vectors.view(len(vectors), -1)
-        weights = torch.tensor(self.weights or [1.0] * len(flat), dtype=torch.float64)
-        weights = weights.to(flat.device)
+        vectors = tensors if base is None else [tensor - base for tensor in tensors]
+        cosines, norms = directions(vectors)
+        weights = torch.tensor(self.weights or [1.0] * len(norms), dtype=torch.float64)
         if self.normalize_weights:
             weights = weights / weights.sum()
-        norms = flat.norm(dim=1)
-        units = flat / (norms + self.eps)[:, None]
-        mean = weights @ units
-        length = mean.norm()
-        if length < self.eps:
-            if len(flat) > 2 and norms.any():
+        length = (weights @ cosines @ weights).clamp(min=0).sqrt()
+        if length < max(self.eps, _ROUNDING):
+            # A number alone has no direction but its sign, which often cancels out.
+            if len(norms) > 2 and norms.any() and tensors[0].numel() > 1:
                 raise FusionBenchError(
                     f"Multi-SLERP: the models' directions cancel out in '{key}'. Use other weights."
                 )
-            merged = weights @ flat
         else:
-            middle = mean / length
-            tangent = weights @ (units - (units @ middle)[:, None] * middle)
-            angle = tangent.norm() + self.eps
-            turned = middle * torch.cos(angle) + tangent * (torch.sin(angle) / angle)
-            merged = turned * (weights @ norms)
-        merged = merged.view(vectors.shape[1:]).to(tensors[0].dtype)
-        return merged if base is None else base + merged
+            units = weights / (norms + self.eps)
+            weights = units / length * (weights @ norms)
+        merged = combined(vectors, weights)
+        return merged if base is None else merged.add_(base)

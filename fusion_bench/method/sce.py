@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights.matrices import inner_products
 
 
 class SCEAlgorithm(TensorwiseAlgorithm):
@@ -34,23 +35,28 @@ class SCEAlgorithm(TensorwiseAlgorithm):
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus the merged task vector."""
         assert base is not None
-        task_vectors = torch.stack([tensor - base for tensor in tensors])
+        vectors = [tensor - base for tensor in tensors]
         if self.select_topk < 1:
-            task_vectors *= self._selected(task_vectors)
-        energy = task_vectors.double().square().view(len(tensors), -1).mean(dim=1)
+            selected = self._selected(vectors)
+            for vector in vectors:
+                vector.mul_(selected)
+        energy = inner_products(vectors).diagonal()
         total = energy.sum()
         weights = energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))
-        weights = weights.to(task_vectors.dtype).view(-1, *[1] * base.ndim)
-        positive = task_vectors.sum(dim=0) >= 0
-        agreeing = weights * torch.where(positive, task_vectors > 0, task_vectors < 0)
-        weight = agreeing.sum(dim=0)
-        merged = (agreeing * task_vectors).sum(dim=0)
-        return base + torch.where(weight > 0, merged / weight, merged)
+        sign = sum(vectors[1:], vectors[0]).sign()
+        sign += 1 - sign.abs()  # a sum of 0 counts as positive
+        merged, weight = torch.zeros_like(base), torch.zeros_like(base)
+        for vector, share in zip(vectors, weights.tolist(), strict=True):
+            agreeing = vector.mul_(sign).clamp_(min=0)
+            merged.add_(agreeing, alpha=share)
+            weight.add_(agreeing.sign_(), alpha=share)
+        none = weight == 0
+        return merged.div_(weight.masked_fill_(none, 1)).mul_(sign).add_(base)
 
-    def _selected(self, task_vectors: Tensor) -> Tensor:
-        """Return which elements vary most between the models, the first of equal ones."""
-        variance = task_vectors.double().var(dim=0, correction=0).flatten()
+    def _selected(self, task_vectors: Sequence[Tensor]) -> Tensor:
+        """Return 1 where elements vary most between the models, the first of equal ones; else 0."""
+        variance = torch.stack(list(task_vectors)).double().var(dim=0, correction=0).flatten()
         count = int(self.select_topk * int((variance > 0).sum()))
-        kept = torch.zeros_like(variance, dtype=torch.bool)
-        kept[variance.argsort(descending=True, stable=True)[:count]] = True
-        return kept.view(task_vectors.shape[1:])
+        kept = torch.zeros_like(task_vectors[0]).view(-1)
+        kept[variance.argsort(descending=True, stable=True)[:count]] = 1
+        return kept.view(task_vectors[0].shape)

@@ -16,6 +16,8 @@ from fusion_bench.weights.inputs import matches
 NEGLIGIBLE = 1e-6
 #: Down to this share of the largest singular value a Gram matrix gives vectors to 1e-6.
 _RESOLVED = 1e-5
+#: Elements of a vector that are converted to float64 at a time; those of some models fit the cache.
+_AT_ONCE = 2**14
 #: Columns that are converted to float64 at a time.
 _COLUMNS = 4096
 
@@ -23,6 +25,16 @@ _COLUMNS = 4096
 def is_matrix(key: str, shape: Sequence[int], exclude_keys: Iterable[str] = ()) -> bool:
     """Tell whether an entry is a matrix to factorise: one of two dimensions, and not excluded."""
     return len(shape) == 2 and min(shape) > 0 and not matches(key, exclude_keys)
+
+
+def inner_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the inner products of all pairs of tensors taken as vectors, in float64."""
+    flat = [vector.reshape(-1) for vector in vectors]
+    result = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=_place(flat[0]))
+    for start in range(0, len(flat[0]), _AT_ONCE):
+        rows = wide(torch.stack([vector[start : start + _AT_ONCE] for vector in flat]))
+        result.addmm_(rows, rows.T)
+    return result
 
 
 def gram(matrix: Tensor) -> Tensor:

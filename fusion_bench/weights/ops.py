@@ -6,9 +6,9 @@ are 0.0 and 1.0 here.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,51 +100,60 @@ def disjoint_merge(
     Yadav et al., https://arxiv.org/abs/2306.01708
 
     Args:
-        vectors: task vectors, sparse ones as a rule.
+        vectors: task vectors, sparse ones as a rule; they are written to.
         func: how values that agree are merged; ``max`` takes the largest of them.
         zero_sign: gives the sign, -1, 0 (nothing is merged) or 1, of elements whose sum is 0
             though not all values are; it is called only if there are such elements.
     """
-    # Positive and negative values are merged apart; one of the two is chosen at the end.
-    sides: list[_Side] = []
+    values, counts, farthest = _Sums(), _Sums(), _Farthest()
     for vector in vectors:
-        if not sides:
-            part = torch.empty_like(vector)  # one place for what comes and goes, kept in the cache
-            sides = [_Side(vector, func, bound) for bound in ({"min": 0.0}, {"max": 0.0})]
-        for side in sides:
-            side.add(vector, part)
-    sign = (sides[0].sum + sides[1].sum).sign_()
-    up, down = (side.merged() for side in sides)
-    contested = (1 - sign.abs()).mul_(up)
+        signs = vector.sign() if func == "mean" else None
+        if func == "max":
+            farthest.add(vector)
+        values.add(vector)
+        if signs is not None:
+            counts.add(signs)
+    sign = values.total.sign()
+    contested = (1 - sign.abs()).mul_(values.sizes)
     if contested.numel() and contested.amax() > 0:
         sign.add_(contested.sign_(), alpha=zero_sign())
-    return up.mul_(torch.clamp(sign, min=0, out=part)).sub_(down.mul_(sign.clamp_(max=0)))
+    merged = farthest.of(sign) if func == "max" else values.of(sign)
+    if func == "mean":
+        merged /= counts.of(sign).clamp_(min=1)
+    return merged.mul_(sign)
 
 
-class _Side:
-    """The values of one sign, merged."""
+class _Sums:
+    """Sums, from which the sum over the values of either sign follows."""
 
-    def __init__(self, like: Tensor, func: MergeFunc, bound: Mapping[str, float]):
-        self._bound = bound
-        self._func = func
-        self.sum = torch.zeros_like(like)
-        self._other = torch.zeros_like(like) if func != "sum" else like.new_empty(0)
+    total: Any = 0.0
+    sizes: Any = 0.0
 
-    def add(self, vector: Tensor, part: Tensor) -> None:
-        """Add the values of this sign; ``part`` is written to."""
-        torch.clamp(vector, **self._bound, out=part)
-        self.sum.add_(part)
-        if self._func == "mean":
-            self._other.add_(part.sign_())
-        elif self._func == "max":
-            farther = torch.maximum if "min" in self._bound else torch.minimum
-            farther(self._other, part, out=self._other)
+    def add(self, values: Tensor) -> None:
+        """Add values, which are written to."""
+        self.total += values
+        self.sizes += values.abs_()
 
-    def merged(self) -> Tensor:
-        """Return the sum, the mean or the farthest value."""
-        if self._func == "mean":
-            return self.sum.div_(self._other.abs_().clamp_(min=1))
-        return self._other if self._func == "max" else self.sum
+    def of(self, sign: Tensor) -> Tensor:
+        """Return the sum of the magnitudes of those values that have a sign; half of all for 0."""
+        return torch.addcmul(self.sizes, self.total, sign).div_(2)
+
+
+class _Farthest:
+    """The values farthest from 0, on either side."""
+
+    above: Any = 0.0
+    below: Any = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Look at more values."""
+        self.above = values.clamp(min=self.above)
+        self.below = values.clamp(max=self.below)
+
+    def of(self, sign: Tensor) -> Tensor:
+        """Return the magnitude on the side of a sign; 0 for 0."""
+        above: Tensor = self.above * sign.clamp(min=0)
+        return above.add_(self.below * sign.clamp(max=0))
 
 
 def elected_signs(vectors: Iterable[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.weights.inputs import Inputs
+from fusion_bench.weights.matrices import inner_products
 from fusion_bench.weights.ops import block, task_vectors
 
 
@@ -36,11 +37,7 @@ def similarity(inputs: Inputs) -> list[Part]:
     lock = threading.Lock()
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
-        rows = torch.stack([v.reshape(-1) for v in task_vectors(key, start, tensors, base)])
-        found = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-        for columns in rows.split(2**14, dim=1):  # a copy in float64 that fits the cache
-            wide = columns.double()
-            found += (wide @ wide.T).cpu()
+        found = inner_products(list(task_vectors(key, start, tensors, base))).cpu()
         with lock:
             products[key, start] = found
 

@@ -134,7 +134,7 @@ def largest(
 
     Args:
         inputs: the models.
-        values: the quantities; floats.
+        values: the quantities; floats, which are written to.
         counts: how many elements to keep of each quantity.
         ties: keep all elements of the smallest magnitude kept, instead of just ``count`` in all.
             Where some are to go, those with the last key and index go.
@@ -193,13 +193,13 @@ class _Search:
         self.remembered = 0
 
     def add(self, key: str, start: int, values: Tensor, lock: threading.Lock) -> None:
-        """Count values."""
-        bits: Any = values.abs().cpu().numpy().reshape(-1).view(self.word)
+        """Count values, which are written to."""
+        bits: Any = values.abs_().cpu().numpy().reshape(-1).view(self.word)
         above, here = 0, None
         if self.high < self.end or self.low > 0:
             beyond = bits >= self.high
             above = int(np.count_nonzero(beyond))
-            here = np.flatnonzero((bits >= self.low) & ~beyond).astype(np.int32)
+            here = np.flatnonzero((bits >= self.low) ^ beyond).astype(np.int32)
             bits = bits[here]
         places = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
         ones = torch.ones(1, dtype=torch.int64).expand(len(places))

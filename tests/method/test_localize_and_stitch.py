@@ -50,7 +50,7 @@ def test_against_the_formula(taus: list[list[float]], percent: int) -> None:
         mask[kept[row[kept] != 0]] = 1
     expected = (masks / np.maximum(masks.sum(0), 1) * tau).sum(0)
     found: Any = merged(LocalizeAndStitch(percent / 100), taus, [0.0] * tau.shape[1])
-    np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
 def test_everything_kept_is_the_simple_average() -> None:

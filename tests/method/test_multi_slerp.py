@@ -38,7 +38,8 @@ def test_no_change_at_all_is_no_nan() -> None:
 def test_opposite_directions() -> None:
     assert merged(MultiSlerpAlgorithm(), [[2.0], [-1.0]]).tolist() == [0.5]
     with pytest.raises(FusionBenchError, match="cancel out in 'weight'"):
-        merged(MultiSlerpAlgorithm([1, 1, 2]), [[2.0], [2.0], [-1.0]])
+        merged(MultiSlerpAlgorithm([1, 1, 2]), [[2.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
+    assert merged(MultiSlerpAlgorithm([1, 1, 2]), [[2.0], [2.0], [-1.0]]).tolist() == [0.5]
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
