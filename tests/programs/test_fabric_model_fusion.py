@@ -102,9 +102,10 @@ def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> No
     assert (out / "report.md").read_text().startswith("# Fusion report")
     assert report.run.seed == 1 and report.run.config["seed"] == 1
     assert {p.name for p in out.iterdir()} == {
-        *("config.yaml", "report.answers.safetensors", "report.json", "report.md"),
-        *("copies", "merged"),
+        *("config.yaml", "report.answers.safetensors"),
+        *("report.html", "report.json", "report.md", "copies", "merged"),
     }
+    assert {p.name for p in (out / "copies").iterdir()} == {"r.answers.safetensors", "r.json"}
 
     saved = deepcopy(program_config)
     saved["modelpool"]["models"] = {"merged": str(out / "merged")}
