@@ -224,21 +224,18 @@ class Report(_Strict):
         """Return what stands beside each other: pretrained, individual, merged.
 
         Individual models that were each judged on their own task alone are one contender, which
-        has each task's own model; in the full matrix each model is one. So it is with several
-        merged models.
+        has each task's own model; in the full matrix each model is one. So it is with merged
+        models, such as ``merged/a`` and ``merged/b``, that have the same name before the slash.
         """
         found = []
         for role in get_args(Role):
-            models = {name: list(m.tasks) for name, m in self.models.items() if m.role == role}
-            judged = [task for tasks in models.values() for task in tasks]
-            # A task each, none twice; one merged model judged on one task is the same thing.
-            if len(judged) == len(models) == len(set(judged)) and role != "pretrained" and judged:
-                own = {tasks[0]: name for name, tasks in models.items()}
-                found.append(Contender(role, role, own))
-                continue
-            for name, tasks in models.items():
-                shown = role if role == "pretrained" else name
-                found.append(Contender(shown, role, dict.fromkeys(tasks, name)))
+            kin: dict[str, dict[str, list[str]]] = {}
+            for name, model in self.models.items():
+                if model.role == role:
+                    family = name.partition("/")[0] if role == "merged" else role
+                    kin.setdefault(family, {})[name] = list(model.tasks)
+            for family, models in kin.items():
+                found += _contenders(family, role, models)
         return found
 
     def results(self, contender: Contender) -> dict[str, TaskResult]:
@@ -246,8 +243,14 @@ class Report(_Strict):
         return {task: self.models[name].tasks[task] for task, name in contender.models.items()}
 
     def main_comparisons(self) -> list[Comparison]:
-        """Return the comparisons with the pretrained and the individual models as a whole."""
-        return [c for c in self.comparisons if c.other in ("pretrained", "individual")]
+        """Return the comparisons that matter first.
+
+        One merged contender stands beside the pretrained and the individual models as a whole;
+        of several, each stands beside the first.
+        """
+        merged = [contender.name for contender in self.contenders() if contender.role == "merged"]
+        others = merged[:1] if len(merged) > 1 else ["pretrained", "individual"]
+        return [comparison for comparison in self.comparisons if comparison.other in others]
 
     def own_models(self) -> dict[str, str]:
         """Return each task's individual model, where one was judged on it."""
@@ -267,6 +270,17 @@ class Report(_Strict):
     def load(cls, path: Path) -> "Report":
         """Read a report; raises pydantic's ``ValidationError`` where it is none."""
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _contenders(family: str, role: Role, models: Mapping[str, list[str]]) -> list[Contender]:
+    """Return one contender for models that have a task each, none twice; else one a model."""
+    judged = [task for tasks in models.values() for task in tasks]
+    if len(judged) == len(models) == len(set(judged)) and role != "pretrained" and judged:
+        return [Contender(family, role, {tasks[0]: name for name, tasks in models.items()})]
+    return [
+        Contender(role if name == "_pretrained_" else name, role, dict.fromkeys(tasks, name))
+        for name, tasks in models.items()
+    ]
 
 
 def summarise(models: Mapping[str, ModelResult], own_model: Mapping[str, str]) -> None:

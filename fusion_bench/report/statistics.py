@@ -60,26 +60,28 @@ def compare(
 
 
 def compare_contenders(report: Report, answers: Answers) -> list[Comparison]:
-    """Compare each merged contender with all that come before it in the report."""
-    contenders = report.contenders()
+    """Compare each merged contender with all before it in the report, as far as answers go."""
+    contenders = [(c, right(c, answers)) for c in report.contenders()]
     individual = individual_answers(report, answers)
     return [
-        compare(one.name, right(one, answers), other.name, right(other, answers), individual)
-        for place, one in enumerate(contenders)
+        compare(one.name, mine, other.name, theirs, individual)
+        for place, (one, mine) in enumerate(contenders)
         if one.role == "merged"
-        for other in contenders[:place]
-        if set(one.models) & set(other.models)
+        for other, theirs in contenders[:place]
+        if mine.keys() & theirs.keys()
     ]
 
 
 def right(contender: Contender, answers: Answers) -> Right:
     """Return which samples a contender got right, by task."""
-    return {task: answers.tasks[task].right(model) for task, model in contender.models.items()}
+    there = {task: model for task, model in contender.models.items() if task in answers.tasks}
+    return {task: answers.tasks[task].right(model) for task, model in there.items()}
 
 
 def individual_answers(report: Report, answers: Answers) -> Right:
     """Return which samples each task's own model got right."""
-    return {task: answers.tasks[task].right(name) for task, name in report.own_models().items()}
+    own = {t: name for t, name in report.own_models().items() if t in answers.tasks}
+    return {task: answers.tasks[task].right(name) for task, name in own.items()}
 
 
 def verdict(difference: Difference) -> Verdict:

@@ -1,0 +1,158 @@
+"""Lays runs side by side: the differences between them, and what they are worth."""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fusion_bench import __version__
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.programs.environment import config_sha256
+from fusion_bench.programs.publish import publish, wide_console
+from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
+from fusion_bench.report.differences import print_differences
+from fusion_bench.report.side_by_side import (
+    Judged,
+    common_tasks,
+    models_side_by_side,
+    obstacles,
+)
+
+log = logging.getLogger(__name__)
+
+
+class CompareProgram:
+    """Compares the merged models of several runs on the samples that they have in common.
+
+    Args:
+        reports: the runs' ``report.json``, or their directories; as a mapping, by the names that
+            they are to have.
+        strict: refuse runs whose figures must not be compared.
+        output_dir: where the result goes, as a report of its own; ``None`` writes none.
+        dry_run: check the config and stop before anything is read.
+
+    Raises:
+        FusionBenchError: fewer than two reports, or two of the same name.
+    """
+
+    def __init__(
+        self,
+        reports: Sequence[str] | Mapping[str, str],
+        strict: bool = True,
+        output_dir: str | Path | None = None,
+        dry_run: bool = False,
+    ):
+        if len(reports) < 2:
+            raise FusionBenchError(
+                "reports: name at least two, for example 'reports=[a/report.json,b/report.json]'."
+            )
+        named = reports if isinstance(reports, Mapping) else _names([str(p) for p in reports])
+        self.paths = {str(name): _file(Path(path)) for name, path in named.items()}
+        for name in self.paths:
+            if "/" in name:
+                raise FusionBenchError(f"reports: '{name}' has a '/'. Give it another name.")
+        self.strict = strict
+        self.output_dir = None if output_dir is None else Path(output_dir).absolute()
+        self.dry_run = dry_run
+        self.config: dict[str, Any] = {
+            "_target_": "fusion_bench.programs.CompareProgram",
+            "reports": {name: str(path) for name, path in self.paths.items()},
+            "strict": strict,
+        }
+
+    def run(self) -> Report | None:
+        """Read, compare, save and print; returns the report, or ``None`` after a dry run.
+
+        Raises:
+            FusionBenchError: a file that is no report, no task in common, or, unless ``strict`` is
+                off, runs that are not comparable.
+        """
+        if self.dry_run:
+            log.info("Dry run: the config is sound; nothing was read.")
+            return None
+        start = time.perf_counter()
+        runs = {name: _read(path) for name, path in self.paths.items()}
+        tasks = common_tasks(runs)
+        if not tasks:
+            raise FusionBenchError("reports: there is no task that all of them have.")
+        left_out = {t: None for run in runs.values() for t in run.report.tasks if t not in tasks}
+        if left_out:
+            log.warning("Not all runs have judged %s; left out.", ", ".join(left_out))
+        found = obstacles(runs)
+        if found and self.strict:
+            raise FusionBenchError(
+                "reports: these runs are not comparable:\n  "
+                + "\n  ".join(found)
+                + "\nJudge them alike, or give strict=false to lay them side by side all the same."
+            )
+        for obstacle in found:
+            log.warning("Not comparable: %s.", obstacle)
+        models, answers = models_side_by_side(runs)
+        first = next(iter(runs.values())).report
+        report = Report(
+            run=self._described(runs, time.perf_counter() - start),
+            tasks={task: first.tasks[task] for task in tasks},
+            models=models,
+        )
+        report.comparisons = compare_contenders(report, answers)
+        publish(report, answers, self.output_dir, None)
+        print_differences(report, wide_console())
+        return report
+
+    def _described(self, runs: Mapping[str, Judged], seconds: float) -> Run:
+        """Return the account of this comparison; what the runs differ in is listed."""
+        described = [judged.report.run for judged in runs.values()]
+        return Run(
+            version=__version__,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=sys.argv,
+            config=self.config,
+            config_sha256=config_sha256(self.config),
+            seed=None,
+            precision=", ".join(dict.fromkeys(run.precision for run in described)),
+            device=", ".join(dict.fromkeys(run.device for run in described)),
+            world_size=1,
+            packages={},
+            seconds=Seconds(load=round(seconds, 3), fuse=0, evaluate=0, total=round(seconds, 3)),
+        )
+
+
+def _file(path: Path) -> Path:
+    """Return the report's file, also where its directory is named."""
+    place = path.expanduser().absolute()
+    return place / "report.json" if place.is_dir() else place
+
+
+def _read(path: Path) -> Judged:
+    try:
+        report = Report.load(path)
+    except OSError as error:
+        raise FusionBenchError(f"reports: cannot read '{path}': {error.strerror}.") from error
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"])) or "its text"
+        raise FusionBenchError(
+            f"reports: '{path}' is no report of this version: {place}: {error.errors()[0]['msg']}."
+        ) from error
+    if not report.tasks:
+        raise FusionBenchError(f"reports: nothing was judged in '{path}'.")
+    return Judged(report, Answers.load(path))
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """Return the reports by the last parts of their paths, as many as tell them apart."""
+    parts = []
+    for path in paths:
+        place = _file(Path(path))
+        own = place.parent if place.name == "report.json" else place.with_suffix("")
+        parts.append([re.sub(r"[/\\]", "", part) for part in own.parts])
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [" ".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths, strict=True))
+    raise FusionBenchError("reports: one is named twice.")

@@ -1,0 +1,116 @@
+"""Runs laid side by side: what keeps them from being compared, and one report that holds them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion_bench.report.answers import Answers, TaskAnswers
+from fusion_bench.report.schema import Average, ModelResult, Report
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run's result: its report, and what the models answered."""
+
+    report: Report
+    answers: Answers
+
+
+def common_tasks(runs: Mapping[str, Judged]) -> list[str]:
+    """Return the tasks that all runs have judged, in the first run's order."""
+    first, *others = runs.values()
+    return [t for t in first.report.tasks if all(t in run.report.tasks for run in others)]
+
+
+def obstacles(runs: Mapping[str, Judged]) -> list[str]:
+    """Return, in words, in what the runs differ besides their models, so that figures mislead."""
+    (name, first), *others = runs.items()
+    found = []
+    for other_name, other in others:
+        pairs: list[tuple[str, object, object]] = [
+            ("precision", first.report.run.precision, other.report.run.precision)
+        ]
+        for task in common_tasks(runs):
+            pairs += _facts(task, first, other)
+        found += [
+            f"{what}: {one} in '{name}', {two} in '{other_name}'"
+            for what, one, two in pairs
+            if one != two
+        ]
+    return found
+
+
+def _facts(task: str, first: Judged, other: Judged) -> Iterator[tuple[str, object, object]]:
+    """Yield what must be the same of a task in both runs: its name and both values."""
+    one, two = first.report.tasks[task], other.report.tasks[task]
+    yield f"{task}: dataset", one.fingerprint, two.fingerprint
+    yield f"{task}: number of samples", one.num_samples, two.num_samples
+    mine, theirs = first.answers.tasks[task], other.answers.tasks[task]
+    if one.num_samples == two.num_samples and not np.array_equal(mine.samples, theirs.samples):
+        yield f"{task}: choice of samples", "one", "another"
+    elif one.fingerprint == two.fingerprint and not np.array_equal(mine.labels, theirs.labels):
+        yield f"{task}: labels", "some", "others"
+    yield (
+        f"{task}: classes, prompts or text tower",
+        _short(one.head_sha256),
+        _short(two.head_sha256),
+    )
+    yield f"{task}: preparation of images", _short(one.images_sha256), _short(two.images_sha256)
+
+
+def _short(sha256: str | None) -> str:
+    return "unknown" if sha256 is None else sha256[:8]
+
+
+def models_side_by_side(runs: Mapping[str, Judged]) -> tuple[dict[str, ModelResult], Answers]:
+    """Return all runs' models, and what they answered on the samples that all runs have.
+
+    A merged model bears its run's name. A baseline that several runs have in common is there once.
+    Only tasks that all runs have are looked at.
+    """
+    tasks = common_tasks(runs)
+    models: dict[str, ModelResult] = {}
+    answers = Answers()
+    chosen = {task: _common_samples(task, runs) for task in tasks}
+    for label, run in runs.items():
+        for name, model in run.report.models.items():
+            own = _on(model, tasks)
+            shown = name if model.role != "merged" else _labelled(label, name)
+            if shown in models:
+                if models[shown].weights_sha256 == own.weights_sha256:
+                    continue
+                shown = f"{name} ({label})"
+            models[shown] = own
+            for task in own.tasks:
+                found = run.answers.tasks[task]
+                keep = np.isin(found.samples, chosen[task])
+                if keep.any():
+                    predictions = {shown: found.predictions[name][keep]}
+                    part = TaskAnswers(found.samples[keep], found.labels[keep], predictions)
+                    answers.add(task, shown, part)
+    return models, answers
+
+
+def _labelled(label: str, name: str) -> str:
+    """Return what a run's merged model is called here; one of a family keeps its own name."""
+    family, slash, own = name.partition("/")
+    return f"{label}{slash}{own}" if family == "merged" else f"{label} {name}"
+
+
+def _common_samples(task: str, runs: Mapping[str, Judged]) -> NDArray[np.int32]:
+    """Return the samples that all runs judged; none where they have other labels somewhere."""
+    found = [run.answers.tasks[task] for run in runs.values()]
+    samples = reduce(np.intersect1d, (answers.samples for answers in found))
+    labels = [answers.labels[np.isin(answers.samples, samples)] for answers in found]
+    same = all(np.array_equal(labels[0], other) for other in labels[1:])
+    return samples if same else samples[:0]
+
+
+def _on(model: ModelResult, tasks: list[str]) -> ModelResult:
+    """Return a model's results on some tasks."""
+    results = {task: result for task, result in model.tasks.items() if task in tasks}
+    average = Average.over(results.values()) if results else None
+    return model.model_copy(update={"tasks": results, "average": average})

@@ -1,0 +1,217 @@
+"""Runs laid side by side: differences against counts by hand, and what is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+from commandline import fusion_bench
+from fixtures_report import model, report
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.programs import CompareProgram
+from fusion_bench.report import Answers, Report, TaskAnswers, summarise
+
+
+def numbers(values: Any) -> Any:
+    return np.asarray(values, np.int32)
+
+
+def write(
+    place: Path, merged: Mapping[str, int], tasks: tuple[str, ...] = ("a", "b"), **changes: Any
+) -> Path:
+    """Write the report of a run whose merged model got so many of 100 right, the first ones."""
+    models = {
+        "_pretrained_": model("pretrained", **dict.fromkeys(tasks, 40)),
+        **{task: model("individual", **{task: 80}) for task in tasks},
+        "merged": model("merged", **merged),
+    }
+    summarise(models, {task: task for task in tasks})
+    made = report(models)
+    made.tasks = {task: made.tasks[task] for task in tasks}
+    answers = Answers()
+    labels = numbers(np.zeros(100))
+    for name, result in models.items():
+        for task, counted in result.tasks.items():
+            right = round(100 * counted.accuracy)
+            wrong = numbers(np.arange(100) >= right)
+            answers.add(task, name, TaskAnswers(numbers(range(100)), labels, {name: wrong}))
+    for key, value in changes.items():
+        setattr(made.run if key == "precision" else made.tasks["a"], key, value)
+    made.save(place / "report.json")
+    answers.save(place / "report.json")
+    return place
+
+
+def compared(*places: Path, **arguments: Any) -> Report:
+    found = CompareProgram([str(place) for place in places], **arguments).run()
+    assert found is not None
+    return found
+
+
+def test_differences_by_hand(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", {"a": 60, "b": 40})
+    other = write(tmp_path / "other", {"a": 70, "b": 40})
+    found = compared(one, other, output_dir=tmp_path / "out")
+    assert list(found.models) == ["_pretrained_", "a", "b", "one", "other"]
+    (comparison,) = found.main_comparisons()
+    assert (comparison.model, comparison.other) == ("other", "one")
+    assert comparison.tasks["a"].estimate == pytest.approx(0.1)
+    # Ten of a hundred samples differ, all one way: the interval is that of a binomial share.
+    assert comparison.tasks["a"].low == pytest.approx(0.04, abs=0.011)
+    assert comparison.tasks["a"].high == pytest.approx(0.16, abs=0.011)
+    assert comparison.tasks["b"].model_dump() == {"estimate": 0, "low": 0, "high": 0}
+    assert comparison.accuracy.estimate == pytest.approx(0.05)
+    assert comparison.verdict == "better"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("config.yaml", "report.answers.safetensors", "report.html", "report.json", "report.md")
+    }
+    assert Report.load(tmp_path / "out" / "report.json") == found
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "other is better than one" in page and str(one / "report.json") in page
+
+
+def test_a_comparison_is_a_report_that_can_be_compared(tmp_path: Path) -> None:
+    one, other = (
+        write(tmp_path / "one", {"a": 60, "b": 40}),
+        write(tmp_path / "x", {"a": 1, "b": 1}),
+    )
+    compared(one, other, output_dir=tmp_path / "both")
+    found = compared(tmp_path / "both", write(tmp_path / "third", {"a": 90, "b": 90}))
+    assert [c.name for c in found.contenders() if c.role == "merged"] == [
+        *("both one", "both x", "third")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "bf16-true"}, "precision: 32-true in 'one', bf16-true in 'other'"),
+        ({"fingerprint": "f"}, "a: dataset: a in 'one', f in 'other'"),
+        ({"num_samples": 99}, "a: number of samples: 100 in 'one', 99 in 'other'"),
+        (
+            {"head_sha256": "1" * 64},
+            "a: classes, prompts or text tower: unknown in 'one', 11111111",
+        ),
+        ({"images_sha256": "2" * 64}, "a: preparation of images: unknown in 'one', 22222222"),
+    ],
+)
+def test_what_is_not_comparable_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    one = write(tmp_path / "one", {"a": 60, "b": 40})
+    other = write(tmp_path / "other", {"a": 70, "b": 40}, **changes)
+    with pytest.raises(FusionBenchError) as refused:
+        compared(one, other, output_dir=tmp_path / "out")
+    assert message in str(refused.value) and "strict=false" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    assert len(compared(one, other, strict=False).main_comparisons()) == 1
+
+
+def test_other_samples_of_the_same_number_are_noticed(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", {"a": 60, "b": 40})
+    other = write(tmp_path / "other", {"a": 60, "b": 40})
+    answers = Answers.load(other / "report.json")
+    shifted = Answers()
+    for task, found in answers.tasks.items():
+        for name, predictions in found.predictions.items():
+            part = TaskAnswers(numbers(range(50, 150)), found.labels, {name: predictions})
+            shifted.add(task, name, part)
+    shifted.save(other / "report.json")
+    with pytest.raises(FusionBenchError, match="a: choice of samples"):
+        compared(one, other)
+    # The 50 that both have: 10 of the first run's first 60, 50 of the second's.
+    (comparison,) = compared(one, other, strict=False).main_comparisons()
+    assert comparison.tasks["a"].estimate == pytest.approx(50 / 50 - 10 / 50)
+
+
+def test_only_common_tasks_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = write(tmp_path / "one", {"a": 60, "b": 40})
+    other = write(tmp_path / "other", {"a": 70}, tasks=("a",))
+    found = compared(one, other)
+    assert list(found.tasks) == ["a"] and "left out" in caplog.text
+    average = found.models["one"].average
+    assert average is not None and average.accuracy == 0.6
+    third = write(tmp_path / "third", {"b": 70}, tasks=("b",))
+    with pytest.raises(FusionBenchError, match="no task that all"):
+        compared(other, third)
+
+
+def test_families_stand_as_one(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / name, {"a": 60, "b": 40}) for name in ("one", "two"))
+    made, answers = Report.load(two / "report.json"), Answers.load(two / "report.json")
+    made.models["merged/a"] = model("merged", a=90)
+    made.models["merged/b"] = model("merged", b=90)
+    del made.models["merged"]
+    for task in ("a", "b"):
+        found = answers.tasks[task]
+        found.predictions[f"merged/{task}"] = numbers(np.arange(100) >= 90)
+        del found.predictions["merged"]
+    made.save(two / "report.json")
+    answers.save(two / "report.json")
+    found = compared(one, two)
+    assert [c.name for c in found.contenders() if c.role == "merged"] == ["one", "two"]
+    (comparison,) = found.main_comparisons()
+    assert comparison.accuracy.estimate == pytest.approx(fmean([0.3, 0.5]))
+
+
+def test_baselines_that_differ_are_kept_apart(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / name, {"a": 60, "b": 40}) for name in ("one", "two"))
+    made = Report.load(two / "report.json")
+    made.models["a"].weights_sha256 = "1" * 64
+    made.save(two / "report.json")
+    assert {"a", "a (two)", "b"} <= set(compared(one, two).models)
+
+
+def test_names(tmp_path: Path) -> None:
+    places = [write(tmp_path / d / "12-00-00", {"a": 60, "b": 40}) for d in ("day1", "day2")]
+    program = CompareProgram([str(places[0]), str(places[1] / "report.json")])
+    assert list(program.paths) == ["day1 12-00-00", "day2 12-00-00"]
+    assert list(CompareProgram({"x": str(places[0]), "y": str(places[1])}).paths) == ["x", "y"]
+    for reports, message in (
+        ([str(places[0])], "at least two"),
+        ([str(places[0])] * 2, "named twice"),
+        ({"a/b": str(places[0]), "c": str(places[1])}, "'a/b' has a '/'"),
+    ):
+        with pytest.raises(FusionBenchError, match=message):
+            CompareProgram(reports)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    good = write(tmp_path / "good", {"a": 60, "b": 40})
+    bad = tmp_path / "bad" / "report.json"
+    for content, message in (
+        (None, "cannot read '.*bad'"),
+        ("{", "is no report of this version"),
+        (json.dumps({"schema_version": 1}), "is no report of this version: run"),
+    ):
+        if content is not None:
+            bad.parent.mkdir(exist_ok=True)
+            bad.write_text(content)
+        with pytest.raises(FusionBenchError, match=message):
+            compared(good, bad.parent)
+    (good / "report.answers.safetensors").unlink()
+    other = write(tmp_path / "other", {"a": 60, "b": 40})
+    with pytest.raises(FusionBenchError, match=r"report\.answers\.safetensors' is missing"):
+        compared(good, other)
+
+
+def test_on_the_command_line(program_config: dict[str, Any], tmp_path: Path) -> None:
+    scaled = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.9}
+    for name, method in (("average", program_config["method"]), ("sum", scaled)):
+        instantiate({**program_config, "method": method, "output_dir": str(tmp_path / name)}).run()
+    command = ("--config-name", "compare", "hydra.run.dir=out", "reports=[average,sum]")
+    done = fusion_bench(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "difference, points" in done.stdout and "sum – average" in done.stdout
+    found = Report.load(tmp_path / "out" / "report.json")
+    expected = [
+        Report.load(tmp_path / n / "report.json").models["merged"] for n in ("average", "sum")
+    ]
+    assert [found.models[n].tasks for n in ("average", "sum")] == [m.tasks for m in expected]
+    done = fusion_bench("--config-name", "compare", "reports=[average]", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("fusion_bench: reports: name at least")
