@@ -30,7 +30,7 @@ _VARIABLES = {
     _SERIES[1]: "--pretrained",
     _SERIES[2]: "--individual",
 }
-_STYLE = {
+_STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": _LINE,
