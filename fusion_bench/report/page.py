@@ -22,7 +22,7 @@ from fusion_bench.report.losses import (
     task_losses,
 )
 from fusion_bench.report.schema import Average, Comparison, Contender, Report, Similarity
-from fusion_bench.report.table import method_name, sources
+from fusion_bench.report.table import compared_runs, method_name, sources
 
 #: So many classes have a confusion matrix that can be read.
 _MATRIX = 12
@@ -46,6 +46,7 @@ def page(report: Report, answers: Answers) -> str:
     values = {
         "report": report,
         "method": method_name(report),
+        "runs": compared_runs(report),
         "options": _options(report),
         "models": models,
         "fused": [model for model in models if model.role == "individual"],
@@ -207,7 +208,9 @@ def _models(report: Report) -> list[_Model]:
         model = report.models.get(name)
         role = model.role if model else ("pretrained" if name == "_pretrained_" else "individual")
         made = model is not None and model.role == "merged"
-        source = "made by this run" if made else _plain(places[name]) if name in places else "–"
+        source = _plain(places[name]) if name in places else "–"
+        if made:
+            source = "the run of that name" if compared_runs(report) else "made by this run"
         parameters = model.num_parameters if model else None
         identity = model.weights_sha256 if model else report.run.inputs.get(name)
         found.append(_Model(name, role, source, parameters, identity))

@@ -85,8 +85,12 @@ def markdown(report: Report) -> str:
     header, body = _grid(report)
     escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
     lines = ["# Fusion report", ""]
+    runs = compared_runs(report)
+    if runs:
+        lines += [f"- runs: {', '.join(runs).translate(escape)}"]
+    else:
+        lines += [f"- method: `{method_name(report)}`"]
     lines += [
-        f"- method: `{method_name(report)}`",
         f"- models: {', '.join(sources(report) or report.models).translate(escape)}",
         f"- device: {report.run.device}, precision {report.run.precision}, "
         f"{report.run.world_size} process(es), seed {report.run.seed}",
@@ -113,6 +117,12 @@ def method_name(report: Report) -> str:
     node = report.run.config.get("method")
     target = node.get("_target_") if isinstance(node, dict) else node
     return str(target).rpartition(".")[2]
+
+
+def compared_runs(report: Report) -> dict[str, Any]:
+    """Return the runs that a comparison lays side by side, and where each is; else nothing."""
+    runs = report.run.config.get("reports")
+    return dict(runs) if isinstance(runs, dict) else {}
 
 
 def sources(report: Report) -> dict[str, Any]:
