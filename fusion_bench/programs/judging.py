@@ -106,8 +106,8 @@ class Judge:
                 num_classes=len(self.taskpool.data(task).class_names),
                 num_samples=judged[task],
                 fingerprint=self.taskpool.data(task).fingerprint,
-                head_sha256=self.taskpool.head_identity(task),
-                images_sha256=self.taskpool.images_identity(task),
+                head_sha256=self.taskpool.head_sha256(task),
+                images_sha256=self.taskpool.images_sha256(task),
                 class_names=(
                     self.taskpool.data(task).class_names if self.taskpool.per_class else None
                 ),

@@ -58,8 +58,8 @@ class Previous:
         for task, known in self.report.tasks.items():
             now = (
                 taskpool.data(task).fingerprint,
-                taskpool.head_identity(task),
-                taskpool.images_identity(task),
+                taskpool.head_sha256(task),
+                taskpool.images_sha256(task),
             )
             same = same and now == (known.fingerprint, known.head_sha256, known.images_sha256)
         return (self.report, self.answers) if same else None

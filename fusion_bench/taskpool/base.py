@@ -122,10 +122,14 @@ class ImageTaskPool(ABC):
     def head_identity(self, task: str) -> str:
         """Return what tells a task's classifier, the model aside, from any other."""
 
-    def images_identity(self, task: str) -> str:
-        """Return what tells how a task's images are prepared from any other way, once prepared."""
+    def images_sha256(self, task: str) -> str:
+        """Return the hash of how a task's images are prepared, once ``prepare`` has run."""
         own = [self._data[task].image_column, self._preprocessors[task].identity]
         return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+
+    def head_sha256(self, task: str) -> str:
+        """Return the hash of what makes a task's classifier, the model aside."""
+        return hashlib.sha256(self.head_identity(task).encode()).hexdigest()
 
     @abstractmethod
     def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
