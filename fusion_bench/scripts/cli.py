@@ -4,11 +4,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
@@ -18,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.scripts.sweep import Failed, attempt
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: Inside the package when installed from a wheel, beside it in a checkout.
@@ -39,7 +42,8 @@ class PackagedConfigs(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append our config directory where it is not the primary one already."""
-        if all(str(CONFIG_DIR) not in entry.path for entry in search_path.get_path()):
+        there = {str(entry.path).removeprefix("file://") for entry in search_path.get_path()}
+        if str(CONFIG_DIR) not in there:
             search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
 
 
@@ -51,17 +55,30 @@ def main() -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     Plugins.instance().register(PackagedConfigs)
+    _set_defaults_of_hydra()
     with _plain_messages(show_traceback):
         sys.argv[1:] = _prepared(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
-    def run(config: DictConfig) -> None:
-        alone = HydraConfig.get().mode == RunMode.RUN
-        with _plain_messages(show_traceback) if alone else nullcontext():
+    def run(config: DictConfig) -> Failed | None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return attempt(_run_program, config, _explain)
+        with _plain_messages(show_traceback):
             _run_program(config)
+        return None
 
     with _plain_messages(show_traceback):
         run()
+
+
+def _set_defaults_of_hydra() -> None:
+    """Let every config have our sweeps, those too that say nothing of Hydra."""
+    ours = {"output": "by_name", "callbacks": "leaderboard", "sweeper": "grid"}
+    defaults = [
+        {group: ours.get(group, choice) for group, choice in entry.items()}
+        for entry in HydraConf().defaults
+    ]
+    ConfigStore.instance().store("config", HydraConf(defaults), "hydra", provider="fusion_bench")
 
 
 def _prepared(words: list[str]) -> list[str]:
