@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
@@ -79,7 +80,7 @@ def attempt(
 
 
 @contextmanager
-def _into_log(hydra: DictConfig) -> Iterator[None]:
+def _into_log(hydra: HydraConf) -> Iterator[None]:
     """Keep a job from the console, where several talk at once; warnings still go there."""
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
@@ -105,7 +106,9 @@ class SweepCallback(Callback):
         except FusionBenchError as error:
             sys.exit(f"fusion_bench: {error}")
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        given = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+        given = [
+            str(override.input_line) for override in parsed if not override.is_sweep_override()
+        ]
         swept = [o.get_key_element().lstrip("+") for o in parsed if o.is_sweep_override()]
         swept += OmegaConf.select(config, "hydra.sweeper.params") or {}
         if OmegaConf.is_missing(config.hydra.sweep, "dir"):
@@ -137,11 +140,11 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and print the leaderboard; the process fails where a job did."""
-        directory = Path(config.hydra.sweep.dir)
+        directory = Path(config.hydra.sweep.dir).absolute()
         jobs = self._jobs(directory)
         failed = {path: job.error for path, job in jobs.items() if job.error is not None}
         try:
-            _leaderboard(directory, jobs)
+            _leaderboard(directory.name, directory, jobs)
         except Exception as error:  # Hydra would make a warning of it
             log.error("%s", traceback.format_exc())
             sys.exit(f"fusion_bench: no leaderboard: {error}")
@@ -209,7 +212,8 @@ def _sweep_directory(config_name: str, swept: Sequence[str], about: Any) -> str:
 
 
 def _job_directory(overrides: Sequence[str], common: Sequence[str]) -> str:
-    return directory_name(",".join(sorted(own_overrides(overrides, common))))
+    own = sorted(own_overrides(overrides, common), key=lambda o: o.partition("="))
+    return directory_name(",".join(own))
 
 
 def _hash(text: str) -> str:
@@ -220,13 +224,38 @@ def _line(record: Record, directory: Path) -> str:
     """Return how a job went, in one line."""
     if record.error is not None:
         return f"{record.name}: failed: {record.error.splitlines()[0]}"
-    from fusion_bench.report import comparison
+    if not (directory / "report.json").exists():
+        return f"{record.name}: done"
+    from fusion_bench.report import Report, comparison
 
-    return record.name
+    report = Report.load(directory / "report.json")
+    row = comparison(report)[-1]
+    cells = {"average": row.average, "normalised": row.normalized}
+    figures = [f"{name} {value:.1f}" for name, value in cells.items() if value is not None]
+    return f"{record.name}: {', '.join([*figures, f'{report.run.seconds.total:.1f} s'])}"
 
 
-def _leaderboard(directory: Path, jobs: Mapping[Path, Record]) -> None:
-    pass
+def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> None:
+    """Write and print the leaderboard of the jobs that have judged something."""
+    from fusion_bench.report import Answers, Report
+    from fusion_bench.report.leaderboard import Failure, Job, leaderboard
+    from fusion_bench.report.leaderboard_files import print_leaderboard, save
+    from fusion_bench.report.table import wide_console
+
+    finished, failures = [], []
+    for path, job in jobs.items():
+        place, report = path.relative_to(directory).as_posix(), path / "report.json"
+        if job.error is not None:
+            failures.append(Failure(name=job.name, directory=place, message=job.error))
+        elif report.exists() and (found := Report.load(report)).tasks:
+            finished.append(Job(place, job.overrides, found, Answers.load(report)))
+    if not finished and not failures:
+        log.info("Nothing was judged, so that there is no leaderboard.")
+        return
+    board = leaderboard(name, finished, failures)
+    save(board, directory)
+    print_leaderboard(board, wide_console())
+    log.info("Leaderboard: %s", directory / "leaderboard.html")
 
 
 # Where a job runs elsewhere, this module comes along, and with it what the job's directory needs.
