@@ -17,6 +17,10 @@ class GridSweeper(BasicSweeper):
     threshold to an average. A key that none of the choices knows stays, and is refused.
     """
 
+    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None = None):
+        super().__init__(max_batch_size, params)
+        self._groups: dict[str, bool] = {}
+
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
@@ -46,9 +50,11 @@ class GridSweeper(BasicSweeper):
         return override.is_sweep_override() and self._is_group(override.get_key_element())
 
     def _is_group(self, key: str) -> bool:
-        assert self.hydra_context is not None
-        loader, group = self.hydra_context.config_loader, key.lstrip("+").partition("@")[0]
-        return bool(loader.get_group_options(group, results_filter=None))
+        if key not in self._groups:
+            assert self.hydra_context is not None
+            loader, group = self.hydra_context.config_loader, key.lstrip("+").partition("@")[0]
+            self._groups[key] = bool(loader.get_group_options(group, results_filter=None))
+        return self._groups[key]
 
     def _knows(self, choice: str, key: str) -> bool:
         """Tell whether the config that a choice gives has a key."""

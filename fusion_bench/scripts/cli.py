@@ -5,7 +5,9 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.conf import HydraConf
@@ -20,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.instantiate import Parts, accepts, instantiate
 from fusion_bench.scripts.sweep import Failed, attempt
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -59,12 +62,14 @@ def main() -> None:
     with _plain_messages(show_traceback):
         sys.argv[1:] = _prepared(sys.argv[1:])
 
+    parts = Parts()
+
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> Failed | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return attempt(_run_program, config, _explain)
+            return attempt(partial(_run_program, parts=parts), config, _explain)
         with _plain_messages(show_traceback):
-            _run_program(config)
+            _run_program(config, parts)
         return None
 
     with _plain_messages(show_traceback):
@@ -110,9 +115,7 @@ def _directory(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _run_program(config: DictConfig) -> None:
-    from fusion_bench.instantiate import instantiate
-
+def _run_program(config: DictConfig, parts: Parts) -> None:
     settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:
         name = HydraConfig.get().job.config_name or ""
@@ -126,7 +129,10 @@ def _run_program(config: DictConfig) -> None:
             )
         )
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
-    instantiate(settings, output_dir=HydraConfig.get().runtime.output_dir).run()
+    arguments: dict[str, Any] = {"output_dir": HydraConfig.get().runtime.output_dir}
+    if accepts(settings["_target_"], "parts"):
+        arguments["parts"] = parts
+    instantiate(settings, **arguments).run()
 
 
 @contextmanager
