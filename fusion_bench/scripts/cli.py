@@ -57,8 +57,7 @@ def main() -> None:
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
-    Plugins.instance().register(PackagedConfigs)
-    _set_defaults_of_hydra()
+    set_up_hydra()
     with _plain_messages(show_traceback):
         sys.argv[1:] = _prepared(sys.argv[1:])
 
@@ -76,14 +75,19 @@ def main() -> None:
         run()
 
 
-def _set_defaults_of_hydra() -> None:
-    """Let every config have our sweeps, those too that say nothing of Hydra."""
+def set_up_hydra() -> None:
+    """Let every config have our groups, sweeps and launchers, whatever it says of Hydra."""
+    Plugins.instance().register(PackagedConfigs)
+    store = ConfigStore.instance().store
     ours = {"output": "by_name", "callbacks": "leaderboard", "sweeper": "grid"}
     defaults = [
         {group: ours.get(group, choice) for group, choice in entry.items()}
         for entry in HydraConf().defaults
     ]
-    ConfigStore.instance().store("config", HydraConf(defaults), "hydra", provider="fusion_bench")
+    store("config", HydraConf(defaults), "hydra", provider="fusion_bench")
+    # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
+    for file in (CONFIG_DIR / "launcher").glob("*.yaml"):
+        store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
 
 
 def _prepared(words: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,6 +32,12 @@ _RECORD = "job.json"
 _LONGEST_NAME = 100
 #: Strategies that have their processes at once; any other runs the command line again for each.
 _FORKS = ("auto", "dp", "fork", "spawn", "notebook")
+#: The launchers' packages, and what of ours brings them.
+_EXTRAS = {
+    "hydra_joblib_launcher": "joblib",
+    "hydra_submitit_launcher": "slurm",
+    "hydra_ray_launcher": "ray",
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class SweepCallback(Callback):
         """Say where the jobs go, unless the user does, and refuse what cannot be swept."""
         try:
             check_strategy(config.get("fabric"))
+            _check_launcher(config)
         except FusionBenchError as error:
             sys.exit(f"fusion_bench: {error}")
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
@@ -114,7 +122,9 @@ class SweepCallback(Callback):
         if OmegaConf.is_missing(config.hydra.sweep, "dir"):
             sources = [source.path for source in config.hydra.runtime.config_sources]
             about = [sources, config.hydra.job.config_name, sorted(given), sorted(swept)]
-            self._set(config, "hydra.sweep.dir", _sweep_directory(str(about[1]), swept, about))
+            config.hydra.sweep.dir = _sweep_directory(str(about[1]), swept, about)
+        # Absolute, for a job may run in another directory.
+        self._set(config, "hydra.sweep.dir", str(Path(config.hydra.sweep.dir).absolute()))
         # A job is called by what is its own.
         common = [o.get_key_element().lstrip("+") for o in parsed if not o.is_sweep_override()]
         key = "hydra.job.config.override_dirname.exclude_keys"
@@ -191,6 +201,17 @@ def check_strategy(fabric: Mapping[str, Any] | None) -> None:
         )
 
 
+def _check_launcher(config: DictConfig) -> None:
+    """Refuse a launcher that is not installed."""
+    target = str(config.hydra.launcher._target_)
+    package = target.split(".")[1] if target.startswith("hydra_plugins.") else ""
+    if package in _EXTRAS and find_spec(f"hydra_plugins.{package}") is None:
+        raise FusionBenchError(
+            f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']}: not installed. "
+            f"'pip install \"fusion_bench[{_EXTRAS[package]}]\"' brings it."
+        )
+
+
 def own_overrides(overrides: Sequence[str], common: Sequence[str]) -> list[str]:
     """Return what tells a job from the others of its sweep, without Hydra's plus signs."""
     plain = [override.lstrip("+") for override in overrides]
@@ -214,6 +235,11 @@ def _sweep_directory(config_name: str, swept: Sequence[str], about: Any) -> str:
 def _job_directory(overrides: Sequence[str], common: Sequence[str]) -> str:
     own = sorted(own_overrides(overrides, common), key=lambda o: o.partition("="))
     return directory_name(",".join(own))
+
+
+def _cores_by(number: int) -> int:
+    """Return how many jobs there may be at once, if each has so many cores."""
+    return max(1, (os.cpu_count() or 1) // number)
 
 
 def _hash(text: str) -> str:
@@ -258,5 +284,6 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
     log.info("Leaderboard: %s", directory / "leaderboard.html")
 
 
-# Where a job runs elsewhere, this module comes along, and with it what the job's directory needs.
+# Where a job runs elsewhere this module comes along, and with it what the config needs.
+OmegaConf.register_new_resolver("fusion_bench.cores_by", _cores_by, replace=True)
 OmegaConf.register_new_resolver("fusion_bench.job_directory", _job_directory, replace=True)

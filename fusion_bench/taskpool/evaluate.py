@@ -79,6 +79,8 @@ class Loading:
             )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         on_cpu = fabric.device.type == "cpu"
+        if on_cpu:  # where several jobs share a machine each has so many threads
+            cores = min(cores or 1, torch.get_num_threads())
         workers = given.get("num_workers", min(16, max(1, (cores or 1) // fabric.world_size)))
         ahead = given.get("prefetch_factor") or 2
         batch_size = given.get("batch_size", 32 if on_cpu else 128)
