@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _RECORD = "job.json"
 _LONGEST_NAME = 100
 #: Strategies that have their processes at once; any other runs the command line again for each.
-_FORKS = ("auto", "dp", "fork", "spawn", "notebook")
+_FORKS = re.compile("auto|dp|.*_(fork|spawn|notebook)")
 #: The launchers' packages, and what of ours brings them.
 _EXTRAS = {
     "hydra_joblib_launcher": "joblib",
@@ -191,9 +191,8 @@ def check_strategy(fabric: Mapping[str, Any] | None) -> None:
             "by one, or let a launcher start them: 'hydra/launcher=submitit_slurm'."
         )
     one = settings.get("devices", 1) in (1, "1") and settings.get("num_nodes", 1) == 1
-    if isinstance(strategy, str) and not one and not strategy.endswith(_FORKS):
-        if "SLURM_NTASKS" in os.environ or strategy == "???":
-            return
+    started = "SLURM_NTASKS" in os.environ  # by SLURM, all of them
+    if isinstance(strategy, str) and not (one or started or _FORKS.fullmatch(strategy)):
         raise FusionBenchError(
             f"fabric.strategy: '{strategy}' runs the command line again for each device, and each "
             "would start a sweep of its own. Give fabric.strategy=ddp_spawn, or one device a job "
