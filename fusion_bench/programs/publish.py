@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.report import Answers, Report, markdown, print_comparison
+from fusion_bench.report.page import page
 from fusion_bench.report.table import wide_console
 from fusion_bench.storage import write_text
 
@@ -32,8 +33,9 @@ def publish(
     if output_dir is not None:
         write_text(output_dir / "config.yaml", OmegaConf.to_yaml(report.run.config))
         write_text(output_dir / "report.md", markdown(report))
+        write_text(output_dir / "report.html", page(report, answers))
         save(report, answers, output_dir / "report.json")
-        log.info("Report: %s", output_dir / "report.md")
+        log.info("Report: %s", output_dir / "report.html")
     if report_path is not None:
         try:
             save(report, answers, report_path)

@@ -28,6 +28,7 @@ class TaskLoss:
 
     @property
     def change(self) -> float:
+        """The merged model's accuracy minus the individual one's."""
         return self.merged - self.individual
 
     @property

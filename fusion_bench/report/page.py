@@ -140,6 +140,16 @@ class _Model:
 
 
 @dataclass(frozen=True)
+class _Accuracies:
+    """Some models' accuracies, normalised where they can be, a list over the tasks each."""
+
+    normal: bool
+    tasks: list[str]
+    series: dict[str, list[float | None]]
+    picture: Any
+
+
+@dataclass(frozen=True)
 class _Classes:
     """What a task's classes lost.
 
@@ -238,18 +248,18 @@ def _differences(report: Report) -> list[Comparison]:
     return report.comparisons if rows <= _DIFFERENCES else report.main_comparisons()
 
 
-def _accuracies(report: Report, merged: Contender | None) -> Any:
-    """Return a picture of the merged model beside the pretrained one, task by task."""
+def _accuracies(report: Report, merged: Contender | None) -> _Accuracies | None:
+    """Return the merged model beside the pretrained one, task by task."""
     if merged is None:
         return None
     from markupsafe import Markup
 
     from fusion_bench.report.pictures import accuracies
 
+    tasks = list(merged.models)
     shown = [merged, *(c for c in report.contenders() if c.role == "pretrained")]
     results = {c.name: report.results(c) for c in shown}
-    tasks = list(merged.models)
-    normal = all(results[merged.name][task].normalized_accuracy is not None for task in tasks)
+    normal = all(r.normalized_accuracy is not None for r in results[merged.name].values())
     series = {
         name: [
             (found[task].normalized_accuracy if normal else found[task].accuracy)
@@ -260,7 +270,8 @@ def _accuracies(report: Report, merged: Contender | None) -> Any:
         for name, found in results.items()
     }
     title = "Normalised accuracy" if normal else "Accuracy"
-    return Markup(accuracies(tasks, series, title, "individual model" if normal else None))
+    picture = accuracies(tasks, series, title, "individual model" if normal else None)
+    return _Accuracies(normal, tasks, series, Markup(picture))
 
 
 def _classes(report: Report, answers: Answers, merged: Contender | None) -> list[_Classes]:

@@ -30,7 +30,7 @@ _VARIABLES = {
     _SERIES[1]: "--pretrained",
     _SERIES[2]: "--individual",
 }
-_STYLE = {
+_STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": _LINE,
@@ -44,7 +44,6 @@ _STYLE = {
     "text.parse_math": False,  # names are text, also with a dollar in them
     "font.size": 9,
     "svg.fonttype": "none",
-    "svg.hashsalt": "fusion_bench",
 }
 _MARKERS, _LINES = ["o", "s", "^"], ["solid", "dashed", "dotted"]
 _XLINK = "{http://www.w3.org/1999/xlink}href"
@@ -355,6 +354,7 @@ def _style() -> Iterator[None]:
 def _svg(figure: Figure, title: str, description: str) -> str:
     """Return the figure as an element that can stand within a page."""
     file = io.StringIO()
+    matplotlib.rcParams["svg.hashsalt"] = title  # ids are a picture's own, and the same each time
     with warnings.catch_warnings():
         # matplotlib measures names by its own font, which may lack characters that a browser's
         # fonts have.

@@ -64,12 +64,11 @@ def main() -> None:
     parts = Parts()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
-    def run(config: DictConfig) -> Failed | None:
+    def run(config: DictConfig) -> float | Failed | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return attempt(partial(_run_program, parts=parts), config, _explain)
         with _plain_messages(show_traceback):
-            _run_program(config, parts)
-        return None
+            return _run_program(config, parts)
 
     with _plain_messages(show_traceback):
         run()
@@ -119,7 +118,8 @@ def _directory(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _run_program(config: DictConfig, parts: Parts) -> None:
+def _run_program(config: DictConfig, parts: Parts) -> float | None:
+    """Run the program; returns what a sweeper may optimise, if the result has it."""
     settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:
         name = HydraConfig.get().job.config_name or ""
@@ -136,7 +136,8 @@ def _run_program(config: DictConfig, parts: Parts) -> None:
     arguments: dict[str, Any] = {"output_dir": HydraConfig.get().runtime.output_dir}
     if accepts(settings["_target_"], "parts"):
         arguments["parts"] = parts
-    instantiate(settings, **arguments).run()
+    result = instantiate(settings, **arguments).run()
+    return getattr(result, "objective", None)
 
 
 @contextmanager

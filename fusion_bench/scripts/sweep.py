@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from hydra.conf import HydraConf
@@ -27,6 +27,8 @@ from fusion_bench.errors import FusionBenchError
 from fusion_bench.storage import write_text
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _RECORD = "job.json"
 _LONGEST_NAME = 100
@@ -70,20 +72,19 @@ class Record:
 
 
 def attempt(
-    work: Callable[[DictConfig], object], config: DictConfig, explain: Callable[[Exception], str]
-) -> Failed | None:
+    work: Callable[[DictConfig], T], config: DictConfig, explain: Callable[[Exception], str]
+) -> T | Failed:
     """Do one job of a sweep; what it prints goes to its log, and so does why it failed."""
     with _into_log(HydraConfig.get()):
         try:
             check_strategy(config.get("fabric"))
-            work(config)
+            return work(config)
         except FusionBenchError as error:
             log.error("%s", error)
             return Failed(str(error))
         except Exception as error:
             log.error("%s", traceback.format_exc())
             return Failed(explain(error))
-    return None
 
 
 @contextmanager
