@@ -1,10 +1,11 @@
 """The one place where a node of a config becomes an object."""
 
 import inspect
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
@@ -12,6 +13,8 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+
+T = TypeVar("T")
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it also raises
 
@@ -53,6 +56,38 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
         if cause is None:
             raise
         raise cause from cause.__cause__
+
+
+class Parts:
+    """What several runs of one process have in common, made once.
+
+    A sweep's jobs differ in little, so that most of them need the same models and datasets.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def get(self, about: Any, make: Callable[[], T]) -> T:
+        """Return what was made for ``about``, which can be written as JSON, or make it."""
+        name = json.dumps(about, sort_keys=True, default=str)
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def __deepcopy__(self, memo: Any) -> "Parts":
+        return self  # Hydra copies what it calls a function with
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_made": {}}  # another process begins anew
+
+
+def accepts(target: Any, name: str) -> bool:
+    """Tell whether a ``_target_`` takes an argument of that name."""
+    try:
+        function = get_object(target) if isinstance(target, str) else target
+        return name in inspect.signature(function).parameters
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return False
 
 
 def check(node: Any, key: str = "", **arguments: Any) -> None:

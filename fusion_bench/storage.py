@@ -124,10 +124,18 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock named after ``path`` across processes."""
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold an exclusive lock named after ``path`` across processes; it ends with its holder.
+
+    Args:
+        path: what is locked; the lock is a file beside it.
+        timeout: seconds to wait for it, by default for ever.
+
+    Raises:
+        TimeoutError: it was not to be had in time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with FileLock(f"{path}.lock", timeout=timeout):
         yield
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fusion_bench import __version__
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
-from fusion_bench.programs.publish import publish, wide_console
+from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
 from fusion_bench.report.differences import print_differences
 from fusion_bench.report.side_by_side import (
@@ -23,6 +23,7 @@ from fusion_bench.report.side_by_side import (
     models_side_by_side,
     obstacles,
 )
+from fusion_bench.report.table import wide_console
 
 log = logging.getLogger(__name__)
 

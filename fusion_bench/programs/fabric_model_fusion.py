@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
-from fusion_bench.instantiate import instantiate
+from fusion_bench.instantiate import Parts, instantiate
 from fusion_bench.programs.environment import describe_run, make_fabric
 from fusion_bench.programs.fusing import (
     MERGED,
@@ -65,6 +65,7 @@ class FabricModelFusionProgram:
         similarity: measure how the task vectors lie to each other, which reads the weights once.
         fast_dev_run: judge only the first batch of each task.
         dry_run: check the config and stop before anything is loaded.
+        parts: what other runs of this process have made, for those that follow.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class FabricModelFusionProgram:
         similarity: bool = True,
         fast_dev_run: bool = False,
         dry_run: bool = False,
+        parts: Parts | None = None,
     ):
         self.config: dict[str, Any] = {
             "_target_": f"fusion_bench.programs.{type(self).__name__}",
@@ -105,8 +107,9 @@ class FabricModelFusionProgram:
         if seed is not None and not isinstance(seed, int):
             raise FusionBenchError(f"seed: '{seed}' is not a whole number.")
         self.method = instantiate(_seeded(method, seed), "method")
-        self.modelpool = instantiate(_lazily(modelpool), "modelpool")
-        self.taskpool = instantiate(_lazily(taskpool), "taskpool")
+        self._parts = Parts() if parts is None else parts
+        self.modelpool = self._pool(modelpool, "modelpool")
+        self.taskpool = self._pool(taskpool, "taskpool")
         if output_dir is None and getattr(self.taskpool, "save_predictions", False):
             raise FusionBenchError("taskpool.save_predictions: needs an output_dir.")
         self.fabric_config = fabric
@@ -123,6 +126,12 @@ class FabricModelFusionProgram:
         self._previous = Previous.find(self.output_dir, self.config)
         if self._previous is None:
             self._refuse_existing()
+
+    def _pool(self, section: Any, key: str) -> Any:
+        node = _plain(section)
+        if not isinstance(node, Mapping):
+            return section
+        return self._parts.get([key, node], lambda: instantiate(_lazily(node), key))
 
     def run(self) -> Report | None:
         """Fuse, judge, save and print; returns the report, or ``None`` after a dry run."""
@@ -149,17 +158,9 @@ class FabricModelFusionProgram:
     def _fuse_and_judge(self, fabric: Fabric) -> tuple[Report, Answers]:
         """Do the work; called in every process, with the same result in each."""
         self._quiet_libraries()  # again, for a process that was spawned
-        if self.seed is not None:
-            fabric.seed_everything(self.seed, verbose=False)
+        self._sow(fabric)
         clock = _Clock()
-        judge = Judge(
-            self.modelpool,
-            self.taskpool,
-            fabric,
-            self.baselines,
-            self.fast_dev_run,
-            self.output_dir,
-        )
+        judge = self._judge(fabric)
         with clock.measure("load"):
             if self.taskpool is not None:
                 self.taskpool.prepare(fabric)
@@ -169,10 +170,11 @@ class FabricModelFusionProgram:
             data = tuning_data(
                 self.method, self.modelpool, self.taskpool, fabric, self.allow_test_split
             )
+        self._sow(fabric)  # again: what was loaded before need not have been loaded now
         with clock.measure("fuse"):
             merged = self._fuse(fabric, data)
         with clock.measure("evaluate"):
-            judge.judge_baselines()
+            judge.take(self._judged_baselines(fabric, inputs))
             judge.judge_merged(merged)
             judge.summarise()
         similarity = None
@@ -194,6 +196,35 @@ class FabricModelFusionProgram:
         )
         report.comparisons = compare_contenders(report, judge.answers)
         return report, judge.answers
+
+    def _judge(self, fabric: Fabric) -> Judge:
+        return Judge(
+            self.modelpool,
+            self.taskpool,
+            fabric,
+            self.baselines,
+            self.fast_dev_run,
+            self.output_dir,
+        )
+
+    def _judged_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Judge:
+        """Return one that has judged the models to compare with, maybe in an earlier run."""
+
+        def judged() -> Judge:
+            judge = self._judge(fabric)
+            judge.judge_baselines()
+            return judge
+
+        if getattr(self.taskpool, "save_predictions", False):  # they go into each run's directory
+            return judged()
+        pools = [id(self.modelpool), id(self.taskpool)]  # the same for the same config
+        how = [str(fabric.strategy.precision.precision), str(fabric.device), fabric.world_size]
+        about = ["baselines", pools, how, self.baselines, self.fast_dev_run, dict(inputs)]
+        return self._parts.get(about, judged)
+
+    def _sow(self, fabric: Fabric) -> None:
+        if self.seed is not None:
+            fabric.seed_everything(self.seed, verbose=False)
 
     def _quiet_libraries(self) -> None:
         if self.taskpool is not None:  # a merge alone imports neither transformers nor datasets

@@ -72,6 +72,13 @@ class Judge:
                 continue
             self._judge_baseline(name, "individual", tasks)
 
+    def take(self, other: "Judge") -> None:
+        """Add what another has found; both may go on."""
+        self.models |= {name: model.model_copy(deep=True) for name, model in other.models.items()}
+        for task, found in other.answers.tasks.items():
+            for model in found.predictions:
+                self.answers.add(task, model, found)
+
     def judge_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
         """Judge what a method made."""
         for name, model in merged.items():

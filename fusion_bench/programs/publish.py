@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.report import Answers, Report, markdown, print_comparison
 from fusion_bench.report.page import page
+from fusion_bench.report.table import wide_console
 from fusion_bench.storage import write_text
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,3 @@ def save(report: Report, answers: Answers, path: Path) -> None:
     if answers.tasks:
         answers.save(path)
     report.save(path)
-
-
-def wide_console() -> Console:
-    """Return where tables go; a log or a pipe has no width of its own."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    return console

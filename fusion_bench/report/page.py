@@ -5,6 +5,7 @@ import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -316,8 +317,12 @@ def _extremes(similarity: Similarity | None) -> list[tuple[str, str, float]]:
 
 def _matrices(similarity: Similarity | None) -> list[_Matrix]:
     """Return the cosines of the task vectors, and those and the norms part by part."""
-    if similarity is None:
-        return []
+    return [] if similarity is None else _pictured(similarity.model_dump_json())
+
+
+@lru_cache(maxsize=8)  # the jobs of a sweep have the same task vectors
+def _pictured(content: str) -> list[_Matrix]:
+    similarity = Similarity.model_validate_json(content)
     names, parts = similarity.models, similarity.parts[1:]
     cosines, norms = np.array(similarity.cosines), np.array(similarity.norms).T
     pairs = list(combinations(range(len(names)), 2))

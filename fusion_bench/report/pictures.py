@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
@@ -127,6 +127,79 @@ def heat_map(
             _annotate(axes, values, lambda value: colours((value - low) / ((high - low) or 1)))
         _scale(figure, size, low, high, colours)
         return _svg(figure, title, description)
+
+
+def ranking(
+    names: Sequence[str], values: Sequence[float], errors: Sequence[float], title: str
+) -> str:
+    """Return a picture of scores below each other, with their intervals.
+
+    Args:
+        names: what was scored, the best first.
+        values: fractions.
+        errors: half the width of each interval; fractions.
+        title: what the figures are.
+    """
+    height = max(1.0, 0.24 * len(names))
+    with _style():
+        figure = Figure((3.6, height))
+        axes = figure.add_axes((0, 0, 1, 1))
+        places = np.arange(len(names))
+        axes.errorbar(
+            _floats(values),
+            places,
+            xerr=_floats(errors),
+            fmt=_MARKERS[0],
+            ms=4,
+            color=_SERIES[0],
+            elinewidth=1.2,
+            capsize=2,
+        )
+        axes.set_yticks(places, [label(name, 48) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        _percent_axes(axes, title, "x")
+        return _svg(figure, title, _in_words(dict(zip(names, values, strict=True))))
+
+
+def curves(
+    parameter: str, series: Mapping[str, Sequence[tuple[float, float, float]]], title: str
+) -> str:
+    """Return a picture of scores over a parameter, with their intervals.
+
+    Args:
+        parameter: its name.
+        series: a curve's name to its points: parameter, fraction, half the interval's width; three
+            curves at most.
+        title: what the figures are.
+    """
+    with _style():
+        figure = Figure((4.6, 2.8))
+        axes = figure.add_axes((0, 0, 1, 1))
+        words: dict[str, float] = {}
+        for place, (name, points) in enumerate(series.items()):
+            at, value, error = np.array(sorted(points)).T * np.array([[1], [100], [100]])
+            axes.plot(at, value, **_look(place), label=label(name))
+            axes.fill_between(
+                at, value - error, value + error, color=_SERIES[place], alpha=0.15, lw=0
+            )
+            words |= {f"{name} {parameter}={x:g}": y for x, y, _ in sorted(points)}
+        axes.set_xlabel(label(parameter, 48))
+        _percent_axes(axes, title, "y")
+        if len(series) > 1:
+            _legend(figure, axes, below=0.16)
+        return _svg(figure, title, _in_words(words))
+
+
+def _percent_axes(axes: Axes, title: str, axis: Literal["x", "y"]) -> None:
+    (axes.set_xlabel if axis == "x" else axes.set_ylabel)(f"{title}, %")
+    axes.grid(axis=axis, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _in_words(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}: {100 * value:.1f} %" for name, value in values.items())
 
 
 def label(name: str, longest: int = 22) -> str:

@@ -105,19 +105,17 @@ class _Resampled:
 
 def _resample(patterns: Sequence[NDArray[np.bool_]], random: np.random.Generator) -> _Resampled:
     """Return the differences between the first two of two or three models."""
-    size, kinds = len(patterns[0]), 2 ** len(patterns)
-    codes = sum(p.astype(np.int64) << place for place, p in enumerate(patterns))
-    observed = np.bincount(np.asarray(codes), minlength=kinds)
+    size = len(patterns[0])
+    change = patterns[0].astype(np.int64) - patterns[1]  # which of two is right, or neither, alone
+    others = [p.astype(np.int64) for p in patterns[2:]]
+    kinds = change + 1 + 3 * sum(others)
+    observed = np.bincount(np.asarray(kinds), minlength=3 * 2 ** len(others))
     drawn = random.multinomial(size, observed / size, RESAMPLES)
     counts = np.vstack([observed, drawn]).astype(np.float64)
-    right = [
-        counts[:, [kind for kind in range(kinds) if kind >> place & 1]].sum(axis=1)
-        for place in range(len(patterns))
-    ]
-    change = right[0] - right[1]
+    plain = (counts[:, 2::3] - counts[:, 0::3]).sum(axis=1)
     # A resample in which the individual model is never right says nothing of a ratio.
-    ratio = change / np.maximum(right[2], 1) if len(patterns) > 2 else change
-    return _Resampled(change / size, ratio)
+    ratio = plain / np.maximum(counts[:, 3:].sum(axis=1), 1) if others else plain
+    return _Resampled(plain / size, ratio)
 
 
 def _mean(parts: Sequence[NDArray[np.float64]]) -> Difference:

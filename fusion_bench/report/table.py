@@ -11,6 +11,8 @@ from rich.text import Text
 
 from fusion_bench.report.schema import Average, Contender, Report
 
+_ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
+
 
 @dataclass(frozen=True)
 class Row:
@@ -42,14 +44,15 @@ def _percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def _cell(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """Return a figure in percent, or a dash where there is none."""
     return "–" if value is None else f"{value:.1f}"
 
 
 def _grid(report: Report) -> tuple[list[str], list[list[str]]]:
     header = ["accuracy, %", *report.tasks, "average", "normalised"]
     body = [
-        [row.name, *(_cell(value) for value in [*row.cells, row.average, row.normalized])]
+        [row.name, *(shown(value) for value in [*row.cells, row.average, row.normalized])]
         for row in comparison(report)
     ]
     return header, body
@@ -57,41 +60,55 @@ def _grid(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def print_comparison(report: Report, console: Console) -> None:
     """Print the comparison; where the tasks do not fit side by side they go below each other."""
-    table = _rich_table(*_grid(report), wide=True)
-    if _width(table, console) > console.width:
+    table = rich_table(*_grid(report), bold_last=True)
+    if table_width(table, console) > console.width:
         header, body = _grid(report)
         first, *others = zip(header, *body, strict=True)
-        table = _rich_table(list(first), [list(line) for line in others], wide=False)
+        table = rich_table(list(first), [list(line) for line in others])
     console.print(table)
 
 
-def _width(table: Table, console: Console) -> int:
+def table_width(table: Table, console: Console) -> int:
+    """Return how many characters a table would like to have."""
     unlimited = console.options.update(max_width=10_000)
     return Measurement.get(console, unlimited, table).maximum
 
 
-def _rich_table(header: list[str], body: list[list[str]], *, wide: bool) -> Table:
+def rich_table(
+    header: list[str], body: list[list[str]], *, left: int = 1, bold_last: bool = False
+) -> Table:
+    """Return a table for the terminal; its cells are text, and all but the first stand right."""
     table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if index else "left", no_wrap=True)
+        table.add_column(Text(name), justify="left" if index < left else "right", no_wrap=True)
     for line in body:
-        merged = wide and line is body[-1]
+        merged = bold_last and line is body[-1]
         table.add_row(*(Text(cell) for cell in line), style="bold" if merged else None)
     return table
+
+
+def markdown_table(header: list[str], body: list[list[str]], *, left: int = 1) -> list[str]:
+    """Return a table's lines; all but the first columns stand right."""
+    rows = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
+    return ["| " + " | ".join(cell.translate(_ESCAPE) for cell in row) + " |" for row in rows]
+
+
+def markdown_text(text: str) -> str:
+    """Return a name for Markdown, where it stays text on one line."""
+    return text.translate(_ESCAPE)
 
 
 def markdown(report: Report) -> str:
     """Return the report as a Markdown page: what was run, and the comparison."""
     header, body = _grid(report)
-    escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
     lines = ["# Fusion report", ""]
     runs = compared_runs(report)
     if runs:
-        lines += [f"- runs: {', '.join(runs).translate(escape)}"]
+        lines += [f"- runs: {', '.join(runs).translate(_ESCAPE)}"]
     else:
         lines += [f"- method: `{method_name(report)}`"]
     lines += [
-        f"- models: {', '.join(sources(report) or report.models).translate(escape)}",
+        f"- models: {', '.join(sources(report) or report.models).translate(_ESCAPE)}",
         f"- device: {report.run.device}, precision {report.run.precision}, "
         f"{report.run.world_size} process(es), seed {report.run.seed}",
         f"- seconds: load {report.run.seconds.load:.1f}, fuse {report.run.seconds.fuse:.1f}, "
@@ -105,10 +122,9 @@ def markdown(report: Report) -> str:
         lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
     if not report.tasks:
         return "\n".join([*lines, "Nothing was judged."]) + "\n"
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-    lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in rows]
+    lines += markdown_table(header, body)
     lines += ["", "Normalised: the accuracy divided by that of the task's individual model."]
-    lines += [f"\n{c.sentence().translate(escape)}" for c in report.main_comparisons()]
+    lines += [f"\n{c.sentence().translate(_ESCAPE)}" for c in report.main_comparisons()]
     return "\n".join(lines) + "\n"
 
 
@@ -130,3 +146,11 @@ def sources(report: Report) -> dict[str, Any]:
     pool = report.run.config.get("modelpool")
     models = pool.get("models") if isinstance(pool, dict) else None
     return dict(models) if isinstance(models, dict) else {}
+
+
+def wide_console() -> Console:
+    """Return where tables go; a log or a pipe has no width of its own."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    return console

@@ -4,11 +4,15 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
@@ -18,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.instantiate import Parts, accepts, instantiate
+from fusion_bench.scripts.sweep import Failed, attempt
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: Inside the package when installed from a wheel, beside it in a checkout.
@@ -39,7 +45,8 @@ class PackagedConfigs(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append our config directory where it is not the primary one already."""
-        if all(str(CONFIG_DIR) not in entry.path for entry in search_path.get_path()):
+        there = {str(entry.path).removeprefix("file://") for entry in search_path.get_path()}
+        if str(CONFIG_DIR) not in there:
             search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
 
 
@@ -50,18 +57,36 @@ def main() -> None:
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
-    Plugins.instance().register(PackagedConfigs)
+    set_up_hydra()
     with _plain_messages(show_traceback):
         sys.argv[1:] = _prepared(sys.argv[1:])
 
+    parts = Parts()
+
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
-    def run(config: DictConfig) -> None:
-        alone = HydraConfig.get().mode == RunMode.RUN
-        with _plain_messages(show_traceback) if alone else nullcontext():
-            _run_program(config)
+    def run(config: DictConfig) -> float | Failed | None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return attempt(partial(_run_program, parts=parts), config, _explain)
+        with _plain_messages(show_traceback):
+            return _run_program(config, parts)
 
     with _plain_messages(show_traceback):
         run()
+
+
+def set_up_hydra() -> None:
+    """Let every config have our groups, sweeps and launchers, whatever it says of Hydra."""
+    Plugins.instance().register(PackagedConfigs)
+    store = ConfigStore.instance().store
+    ours = {"output": "by_name", "callbacks": "leaderboard", "sweeper": "grid"}
+    defaults = [
+        {group: ours.get(group, choice) for group, choice in entry.items()}
+        for entry in HydraConf().defaults
+    ]
+    store("config", HydraConf(defaults), "hydra", provider="fusion_bench")
+    # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
+    for file in (CONFIG_DIR / "launcher").glob("*.yaml"):
+        store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
 
 
 def _prepared(words: list[str]) -> list[str]:
@@ -93,9 +118,8 @@ def _directory(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _run_program(config: DictConfig) -> None:
-    from fusion_bench.instantiate import instantiate
-
+def _run_program(config: DictConfig, parts: Parts) -> float | None:
+    """Run the program; returns what a sweeper may optimise, if the result has it."""
     settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:
         name = HydraConfig.get().job.config_name or ""
@@ -109,7 +133,11 @@ def _run_program(config: DictConfig) -> None:
             )
         )
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
-    instantiate(settings, output_dir=HydraConfig.get().runtime.output_dir).run()
+    arguments: dict[str, Any] = {"output_dir": HydraConfig.get().runtime.output_dir}
+    if accepts(settings["_target_"], "parts"):
+        arguments["parts"] = parts
+    result = instantiate(settings, **arguments).run()
+    return getattr(result, "objective", None)
 
 
 @contextmanager

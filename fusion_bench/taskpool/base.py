@@ -6,8 +6,10 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: Draws the samples of ``max_samples``; the same ones in every run.
 _SUBSET_SEED = 0
+#: Seconds to wait for another process; where several of ours wait for one, they do not for ever.
+_PATIENCE = 300
 #: What configs say of a model's form, as far as they say it.
 _SIZES = ("hidden_size", "hidden_sizes", "depths", "patch_size", "image_size", "num_hidden_layers")
 
@@ -241,31 +245,52 @@ class ImageTaskPool(ABC):
         module: nn.Module | None = None
         known: list[str] = []
         scores: dict[str, Score] = {}
-        for task in self.task_names if tasks is None else tasks:
+        wanted = self.task_names if tasks is None else tasks
+        # What another process is judging just now is left for later: both get on meanwhile.
+        patience = -1 if fabric.world_size == 1 else _PATIENCE
+        for timeout, task in product((0, patience), wanted):
+            if task in scores:
+                continue
             samples = self._samples(task, loading.batch_size if fast_dev_run else None)
             key = self._key(task, samples, fabric, weights_sha256)
             if key is not None:
                 key["architecture"] = architecture
             score = self._known(key, fabric)
-            if score is not None:
-                known.append(task)
-            else:
-                if module is None:
-                    module = self._on_device(model, fabric)
-                score = judge(
-                    fabric,
-                    self._classifier(task, module, name, fabric),
-                    self._prepared(task),
-                    samples,
-                    replace(loading, full_batches=self._compile),
-                    f"judging {name} on {task}",
-                )
-                if key is not None and self._results is not None and fabric.global_rank == 0:
-                    self._results.save(key, score)
+            with self._alone(key if score is None else None, fabric, timeout) as mine:
+                if not mine:
+                    continue
+                score = score or self._known(key, fabric)  # another may have been about it
+                if score is not None:
+                    known.append(task)
+                else:
+                    if module is None:
+                        module = self._on_device(model, fabric)
+                    score = judge(
+                        fabric,
+                        self._classifier(task, module, name, fabric),
+                        self._prepared(task),
+                        samples,
+                        replace(loading, full_batches=self._compile),
+                        f"judging {name} on {task}",
+                    )
+                    if key is not None and self._results is not None and fabric.global_rank == 0:
+                        self._results.save(key, score)
             scores[task] = score
         if known:
             log.info("'%s' was judged before on %s.", name, ", ".join(known))
-        return scores
+        return {task: scores[task] for task in wanted}
+
+    @contextmanager
+    def _alone(self, key: dict[str, Any] | None, fabric: Fabric, timeout: float) -> Iterator[bool]:
+        """Let the first process keep others from judging the same; tell all whether it does."""
+        with ExitStack() as held:
+            mine = True
+            if key is None or self._results is None:
+                yield mine
+                return
+            if fabric.global_rank == 0:
+                mine = held.enter_context(self._results.alone(key, timeout))
+            yield fabric.broadcast(mine) if fabric.world_size > 1 else mine
 
     def _on_device(self, model: nn.Module | Callable[[], nn.Module], fabric: Fabric) -> nn.Module:
         module = model if isinstance(model, nn.Module) else model()

@@ -79,6 +79,8 @@ class Loading:
             )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         on_cpu = fabric.device.type == "cpu"
+        if on_cpu:  # where several jobs share a machine each has so many threads
+            cores = min(cores or 1, torch.get_num_threads())
         workers = given.get("num_workers", min(16, max(1, (cores or 1) // fabric.world_size)))
         ahead = given.get("prefetch_factor") or 2
         batch_size = given.get("batch_size", 32 if on_cpu else 128)
@@ -156,8 +158,12 @@ def batches(
     """Yield the pixels of each batch, prepared by threads; Pillow lets them run side by side."""
     with ThreadPoolExecutor(loading.workers, thread_name_prefix="decode") as pool:
 
-        def begin(step: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
-            return [pool.submit(images.pixels, int(index)) for index in step]
+        def read(part: NDArray[np.int64]) -> list[NDArray[Any]]:
+            return [images.pixels(int(index)) for index in part]
+
+        def begin(step: NDArray[np.int64]) -> list[Future[list[NDArray[Any]]]]:
+            # An image that is known is read faster than it is handed to a thread alone.
+            return [pool.submit(read, part) for part in np.array_split(step, loading.workers)]
 
         try:
             waiting = [begin(step) for step in steps[: loading.ahead]]
@@ -170,6 +176,6 @@ def batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _collated(futures: list[Future[NDArray[Any]]], pin_memory: bool) -> Tensor:
-    batch = torch.from_numpy(np.stack([future.result() for future in futures]))
+def _collated(futures: list[Future[list[NDArray[Any]]]], pin_memory: bool) -> Tensor:
+    batch = torch.from_numpy(np.stack([pixels for part in futures for pixels in part.result()]))
     return batch.pin_memory() if pin_memory else batch

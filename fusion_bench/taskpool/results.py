@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from fusion_bench.storage import cache_dir
+from fusion_bench.storage import cache_dir, locked
 from fusion_bench.taskpool.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,30 @@ class ResultStore:
             write_sealed(self._path(key), content)
         except OSError as error:
             log.warning("Results are not kept: %s.", error)
+
+    @contextmanager
+    def alone(self, key: Mapping[str, Any], timeout: float) -> Iterator[bool]:
+        """Keep other processes from judging what this one is about to; tell whether it may.
+
+        Where there is no lock to be had, on a disk that cannot be written to for one, or not in
+        time, the same is judged twice: a waste, but no harm.
+
+        Args:
+            key: of the result.
+            timeout: seconds to wait for another process that judges it, negative for as long as
+                that lives. With 0 there is no waiting, and it yields false.
+        """
+        lock = locked(cache_dir() / "judging" / self._path(key).name[:3], timeout)
+        with ExitStack() as held:
+            try:
+                held.enter_context(lock)
+            except TimeoutError:
+                if timeout == 0:
+                    yield False
+                    return
+            except (OSError, NotImplementedError) as error:
+                log.debug("Judging without a lock: %s", error)
+            yield True
 
     def _path(self, key: Mapping[str, Any]) -> Path:
         canonical = json.dumps({"version": EVALUATION_VERSION, **key}, sort_keys=True)

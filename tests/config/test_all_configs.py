@@ -1,12 +1,18 @@
 """Every YAML under config/ composes, and what it names takes the keys that it gives."""
 
+from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from fusion_bench.instantiate import check, instantiate
+from fusion_bench.scripts.cli import set_up_hydra
 
 CONFIG = Path(__file__).parents[2] / "config"
 FILES = [
@@ -14,6 +20,7 @@ FILES = [
     for path in sorted(CONFIG.rglob("*.yaml"))
     if not path.name.startswith("_")  # templates lack what the files that build on them give
 ]
+HYDRAS_OWN = [name for name in FILES if name.startswith(("hydra/", "launcher/"))]
 #: What a config needs from the command line; its own comment says so.
 NEEDS = {"merge_llm": ["+modelpool.models.a=owner/a"]}
 #: What is made without loading anything; the rest is bound to its signature.
@@ -24,7 +31,31 @@ def test_there_are_some() -> None:
     assert len(FILES) > 100 and "_get_started/clip_simple_average" in FILES
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.fixture
+def hydra_as_we_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Plugins.instance()  # they put their own into the store
+    monkeypatch.setattr(ConfigStore.instance(), "repo", deepcopy(ConfigStore.instance().repo))
+    set_up_hydra()
+
+
+@pytest.mark.usefixtures("hydra_as_we_have_it")
+@pytest.mark.parametrize("name", HYDRAS_OWN)
+def test_hydras_own_settings_compose(name: str) -> None:
+    group, _, choice = f"hydra/{name.removeprefix('hydra/')}".rpartition("/")
+    with initialize_config_dir(str(CONFIG), version_base="1.3"):
+        config = compose("fabric_model_fusion", [f"{group}={choice}"], return_hydra_config=True)
+    section = config.hydra[group.removeprefix("hydra/")] if group != "hydra/output" else {}
+    target = (section.get(choice) or section).get("_target_")
+    if target is None:
+        assert OmegaConf.is_missing(config.hydra.sweep, "dir")
+        return
+    pytest.importorskip(target.rpartition(".")[0], reason="its extra is not installed")
+    taken = signature(get_object(target)).parameters
+    given = {key for key in section if not (section.get(choice) or key == "_target_")}
+    assert given <= set(taken) or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in HYDRAS_OWN])
 def test_it_composes_and_binds(name: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
         config = compose(name, overrides=NEEDS.get(name, []))

@@ -1,0 +1,200 @@
+"""What a sweep costs beside its forward passes.
+
+    python benchmarks/sweep.py            # a minute a round on two cores
+    python benchmarks/sweep.py --small    # three coefficients, to try it out
+
+Task arithmetic with many coefficients over the zoo's tasks, in one process. Prepared images are
+there; results are not, so that every round judges all models anew. All is measured in one run, one
+round after the other; ratios are of one round.
+"""
+
+import argparse
+import cProfile
+import os
+import pstats
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from measure import alternate, publish, ratio
+
+from fusion_bench.instantiate import instantiate
+from fusion_bench.programs.fusing import fuse, held
+from fusion_bench.progress import quiet_libraries
+from fusion_bench.storage import cache_dir
+
+#: Runs the command line once all that it imports is there, and tells how long that took.
+AFTER_IMPORTS = textwrap.dedent(
+    """
+    import sys, time
+    import fusion_bench.programs, fusion_bench.modelpool, fusion_bench.taskpool
+    import transformers, datasets
+    from fusion_bench.scripts.cli import main
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
+    start = time.perf_counter()
+    main()
+    print(time.perf_counter() - start, file=sys.stderr)
+    """
+)
+
+
+def main() -> None:
+    """Measure, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
+    parser.add_argument("--small", action="store_true", help="three coefficients, to try it out")
+    parser.add_argument("--profile", action="store_true", help="show where the sweep's time goes")
+    arguments = parser.parse_args()
+    count = 3 if arguments.small else 20
+    values = [round(0.02 * (number + 1), 2) for number in range(count)]
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as scratch:
+        words = ["-m", "method=task_arithmetic"]
+        words += [f"method.scaling_factor={','.join(map(str, values))}"]
+        if arguments.profile:
+            profile(words, Path(scratch))
+            return
+        results = {f"{count} coefficients": sweep(words, values, Path(scratch), arguments.rounds)}
+        results["jobs side by side"] = side_by_side(words, Path(scratch), arguments.rounds)
+    publish(results, "sweep.py", arguments.rounds, arguments.json, arguments.markdown)
+
+
+def parts(values: list[float]) -> tuple[Any, Any, Fabric]:
+    """Return the zoo's pools, prepared, as the command has them."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from fusion_bench.scripts.cli import CONFIG_DIR
+
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = OmegaConf.to_container(compose("fabric_model_fusion"), resolve=True)
+    assert isinstance(config, dict)
+    fabric = Fabric(accelerator="auto", devices=1)
+    modelpool = instantiate({"_recursive_": False, **config["modelpool"]})
+    taskpool = instantiate({"_recursive_": False, **config["taskpool"]})
+    taskpool.prepare(fabric)
+    return modelpool, taskpool, fabric
+
+
+def sweep(words: list[str], values: list[float], root: Path, rounds: int) -> dict[str, Any]:
+    """Time the sweep, and the forward passes that it makes."""
+    from fusion_bench.method import TaskArithmeticAlgorithm
+
+    modelpool, taskpool, fabric = parts(values)
+    inputs = {}
+    for task in taskpool.task_names:
+        images = taskpool._prepared(task)
+        pixels = np.stack([images.pixels(i) for i in range(len(images.labels))])
+        ready = images.preprocessor.finish(torch.from_numpy(pixels).to(fabric.device))
+        inputs[task] = fabric.strategy.precision.convert_input(ready)
+    batch = 32 if fabric.device.type == "cpu" else 128
+
+    def passes(model: Any, tasks: list[str]) -> None:
+        model = fabric.to_device(model.eval())
+        for task in tasks:
+            classify = taskpool.classifier(task, model, "model", fabric)
+            for part in inputs[task].split(batch):
+                result = classify(part)
+        result.sum().item()
+
+    methods = [TaskArithmeticAlgorithm(scaling_factor=value) for value in values]
+    merged = [held(fuse(method, modelpool, fabric, None))["merged"] for method in methods]
+    models = [(modelpool.build_model(weights), taskpool.task_names) for weights in merged]
+    models.append((modelpool.load_model("_pretrained_"), taskpool.task_names))
+    models += [(modelpool.load_model(name), [name]) for name in modelpool.model_names]
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for model, tasks in models:
+                passes(model, tasks)
+
+    contestants = {
+        "(a) its bare forward passes": forward,
+        "(b) the sweep": lambda: after_imports(words, root),
+        "(c) the whole command": lambda: command(words, root),
+        "(d) the same, started again": lambda: command(words, root, again=True),
+    }
+    times = alternate(contestants, rounds)
+    first = next(iter(contestants))
+    return {
+        name: {
+            "seconds": round(float(np.median(seconds)), 2),
+            "of the forward passes": ratio(times, name, first),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def after_imports(words: list[str], root: Path) -> float:
+    """Return the seconds of a sweep in a process that has imported everything."""
+    _forget(root)
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_IMPORTS, *words],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(done.stderr.splitlines()[-1])
+
+
+def command(words: list[str], root: Path, *, again: bool = False) -> None:
+    """Run the sweep from the command line."""
+    if not again:
+        _forget(root)
+    run = [sys.executable, "-m", "fusion_bench", *words]
+    subprocess.run(run, cwd=root, check=True, capture_output=True)
+
+
+def side_by_side(words: list[str], root: Path, rounds: int) -> dict[str, Any]:
+    """Time the sweep with one and with two jobs at once."""
+    contestants = {
+        f"joblib, {count} at once": lambda count=count: command(
+            [*words, "hydra/launcher=joblib", f"hydra.launcher.n_jobs={count}"], root
+        )
+        for count in (1, 2)
+    }
+    times = alternate(contestants, rounds)
+    first = next(iter(contestants))
+    return {
+        name: {
+            "seconds": round(float(np.median(seconds)), 2),
+            "of one at once": ratio(times, name, first),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def profile(words: list[str], root: Path) -> None:
+    """Print where the sweep's time goes, function by function."""
+    from fusion_bench.scripts import cli
+
+    for _ in range(2):  # the second time everything is imported
+        _forget(root)
+        os.chdir(root)
+        sys.argv = ["fusion_bench", *words]
+        measured = cProfile.Profile()
+        start = time.perf_counter()
+        measured.runcall(cli.main)
+    print(f"{time.perf_counter() - start:.1f} s, profiled")
+    pstats.Stats(measured).sort_stats("cumtime").print_stats(150)
+
+
+def _forget(root: Path) -> None:
+    """Remove what earlier rounds have judged."""
+    shutil.rmtree(cache_dir() / "results", ignore_errors=True)
+    shutil.rmtree(root / "multirun", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A leaderboard as people and programs read it: page, Markdown, CSV, TeX, JSON, terminal."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from fusion_bench.report.leaderboard import Leaderboard, Line, Standings
+from fusion_bench.report.page import render
+from fusion_bench.report.table import (
+    markdown_table,
+    markdown_text,
+    rich_table,
+    shown,
+    table_width,
+)
+from fusion_bench.storage import write_text
+
+#: Half of a 95 % interval, in standard errors.
+_Z = 1.96
+#: A picture shows so many of the best, or so many curves.
+_SHOWN, _CURVES = 40, 3
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': r"\textquotedbl{}",
+        "–": "--",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+    }
+)
+
+
+def save(board: Leaderboard, directory: Path) -> None:
+    """Write ``leaderboard.{html,md,csv,tex,json}``."""
+    contents = {
+        "html": page(board),
+        "md": markdown(board),
+        "csv": table_of_values(board),
+        "tex": tex(board),
+        "json": board.model_dump_json(indent=2) + "\n",
+    }
+    for suffix, content in contents.items():
+        write_text(directory / f"leaderboard.{suffix}", content)
+
+
+def page(board: Leaderboard) -> str:
+    """Return the leaderboard as one HTML file."""
+    pictures = [(table, _picture(table)) for table in board.tables]
+    return render("leaderboard.html.j2", {"board": board, "shown": pictures})
+
+
+def markdown(board: Leaderboard) -> str:
+    """Return the leaderboard for a README or a forge."""
+    lines = ["# Leaderboard", "", markdown_text(board.name), ""]
+    for table in board.tables:
+        if table.facts:
+            lines += [f"{key}: {markdown_text(value)}  " for key, value in table.facts.items()]
+            lines += [""]
+        lines += [*markdown_table(*_grid(table), left=2), "", table.sentence(), ""]
+    if board.failures:
+        lines += ["## Failed", ""]
+        lines += [f"- {markdown_text(f.name)}: {markdown_text(f.message)}" for f in board.failures]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table_of_values(board: Leaderboard) -> str:
+    """Return all lines of all tables as CSV; accuracies are fractions, those missing are empty."""
+    tasks = list(dict.fromkeys(task for table in board.tables for task in table.tasks))
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    head = ["table", "rank", "name", "role", "directory", "normalized_accuracy", "accuracy"]
+    writer.writerow([*head, "accuracy_stderr", *map(_unevaluated, tasks), "error"])
+    for number, table in enumerate(board.tables, start=1):
+        for line in table.lines:
+            own = [line.normalized_accuracy, line.accuracy, line.accuracy_stderr]
+            own += [line.tasks.get(task) for task in tasks]
+            texts = map(_unevaluated, (line.name, line.role, line.directory))
+            writer.writerow([number, line.rank, *texts, *own, None])
+    for failure in board.failures:
+        texts = map(_unevaluated, (failure.name, "", failure.directory))
+        blank = [None] * (3 + len(tasks))
+        writer.writerow([None, None, *texts, *blank, _unevaluated(failure.message)])
+    return file.getvalue()
+
+
+def tex(board: Leaderboard) -> str:
+    """Return the tables for a paper: to be read by ``input``, with the package ``booktabs``."""
+    parts = [r"% \usepackage{booktabs}"]
+    for table in board.tables:
+        header, body = _grid(table)
+        parts += [
+            "% " + " ".join(line.split())
+            for line in (table.sentence(), *(f"{k}: {v}" for k, v in table.facts.items()))
+        ]
+        ranked = sum(line.rank is not None for line in table.lines)
+        rows = [" & ".join(map(_tex, row)) + r" \\" for row in body]
+        if ranked < len(rows):
+            rows.insert(ranked, r"\midrule")
+        parts += [
+            rf"\begin{{tabular}}{{rl{'r' * (len(header) - 2)}}}",
+            r"\toprule",
+            " & ".join(map(_tex, header)) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def print_leaderboard(board: Leaderboard, console: Console) -> None:
+    """Print the leaderboard; the tasks stay away where they do not fit."""
+    for table in board.tables:
+        if table.facts:
+            console.print(Text("; ".join(f"{key}: {value}" for key, value in table.facts.items())))
+        header, body = _grid(table)
+        whole = rich_table(header, body, left=2)
+        if table_width(whole, console) > console.width:
+            whole = rich_table(header[:4], [row[:4] for row in body], left=2)
+        console.print(whole)
+        console.print(Text(table.sentence()))
+    for failure in board.failures:
+        console.print(Text(f"failed: {failure.name}: {failure.message}", style="red"))
+
+
+def _grid(table: Standings) -> tuple[list[str], list[list[str]]]:
+    header = ["rank", "accuracy, %", "normalised", "average", *table.tasks]
+    return header, [
+        [
+            "–" if line.rank is None else str(line.rank),
+            line.name,
+            _percent(line.normalized_accuracy),
+            _percent(line.accuracy),
+            *(_percent(line.tasks.get(task)) for task in table.tasks),
+        ]
+        for line in table.lines
+    ]
+
+
+def _percent(fraction: float | None) -> str:
+    return shown(None if fraction is None else 100 * fraction)
+
+
+def _unevaluated(text: str) -> str:
+    """Keep a spreadsheet from taking a name for a formula."""
+    return f"'{text}" if text[:1] in tuple("=+-@\t\r") and text else text
+
+
+def _tex(text: str) -> str:
+    """Return text that TeX sets as it is; what its usual fonts lack is named by its number."""
+    plain = "".join(
+        c if c == "–" or (c.isprintable() and c <= "\u017f") else f"U+{ord(c):04X}" for c in text
+    )
+    return plain.translate(_TEX)
+
+
+def _picture(table: Standings) -> Any:
+    """Return curves where a single number was swept, else the models below each other."""
+    from markupsafe import Markup
+
+    from fusion_bench.report.pictures import curves, ranking
+
+    normal = table.ranked_by == "normalized_accuracy"
+    title = "Average normalised accuracy" if normal else "Average accuracy"
+    ranked = [line for line in table.lines if line.rank is not None]
+    swept = _swept_number(table, ranked)
+    if swept is not None:
+        return Markup(curves(*swept, title))
+    best = ranked[:_SHOWN]
+    values, errors = map(table.score, best), (_Z * line.stderr for line in best)
+    return Markup(ranking([line.name for line in best], list(values), list(errors), title))
+
+
+def _swept_number(
+    table: Standings, lines: Sequence[Line]
+) -> tuple[str, dict[str, list[tuple[float, float, float]]]] | None:
+    """Return the one number that was swept, and the scores over it: a curve for what else was.
+
+    A model that lacks the number is a level line.
+    """
+    settings = [dict(o.partition("=")[::2] for o in line.overrides) for line in lines]
+    keys = {key for own in settings for key in own}
+    numbers = [key for key in keys if all(_is_number(own.get(key, "0")) for own in settings)]
+    if len(numbers) != 1:
+        return None
+    (key,) = numbers
+    places = [float(own[key]) for own in settings if key in own]
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for line, own in zip(lines, settings, strict=True):
+        name = " ".join(f"{k}={v}" for k, v in own.items() if k != key) or "merged"
+        at = [float(own[key])] if key in own else [min(places), max(places)]
+        series.setdefault(name, []).extend((x, table.score(line), _Z * line.stderr) for x in at)
+    distinct = all(len({x for x, _, _ in found}) == len(found) for found in series.values())
+    if not distinct or len(set(places)) < 3 or len(series) > _CURVES:
+        return None
+    return key, series
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,289 @@
+"""What a sweep is beside its jobs: where they go, which of them failed, and the leaderboard."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.storage import write_text
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_RECORD = "job.json"
+_LONGEST_NAME = 100
+#: Strategies that have their processes at once; any other runs the command line again for each.
+_FORKS = re.compile("auto|dp|.*_(fork|spawn|notebook)")
+#: The launchers' packages, and what of ours brings them.
+_EXTRAS = {
+    "hydra_joblib_launcher": "joblib",
+    "hydra_submitit_launcher": "slurm",
+    "hydra_ray_launcher": "ray",
+}
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a job that failed returns, so that the others go on."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a job leaves in its directory, beside its report.
+
+    Attributes:
+        sweep: tells one start of a sweep from another.
+        number: the job's place in it.
+        overrides: the swept ones, which are its name.
+        error: why it failed, if it did.
+    """
+
+    sweep: str
+    number: int
+    overrides: list[str]
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What people read."""
+        return " ".join(self.overrides) or f"job {self.number}"
+
+
+def attempt(
+    work: Callable[[DictConfig], T], config: DictConfig, explain: Callable[[Exception], str]
+) -> T | Failed:
+    """Do one job of a sweep; what it prints goes to its log, and so does why it failed."""
+    with _into_log(HydraConfig.get()):
+        try:
+            check_strategy(config.get("fabric"))
+            return work(config)
+        except FusionBenchError as error:
+            log.error("%s", error)
+            return Failed(str(error))
+        except Exception as error:
+            log.error("%s", traceback.format_exc())
+            return Failed(explain(error))
+
+
+@contextmanager
+def _into_log(hydra: HydraConf) -> Iterator[None]:
+    """Keep a job from the console, where several talk at once; warnings still go there."""
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setLevel(logging.ERROR + 1)
+    path = Path(hydra.runtime.output_dir) / f"{hydra.job.name}.log"
+    with path.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file):
+        yield
+
+
+class SweepCallback(Callback):
+    """Gives a sweep its directory and ends it with a leaderboard.
+
+    It goes along to each job, wherever that runs.
+    """
+
+    def __init__(self) -> None:
+        self._sweep = uuid4().hex
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Say where the jobs go, unless the user does, and refuse what cannot be swept."""
+        try:
+            check_strategy(config.get("fabric"))
+            _check_launcher(config)
+        except FusionBenchError as error:
+            sys.exit(f"fusion_bench: {error}")
+        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        given = [
+            str(override.input_line) for override in parsed if not override.is_sweep_override()
+        ]
+        swept = [o.get_key_element().lstrip("+") for o in parsed if o.is_sweep_override()]
+        swept += OmegaConf.select(config, "hydra.sweeper.params") or {}
+        if OmegaConf.is_missing(config.hydra.sweep, "dir"):
+            sources = [source.path for source in config.hydra.runtime.config_sources]
+            about = [sources, config.hydra.job.config_name, sorted(given), sorted(swept)]
+            config.hydra.sweep.dir = _sweep_directory(str(about[1]), swept, about)
+        # Absolute, for a job may run in another directory.
+        self._set(config, "hydra.sweep.dir", str(Path(config.hydra.sweep.dir).absolute()))
+        # A job is called by what is its own.
+        common = [o.get_key_element().lstrip("+") for o in parsed if not o.is_sweep_override()]
+        key = "hydra.job.config.override_dirname.exclude_keys"
+        self._set(config, key, [*OmegaConf.select(config, key), *common])
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Leave a record of the job, and say on the console how it went."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        job = config.hydra.job
+        result = job_return._return_value
+        record = Record(
+            self._sweep,
+            job.num,
+            own_overrides(config.hydra.overrides.task, job.config.override_dirname.exclude_keys),
+            str(result.message if isinstance(result, Failed) else result)
+            if isinstance(result, Failed | Exception)
+            else None,
+        )
+        directory = Path(config.hydra.runtime.output_dir)
+        write_text(directory / _RECORD, json.dumps(asdict(record), indent=2) + "\n")
+        print(_line(record, directory), flush=True)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write and print the leaderboard; the process fails where a job did."""
+        directory = Path(config.hydra.sweep.dir).absolute()
+        jobs = self._jobs(directory)
+        failed = {path: job.error for path, job in jobs.items() if job.error is not None}
+        try:
+            _leaderboard(directory.name, directory, jobs)
+        except Exception as error:  # Hydra would make a warning of it
+            log.error("%s", traceback.format_exc())
+            sys.exit(f"fusion_bench: no leaderboard: {error}")
+        if failed:
+            sys.exit(f"fusion_bench: {len(failed)} of {len(jobs)} jobs failed.")
+
+    def _jobs(self, directory: Path) -> dict[Path, Record]:
+        """Return the jobs of this sweep, by their directories, in the order of their numbers."""
+        found = {}
+        for path in directory.rglob(_RECORD):
+            record = Record(**json.loads(path.read_text(encoding="utf-8")))
+            if record.sweep == self._sweep:
+                found[path.parent] = record
+        return dict(sorted(found.items(), key=lambda job: job[1].number))
+
+    @staticmethod
+    def _set(config: DictConfig, key: str, value: Any) -> None:
+        """Set a key of Hydra's own, for this process and for each job."""
+        OmegaConf.update(config, key, value)
+        config.hydra.overrides.hydra.append(f"{key}={json.dumps(value)}")
+
+
+def check_strategy(fabric: Mapping[str, Any] | None) -> None:
+    """Refuse processes that would each run the command line, and with it the sweep, again.
+
+    Raises:
+        FusionBenchError: a strategy of that kind, or a sweep under torchrun.
+    """
+    settings = fabric or {}
+    strategy = settings.get("strategy", "auto")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise FusionBenchError(
+            "A sweep under torchrun would run once in each of its processes. Start the jobs one "
+            "by one, or let a launcher start them: 'hydra/launcher=submitit_slurm'."
+        )
+    one = settings.get("devices", 1) in (1, "1") and settings.get("num_nodes", 1) == 1
+    started = "SLURM_NTASKS" in os.environ  # by SLURM, all of them
+    if isinstance(strategy, str) and not (one or started or _FORKS.fullmatch(strategy)):
+        raise FusionBenchError(
+            f"fabric.strategy: '{strategy}' runs the command line again for each device, and each "
+            "would start a sweep of its own. Give fabric.strategy=ddp_spawn, or one device a job "
+            "and a launcher."
+        )
+
+
+def _check_launcher(config: DictConfig) -> None:
+    """Refuse a launcher that is not installed."""
+    target = str(config.hydra.launcher._target_)
+    package = target.split(".")[1] if target.startswith("hydra_plugins.") else ""
+    if package in _EXTRAS and find_spec(f"hydra_plugins.{package}") is None:
+        raise FusionBenchError(
+            f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']}: not installed. "
+            f"'pip install \"fusion_bench[{_EXTRAS[package]}]\"' brings it."
+        )
+
+
+def own_overrides(overrides: Sequence[str], common: Sequence[str]) -> list[str]:
+    """Return what tells a job from the others of its sweep, without Hydra's plus signs."""
+    plain = [override.lstrip("+") for override in overrides]
+    return [override for override in plain if override.partition("=")[0] not in common]
+
+
+def directory_name(text: str) -> str:
+    """Return a readable name for a directory; no two texts share one, whatever is in them."""
+    plain = re.sub(r"[^\w.=,+-]+", "_", text, flags=re.ASCII).strip("._")[:_LONGEST_NAME]
+    if plain and plain == text == text.lower():
+        return plain
+    return f"{plain or 'job'}-{_hash(text)}"
+
+
+def _sweep_directory(config_name: str, swept: Sequence[str], about: Any) -> str:
+    keys = [key.rpartition(".")[2] for key in swept]
+    name = directory_name("-".join([config_name.rpartition("/")[2], *keys])[:_LONGEST_NAME])
+    return f"multirun/{name}-{_hash(json.dumps(about))}"
+
+
+def _job_directory(overrides: Sequence[str], common: Sequence[str]) -> str:
+    own = sorted(own_overrides(overrides, common), key=lambda o: o.partition("="))
+    return directory_name(",".join(own))
+
+
+def _cores_by(number: int) -> int:
+    """Return how many jobs there may be at once, if each has so many cores."""
+    return max(1, (os.cpu_count() or 1) // number)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _line(record: Record, directory: Path) -> str:
+    """Return how a job went, in one line."""
+    if record.error is not None:
+        return f"{record.name}: failed: {record.error.splitlines()[0]}"
+    if not (directory / "report.json").exists():
+        return f"{record.name}: done"
+    from fusion_bench.report import Report, comparison
+
+    report = Report.load(directory / "report.json")
+    row = comparison(report)[-1]
+    cells = {"average": row.average, "normalised": row.normalized}
+    figures = [f"{name} {value:.1f}" for name, value in cells.items() if value is not None]
+    return f"{record.name}: {', '.join([*figures, f'{report.run.seconds.total:.1f} s'])}"
+
+
+def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> None:
+    """Write and print the leaderboard of the jobs that have judged something."""
+    from fusion_bench.report import Answers, Report
+    from fusion_bench.report.leaderboard import Failure, Job, leaderboard
+    from fusion_bench.report.leaderboard_files import print_leaderboard, save
+    from fusion_bench.report.table import wide_console
+
+    finished, failures = [], []
+    for path, job in jobs.items():
+        place, report = path.relative_to(directory).as_posix(), path / "report.json"
+        if job.error is not None:
+            failures.append(Failure(name=job.name, directory=place, message=job.error))
+        elif report.exists() and (found := Report.load(report)).tasks:
+            finished.append(Job(place, job.overrides, found, Answers.load(report)))
+    if not finished and not failures:
+        log.info("Nothing was judged, so that there is no leaderboard.")
+        return
+    board = leaderboard(name, finished, failures)
+    save(board, directory)
+    print_leaderboard(board, wide_console())
+    log.info("Leaderboard: %s", directory / "leaderboard.html")
+
+
+# Where a job runs elsewhere this module comes along, and with it what the config needs.
+OmegaConf.register_new_resolver("fusion_bench.cores_by", _cores_by, replace=True)
+OmegaConf.register_new_resolver("fusion_bench.job_directory", _job_directory, replace=True)

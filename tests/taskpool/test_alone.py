@@ -1,0 +1,88 @@
+"""Several processes that need the same result: one judges, the others wait for it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fusion_bench.storage import cache_dir
+from fusion_bench.taskpool.results import ResultStore
+
+#: Runs a config and notes each model that it judges on a task, which it does at leisure.
+DRIVER = """
+import json, sys, time
+from pathlib import Path
+import fusion_bench.taskpool.base as base
+from fusion_bench.instantiate import instantiate
+
+judge = base.judge
+
+def judged(*args):
+    with Path(sys.argv[2]).open("a") as file:
+        file.write(args[-1] + chr(10))
+    time.sleep(0.2)
+    return judge(*args)
+
+base.judge = judged
+node = json.loads(sys.argv[1])
+start, end = Path(sys.argv[2] + ".go"), time.time() + 100
+from fusion_bench.programs import FabricModelFusionProgram
+import transformers, datasets
+print("ready", flush=True)
+while not start.exists() and time.time() < end:
+    time.sleep(0.01)
+instantiate(node).run()
+"""
+
+
+def start(config: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", DRIVER, json.dumps(config), str(log)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_processes_share_the_work(program_config: dict[str, Any], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    runs = [start({**program_config, "output_dir": str(tmp_path / str(n))}, log) for n in range(2)]
+    for run in runs:
+        assert run.stdout is not None and run.stdout.readline() == b"ready\n"
+    (tmp_path / "log.go").touch()
+    for run in runs:
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors.decode()
+    judged = log.read_text().splitlines()
+    assert len(judged) == len(set(judged)) == 6  # pretrained and merged on both, each on its own
+    reports = [json.loads((tmp_path / str(n) / "report.json").read_text()) for n in range(2)]
+    assert reports[0]["models"] == reports[1]["models"]
+
+
+def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
+    key = {"weights": "w"}
+    code = (
+        "import json, sys, time\nfrom fusion_bench.taskpool.results import ResultStore\n"
+        "with ResultStore().alone(json.loads(sys.argv[1]), -1) as mine:\n"
+        "    print(mine, flush=True)\n    time.sleep(100)\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(key)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
+    with ResultStore().alone(key, 0) as mine:
+        assert not mine
+    with ResultStore().alone({"weights": "another"}, 0) as mine:
+        assert mine
+    with ResultStore().alone(key, 0.05) as mine:
+        assert mine  # out of patience: judged twice
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    end = time.time() + 60
+    with ResultStore().alone(key, -1) as mine:
+        assert mine and time.time() < end
+
+
+def test_a_cache_that_takes_no_lock_is_no_obstacle(tmp_path: Path) -> None:
+    cache_dir().mkdir(exist_ok=True)
+    (cache_dir() / "judging").write_text("a file where the locks would be")
+    with ResultStore().alone({"weights": "w"}, -1) as mine:
+        assert mine
