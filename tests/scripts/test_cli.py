@@ -84,7 +84,8 @@ def test_two_processes_from_the_command_line(conf: Path) -> None:
 def test_multirun(conf: Path) -> None:
     done = small(conf, "-m", "seed=1,2", "baselines=none", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
-    reports = [Report.load(conf.parent / "sweep" / str(job) / "report.json") for job in (0, 1)]
+    places = [conf.parent / "sweep" / f"seed={seed}" for seed in (1, 2)]
+    reports = [Report.load(place / "report.json") for place in places]
     assert [report.run.seed for report in reports] == [1, 2]
 
 
