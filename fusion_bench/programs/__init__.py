@@ -1,5 +1,6 @@
 """What one run does, step by step."""
 
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.programs.search import GridSearch
 
-__all__ = ["FabricModelFusionProgram"]
+__all__ = ["FabricModelFusionProgram", "GridSearch"]

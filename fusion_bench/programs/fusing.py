@@ -57,43 +57,86 @@ def tuning_data(
     """
     if not getattr(method, "needs_data", False):
         return None
-    split = method.split
-    key = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
-    datasets, where = getattr(modelpool, key, None), f"modelpool.{key}"
     if taskpool is None:
         raise FusionBenchError(
             f"{type(method).__name__} learns from data; give the task pool that its "
             "classifiers are from."
         )
-    if split == "test" and not datasets:
-        datasets, where = taskpool.test_datasets, "taskpool.test_datasets"
+    learner = f"{type(method).__name__} learns from"
+    return split_data(
+        method.split, modelpool, taskpool, fabric, allow_test_split, learner, "method.split"
+    )
+
+
+def split_data(
+    split: str,
+    modelpool: Any,
+    taskpool: Any,
+    fabric: Fabric,
+    allow_test_split: bool,
+    user: str,
+    key: str,
+) -> "dict[str, TuningImages]":
+    """Return a split of the pools' datasets, with the tasks that they belong to.
+
+    Args:
+        split: train, validation or test.
+        modelpool: names the datasets; those of the test split may be the task pool's.
+        taskpool: knows the tasks.
+        fabric: gives the device.
+        allow_test_split: whether it may be what models are judged on.
+        user: who uses the split, and how; for messages.
+        key: where the split is chosen; likewise.
+
+    Raises:
+        FusionBenchError: no such data, or the test split without leave.
+    """
+    datasets, where = split_datasets(split, modelpool, taskpool)
     if not datasets:
         raise FusionBenchError(
-            f"{where}: missing; {type(method).__name__} learns from the {split} split. "
-            "Name a dataset for each model there, or choose another method.split."
+            f"{where}: missing; {user} the {split} split. "
+            f"Name a dataset for each model there, or choose another {key}."
         )
     data: dict[str, TuningImages] = taskpool.tuning(datasets, fabric, where)
     for name, images in data.items():
         if not allow_test_split and images.is_test(taskpool.data(images.task)):
             raise FusionBenchError(
-                f"{where}.{name}: the models are judged on this very split. Learn from another "
-                "(method.split=train or validation), or give allow_test_split=true; the report "
+                f"{where}.{name}: the models are judged on this very split. Choose another "
+                f"({key}=train or validation), or give allow_test_split=true; the report "
                 "will say so."
             )
     return data
+
+
+def split_datasets(split: str, modelpool: Any, taskpool: Any) -> tuple[Mapping[str, Any], str]:
+    """Return the dataset nodes of a split, and their place in the config."""
+    key = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
+    datasets = getattr(modelpool, key, None)
+    if split == "test" and not datasets:
+        return taskpool.test_datasets, "taskpool.test_datasets"
+    return datasets or {}, f"modelpool.{key}"
 
 
 def describe_tuning(method: Any, taskpool: Any, data: TuningData) -> Tuning | None:
     """Return what the report says of the data that the method learned from."""
     if data is None:
         return None
-    judged = taskpool.data
     return Tuning(
         split=method.split,
         labels=method.uses_labels,
-        test_split=any(images.is_test(judged(images.task)) for images in data.values()),
-        tasks={
-            name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
-            for name, images in data.items()
-        },
+        test_split=uses_test_split(data, taskpool),
+        tasks=describe_data(data),
     )
+
+
+def uses_test_split(data: "Mapping[str, TuningImages]", taskpool: Any) -> bool:
+    """Tell whether some of the data is what models are judged on."""
+    return any(images.is_test(taskpool.data(images.task)) for images in data.values())
+
+
+def describe_data(data: "Mapping[str, TuningImages]") -> dict[str, TuningTask]:
+    """Return what the report says of each dataset that was used."""
+    return {
+        name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
+        for name, images in data.items()
+    }

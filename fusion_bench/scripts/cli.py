@@ -27,7 +27,7 @@ CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") i
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
     r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
-    r"fabric\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
+    r"fabric\.\w+|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
 )
 _PATH_FLAGS = ("--config-path", "-cp")
@@ -55,10 +55,10 @@ def main() -> None:
         sys.argv[1:] = _prepared(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
-    def run(config: DictConfig) -> None:
+    def run(config: DictConfig) -> float | None:  # what a sweeper may optimise
         alone = HydraConfig.get().mode == RunMode.RUN
         with _plain_messages(show_traceback) if alone else nullcontext():
-            _run_program(config)
+            return _run_program(config)
 
     with _plain_messages(show_traceback):
         run()
@@ -93,7 +93,7 @@ def _directory(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _run_program(config: DictConfig) -> None:
+def _run_program(config: DictConfig) -> float | None:
     from fusion_bench.instantiate import instantiate
 
     settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -109,7 +109,8 @@ def _run_program(config: DictConfig) -> None:
             )
         )
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
-    instantiate(settings, output_dir=HydraConfig.get().runtime.output_dir).run()
+    result = instantiate(settings, output_dir=HydraConfig.get().runtime.output_dir).run()
+    return getattr(result, "objective", None)
 
 
 @contextmanager

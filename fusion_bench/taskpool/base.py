@@ -6,9 +6,10 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -192,6 +193,16 @@ class ImageTaskPool(ABC):
                 loading,
             )
         return tuning
+
+    def judging(self, data: Mapping[str, TuningImages]) -> Self:
+        """Return a pool that judges on what ``tuning`` gave, and is like this one otherwise."""
+        pool = copy(self)
+        images = {own.task: own.images for own in data.values()}
+        pool.task_names = [task for task in self.task_names if task in images]
+        pool._images = images
+        pool._data = {task: own.data for task, own in images.items()}
+        pool._preprocessors = {task: self._preprocessors[task] for task in pool.task_names}
+        return pool
 
     def _tuned_classifier(self, task: str, fabric: Fabric, model: nn.Module) -> Classify:
         classify = self._classifier(task, model, "merged", fabric)
