@@ -2,5 +2,6 @@
 
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.search import GridSearch
+from fusion_bench.programs.search_winner import SearchWinner, SweptSearch
 
-__all__ = ["FabricModelFusionProgram", "GridSearch"]
+__all__ = ["FabricModelFusionProgram", "GridSearch", "SearchWinner", "SweptSearch"]

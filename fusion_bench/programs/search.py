@@ -6,7 +6,7 @@ from inspect import signature
 from itertools import product
 from math import hypot
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_object
 from lightning.fabric import Fabric
@@ -24,12 +24,10 @@ from fusion_bench.programs.fusing import (
 from fusion_bench.programs.judging import Baselines, Judge
 from fusion_bench.progress import bar
 from fusion_bench.report import Candidate, Search, TaskResult
-from fusion_bench.report.schema import Metric
+from fusion_bench.report.schema import Metric, Split
 
 if TYPE_CHECKING:
     from fusion_bench.taskpool import TuningImages
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)

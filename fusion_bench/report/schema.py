@@ -12,6 +12,7 @@ from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
 
 Role = Literal["pretrained", "individual", "merged"]
+Split = Literal["train", "validation", "test"]
 Metric = Literal["normalized_accuracy", "accuracy"]
 Verdict = Literal["better", "worse", "not distinguishable"]
 
@@ -147,7 +148,7 @@ class Search(_Strict):
     ``method`` the whole config of the method with its options.
     """
 
-    split: str
+    split: Split
     metric: Metric
     test_split: bool
     judge_test: bool
