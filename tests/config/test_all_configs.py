@@ -15,7 +15,10 @@ FILES = [
     if not path.name.startswith("_")  # templates lack what the files that build on them give
 ]
 #: What a config needs from the command line; its own comment says so.
-NEEDS = {"merge_llm": ["+modelpool.models.a=owner/a"]}
+NEEDS = {
+    "merge_llm": ["+modelpool.models.a=owner/a"],
+    "search_winner": ["sweep=multirun/sweep"],
+}
 #: What is made without loading anything; the rest is bound to its signature.
 LIGHT = ("method/", "modelpool/", "taskpool/", "fabric/")
 
