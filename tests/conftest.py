@@ -1,12 +1,16 @@
 """What several packages' tests share: a small family of CLIP models and tasks on disk."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from fixtures_clip import write_base, write_dataset, write_vision_encoder
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from selenium import webdriver
 
 CLASSES = {"a": ["abbey", "airplane_cabin", "beach"], "b": ["cat", "dog", "emu", "fox", "gnu"]}
 
@@ -40,6 +44,14 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_vision_encoder(root / "models" / task, scrambled(vision, scale=0.5 * seed))
         write_dataset(root / "datasets" / task, names, splits={"train": 4, "test": 23}, seed=seed)
     return root
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
+    """Return one Chromium for all tests that look at pages."""
+    from browser import start
+
+    yield from start(tmp_path_factory.mktemp("chromium"))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.report import Answers, Report, markdown, print_comparison
+from fusion_bench.report.page import page
 from fusion_bench.storage import write_text
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ def publish(
     if output_dir is not None:
         write_text(output_dir / "config.yaml", OmegaConf.to_yaml(report.run.config))
         write_text(output_dir / "report.md", markdown(report))
+        write_text(output_dir / "report.html", page(report, answers))
         save(report, answers, output_dir / "report.json")
-        log.info("Report: %s", output_dir / "report.md")
+        log.info("Report: %s", output_dir / "report.html")
     if report_path is not None:
         try:
             save(report, answers, report_path)

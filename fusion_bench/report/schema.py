@@ -307,6 +307,10 @@ class Report(_Strict):
                 found.append(Contender(shown, role, dict.fromkeys(tasks, name)))
         return found
 
+    def results(self, contender: Contender) -> dict[str, TaskResult]:
+        """Return how a contender did on each task that it was judged on."""
+        return {task: self.models[name].tasks[task] for task, name in contender.models.items()}
+
     def main_comparisons(self) -> list[Comparison]:
         """Return the comparisons with the pretrained and the individual models as a whole."""
         return [c for c in self.comparisons if c.other in ("pretrained", "individual")]

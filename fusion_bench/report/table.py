@@ -1,6 +1,7 @@
 """The comparison of models, for the terminal and for Markdown."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -27,7 +28,7 @@ def comparison(report: Report) -> list[Row]:
 
 
 def _row(contender: Contender, report: Report) -> Row:
-    results = {task: report.models[name].tasks[task] for task, name in contender.models.items()}
+    results = report.results(contender)
     average = Average.over(results.values()) if results else None
     return Row(
         contender.name,
@@ -85,8 +86,8 @@ def markdown(report: Report) -> str:
     escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
     lines = ["# Fusion report", ""]
     lines += [
-        f"- method: `{_target(report, 'method')}`",
-        f"- models: {', '.join(_models(report)).translate(escape)}",
+        f"- method: `{method_name(report)}`",
+        f"- models: {', '.join(sources(report) or report.models).translate(escape)}",
         f"- device: {report.run.device}, precision {report.run.precision}, "
         f"{report.run.world_size} process(es), seed {report.run.seed}",
         f"- seconds: load {report.run.seconds.load:.1f}, fuse {report.run.seconds.fuse:.1f}, "
@@ -105,16 +106,19 @@ def markdown(report: Report) -> str:
     rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in rows]
     lines += ["", "Normalised: the accuracy divided by that of the task's individual model."]
+    lines += [f"\n{c.sentence().translate(escape)}" for c in report.main_comparisons()]
     return "\n".join(lines) + "\n"
 
 
-def _target(report: Report, section: str) -> str:
-    node = report.run.config.get(section)
+def method_name(report: Report) -> str:
+    """Return the class that fused."""
+    node = report.run.config.get("method")
     target = node.get("_target_") if isinstance(node, dict) else node
     return str(target).rpartition(".")[2]
 
 
-def _models(report: Report) -> list[str]:
+def sources(report: Report) -> dict[str, Any]:
+    """Return the pool's models and where each comes from, as the config has it."""
     pool = report.run.config.get("modelpool")
-    names = pool.get("models") if isinstance(pool, dict) else None
-    return list(names or report.models)
+    models = pool.get("models") if isinstance(pool, dict) else None
+    return dict(models) if isinstance(models, dict) else {}

@@ -75,5 +75,5 @@ def test_a_run_leaves_its_output_directory_and_nothing_else(runs: dict[str, Path
         (out,) = run.glob("outputs/*/*")
         assert {p.name for p in out.iterdir()} == {
             *(".hydra", "cli.log", "config.yaml"),
-            *("report.answers.safetensors", "report.json", "report.md"),
+            *("report.answers.safetensors", "report.html", "report.json", "report.md"),
         }

@@ -13,7 +13,8 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.programs import FabricModelFusionProgram
-from fusion_bench.report import Report
+from fusion_bench.report import Answers, Report
+from fusion_bench.report.page import page
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
 
@@ -100,11 +101,13 @@ def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> No
     )
     assert Report.load(out / "report.json") == Report.load(out / "copies" / "r.json") == report
     assert (out / "report.md").read_text().startswith("# Fusion report")
+    assert (out / "report.html").read_text() == page(report, Answers.load(out / "report.json"))
     assert report.run.seed == 1 and report.run.config["seed"] == 1
     assert {p.name for p in out.iterdir()} == {
-        *("config.yaml", "report.answers.safetensors", "report.json", "report.md"),
-        *("copies", "merged"),
+        *("config.yaml", "report.answers.safetensors"),
+        *("report.html", "report.json", "report.md", "copies", "merged"),
     }
+    assert {p.name for p in (out / "copies").iterdir()} == {"r.answers.safetensors", "r.json"}
 
     saved = deepcopy(program_config)
     saved["modelpool"]["models"] = {"merged": str(out / "merged")}

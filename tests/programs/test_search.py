@@ -195,6 +195,8 @@ def test_it_is_told_where_people_look(
     )
     assert f"Search: {sentence}." in caplog.messages
     assert f"- search: {sentence}" in (tmp_path / "out" / "report.md").read_text().splitlines()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert sentence in page and page.count("<small>winner</small>") == 1
     assert Report.load(tmp_path / "out" / "report.json") == report
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["search"]["space"]
     card = (tmp_path / "m" / "README.md").read_text()

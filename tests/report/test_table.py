@@ -1,6 +1,6 @@
 import io
 
-from fixtures_report import model, report
+from fixtures_report import model, report, synthetic
 from rich.console import Console
 
 from fusion_bench.report import Report, comparison, markdown, print_comparison, summarise
@@ -71,3 +71,10 @@ def test_markdown_escapes_names() -> None:
     page = markdown(report(models))
     assert "| x\\|&lt;b> | 60.0 | 45.0 | 52.5 | – |" in page
     assert "SimpleAverageAlgorithm" in page
+
+
+def test_markdown_says_what_the_test_sets_tell() -> None:
+    found, _ = synthetic({"a": 3, "b": 4})
+    lines = markdown(found).splitlines()
+    sentences = [comparison.sentence() for comparison in found.main_comparisons()]
+    assert len(sentences) == 2 and lines[-3::2] == sentences

@@ -1,0 +1,359 @@
+"""The page that a person reads instead of the JSON."""
+
+import hashlib
+import shlex
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from fusion_bench.report.answers import Answers
+from fusion_bench.report.losses import (
+    ClassLoss,
+    Confusion,
+    class_losses,
+    confusion_matrix,
+    confusions,
+    task_losses,
+)
+from fusion_bench.report.schema import Average, Comparison, Contender, Report, Similarity
+from fusion_bench.report.table import method_name, sources
+
+#: So many classes have a confusion matrix that can be read.
+_MATRIX = 12
+#: How many classes, and confusions, a list shows.
+_LISTED = 10
+#: More rows than that nobody reads; a page with them would be too large.
+_DIFFERENCES = 1500
+#: More pairs of models than that are shown as each model beside all others.
+_PAIRS = 28
+
+
+def page(report: Report, answers: Answers) -> str:
+    """Return a report as one HTML file that needs nothing else.
+
+    Args:
+        report: the result; what it lacks, the page leaves out.
+        answers: every model's answers, from which classes and confusions are counted.
+    """
+    merged = _focus(report)
+    models = _models(report)
+    values = {
+        "report": report,
+        "method": method_name(report),
+        "options": _options(report),
+        "models": models,
+        "fused": [model for model in models if model.role == "individual"],
+        "lines": _lines(report),
+        "merged": merged,
+        "rivals": [c for c in report.contenders() if c.role == "merged" and c != merged],
+        "differences": _differences(report),
+        "accuracies": _accuracies(report, merged),
+        "losses": task_losses(report, merged) if merged else [],
+        "classes": _classes(report, answers, merged),
+        "matrices": _matrices(report.similarity),
+        "extremes": _extremes(report.similarity),
+        "command": shlex.join(report.run.command),
+        "config": yaml.safe_dump(
+            report.model_dump(mode="json")["run"]["config"], sort_keys=False, allow_unicode=True
+        ),
+    }
+    return render("report.html.j2", values)
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Return a page from a template under ``templates/``; all text in it is escaped.
+
+    Templates extend ``base.html.j2``. The filters ``percent`` and ``points`` show fractions.
+
+    Args:
+        template: the file's name.
+        values: what the template names; a name that is missing is an error.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("fusion_bench.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points}
+    script, style = (_text(environment, name) for name in ("sort.js", "style.css"))
+    # The page's policy lets this one script run and no other.
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {
+        "script": Markup(script),
+        "script_sha256": digest,
+        "style": Markup(style),
+    }
+    return environment.get_template(template).render(values)
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction in percent, or a dash where there is none."""
+    return "–" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def points(difference: float | None) -> str:
+    """Return a difference of fractions in percentage points, with its sign."""
+    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def _text(environment: Any, name: str) -> str:
+    text, _, _ = environment.loader.get_source(environment, name)
+    return str(text)
+
+
+@dataclass
+class _Cell:
+    """A fraction, its standard error, and whether no other merged model has a greater one."""
+
+    value: float | None = None
+    error: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    role: str
+    cells: list[_Cell]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model: its part in the run, where it comes from, what tells its weights from others."""
+
+    name: str
+    role: str
+    source: str
+    num_parameters: int | None
+    identity: str | None
+
+
+@dataclass(frozen=True)
+class _Accuracies:
+    """Some models' accuracies, normalised where they can be, a list over the tasks each."""
+
+    normal: bool
+    tasks: list[str]
+    series: dict[str, list[float | None]]
+    picture: Any
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """What a task's classes lost.
+
+    ``matrix`` counts how often a class (row) was taken for another; it is empty where there are
+    too many, which ``confusions`` then lists.
+    """
+
+    task: str
+    names: list[str]
+    individual: bool
+    losses: list[ClassLoss]
+    matrix: list[list[int]]
+    confusions: list[Confusion]
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Figures with a picture of them."""
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
+    picture: Any
+
+
+def _focus(report: Report) -> Contender | None:
+    """Return the merged model that the page looks at closely: the most accurate one."""
+    judged = [c for c in report.contenders() if c.role == "merged" and c.models]
+    return max(judged, key=lambda c: _average(report, c).accuracy, default=None)
+
+
+def _average(report: Report, contender: Contender) -> Average:
+    return Average.over(report.results(contender).values())
+
+
+def _options(report: Report) -> dict[str, str]:
+    search = report.run.search
+    node = report.run.config.get("method") if search is None else search.method
+    options = node if isinstance(node, Mapping) else {}
+    return {key: _plain(value) for key, value in options.items() if key != "_target_"}
+
+
+def _plain(value: Any) -> str:
+    """Return a value of a config as one would write it in YAML, on one line."""
+    if isinstance(value, str):
+        return value
+    line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return line.removesuffix("\n").removesuffix("\n...")
+
+
+def _models(report: Report) -> list[_Model]:
+    places = sources(report)
+    found = []
+    for name in dict.fromkeys([*places, *report.models]):
+        model = report.models.get(name)
+        role = model.role if model else ("pretrained" if name == "_pretrained_" else "individual")
+        made = model is not None and model.role == "merged"
+        source = "made by this run" if made else _plain(places[name]) if name in places else "–"
+        parameters = model.num_parameters if model else None
+        identity = model.weights_sha256 if model else report.run.inputs.get(name)
+        found.append(_Model(name, role, source, parameters, identity))
+    return found
+
+
+def _lines(report: Report) -> list[_Line]:
+    """Return the comparison: a cell for each task, the average and the normalised average."""
+    lines = [_Line(c.name, c.role, _cells(report, c)) for c in report.contenders()]
+    merged = [line.cells for line in lines if line.role == "merged"]
+    if len(merged) > 1:
+        for column in zip(*merged, strict=True):
+            greatest = max((c.value for c in column if c.value is not None), default=None)
+            for cell in column:
+                cell.best = cell.value is not None and cell.value == greatest
+    return lines
+
+
+def _cells(report: Report, contender: Contender) -> list[_Cell]:
+    results = report.results(contender)
+    cells = [
+        _Cell(results[task].accuracy, results[task].accuracy_stderr) if task in results else _Cell()
+        for task in report.tasks
+    ]
+    if not results:
+        return [*cells, _Cell(), _Cell()]
+    average = Average.over(results.values())
+    return [
+        *cells,
+        _Cell(average.accuracy, average.accuracy_stderr),
+        _Cell(average.normalized_accuracy),
+    ]
+
+
+def _differences(report: Report) -> list[Comparison]:
+    """Return the comparisons whose differences are shown task by task."""
+    rows = sum(len(comparison.tasks) for comparison in report.comparisons)
+    return report.comparisons if rows <= _DIFFERENCES else report.main_comparisons()
+
+
+def _accuracies(report: Report, merged: Contender | None) -> _Accuracies | None:
+    """Return the merged model beside the pretrained one, task by task."""
+    if merged is None:
+        return None
+    from markupsafe import Markup
+
+    from fusion_bench.report.pictures import accuracies
+
+    tasks = list(merged.models)
+    shown = [merged, *(c for c in report.contenders() if c.role == "pretrained")]
+    results = {c.name: report.results(c) for c in shown}
+    normal = all(r.normalized_accuracy is not None for r in results[merged.name].values())
+    series = {
+        name: [
+            (found[task].normalized_accuracy if normal else found[task].accuracy)
+            if task in found
+            else None
+            for task in tasks
+        ]
+        for name, found in results.items()
+    }
+    title = "Normalised accuracy" if normal else "Accuracy"
+    picture = accuracies(tasks, series, title, "individual model" if normal else None)
+    return _Accuracies(normal, tasks, series, Markup(picture))
+
+
+def _classes(report: Report, answers: Answers, merged: Contender | None) -> list[_Classes]:
+    """Return what was lost within each task, if its classes are named; the worst task first."""
+    if merged is None:
+        return []
+    order = [loss.task for loss in task_losses(report, merged)]
+    own = report.own_models()
+    classes = []
+    for task in dict.fromkeys([*order, *merged.models]):
+        names, found = report.tasks[task].class_names, answers.tasks.get(task)
+        if names is None or found is None:
+            continue
+        matrix = confusion_matrix(found, merged.models[task], len(names))
+        small = len(names) <= _MATRIX
+        classes.append(
+            _Classes(
+                task,
+                names,
+                task in own,
+                class_losses(names, found, merged.models[task], own.get(task))[:_LISTED],
+                matrix.tolist() if small else [],
+                [] if small else confusions(names, matrix)[:_LISTED],
+            )
+        )
+    return classes
+
+
+def _extremes(similarity: Similarity | None) -> list[tuple[str, str, float]]:
+    """Return the two models least alike, and the two most alike, with their cosines."""
+    if similarity is None or len(similarity.models) < 3:
+        return []
+    pairs = [
+        (similarity.models[i], similarity.models[j], similarity.cosines[0][i][j])
+        for i, j in combinations(range(len(similarity.models)), 2)
+    ]
+    return [min(pairs, key=lambda pair: pair[2]), max(pairs, key=lambda pair: pair[2])]
+
+
+def _matrices(similarity: Similarity | None) -> list[_Matrix]:
+    """Return the cosines of the task vectors, and those and the norms part by part."""
+    if similarity is None:
+        return []
+    names, parts = similarity.models, similarity.parts[1:]
+    cosines, norms = np.array(similarity.cosines), np.array(similarity.norms).T
+    pairs = list(combinations(range(len(names)), 2))
+    found = []
+    if pairs:
+        between = np.array([cosines[:, i, j] for i, j in pairs])
+        limit = max(0.1, float(np.abs(between).max()))
+        same = np.eye(len(names), dtype=bool)
+        whole = np.where(same, np.nan, cosines[0])
+        found.append(_matrix("Cosines of the task vectors", names, names, cosines[0], whole, limit))
+        if len(parts) > 1 and len(pairs) <= _PAIRS:
+            rows = [f"{names[i]} – {names[j]}" for i, j in pairs]
+            values = between[:, 1:]
+            found.append(_matrix("Cosines in each part", rows, parts, values, values, limit))
+        elif len(parts) > 1:
+            others = np.where(same, 0, cosines[1:]).sum(axis=2).T / (len(names) - 1)
+            title = "Mean cosine with all other task vectors, in each part"
+            found.append(_matrix(title, names, parts, others, others, limit))
+    title = "Norms of the task vectors, in each part"
+    found.append(_matrix(title, names, ["whole network", *parts], norms, norms[:, 1:], None))
+    return found
+
+
+def _matrix(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: NDArray[np.float64],
+    pictured: NDArray[np.float64],
+    limit: float | None,
+) -> _Matrix:
+    """Return figures with a picture of the last ``pictured.shape[1]`` columns."""
+    from markupsafe import Markup
+
+    from fusion_bench.report.pictures import heat_map
+
+    seen = pictured[np.isfinite(pictured)]
+    words = f"From {seen.min():.2g} to {seen.max():.2g}; the table below has each figure."
+    shown = columns[len(columns) - pictured.shape[1] :]
+    picture = Markup(heat_map(rows, shown, pictured, title, words, limit))
+    return _Matrix(title, list(rows), list(columns), values.tolist(), picture)

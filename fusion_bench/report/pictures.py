@@ -1,0 +1,338 @@
+"""Pictures as inline SVG: they take the page's colours and fonts, and are the same each time.
+
+A picture names its colours by the page's CSS variables. matplotlib knows no such names, so that it
+draws with stand-ins, which are replaced afterwards.
+"""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.projections.polar import PolarAxes
+from numpy.typing import NDArray
+
+_INK, _SOFT, _LINE = "#010101", "#010102", "#010103"
+_SERIES = ["#010104", "#010105", "#010106"]
+_VARIABLES = {
+    _INK: "--ink",
+    _SOFT: "--soft",
+    _LINE: "--line",
+    _SERIES[0]: "--merged",
+    _SERIES[1]: "--pretrained",
+    _SERIES[2]: "--individual",
+}
+_STYLE: Any = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _SOFT,
+    "grid.color": _LINE,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "text.color": _INK,
+    "text.parse_math": False,  # names are text, also with a dollar in them
+    "font.size": 9,
+    "svg.fonttype": "none",
+}
+_MARKERS, _LINES = ["o", "s", "^"], ["solid", "dashed", "dotted"]
+_XLINK = "{http://www.w3.org/1999/xlink}href"
+#: A polygon shows fewer tasks badly, and more not at all.
+RADAR = range(3, 13)
+#: Cells of a heat map that has room for its figures.
+_ANNOTATED = 200
+
+
+def accuracies(
+    tasks: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    title: str,
+    whole: str | None = None,
+) -> str:
+    """Return a picture of accuracies by task: a radar for some tasks, else bars.
+
+    Args:
+        tasks: their names.
+        series: a model's name to a fraction for each task, ``None`` where it was not judged; three
+            models at most.
+        title: what the figures are.
+        whole: what the line at 100 % stands for; without it there is none.
+    """
+    values = {name: _floats(fractions) for name, fractions in series.items()}
+    whole_radar = len(tasks) in RADAR and all(np.isfinite(v).all() for v in values.values())
+    draw = _radar if whole_radar else _bars
+    with _style():
+        figure = draw([label(task) for task in tasks], values, title, whole)
+        words = "; ".join(
+            f"{name}: "
+            + ", ".join(
+                f"{task} {value:.1f} %"
+                for task, value in zip(tasks, found, strict=True)
+                if math.isfinite(value)
+            )
+            for name, found in values.items()
+        )
+        return _svg(figure, title, words)
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: NDArray[np.float64],
+    title: str,
+    description: str,
+    limit: float | None = None,
+) -> str:
+    """Return a picture of a matrix, in colours with their scale.
+
+    Args:
+        rows: their names.
+        columns: likewise.
+        values: rows by columns; nan leaves a cell empty.
+        title: what the figures are.
+        description: what is to be seen, in words.
+        limit: the colours go from red at ``-limit`` by white at 0 to blue at ``limit``; without it
+            from white at 0 to blue at the largest value.
+    """
+    annotated = values.size <= _ANNOTATED
+    width, height = (0.44, 0.3) if annotated else (0.22, 0.22)  # of a cell, in inches
+    size = (width * len(columns), height * len(rows))
+    low, high = (-limit, limit) if limit is not None else (0.0, _largest(values))
+    with _style():
+        figure = Figure(size)
+        axes = figure.add_axes((0, 0, 1, 1))
+        colours = matplotlib.colormaps["RdBu" if low < 0 else "Blues"].with_extremes(bad="none")
+        axes.imshow(values, colours, vmin=low, vmax=high, aspect="auto", interpolation="none")
+        axes.set_xticks(
+            range(len(columns)),
+            [label(name) for name in columns],
+            rotation=40 if annotated else 60,
+            rotation_mode="anchor",
+            ha="left",
+        )
+        axes.set_yticks(range(len(rows)), [label(name) for name in rows])
+        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+        axes.spines[:].set_visible(False)
+        if annotated:
+            _annotate(axes, values, lambda value: colours((value - low) / ((high - low) or 1)))
+        _scale(figure, size, low, high, colours)
+        return _svg(figure, title, description)
+
+
+def label(name: str, longest: int = 22) -> str:
+    """Return a name that a picture can show: short, on one line, without control characters."""
+    shown = "".join(c if c.isprintable() or c == "\u200d" else " " for c in name).strip()
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def _floats(fractions: Sequence[float | None]) -> NDArray[np.float64]:
+    return np.array([math.nan if f is None else 100 * f for f in fractions])
+
+
+def _largest(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if finite.size else 0.0
+
+
+def _top(values: Mapping[str, NDArray[np.float64]]) -> float:
+    """Return where an axis of percent ends: at 100, or at the next 20 above what goes beyond."""
+    return max(100.0, 20 * math.ceil(max(map(_largest, values.values()), default=0) / 20))
+
+
+def _radar(
+    tasks: Sequence[str],
+    values: Mapping[str, NDArray[np.float64]],
+    title: str,
+    whole: str | None,
+) -> Figure:
+    figure = Figure((3.6, 3.6))
+    axes = figure.add_axes((0, 0, 1, 1), projection="polar")
+    assert isinstance(axes, PolarAxes)
+    axes.set_theta_zero_location("N")
+    axes.set_theta_direction(-1)
+    top = _top(values)
+    axes.set_ylim(0, top)
+    axes.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100 %"])
+    axes.set_rlabel_position(180 / len(tasks))
+    axes.tick_params(axis="y", labelsize=7, labelcolor=_SOFT)
+    angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
+    axes.set_xticks(angles, [""] * len(tasks))
+    for angle, task in zip(angles, tasks, strict=True):  # outwards of the circle, whatever length
+        side = math.sin(angle)
+        across = "center" if abs(side) < 0.1 else ("left" if side > 0 else "right")
+        up = math.cos(angle)
+        along = "center" if abs(up) < 0.9 else ("bottom" if up > 0 else "top")
+        axes.text(angle, 1.06 * top, task, ha=across, va=along)
+    axes.spines["polar"].set_visible(False)
+    if whole is not None:
+        circle = np.linspace(0, 2 * np.pi, 90)
+        axes.plot(circle, np.full(90, 100.0), color=_SERIES[2], lw=1.2, ls="dotted", label=whole)
+    around = [*range(len(tasks)), 0]
+    for place, (name, found) in enumerate(values.items()):
+        axes.plot(angles[around], found[around], **_look(place), label=label(name))
+        axes.fill(angles[around], found[around], color=_SERIES[place], alpha=0.12, lw=0)
+    _legend(figure, axes, below=0.08)
+    return figure
+
+
+def _bars(
+    tasks: Sequence[str],
+    values: Mapping[str, NDArray[np.float64]],
+    title: str,
+    whole: str | None,
+) -> Figure:
+    thick = 0.16  # of a bar, in inches
+    height = max(1.0, len(tasks) * (len(values) * thick + 0.12))
+    figure = Figure((3.6, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    places = np.arange(len(tasks), dtype=np.float64)
+    unit = thick * len(tasks) / height
+    for place, (name, found) in enumerate(values.items()):
+        shift = (place - (len(values) - 1) / 2) * unit
+        axes.barh(
+            places + shift,
+            np.nan_to_num(found),
+            0.9 * unit,
+            color=_SERIES[place] if place == 0 else "none",
+            edgecolor=_SERIES[place],
+            label=label(name),
+        )
+    axes.set_yticks(places, tasks)
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(0, _top(values))
+    axes.set_xlabel(f"{title}, %")
+    axes.grid(axis="x", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if whole is not None:
+        axes.axvline(100, color=_SERIES[2], lw=1.2, ls="dotted", label=whole)
+    _legend(figure, axes, below=0.55 / height)
+    return figure
+
+
+def _look(place: int) -> dict[str, Any]:
+    return {
+        "color": _SERIES[place],
+        "marker": _MARKERS[place],
+        "ls": _LINES[place],
+        "ms": 4,
+        "lw": 1.6,
+    }
+
+
+def _legend(figure: Figure, axes: Axes, below: float) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -below),
+        ncols=min(len(names), 2),
+        frameon=False,
+    )
+
+
+def _annotate(axes: Axes, values: NDArray[np.float64], colour: Any) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            red, green, blue, _ = colour(value)
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+            shown = f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # no −0.00
+            ink = "#ffffff" if dark else "#1c2430"
+            axes.text(column, row, shown, ha="center", va="center", color=ink, size=8)
+
+
+def _scale(
+    figure: Figure, size: tuple[float, float], low: float, high: float, colours: Any
+) -> None:
+    """Draw what the colours mean below the picture."""
+    width, height = size
+    long = min(1.6 / width, 1.0)
+    axes = figure.add_axes((0, -0.22 / height, long, 0.1 / height))
+    gradient = np.linspace(low, high, 64)[None]
+    axes.imshow(gradient, colours, aspect="auto", extent=(low, high or 1, 0, 1))
+    axes.set_yticks([])
+    marks = sorted({low, 0.0, high})
+    axes.set_xticks(marks, [f"{mark:.2g}".replace("-", "−") for mark in marks])
+    axes.tick_params(length=0, labelsize=8, labelcolor=_SOFT)
+    axes.spines[:].set_visible(False)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Draw with the style above, whatever a user's own settings of matplotlib are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _svg(figure: Figure, title: str, description: str) -> str:
+    """Return the figure as an element that can stand within a page."""
+    file = io.StringIO()
+    matplotlib.rcParams["svg.hashsalt"] = title  # ids are a picture's own, and the same each time
+    with warnings.catch_warnings():
+        # matplotlib measures names by its own font, which may lack characters that a browser's
+        # fonts have.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(
+            file, format="svg", bbox_inches="tight", pad_inches=0.06, metadata={"Date": None}
+        )
+    root = ElementTree.fromstring(file.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            # matplotlib's style sheet would hold for the whole page.
+            if _name(child) in ("metadata", "style"):
+                parent.remove(child)
+    referred = {
+        found
+        for element in root.iter()
+        for attribute in ("clip-path", _XLINK)
+        for found in re.findall("#(\\w+)", element.get(attribute, ""))
+    }
+    for element in root.iter():
+        element.tag = _name(element)
+        element.tail = None
+        element.attrib = _attributes(element.attrib, referred)
+        if element.tag != "text":
+            element.text = None
+    root.set("role", "img")
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
+    for tag, text in (("desc", label(description, len(description))), ("title", label(title, 200))):
+        element = ElementTree.Element(tag)
+        element.text = text
+        root.insert(0, element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _name(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _attributes(found: Mapping[str, str], referred: Collection[str]) -> dict[str, str]:
+    """Return an element's attributes in the page's terms, and short."""
+    own = {name.rpartition("}")[2]: value for name, value in found.items()}
+    own.pop("version", None)
+    if own.get("id") not in referred:
+        own.pop("id", None)
+    if "d" in own:
+        own["d"] = re.sub(r"-?\d+\.\d+", _shorter, own["d"]).replace("\n", " ").strip()
+    if "style" in own:
+        style = re.sub("font-family: [^;]*; ?", "", own["style"])
+        own["style"] = re.sub("#0101\\d\\d", lambda colour: f"var({_VARIABLES[colour[0]]})", style)
+    return own
+
+
+def _shorter(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
