@@ -1,7 +1,14 @@
 """What one run does, step by step."""
 
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.programs.reproduce import ReproduceProgram
 from fusion_bench.programs.search import GridSearch
 from fusion_bench.programs.search_winner import SearchWinner, SweptSearch
 
-__all__ = ["FabricModelFusionProgram", "GridSearch", "SearchWinner", "SweptSearch"]
+__all__ = [
+    "FabricModelFusionProgram",
+    "GridSearch",
+    "ReproduceProgram",
+    "SearchWinner",
+    "SweptSearch",
+]

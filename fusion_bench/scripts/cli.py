@@ -17,12 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import FusionBenchError, did_you_mean
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-#: Inside the package when installed from a wheel, beside it in a checkout.
-CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") if d.is_dir())
-
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
