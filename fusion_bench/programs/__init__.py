@@ -2,6 +2,7 @@
 
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.reproduce import ReproduceProgram
+from fusion_bench.programs.scaling_study import ScalingStudy
 from fusion_bench.programs.search import GridSearch
 from fusion_bench.programs.search_winner import SearchWinner, SweptSearch
 
@@ -9,6 +10,7 @@ __all__ = [
     "FabricModelFusionProgram",
     "GridSearch",
     "ReproduceProgram",
+    "ScalingStudy",
     "SearchWinner",
     "SweptSearch",
 ]

@@ -4,13 +4,11 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from inspect import signature
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
-from hydra.utils import get_object
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
@@ -24,6 +22,7 @@ from fusion_bench.programs.fusing import (
     describe_tuning,
     fuse,
     held,
+    seeded,
     tuning_data,
 )
 from fusion_bench.programs.judging import Baselines, Judge
@@ -114,9 +113,9 @@ class FabricModelFusionProgram:
         self.search = instantiate(_lazily(search), "search")
         self.settings: list[Setting] = []
         if self.search is None:
-            self.method = instantiate(_seeded(method, seed), "method")
+            self.method = instantiate(seeded(method, seed), "method")
         else:
-            self.settings = self.search.settings(_plain(_seeded(method, seed)))
+            self.settings = self.search.settings(_plain(seeded(method, seed)))
             self.method = self.settings[0].method
         self.modelpool = instantiate(_lazily(modelpool), "modelpool")
         self.taskpool = instantiate(_lazily(taskpool), "taskpool")
@@ -353,17 +352,6 @@ def _whole(directory: Path, *, several: bool) -> Iterator[Path]:
         return
     with whole_directory(directory) as place:
         yield place
-
-
-def _seeded(method: Any, seed: int | None) -> Any:
-    """Return a method's node with the program's seed, where it takes one and names none."""
-    node = _plain(method)
-    if seed is None or not isinstance(node, Mapping) or "seed" in node:
-        return method
-    with suppress(ImportError, AttributeError, TypeError, ValueError):
-        if "seed" in signature(get_object(str(node.get("_target_")))).parameters:
-            return {**node, "seed": seed}
-    return method
 
 
 def _lazily(section: Any) -> Any:

@@ -1,10 +1,13 @@
 """Lets a method fuse a pool: with the data that it learns from, and under common names."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from hydra.utils import get_object
 from lightning.fabric import Fabric
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
@@ -18,6 +21,17 @@ if TYPE_CHECKING:
 MERGED = "merged"
 
 TuningData = Mapping[str, "TuningImages"] | None
+
+
+def seeded(method: Any, seed: int | None) -> Any:
+    """Return a method's node with the program's seed, where it takes one and names none."""
+    node = OmegaConf.to_container(method, resolve=True) if OmegaConf.is_config(method) else method
+    if seed is None or not isinstance(node, Mapping) or "seed" in node:
+        return method
+    with suppress(ImportError, AttributeError, TypeError, ValueError):
+        if "seed" in signature(get_object(str(node.get("_target_")))).parameters:
+            return {**node, "seed": seed}
+    return method
 
 
 def fuse(

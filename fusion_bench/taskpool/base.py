@@ -291,6 +291,11 @@ class ImageTaskPool(ABC):
             samples = np.sort(drawn[: self._max_samples]).astype(np.int64)
         return samples if first is None else samples[:first]
 
+    def identity(self, task: str, fabric: Fabric) -> str | None:
+        """Return a hash of what a result depends on besides the model; None if none is kept."""
+        key = self._key(task, self._samples(task, None), fabric, "")
+        return None if key is None else hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
     def _key(
         self, task: str, samples: NDArray[np.int64], fabric: Fabric, weights_sha256: str | None
     ) -> dict[str, Any] | None:
