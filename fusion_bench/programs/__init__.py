@@ -2,5 +2,17 @@
 
 from fusion_bench.programs.compare import CompareProgram
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.programs.reproduce import ReproduceProgram
+from fusion_bench.programs.scaling_study import ScalingStudy
+from fusion_bench.programs.search import GridSearch
+from fusion_bench.programs.search_winner import SearchWinner, SweptSearch
 
-__all__ = ["CompareProgram", "FabricModelFusionProgram"]
+__all__ = [
+    "CompareProgram",
+    "FabricModelFusionProgram",
+    "GridSearch",
+    "ReproduceProgram",
+    "ScalingStudy",
+    "SearchWinner",
+    "SweptSearch",
+]

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fusion_bench import __version__
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
-from fusion_bench.report import Run, Seconds, Tuning
+from fusion_bench.report import Run, Search, Seconds, Tuning
 
 _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "safetensors", "numpy")
 
@@ -48,6 +48,7 @@ def describe_run(
     seconds: Seconds,
     inputs: Mapping[str, str],
     tuning: Tuning | None = None,
+    search: Search | None = None,
 ) -> Run:
     """Return the report's account of what was run, when, and with what."""
     return Run(
@@ -64,6 +65,7 @@ def describe_run(
         seconds=seconds,
         inputs=dict(inputs),
         tuning=tuning,
+        search=search,
     )
 
 

@@ -4,13 +4,11 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from inspect import signature
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
-from hydra.utils import get_object
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
@@ -24,15 +22,20 @@ from fusion_bench.programs.fusing import (
     describe_tuning,
     fuse,
     held,
+    seeded,
     tuning_data,
 )
 from fusion_bench.programs.judging import Baselines, Judge
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
+from fusion_bench.programs.search import Setting
 from fusion_bench.progress import quiet_libraries
-from fusion_bench.report import Answers, Report, Seconds, compare_contenders
+from fusion_bench.report import Answers, Report, Search, Seconds, compare_contenders
 from fusion_bench.storage import whole_directory
 from fusion_bench.weights import Weights
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool import TuningImages
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +52,11 @@ class FabricModelFusionProgram:
     """Fuses a model pool with a method and judges the result beside the models it came from.
 
     Args:
-        method: the fusion method, as config node or object; so are the next three.
+        method: the fusion method, as config node or object; so are the next four.
         modelpool: the models.
         taskpool: the tasks; without it nothing is judged.
         fabric: ``lightning.Fabric``'s arguments; by default one process on the best device.
+        search: finds the method's options first, such as ``GridSearch``; the method must be a node.
         output_dir: where the report and the config go; ``None`` writes none.
         seed: seeds every random number generator.
         baselines: what is judged beside the merged model: the pretrained model on every task and
@@ -74,6 +78,7 @@ class FabricModelFusionProgram:
         modelpool: Any,
         taskpool: Any = None,
         fabric: Any = None,
+        search: Any = None,
         output_dir: str | Path | None = None,
         seed: int | None = None,
         baselines: Baselines = "own_task",
@@ -93,6 +98,7 @@ class FabricModelFusionProgram:
             "modelpool": _plain(modelpool),
             "taskpool": _plain(taskpool),
             "fabric": _plain(fabric),
+            "search": _plain(search),
             "seed": seed,
             "baselines": baselines,
             "report_save_path": report_save_path,
@@ -106,10 +112,18 @@ class FabricModelFusionProgram:
         check_choice("baselines", baselines, Baselines)
         if seed is not None and not isinstance(seed, int):
             raise FusionBenchError(f"seed: '{seed}' is not a whole number.")
-        self.method = instantiate(_seeded(method, seed), "method")
+        self.search = instantiate(_lazily(search), "search")
+        self.settings: list[Setting] = []
+        if self.search is None:
+            self.method = instantiate(seeded(method, seed), "method")
+        else:
+            self.settings = self.search.settings(_plain(seeded(method, seed)))
+            self.method = self.settings[0].method
         self._parts = Parts() if parts is None else parts
         self.modelpool = self._pool(modelpool, "modelpool")
         self.taskpool = self._pool(taskpool, "taskpool")
+        if self.search is not None and self.taskpool is None:
+            raise FusionBenchError("search: needs a task pool that judges the settings.")
         if output_dir is None and getattr(self.taskpool, "save_predictions", False):
             raise FusionBenchError("taskpool.save_predictions: needs an output_dir.")
         self.fabric_config = fabric
@@ -148,7 +162,7 @@ class FabricModelFusionProgram:
             publish(report, answers, self.output_dir, self.report_path)
             if self.model_path is not None:
                 log.info("Merged model: %s", self.model_path)
-            elif not report.tasks:
+            elif not report.tasks and report.run.search is None:
                 log.warning(
                     "The merged model was neither judged nor saved; give a task pool or %s.",
                     "merged_model_save_path",
@@ -165,18 +179,30 @@ class FabricModelFusionProgram:
             if self.taskpool is not None:
                 self.taskpool.prepare(fabric)
             inputs = identities(self.modelpool)
-            if (done := self._done_before(inputs, fabric)) is not None:
+            searched = None
+            if self.search is not None:
+                searched = self.search.data(
+                    self.modelpool, self.taskpool, fabric, self.allow_test_split
+                )
+            data = self._data(self.method, fabric)
+            if (done := self._done_before(inputs, data, searched, fabric)) is not None:
                 return done
-            data = tuning_data(
-                self.method, self.modelpool, self.taskpool, fabric, self.allow_test_split
-            )
         self._sow(fabric)  # again: what was loaded before need not have been loaded now
+        method, search = self.method, None
+        if self.search is not None and searched is not None:
+            with clock.measure("search"):
+                search = self._search(searched, fabric)
+            method = self.settings[search.winner].method
+            data = self._data(method, fabric)
+        judged = search is None or search.judge_test
         with clock.measure("fuse"):
-            merged = self._fuse(fabric, data)
+            wanted = judged or self.model_path is not None
+            merged = self._fuse(fabric, method, data, search) if wanted else {}
         with clock.measure("evaluate"):
-            judge.take(self._judged_baselines(fabric, inputs))
-            judge.judge_merged(merged)
-            judge.summarise()
+            if judged:
+                judge.take(self._judged_baselines(fabric, inputs))
+                judge.judge_merged(merged)
+                judge.summarise()
         similarity = None
         if self.similarity and fabric.global_rank == 0:
             similarity = known_similarity(self.modelpool, inputs)
@@ -188,7 +214,8 @@ class FabricModelFusionProgram:
                 self.seed,
                 seconds,
                 inputs,
-                describe_tuning(self.method, self.taskpool, data),
+                describe_tuning(method, self.taskpool, data),
+                search,
             ),
             tasks=judge.task_infos(),
             models=judge.models,
@@ -230,13 +257,35 @@ class FabricModelFusionProgram:
         if self.taskpool is not None:  # a merge alone imports neither transformers nor datasets
             quiet_libraries()
 
-    def _fuse(self, fabric: Fabric, data: TuningData) -> dict[str, nn.Module | Weights]:
+    def _data(self, method: Any, fabric: Fabric) -> TuningData:
+        return tuning_data(method, self.modelpool, self.taskpool, fabric, self.allow_test_split)
+
+    def _search(self, data: "Mapping[str, TuningImages]", fabric: Fabric) -> Search:
+        """Find the method's options; leaves the random numbers as they were at first."""
+        found: Search = self.search.run(
+            self.settings,
+            data,
+            self.modelpool,
+            self.taskpool,
+            fabric,
+            baselines=self.baselines,
+            allow_test_split=self.allow_test_split,
+            seed=self.seed,
+            fast_dev_run=self.fast_dev_run,
+        )
+        if self.seed is not None:
+            fabric.seed_everything(self.seed, verbose=False)
+        return found
+
+    def _fuse(
+        self, fabric: Fabric, method: Any, data: TuningData, search: Search | None
+    ) -> dict[str, nn.Module | Weights]:
         """Return what the method makes, by name; saved, where a path is given.
 
         Merged weights are computed as they are written; they are held in memory only if they are
         to be judged or to be thrown away.
         """
-        merged = fuse(self.method, self.modelpool, fabric, data)
+        merged = fuse(method, self.modelpool, fabric, data)
         if self.taskpool is not None or self.model_path is None:
             merged = held(merged)
         if self.model_path is None:
@@ -245,10 +294,11 @@ class FabricModelFusionProgram:
             name: self.model_path / quote(name.removeprefix(MERGED).lstrip("/"), safe="")
             for name in merged
         }
+        config = self.config if search is None else {**self.config, "method": search.method}
         if fabric.global_rank == 0:
             with _whole(self.model_path, several=list(merged) != [MERGED]) as whole:
                 for name, place in places.items():
-                    self._save(merged[name], whole / place.relative_to(self.model_path))
+                    self._save(merged[name], whole / place.relative_to(self.model_path), config)
         fabric.barrier()
         if self.taskpool is not None:
             return merged
@@ -257,22 +307,26 @@ class FabricModelFusionProgram:
                 merged[name] = self.modelpool.open_saved(place)
         return merged
 
-    def _save(self, model: nn.Module | Weights, place: Path) -> None:
+    def _save(self, model: nn.Module | Weights, place: Path, config: Mapping[str, Any]) -> None:
         try:
             if isinstance(model, Savable):
-                model.save(place, self.modelpool, self.config)
+                model.save(place, self.modelpool, config)
             else:
-                self.modelpool.save_model(model, place, self.config)
+                self.modelpool.save_model(model, place, config)
         except OSError as error:
             raise FusionBenchError(f"merged_model_save_path: cannot write it: {error}") from error
 
     def _done_before(
-        self, inputs: Mapping[str, str], fabric: Fabric
+        self,
+        inputs: Mapping[str, str],
+        data: TuningData,
+        searched: TuningData,
+        fabric: Fabric,
     ) -> tuple[Report, Answers] | None:
         """Return the result that this very run had left here, if nothing has changed since."""
         found = None
         if self._previous is not None and fabric.global_rank == 0:
-            found = self._previous.still_true(inputs, self.taskpool)
+            found = self._previous.still_true(inputs, self.taskpool, data, searched)
         if fabric.world_size > 1:
             found = fabric.broadcast(found)
         if found is None:
@@ -329,17 +383,6 @@ def _whole(directory: Path, *, several: bool) -> Iterator[Path]:
         return
     with whole_directory(directory) as place:
         yield place
-
-
-def _seeded(method: Any, seed: int | None) -> Any:
-    """Return a method's node with the program's seed, where it takes one and names none."""
-    node = _plain(method)
-    if seed is None or not isinstance(node, Mapping) or "seed" in node:
-        return method
-    with suppress(ImportError, AttributeError, TypeError, ValueError):
-        if "seed" in signature(get_object(str(node.get("_target_")))).parameters:
-            return {**node, "seed": seed}
-    return method
 
 
 def _lazily(section: Any) -> Any:

@@ -1,10 +1,13 @@
 """Lets a method fuse a pool: with the data that it learns from, and under common names."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from hydra.utils import get_object
 from lightning.fabric import Fabric
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
@@ -18,6 +21,17 @@ if TYPE_CHECKING:
 MERGED = "merged"
 
 TuningData = Mapping[str, "TuningImages"] | None
+
+
+def seeded(method: Any, seed: int | None) -> Any:
+    """Return a method's node with the program's seed, where it takes one and names none."""
+    node = OmegaConf.to_container(method, resolve=True) if OmegaConf.is_config(method) else method
+    if seed is None or not isinstance(node, Mapping) or "seed" in node:
+        return method
+    with suppress(ImportError, AttributeError, TypeError, ValueError):
+        if "seed" in signature(get_object(str(node.get("_target_")))).parameters:
+            return {**node, "seed": seed}
+    return method
 
 
 def fuse(
@@ -57,43 +71,86 @@ def tuning_data(
     """
     if not getattr(method, "needs_data", False):
         return None
-    split = method.split
-    key = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
-    datasets, where = getattr(modelpool, key, None), f"modelpool.{key}"
     if taskpool is None:
         raise FusionBenchError(
             f"{type(method).__name__} learns from data; give the task pool that its "
             "classifiers are from."
         )
-    if split == "test" and not datasets:
-        datasets, where = taskpool.test_datasets, "taskpool.test_datasets"
+    learner = f"{type(method).__name__} learns from"
+    return split_data(
+        method.split, modelpool, taskpool, fabric, allow_test_split, learner, "method.split"
+    )
+
+
+def split_data(
+    split: str,
+    modelpool: Any,
+    taskpool: Any,
+    fabric: Fabric,
+    allow_test_split: bool,
+    user: str,
+    key: str,
+) -> "dict[str, TuningImages]":
+    """Return a split of the pools' datasets, with the tasks that they belong to.
+
+    Args:
+        split: train, validation or test.
+        modelpool: names the datasets; those of the test split may be the task pool's.
+        taskpool: knows the tasks.
+        fabric: gives the device.
+        allow_test_split: whether it may be what models are judged on.
+        user: who uses the split, and how; for messages.
+        key: where the split is chosen; likewise.
+
+    Raises:
+        FusionBenchError: no such data, or the test split without leave.
+    """
+    datasets, where = split_datasets(split, modelpool, taskpool)
     if not datasets:
         raise FusionBenchError(
-            f"{where}: missing; {type(method).__name__} learns from the {split} split. "
-            "Name a dataset for each model there, or choose another method.split."
+            f"{where}: missing; {user} the {split} split. "
+            f"Name a dataset for each model there, or choose another {key}."
         )
     data: dict[str, TuningImages] = taskpool.tuning(datasets, fabric, where)
     for name, images in data.items():
         if not allow_test_split and images.is_test(taskpool.data(images.task)):
             raise FusionBenchError(
-                f"{where}.{name}: the models are judged on this very split. Learn from another "
-                "(method.split=train or validation), or give allow_test_split=true; the report "
+                f"{where}.{name}: the models are judged on this very split. Choose another "
+                f"({key}=train or validation), or give allow_test_split=true; the report "
                 "will say so."
             )
     return data
+
+
+def split_datasets(split: str, modelpool: Any, taskpool: Any) -> tuple[Mapping[str, Any], str]:
+    """Return the dataset nodes of a split, and their place in the config."""
+    key = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
+    datasets = getattr(modelpool, key, None)
+    if split == "test" and not datasets:
+        return taskpool.test_datasets, "taskpool.test_datasets"
+    return datasets or {}, f"modelpool.{key}"
 
 
 def describe_tuning(method: Any, taskpool: Any, data: TuningData) -> Tuning | None:
     """Return what the report says of the data that the method learned from."""
     if data is None:
         return None
-    judged = taskpool.data
     return Tuning(
         split=method.split,
         labels=method.uses_labels,
-        test_split=any(images.is_test(judged(images.task)) for images in data.values()),
-        tasks={
-            name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
-            for name, images in data.items()
-        },
+        test_split=uses_test_split(data, taskpool),
+        tasks=describe_data(data),
     )
+
+
+def uses_test_split(data: "Mapping[str, TuningImages]", taskpool: Any) -> bool:
+    """Tell whether some of the data is what models are judged on."""
+    return any(images.is_test(taskpool.data(images.task)) for images in data.values())
+
+
+def describe_data(data: "Mapping[str, TuningImages]") -> dict[str, TuningTask]:
+    """Return what the report says of each dataset that was used."""
+    return {
+        name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
+        for name, images in data.items()
+    }

@@ -65,6 +65,10 @@ class Judge:
             return
         if self.modelpool.has_pretrained:
             self._judge_baseline("_pretrained_", "pretrained")
+        self.judge_individuals()
+
+    def judge_individuals(self) -> None:
+        """Judge each of the pool's models on its own task, or on all."""
         for name in self.modelpool.model_names:
             tasks = self.own_tasks(name) if self.baselines == "own_task" else None
             if tasks == []:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fusion_bench import __version__
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
+from fusion_bench.programs.fusing import TuningData, describe_data
 from fusion_bench.report import Answers, Report, Similarity
 from fusion_bench.storage import cache_dir, file_sha256, write_text
 from fusion_bench.weights import Inputs, align, sha256
@@ -52,16 +53,25 @@ class Previous:
                 return cls(report, Answers.load(path))
         return None
 
-    def still_true(self, inputs: Mapping[str, str], taskpool: Any) -> tuple[Report, Answers] | None:
+    def still_true(
+        self,
+        inputs: Mapping[str, str],
+        taskpool: Any,
+        data: TuningData = None,
+        searched: TuningData = None,
+    ) -> tuple[Report, Answers] | None:
         """Return it, unless a model or a dataset is not what it was."""
-        same = self.report.run.inputs == dict(inputs)
+        run = self.report.run
+        same = run.inputs == dict(inputs)
+        for used, now in ((run.tuning, data), (run.search, searched)):
+            same = same and (used.tasks if used else {}) == describe_data(now or {})
         for task, known in self.report.tasks.items():
-            now = (
+            identity = (
                 taskpool.data(task).fingerprint,
                 taskpool.head_sha256(task),
                 taskpool.images_sha256(task),
             )
-            same = same and now == (known.fingerprint, known.head_sha256, known.images_sha256)
+            same = same and identity == (known.fingerprint, known.head_sha256, known.images_sha256)
         return (self.report, self.answers) if same else None
 
 

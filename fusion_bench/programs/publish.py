@@ -28,6 +28,9 @@ def publish(
         log.info(comparison.sentence())
     if report.run.tuning is not None and report.run.tuning.test_split:
         log.warning("The merged model was %s.", report.run.tuning.sentence())
+    if report.run.search is not None:
+        level = logging.WARNING if report.run.search.test_split else logging.INFO
+        log.log(level, "Search: %s.", report.run.search.sentence())
     if report.run.config.get("fast_dev_run") and report.tasks:
         log.warning("Only the first batch of each task was judged (fast_dev_run).")
     if output_dir is not None:

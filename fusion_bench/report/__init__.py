@@ -2,11 +2,14 @@
 
 from fusion_bench.report.answers import Answers, TaskAnswers
 from fusion_bench.report.schema import (
+    Average,
+    Candidate,
     Comparison,
     Contender,
     ModelResult,
     Report,
     Run,
+    Search,
     Seconds,
     Similarity,
     TaskInfo,
@@ -20,11 +23,14 @@ from fusion_bench.report.table import comparison, markdown, print_comparison
 
 __all__ = [
     "Answers",
+    "Average",
+    "Candidate",
     "Comparison",
     "Contender",
     "ModelResult",
     "Report",
     "Run",
+    "Search",
     "Seconds",
     "Similarity",
     "TaskAnswers",

@@ -189,7 +189,8 @@ def _average(report: Report, contender: Contender) -> Average:
 
 
 def _options(report: Report) -> dict[str, str]:
-    node = report.run.config.get("method")
+    search = report.run.search
+    node = report.run.config.get("method") if search is None else search.method
     options = node if isinstance(node, Mapping) else {}
     return {key: _plain(value) for key, value in options.items() if key != "_target_"}
 

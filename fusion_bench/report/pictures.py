@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -46,6 +46,8 @@ _STYLE: Any = {
     "svg.fonttype": "none",
 }
 _MARKERS, _LINES = ["o", "s", "^"], ["solid", "dashed", "dotted"]
+#: Colours that are told apart on white and on black, also by the colour-blind (Okabe and Ito).
+_PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 #: A polygon shows fewer tasks badly, and more not at all.
 RADAR = range(3, 13)
@@ -200,6 +202,72 @@ def _percent_axes(axes: Axes, title: str, axis: Literal["x", "y"]) -> None:
 
 def _in_words(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name}: {100 * value:.1f} %" for name, value in values.items())
+
+
+class Line(NamedTuple):
+    """A line of a picture: its points, and how far the values spread around them."""
+
+    name: str
+    places: Sequence[int]
+    values: Sequence[float]
+    spread: Sequence[float]
+
+
+def panels_of_curves(
+    panels: Mapping[str, Sequence[Line]], title: str, below: str, *, whole: bool
+) -> str:
+    """Return a picture of fractions as lines, each with a band of its spread.
+
+    Args:
+        panels: a panel's name to its lines; a name has one colour in all panels.
+        title: what the values are.
+        below: what the places are.
+        whole: draw a line at 100 %.
+    """
+    with _style():
+        figure = Figure((2.9 * len(panels), 2.6))
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+        figure.subplots_adjust(wspace=0.08)
+        names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
+        for axes, (panel, lines) in zip(grid[0], panels.items(), strict=True):
+            for line in lines:
+                number = names.index(line.name)
+                colour = _PALETTE[number % len(_PALETTE)]
+                look: Any = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)]}
+                middle, spread = 100 * np.array(line.values), 100 * np.array(line.spread)
+                axes.plot(line.places, middle, lw=1.6, ms=4, label=label(line.name), **look)
+                axes.fill_between(
+                    line.places, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0
+                )
+            if whole:
+                axes.axhline(100, color=_SOFT, lw=1.2, ls="dotted")
+            axes.set_title(label(panel), fontsize=9)
+            axes.set_xticks(sorted({place for line in lines for place in line.places}))
+            axes.set_xlabel(below)
+            axes.grid(lw=0.6)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        grid[0][0].set_ylabel("%")
+        _legend(figure, grid[0][0], below=0.06)
+        words = "; ".join(
+            f"{panel}, {line.name}: "
+            + ", ".join(
+                f"{100 * value:.1f} % at {place}"
+                for place, value in zip(line.places, line.values, strict=True)
+            )
+            for panel, lines in panels.items()
+            for line in lines
+        )
+        return _svg(figure, title, words)
+
+
+def standalone(picture: str) -> str:
+    """Return a picture as a file of its own, in the colours of paper."""
+    inks = {"--ink": "#1c2430", "--soft": "#586273", "--line": "#d5dbe4"}
+    for variable, colour in inks.items():
+        picture = picture.replace(f"var({variable})", colour)
+    return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
 def label(name: str, longest: int = 22) -> str:

@@ -12,6 +12,8 @@ from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
 
 Role = Literal["pretrained", "individual", "merged"]
+Split = Literal["train", "validation", "test"]
+Metric = Literal["normalized_accuracy", "accuracy"]
 Verdict = Literal["better", "worse", "not distinguishable"]
 
 
@@ -26,6 +28,7 @@ class Seconds(_Strict):
     fuse: float
     evaluate: float
     total: float
+    search: float = 0.0
 
 
 class TuningTask(_Strict):
@@ -54,24 +57,6 @@ class Tuning(_Strict):
         if self.labels:
             return "tuned on the test split with its labels: the figures say nothing of new data"
         return "adapted to the unlabelled images of the test split (test-time adaptation)"
-
-
-class Run(_Strict):
-    """What was run, when, with what."""
-
-    version: str
-    created_at: str
-    command: list[str]
-    config: dict[str, Any]
-    config_sha256: str
-    seed: int | None
-    precision: str
-    device: str
-    world_size: int
-    packages: dict[str, str]
-    seconds: Seconds
-    inputs: dict[str, str] = {}
-    tuning: Tuning | None = None
 
 
 class TaskInfo(_Strict):
@@ -136,6 +121,82 @@ class Average(_Strict):
             loss=fmean(r.loss for r in results),
             normalized_accuracy=fmean(normalized) if len(normalized) == len(results) else None,
         )
+
+
+class Candidate(_Strict):
+    """A setting of a method, and how it did on the split that it was searched on.
+
+    ``score`` is the mean of the search's metric over ``tasks``; its standard error takes the
+    individual models' accuracies as given.
+    """
+
+    options: dict[str, Any]
+    score: float
+    score_stderr: float
+    tasks: dict[str, TaskResult]
+
+    def text(self) -> str:
+        """Return the options as they are written on a command line."""
+        return ", ".join(f"{key}={value}" for key, value in self.options.items()) or "as given"
+
+
+class Search(_Strict):
+    """How the method's options were found.
+
+    ``test_split`` tells that it was on the very part that the models are judged on, ``judge_test``
+    whether the winner was judged there at all. ``winner`` is its place in ``candidates``, and
+    ``method`` the whole config of the method with its options.
+    """
+
+    split: Split
+    metric: Metric
+    test_split: bool
+    judge_test: bool
+    space: dict[str, list[Any]]
+    tasks: dict[str, TuningTask]
+    candidates: list[Candidate]
+    winner: int
+    method: dict[str, Any]
+
+    @property
+    def best(self) -> Candidate:
+        """The winner."""
+        return self.candidates[self.winner]
+
+    def sentence(self) -> str:
+        """Return it in words."""
+        metric = self.metric.replace("normalized_", "normalised ")
+        found = (
+            f"{self.best.text()} is the best of {len(self.candidates)} settings"
+            if len(self.candidates) > 1
+            else f"one setting, {self.best.text()}, was judged"
+        )
+        found += f" on the {self.split} split"
+        found += f" ({metric} {100 * self.best.score:.1f} ± {100 * self.best.score_stderr:.1f})"
+        if self.test_split:
+            return f"{found}, where the models are judged: the figures say nothing of new data"
+        if not self.judge_test:
+            return f"{found}; the test split was not looked at"
+        return f"{found}; it alone was judged on the test split, once"
+
+
+class Run(_Strict):
+    """What was run, when, with what."""
+
+    version: str
+    created_at: str
+    command: list[str]
+    config: dict[str, Any]
+    config_sha256: str
+    seed: int | None
+    precision: str
+    device: str
+    world_size: int
+    packages: dict[str, str]
+    seconds: Seconds
+    inputs: dict[str, str] = {}
+    tuning: Tuning | None = None
+    search: Search | None = None
 
 
 class ModelResult(_Strict):
@@ -219,6 +280,11 @@ class Report(_Strict):
     models: dict[str, ModelResult]
     comparisons: list[Comparison] = []
     similarity: Similarity | None = None
+
+    @property
+    def objective(self) -> float | None:
+        """What a sweeper maximises: the search's best score; without a search there is none."""
+        return None if self.run.search is None else self.run.search.best.score
 
     def contenders(self) -> list[Contender]:
         """Return what stands beside each other: pretrained, individual, merged.

@@ -118,6 +118,8 @@ def markdown(report: Report) -> str:
     ]
     if report.run.tuning is not None:
         lines[-1:] = [f"- {report.run.tuning.sentence()}", ""]
+    if report.run.search is not None:
+        lines[-1:] = [f"- search: {report.run.search.sentence()}".translate(_ESCAPE), ""]
     if report.run.config.get("fast_dev_run"):
         lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
     if not report.tasks:

@@ -21,19 +21,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
 from fusion_bench.scripts.sweep import Failed, attempt
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-#: Inside the package when installed from a wheel, beside it in a checkout.
-CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") if d.is_dir())
-
-
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
     r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
-    r"fabric\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
+    r"fabric\.\w+|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
 )
 _PATH_FLAGS = ("--config-path", "-cp")

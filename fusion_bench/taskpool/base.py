@@ -7,10 +7,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -201,6 +202,16 @@ class ImageTaskPool(ABC):
             )
         return tuning
 
+    def judging(self, data: Mapping[str, TuningImages]) -> Self:
+        """Return a pool that judges on what ``tuning`` gave, and is like this one otherwise."""
+        pool = copy(self)
+        images = {own.task: own.images for own in data.values()}
+        pool.task_names = [task for task in self.task_names if task in images]
+        pool._images = images
+        pool._data = {task: own.data for task, own in images.items()}
+        pool._preprocessors = {task: self._preprocessors[task] for task in pool.task_names}
+        return pool
+
     def _tuned_classifier(self, task: str, fabric: Fabric, model: nn.Module) -> Classify:
         classify = self._classifier(task, model, "merged", fabric)
         dtype = next(model.parameters()).dtype
@@ -308,6 +319,11 @@ class ImageTaskPool(ABC):
             drawn = np.random.default_rng(_SUBSET_SEED).permutation(count)
             samples = np.sort(drawn[: self._max_samples]).astype(np.int64)
         return samples if first is None else samples[:first]
+
+    def identity(self, task: str, fabric: Fabric) -> str | None:
+        """Return a hash of what a result depends on besides the model; None if none is kept."""
+        key = self._key(task, self._samples(task, None), fabric, "")
+        return None if key is None else hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def _key(
         self, task: str, samples: NDArray[np.int64], fabric: Fabric, weights_sha256: str | None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CLASS_NAMES",
     "MODELS",
+    "NARROW",
     "PRETRAINED",
     "SPLITS",
     "TASKS",
@@ -33,18 +34,30 @@ PRETRAINED = "clip-tiny"
 MODELS: tuple[str, ...] = (PRETRAINED, *(f"{PRETRAINED}_{task}" for task in TASKS))
 """All models: the pretrained one, and for each task its fine-tuned vision encoder."""
 
+NARROW = f"{PRETRAINED}-narrow"
+"""The same models with a vision encoder of half the width, for what depends on the size."""
+
+_RECIPES = {PRETRAINED: Recipe(), NARROW: Recipe(width=96)}
+
 
 def model_path(name: str, recipe: Recipe | None = None) -> Path:
-    """Return the directory of a model in Hugging Face's layout; builds the zoo where needed.
+    """Return the directory of a model in Hugging Face's layout; builds its family where needed.
+
+    Args:
+        name: one of ``MODELS``, or ``NARROW`` in the place of ``PRETRAINED``.
+        recipe: another one than the family's.
 
     Raises:
         FusionBenchError: there is no such model.
     """
-    if name not in MODELS:
-        raise FusionBenchError(f"The zoo has no model '{name}'. {did_you_mean(name, MODELS)}")
+    family, underscore, task = name.partition("_")
+    stored = f"{PRETRAINED}{underscore}{task}"
+    if family not in _RECIPES or stored not in MODELS:
+        known = [model.replace(PRETRAINED, each, 1) for each in _RECIPES for model in MODELS]
+        raise FusionBenchError(f"The zoo has no model '{name}'. {did_you_mean(name, known)}")
     from fusion_bench.zoo.build import ensure
 
-    return ensure(recipe or Recipe()) / "models" / name
+    return ensure(recipe or _RECIPES[family]) / "models" / stored
 
 
 def load_dataset(name: str, split: str = "test", recipe: Recipe | None = None) -> Dataset:

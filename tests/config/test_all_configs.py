@@ -22,7 +22,10 @@ FILES = [
 ]
 HYDRAS_OWN = [name for name in FILES if name.startswith(("hydra/", "launcher/"))]
 #: What a config needs from the command line; its own comment says so.
-NEEDS = {"merge_llm": ["+modelpool.models.a=owner/a"]}
+NEEDS = {
+    "merge_llm": ["+modelpool.models.a=owner/a"],
+    "search_winner": ["sweep=multirun/sweep"],
+}
 #: What is made without loading anything; the rest is bound to its signature.
 LIGHT = ("method/", "modelpool/", "taskpool/", "fabric/")
 

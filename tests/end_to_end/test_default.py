@@ -77,3 +77,13 @@ def test_a_run_leaves_its_output_directory_and_nothing_else(runs: dict[str, Path
             *(".hydra", "cli.log", "config.yaml"),
             *("report.answers.safetensors", "report.html", "report.json", "report.md"),
         }
+
+
+def test_the_figures_that_the_package_holds_are_found_again(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(runs["first"].parent / "cache"))
+    rows = "methods=[pretrained,individual,simple_average,task_arithmetic,iso_c]"
+    done = fusion_bench("--config-name", "reproduce", rows, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "35 of 35 figures are within their tolerance." in done.stdout

@@ -175,7 +175,7 @@ def test_the_test_split_is_refused_by_its_name(
     config["modelpool"]["train_datasets"]["b"] = dataset(family, "b", split)
     message = refused(config)
     assert message == (
-        "modelpool.train_datasets.b: the models are judged on this very split. Learn from another "
+        "modelpool.train_datasets.b: the models are judged on this very split. Choose another "
         "(method.split=train or validation), or give allow_test_split=true; the report will say so."
     )
     report = run(config, allow_test_split=True)

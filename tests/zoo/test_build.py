@@ -147,6 +147,7 @@ def test_another_recipe_has_another_place() -> None:
     [
         (lambda: zoo.model_path("clip-tiny_digit"), "clip-tiny_digits"),
         (lambda: zoo.model_path("../clip-tiny"), "clip-tiny"),
+        (lambda: zoo.model_path("clip-tiny-narow_digits"), "clip-tiny-narrow_digits"),
         (lambda: zoo.load_dataset("digit"), "digits"),
         (lambda: zoo.load_dataset("digits", "tests"), "test"),
         (lambda: zoo.load_dataset("digits", "all"), "train"),

@@ -1,0 +1,125 @@
+"""Checks published figures by running what they are of."""
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fusion_bench import __version__
+from fusion_bench.configs import composed
+from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.instantiate import instantiate
+from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.programs.publish import wide_console
+from fusion_bench.report.reference import BASELINES, Reference
+from fusion_bench.report.reproduction import Reproduction, check
+
+log = logging.getLogger(__name__)
+
+#: What is run where only the baselines are wanted.
+_CHEAPEST = ["method=simple_average"]
+
+
+class ReproduceProgram:
+    """Runs the methods of a table that was published, and compares every figure.
+
+    Each row is an ordinary run, whose report is kept in ``rows/<name>`` of the output directory:
+    started again there, what was done is not done again.
+
+    Args:
+        reference: the name of a table that comes with the package, or the path of a YAML file.
+        methods: the rows to check; by default all.
+        fabric: as in ``FabricModelFusionProgram``.
+        seed: likewise.
+        output_dir: where the reports go; ``None`` writes none.
+        dry_run: check the reference and each row's config, and stop before anything is loaded.
+
+    Raises:
+        FusionBenchError: a reference that cannot be read, or rows that cannot be run.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        methods: Sequence[str] | None = None,
+        fabric: Any = None,
+        seed: int | None = None,
+        output_dir: str | Path | None = None,
+        dry_run: bool = False,
+    ):
+        self.name = Path(reference).stem
+        self.reference = Reference.load(reference)
+        self.rows = list(self.reference.rows if methods is None else methods)
+        self.output_dir = None if output_dir is None else Path(output_dir).absolute()
+        self.dry_run = dry_run
+        for row in self.rows:
+            if row not in self.reference.rows:
+                raise FusionBenchError(
+                    f"methods: '{reference}' has no '{row}'. "
+                    f"{did_you_mean(row, self.reference.rows)}"
+                )
+        if not self.rows:
+            raise FusionBenchError("methods: is empty. Name a row, or leave it out to check all.")
+        runs = {r: self.reference.rows[r].overrides for r in self.rows if r not in BASELINES}
+        self.programs = {
+            row: self._program(row, overrides, fabric, seed)
+            for row, overrides in (runs or {"baselines": _CHEAPEST}).items()
+        }
+
+    def _program(
+        self, row: str, overrides: Sequence[str], fabric: Any, seed: int | None
+    ) -> FabricModelFusionProgram:
+        reference = self.reference
+        pools = [f"modelpool={reference.modelpool}", f"taskpool={reference.taskpool}"]
+        try:
+            config = composed(*pools, *reference.overrides, *overrides)
+            node = config | {"similarity": False, "seed": seed}
+            if fabric is not None:
+                node["fabric"] = fabric
+            place = self.output_dir and self.output_dir / "rows" / quote(row, safe="")
+            program: FabricModelFusionProgram = instantiate(node, output_dir=place)
+        except FusionBenchError as error:
+            raise FusionBenchError(f"reference: rows.{row}: {error}") from error
+        for task in reference.tasks:
+            if task not in program.taskpool.task_names:
+                raise FusionBenchError(
+                    f"reference: tasks: '{reference.taskpool}' has no '{task}'. "
+                    f"{did_you_mean(task, program.taskpool.task_names)}"
+                )
+        return program
+
+    def run(self) -> Reproduction | None:
+        """Run every row, compare and write; returns the figures, or ``None`` after a dry run.
+
+        Raises:
+            FusionBenchError: figures that are off by more than their tolerance.
+        """
+        if self.dry_run:
+            log.info("Dry run: the reference is sound; nothing was loaded.")
+            return None
+        reports = {}
+        for place, (row, program) in enumerate(self.programs.items(), start=1):
+            log.info("Row %d of %d: %s", place, len(self.programs), row)
+            if (report := program.run()) is not None:
+                reports[row] = report
+        result = Reproduction(
+            name=self.name,
+            version=__version__,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            reference=self.reference,
+            figures=check(self.reference, self.rows, reports),
+            reports={row: f"rows/{quote(row, safe='')}/report.json" for row in reports},
+        )
+        if self.output_dir is not None:
+            result.save(self.output_dir)
+            log.info("Reproduction: %s", self.output_dir / "reproduce.html")
+        result.print(wide_console())
+        if result.failed:
+            raise FusionBenchError(
+                f"reproduce: {result.sentence()}.\n"
+                + "\n".join(f"  {figure.sentence()}" for figure in result.failed)
+            )
+        log.info("%s.", result.sentence().capitalize())
+        return result

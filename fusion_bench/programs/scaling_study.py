@@ -1,0 +1,322 @@
+"""Merges random subsets of experts, more and more of them, and of models of several sizes.
+
+Yadav et al., What Matters for Model Merging at Scale?, https://arxiv.org/abs/2410.03617
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.fabric import Fabric
+from pydantic import ValidationError
+
+from fusion_bench import __version__
+from fusion_bench.configs import composed
+from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
+from fusion_bench.instantiate import instantiate
+from fusion_bench.programs.environment import describe_run, make_fabric
+from fusion_bench.programs.fusing import MERGED, describe_tuning, fuse, held, seeded, tuning_data
+from fusion_bench.programs.judging import Judge
+from fusion_bench.programs.previous import identities
+from fusion_bench.programs.publish import wide_console
+from fusion_bench.progress import bar, quiet_libraries
+from fusion_bench.report import Seconds
+from fusion_bench.report.scaling import Base, Merge, Normalizer, Study
+from fusion_bench.storage import cache_dir, write_text
+from fusion_bench.tasks import canonical_name
+from fusion_bench.weights import is_special
+
+log = logging.getLogger(__name__)
+
+
+class ScalingStudy:
+    """Tells how merging fares with the number of experts and with the size of the models.
+
+    Each merge is judged on all tasks of its base: held-in are those of the merged experts, held-out
+    the others. What was merged and judged before is not done again, so that a study that was
+    stopped goes on.
+
+    Args:
+        bases: a name to the config nodes ``modelpool`` and ``taskpool`` of a pretrained model and
+            its experts. Each expert bears the name of its task.
+        methods: names of method configs, or config nodes.
+        counts: how many experts are merged.
+        subsets: random choices of experts for each count; fewer where there are no more.
+        held_in: what the accuracy on held-in tasks is divided by: that of the task's ``expert``, of
+            the pretrained ``base``, or ``none``.
+        held_out: likewise for the held-out tasks.
+        categories: a name to tasks that weigh as one.
+        fabric: as in ``FabricModelFusionProgram``; so are the next two.
+        seed: draws the subsets too.
+        allow_test_split: let the methods learn from data that the models are judged on.
+        output_dir: where the study goes; ``None`` writes none.
+        dry_run: check the config and stop before anything is loaded.
+
+    Raises:
+        FusionBenchError: no base, method or count, or more experts than there are.
+    """
+
+    def __init__(
+        self,
+        bases: Mapping[str, Any],
+        methods: Sequence[Any],
+        counts: Sequence[int],
+        subsets: int = 3,
+        held_in: Normalizer = "expert",
+        held_out: Normalizer = "base",
+        categories: Mapping[str, Sequence[str]] | None = None,
+        fabric: Any = None,
+        seed: int = 0,
+        allow_test_split: bool = False,
+        output_dir: str | Path | None = None,
+        dry_run: bool = False,
+    ):
+        self.config: dict[str, Any] = {
+            "_target_": "fusion_bench.programs.ScalingStudy",
+            "_recursive_": False,
+            "bases": bases,
+            "methods": methods,
+            "counts": counts,
+            "subsets": subsets,
+            "held_in": held_in,
+            "held_out": held_out,
+            "categories": categories,
+            "fabric": fabric,
+            "seed": seed,
+            "allow_test_split": allow_test_split,
+        }
+        check_choice("held_in", held_in, Normalizer)
+        check_choice("held_out", held_out, Normalizer)
+        for key, values in {"bases": bases, "methods": methods, "counts": counts}.items():
+            if not values:
+                raise FusionBenchError(f"{key}: is empty. Name at least one.")
+        if subsets < 1:
+            raise FusionBenchError(f"subsets: {subsets} is not 1 or more.")
+        self.bases = {name: _Source(name, node) for name, node in bases.items()}
+        for name, base in self.bases.items():
+            self._check_base(name, base, counts, categories or {})
+        self.methods = _named([_method(method, seed) for method in methods])
+        self.counts = sorted(set(counts))
+        self.subsets = subsets
+        self.held_in = held_in
+        self.held_out = held_out
+        self.categories = {name: list(tasks) for name, tasks in (categories or {}).items()}
+        self.fabric_config = fabric
+        self.seed = seed
+        self.allow_test_split = allow_test_split
+        self.output_dir = None if output_dir is None else Path(output_dir).absolute()
+        self.dry_run = dry_run
+
+    @staticmethod
+    def _check_base(
+        name: str,
+        base: "_Source",
+        counts: Sequence[int],
+        categories: Mapping[str, Sequence[str]],
+    ) -> None:
+        tasks = {canonical_name(task): task for task in base.taskpool.task_names}
+        for model in base.experts:
+            if canonical_name(model) not in tasks:
+                raise FusionBenchError(
+                    f"bases.{name}.modelpool.models.{model}: the task pool has no task of that "
+                    f"name. {did_you_mean(model, tasks.values())}"
+                )
+        for count in counts:
+            if not 1 <= count <= len(base.experts):
+                raise FusionBenchError(
+                    f"counts: {count} is not a number from 1 to {len(base.experts)}, the experts "
+                    f"of '{name}'."
+                )
+        for category, members in categories.items():
+            for task in members:
+                if task not in base.taskpool.task_names:
+                    raise FusionBenchError(
+                        f"categories.{category}: '{name}' has no task '{task}'. "
+                        f"{did_you_mean(task, base.taskpool.task_names)}"
+                    )
+
+    def run(self) -> Study | None:
+        """Merge, judge, save and print; returns the study, or ``None`` after a dry run."""
+        if self.dry_run:
+            log.info("Dry run: the config is sound; nothing was loaded.")
+            return None
+        quiet_libraries()
+        fabric = make_fabric(self.fabric_config)
+        study: Study = fabric.launch(self._merge_and_judge)
+        if fabric.global_rank == 0:
+            study.print(wide_console())
+            if self.output_dir is not None:
+                study.save(self.output_dir)
+                log.info("Study: %s", self.output_dir / "study.html")
+        return study
+
+    def _merge_and_judge(self, fabric: Fabric) -> Study:
+        """Do the work; called in every process, with the same result in each."""
+        quiet_libraries()
+        start = time.perf_counter()
+        judged = {name: self._judged(base, fabric) for name, base in self.bases.items()}
+        jobs = list(self._jobs())
+        log.info("%d merges", len(jobs))
+        merges = []
+        for base, method, count, subset, models in bar(jobs, "scaling study", unit="merge"):
+            merges.append(self._merge(base, method, count, subset, models, fabric))
+        total = round(time.perf_counter() - start, 3)
+        seconds = Seconds(load=0, fuse=0, evaluate=0, total=total)
+        study = Study(
+            run=describe_run(fabric, self.config, self.seed, seconds, {}),
+            held_in=self.held_in,
+            held_out=self.held_out,
+            categories=self.categories,
+            bases=judged,
+            merges=merges,
+        )
+        study.summarise()
+        return study
+
+    def _judged(self, base: "_Source", fabric: Fabric) -> Base:
+        """Judge a base and its experts, which no later merge needs to do again."""
+        judge = Judge(base.pool(base.experts), base.taskpool, fabric, "own_task")
+        judge.judge_baselines()
+        pretrained = judge.models["_pretrained_"]
+        experts = [judge.models[model].tasks for model in base.experts]
+        return Base(
+            num_parameters=pretrained.num_parameters,
+            pretrained=pretrained.tasks,
+            experts={task: result for tasks in experts for task, result in tasks.items()},
+        )
+
+    def _jobs(self) -> Iterator[tuple[str, str, int, int, list[str]]]:
+        """Yield base, method, count, number of the subset and experts of each merge."""
+        for base, source in self.bases.items():
+            for count in self.counts:
+                chosen = choices(len(source.experts), count, self.subsets, self.seed)
+                for subset, places in enumerate(chosen):
+                    for method in self.methods:
+                        yield base, method, count, subset, [source.experts[p] for p in places]
+
+    def _merge(
+        self, base: str, method: str, count: int, subset: int, models: list[str], fabric: Fabric
+    ) -> Merge:
+        source, node = self.bases[base], self.methods[method]
+        made = instantiate(node, "method")
+        pool = source.pool(models)
+        data = tuning_data(made, pool, source.taskpool, fabric, self.allow_test_split)
+        learned = describe_tuning(made, source.taskpool, data)
+        path = _place(pool, source.taskpool, node, learned, fabric, self.seed)
+        merge = _known(path, fabric)
+        if merge is None:
+            fabric.seed_everything(self.seed, verbose=False)
+            fused = held(fuse(made, pool, fabric, data))
+            if list(fused) != [MERGED]:
+                raise FusionBenchError(
+                    f"methods: {method} makes several models, {', '.join(fused)}, none of which "
+                    "is for all tasks. Leave it out."
+                )
+            judge = Judge(pool, source.taskpool, fabric, "none")
+            judge.judge_merged(fused)
+            merge = Merge(
+                base=base,
+                method=method,
+                count=count,
+                subset=subset,
+                models=models,
+                tasks=judge.models[MERGED].tasks,
+            )
+            if path is not None and fabric.global_rank == 0:
+                with suppress(OSError):  # it is only to save time
+                    write_text(path, merge.model_dump_json())
+        return merge.model_copy(update={"base": base, "method": method, "subset": subset})
+
+
+class _Source:
+    """A base of the config: a pool of which parts are merged, and the tasks."""
+
+    def __init__(self, name: str, node: Any):
+        key = f"bases.{name}"
+        for part in ("modelpool", "taskpool"):
+            if not isinstance(node, Mapping) or not isinstance(node.get(part), Mapping):
+                raise FusionBenchError(f"{key}.{part}: missing; give it as a config node.")
+        self._key = f"{key}.modelpool"
+        self._node = {"_recursive_": False, **node["modelpool"]}
+        whole = instantiate(self._node, self._key)
+        self.experts: list[str] = whole.model_names
+        if not whole.has_pretrained:
+            raise FusionBenchError(f"{key}.modelpool.models: add '_pretrained_', the base.")
+        self.taskpool = instantiate({"_recursive_": False, **node["taskpool"]}, f"{key}.taskpool")
+
+    def pool(self, experts: Sequence[str]) -> Any:
+        """Return a model pool of some experts, with their data."""
+        own = {canonical_name(expert) for expert in experts}
+        node = dict(self._node)
+        node["models"] = {k: v for k, v in node["models"].items() if is_special(k) or k in experts}
+        for key in ("train_datasets", "val_datasets", "test_datasets"):
+            if node.get(key):
+                node[key] = {k: v for k, v in node[key].items() if canonical_name(k) in own}
+        return instantiate(node, self._key)
+
+
+def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, ...]]:
+    """Draw different sets of ``count`` numbers below ``total``; all, where there are no more."""
+    random = np.random.default_rng([seed, count])
+    wanted = min(subsets, comb(total, count))
+    found: dict[tuple[int, ...], None] = {}
+    while len(found) < wanted:
+        drawn = random.choice(total, count, replace=False)
+        found[tuple(sorted(int(number) for number in drawn))] = None
+    return list(found)
+
+
+def _method(method: Any, seed: int) -> tuple[str, Any]:
+    """Return a method's name and node."""
+    if isinstance(method, str):
+        return method.rpartition("/")[2], composed(f"method={method}", f"seed={seed}")["method"]
+    if not isinstance(method, Mapping) or "_target_" not in method:
+        raise FusionBenchError(f"methods: '{method}' is neither a config's name nor a config node.")
+    return str(method["_target_"]).rpartition(".")[2], seeded(method, seed)
+
+
+def _named(methods: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the methods by name; those of one name are numbered."""
+    found: dict[str, Any] = {}
+    for name, node in methods:
+        instantiate(node, "methods")
+        same = sum(known.partition(" ")[0] == name for known in found)
+        found[f"{name} {same + 1}" if same else name] = node
+    return found
+
+
+def _place(
+    pool: Any, taskpool: Any, node: Any, learned: Any, fabric: Fabric, seed: int
+) -> Path | None:
+    """Return where a merge's result is kept, if at all; the name tells all that it depends on."""
+    tasks = {task: taskpool.identity(task, fabric) for task in taskpool.task_names}
+    if None in tasks.values():
+        return None
+    facts = {
+        "version": __version__,
+        "models": identities(pool),
+        "policy": str(pool.policy),
+        "architecture": pool.architecture(),
+        "method": node,
+        "learned": None if learned is None else learned.model_dump(),
+        "tasks": tasks,
+        "seed": seed,
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return cache_dir() / "merges" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _known(path: Path | None, fabric: Fabric) -> Merge | None:
+    """Return what the first process finds, so that all take the same way."""
+    found = None
+    if path is not None and fabric.global_rank == 0:
+        with suppress(OSError, ValidationError):
+            found = Merge.model_validate_json(path.read_text(encoding="utf-8"))
+    return fabric.broadcast(found) if fabric.world_size > 1 else found

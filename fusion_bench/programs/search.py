@@ -1,0 +1,237 @@
+"""Finds a method's options on a validation split."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import product
+from math import hypot
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_object
+from lightning.fabric import Fabric
+
+from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
+from fusion_bench.instantiate import check, instantiate
+from fusion_bench.programs.fusing import (
+    describe_data,
+    fuse,
+    held,
+    split_data,
+    tuning_data,
+    uses_test_split,
+)
+from fusion_bench.programs.judging import Baselines, Judge
+from fusion_bench.progress import bar
+from fusion_bench.report import Candidate, Search, TaskResult
+from fusion_bench.report.schema import Metric, Split
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool import TuningImages
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with options that were put in: the options, the whole node, the object."""
+
+    options: dict[str, Any]
+    node: dict[str, Any]
+    method: Any
+
+
+class GridSearch:
+    """Judges a method with every combination of options, on a split that is not the test split.
+
+    The best average wins; of equal ones the first. Nothing that was judged before is judged again,
+    so that a search that was interrupted goes on where it stopped.
+
+    Args:
+        space: option of the method to the values to try; the last option changes fastest. An
+            empty space, without ``judge_test``, judges the method as it is.
+        split: the datasets of the model pool to judge on: ``train``, ``validation`` or ``test``.
+        metric: ``normalized_accuracy``, which needs an individual model for each task, or
+            ``accuracy``; by default the first where it can be.
+        judge_test: judge the winner on the test split, once.
+
+    Raises:
+        FusionBenchError: values that are no list, an empty list, an unknown split or metric.
+    """
+
+    def __init__(
+        self,
+        space: Mapping[str, Any],
+        split: Split = "validation",
+        metric: Metric | None = None,
+        judge_test: bool = True,
+    ):
+        check_choice("search.split", split, Split)
+        if metric is not None:
+            check_choice("search.metric", metric, Metric)
+        for option, values in space.items():
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise FusionBenchError(
+                    f"search.space.{option}: '{values}' is not a list. Write it like '[0.1, 0.2]'."
+                )
+            if not values:
+                raise FusionBenchError(
+                    f"search.space.{option}: the list is empty. Name a value, or leave the option "
+                    f"out: '~search.space.{option}'."
+                )
+        if judge_test and not space:
+            raise FusionBenchError("search.space: is empty. Name an option of the method to try.")
+        self.space = {option: list(values) for option, values in space.items()}
+        self.split = split
+        self.metric = metric
+        self.judge_test = judge_test
+
+    def settings(self, method: Any) -> list[Setting]:
+        """Return the method with each combination of options; nothing is loaded.
+
+        Args:
+            method: the method's config node.
+
+        Raises:
+            FusionBenchError: no node, an option that the method does not take, or takes no such
+                value of, or data that it learns from and would be judged on.
+        """
+        if not isinstance(method, Mapping) or "_target_" not in method:
+            raise FusionBenchError("search: needs the method as a config node with '_target_'.")
+        self._refuse_unknown_options(method)
+        settings = []
+        for values in product(*self.space.values()):
+            options = dict(zip(self.space, values, strict=True))
+            node = {**method, **options}
+            made = instantiate(node, "method")
+            if getattr(made, "needs_data", False) and made.split == self.split:
+                raise FusionBenchError(
+                    f"search.split: {type(made).__name__} learns from the {self.split} split "
+                    "itself, so that it tells nothing of the options. Choose another method.split "
+                    "or another search.split."
+                )
+            settings.append(Setting(options, node, made))
+        return settings
+
+    def _refuse_unknown_options(self, method: Mapping[str, Any]) -> None:
+        check({"_target_": method["_target_"], "_partial_": True}, "method")
+        known = list(signature(get_object(str(method["_target_"]))).parameters)
+        for option in self.space:
+            if option not in known:
+                name = str(method["_target_"]).rpartition(".")[2]
+                raise FusionBenchError(
+                    f"search.space.{option}: {name} takes no such key. "
+                    f"{did_you_mean(option, known)} To leave it out: '~search.space.{option}'."
+                )
+
+    def data(
+        self, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
+    ) -> "dict[str, TuningImages]":
+        """Return what settings are judged on.
+
+        Raises:
+            FusionBenchError: there is none, or it is the test split, and that is not allowed.
+        """
+        return split_data(
+            self.split,
+            modelpool,
+            taskpool,
+            fabric,
+            allow_test_split,
+            "the search judges on",
+            "search.split",
+        )
+
+    def run(
+        self,
+        settings: Sequence[Setting],
+        data: "Mapping[str, TuningImages]",
+        modelpool: Any,
+        taskpool: Any,
+        fabric: Fabric,
+        *,
+        baselines: Baselines = "own_task",
+        allow_test_split: bool = False,
+        seed: int | None = None,
+        fast_dev_run: bool = False,
+    ) -> Search:
+        """Judge each of ``settings`` on ``data``, and return all figures with the winner.
+
+        Every process of ``fabric`` must call it.
+
+        Raises:
+            FusionBenchError: a metric that cannot be had, or a method that makes several models for
+                one task.
+        """
+        pool = taskpool.judging(data)
+        pool.per_class = pool.save_predictions = False
+        judge = Judge(modelpool, pool, fabric, "own_task", fast_dev_run)
+        if baselines != "none":
+            judge.judge_individuals()
+        metric = self._metric(judge)
+        individuals = dict(judge.models)
+        learned: dict[str, Any] = {}
+        candidates = []
+        for setting in bar(settings, f"searching on the {self.split} split", unit="setting"):
+            if seed is not None:  # so that a setting does not depend on those before it
+                fabric.seed_everything(seed, verbose=False)
+            method, source = setting.method, getattr(setting.method, "split", "")
+            if source not in learned:
+                learned[source] = tuning_data(method, modelpool, taskpool, fabric, allow_test_split)
+            judge.models = dict(individuals)
+            judge.judge_merged(held(fuse(method, modelpool, fabric, learned[source])))
+            judge.summarise()
+            candidates.append(_candidate(setting, judge, metric))
+        scores = [candidate.score for candidate in candidates]
+        winner = scores.index(max(scores))
+        return Search(
+            split=self.split,
+            metric=metric,
+            test_split=uses_test_split(data, taskpool),
+            judge_test=self.judge_test,
+            space=self.space,
+            tasks=describe_data(data),
+            candidates=candidates,
+            winner=winner,
+            method=settings[winner].node,
+        )
+
+    def _metric(self, judge: Judge) -> Metric:
+        """Return what settings are compared by."""
+        own = {task: r for model in judge.models.values() for task, r in model.tasks.items()}
+        without = [
+            task for task in judge.taskpool.task_names if task not in own or not own[task].accuracy
+        ]
+        if self.metric == "normalized_accuracy" and without:
+            raise FusionBenchError(
+                f"search.metric: there is no normalised accuracy on '{without[0]}', for no "
+                "individual model was judged there, or it is never right. Give "
+                "search.metric=accuracy."
+            )
+        return self.metric or ("accuracy" if without else "normalized_accuracy")
+
+
+def _candidate(setting: Setting, judge: Judge, metric: Metric) -> Candidate:
+    merged = {name: model for name, model in judge.models.items() if model.role == "merged"}
+    results = [(task, r) for model in merged.values() for task, r in model.tasks.items()]
+    tasks = dict(results)
+    if len(results) > len(tasks):
+        raise FusionBenchError(
+            f"search: {type(setting.method).__name__} makes several models for each task, "
+            f"{', '.join(merged)}, and no one figure tells what they are worth. Choose another "
+            "method."
+        )
+    scores, errors = zip(*(_score(result, metric) for result in tasks.values()), strict=True)
+    return Candidate(
+        options=setting.options,
+        score=fmean(scores),
+        score_stderr=hypot(*errors) / len(errors),
+        tasks=tasks,
+    )
+
+
+def _score(result: TaskResult, metric: Metric) -> tuple[float, float]:
+    """Return a task's figure and its standard error."""
+    if metric == "accuracy":
+        return result.accuracy, result.accuracy_stderr
+    normalized = result.normalized_accuracy or 0.0
+    scale = normalized / result.accuracy if result.accuracy else 0.0
+    return normalized, scale * result.accuracy_stderr

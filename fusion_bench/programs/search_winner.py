@@ -1,0 +1,172 @@
+"""Ends a search whose settings were judged by the jobs of a sweep."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric import Fabric
+from pydantic import ValidationError
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.programs.fusing import describe_data, uses_test_split
+from fusion_bench.programs.search import GridSearch, Setting
+from fusion_bench.report import Report, Search
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool import TuningImages
+
+
+class SearchWinner:
+    """Judges the best job of a sweep on the test split, once.
+
+    Args:
+        sweep: the sweep's directory. Its jobs had ``search.judge_test=false``, so that they were
+            judged on another split, and differ in the method's config alone.
+        output_dir: where the report goes; ``None`` writes none.
+        report_save_path: as in ``FabricModelFusionProgram``; so are the next two.
+        merged_model_save_path: directory for the winner.
+        overwrite: replace what is at these two paths.
+        dry_run: check this config and stop before anything is read.
+    """
+
+    def __init__(
+        self,
+        sweep: str,
+        output_dir: str | Path | None = None,
+        report_save_path: str | None = None,
+        merged_model_save_path: str | None = None,
+        overwrite: bool = False,
+        dry_run: bool = False,
+    ):
+        self.sweep = Path(sweep).absolute()
+        self.dry_run = dry_run
+        self._changes = {
+            "search": {"_target_": "fusion_bench.programs.SweptSearch", "sweep": str(self.sweep)},
+            "output_dir": output_dir,
+            "report_save_path": report_save_path,
+            "merged_model_save_path": merged_model_save_path,
+            "overwrite": overwrite,
+        }
+
+    def run(self) -> Report | None:
+        """Judge the winner; returns its report, or ``None`` after a dry run.
+
+        Raises:
+            FusionBenchError: no such jobs there, or jobs that differ in more than the method.
+        """
+        if self.dry_run:
+            return None
+        config = SweptSearch(str(self.sweep)).config
+        program: FabricModelFusionProgram = instantiate(config | self._changes)
+        return program.run()
+
+
+class SweptSearch:
+    """The settings that a sweep's jobs have judged; the best of them is the winner.
+
+    Args:
+        sweep: the sweep's directory.
+
+    Raises:
+        FusionBenchError: no such jobs there, or jobs that differ in more than the method.
+    """
+
+    judge_test = True
+
+    def __init__(self, sweep: str):
+        self.sweep = sweep
+        trials = _trials(Path(sweep))
+        self.config = trials[0].run.config
+        self._found = [trial.run.search for trial in trials if trial.run.search is not None]
+        self._grid = GridSearch({}, self._found[0].split, judge_test=False)
+        methods = [search.method for search in self._found]
+        keys = dict.fromkeys(key for method in methods for key in method)
+        self._varying = [k for k in keys if len(_distinct(m.get(k) for m in methods)) > 1]
+
+    def settings(self, method: Any) -> list[Setting]:
+        """Return the jobs' settings, whatever ``method`` is."""
+        return [
+            Setting(self._options(search), search.method, instantiate(search.method, "method"))
+            for search in self._found
+        ]
+
+    def data(
+        self, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
+    ) -> "dict[str, TuningImages]":
+        """Return what the settings were judged on."""
+        return self._grid.data(modelpool, taskpool, fabric, allow_test_split)
+
+    def run(
+        self,
+        settings: Sequence[Setting],
+        data: "Mapping[str, TuningImages]",
+        modelpool: Any,
+        taskpool: Any,
+        fabric: Fabric,
+        **_: Any,
+    ) -> Search:
+        """Return the jobs' figures with the winner.
+
+        Raises:
+            FusionBenchError: they were judged on other data than there is now.
+        """
+        now = describe_data(data)
+        if any(search.tasks != now for search in self._found):
+            raise FusionBenchError(
+                f"sweep: the jobs in '{self.sweep}' were judged on other data than there is now. "
+                "Sweep again."
+            )
+        candidates = [
+            search.best.model_copy(update={"options": setting.options})
+            for search, setting in zip(self._found, settings, strict=True)
+        ]
+        scores = [candidate.score for candidate in candidates]
+        winner = scores.index(max(scores))
+        return self._found[0].model_copy(
+            update={
+                "test_split": uses_test_split(data, taskpool),
+                "judge_test": True,
+                "space": {k: _distinct(c.options[k] for c in candidates) for k in self._varying},
+                "candidates": candidates,
+                "winner": winner,
+                "method": settings[winner].node,
+            }
+        )
+
+    def _options(self, search: Search) -> dict[str, Any]:
+        return {key: search.method.get(key) for key in self._varying}
+
+
+def _trials(sweep: Path) -> list[Report]:
+    """Return the reports of jobs that looked at no test split, in the order of their ending."""
+    trials = []
+    for path in sorted(sweep.rglob("report.json"), key=lambda path: path.stat().st_mtime_ns):
+        with suppress(ValidationError):
+            report = Report.load(path)
+            if report.run.search is not None and not report.run.search.judge_test:
+                trials.append(report)
+    if not trials:
+        raise FusionBenchError(
+            f"sweep: there is no job with search.judge_test=false in '{sweep}' that has a report. "
+            "Name the directory of such a sweep."
+        )
+    first = trials[0].run.config
+    for trial in trials:
+        for key in sorted({*first, *trial.run.config} - {"method"}):
+            if trial.run.config.get(key) != first.get(key):
+                raise FusionBenchError(
+                    f"sweep: the jobs in '{sweep}' differ in '{key}' and not in the method alone. "
+                    "Sweep its options, and nothing else, for one winner."
+                )
+    return trials
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found

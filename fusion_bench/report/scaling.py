@@ -1,0 +1,231 @@
+"""What merging more and larger models gains and loses, in curves.
+
+The measures are those of "What Matters for Model Merging at Scale?", https://arxiv.org/abs/2410.03617.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fusion_bench.report.page import render
+from fusion_bench.report.pictures import Line, panels_of_curves, standalone
+from fusion_bench.report.schema import Run, TaskResult
+from fusion_bench.storage import write_text
+from fusion_bench.tasks import canonical_name
+
+Normalizer = Literal["expert", "base", "none"]
+Side = Literal["held_in", "held_out"]
+SIDES: tuple[Side, Side] = ("held_in", "held_out")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Merge(_Strict):
+    """One merged model: how it was made, and its result on each task.
+
+    ``subset`` numbers the random choices of ``count`` experts.
+    """
+
+    base: str
+    method: str
+    count: int
+    subset: int
+    models: list[str]
+    tasks: dict[str, TaskResult]
+
+    def on(self, side: Side) -> list[str]:
+        """Return the tasks of the merged experts, ``held_in``, or the others."""
+        own = {canonical_name(model) for model in self.models}
+        return [task for task in self.tasks if (canonical_name(task) in own) == (side == "held_in")]
+
+
+class Base(_Strict):
+    """A pretrained model and its experts: each task's result by either."""
+
+    num_parameters: int
+    pretrained: dict[str, TaskResult]
+    experts: dict[str, TaskResult]
+
+
+class Point(_Strict):
+    """Fractions: the mean over the subsets of a score, and its standard deviation.
+
+    A score is the mean over the tasks of a category, and then over the categories.
+    """
+
+    base: str
+    method: str
+    side: Side
+    count: int
+    mean: float
+    spread: float
+    subsets: int
+
+
+class Study(_Strict):
+    """The result of a scaling study, as it stands in ``study.json``.
+
+    ``held_in`` and ``held_out`` tell by whose accuracy the merged model's is divided.
+    """
+
+    schema_version: Literal[1] = 1
+    run: Run
+    held_in: Normalizer
+    held_out: Normalizer
+    categories: dict[str, list[str]]
+    bases: dict[str, Base]
+    merges: list[Merge]
+    points: list[Point] = []
+
+    def score(self, merge: Merge, side: Side) -> float | None:
+        """Return a merged model's score; ``None`` without tasks, or where it cannot be divided."""
+        values: dict[str, float] = {}
+        normalizer = self.held_in if side == "held_in" else self.held_out
+        base = self.bases[merge.base]
+        references = {"expert": base.experts, "base": base.pretrained, "none": {}}[normalizer]
+        for task in merge.on(side):
+            value = merge.tasks[task].accuracy
+            if normalizer != "none":
+                if task not in references or not references[task].accuracy:
+                    return None
+                value /= references[task].accuracy
+            values[task] = value
+        return _by_category(values, self.categories)
+
+    def summarise(self) -> None:
+        """Fill in the points."""
+        self.points = [
+            Point(
+                base=base,
+                method=method,
+                side=side,
+                count=count,
+                mean=fmean(scores),
+                spread=pstdev(scores),
+                subsets=len(scores),
+            )
+            for side in SIDES
+            for base, method, count in dict.fromkeys(
+                (merge.base, merge.method, merge.count) for merge in self.merges
+            )
+            if (scores := list(self._scores(base, method, count, side)))
+        ]
+
+    def _scores(self, base: str, method: str, count: int, side: Side) -> Iterator[float]:
+        for merge in self.merges:
+            if (merge.base, merge.method, merge.count) == (base, method, count):
+                score = self.score(merge, side)
+                if score is not None:
+                    yield score
+
+    def title(self, side: Side) -> str:
+        """Return what a side's figures are."""
+        normalizer = self.held_in if side == "held_in" else self.held_out
+        of = {"expert": ", of the expert's", "base": ", of the pretrained model's", "none": ""}
+        return f"{side.replace('_', '-').capitalize()} accuracy{of[normalizer]}"
+
+    def pictures(self) -> dict[Side, str]:
+        """Return the curves of each side that has any, as SVG: a panel a base, a line a method."""
+        return {
+            side: panels_of_curves(
+                {base: self._lines(base, side) for base in self.bases},
+                self.title(side),
+                "number of merged experts",
+                whole=(self.held_in if side == "held_in" else self.held_out) != "none",
+            )
+            for side in SIDES
+            if any(point.side == side for point in self.points)
+        }
+
+    def _lines(self, base: str, side: Side) -> list[Line]:
+        methods = dict.fromkeys(merge.method for merge in self.merges)
+        lines = []
+        for method in methods:
+            own = [p for p in self.points if (p.base, p.method, p.side) == (base, method, side)]
+            own.sort(key=lambda point: point.count)
+            lines.append(
+                Line(method, [p.count for p in own], [p.mean for p in own], [p.spread for p in own])
+            )
+        return lines
+
+    def rows(self) -> list[list[str]]:
+        """Return the points as a table, with its header: percent, mean ± standard deviation."""
+        counts = sorted({merge.count for merge in self.merges})
+        rows = [["base", "method", "tasks", *map(str, counts)]]
+        known = {(p.base, p.method, p.side, p.count): p for p in self.points}
+        for base in self.bases:
+            for method in dict.fromkeys(merge.method for merge in self.merges):
+                for side in SIDES:
+                    found = [known.get((base, method, side, count)) for count in counts]
+                    cells = [
+                        "–" if p is None else f"{100 * p.mean:.1f} ± {100 * p.spread:.1f}"
+                        for p in found
+                    ]
+                    rows.append([base, method, side.replace("_", "-"), *cells])
+        return rows
+
+    def print(self, console: Console) -> None:
+        """Print the points."""
+        head, *body = self.rows()
+        table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
+        for index, name in enumerate(head):
+            table.add_column(Text(name), justify="right" if index > 2 else "left", no_wrap=True)
+        for row in body:
+            table.add_row(*map(Text, row))
+        console.print(table)
+
+    def markdown(self) -> str:
+        """Return the study as a Markdown page."""
+        escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
+        head, *body = self.rows()
+        table = [head, ["---"] * 3 + ["---:"] * (len(head) - 3), *body]
+        lines = [
+            "# Scaling study",
+            "",
+            f"- {len(self.merges)} merges, seed {self.run.seed}",
+            f"- device: {self.run.device}, precision {self.run.precision}",
+            f"- fusion_bench {self.run.version}, {self.run.created_at}",
+            "",
+            f"{self.title('held_in')}; {self.title('held_out').lower()}. Percent, mean over the "
+            "random subsets ± standard deviation, by the number of merged experts.",
+            "",
+        ]
+        lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in table]
+        return "\n".join(lines) + "\n"
+
+    def save(self, directory: Path) -> None:
+        """Write ``study.html``, ``.md`` and ``.json``, and each side's curves as SVG."""
+        from markupsafe import Markup
+
+        pictures = self.pictures()
+        values = {"study": self, "pictures": {side: Markup(p) for side, p in pictures.items()}}
+        write_text(directory / "study.html", render("study.html.j2", values))
+        for side, picture in pictures.items():
+            write_text(directory / f"{side}.svg", standalone(picture))
+        write_text(directory / "study.md", self.markdown())
+        write_text(directory / "study.json", self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """Read a study; raises pydantic's ``ValidationError`` where it is none."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _by_category(
+    values: Mapping[str, float], categories: Mapping[str, Sequence[str]]
+) -> float | None:
+    """Return the mean of the categories' means; a task of none is a category of its own."""
+    known = {task: category for category, tasks in categories.items() for task in tasks}
+    groups: dict[tuple[bool, str], list[float]] = {}
+    for task, value in values.items():
+        groups.setdefault((task in known, known.get(task, task)), []).append(value)
+    return fmean(map(fmean, groups.values())) if groups else None

@@ -1,0 +1,24 @@
+"""Ends a sweep whose jobs were judged on the validation split alone."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from fusion_bench.errors import FusionBenchError
+
+
+class JudgeWinner(Callback):
+    """Judges the best job on the test split, once; its report goes to ``winner/`` in the sweep."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Run ``SearchWinner``; the process fails where it does."""
+        from fusion_bench.programs import SearchWinner
+
+        sweep = Path(config.hydra.sweep.dir).absolute()
+        try:
+            SearchWinner(str(sweep), output_dir=sweep / "winner").run()
+        except FusionBenchError as error:  # Hydra would make a warning of it
+            sys.exit(f"fusion_bench: {error}")
