@@ -4,7 +4,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from browser import console, open_page, requests
 from fixtures_report import report
+from selenium.webdriver import Chrome
 
 from fusion_bench.report import TaskResult
 from fusion_bench.report.scaling import Base, Merge, Study
@@ -102,3 +104,16 @@ def test_the_files(tmp_path: Path) -> None:
     rows = (tmp_path / "study.md").read_text().splitlines()
     assert "| &lt;i>one&lt;/i> | mean | held-in | 66.2 ± 3.7 | 58.3 ± 0.0 |" in rows
     assert "| &lt;i>one&lt;/i> | mean | held-out | 87.5 ± 37.5 | – |" in rows
+
+
+def test_the_page_in_a_browser(browser: Chrome, tmp_path: Path) -> None:
+    study().save(tmp_path)
+    page = tmp_path / "study.html"
+    open_page(browser, page, width=360)
+    browser.execute_script("document.querySelector('details').open = true")
+    assert browser.title == "Scaling study" and console(browser) == []
+    assert [url for url in requests(browser) if not url.startswith("data:")] == [page.as_uri()]
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+    assert "<i>one</i>" in browser.find_element("tag name", "body").text
+    lines = browser.find_elements("css selector", "svg path[style*='#0072b2']")
+    assert lines and len(page.read_bytes()) < 200_000
