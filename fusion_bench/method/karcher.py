@@ -5,17 +5,21 @@ the mean of the models' lengths. Karcher, Riemannian center of mass and mollifie
 https://doi.org/10.1002/cpa.3160300502
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import combined, directions
 
 
 class KarcherMeanAlgorithm(TensorwiseAlgorithm):
-    """The mean on the sphere of any number of models, in whatever order, tensor by tensor.
+    """The mean on the sphere of any number of models, tensor by tensor.
+
+    Opposite directions have no mean; then the result has the first model's.
 
     Args:
         max_iter: steps at most.
@@ -31,6 +35,8 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
         show_pbar: bool = True,
         inplace: bool = False,
     ):
+        check_between("method.max_iter", max_iter, 0, math.inf)
+        check_between("method.tol", tol, 0, math.inf)
         self.max_iter = max_iter
         self.tol = tol
         self.show_pbar = show_pbar
@@ -66,7 +72,7 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
             scales = torch.where(angles > self.tol, angles / torch.sin(angles), 0)
             step = (scales - (scales @ to_mean) * mean) / len(mean)
             distance = length(step)
-            if distance < self.tol:
+            if distance <= self.tol:
                 break
             mean = torch.cos(distance) * mean + torch.sin(distance) / distance * step
             mean = mean / length(mean)

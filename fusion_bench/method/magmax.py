@@ -40,7 +40,7 @@ class MagMaxAlgorithm(TensorwiseAlgorithm):
             torch.maximum(up, vector, out=up)
             torch.minimum(down, vector, out=down)
         sign = (up + down).sign_()
-        opposite = (1 - sign.abs()).mul_(up)  # equally large ones
+        opposite = (1 - sign.abs()).mul_(up).nan_to_num_()  # equally large ones
         if opposite.numel() and opposite.amax() > 0:
             return base + self._of_equals(key, tensors, base) * self.scaling_factor
         largest = up.mul_(sign.clamp(min=0)).sub_(down.mul_(sign.clamp_(max=0)))

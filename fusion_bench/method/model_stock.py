@@ -27,6 +27,8 @@ Average = Literal["cosine", "angle"]
 class ModelStock(TensorwiseAlgorithm):
     """A point between the pretrained model and the average, tensor by tensor.
 
+    Entries of a single number are averaged plainly.
+
     Args:
         ignore_keys: keys, or patterns of them, of entries that are averaged plainly.
         average: of more than two models, average the ``cosine`` or the ``angle`` between pairs.
@@ -70,8 +72,8 @@ class ModelStock(TensorwiseAlgorithm):
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
             mean = sum(tensors[1:], tensors[0].clone()) / len(tensors)
-            if matches(key, self.ignore_keys):
-                return mean
+            if matches(key, self.ignore_keys) or base.numel() < 2:
+                return mean  # two numbers lie at no angle to each other
             share = self._share_of([tensor - base for tensor in tensors])
             if not 0 <= share <= 1:
                 warn()
@@ -87,5 +89,6 @@ class ModelStock(TensorwiseAlgorithm):
 
     def _share(self, cos: float, models: int) -> float:
         denominator = (models - 1) * cos + 1
-        share = models * cos / denominator if denominator else math.copysign(math.inf, cos)
+        # Task vectors that cancel out have no angle to speak of, and nothing to add.
+        share = models * cos / denominator if denominator else 0.0
         return max(0.0, min(1.0, share)) if self.clamp else share

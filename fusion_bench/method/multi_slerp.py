@@ -8,12 +8,13 @@ that direction; but this mean is always zero.
 Goddard, Multi-SLERP, 2024, as published with mergekit.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import combined, directions
 from fusion_bench.weights import Inputs
@@ -45,6 +46,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
     ):
         self.weights = None if weights is None else list(weights)
         self.normalize_weights = normalize_weights
+        check_between("method.eps", eps, 0, math.inf)
         self.eps = eps
         self.show_pbar = show_pbar
         self.inplace = inplace
@@ -75,7 +77,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
                     f"Multi-SLERP: the models' directions cancel out in '{key}'. Use other weights."
                 )
         else:
-            units = weights / (norms + self.eps)
-            weights = units / length * (weights @ norms)
+            lengths = torch.where(norms > 0, norms + self.eps, 1)
+            weights = weights / lengths / length * (weights @ norms)
         merged = combined(vectors, weights)
         return merged if base is None else merged.add_(base)

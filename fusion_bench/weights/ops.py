@@ -121,7 +121,8 @@ def disjoint_merge(
         if signs is not None:
             counts.add(signs)
     sign = values.total.sign()
-    contested = (1 - sign.abs()).mul_(values.sizes)
+    # An element that is not finite must not hide the others.
+    contested = (1 - sign.abs()).mul_(values.sizes).nan_to_num_()
     if contested.numel() and contested.amax() > 0:
         sign.add_(contested.sign_(), alpha=zero_sign())
     merged = farthest.of(sign) if func == "max" else values.of(sign)

@@ -23,6 +23,7 @@ FILES = [
 HYDRAS_OWN = [name for name in FILES if name.startswith(("hydra/", "launcher/"))]
 #: What a config needs from the command line; its own comment says so.
 NEEDS = {
+    "compare": ["reports=[a/report.json,b/report.json]"],
     "merge_llm": ["+modelpool.models.a=owner/a"],
     "search_winner": ["sweep=multirun/sweep"],
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fixtures_method import merged
 
+from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import KarcherMeanAlgorithm
 
 
@@ -28,3 +29,11 @@ def test_a_tensor_of_zeros_counts_in_the_length_alone() -> None:
     result = merged(KarcherMeanAlgorithm(), [[0.0, 0.0], [4.0, 0.0]])
     assert result.tolist() == pytest.approx([2, 0])
     assert merged(KarcherMeanAlgorithm(), [[0.0, 0.0]] * 2).tolist() == [0, 0]
+
+
+def test_steps_may_go_on_to_the_end() -> None:
+    exact = merged(KarcherMeanAlgorithm(max_iter=50, tol=0), [[1.0, 0.0], [0.0, 3.0]])
+    assert exact.tolist() == pytest.approx([math.sqrt(2), math.sqrt(2)])
+    assert merged(KarcherMeanAlgorithm(tol=0), [[1.0, 2.0]] * 2).tolist() == pytest.approx([1, 2])
+    with pytest.raises(FusionBenchError, match=r"method\.tol"):
+        KarcherMeanAlgorithm(tol=-1)

@@ -74,3 +74,10 @@ def test_a_share_beyond_the_models_is_told_once(caplog: pytest.LogCaptureFixture
     merged(ModelStock(), at(0, 60), ZERO)
     merged(ModelStock(clamp=True), at(0, 170), ZERO)
     assert not caplog.text
+
+
+def test_a_single_number_is_averaged_plainly() -> None:
+    assert merged(ModelStock(), [[1.0], [-1.5]], [0.0]).tolist() == [-0.25]
+    assert merged(ModelStock(average="angle"), [[1.0], [-1.0], [2.0]], [0.0]).tolist() == [
+        pytest.approx(2 / 3)
+    ]

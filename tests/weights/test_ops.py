@@ -175,6 +175,12 @@ def test_disjoint_merge_shows_what_is_not_finite(func: Any, value: float) -> Non
         assert not disjoint_merge(vectors, func, lambda: 1).isfinite().any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 2e38])
+def test_what_is_not_finite_leaves_the_other_elements_alone(value: float) -> None:
+    vectors = [torch.tensor([value, 1.0, 1.0]), torch.tensor([value, -1.0, 2.0])]
+    assert disjoint_merge(vectors, "max", lambda: -1)[1:].tolist() == [-1, 2]
+
+
 @given(models_of_quarters)
 @quick
 def test_elected_signs_are_those_of_the_sum(models: list[list[float]]) -> None:
