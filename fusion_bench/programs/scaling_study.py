@@ -276,7 +276,7 @@ def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, 
 def _method(method: Any, seed: int) -> tuple[str, Any]:
     """Return a method's name and node."""
     if isinstance(method, str):
-        return method.rpartition("/")[2], composed(f"method={method}", f"seed={seed}")["method"]
+        return method, composed(f"method={method}", f"seed={seed}")["method"]
     if not isinstance(method, Mapping) or "_target_" not in method:
         raise FusionBenchError(f"methods: '{method}' is neither a config's name nor a config node.")
     return str(method["_target_"]).rpartition(".")[2], seeded(method, seed)

@@ -134,7 +134,9 @@ def test_mistakes_give_one_clear_message(config: Config) -> None:
 
 
 def test_a_model_for_each_task_is_refused(config: Config) -> None:
-    with pytest.raises(FusionBenchError, match="methods: task_arithmetic makes several models"):
+    with pytest.raises(
+        FusionBenchError, match="methods: tall_mask/task_arithmetic makes several models"
+    ):
         run(config, methods=["tall_mask/task_arithmetic"], counts=[2])
 
 
