@@ -255,8 +255,11 @@ def _line(record: Record, directory: Path) -> str:
     from fusion_bench.report import Report, comparison
 
     report = Report.load(directory / "report.json")
-    row = comparison(report)[-1]
-    cells = {"average": row.average, "normalised": row.normalized}
+    cells: dict[str, float | None] = {}
+    for row in comparison(report)[-1:]:
+        cells = {"average": row.average, "normalised": row.normalized}
+    if report.objective is not None:
+        cells["validation"] = 100 * report.objective
     figures = [f"{name} {value:.1f}" for name, value in cells.items() if value is not None]
     return f"{record.name}: {', '.join([*figures, f'{report.run.seconds.total:.1f} s'])}"
 
