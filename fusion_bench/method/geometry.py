@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.weights import Inputs
-from fusion_bench.weights.matrices import inner_products
 
 
 def lerp(start: Tensor, end: Tensor, t: float) -> Tensor:
@@ -29,20 +28,21 @@ def cosine(one: Tensor, other: Tensor, epsilon: float = 0.0) -> float:
     return max(-1.0, min(1.0, float((one / norms[0]) @ (other / norms[1]))))
 
 
-def cosines(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the cosines between all pairs of tensors taken as vectors, in float64.
+def directions(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and norms of vectors that have these inner products.
 
     One that is zero has no direction: its cosines are 0.
     """
-    return directions(tensors)[0]
-
-
-def directions(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the cosines between all pairs of tensors taken as vectors, and their norms."""
-    products = inner_products(tensors).cpu()
     norms = products.diagonal().sqrt()
     length = torch.where(norms > 0, norms, 1)
     return (products / length / length[:, None]).clamp_(-1, 1), norms
+
+
+def themselves(
+    key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+) -> Sequence[Tensor]:
+    """Return the tensors, as what a statistic is taken of."""
+    return tensors
 
 
 def combined(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:

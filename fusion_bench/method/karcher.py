@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import combined, directions
+from fusion_bench.method.geometry import combined, directions, themselves
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.statistics import products
 
 
 class KarcherMeanAlgorithm(TensorwiseAlgorithm):
@@ -27,6 +29,8 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
         show_pbar: show a progress bar.
         inplace: write to the first module, of modules given as a dict.
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -42,15 +46,23 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
         self.show_pbar = show_pbar
         self.inplace = inplace
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return the mean; the pretrained model is not part of it."""
-        cosines, norms = directions(tensors)
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Find each entry's weights; the pretrained model is not part of the mean."""
+        weights = {key: self._weights(own) for key, own in products(inputs, themselves).items()}
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            return combined(tensors, weights[key])
+
+        return merge
+
+    def _weights(self, products: Tensor) -> Tensor:
+        """Return how much of each model is in the mean."""
+        cosines, norms = directions(products)
         there = norms > self.tol
-        if not there.any():
-            return torch.zeros_like(tensors[0])
         weights = torch.zeros_like(norms)
-        weights[there] = self._mean(cosines[there][:, there]) / norms[there]
-        return combined(tensors, weights * norms.mean())
+        if there.any():
+            weights[there] = self._mean(cosines[there][:, there]) / norms[there]
+        return weights * norms.mean()
 
     def _mean(self, cosines: Tensor) -> Tensor:
         """Return the mean direction as a sum of directions that have these cosines.

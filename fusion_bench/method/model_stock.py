@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import cosines
+from fusion_bench.method.geometry import directions
 from fusion_bench.weights import Inputs, MergePiece, matches
-from fusion_bench.weights.statistics import once
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.statistics import products
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class ModelStock(TensorwiseAlgorithm):
     """
 
     needs_pretrained = True
+    elementwise = True
 
     def __init__(
         self,
@@ -61,31 +63,32 @@ class ModelStock(TensorwiseAlgorithm):
             raise FusionBenchError("Model Stock needs at least two models besides '_pretrained_'.")
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Tell, once, that a share is beyond the two models."""
-        warn = once(
-            lambda: log.warning(
+        """Find the share of the average in each entry."""
+        shares = {
+            key: self._share_of(own)
+            for key, own in products(inputs, task_vectors).items()
+            # Between single numbers there are no angles.
+            if inputs.merged(key) > 1 and not matches(key, self.ignore_keys)
+        }
+        if any(not 0 <= share <= 1 for share in shares.values()):
+            log.warning(
                 "Model Stock: some task vectors point away from each other, and the result lies "
                 "beyond the models or far off. Give method.clamp=true to keep it between them."
             )
-        )
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
-            mean = sum(tensors[1:], tensors[0].clone()) / len(tensors)
-            if matches(key, self.ignore_keys) or base.numel() < 2:
-                return mean  # two numbers lie at no angle to each other
-            share = self._share_of([tensor - base for tensor in tensors])
-            if not 0 <= share <= 1:
-                warn()
-            return base + (mean - base) * share
+            mean = sum(tensors[1:], tensors[0].clone()).div_(len(tensors))
+            share = shares.get(key)
+            return mean if share is None else mean.sub_(base).mul_(share).add_(base)
 
         return merge
 
-    def _share_of(self, task_vectors: Sequence[Tensor]) -> float:
-        found = cosines(task_vectors)
+    def _share_of(self, products: Tensor) -> float:
+        found, _ = directions(products)
         pairs = [float(found[i, j]) for i, j in combinations(range(len(found)), 2)]
         cos = fmean(pairs) if self.average == "cosine" else math.cos(fmean(map(math.acos, pairs)))
-        return self._share(cos, len(task_vectors))
+        return self._share(cos, len(found))
 
     def _share(self, cos: float, models: int) -> float:
         denominator = (models - 1) * cos + 1

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import combined, directions
-from fusion_bench.weights import Inputs
+from fusion_bench.method.geometry import combined, directions, themselves
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.statistics import products
 
 #: What is left of a length of 0 that is computed from its square, in float64.
 _ROUNDING = 1e-7
@@ -35,6 +37,8 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
         show_pbar: show a progress bar.
         inplace: write to the first module, of modules given as a dict.
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -62,22 +66,33 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
         if self.weights is not None and self.normalize_weights and sum(self.weights) == 0:
             raise FusionBenchError("method.weights: they add up to zero.")
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return the mean on the sphere, of the tensors or of the task vectors."""
-        vectors = tensors if base is None else [tensor - base for tensor in tensors]
-        cosines, norms = directions(vectors)
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Find each entry's weights: of the tensors, or of the task vectors."""
+        vectors = themselves if inputs.aligned.base is None else task_vectors
+        weights = {
+            key: self._weights(key, inputs.merged(key), own)
+            for key, own in products(inputs, vectors).items()
+        }
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            merged = combined(list(vectors(key, start, tensors, base)), weights[key])
+            return merged if base is None else merged.add_(base)
+
+        return merge
+
+    def _weights(self, key: str, size: int, products: Tensor) -> Tensor:
+        """Return how much of each tensor is in the mean."""
+        cosines, norms = directions(products)
         weights = torch.tensor(self.weights or [1.0] * len(norms), dtype=torch.float64)
         if self.normalize_weights:
             weights = weights / weights.sum()
         length = (weights @ cosines @ weights).clamp(min=0).sqrt()
         if length < max(self.eps, _ROUNDING):
             # A number alone has no direction but its sign, which often cancels out.
-            if len(norms) > 2 and norms.any() and tensors[0].numel() > 1:
+            if len(norms) > 2 and norms.any() and size > 1:
                 raise FusionBenchError(
                     f"Multi-SLERP: the models' directions cancel out in '{key}'. Use other weights."
                 )
-        else:
-            lengths = torch.where(norms > 0, norms + self.eps, 1)
-            weights = weights / lengths / length * (weights @ norms)
-        merged = combined(vectors, weights)
-        return merged if base is None else merged.add_(base)
+            return weights
+        lengths = torch.where(norms > 0, norms + self.eps, 1)
+        return weights / lengths / length * (weights @ norms)

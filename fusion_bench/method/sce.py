@@ -12,7 +12,10 @@ from torch import Tensor
 
 from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import Inputs, MergePiece, everywhere
 from fusion_bench.weights.matrices import inner_products
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.statistics import products
 
 
 class SCEAlgorithm(TensorwiseAlgorithm):
@@ -29,29 +32,31 @@ class SCEAlgorithm(TensorwiseAlgorithm):
     def __init__(self, select_topk: float = 1.0, show_pbar: bool = True, inplace: bool = False):
         check_between("method.select_topk", select_topk, 0, 1)
         self.select_topk = select_topk
+        self.elementwise = select_topk == 1
         self.show_pbar = show_pbar
         self.inplace = inplace
 
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Weigh the models in each entry; where elements are selected, entry by entry."""
+        if self.select_topk < 1:
+            return everywhere(self.merge_tensor)
+        energies = {k: own.diagonal() for k, own in products(inputs, task_vectors).items()}
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            vectors = list(task_vectors(key, start, tensors, base))
+            return _of_majority(vectors, energies[key]).add_(base)
+
+        return merge
+
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus the merged task vector."""
+        """Return ``base`` plus what the selected elements give."""
         assert base is not None
         vectors = [tensor - base for tensor in tensors]
-        if self.select_topk < 1:
-            selected = self._selected(vectors)
-            for vector in vectors:
-                vector.mul_(selected)
-        energy = inner_products(vectors).diagonal()
-        total = energy.sum()
-        weights = energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))
-        sign = sum(vectors[1:], vectors[0]).sign()
-        sign += 1 - sign.abs()  # a sum of 0 counts as positive
-        merged, weight = torch.zeros_like(base), torch.zeros_like(base)
-        for vector, share in zip(vectors, weights.tolist(), strict=True):
-            agreeing = vector.mul_(sign).clamp_(min=0)
-            merged.add_(agreeing, alpha=share)
-            weight.add_(agreeing.sign_(), alpha=share)
-        none = weight == 0
-        return merged.div_(weight.masked_fill_(none, 1)).mul_(sign).add_(base)
+        selected = self._selected(vectors)
+        for vector in vectors:
+            vector.mul_(selected)
+        return _of_majority(vectors, inner_products(vectors).diagonal()).add_(base)
 
     def _selected(self, task_vectors: Sequence[Tensor]) -> Tensor:
         """Return 1 where elements vary most between the models, the first of equal ones; else 0."""
@@ -60,3 +65,17 @@ class SCEAlgorithm(TensorwiseAlgorithm):
         kept = torch.zeros_like(task_vectors[0]).view(-1)
         kept[variance.argsort(descending=True, stable=True)[:count]] = 1
         return kept.view(task_vectors[0].shape)
+
+
+def _of_majority(vectors: Sequence[Tensor], energy: Tensor) -> Tensor:
+    """Return the mean, by energy, of the values that have the sum's sign; they are written to."""
+    total = energy.sum()
+    weights = energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))
+    sign = sum(vectors[1:], vectors[0]).sign()
+    sign += 1 - sign.abs()  # a sum of 0 counts as positive
+    merged, weight = torch.zeros_like(sign), torch.zeros_like(sign)
+    for vector, share in zip(vectors, weights.tolist(), strict=True):
+        agreeing = vector.mul_(sign).clamp_(min=0)
+        merged.add_(agreeing, alpha=share)
+        weight.add_(agreeing.sign_(), alpha=share)
+    return merged.div_(weight.masked_fill_(weight == 0, 1)).mul_(sign)

@@ -1,6 +1,5 @@
 """How the task vectors of several models lie to each other, in each part of the network."""
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fusion_bench.weights.inputs import Inputs
-from fusion_bench.weights.matrices import inner_products
 from fusion_bench.weights.ops import block, task_vectors
+from fusion_bench.weights.statistics import products
 
 
 @dataclass(frozen=True)
@@ -33,24 +32,13 @@ def similarity(inputs: Inputs) -> list[Part]:
     The whole network is the first part. Parts follow in the order of the keys. What is summed up
     is summed in float64, in an order that does not depend on threads.
     """
-    products: dict[tuple[str, int], Tensor] = {}
-    lock = threading.Lock()
-
-    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
-        found = inner_products(list(task_vectors(key, start, tensors, base))).cpu()
-        with lock:
-            products[key, start] = found
-
-    inputs.survey(look)
-    models = len(inputs.names)
-    totals: dict[str, Tensor] = {"all": torch.zeros(models, models, dtype=torch.float64)}
+    found = products(inputs, task_vectors)
     names = _parts(list(inputs))
-    for key in inputs:
-        for place in sorted(place for place in products if place[0] == key):
-            zero = torch.zeros(models, models, dtype=torch.float64)
-            totals.setdefault(names[key], zero).add_(products[place])
-            totals["all"] += products[place]
-    return [_part(name, total) for name, total in totals.items()]
+    totals: dict[str, Tensor] = {"all": torch.zeros(())}
+    for key, own in found.items():
+        for name in ("all", names[key]):
+            totals[name] = totals.get(name, torch.zeros(())) + own
+    return [_part(name, total) for name, total in totals.items() if total.ndim]
 
 
 def _part(name: str, products: Tensor) -> Part:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_bench.weights.inputs import Inputs
+from fusion_bench.weights.matrices import inner_products
 from fusion_bench.weights.stream import PIECE
 
 T = TypeVar("T")
@@ -54,6 +55,22 @@ def _sum(piece: Tensor) -> float:
     rows = len(piece) // _ROW
     heads = piece[: rows * _ROW].view(rows, _ROW).sum(1, dtype=torch.float64)
     return float(heads.sum() + piece[rows * _ROW :].sum(dtype=torch.float64))
+
+
+def products(inputs: Inputs, vectors: Values) -> dict[str, Tensor]:
+    """Return, for each merged entry, the inner products of all pairs of quantities, in float64."""
+    parts: dict[str, dict[int, Tensor]] = {}
+
+    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        found = inner_products(list(vectors(key, start, tensors, base)))
+        parts.setdefault(key, {})[start] = found.cpu()
+
+    inputs.survey(look)
+    return {
+        key: torch.stack([parts[key][start] for start in sorted(parts[key])]).sum(0)
+        for key in inputs
+        if key in parts
+    }
 
 
 def total(sums: dict[str, list[float]]) -> list[float]:
