@@ -16,14 +16,13 @@ from fusion_bench.errors import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
-from fusion_bench.report.differences import print_differences
 from fusion_bench.report.side_by_side import (
     Judged,
     common_tasks,
     models_side_by_side,
     obstacles,
 )
-from fusion_bench.report.table import wide_console
+from fusion_bench.report.table import print_differences, wide_console
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +95,13 @@ class CompareProgram:
             log.warning("Not comparable: %s.", obstacle)
         models, answers = models_side_by_side(runs)
         first = next(iter(runs.values())).report
+        judged = {t: result.num_samples for m in models.values() for t, result in m.tasks.items()}
         report = Report(
-            run=self._described(runs, time.perf_counter() - start),
-            tasks={task: first.tasks[task] for task in tasks},
+            run=self._described(runs, time.perf_counter() - start, found),
+            tasks={
+                task: first.tasks[task].model_copy(update={"num_samples": judged[task]})
+                for task in tasks
+            },
             models=models,
         )
         report.comparisons = compare_contenders(report, answers)
@@ -106,7 +109,7 @@ class CompareProgram:
         print_differences(report, wide_console())
         return report
 
-    def _described(self, runs: Mapping[str, Judged], seconds: float) -> Run:
+    def _described(self, runs: Mapping[str, Judged], seconds: float, found: Sequence[str]) -> Run:
         """Return the account of this comparison; what the runs differ in is listed."""
         described = [judged.report.run for judged in runs.values()]
         return Run(
@@ -120,6 +123,7 @@ class CompareProgram:
             device=", ".join(dict.fromkeys(run.device for run in described)),
             world_size=1,
             packages={},
+            notes=[f"Not comparable: {obstacle}." for obstacle in found],
             seconds=Seconds(load=round(seconds, 3), fuse=0, evaluate=0, total=round(seconds, 3)),
         )
 
@@ -156,4 +160,5 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
         names = [" ".join(own[-count:]) for own in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, paths, strict=True))
-    raise FusionBenchError("reports: one is named twice.")
+    twice = next(path for path in paths if paths.count(path) > 1)
+    raise FusionBenchError(f"reports: '{twice}' is named twice.")

@@ -70,6 +70,7 @@ class Line(_Strict):
     accuracy_stderr: float
     normalized_accuracy: float | None
     tasks: dict[str, float]
+    task_stderrs: dict[str, float]
     stderr: float
     difference: Difference | None = None
 
@@ -184,6 +185,7 @@ class _Entry:
             accuracy_stderr=average.accuracy_stderr,
             normalized_accuracy=average.normalized_accuracy,
             tasks={task: result.accuracy for task, result in self.results.items()},
+            task_stderrs={task: r.accuracy_stderr for task, r in self.results.items()},
             stderr=math.hypot(*errors) / len(errors),
         )
 

@@ -16,8 +16,8 @@ from fusion_bench.report.table import (
     markdown_table,
     markdown_text,
     rich_table,
-    shown,
     table_width,
+    with_stderr,
 )
 from fusion_bench.storage import write_text
 
@@ -35,6 +35,7 @@ _TEX = str.maketrans(
         "|": r"\textbar{}",
         '"': r"\textquotedbl{}",
         "–": "--",
+        "±": r"\textpm{}",
         **{character: f"\\{character}" for character in "&%$#_{}"},
     }
 )
@@ -66,7 +67,7 @@ def markdown(board: Leaderboard) -> str:
         if table.facts:
             lines += [f"{key}: {markdown_text(value)}  " for key, value in table.facts.items()]
             lines += [""]
-        lines += [*markdown_table(*_grid(table), left=2), "", table.sentence(), ""]
+        lines += [*markdown_table(*_grid(table, errors=True), left=2), "", table.sentence(), ""]
     if board.failures:
         lines += ["## Failed", ""]
         lines += [f"- {markdown_text(f.name)}: {markdown_text(f.message)}" for f in board.failures]
@@ -79,16 +80,18 @@ def table_of_values(board: Leaderboard) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     head = ["table", "rank", "name", "role", "directory", "normalized_accuracy", "accuracy"]
-    writer.writerow([*head, "accuracy_stderr", *map(_unevaluated, tasks), "error"])
+    columns = [column for task in tasks for column in (task, f"{task} stderr")]
+    writer.writerow([*head, "accuracy_stderr", *map(_unevaluated, columns), "error"])
     for number, table in enumerate(board.tables, start=1):
         for line in table.lines:
             own = [line.normalized_accuracy, line.accuracy, line.accuracy_stderr]
-            own += [line.tasks.get(task) for task in tasks]
+            for task in tasks:
+                own += [line.tasks.get(task), line.task_stderrs.get(task)]
             texts = map(_unevaluated, (line.name, line.role, line.directory))
             writer.writerow([number, line.rank, *texts, *own, None])
     for failure in board.failures:
         texts = map(_unevaluated, (failure.name, "", failure.directory))
-        blank = [None] * (3 + len(tasks))
+        blank = [None] * (3 + len(columns))
         writer.writerow([None, None, *texts, *blank, _unevaluated(failure.message)])
     return file.getvalue()
 
@@ -96,8 +99,9 @@ def table_of_values(board: Leaderboard) -> str:
 def tex(board: Leaderboard) -> str:
     """Return the tables for a paper: to be read by ``input``, with the package ``booktabs``."""
     parts = [r"% \usepackage{booktabs}"]
+    parts += [f"% failed: {' '.join(f.name.split())}" for f in board.failures]
     for table in board.tables:
-        header, body = _grid(table)
+        header, body = _grid(table, errors=True)
         parts += [
             "% " + " ".join(line.split())
             for line in (table.sentence(), *(f"{k}: {v}" for k, v in table.facts.items()))
@@ -133,22 +137,24 @@ def print_leaderboard(board: Leaderboard, console: Console) -> None:
         console.print(Text(f"failed: {failure.name}: {failure.message}", style="red"))
 
 
-def _grid(table: Standings) -> tuple[list[str], list[list[str]]]:
+def _grid(table: Standings, *, errors: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows; with ``errors`` each accuracy has its standard error."""
+
+    def cell(value: float | None, stderr: float | None) -> str:
+        values = (None if v is None else 100 * v for v in (value, stderr if errors else None))
+        return with_stderr(*values)
+
     header = ["rank", "accuracy, %", "normalised", "average", *table.tasks]
     return header, [
         [
             "–" if line.rank is None else str(line.rank),
             line.name,
-            _percent(line.normalized_accuracy),
-            _percent(line.accuracy),
-            *(_percent(line.tasks.get(task)) for task in table.tasks),
+            cell(line.normalized_accuracy, None),
+            cell(line.accuracy, line.accuracy_stderr),
+            *(cell(line.tasks.get(t), line.task_stderrs.get(t)) for t in table.tasks),
         ]
         for line in table.lines
     ]
-
-
-def _percent(fraction: float | None) -> str:
-    return shown(None if fraction is None else 100 * fraction)
 
 
 def _unevaluated(text: str) -> str:

@@ -195,6 +195,7 @@ class Run(_Strict):
     packages: dict[str, str]
     seconds: Seconds
     inputs: dict[str, str] = {}
+    notes: list[str] = []
     tuning: Tuning | None = None
     search: Search | None = None
 

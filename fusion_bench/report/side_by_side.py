@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_bench.report.answers import Answers, TaskAnswers
-from fusion_bench.report.schema import Average, ModelResult, Report
+from fusion_bench.report.schema import ModelResult, Report, TaskResult, summarise
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _facts(task: str, first: Judged, other: Judged) -> Iterator[tuple[str, objec
     mine, theirs = first.answers.tasks[task], other.answers.tasks[task]
     if one.num_samples == two.num_samples and not np.array_equal(mine.samples, theirs.samples):
         yield f"{task}: choice of samples", "one", "another"
-    elif one.fingerprint == two.fingerprint and not np.array_equal(mine.labels, theirs.labels):
+    elif one.num_samples == two.num_samples and not np.array_equal(mine.labels, theirs.labels):
         yield f"{task}: labels", "some", "others"
     yield (
         f"{task}: classes, prompts or text tower",
@@ -66,21 +66,27 @@ def _short(sha256: str | None) -> str:
 
 
 def models_side_by_side(runs: Mapping[str, Judged]) -> tuple[dict[str, ModelResult], Answers]:
-    """Return all runs' models, and what they answered on the samples that all runs have.
+    """Return all runs' models, judged on the samples that all runs have, and their answers.
 
-    A merged model bears its run's name. A baseline that several runs have in common is there once.
-    Only tasks that all runs have are looked at.
+    A merged model bears its run's name. A baseline that did the same in several runs is there
+    once. Only tasks that all runs have are looked at. Where the runs have no samples in common, or
+    other labels for them, the figures are what each run found, and there are no answers.
     """
     tasks = common_tasks(runs)
     models: dict[str, ModelResult] = {}
     answers = Answers()
     chosen = {task: _common_samples(task, runs) for task in tasks}
     for label, run in runs.items():
-        for name, model in run.report.models.items():
-            own = _on(model, tasks)
+        judged = {
+            name: _on(name, model, tasks, run.answers, chosen)
+            for name, model in run.report.models.items()
+        }
+        summarise(judged, run.report.own_models())
+        for name, own in judged.items():
+            model = run.report.models[name]
             shown = name if model.role != "merged" else _labelled(label, name)
             if shown in models:
-                if models[shown].weights_sha256 == own.weights_sha256:
+                if models[shown] == own:
                     continue
                 shown = f"{name} ({label})"
             models[shown] = own
@@ -109,8 +115,20 @@ def _common_samples(task: str, runs: Mapping[str, Judged]) -> NDArray[np.int32]:
     return samples if same else samples[:0]
 
 
-def _on(model: ModelResult, tasks: list[str]) -> ModelResult:
-    """Return a model's results on some tasks."""
-    results = {task: result for task, result in model.tasks.items() if task in tasks}
-    average = Average.over(results.values()) if results else None
-    return model.model_copy(update={"tasks": results, "average": average})
+def _on(
+    name: str,
+    model: ModelResult,
+    tasks: list[str],
+    answers: Answers,
+    chosen: Mapping[str, NDArray[np.int32]],
+) -> ModelResult:
+    """Return a model's results on some tasks, and of these on the chosen samples."""
+    results = {}
+    for task in (task for task in model.tasks if task in tasks):
+        found, result = answers.tasks[task], model.tasks[task]
+        keep = np.isin(found.samples, chosen[task])
+        if keep.any() and not keep.all():
+            right, size = int(found.right(name)[keep].sum()), int(keep.sum())
+            result = TaskResult.from_counts(right, result.loss * size, size)
+        results[task] = result.model_copy()
+    return model.model_copy(update={"tasks": results, "average": None})

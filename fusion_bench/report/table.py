@@ -9,19 +9,23 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fusion_bench.report.schema import Average, Contender, Report
+from fusion_bench.report.schema import Average, Contender, Difference, Report, Search
 
 _ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model's accuracies in percent, one per task; ``None`` where it was not judged."""
+    """A model's accuracies in percent, one per task; ``None`` where it was not judged.
+
+    ``stderrs`` are the standard errors of these, and last that of the average.
+    """
 
     name: str
     cells: list[float | None]
     average: float | None
     normalized: float | None
+    stderrs: list[float | None]
 
 
 def comparison(report: Report) -> list[Row]:
@@ -37,6 +41,10 @@ def _row(contender: Contender, report: Report) -> Row:
         [_percent(results[t].accuracy if t in results else None) for t in report.tasks],
         _percent(average.accuracy if average else None),
         _percent(average.normalized_accuracy if average else None),
+        [
+            *(_percent(results[t].accuracy_stderr if t in results else None) for t in report.tasks),
+            _percent(average.accuracy_stderr if average else None),
+        ],
     )
 
 
@@ -98,9 +106,18 @@ def markdown_text(text: str) -> str:
     return text.translate(_ESCAPE)
 
 
+def with_stderr(value: float | None, stderr: float | None) -> str:
+    """Return a figure in percent and its standard error, where there is one."""
+    return shown(value) if stderr is None else f"{shown(value)} ± {shown(stderr)}"
+
+
 def markdown(report: Report) -> str:
     """Return the report as a Markdown page: what was run, and the comparison."""
-    header, body = _grid(report)
+    header, _ = _grid(report)
+    body = [
+        [row.name, *map(with_stderr, [*row.cells, row.average], row.stderrs), shown(row.normalized)]
+        for row in comparison(report)
+    ]
     lines = ["# Fusion report", ""]
     runs = compared_runs(report)
     if runs:
@@ -120,14 +137,56 @@ def markdown(report: Report) -> str:
         lines[-1:] = [f"- {report.run.tuning.sentence()}", ""]
     if report.run.search is not None:
         lines[-1:] = [f"- search: {report.run.search.sentence()}".translate(_ESCAPE), ""]
+    if report.run.search is not None:
+        lines += [*markdown_table(*settings(report.run.search)), ""]
+    lines += [f"{note.translate(_ESCAPE)}\n" for note in report.run.notes]
     if report.run.config.get("fast_dev_run"):
         lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
     if not report.tasks:
         return "\n".join([*lines, "Nothing was judged."]) + "\n"
     lines += markdown_table(header, body)
-    lines += ["", "Normalised: the accuracy divided by that of the task's individual model."]
+    lines += ["", "Accuracy ± its standard error. Normalised: the accuracy divided by that of the"]
+    lines += ["task's individual model."]
     lines += [f"\n{c.sentence().translate(_ESCAPE)}" for c in report.main_comparisons()]
+    if runs:
+        lines += ["", *markdown_table(*differences(report))]
     return "\n".join(lines) + "\n"
+
+
+def settings(search: Search) -> tuple[list[str], list[list[str]]]:
+    """Return what each setting of a search scored, in percent; the winner is marked."""
+    header = ["setting", f"{search.metric.replace('_', ' ')} on the {search.split} split, %"]
+    return header, [
+        [
+            candidate.text() + (" (chosen)" if place == search.winner else ""),
+            with_stderr(100 * candidate.score, 100 * candidate.score_stderr),
+        ]
+        for place, candidate in enumerate(search.candidates)
+    ]
+
+
+def differences(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return by how much each merged model differs from the first, in points, task by task.
+
+    A column is a pair of models, so that any number of tasks fits.
+    """
+    pairs = report.main_comparisons()
+    header = ["difference, points", *(f"{pair.model} – {pair.other}" for pair in pairs)]
+    body = [[task, *(_interval(pair.tasks.get(task)) for pair in pairs)] for task in report.tasks]
+    return header, [*body, ["average", *(_interval(pair.accuracy) for pair in pairs)]]
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
+        return "–"
+    ends = difference.estimate, difference.low, difference.high
+    estimate, low, high = (f"{100 * value:+.1f}" for value in ends)
+    return f"{estimate}  ({low} to {high})"
+
+
+def print_differences(report: Report, console: Console) -> None:
+    """Print ``differences``."""
+    console.print(rich_table(*differences(report), bold_last=True))
 
 
 def method_name(report: Report) -> str:

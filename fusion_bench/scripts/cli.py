@@ -15,11 +15,11 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import FusionBenchError, did_you_mean
@@ -159,6 +159,13 @@ def _explain(error: Exception) -> str:
         # Hydra's own message goes on with its search path, which tells people little.
         missing = error.missing_cfg_file or ""
         return f"{first_line} {did_you_mean(missing, _config_names(missing))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: missing; give it on the command line: '{error.full_key}=…'."
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{first_line}. Quote values that hold '=', ',' or spaces once more: "
+            """'reports=["a","sweep/x=1"]'."""
+        )
     if "{log_dir}" in first_line:
         return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
     cause = error.__cause__

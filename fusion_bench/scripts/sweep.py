@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -106,6 +107,7 @@ class SweepCallback(Callback):
 
     def __init__(self) -> None:
         self._sweep = uuid4().hex
+        self._begun = 0.0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Say where the jobs go, unless the user does, and refuse what cannot be swept."""
@@ -131,6 +133,10 @@ class SweepCallback(Callback):
         key = "hydra.job.config.override_dirname.exclude_keys"
         self._set(config, key, [*OmegaConf.select(config, key), *common])
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note when the job began, to tell its report from one that was there."""
+        self._begun = time.time()
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Leave a record of the job, and say on the console how it went."""
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -147,7 +153,7 @@ class SweepCallback(Callback):
         )
         directory = Path(config.hydra.runtime.output_dir)
         write_text(directory / _RECORD, json.dumps(asdict(record), indent=2) + "\n")
-        print(_line(record, directory), flush=True)
+        print(_line(record, directory, self._begun), flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and print the leaderboard; the process fails where a job did."""
@@ -246,7 +252,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _line(record: Record, directory: Path) -> str:
+def _line(record: Record, directory: Path, begun: float) -> str:
     """Return how a job went, in one line."""
     if record.error is not None:
         return f"{record.name}: failed: {record.error.splitlines()[0]}"
@@ -261,7 +267,9 @@ def _line(record: Record, directory: Path) -> str:
     if report.objective is not None:
         cells["validation"] = 100 * report.objective
     figures = [f"{name} {value:.1f}" for name, value in cells.items() if value is not None]
-    return f"{record.name}: {', '.join([*figures, f'{report.run.seconds.total:.1f} s'])}"
+    before = (directory / "report.json").stat().st_mtime < begun
+    figures.append("done before" if before else f"{report.run.seconds.total:.1f} s")
+    return f"{record.name}: {', '.join(figures)}"
 
 
 def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> None:

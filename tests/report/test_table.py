@@ -69,7 +69,7 @@ def test_markdown_escapes_names() -> None:
     models = {"x|<b>": model("merged", a=60, b=45)}
     summarise(models, {})
     page = markdown(report(models))
-    assert "| x\\|&lt;b> | 60.0 | 45.0 | 52.5 | – |" in page
+    assert "| x\\|&lt;b> | 60.0 ± 4.9 | 45.0 ± 5.0 | 52.5 ± 3.5 | – |" in page
     assert "SimpleAverageAlgorithm" in page
 
 
