@@ -86,7 +86,7 @@ def models_side_by_side(runs: Mapping[str, Judged]) -> tuple[dict[str, ModelResu
             model = run.report.models[name]
             shown = name if model.role != "merged" else _labelled(label, name)
             if shown in models:
-                if models[shown] == own:
+                if _same(models[shown], own):
                     continue
                 shown = f"{name} ({label})"
             models[shown] = own
@@ -98,6 +98,12 @@ def models_side_by_side(runs: Mapping[str, Judged]) -> tuple[dict[str, ModelResu
                     part = TaskAnswers(found.samples[keep], found.labels[keep], predictions)
                     answers.add(task, shown, part)
     return models, answers
+
+
+def _same(one: ModelResult, other: ModelResult) -> bool:
+    """Tell whether a model did the same in two runs; losses may be over other samples."""
+    counts = [{task: r.accuracy for task, r in model.tasks.items()} for model in (one, other)]
+    return one.weights_sha256 == other.weights_sha256 and counts[0] == counts[1]
 
 
 def _labelled(label: str, name: str) -> str:

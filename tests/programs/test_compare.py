@@ -14,7 +14,7 @@ from fixtures_report import model, report
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs import CompareProgram
-from fusion_bench.report import Answers, Report, TaskAnswers, summarise
+from fusion_bench.report import Answers, Report, TaskAnswers, TaskResult, summarise
 
 
 def numbers(values: Any) -> Any:
@@ -215,3 +215,26 @@ def test_on_the_command_line(program_config: dict[str, Any], tmp_path: Path) -> 
     assert [found.models[n].tasks for n in ("average", "sum")] == [m.tasks for m in expected]
     done = fusion_bench("--config-name", "compare", "reports=[average]", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("fusion_bench: reports: name at least")
+
+
+def test_fewer_samples_are_said_and_counted(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", {"a": 60, "b": 40})
+    other = write(tmp_path / "other", {"a": 60, "b": 40})
+    made, answers = Report.load(other / "report.json"), Answers()
+    for task, found in Answers.load(other / "report.json").tasks.items():
+        made.tasks[task].num_samples = 50
+        for name, predictions in found.predictions.items():
+            right = int((predictions[:50] == 0).sum())
+            made.models[name].tasks[task] = TaskResult.from_counts(right, 25.0, 50)
+            part = {name: predictions[:50]}
+            answers.add(task, name, TaskAnswers(found.samples[:50], found.labels[:50], part))
+    made.save(other / "report.json")
+    answers.save(other / "report.json")
+    found = compared(one, other, strict=False, output_dir=tmp_path / "out")
+    assert found.tasks["a"].num_samples == 50
+    # The first 50 samples: all right on a, where 60 of 100 were; 40 right on b.
+    assert [found.models["one"].tasks[t].accuracy for t in ("a", "b")] == [1.0, 0.8]
+    assert set(found.models) == {"_pretrained_", "a", "b", "one", "other"}
+    for file in ("report.md", "report.html"):
+        text = (tmp_path / "out" / file).read_text()
+        assert "a: number of samples: 100 in " in text and "50 in " in text
