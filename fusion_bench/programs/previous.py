@@ -23,7 +23,8 @@ from fusion_bench.weights.similarity import similarity
 def identities(modelpool: Any) -> dict[str, str]:
     """Return what tells each model's weights from any others: a hash of the files or values."""
     names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
-    return {name: _identity(modelpool.weights(name)) for name in names}
+    opened = {name: modelpool.weights(name) for name in names}  # a mistake shows before any work
+    return {name: _identity(weights) for name, weights in opened.items()}
 
 
 def _identity(weights: Any) -> str:
