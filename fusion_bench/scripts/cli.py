@@ -161,13 +161,13 @@ def _explain(error: Exception) -> str:
         return f"{first_line} {did_you_mean(missing, _config_names(missing))}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: missing; give it on the command line: '{error.full_key}=…'."
+    if "{log_dir}" in first_line:
+        return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
     if isinstance(error, OverrideParseException):
         return (
             f"{first_line}. Quote values that hold '=', ',' or spaces once more: "
             """'reports=["a","sweep/x=1"]'."""
         )
-    if "{log_dir}" in first_line:
-        return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]

@@ -182,7 +182,12 @@ def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
 def test_ctrl_c_ends_all(conf: Path) -> None:
     words = ["--config-path", str(conf), "--config-name", "small", "-m", "seed=range(40)"]
     process = subprocess.Popen(
-        [str(SCRIPT), *words], cwd=conf.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [str(SCRIPT), *words],
+        cwd=conf.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # What is started in the background of a script ignores the signal, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     while b"seed=0: " not in process.stdout.readline():
