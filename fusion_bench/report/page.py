@@ -77,6 +77,12 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         template: the file's name.
         values: what the template names; a name that is missing is an error.
     """
+    return _environment().get_template(template).render(values)
+
+
+@lru_cache
+def _environment() -> Any:
+    """Return what templates are read with; it keeps them compiled for a sweep's many pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -96,7 +102,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         "script_sha256": digest,
         "style": Markup(style),
     }
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def percent(fraction: float | None) -> str:
