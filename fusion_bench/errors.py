@@ -1,4 +1,4 @@
-"""The one exception that is shown to people as a message, without a traceback."""
+"""The exceptions that are shown to people as a message, without a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,7 +6,29 @@ from typing import Any, get_args
 
 
 class FusionBenchError(Exception):
-    """A mistake that the user can mend; its text names the culprit and the mend."""
+    """Something that the user can mend; its text names the culprit and the mend.
+
+    Attributes:
+        exit_code: what the command line ends with.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(FusionBenchError):
+    """What the config or the command line asks for cannot be done; found before the work starts."""
+
+    exit_code = 2
+
+
+class WorldError(FusionBenchError):
+    """The network, a disk, memory or a device failed; the same command may work later."""
+
+    exit_code = 3
+
+
+#: The command line ends with it after Ctrl-C.
+INTERRUPTED = 130
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
