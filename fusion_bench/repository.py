@@ -1,10 +1,15 @@
 """A model's files, whether they lie here or on the Hub."""
 
+import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion_bench.errors import FusionBenchError
-from fusion_bench.sources import reading, resolve
+from fusion_bench.errors import ConfigError
+from fusion_bench.network import blob_of, may_pass, patiently, refuse_damaged
+from fusion_bench.sources import read, reading, resolve
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,17 @@ class Repository:
         """Return the directory in which ``files`` are; what is not here yet is downloaded.
 
         Raises:
-            FusionBenchError: files that the repository does not have, or a download that failed.
+            ConfigError: files that the repository does not have.
+        WorldError: a download that failed, or brought other content than the Hub states.
         """
         if lacking := sorted(set(files) - self.files):
-            raise FusionBenchError(f"There is no '{lacking[0]}' in '{self.name}'.")
+            raise ConfigError(f"There is no '{lacking[0]}' in '{self.name}'.")
         if self.directory is not None:
             return self.directory
         from huggingface_hub import snapshot_download
 
-        with reading("model", self.name):
-            return Path(
+        def download() -> Path:
+            place = Path(
                 snapshot_download(
                     self.repo_id,
                     revision=self.commit,
@@ -56,6 +62,12 @@ class Repository:
                     local_files_only=self.has(*files),
                 )
             )
+            if gaps := [name for name in files if not (place / name).is_file()]:
+                raise FileNotFoundError(f"There is no '{gaps[0]}' in the local cache.")
+            refuse_damaged(blob_of(place / name) for name in files)
+            return place
+
+        return read("model", self.name, download)
 
 
 def locate(name: str) -> Repository:
@@ -65,35 +77,65 @@ def locate(name: str) -> Repository:
     local cache is taken.
 
     Raises:
-        FusionBenchError: nothing of that name, or a Hub that cannot be reached.
+        ConfigError: nothing of that name.
+        WorldError: a Hub that cannot be reached, or fails.
     """
     named = "@" not in name or Path(name).expanduser().exists()
     repo_id, _, revision = (name, "", "") if named else name.partition("@")
     place = Path(resolve(repo_id))
     if place.is_absolute():
         if revision:
-            raise FusionBenchError(f"'{name}': '{repo_id}' is a directory here, without revisions.")
+            raise ConfigError(f"'{name}': '{repo_id}' is a directory here, without revisions.")
         if not place.is_dir():
-            raise FusionBenchError(f"'{name}' is no directory.")
+            raise ConfigError(f"'{name}' is no directory.")
         files = frozenset(file.name for file in place.iterdir() if file.is_file())
         return Repository(name, files, directory=place)
 
-    from huggingface_hub import HfApi, constants, snapshot_download
-
     with reading("model", repo_id):
-        if constants.HF_HUB_OFFLINE:
-            snapshot = Path(
-                snapshot_download(
-                    repo_id,
-                    revision=revision or None,
-                    allow_patterns=[],  # any part of it will do
-                    local_files_only=True,
-                )
-            )
-            files = frozenset(file.name for file in snapshot.iterdir())
-            return Repository(name, files, repo_id=repo_id, commit=snapshot.name)
+        return _on_hub(name, repo_id, revision or None)
+
+
+def _on_hub(name: str, repo_id: str, revision: str | None) -> Repository:
+    """Ask which state of a repository is meant, and for the list of its files."""
+    from huggingface_hub import HfApi, constants
+
+    cached = _in_cache(name, repo_id, revision)
+    if cached is not None and constants.HF_HUB_OFFLINE:
+        return cached
+
+    def ask() -> Repository:
         # This also notes in the cache which commit was meant, for later runs without a network.
-        commit = HfApi().resolve_revision(repo_id, revision=revision or None).resolved
+        commit = HfApi().resolve_revision(repo_id, revision=revision).resolved
         info = HfApi().model_info(repo_id, revision=commit)
-    files = frozenset(file.rfilename for file in info.siblings or () if "/" not in file.rfilename)
-    return Repository(name, files, repo_id=repo_id, commit=commit)
+        names = [file.rfilename for file in info.siblings or ()]
+        files = frozenset(file for file in names if "/" not in file)
+        return Repository(name, files, repo_id=repo_id, commit=commit)
+
+    if cached is None:
+        return patiently(ask)
+    try:
+        return patiently(ask, briefly=True)
+    except Exception as error:
+        if not may_pass(error):
+            raise
+        log.warning("The Hub fails; '%s' is taken from the local cache as it was last.", name)
+        return cached
+
+
+def _in_cache(name: str, repo_id: str, revision: str | None) -> Repository | None:
+    """Return the state of a repository that was asked for last, if any part of it is here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):
+        snapshot = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=[],  # any part of it will do
+                local_files_only=True,
+            )
+        )
+        files = frozenset(file.name for file in snapshot.iterdir())
+        return Repository(name, files, repo_id=repo_id, commit=snapshot.name)
+    return None

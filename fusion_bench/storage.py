@@ -4,7 +4,6 @@ import ctypes
 import glob
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -140,13 +139,8 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return a file's SHA-256, which is remembered until the file changes.
-
-    Files in the Hub's cache bear it as their name already.
-    """
+    """Return a file's SHA-256, which is remembered until the file changes."""
     file = path.resolve()
-    if file.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", file.name):
-        return file.name
     state = file.stat()
     identity = f"{file} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
     known = cache_dir() / "file_sha256" / hashlib.sha256(identity.encode()).hexdigest()
