@@ -3,17 +3,23 @@
 import ctypes
 import glob
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 
+from fusion_bench.errors import ConfigError
+
 _IN_USE = ".in-use"
+#: So many lists and mappings may lie in each other.
+_DEEPEST = 100
 
 
 def cache_dir() -> Path:
@@ -46,6 +52,29 @@ def write_bytes(path: Path, content: bytes) -> None:
         except BaseException:
             aside.unlink()
             raise
+
+
+def read_json(path: Path) -> Any:
+    """Return what a file of JSON holds; a stranger may have written it.
+
+    Raises:
+        ConfigError: it is no JSON, or lists and mappings lie deeper in each other than anybody's.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        level = [content]
+        for _ in range(_DEEPEST):
+            level = [
+                child
+                for value in level
+                if isinstance(value, dict | list)
+                for child in (value.values() if isinstance(value, dict) else value)
+            ]
+        if level:
+            raise RecursionError
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"'{path}' is not valid JSON. Fetch it again.") from error
+    return content
 
 
 @contextmanager

@@ -125,8 +125,9 @@ class Fault:
         pattern: what is found in the paths that are spoiled.
         how: a number is a status. ``stall`` sends nothing more after the headers, ``silent`` not
             even those, ``trickle`` a byte at a time, ``cut`` the first half, ``longer`` and
-            ``shorter`` announce a length that is not the body's, ``flip`` changes a byte in the
-            middle, ``etag`` states another hash.
+            ``shorter`` announce a length that is not the body's, ``flip`` changes the byte ``at``
+            which it is told to, by default the middle one, ``etag`` states another hash, and
+            ``page`` sends a page for people, as networks do that want a login.
         times: how often, for ever by default.
         methods: whose answers.
         headers: that go with a status.
@@ -138,6 +139,7 @@ class Fault:
     times: int | None = None
     methods: tuple[str, ...] = ("GET", "HEAD", "POST")
     headers: dict[str, str] = field(default_factory=dict)
+    at: int | None = None
     met: int = 0
 
     @property
@@ -321,8 +323,12 @@ class Handler(BaseHTTPRequestHandler):
         if how == "silent":
             closing.wait()
             return
-        if how == "flip":
-            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
+        if how == "page":
+            body = b"<html><body>Please log in to this network.</body></html>"
+            headers, length = {"Content-Type": "text/html"}, len(body)
+        if how == "flip" and body:
+            at = middle if self.fault is None or self.fault.at is None else self.fault.at
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         if how == "shorter":
             body, length = body[:middle], middle
         if how == "longer":

@@ -47,11 +47,11 @@ class Previous:
         if output_dir is None:
             return None
         path = output_dir / "report.json"
-        with suppress(OSError, ValidationError, FusionBenchError):
+        with suppress(FusionBenchError):
             report = Report.load(path)
             run = report.run
             if (run.version, run.config_sha256) == (__version__, config_sha256(config)):
-                return cls(report, Answers.load(path))
+                return cls(report, Answers.load(path, report))
         return None
 
     def still_true(

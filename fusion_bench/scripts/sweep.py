@@ -285,7 +285,7 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
         if job.error is not None:
             failures.append(Failure(name=job.name, directory=place, message=job.error))
         elif report.exists() and (found := Report.load(report)).tasks:
-            finished.append(Job(place, job.overrides, found, Answers.load(report)))
+            finished.append(Job(place, job.overrides, found, Answers.load(report, found)))
     if not finished and not failures:
         log.info("Nothing was judged, so that there is no leaderboard.")
         return

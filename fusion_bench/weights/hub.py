@@ -1,6 +1,7 @@
 """Weights in a repository: known from their headers, downloaded when they are first read."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class HubWeights(Weights):
         with reading("model", repository.name):
             for name in names:
                 if not name.endswith(".json"):
-                    self._specs |= _specs(repository, name)
+                    self._specs |= _specs_asked_twice(repository, name)
 
     @cached_property
     def _local(self) -> TensorWeights:
@@ -102,6 +103,15 @@ class HubWeights(Weights):
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements of the flattened entry; the first call downloads the files."""
         return self._local.read(key, start, stop)
+
+
+def _specs_asked_twice(repository: Repository, file: str) -> dict[str, TensorSpec]:
+    """Return what a header tells; one that is damaged may have been damaged on its way."""
+    from safetensors import SafetensorError
+
+    with suppress(SafetensorError):
+        return _specs(repository, file)
+    return _specs(repository, file)
 
 
 def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
