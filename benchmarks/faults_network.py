@@ -158,12 +158,17 @@ BROKEN = {
 
 
 def _expected(how: str, subject: str) -> tuple[str, ...]:
-    if how == "etag" and subject in ("description", "dataset's description", "header"):
+    described = subject in ("description", "dataset's description")
+    if how == "etag" and (described or subject == "header"):
         return (READ_WHOLE,)  # no hash is known of these
+    if how == "flip" and described:
+        return (WORLD, READ_WHOLE)  # nor can all be noticed
     if how == "trickle":
         return (WORLD, READ_WHOLE)  # a short content is soon there
-    if subject == "header" and how in ("flip", "shorter", "page"):
+    if subject == "header" and how == "flip":
         return (INPUT, WORLD)
+    if subject == "header" and how == "shorter":
+        return (INPUT, WORLD, READ_WHOLE)  # the header may be in the first half
     return (WORLD,)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, TypeVar
 
 from fusion_bench.storage import file_sha256
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-#: For how many seconds a source that fails is asked again; no attempt begins later.
+#: For how many seconds after its first failure a source is asked again; no attempt begins later.
 PATIENCE = 30.0
 #: Likewise, where one can go on without an answer.
 BRIEFLY = 2.0
@@ -34,6 +35,10 @@ _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
 #: Statuses of which the next answer may be another. 416 comes of a file that was announced longer
 #: than it is, and ends with a whole new download.
 _PASSING = (408, 416, 425, 429)
+#: Where no page for people is.
+_FILES = re.compile(r"/api/|/resolve/.*(?<!\.html)$")
+#: Packages that the Hub's client lets parse an answer.
+_PARSERS = ("json", "httpx2", "datetime", "_strptime")
 
 
 class DamagedError(OSError):
@@ -53,13 +58,15 @@ def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
         Exception: the last attempt's, or whatever another attempt would not mend.
     """
     _set_limits()
-    end = time.monotonic() + (BRIEFLY if briefly else PATIENCE)
+    end = None
     for usual in chain(_WAITS, repeat(_WAITS[-1])):
         try:
             return call()
         except Exception as error:
+            now = time.monotonic()
+            end = end or now + (BRIEFLY if briefly else PATIENCE)
             wait = max(usual, asked_to_wait(error) or 0)
-            if not may_pass(error) or time.monotonic() + wait > end:
+            if not may_pass(error) or now + wait > end:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             log.debug("Asking the Hub again in %g seconds: %s", wait, reason)
@@ -125,15 +132,20 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def broke_off(error: BaseException) -> bool:
-    """Tell whether the network failed, rather than the Hub."""
+def broke_off(error: BaseException) -> str | None:
+    """Return how the network failed, where it did rather than the Hub."""
     import httpx2
+    from huggingface_hub.errors import FileMetadataError
 
     broken = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-    return any(
-        isinstance(e, broken) or (isinstance(e, OSError) and "Consistency check" in str(e))
-        for e in causes(error)
-    )
+    for e in causes(error):
+        if isinstance(e, broken):
+            return " ".join(str(e).split()).rstrip(".") or type(e).__name__
+        if isinstance(e, FileMetadataError) or "Consistency check failed" in str(e):
+            return "what came is not what was asked for"
+        if _is_garbled(e):
+            return "an answer cannot be understood"
+    return None
 
 
 def may_pass(error: BaseException) -> bool:
@@ -141,7 +153,25 @@ def may_pass(error: BaseException) -> bool:
     code = status(error)
     if code is not None:
         return code >= 500 or code in _PASSING
-    return broke_off(error) or isinstance(error, DamagedError)
+    return isinstance(error, DamagedError) or broke_off(error) is not None
+
+
+def _is_garbled(error: BaseException) -> bool:
+    """Tell whether the Hub's client choked on an answer that was no JSON, or not as it should be.
+
+    It has no exception for that. It uses none of these for anything else, but for names and models'
+    configs that are no such.
+    """
+    from huggingface_hub.errors import HFValidationError, StrictDataclassError
+
+    of_us = (HFValidationError, StrictDataclassError)
+    if not isinstance(error, (ValueError, LookupError, TypeError, AttributeError)):
+        return False
+    if isinstance(error, (OSError, *of_us)):
+        return False
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    inner = next((m for m in reversed(modules) if m.partition(".")[0] not in _PARSERS), "")
+    return inner.startswith("huggingface_hub.") and inner != "huggingface_hub.dataclasses"
 
 
 def _is_damaged(blob: Path) -> bool:
@@ -194,20 +224,25 @@ def _limit(request: "Request") -> None:
 
     if request.method in ("GET", "HEAD") or "/paths-info/" in request.url.path:
         limits = request.extensions.get("timeout") or {}
-        request.extensions["timeout"] = {
-            what: constants.HF_HUB_DOWNLOAD_TIMEOUT if limits.get(what) is None else limits[what]
-            for what in ("connect", "read", "write", "pool")
-        }
+        most = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
+        for what in ("connect", "read", "write", "pool"):
+            # For a file's metadata the client asks six times, and would wait a minute each time.
+            if limits.get(what) is None or request.method == "HEAD":
+                limits[what] = min(limits.get(what) or most, most)
+        request.extensions["timeout"] = limits
 
 
 def _watch(response: "Response") -> None:
     """Refuse an answer that would be waited for too long."""
-    from httpx2 import ReadTimeout, SyncByteStream
+    from httpx2 import ReadTimeout, RemoteProtocolError, SyncByteStream
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status
 
     if response.status_code >= 400 and (_retry_after(response) or 0) > PATIENCE:
         hf_raise_for_status(response)  # the client would sleep that long
+    path, kind = response.request.url.path, response.headers.get("Content-Type", "")
+    if response.is_success and kind.startswith("text/html") and _FILES.search(path):
+        raise RemoteProtocolError("A page came instead, as networks send it that want a login")
     window = 3 * constants.HF_HUB_DOWNLOAD_TIMEOUT
     stream = response.stream
 

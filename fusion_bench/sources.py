@@ -25,6 +25,7 @@ from fusion_bench.network import (
     blobs_of,
     broke_off,
     causes,
+    may_pass,
     patiently,
     refuse_damaged,
     status,
@@ -136,6 +137,7 @@ def _intact(kind: str, name: str, call: Callable[[], T]) -> T:
     try:
         made = call()
     except Exception as error:
+        _raise_what_was_dropped(kind, name, error)
         try:
             refuse_damaged(blobs_of(kind, name))
         except DamagedError as damaged:
@@ -150,6 +152,23 @@ def _intact(kind: str, name: str, call: Callable[[], T]) -> T:
                 shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
         raise
     return made
+
+
+def _raise_what_was_dropped(kind: str, name: str, error: Exception) -> None:
+    """Raise why a file could not be had, where a library says that there is none.
+
+    It does so whatever the Hub answered.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if kind == "dataset" or not isinstance(error, OSError) or may_pass(error):
+        return
+    for file in re.findall(r"[\w-]+(?:\.[\w-]+)*\.(?:safetensors|bin|json)\b", str(error)):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, file))
+        except Exception as reason:
+            if may_pass(reason):
+                raise reason from error
 
 
 def plain_source(source: Any) -> Any:
@@ -296,18 +315,14 @@ def _reason_of_the_world(error: Exception, offline: str | None) -> str | None:
         if of_cache or (_is_read_from_elsewhere(error) and not _of_local_files(error)):
             return offline
         return None
-    if not _is_read_from_elsewhere(error):
-        return None
     code = status(error)
-    if code is not None and (code in (408, 416, 429) or code >= 500):
+    if code is not None and may_pass(error):
         wait = asked_to_wait(error)
         again = "Try again later." if wait is None else f"It asks to wait for {wait:g} seconds."
         return f"the Hub cannot serve it at the moment (status {code}). {again}"
-    if code is None and (
-        broke_off(error)
-        or isinstance(error, ConnectionError)
-        or "couldn't connect to" in str(error)
-    ):
+    if code is None and (how := broke_off(error)):
+        return f"the connection to the Hub broke ({how}). Try again."
+    if code is None and (isinstance(error, ConnectionError) or "couldn't connect to" in str(error)):
         return "the connection to the Hub broke. Try again."
     return None
 
@@ -367,8 +382,10 @@ def _reason_of_the_source(kind: str, name: str, error: Exception) -> str | None:
         ).rstrip()
     if status(error) in (401, 403):
         return f"the Hub denies access to {page}. Log in with 'hf auth login'."
-    if isinstance(error, (errors.EntryNotFoundError, errors.RevisionNotFoundError)):
+    if isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError)):
         return text
+    if status(error) == 404:
+        return f"the Hub has no such thing at {page}."
     if re.search(r"doesn't contain any data files|No \(supported\) data files", text):
         return "it holds no data files."
     if found := re.search(r"Can't load (?:the )?(image processor|tokenizer|processor)", text):

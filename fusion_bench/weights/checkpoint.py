@@ -75,9 +75,12 @@ def _stays(index: Path, shard: Path) -> bool:
     """
     from huggingface_hub import constants
 
-    if not shard.is_symlink():
-        return True
-    place = shard.resolve()
+    try:
+        if not shard.is_symlink():
+            return True
+        place = shard.resolve()
+    except (OSError, RuntimeError, ValueError):  # no name that a file can have, or a ring of links
+        return False
     allowed = {index.parent.resolve(), index.resolve().parent}
     cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
     return place.parent in allowed or (
