@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import FusionBenchError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
 
 log = logging.getLogger(__name__)
@@ -224,13 +224,13 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
     if offline:
         return offline
 
-    chain = list(_chain(error))
-    statuses = {e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)}
+    causes = list(chain(error))
+    statuses = {e.response.status_code for e in causes if isinstance(e, errors.HfHubHTTPError)}
     prefix = "datasets/" if kind == "dataset" else ""
     page = f"{constants.ENDPOINT}/{prefix}{name}"
-    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in text:
+    if any(isinstance(e, errors.GatedRepoError) for e in causes) or "gated" in text:
         return f"it is gated. Ask for access at {page}, then run 'hf auth login'."
-    if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or re.search(
+    if any(isinstance(e, errors.RepositoryNotFoundError) for e in causes) or re.search(
         "doesn't exist on the Hub|not a valid model identifier", text
     ):
         return (
@@ -287,15 +287,6 @@ def _is_from_datasets(error: Exception, class_name: str) -> bool:
         cls.__module__ == "datasets.exceptions" and cls.__name__ == class_name
         for cls in type(error).__mro__
     )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and those that led to it."""
-    seen: set[int] = set()  # a re-raised exception may stand in its own context
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _nearest_repository(kind: str, name: str) -> str:
