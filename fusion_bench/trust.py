@@ -57,6 +57,8 @@ _PRETRAINED = (
     "transformers.image_processing_base.ImageProcessingMixin",
     "transformers.AutoImageProcessor",
 )
+#: Packages of which no more than the above is allowed.
+_LISTED = ("datasets", "fusion_bench", "hydra", "lightning", "omegaconf", "torch", "transformers")
 #: They return what their argument ``path`` names, which must be allowed itself.
 _LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
 #: Readers of ``datasets`` that take more than files of data.
@@ -191,7 +193,7 @@ def _refusal(name: Any) -> str:
     said = f"'{name}' may not be called from a config."
     if nearest := _nearest(name):
         return f"{said} {nearest}"
-    if not _DOTTED.fullmatch(str(name)) or package in (*sys.stdlib_module_names, "fusion_bench"):
+    if not _DOTTED.fullmatch(str(name)) or package in {*sys.stdlib_module_names, *_LISTED}:
         return said
     return (
         f"{said} If you trust its package, allow it outside of the config: --allow {package}, or "

@@ -28,6 +28,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from yaml import YAMLError
 
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
@@ -46,7 +47,7 @@ _PROGRAM_KEY = re.compile(
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
 )
 #: Exceptions whose message is enough.
-_FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException)
+_FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
 _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 
@@ -233,6 +234,8 @@ def _explain(error: Exception) -> str:
     if not isinstance(error, _FORESEEN):
         return f"{type(error).__name__}: {error}"
     first_line = str(error).partition("\n")[0]
+    if isinstance(error, YAMLError):
+        return " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
         # Hydra's own message goes on with its search path, which tells people little.
         return f"{first_line.rstrip('.')}. {_nearest_config(error.missing_cfg_file or '')}"
