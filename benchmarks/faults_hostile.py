@@ -158,7 +158,7 @@ def _nested() -> Iterator[Hostile]:
     yield Hostile("four deep", {"method": {"inplace": [{"a": {"b": [call]}}]}})
     yield Hostile("_partial_", {"method": {**call, "_partial_": True}})
     yield Hostile("_partial_ below", {"method": {"inplace": {**call, "_partial_": True}}})
-    yield Hostile("_recursive_: false", {"method": {"_recursive_": False, "weights": call}})
+    yield Hostile("_recursive_: false", {"method": {"_recursive_": False, "inplace": call}})
     yield Hostile("a model", {"modelpool": {"models": {"digits": call}}})
     yield Hostile("a dataset", {"taskpool": {"test_datasets": {"digits": call}}})
     yield Hostile("training data", {"modelpool": {"train_datasets": {"digits": call}}})
@@ -377,9 +377,7 @@ def _in_child(case: Hostile, root: Path) -> None:
 def _listen(root: Path) -> None:
     """Write down what is started, written outside of the run's directory, or connected to."""
     heard = os.open(root / "heard", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    starts = re.compile(
-        r"os\.(system|exec|spawn|posix_spawn|remove)|subprocess\.|pty\.|ctypes\.dlopen"
-    )
+    starts = re.compile(r"os\.(system|exec|spawn|posix_spawn|remove)|subprocess\.|pty\.")
     ours = (str(root), "/dev/null", "/dev/shm", "/proc/", tempfile.gettempdir())
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

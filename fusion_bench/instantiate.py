@@ -44,7 +44,7 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
             does not take; all such problems of the node and of the nodes inside it are listed at
             once.
     """
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    plain = _resolved(node)
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
     check(plain, key, **arguments)
@@ -56,6 +56,23 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
         if cause is None:
             raise
         raise cause from cause.__cause__
+
+
+def _resolved(node: Any) -> Any:
+    """Return a node as plain data; it is this that is checked, and made an object of."""
+    if isinstance(node, Mapping) and not OmegaConf.is_config(node) and _interpolates(node):
+        node = OmegaConf.create(dict(node), flags={"allow_objects": True})
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _interpolates(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return any(map(_interpolates, node.values()))
+    return any(map(_interpolates, node)) if isinstance(node, list) else _is_open(node)
+
+
+def _is_open(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
 
 
 class Parts:
@@ -114,7 +131,7 @@ def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str
     elif isinstance(node, list):
         for index, child in enumerate(node):
             yield from _problems(child, f"{key}[{index}]", {})
-    elif isinstance(node, str) and "${" in node:
+    elif _is_open(node):
         # Hydra would resolve it once more, to something that nobody has looked at.
         yield f"{key}: '{node}' holds an interpolation within another. Write it out."
 

@@ -168,7 +168,7 @@ def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
         if _COMMANDS.fullmatch(key) and not _HARMLESS.fullmatch(key):
             yield (
                 f"hydra.{key}: may run commands or carry secrets, so that it is not taken from a "
-                f"file. Give it on the command line: 'hydra.{key.partition('[')[0]}=…'."
+                f"file. Give it on the command line: '++hydra.{key.partition('[')[0]}=…'."
             )
 
 
