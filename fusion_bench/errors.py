@@ -1,24 +1,28 @@
 """The exceptions that are shown to people as a message, without a traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, get_args
 
 
 class FusionBenchError(Exception):
-    """Something that the user can mend; its text names the culprit and the mend.
+    """A mistake that the user can mend; its text names the culprit and the mend.
 
     Attributes:
         exit_code: what the command line ends with.
     """
 
-    exit_code = 1
+    exit_code = 2
 
 
 class ConfigError(FusionBenchError):
-    """What the config or the command line asks for cannot be done; found before the work starts."""
+    """A key of the config asks for what cannot be, or may not be; found before the work starts."""
 
-    exit_code = 2
+
+class ResultError(FusionBenchError):
+    """The work was done, and its result is not what was asked for."""
+
+    exit_code = 1
 
 
 class WorldError(FusionBenchError):
@@ -29,6 +33,15 @@ class WorldError(FusionBenchError):
 
 #: The command line ends with it after Ctrl-C.
 INTERRUPTED = 130
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and those that led to it."""
+    seen: set[int] = set()  # a re-raised exception may stand in its own context
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

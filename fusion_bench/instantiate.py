@@ -4,15 +4,14 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import ConfigError, did_you_mean
+from fusion_bench.trust import argument_problems, find
 
 T = TypeVar("T")
 
@@ -41,10 +40,11 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
     also be given as objects. ``key`` is the node's place in the config, for messages.
 
     Raises:
-        FusionBenchError: a target that cannot be found, or keys that its signature does not take;
-            all such problems of the node and of the nodes inside it are listed at once.
+        ConfigError: a target that may not be called or cannot be found, or keys that its signature
+            does not take; all such problems of the node and of the nodes inside it are listed at
+            once.
     """
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    plain = _resolved(node)
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
     check(plain, key, **arguments)
@@ -56,6 +56,23 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
         if cause is None:
             raise
         raise cause from cause.__cause__
+
+
+def _resolved(node: Any) -> Any:
+    """Return a node as plain data; it is this that is checked, and made an object of."""
+    if isinstance(node, Mapping) and not OmegaConf.is_config(node) and _interpolates(node):
+        node = OmegaConf.create(dict(node), flags={"allow_objects": True})
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _interpolates(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return any(map(_interpolates, node.values()))
+    return any(map(_interpolates, node)) if isinstance(node, list) else _is_open(node)
+
+
+def _is_open(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
 
 
 class Parts:
@@ -83,21 +100,25 @@ class Parts:
 
 def accepts(target: Any, name: str) -> bool:
     """Tell whether a ``_target_`` takes an argument of that name."""
+    return name in parameters(target)
+
+
+def parameters(target: Any) -> Mapping[str, inspect.Parameter]:
+    """Return what a ``_target_`` takes; nothing for one that cannot be called."""
     try:
-        function = get_object(target) if isinstance(target, str) else target
-        return name in inspect.signature(function).parameters
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return False
+        return inspect.signature(find(target) if isinstance(target, str) else target).parameters
+    except (ConfigError, TypeError, ValueError):  # some builtins do not tell their signature
+        return {}
 
 
 def check(node: Any, key: str = "", **arguments: Any) -> None:
     """Compare every ``_target_`` in a resolved ``node`` with the keys that it is given.
 
     Raises:
-        FusionBenchError: with a line for each that cannot work.
+        ConfigError: with a line for each that cannot work, or may not be called.
     """
     if problems := list(_problems(node, key, arguments)):
-        raise FusionBenchError("\n".join(problems))
+        raise ConfigError("\n".join(problems))
 
 
 def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -110,6 +131,9 @@ def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str
     elif isinstance(node, list):
         for index, child in enumerate(node):
             yield from _problems(child, f"{key}[{index}]", {})
+    elif _is_open(node):
+        # Hydra would resolve it once more, to something that nobody has looked at.
+        yield f"{key}: '{node}' holds an interpolation within another. Write it out."
 
 
 def _signature_problems(
@@ -118,13 +142,13 @@ def _signature_problems(
     prefix = f"{key}." if key else ""
     target = node["_target_"]
     try:
-        function = get_object(target) if isinstance(target, str) else target
+        function = target if callable(target) else find(target)
         parameters = inspect.signature(function).parameters
-    except (ImportError, AttributeError):
-        yield f"{prefix}_target_: cannot find '{target}'. {_nearest_target(target)}".rstrip()
+    except ConfigError as error:
+        yield f"{prefix}_target_: {error}"
         return
-    except (TypeError, ValueError):  # a builtin that does not tell its signature
-        return
+    for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
+        yield f"{prefix}{name}: {mistake}"
     given = {name for name in node if name not in _HYDRA_KEYS} | set(arguments)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given - set(parameters)):
@@ -176,15 +200,3 @@ def _has_target(value: Any) -> bool:
 
 def _short(target: Any) -> str:
     return str(target).rpartition(".")[2]
-
-
-def _nearest_target(target: Any) -> str:
-    module_name, _, name = str(target).rpartition(".")
-    if not module_name:
-        return ""
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        return f"{error}."
-    public = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
-    return did_you_mean(name, public)

@@ -6,16 +6,17 @@ no content is compared with the hash that the Hub states.
 """
 
 import hashlib
+import itertools
 import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import chain, repeat
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, TypeVar
 
+from fusion_bench.errors import chain
 from fusion_bench.storage import file_sha256
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
     """
     _set_limits()
     end = None
-    for usual in chain(_WAITS, repeat(_WAITS[-1])):
+    for usual in itertools.chain(_WAITS, itertools.repeat(_WAITS[-1])):
         try:
             return call()
         except Exception as error:
@@ -109,7 +110,7 @@ def status(error: BaseException) -> int | None:
     """Return the status with which the Hub refused, where it answered at all."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    found = [e.response.status_code for e in causes(error) if isinstance(e, HfHubHTTPError)]
+    found = [e.response.status_code for e in chain(error) if isinstance(e, HfHubHTTPError)]
     return found[0] if found else None
 
 
@@ -117,19 +118,10 @@ def asked_to_wait(error: BaseException) -> float | None:
     """Return how many seconds the Hub asks to be left alone."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for e in causes(error):
+    for e in chain(error):
         if isinstance(e, HfHubHTTPError) and (wait := _retry_after(e.response)) is not None:
             return wait
     return None
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and those that led to it."""
-    seen: set[int] = set()  # a re-raised exception may stand in its own context
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def broke_off(error: BaseException) -> str | None:
@@ -138,7 +130,7 @@ def broke_off(error: BaseException) -> str | None:
     from huggingface_hub.errors import FileMetadataError
 
     broken = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-    for e in causes(error):
+    for e in chain(error):
         if isinstance(e, broken):
             return " ".join(str(e).split()).rstrip(".") or type(e).__name__
         if isinstance(e, FileMetadataError) or "Consistency check failed" in str(e):

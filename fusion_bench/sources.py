@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import ConfigError, FusionBenchError, WorldError, did_you_mean
+from fusion_bench.errors import ConfigError, FusionBenchError, WorldError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
     DamagedError,
     asked_to_wait,
     blobs_of,
     broke_off,
-    causes,
     may_pass,
     patiently,
     refuse_damaged,
@@ -369,11 +368,11 @@ def _reason_of_the_source(kind: str, name: str, error: Exception) -> str | None:
     if found := _not_json(text):
         return f"'{found[1]}' is not valid JSON. {_REMEDY}"
 
-    chain = list(causes(error))
+    causes = list(chain(error))
     page = f"{_endpoint()}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in text:
+    if any(isinstance(e, errors.GatedRepoError) for e in causes) or "gated" in text:
         return f"it is gated. Ask for access at {page}, then run 'hf auth login'."
-    if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or re.search(
+    if any(isinstance(e, errors.RepositoryNotFoundError) for e in causes) or re.search(
         "doesn't exist on the Hub|not a valid model identifier", text
     ):
         return (

@@ -64,8 +64,8 @@ def test_all_problems_are_listed_at_every_depth() -> None:
 def test_what_the_target_raises_is_raised_plainly() -> None:
     with pytest.raises(FusionBenchError, match="the pool is empty"):
         instantiate({"_target_": "fusion_bench.modelpool.CLIPVisionModelPool", "models": {}})
-    with pytest.raises(ValueError, match="invalid literal"):
-        instantiate({"_target_": "builtins.int", "_args_": ["x"]})
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        instantiate({"_target_": "torch.optim.SGD", "params": [], "lr": -1})
 
 
 @pytest.mark.parametrize(

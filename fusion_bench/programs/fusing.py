@@ -1,16 +1,15 @@
 """Lets a method fuse a pool: with the data that it learns from, and under common names."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import get_object
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import accepts
 from fusion_bench.report import Tuning, TuningTask
 from fusion_bench.weights import TensorWeights, Weights, in_memory
 
@@ -28,10 +27,7 @@ def seeded(method: Any, seed: int | None) -> Any:
     node = OmegaConf.to_container(method, resolve=True) if OmegaConf.is_config(method) else method
     if seed is None or not isinstance(node, Mapping) or "seed" in node:
         return method
-    with suppress(ImportError, AttributeError, TypeError, ValueError):
-        if "seed" in signature(get_object(str(node.get("_target_")))).parameters:
-            return {**node, "seed": seed}
-    return method
+    return {**node, "seed": seed} if accepts(node.get("_target_"), "seed") else method
 
 
 def fuse(

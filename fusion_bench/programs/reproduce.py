@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from fusion_bench import __version__
 from fusion_bench.configs import composed
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import FusionBenchError, ResultError, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.publish import wide_console
@@ -94,7 +94,7 @@ class ReproduceProgram:
         """Run every row, compare and write; returns the figures, or ``None`` after a dry run.
 
         Raises:
-            FusionBenchError: figures that are off by more than their tolerance.
+            ResultError: figures that are off by more than their tolerance.
         """
         if self.dry_run:
             log.info("Dry run: the reference is sound; nothing was loaded.")
@@ -117,7 +117,7 @@ class ReproduceProgram:
             log.info("Reproduction: %s", self.output_dir / "reproduce.html")
         result.print(wide_console())
         if result.failed:
-            raise FusionBenchError(
+            raise ResultError(
                 f"reproduce: {result.sentence()}.\n"
                 + "\n".join(f"  {figure.sentence()}" for figure in result.failed)
             )

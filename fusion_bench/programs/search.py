@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from itertools import product
 from math import hypot
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import get_object
 from lightning.fabric import Fabric
 
 from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
-from fusion_bench.instantiate import check, instantiate
+from fusion_bench.instantiate import check, instantiate, parameters
 from fusion_bench.programs.fusing import (
     describe_data,
     fuse,
@@ -113,7 +111,7 @@ class GridSearch:
 
     def _refuse_unknown_options(self, method: Mapping[str, Any]) -> None:
         check({"_target_": method["_target_"], "_partial_": True}, "method")
-        known = list(signature(get_object(str(method["_target_"]))).parameters)
+        known = list(parameters(method["_target_"]))
         for option in self.space:
             if option not in known:
                 name = str(method["_target_"]).rpartition(".")[2]

@@ -1,15 +1,19 @@
 """The command line: composes a config with Hydra and runs the program that it names."""
 
+import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal import hydra as hydra_internal
 from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -19,12 +23,22 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from yaml import YAMLError
 
 from fusion_bench.configs import CONFIG_DIR
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
+from fusion_bench.redact import Redacting, redacted, secret_keys
+from fusion_bench.scripts.checked import CheckedConfigLoader
 from fusion_bench.scripts.sweep import Failed, attempt
+from fusion_bench.trust import ALLOW, TRUST_REMOTE_CODE
+
+log = logging.getLogger(__name__)
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
@@ -32,6 +46,8 @@ _PROGRAM_KEY = re.compile(
     r"fabric\.\w+|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
 )
+#: Exceptions whose message is enough.
+_FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
 _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 
@@ -47,12 +63,13 @@ class PackagedConfigs(SearchPathPlugin):
 
 
 def main() -> None:
-    """Run the command line; a mistake in the input ends with one message and exit code 1.
+    """Run the command line; what went wrong is said in a message and by the exit code.
 
-    With ``HYDRA_FULL_ERROR=1`` it ends with the traceback instead.
+    With ``HYDRA_FULL_ERROR=1`` it ends with the traceback instead, which else is in the log.
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
+    _leave_working_directory()
     set_up_hydra()
     with _plain_messages(show_traceback):
         sys.argv[1:] = _prepared(sys.argv[1:])
@@ -61,6 +78,8 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> float | Failed | None:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(Redacting())
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return attempt(partial(_run_program, parts=parts), config, _explain)
         with _plain_messages(show_traceback):
@@ -71,7 +90,8 @@ def main() -> None:
 
 
 def set_up_hydra() -> None:
-    """Let every config have our groups, sweeps and launchers, whatever it says of Hydra."""
+    """Let every config have our groups, sweeps and launchers, and no more than it may."""
+    hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     Plugins.instance().register(PackagedConfigs)
     store = ConfigStore.instance().store
     ours = {"output": "by_name", "callbacks": "leaderboard", "sweeper": "grid"}
@@ -85,6 +105,33 @@ def set_up_hydra() -> None:
         store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
 
 
+def _leave_working_directory() -> None:
+    """Import nothing from where ``python -m`` was typed: Hydra runs each plugin that it finds."""
+    here = Path.cwd()
+    if sys.path and Path(sys.path[0]).absolute() == here != Path(__file__).parents[2]:
+        del sys.path[0]
+
+
+def _allowed(words: list[str]) -> list[str]:
+    """Take out the options that say whom to trust, which no config can give.
+
+    They go into the environment, from which other processes of this run have them too.
+    """
+    left, rest = [], iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag == "--allow":
+            packages = value if equals else next(rest, "")
+            if not re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", packages):
+                raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
+            os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
+        elif word == "--trust-remote-code":
+            os.environ[TRUST_REMOTE_CODE] = "1"
+        else:
+            left.append(word)
+    return left
+
+
 def _prepared(words: list[str]) -> list[str]:
     """Return the command line as Hydra takes it.
 
@@ -92,6 +139,7 @@ def _prepared(words: list[str]) -> list[str]:
     this file. The program's keys need no ``++``.
     """
     prepared = []
+    words = _allowed(words)
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
         follows_flag = position > 0 and words[position - 1] in _PATH_FLAGS
@@ -128,6 +176,8 @@ def _run_program(config: DictConfig, parts: Parts) -> float | None:
                 else "Give it '_target_: fusion_bench.programs.FabricModelFusionProgram'."
             )
         )
+    if keys := list(secret_keys(settings)):
+        raise ConfigError(f"{', '.join(keys)}: looks like a token, and configs are saved.")
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     arguments: dict[str, Any] = {"output_dir": HydraConfig.get().runtime.output_dir}
     if accepts(settings["_target_"], "parts"):
@@ -138,27 +188,57 @@ def _run_program(config: DictConfig, parts: Parts) -> float | None:
 
 @contextmanager
 def _plain_messages(show_traceback: bool) -> Iterator[None]:
-    """End the process with one message where the input is at fault."""
+    """End the process with a message and an exit code; the traceback goes to the log file."""
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (FusionBenchError, HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
         if show_traceback:
             raise
-        first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        sys.exit(f"fusion_bench: {_explain(error)}" if first_process else 1)
+        logs = _log_traceback()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            message = redacted(_explain(error))
+            if not isinstance(error, _FORESEEN):
+                message = f"{message}\n  {_where(logs)}"
+            print(f"fusion_bench: {message}", file=sys.stderr)
+        sys.exit(_exit_code(error))
+
+
+def _log_traceback() -> list[str]:
+    """Write the exception that is being handled to the log files; returns their names."""
+    record = logging.LogRecord(
+        __name__, logging.ERROR, __file__, 0, traceback.format_exc(), None, None
+    )
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+    for handler in handlers:
+        handler.handle(record)
+    return [handler.baseFilename for handler in handlers]
+
+
+def _where(logs: list[str]) -> str:
+    traces = f"The traceback is in {logs[0]}." if logs else "HYDRA_FULL_ERROR=1 shows where."
+    return f"This was not foreseen, so please report it. {traces}"
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, FusionBenchError):
+        return error.exit_code
+    return FusionBenchError.exit_code if isinstance(error, _FORESEEN) else 1
 
 
 def _explain(error: Exception) -> str:
     """Return the message for the user, with the likely intended name where there is one."""
-    first_line = str(error).splitlines()[0]
+    if not isinstance(error, _FORESEEN):
+        return f"{type(error).__name__}: {error}"
+    first_line = str(error).partition("\n")[0]
+    if isinstance(error, YAMLError):
+        return " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
         # Hydra's own message goes on with its search path, which tells people little.
-        missing = error.missing_cfg_file or ""
-        return f"{first_line} {did_you_mean(missing, _config_names(missing))}"
+        return f"{first_line.rstrip('.')}. {_nearest_config(error.missing_cfg_file or '')}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: missing; give it on the command line: '{error.full_key}=…'."
     if "{log_dir}" in first_line:
@@ -169,11 +249,24 @@ def _explain(error: Exception) -> str:
             """'reports=["a","sweep/x=1"]'."""
         )
     cause = error.__cause__
+    if isinstance(error, InterpolationResolutionError):  # a resolver of ours may have raised it
+        ours = [e for e in chain(error) if isinstance(e, FusionBenchError)]
+        return f"{error.full_key}: {ours[0] if ours else first_line}"
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]
         hint = did_you_mean(str(cause.key), names)
         return f"{first_line} {hint} To add a key that the config lacks, put a '+' before it."
     return str(error)
+
+
+def _nearest_config(missing: str) -> str:
+    """Suggest the config of the most similar name, wherever in its group it lies."""
+    names = _config_names(missing)
+    last = [Path(name).name for name in names]
+    for close in get_close_matches(Path(missing).name, last, n=1):
+        alike = [name for name in names if Path(name).name == close]
+        return did_you_mean(get_close_matches(missing, alike, n=1, cutoff=0)[0], alike)
+    return did_you_mean("", names)
 
 
 def _config_names(missing: str) -> list[str]:
@@ -183,6 +276,10 @@ def _config_names(missing: str) -> list[str]:
     for directory in {CONFIG_DIR, *map(Path, filter(None, map(_argument, _DIRECTORY_FLAGS)))}:
         files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
         names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
+    parent = missing.rpartition("/")[0]
+    with suppress(OSError):  # there is no such group of Hydra's own
+        stored = ConfigStore.instance().list(parent) if slash else []
+        names |= {f"{parent}/{name.removesuffix('.yaml')}" for name in stored}
     return [name for name in names if not Path(name).name.startswith("_")]
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
 
 from hydra.conf import HydraConf
@@ -25,7 +25,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.redact import redacted
 from fusion_bench.storage import write_text
+from fusion_bench.trust import environment_variable
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,12 @@ class Record:
         return " ".join(self.overrides) or f"job {self.number}"
 
 
+def give_up(error: FusionBenchError) -> NoReturn:
+    """End the process from a callback, whose exceptions Hydra would make warnings of."""
+    print(f"fusion_bench: {redacted(str(error))}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
 def attempt(
     work: Callable[[DictConfig], T], config: DictConfig, explain: Callable[[Exception], str]
 ) -> T | Failed:
@@ -115,7 +123,7 @@ class SweepCallback(Callback):
             check_strategy(config.get("fabric"))
             _check_launcher(config)
         except FusionBenchError as error:
-            sys.exit(f"fusion_bench: {error}")
+            give_up(error)
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         given = [
             str(override.input_line) for override in parsed if not override.is_sweep_override()
@@ -296,5 +304,6 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
 
 
 # Where a job runs elsewhere this module comes along, and with it what the config needs.
+OmegaConf.register_new_resolver("oc.env", environment_variable, replace=True)
 OmegaConf.register_new_resolver("fusion_bench.cores_by", _cores_by, replace=True)
 OmegaConf.register_new_resolver("fusion_bench.job_directory", _job_directory, replace=True)

@@ -1,6 +1,5 @@
 """Ends a sweep whose jobs were judged on the validation split alone."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.scripts.sweep import give_up
 
 
 class JudgeWinner(Callback):
@@ -20,5 +20,5 @@ class JudgeWinner(Callback):
         sweep = Path(config.hydra.sweep.dir).absolute()
         try:
             SearchWinner(str(sweep), output_dir=sweep / "winner").run()
-        except FusionBenchError as error:  # Hydra would make a warning of it
-            sys.exit(f"fusion_bench: {error}")
+        except FusionBenchError as error:
+            give_up(error)

@@ -84,7 +84,7 @@ def test_online_then_from_the_cache_alone(hub: Hub, tmp_path: Path) -> None:
 
 def test_without_hub_and_cache_one_line_names_the_offline_command(tmp_path: Path) -> None:
     done = run(tmp_path, client_environment(closed_endpoint(), tmp_path / "cache"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "cannot be reached" in line and "'fusion_bench'" in line
     assert not list(tmp_path.rglob("report.*"))
@@ -94,8 +94,8 @@ def test_a_repository_that_does_not_exist(hub: Hub, tmp_path: Path) -> None:
     env = hub.environment(tmp_path / "cache")
     model = "modelpool.models.sun397=tanganke/clip-vit-base-patch32_sun379"
     done = run(tmp_path, env, model)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "tanganke/clip-vit-base-patch32_sun379" in done.stderr
     done = run(tmp_path, env, "taskpool.test_datasets.sun397.path=tanganke/sun379")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "tanganke/sun379" in done.stderr

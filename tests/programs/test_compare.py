@@ -214,7 +214,7 @@ def test_on_the_command_line(program_config: dict[str, Any], tmp_path: Path) -> 
     ]
     assert [found.models[n].tasks for n in ("average", "sum")] == [m.tasks for m in expected]
     done = fusion_bench("--config-name", "compare", "reports=[average]", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("fusion_bench: reports: name at least")
+    assert done.returncode == 2 and done.stderr.startswith("fusion_bench: reports: name at least")
 
 
 def test_fewer_samples_are_said_and_counted(tmp_path: Path) -> None:

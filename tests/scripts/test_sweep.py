@@ -145,7 +145,7 @@ def test_a_mistake_in_the_grid_is_told_before_anything_runs(conf: Path) -> None:
         ("method.scale=1,2", "scale"),
     ]:
         done = sweep(conf, word)
-        assert done.returncode == 1 and culprit in done.stderr
+        assert done.returncode == 2 and culprit in done.stderr
         assert not list(conf.parent.glob("multirun/*/*/report.json"))
 
 
@@ -210,7 +210,7 @@ def test_the_users_own_settings_of_hydra_win(conf: Path) -> None:
 
 def test_processes_that_rerun_the_command_are_refused(conf: Path) -> None:
     done = sweep(conf, "fabric.strategy=ddp", "fabric.devices=2", "seed=1,2")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "fabric.strategy" in done.stderr and done.stderr.count("\n") == 1
     assert not (conf.parent / "multirun").exists()
 
@@ -266,7 +266,7 @@ def test_a_launcher_that_is_not_installed(conf: Path) -> None:
     if (Path(yaml.__file__).parents[1] / "ray").exists():
         pytest.skip("Ray is installed")
     done = sweep(conf, "seed=1,2", "hydra/launcher=ray")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert 'pip install "fusion_bench[ray]"' in done.stderr and done.stderr.count("\n") == 1
 
 

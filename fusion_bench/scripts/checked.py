@@ -1,0 +1,189 @@
+"""What a config may ask of Hydra itself, before Hydra does any of it.
+
+Hydra makes callbacks, log handlers, launchers and sweepers before our own code runs, sets
+environment variables, and imports packages that it searches for configs. All of it may stand in a
+stranger's YAML. What runs commands must come from the command line.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from fusion_bench.configs import CONFIG_DIR
+from fusion_bench.errors import ConfigError
+from fusion_bench.redact import secret_keys
+from fusion_bench.trust import allowed_packages, is_users
+
+_PLUGINS = "hydra_plugins.hydra_"
+_TARGETS = re.compile(
+    r"hydra\._internal\.core_plugins\.(basic_launcher\.BasicLauncher|basic_sweeper\.BasicSweeper)"
+    r"|hydra\.experimental\.callbacks\.LogJobReturnCallback"
+    r"|hydra_plugins\.fusion_bench_grid\.GridSweeper"
+    rf"|{_PLUGINS}joblib_launcher\.joblib_launcher\.JoblibLauncher"
+    rf"|{_PLUGINS}submitit_launcher\.submitit_launcher\.(Local|Slurm)Launcher"
+    rf"|{_PLUGINS}ray_launcher\.ray_launcher\.RayLauncher"
+    rf"|{_PLUGINS}optuna_sweeper\.optuna_sweeper\.OptunaSweeper|optuna\.samplers\.[A-Z]\w*Sampler"
+    r"|fusion_bench\.scripts\.(sweep\.SweepCallback|winner\.JudgeWinner)"
+)
+#: Classes that log records may go through, by the key that names them.
+_LOGGING = {
+    "class": re.compile(
+        r"logging\.(Formatter|StreamHandler|FileHandler|NullHandler)"
+        r"|logging\.handlers\.(Timed)?RotatingFileHandler|rich\.logging\.RichHandler"
+    ),
+    "()": re.compile(r"colorlog\.ColoredFormatter|fusion_bench\.redact\.Redacting"),
+    "stream": re.compile(r"ext://sys\.std(out|err)"),
+    # Whatever is written into it, no such file is ever run.
+    "filename": re.compile(r"(\$\{hydra\.(runtime\.output_dir|sweep\.dir)\}/)?[\w${}.-]*\.log"),
+}
+#: What an interpolation may stand for where Hydra makes objects: a text of Hydra's own.
+_PLAIN = re.compile(r"\$\{(hydra\.[\w.]+|fusion_bench\.\w+:[\w,]*)\}")
+#: What starts programs, opens connections or carries the environment away.
+_COMMANDS = re.compile(
+    r"launcher\.(setup|python|srun_args|additional_parameters|comment)(\..*|\[.*)?"
+    r"|launcher\.ray\.init\.address|launcher\.ray\..*runtime_env.*"
+    r"|sweeper\.(storage|custom_search_space)|job\.env_copy.*|job\.env_set\..*"
+)
+_HARMLESS = re.compile(
+    r"job\.env_set\.((OMP|MKL|OPENBLAS)_NUM_THREADS|CUDA_VISIBLE_DEVICES|TOKENIZERS_PARALLELISM"
+    r"|HF_HUB_OFFLINE|NCCL_\w+|HYDRA_FULL_ERROR)"
+)
+
+
+class CheckedConfigLoader(ConfigLoaderImpl):
+    """Composes as Hydra does, and refuses what a config may not ask for."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Return the composed config.
+
+        Raises:
+            ConfigError: with a line for each thing that it may not ask for.
+        """
+        self._check_search_path(config_name)
+        config = super().load_configuration(
+            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+        )
+        if problems := list(_problems(config)):
+            raise ConfigError("\n".join(dict.fromkeys(problems)))
+        return config
+
+    def _check_search_path(self, config_name: str | None) -> None:
+        """Let no package be imported for the sake of its configs alone."""
+        found = self.repository.load_config(config_name) if config_name else None
+        main = found.config if found is not None else None
+        searched = OmegaConf.select(main, "hydra.searchpath") if isinstance(main, DictConfig) else 0
+        for place in searched if isinstance(searched, Sequence) else ():
+            package = str(place).removeprefix("pkg://").replace("/", ".").partition(".")[0]
+            ours = package in {"fusion_bench", "hydra"} | allowed_packages()
+            if str(place).startswith("pkg://") and not ours:
+                raise ConfigError(
+                    f"hydra.searchpath: '{place}' would import a package. If you trust it, allow "
+                    f"it outside of the config: --allow {package}."
+                )
+
+
+def _problems(config: DictConfig) -> Iterator[str]:
+    whole: Any = OmegaConf.to_container(config, resolve=False)
+    hydra = whole.pop("hydra")
+    # An override is found where it has put its value; so Hydra's own key comes second.
+    for key in [*secret_keys(whole)] or secret_keys(hydra, "hydra"):
+        yield (
+            f"{key}: looks like a token or a password, and configs are saved. Run 'hf auth login', "
+            "or set it in the environment."
+        )
+    for section in ("job_logging", "hydra_logging"):
+        yield from _logging_problems(hydra.pop(section, None), f"hydra.{section}")
+    yield from _call_problems(hydra, "hydra")
+    yield from _command_problems(hydra)
+
+
+def _call_problems(node: Any, key: str) -> Iterator[str]:
+    """Yield a line for each thing under Hydra's own key that may not be called."""
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            if name == "_target_" and child is not None:
+                if not (_TARGETS.fullmatch(str(child)) or is_users(str(child))):
+                    yield f"{key}._target_: Hydra may not make '{child}' here."
+            else:
+                yield from _call_problems(child, f"{key}.{name}")
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _call_problems(child, f"{key}[{index}]")
+    elif isinstance(node, str) and re.match(r"hydra\.(callbacks|launcher|sweeper)\b", key):
+        if "${" in _PLAIN.sub("", node):
+            yield f"{key}: '{node}' is no plain text; write it out."
+        if re.search(r"[\0-\x1f]", node) and "launcher" in key:
+            yield f"{key}: holds a line break, which would start another command."
+
+
+def _logging_problems(node: Any, key: str) -> Iterator[str]:
+    """Yield a line for each thing that logging may not call, open or look up."""
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            place = f"{key}.{name}"
+            if name in _LOGGING and isinstance(child, str):
+                if not _LOGGING[name].fullmatch(child) or ".." in child:
+                    yield f"{place}: '{child}' may not be used from a config."
+            else:
+                yield from _logging_problems(child, place)
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _logging_problems(child, f"{key}[{index}]")
+    elif isinstance(node, str) and ("${" in node or "://" in node):
+        yield f"{key}: '{node}' is no plain text; write it out."
+
+
+def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each setting that must come from the command line, and does not."""
+    typed = {word.partition("=")[0].lstrip("+") for word in sys.argv[1:] if "=" in word}
+    ours = [
+        OmegaConf.to_container(OmegaConf.load(file))
+        for file in (CONFIG_DIR / "launcher").glob("*.yaml")
+    ]
+    for key, value in _leaves(hydra):
+        top = ".".join(key.partition("[")[0].split(".")[:2])
+        own = top.startswith("launcher.") and any(
+            isinstance(launcher, Mapping) and launcher.get(top.split(".")[1]) == _at(hydra, top)
+            for launcher in ours
+        )
+        by_hand = any(
+            f"hydra.{key}".startswith((word, f"{word}.", f"{word}["))
+            for word in typed
+            if word.startswith("hydra.")
+        )
+        if value in (None, "", "auto") or own or by_hand:
+            continue
+        if _COMMANDS.fullmatch(key) and not _HARMLESS.fullmatch(key):
+            yield (
+                f"hydra.{key}: may run commands or carry secrets, so that it is not taken from a "
+                f"file. Give it on the command line: '++hydra.{key.partition('[')[0]}=…'."
+            )
+
+
+def _at(node: Any, path: str) -> Any:
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield from _leaves(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _leaves(child, f"{key}[{index}]")
+    else:
+        yield key, node

@@ -1,0 +1,211 @@
+"""Who may be called: a config is data, and names only what is listed here.
+
+Users add packages of their own outside of any config: in the environment variable
+``FUSION_BENCH_ALLOW``, with ``--allow`` on the command line, or as an entry point of an installed
+package in the group ``fusion_bench.allow``. docs/security.md states the model.
+"""
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from hydra.utils import get_object
+
+from fusion_bench.errors import ConfigError, did_you_mean
+
+#: Names packages whose classes and functions a config may call, separated by commas.
+ALLOW = "FUSION_BENCH_ALLOW"
+#: Likewise environment variables that ``${oc.env:…}`` may read.
+ALLOW_ENVIRONMENT = "FUSION_BENCH_ALLOW_ENV"
+#: Set to 1, repositories may bring code of their own.
+TRUST_REMOTE_CODE = "FUSION_BENCH_TRUST_REMOTE_CODE"
+
+#: Our packages whose public names a config may call.
+_OURS = ("method", "modelpool", "taskpool", "programs")
+#: Single functions and classes, by the name that a config has for them.
+_EXACT = frozenset(
+    {
+        "datasets.load_dataset",
+        "datasets.load_from_disk",
+        "fusion_bench.zoo.load_dataset",
+        "lightning.Fabric",
+        "lightning.fabric.Fabric",
+    }
+)
+#: Packages and the classes in them of which a config may call any subclass.
+_FAMILIES = {
+    "lightning.fabric.strategies.": ("lightning.fabric.strategies.Strategy",),
+    "lightning.fabric.loggers.": ("lightning.fabric.loggers.Logger",),
+    "lightning.pytorch.loggers.": ("lightning.fabric.loggers.Logger",),
+    "torch.optim.": ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"),
+}
+#: What of transformers may be made, by ``from_pretrained`` alone.
+_PRETRAINED = (
+    "transformers.PreTrainedModel",
+    "transformers.models.auto.auto_factory._BaseAutoModelClass",
+    "transformers.PreTrainedConfig",
+    "transformers.AutoConfig",
+    "transformers.PreTrainedTokenizerBase",
+    "transformers.AutoTokenizer",
+    "transformers.ProcessorMixin",
+    "transformers.AutoProcessor",
+    "transformers.image_processing_base.ImageProcessingMixin",
+    "transformers.AutoImageProcessor",
+)
+#: Packages of which no more than the above is allowed.
+_LISTED = ("datasets", "fusion_bench", "hydra", "lightning", "omegaconf", "torch", "transformers")
+#: They return what their argument ``path`` names, which must be allowed itself.
+_LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
+#: Readers of ``datasets`` that take more than files of data.
+_READERS = ("generator", "pandas", "spark", "sql")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def find(name: str) -> Any:
+    """Return what a ``_target_`` names.
+
+    The name is looked at before anything is imported, and what it turned out to be afterwards: a
+    module of ours is no door to what it imports itself.
+
+    Raises:
+        ConfigError: it is not on the list, or not there.
+    """
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or not _promising(name):
+        raise ConfigError(_refusal(name))
+    try:
+        found = get_object(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot find '{name}'. {_nearest(name)}".rstrip()) from error
+    if not _allowed(name, found):
+        raise ConfigError(_refusal(name))
+    return found
+
+
+def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the mistake of each argument that would let somebody's code run."""
+    if target in _LOOKUPS:
+        try:
+            found = find(node.get("path", ""))
+            if not callable(found) and type(found).__name__ != "dtype":
+                yield "path", _refusal(node["path"])
+        except ConfigError as error:
+            yield "path", str(error)
+    if node.get("trust_remote_code") and os.environ.get(TRUST_REMOTE_CODE) != "1":
+        yield (
+            "trust_remote_code",
+            "would run code from the repository. If you trust its owner, say so outside of the "
+            f"config: --trust-remote-code, or {TRUST_REMOTE_CODE}=1 in the environment.",
+        )
+    if node.get("weights_only") is False:
+        yield "weights_only", "pickled weights can run code; only weights are read. Remove it."
+    kernel = node.get("attn_implementation")
+    if isinstance(kernel, str) and not re.fullmatch(r"\w+", kernel):
+        yield "attn_implementation", f"'{kernel}' would fetch code. Choose sdpa or eager."
+    if node.get("use_kernels") or node.get("kernel_config"):
+        yield "use_kernels", "would fetch code. Remove it."
+    if target == "datasets.load_dataset" and node.get("path") in _READERS:
+        yield "path", f"'{node['path']}' takes more than files of data; it is not read from here."
+
+
+def allowed_packages() -> frozenset[str]:
+    """Return the packages that the user allows beside ours."""
+    named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")}
+    installed = {point.value for point in entry_points(group="fusion_bench.allow")}
+    return frozenset(name for name in named | installed if _DOTTED.fullmatch(name))
+
+
+def environment_variable(name: str, default: Any = None) -> Any:
+    """Return what ``${oc.env:name}`` stands for in a config.
+
+    It goes into saved configs and reports, so that a stranger's config could carry away secrets.
+
+    Raises:
+        ConfigError: the user has not allowed it.
+    """
+    if name not in os.environ.get(ALLOW_ENVIRONMENT, "").split(","):
+        raise ConfigError(
+            f"${{oc.env:{name}}}: environment variables stay out of configs, which are saved. "
+            f"If this one may be seen, set {ALLOW_ENVIRONMENT}={name}."
+        )
+    return os.environ.get(name, default)
+
+
+def _promising(name: str) -> bool:
+    """Tell by its name whether a target may be looked at."""
+    first, _, rest = name.partition(".")
+    if first == "fusion_bench":
+        return name in _EXACT or rest.partition(".")[0] in _OURS
+    return (
+        name in _EXACT
+        or name in _LOOKUPS
+        or name.startswith(tuple(_FAMILIES))
+        or bool(re.fullmatch(r"transformers\.[\w.]+\.from_pretrained", name))
+        or bool(re.fullmatch(r"torch\.\w+", name))  # a dtype, as is seen later
+        or is_users(name)
+    )
+
+
+def is_users(name: str) -> bool:
+    """Tell whether a name lies in a package that the user allows."""
+    return any(name == package or name.startswith(f"{package}.") for package in allowed_packages())
+
+
+def _allowed(name: str, found: Any) -> bool:
+    """Tell whether an object may be called, by what it is itself."""
+    first = name.partition(".")[0]
+    if name in _EXACT or name in _LOOKUPS:
+        return callable(found)
+    if first == "fusion_bench":
+        package = import_module(".".join(name.split(".")[:2]))
+        return any(found is getattr(package, public) for public in package.__all__)
+    if first == "transformers" and inspect.ismethod(found):
+        owner = found.__self__
+        return (
+            found.__name__ == "from_pretrained"
+            and found.__func__.__module__.startswith("transformers.")
+            and inspect.isclass(owner)
+            and owner.__module__.startswith("transformers.")
+            and issubclass(owner, _classes(_PRETRAINED))
+        )
+    for prefix, bases in _FAMILIES.items():
+        if (
+            name.startswith(prefix)
+            and inspect.isclass(found)
+            and issubclass(found, _classes(bases))
+        ):
+            return found.__module__.partition(".")[0] == first
+    if first == "torch" and type(found).__name__ == "dtype":
+        return True
+    return is_users(name) and is_users(str(getattr(found, "__module__", None)))
+
+
+def _classes(names: tuple[str, ...]) -> tuple[type, ...]:
+    return tuple(get_object(name) for name in names)
+
+
+def _refusal(name: Any) -> str:
+    package = str(name).partition(".")[0]
+    said = f"'{name}' may not be called from a config."
+    if nearest := _nearest(name):
+        return f"{said} {nearest}"
+    if not _DOTTED.fullmatch(str(name)) or package in {*sys.stdlib_module_names, *_LISTED}:
+        return said
+    return (
+        f"{said} If you trust its package, allow it outside of the config: --allow {package}, or "
+        f"{ALLOW}={package} in the environment."
+    )
+
+
+def _nearest(name: Any) -> str:
+    """Suggest the public name that one of ours may have been meant for; imports nothing else."""
+    module, _, last = str(name).rpartition(".")
+    package = ".".join(module.split(".")[:2])
+    if package not in {f"fusion_bench.{ours}" for ours in _OURS}:
+        return ""
+    hint = did_you_mean(last, import_module(package).__all__)
+    return hint if hint.startswith("Did") else ""  # else it would list all

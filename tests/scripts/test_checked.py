@@ -1,0 +1,127 @@
+"""What a stranger's YAML asks of Hydra, through the loader that the command line composes with."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from fusion_bench.errors import ConfigError
+from fusion_bench.scripts import cli
+
+CALL = {"_target_": "os.system", "_args_": ["touch canary"]}
+FILE = {"class": "logging.FileHandler"}
+
+
+@pytest.fixture
+def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return a function that composes a config as the command line does, from a YAML of its own."""
+    from hydra._internal import hydra as hydra_internal
+
+    monkeypatch.setattr(hydra_internal, "ConfigLoaderImpl", hydra_internal.ConfigLoaderImpl)
+    cli.set_up_hydra()
+
+    def composed(config: dict[str, Any], *words: str, typed: bool = True) -> Any:
+        (tmp_path / "stranger.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        monkeypatch.setattr(sys, "argv", ["fusion_bench", *words] if typed else ["fusion_bench"])
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            return compose("stranger", list(words), return_hydra_config=True)
+
+    yield composed
+    GlobalHydra.instance().clear()
+
+
+@pytest.mark.parametrize(
+    ("hydra", "culprit"),
+    [
+        ({"callbacks": {"x": CALL}}, "hydra.callbacks.x._target_"),
+        ({"callbacks": {"leaderboard": {"a": [CALL]}}}, "hydra.callbacks.leaderboard.a[0]._target"),
+        ({"callbacks": {"x": "${evil}"}}, "hydra.callbacks.x"),
+        ({"callbacks": {"x": "${evil.${hydra.job.num}}"}}, "hydra.callbacks.x"),
+        ({"callbacks": {"x": "${oc.create:'{_target_: os.system}'}"}}, "hydra.callbacks.x"),
+        ({"sweeper": CALL}, "hydra.sweeper._target_"),
+        ({"sweeper": {"params": {"a": "${evil}"}}}, "hydra.sweeper.params.a"),
+        ({"job": {"env_set": {"LD_PRELOAD": "x.so"}}}, "hydra.job.env_set.LD_PRELOAD"),
+        ({"job": {"env_set": {"FUSION_BENCH_ALLOW": "os"}}}, "hydra.job.env_set.FUSION_BENCH"),
+        ({"job": {"env_set": {"HF_ENDPOINT": "http://x"}}}, "hydra.job.env_set.HF_ENDPOINT"),
+        ({"job": {"env_copy": ["HOME"]}}, "hydra.job.env_copy[0]"),
+        ({"job_logging": {"handlers": {"x": {"()": "os.system"}}}}, "handlers.x.()"),
+        ({"job_logging": {"filters": {"x": {"()": "os.system"}}}}, "filters.x.()"),
+        ({"job_logging": {"formatters": {"x": {"class": "os.system"}}}}, "formatters.x.class"),
+        ({"job_logging": {"handlers": {"file": {"stream": "ext://os.environ"}}}}, "file.stream"),
+        ({"job_logging": {"handlers": {"file": {"level": "ext://os.system"}}}}, "file.level"),
+        ({"job_logging": {"handlers": {"file": {"filename": ".bashrc"}}}}, "file.filename"),
+        ({"job_logging": {"handlers": {"x": {**FILE, "filename": "../a.log"}}}}, "x.filename"),
+        ({"job_logging": {"handlers": {"x": {**FILE, "filename": "/a/b.log"}}}}, "x.filename"),
+        ({"job_logging": {"handlers": {"x": {"class": "${evil}"}}}}, "x.class"),
+        ({"hydra_logging": {"handlers": {"x": {"()": "os.system"}}}}, "hydra_logging.handlers.x"),
+        ({"searchpath": ["pkg://stranger"]}, "pkg://stranger"),
+        ({"searchpath": ["pkg://stranger/conf"]}, "--allow stranger"),
+    ],
+    ids=str,
+)
+def test_what_hydra_may_not_do(composed: Any, hydra: dict[str, Any], culprit: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        composed({"evil": CALL, "hydra": hydra})
+    assert culprit in str(error.value)
+    assert "stranger" not in sys.modules
+
+
+def test_all_of_it_is_told_at_once(composed: Any) -> None:
+    hydra = {"callbacks": {"x": CALL}, "job": {"env_set": {"PATH": "."}}}
+    with pytest.raises(ConfigError) as error:
+        composed({"token": "abc", "hydra": hydra})
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == [
+        "token",
+        "hydra.callbacks.x._target_",
+        "hydra.job.env_set.PATH",
+    ]
+
+
+@pytest.mark.parametrize(
+    "hydra",
+    [
+        {"job": {"env_set": {"OMP_NUM_THREADS": "1"}}},
+        {"job_logging": {"handlers": {"file": {"filename": "${hydra.sweep.dir}/a.log"}}}},
+        {"job_logging": {"handlers": {"console": {"class": "rich.logging.RichHandler"}}}},
+        {"job_logging": {"root": {"level": "DEBUG"}}},
+        {"run": {"dir": "mine/${now:%H}"}, "sweep": {"dir": "mine"}},
+        {"callbacks": {"x": {"_target_": "hydra.experimental.callbacks.LogJobReturnCallback"}}},
+    ],
+    ids=str,
+)
+def test_what_hydra_may_do(composed: Any, hydra: dict[str, Any]) -> None:
+    assert composed({"a": 1, "hydra": hydra}).a == 1
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local", "submitit_slurm", "ray"])
+def test_our_launchers_are_what_they_were(composed: Any, launcher: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    assert composed({"a": 1}, f"hydra/launcher={launcher}").hydra.launcher._target_
+
+
+def test_commands_come_from_the_command_line_alone(composed: Any) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    slurm = "hydra/launcher=submitit_slurm"
+    stranger = {"hydra": {"launcher": {"setup": ["touch canary"]}}}
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.setup\[0\]"):
+        composed(
+            {"defaults": [{"override hydra/launcher": "submitit_slurm"}, "_self_"], **stranger}
+        )
+    config = composed({}, slurm, "hydra.launcher.setup=[module load cuda]")
+    assert config.hydra.launcher.setup == ["module load cuda"]
+    with pytest.raises(ConfigError, match="line break"):
+        composed({}, slurm, "hydra.launcher.partition='a\nb'")
+    assert composed({}, "+hydra.job.env_set.PATH=x").hydra.job.env_set.PATH == "x"
+
+
+def test_what_a_file_sweeps_is_not_the_command_line(composed: Any) -> None:
+    """The sweeper composes a job with what a file's ``params`` say, as if it had been typed."""
+    word = "+hydra.job.env_set.LD_PRELOAD=x.so"
+    assert composed({"a": 1}, word).a == 1
+    with pytest.raises(ConfigError, match="LD_PRELOAD"):
+        composed({"a": 1}, word, typed=False)
