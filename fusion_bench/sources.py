@@ -383,7 +383,8 @@ def _reason_of_the_source(kind: str, name: str, error: Exception) -> str | None:
         return f"the Hub denies access to {page}. Log in with 'hf auth login'."
     if isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError)):
         return text
-    if status(error) == 404:
+    plain = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)
+    if status(error) == 404 and isinstance(error, plain):
         return f"the Hub has no such thing at {page}."
     if re.search(r"doesn't contain any data files|No \(supported\) data files", text):
         return "it holds no data files."

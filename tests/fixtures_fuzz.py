@@ -11,24 +11,31 @@ import pickle
 import string
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from fixtures_report import synthetic
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import strategies as st
+from omegaconf import OmegaConf, open_dict
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
+from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.programs import CompareProgram
 from fusion_bench.report import Answers, Report, markdown
 from fusion_bench.report.page import page
 from fusion_bench.repository import locate
+from fusion_bench.scripts.cli import FORESEEN, set_up_hydra
 from fusion_bench.weights import AdapterConfig, open_repository, sha256
 from fusion_bench.weights.checkpoint import shards
 
@@ -70,12 +77,14 @@ class Kind:
     Attributes:
         name: what the table calls it.
         files: makes them.
-        read: reads what is in a directory, and may raise nothing but ``FusionBenchError``.
+        read: reads what is in a directory.
+        foreseen: what it may raise; the command line says no more of these than their message.
     """
 
     name: str
     files: st.SearchStrategy[Files]
     read: Callable[[Path], object]
+    foreseen: tuple[type[Exception], ...] = (FusionBenchError,)
 
 
 # --- watching
@@ -131,7 +140,6 @@ _FORBIDDEN = {
     "os.forkpty",
     "os.startfile",
     "shutil.rmtree",
-    "os.chmod",
     "socket.connect",
     "code.__new__",
     "webbrowser.open",
@@ -145,7 +153,7 @@ def attempt(kind: Kind, files: Files, directory: Path, watch: Watch) -> str:
 
     Raises:
         AssertionError: what was read did what no reading does.
-        Exception: whatever is no ``FusionBenchError``.
+        Exception: whatever was not foreseen.
     """
     for name, content in files.items():
         file = directory / name
@@ -155,10 +163,10 @@ def attempt(kind: Kind, files: Files, directory: Path, watch: Watch) -> str:
         else:
             file.write_bytes(content)
     outcome = "read"
-    with watch.on(directory):
+    with redirect_stdout(io.StringIO()), watch.on(directory):
         try:
             kind.read(directory)
-        except FusionBenchError as error:
+        except kind.foreseen as error:
             assert str(error).strip(), "an error without words"
             outcome = type(error).__name__
     assert not watch.seen, watch.seen
@@ -244,6 +252,24 @@ def mutated(draw: Any, value: Any, depth: int = 0) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and draw(st.booleans()):
         return draw(_odd_numbers)
     return draw(json_values)
+
+
+@st.composite
+def respelled(draw: Any, value: Any) -> Any:
+    """Change one number or text in a value of JSON to another, so that it still has its form."""
+    if isinstance(value, dict) and value:
+        key = draw(st.sampled_from(sorted(value)))
+        return {**value, key: draw(respelled(value[key]))}
+    if isinstance(value, list) and value:
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], draw(respelled(value[at])), *value[at + 1 :]]
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return draw(st.integers(-2, 10) | st.sampled_from([2**31, 2**63, 10**30]))
+    if isinstance(value, float):
+        return draw(st.floats() | st.integers(-2, 10))
+    return draw(_odd_texts)
 
 
 @st.composite
@@ -633,6 +659,8 @@ def runs(draw: Any) -> Files:
         part = draw(st.sampled_from([*sorted(_SMALL_PARTS), "run", "all"]))
         if part == "all":
             report = draw(_texts_of_json(_REPORT_JSON))
+        elif draw(st.booleans()):
+            report = as_json(_REPORT_JSON | {part: draw(respelled(_REPORT_JSON[part]))})
         else:
             report = as_json(_REPORT_JSON | {part: draw(mutated(_REPORT_JSON[part]))})
     if which != 0:
@@ -661,6 +689,187 @@ def _read_comparison(directory: Path) -> None:
     ).run()
 
 
+# --- (d) configs
+
+_TARGETS = [
+    *sorted(HOSTILE),
+    "builtins.open",
+    "builtins.dict",
+    "builtins.getattr",
+    "pathlib.Path",
+    "pickle.loads",
+    "torch.load",
+    "torch.float32",
+    "functools.partial",
+    "hydra.utils.get_method",
+    "hydra.utils.instantiate",
+    "importlib.import_module",
+    "fusion_bench.scripts.cli.main",
+    "fusion_bench.scripts.cli.hydra",
+    "fusion_bench.storage.write_text",
+    "fusion_bench.method.torch.load",
+    "fusion_bench.method.SimpleAverageAlgorithm",
+    "fusion_bench.method.TaskArithmeticAlgorithm.run",
+    "fusion_bench.modelpool.HFModelPool",
+    "fusion_bench.modelpool.CLIPVisionModelPool",
+    "fusion_bench.taskpool.CLIPVisionModelTaskPool",
+    "fusion_bench.programs.FabricModelFusionProgram",
+    "fusion_bench.programs.CompareProgram",
+    "transformers.AutoModel",
+    "lightning.fabric.strategies.DDPStrategy",
+    "",
+    "..",
+    "x" * 200,
+]
+_ARGUMENTS = [["true"], "true", ["../secret.bin"], {"path": "os.system"}, "canary"]
+_INTERPOLATIONS = [
+    "${oc.env:HOME}",
+    "${oc.env:HF_TOKEN}",
+    "${oc.decode:'{_target_: os.system}'}",
+    "${method}",
+    "${.a}",
+    "${..b}",
+    "${${a}}",
+    "${",
+    "${a",
+    "${x:y}",
+    "${hydra:runtime.cwd}",
+    "${oc.select:a,${b}}",
+    "???",
+]
+_texts_of_config = st.sampled_from(_INTERPOLATIONS) | _odd_texts.filter(str.isprintable)
+
+
+@st.composite
+def _nodes(draw: Any) -> Any:
+    node: dict[Any, Any] = {}
+    if draw(st.integers(0, 3)):
+        node["_target_"] = draw(st.sampled_from(_TARGETS))
+    for key in draw(
+        st.lists(
+            st.sampled_from(
+                [
+                    "_args_",
+                    "_partial_",
+                    "_recursive_",
+                    "_convert_",
+                    "models",
+                    "path",
+                    "a",
+                    "weights",
+                ]
+            ),
+            max_size=3,
+        )
+    ):
+        node[key] = draw(st.sampled_from(_ARGUMENTS) | st.booleans() | _texts_of_config)
+    return node
+
+
+_trees = st.recursive(
+    _nodes() | _texts_of_config | st.integers(-3, 3) | st.floats() | st.none() | st.booleans(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["method", "modelpool", "taskpool", "fabric", "models", "a", "b"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def _project_nodes() -> list[Any]:
+    """Return the nodes of the methods that the project brings."""
+    nodes = [
+        yaml.safe_load(file.read_text(encoding="utf-8"))
+        for file in sorted((CONFIG_DIR / "method").rglob("*.yaml"))
+    ]
+    return [node for node in nodes if isinstance(node, dict) and "_target_" in node]
+
+
+_HYDRA_PARTS: dict[str, Any] = {
+    "callbacks": {"a": {"_target_": "os.system"}},
+    "job_logging": {"handlers": {"x": {"class": "os.system"}}},
+    "hydra_logging": {"formatters": {"x": {"()": "os.system"}}},
+    "launcher": {"_target_": "hydra_plugins.x.X", "setup": ["true"]},
+    "sweeper": {"_target_": "subprocess.Popen"},
+    "searchpath": ["pkg://this", "file:///tmp"],
+    "job": {"env_set": {"LD_PRELOAD": "x"}, "chdir": True},
+    "run": {"dir": "../../out"},
+}
+
+
+@st.composite
+def configs(draw: Any) -> Files:
+    """Return a config as a stranger's YAML."""
+    how = draw(st.integers(0, 9))
+    if how == 0:
+        return {"stranger.yaml": draw(st.sampled_from(_YAML_TEXTS) | st.binary(max_size=60))}
+    if how <= 2:
+        node = draw(st.sampled_from(_project_nodes()))
+        tree: Any = {"method": draw(mutated(node))}
+    else:
+        tree = {"method": draw(_trees)}
+    if draw(st.booleans()):
+        tree |= {"modelpool": draw(_trees), "_target_": draw(st.sampled_from(_TARGETS))}
+    if draw(st.integers(0, 4)) == 0:
+        part = draw(st.sampled_from(sorted(_HYDRA_PARTS)))
+        tree["hydra"] = {part: draw(st.just(_HYDRA_PARTS[part]) | mutated(_HYDRA_PARTS[part]))}
+    if draw(st.integers(0, 4)) == 0:
+        tree["defaults"] = draw(
+            st.lists(
+                st.sampled_from(["_self_", "/method: slerp", "../../x", {"a": "b"}]), max_size=2
+            )
+        )
+    try:
+        text = yaml.safe_dump(tree, allow_unicode=True, sort_keys=False).encode()
+    except (yaml.YAMLError, UnicodeEncodeError):
+        text = as_json(tree)
+    return {"stranger.yaml": text}
+
+
+_YAML_TEXTS = [
+    b"method: !!python/object/apply:os.system ['true']",
+    b"method: !!python/name:os.system",
+    b"method: " + b"[" * 3000,
+    b"method: " + b"{a: " * 3000,
+    b"a: &a [x, x]\nb: &b [*a, *a, *a]\nc: [*b, *b]",
+    b"&a [*a]",
+    b"a: &a {b: *a}",
+    b"- 1",
+    b"x",
+    b"",
+    b"\xff\xfe",
+    b"a: 1\na: 2",
+    b"? [a, b]\n: c",
+    b"1: 2\nnull: 3\ntrue: 4",
+    b"--- a\n--- b",
+    b"%YAML 9.9\n---\na: b",
+    b"# @package _global_\nhydra: null",
+    b"# @package hydra.callbacks\na: {_target_: os.system}",
+    b"method: 2001-01-01",
+    b"method: !!binary x",
+    b"method: !!set {a, b}",
+]
+
+
+def _read_config(directory: Path) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        config = compose("stranger", return_hydra_config=True)
+    with open_dict(config):
+        config.pop("hydra", None)
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for key, node in settings.items():
+        if isinstance(node, dict):
+            instantiate(node, str(key))
+    if "_target_" in settings:
+        instantiate(settings)
+
+
+set_up_hydra()
 KINDS = {
     kind.name: kind
     for kind in (
@@ -675,5 +884,6 @@ KINDS = {
         Kind("pickled weights", _pickle_files(), _read_checkpoint),
         Kind("report and answers, shown as a page", runs(), _read_run),
         Kind("report and answers, compared", runs(), _read_comparison),
+        Kind("config", configs(), _read_config, FORESEEN),
     )
 }

@@ -47,7 +47,7 @@ _PROGRAM_KEY = re.compile(
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
 )
 #: Exceptions whose message is enough.
-_FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
+FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
 _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 
@@ -201,7 +201,7 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
         logs = _log_traceback()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             message = redacted(_explain(error))
-            if not isinstance(error, _FORESEEN):
+            if not isinstance(error, FORESEEN):
                 message = f"{message}\n  {_where(logs)}"
             print(f"fusion_bench: {message}", file=sys.stderr)
         sys.exit(_exit_code(error))
@@ -226,12 +226,12 @@ def _where(logs: list[str]) -> str:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, FusionBenchError):
         return error.exit_code
-    return FusionBenchError.exit_code if isinstance(error, _FORESEEN) else 1
+    return FusionBenchError.exit_code if isinstance(error, FORESEEN) else 1
 
 
 def _explain(error: Exception) -> str:
     """Return the message for the user, with the likely intended name where there is one."""
-    if not isinstance(error, _FORESEEN):
+    if not isinstance(error, FORESEEN):
         return f"{type(error).__name__}: {error}"
     first_line = str(error).partition("\n")[0]
     if isinstance(error, YAMLError):
