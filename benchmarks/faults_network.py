@@ -29,7 +29,7 @@ from hub import Fault, client_environment, closed_endpoint, hub_stand_in  # noqa
 #: As HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT; by default both are 10 seconds.
 TIMEOUT = 3
 #: No process may take longer.
-LIMIT = 240
+LIMIT = 600
 TOKEN = "hf_" + "secretsecret" * 3
 
 READ = """
