@@ -58,7 +58,11 @@ def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
     Raises:
         Exception: the last attempt's, or whatever another attempt would not mend.
     """
+    from huggingface_hub import is_offline_mode
+
     _set_limits()
+    if is_offline_mode():
+        return call()
     end = None
     for usual in itertools.chain(_WAITS, itertools.repeat(_WAITS[-1])):
         try:

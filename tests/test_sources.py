@@ -13,7 +13,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from fixtures_clip import BASE, write_hub
-from hub import Hub, client_environment, closed_endpoint, hub_stand_in
+from hub import Fault, Hub, client_environment, closed_endpoint, hub_stand_in
 from huggingface_hub import HfApi
 
 from fusion_bench import sources, zoo
@@ -184,13 +184,18 @@ READ_ALL = """
 import json, sys
 from datasets import load_dataset
 from transformers import CLIPImageProcessorPil, CLIPTokenizer, CLIPVisionModel
+from fusion_bench import network
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.sources import reading, resolve
+from fusion_bench.sources import load, reading, resolve
 
+network.PATIENCE = 0
 for kind, name, options in json.loads(sys.argv[1]):
     try:
         with reading(kind, name):
-            if kind == "dataset":
+            if name == "owner/flipped":
+                node = {"_target_": "datasets.load_dataset", "path": name, **options}
+                load("dataset", node, "taskpool.test_datasets.flipped")
+            elif kind == "dataset":
                 load_dataset(name, **options)
             elif kind == "processor":
                 CLIPImageProcessorPil.from_pretrained(resolve(name))
@@ -237,6 +242,9 @@ case("dataset", "owner/two", "it has several configurations; choose one as 'name
 case("dataset", "owner/two", "it has no configuration 'ful'. Did you mean 'full'?", name="ful")
 case("dataset", "owner/empty", "it holds no data files.")
 case("dataset", "owner/broken", "its files are damaged (Could not open Parquet input source")
+FLIPPED = "what came was damaged: its hash is not the one that the Hub states. It is deleted."
+case("dataset", "owner/flipped", FLIPPED, split="test")
+case("dataset", "owner/flipped", None, split="test[:5]")  # nothing of it was kept
 case("model", "owner/gated", f"{GATED}owner/gated, then run 'hf auth login'.")
 case("processor", "owner/gated", f"{GATED}owner/gated, then run 'hf auth login'.")
 case("dataset", "owner/gated", f"{GATED}datasets/owner/gated, then run 'hf auth login'.")
@@ -256,7 +264,7 @@ case(
 )
 case("model", "owner/other-shapes", "its weights have other shapes than its config.json says.")
 
-CACHED = [key for key, said in CASES.items() if said is None]
+CACHED = [key for key, said in CASES.items() if said is None and key[1] != "owner/flipped"]
 NOT_CACHED: list[Case] = [
     ("model", "tanganke/clip-vit-base-patch32_stanford-cars", ()),
     ("processor", "openai/clip-vit-large-patch14", ()),
@@ -301,6 +309,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     empty = copy(sun, "empty")
     shutil.rmtree(empty / "data")
     (empty / "README.md").write_text("Nothing here yet.\n")
+    copy(sun, "flipped")
     (copy(sun, "two") / "README.md").write_text(
         "---\nconfigs:\n"
         "- {config_name: a, data_files: data/test-*}\n"
@@ -314,6 +323,7 @@ def hub_with_refusals(root: Path) -> Iterator[Hub]:
     with hub_stand_in(root) as hub:
         hub.fail("owner/gated", 403, "GatedRepo")
         hub.fail("owner/denied", 403)
+        hub.spoil(Fault(r"flipped/resolve/.*test-.*\.parquet", "flip", times=1, methods=("GET",)))
         yield hub
 
 
