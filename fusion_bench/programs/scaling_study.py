@@ -163,7 +163,7 @@ class ScalingStudy:
         start = time.perf_counter()
         judged = {name: self._judged(base, fabric) for name, base in self.bases.items()}
         jobs = list(self._jobs())
-        log.info("%d merges", len(jobs))
+        log.info("Merges: %d", len(jobs))
         merges = []
         for base, method, count, subset, models in bar(jobs, "scaling study", unit="merge"):
             merges.append(self._merge(base, method, count, subset, models, fabric))
