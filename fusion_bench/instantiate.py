@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -47,7 +47,8 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
-    check(plain, key, **arguments)
+    if not _checks_parts(plain, key, arguments):
+        check(plain, key, **arguments)
     try:
         return hydra_instantiate(plain, _convert_="all", **arguments)
     except InstantiationException as error:
@@ -97,7 +98,13 @@ def check(node: Any, key: str = "", **arguments: Any) -> None:
         FusionBenchError: with a line for each that cannot work.
     """
     if problems := list(_problems(node, key, arguments)):
-        raise FusionBenchError("\n".join(problems))
+        raise ConfigError("\n".join(problems))
+
+
+def _checks_parts(node: Any, key: str, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a target can be called as it is and says itself what is wrong with its parts."""
+    sound = not any(_signature_problems(node, key, arguments))
+    return sound and getattr(get_object(str(node["_target_"])), "checks_parts", False)
 
 
 def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str]:
