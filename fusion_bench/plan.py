@@ -1,5 +1,6 @@
 """What a run is going to do and what stands in its way, known before any weight is loaded."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from fusion_bench.repository import Repository
 if TYPE_CHECKING:
     from fusion_bench.weights import Weights
 
+#: How a message begins that names its key.
+_KEY = re.compile(r"[a-z_]+((\.[^\s:]+)|(\[\d+\]))*: ")
 #: What the embedded zoo takes on disk, rounded up.
 _ZOO_BYTES = 150_000_000
 
@@ -63,7 +66,7 @@ class Plan:
             yield
         except FusionBenchError as error:
             text = str(error)
-            if key and key not in text:
+            if key and key not in text and not _KEY.match(text):
                 named = type(error)(f"{key}: {text}")
                 named.__cause__ = error.__cause__
                 error = named

@@ -50,6 +50,7 @@ class AdaMergingAlgorithm:
     """
 
     needs_data = True
+    needs_own_data = True
     needs_pretrained = True
     uses_labels = False
 

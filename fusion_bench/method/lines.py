@@ -70,6 +70,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         self.beta = beta
         # Where the base method learns from data, it says from which.
         self.needs_data = getattr(self.base_method, "needs_data", False)
+        self.needs_own_data = getattr(self.base_method, "needs_own_data", False)
         self.uses_labels = getattr(self.base_method, "uses_labels", False)
         self.split = getattr(self.base_method, "split", None)
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fusion_bench.errors import ConfigError
 from fusion_bench.method.base import aligned, refuse_without_pretrained
+from fusion_bench.method.data import own_data
 from fusion_bench.plan import Plan, Step
 from fusion_bench.programs.fusing import (
     learner,
@@ -24,7 +25,8 @@ from fusion_bench.programs.fusing import (
     refuse_test_split,
     refuse_without_taskpool,
 )
-from fusion_bench.repository import hub_cache
+from fusion_bench.repository import hub_cache, locate
+from fusion_bench.sources import unbuilt
 from fusion_bench.weights import Weights
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def preflight(
         plan.take(modelpool.plan(scratch, built=taskpool is not None))
     if hasattr(taskpool, "plan"):
         plan.take(taskpool.plan(scratch))
+    _look_at_nodes(plan, program, scratch)
     methods = [setting.method for setting in program.settings] or [program.method]
     if modelpool is not None:
         _compare(plan, modelpool, [method for method in methods if method is not None])
@@ -92,6 +95,27 @@ def show(plan: Plan, console: Console) -> None:
         size = "unknown" if moved else "" if step.nbytes is None else decimal(step.nbytes)
         table.add_row(step.verb, step.what, size, str(step.place or ""))
     console.print(table)
+
+
+def _look_at_nodes(plan: Plan, program: "FabricModelFusionProgram", scratch: Path | None) -> None:
+    """Find what a pool's node names where the pool itself could not be made."""
+
+    def named(pool: Any, section: str, key: str) -> Mapping[str, Any]:
+        node = program.config[section] if pool is None else None
+        found = node.get(key) if isinstance(node, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+    for name, source in named(program.modelpool, "modelpool", "models").items():
+        with plan.noting(f"modelpool.models.{name}"):
+            if isinstance(source, str) and unbuilt(source) is None and not Path(source).is_file():
+                locate(source, scratch)
+    for name, node in named(program.taskpool, "taskpool", "test_datasets").items():
+        key = f"taskpool.test_datasets.{name}"
+        with plan.noting(key):
+            from fusion_bench.taskpool.described import describe
+
+            if not any(str(problem).startswith(f"{key}.") for problem in plan.problems):
+                describe(node, key, scratch)
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,12 @@ def _compare_data(
     for split, user, key in uses:
         with plan.noting(key):
             datasets, where = named_datasets(split, program.modelpool, program.taskpool, user, key)
+            if key == "method.split" and any(
+                getattr(method, "needs_own_data", False) and method.split == split
+                for method in methods
+            ):
+                with plan.noting(where):
+                    own_data(program.modelpool.model_names, datasets)
             if hasattr(program.taskpool, "plan_tuning"):
                 plan.take(program.taskpool.plan_tuning(datasets, where, scratch))
             for name, node in datasets.items():
@@ -197,27 +227,25 @@ def _add_steps(
     if plan.weights:
         total = sum(sum(w.spec(key).nbytes for key in w) for w in plan.weights.values())
         plan.add(Step("read", f"{_count(len(plan.weights), 'model')}", total))
-    if modelpool is None or program.method is None:
-        return
-    names = modelpool.model_names
-    what = f"{type(methods[0]).__name__} of {_count(len(names), 'model')}"
-    if program.search is not None:
-        what += f", with {_count(len(methods), 'setting')}"
-    device = "" if fabric is None else f", on {fabric.device}"
-    plan.add(Step("compute", f"{what}{device}"))
+    if modelpool is not None and program.method is not None:
+        what = f"{type(methods[0]).__name__} of {_count(len(modelpool.model_names), 'model')}"
+        if program.search is not None:
+            what += f", with {_count(len(methods), 'setting')}"
+        device = "" if fabric is None else f", on {fabric.device}"
+        plan.add(Step("compute", f"{what}{device}"))
     if taskpool is not None:
         judged = "the merged model"
         if program.baselines != "none":
             judged += " and those it is made of"
         plan.add(Step("judge", f"{judged}, on {_count(len(taskpool.task_names), 'task')}"))
     if program.model_path is not None:
-        size = _merged_bytes(plan, modelpool)
+        size = None if modelpool is None else _merged_bytes(plan, modelpool)
         plan.add(
             Step("write", "the merged model", size, program.model_path, "merged_model_save_path")
         )
     for key, place in (
         ("report_save_path", program.report_path),
-        ("output_dir", program.output_dir),
+        ("output_dir", program.output_dir and program.output_dir / "report.json"),
     ):
         if place is not None:
             plan.add(Step("write", "the report", None, place, key))
@@ -248,7 +276,8 @@ def _check_room(plan: Plan) -> None:
     disks: dict[int, list[Step]] = {}
     for step in steps:
         assert step.place is not None
-        there = _existing(step.place)
+        # What is written takes the place of another only when it is whole, beside it.
+        there = _existing(step.place.parent if step.verb == "write" else step.place)
         with plan.noting(step.key):
             if not there.is_dir():
                 raise ConfigError(

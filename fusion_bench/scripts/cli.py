@@ -102,6 +102,8 @@ def _prepared(words: list[str]) -> list[str]:
         elif _PROGRAM_KEY.match(word):
             word = f"++{word}"
         prepared.append(word)
+        if word == "++dry_run=true":  # a dry run leaves nothing but its log
+            prepared.append("hydra.output_subdir=null")
     return prepared
 
 
@@ -148,8 +150,9 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
     except (FusionBenchError, HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             raise
-        first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        sys.exit(f"fusion_bench: {_explain(error)}" if first_process else 1)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes the first one speaks
+            print(f"fusion_bench: {_explain(error)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def _explain(error: Exception) -> str:
