@@ -47,7 +47,9 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
-    if not _checks_parts(plain, key, arguments):
+    if gathered := _gathered(plain, key, arguments):
+        plain, arguments = gathered
+    else:
         check(plain, key, **arguments)
     try:
         return hydra_instantiate(plain, _convert_="all", **arguments)
@@ -101,10 +103,29 @@ def check(node: Any, key: str = "", **arguments: Any) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _checks_parts(node: Any, key: str, arguments: Mapping[str, Any]) -> bool:
-    """Tell whether a target can be called as it is and says itself what is wrong with its parts."""
-    sound = not any(_signature_problems(node, key, arguments))
-    return sound and getattr(get_object(str(node["_target_"])), "checks_parts", False)
+def _gathered(
+    node: Mapping[Any, Any], key: str, arguments: Mapping[str, Any]
+) -> tuple[Mapping[Any, Any], dict[str, Any]] | None:
+    """Return node and arguments for a target that tells all problems at once, its parts' too.
+
+    It is called without the keys that are wrong, and told of them. None for any other target, and
+    where a key that it needs is missing.
+    """
+    try:
+        function = get_object(str(node["_target_"]))
+    except (ImportError, AttributeError, ValueError):
+        return None
+    if not getattr(function, "tells_all_problems", False):
+        return None
+    prefix = f"{key}." if key else ""
+    wrong = {
+        problem.partition(": ")[0].removeprefix(prefix): problem
+        for problem in _signature_problems(node, key, arguments)
+    }
+    if wrong.keys() - node.keys():
+        return None
+    sound = {name: value for name, value in node.items() if name not in wrong}
+    return sound, {**arguments, "problems": list(wrong.values())}
 
 
 def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,13 +75,14 @@ class FabricModelFusionProgram:
         fast_dev_run: judge only the first batch of each task.
         dry_run: print the plan and all problems, and stop before anything is loaded.
         parts: what other runs of this process have made, for those that follow.
+        problems: what is known to be wrong with the config, to be said with the rest.
 
     Raises:
         ConfigError: with all that is wrong in any of them, and in what they name.
     """
 
     #: What is wrong with the sections is said here, for all of them at once.
-    checks_parts = True
+    tells_all_problems = True
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class FabricModelFusionProgram:
         fast_dev_run: bool = False,
         dry_run: bool = False,
         parts: Parts | None = None,
+        problems: Sequence[str] = (),
     ):
         self.config: dict[str, Any] = {
             "_target_": f"fusion_bench.programs.{type(self).__name__}",
@@ -138,7 +140,7 @@ class FabricModelFusionProgram:
         self.settings: list[Setting] = []
         self.report_path: Path | None = None
         self.model_path: Path | None = None
-        plan = Plan()
+        plan = Plan(problems=[ConfigError(problem) for problem in problems])
         with plan.noting("baselines"):
             check_choice("baselines", baselines, Baselines)
         with plan.noting("seed"):
