@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric import Fabric
+from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -82,8 +83,8 @@ def announce(plan: Plan) -> None:
 
 def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
-    table = Table(title="The plan", title_justify="left", title_style="bold")
-    for column in ("step", "what"):
+    table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
+    for column in ("the plan", "what"):
         table.add_column(column)
     table.add_column("size", justify="right")
     table.add_column("where", overflow="fold")

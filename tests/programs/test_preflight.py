@@ -345,7 +345,7 @@ def test_the_console_script_lists_everything_and_ends_with_2(
     lines = done.stderr.removeprefix("fusion_bench: ").splitlines()
     keys = [line.partition(": ")[0] for line in lines]
     assert keys == ["seed", "modelpool.models.a", "taskpool.test_datasets.b"]
-    assert "The plan" in done.stdout
+    assert "the plan" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conf", "outputs"]
     assert [path.name for path in (tmp_path / "outputs").glob("*/*/*")] == ["cli.log"]
 
