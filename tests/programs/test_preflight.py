@@ -13,7 +13,7 @@ import yaml
 from commandline import fusion_bench
 from fixtures_clip import vision_config, write_dataset
 from fixtures_llm import rewrite, write_llama
-from hub import client_environment, closed_endpoint, hub_stand_in
+from hub import hub_stand_in
 from safetensors.torch import load_file, save_file
 
 from fusion_bench.errors import ConfigError, FusionBenchError
@@ -330,24 +330,30 @@ def test_headers_are_asked_for_once(on_hub: Any) -> None:
 
 
 def test_the_console_script_lists_everything_and_ends_with_2(
-    program_config: Config, tmp_path: Path
+    program_config: Config, family: Path, tmp_path: Path
 ) -> None:
+    """The datasets are on the Hub, of which only the cards are asked for."""
     config = deepcopy(program_config)
     config["modelpool"]["models"]["a"] = "/no/such"
-    config["taskpool"]["test_datasets"]["b"]["split"] = "tset"
-    (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "c.yaml").write_text(yaml.safe_dump(config | {"seed": None}))
-    env = client_environment(closed_endpoint(), tmp_path / "hf")
-    env["FUSION_BENCH_CACHE"] = str(tmp_path / "cache")
-    names = ("--config-path", "conf", "--config-name", "c")
-    done = fusion_bench(*names, "dry_run=true", "seed=x", cwd=tmp_path, env=env)
+    test = config["taskpool"]["test_datasets"]
+    test["a"]["path"], test["b"]["path"], test["b"]["split"] = "org/a", "org/b", "tset"
+    cwd, root = tmp_path / "cwd", tmp_path / "hub"
+    (cwd / "conf").mkdir(parents=True)
+    (cwd / "conf" / "c.yaml").write_text(yaml.safe_dump(config | {"seed": None}))
+    shutil.copytree(family / "datasets", root / "datasets" / "org")
+    with hub_stand_in(root) as hub:
+        env = hub.environment(tmp_path / "hf") | {"FUSION_BENCH_CACHE": str(tmp_path / "cache")}
+        names = ("--config-path", "conf", "--config-name", "c")
+        done = fusion_bench(*names, "dry_run=true", "seed=x", cwd=cwd, env=env)
+        assert {path.rpartition("/")[2] for path in hub.downloads()} == {"README.md"}
     assert done.returncode == 2
     lines = done.stderr.removeprefix("fusion_bench: ").splitlines()
     keys = [line.partition(": ")[0] for line in lines]
     assert keys == ["seed", "modelpool.models.a", "taskpool.test_datasets.b"]
-    assert "the plan" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["conf", "outputs"]
-    assert [path.name for path in (tmp_path / "outputs").glob("*/*/*")] == ["cli.log"]
+    assert "the plan" in done.stdout and "org/a" in done.stdout
+    assert not [file for place in ("hf", "cache") for file in (tmp_path / place).rglob("*")]
+    assert sorted(path.name for path in cwd.iterdir()) == ["conf", "outputs"]
+    assert [path.name for path in (cwd / "outputs").glob("*/*/*")] == ["cli.log"]
 
 
 def test_a_normal_run_looks_ahead_too(program_config: Config) -> None:
