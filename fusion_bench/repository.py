@@ -1,6 +1,7 @@
 """A model's files, whether they lie here or on the Hub."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusion_bench.errors import FusionBenchError
@@ -16,6 +17,8 @@ class Repository:
         files: the names of its files, of those at the top alone.
         directory: where it lies, if it lies here.
         commit: which state of a repository on the Hub is meant.
+        sizes: the bytes of files on the Hub, as far as it tells them.
+        scratch: where files go that are not here, in place of the Hub's cache.
     """
 
     name: str
@@ -23,6 +26,8 @@ class Repository:
     directory: Path | None = None
     repo_id: str = ""
     commit: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    scratch: Path | None = None
 
     def has(self, *files: str) -> bool:
         """Tell whether ``files`` are here already, in the directory or in the Hub's cache."""
@@ -47,22 +52,24 @@ class Repository:
             return self.directory
         from huggingface_hub import snapshot_download
 
+        here = self.has(*files)
         with reading("model", self.name):
             return Path(
                 snapshot_download(
                     self.repo_id,
                     revision=self.commit,
                     allow_patterns=list(files),
-                    local_files_only=self.has(*files),
+                    local_files_only=here,
+                    cache_dir=None if here else self.scratch,
                 )
             )
 
 
-def locate(name: str) -> Repository:
+def locate(name: str, scratch: Path | None = None) -> Repository:
     """Find a directory, a ``zoo:`` name, or a repository on the Hub, ``owner/name[@revision]``.
 
     Of a repository only the list of its files is asked for; without a network, its state in the
-    local cache is taken.
+    local cache is taken. With a ``scratch`` directory nothing is put into that cache.
 
     Raises:
         FusionBenchError: nothing of that name, or a Hub that cannot be reached.
@@ -93,7 +100,22 @@ def locate(name: str) -> Repository:
             files = frozenset(file.name for file in snapshot.iterdir())
             return Repository(name, files, repo_id=repo_id, commit=snapshot.name)
         # This also notes in the cache which commit was meant, for later runs without a network.
-        commit = HfApi().resolve_revision(repo_id, revision=revision or None).resolved
-        info = HfApi().model_info(repo_id, revision=commit)
-    files = frozenset(file.rfilename for file in info.siblings or () if "/" not in file.rfilename)
-    return Repository(name, files, repo_id=repo_id, commit=commit)
+        asked = revision or None
+        commit = HfApi().resolve_revision(repo_id, revision=asked, cache_dir=scratch).resolved
+        info = HfApi().model_info(repo_id, revision=commit, files_metadata=True)
+    siblings = [file for file in info.siblings or () if "/" not in file.rfilename]
+    return Repository(
+        name,
+        frozenset(file.rfilename for file in siblings),
+        repo_id=repo_id,
+        commit=commit,
+        sizes={file.rfilename: file.size for file in siblings if file.size is not None},
+        scratch=scratch,
+    )
+
+
+def hub_cache() -> Path:
+    """Return where the Hub's client keeps what it fetches."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

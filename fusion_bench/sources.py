@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from fusion_bench.errors import FusionBenchError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
+from fusion_bench.storage import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def resolve(name: str) -> str:
         return str(model_path(name.removeprefix(_ZOO)))
     if _exists(name):
         return str(_path(name).absolute())
-    _refuse_missing_path(name)
+    refuse_missing_path(name)
 
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -57,6 +58,26 @@ def resolve(name: str) -> str:
     return name
 
 
+def unbuilt(name: str) -> Path | None:
+    """Return where the zoo will be built for a ``zoo:`` name; None where it is, or for others.
+
+    Raises:
+        FusionBenchError: the zoo has no such model.
+    """
+    if not name.startswith(_ZOO):
+        return None
+    from fusion_bench import zoo
+
+    model = name.removeprefix(_ZOO)
+    family, underscore, task = model.partition("_")
+    recipe = zoo._RECIPES.get(family)
+    if recipe is None or f"{zoo.PRETRAINED}{underscore}{task}" not in zoo.MODELS:
+        zoo.model_path(model)  # says what there is
+    assert recipe is not None
+    place = cache_dir() / "zoo" / recipe.key()
+    return None if place.is_dir() else place
+
+
 @contextmanager
 def reading(kind: str, name: str) -> Iterator[None]:
     """Read a ``model``, ``dataset`` or ``processor``; what goes wrong is said in one line.
@@ -69,7 +90,7 @@ def reading(kind: str, name: str) -> Iterator[None]:
         FusionBenchError: what was read is not there or is broken; the library's exception is its
             cause. Exceptions that speak of the program instead pass through unchanged.
     """
-    _refuse_missing_path(name)
+    refuse_missing_path(name)
     on_hub = "/" in name and not name.startswith(_ZOO) and not _exists(name)
     offline = _why_offline() if on_hub else None
     with _cache_only() if offline else nullcontext():
@@ -121,7 +142,7 @@ def _exists(name: str) -> bool:
     return bool(name) and _path(name).exists()
 
 
-def _refuse_missing_path(name: str) -> None:
+def refuse_missing_path(name: str) -> None:
     """Raise if the name can only be a path, and nothing is there."""
     like_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
     if not like_path or "://" in name or name.startswith(_ZOO) or _exists(name):

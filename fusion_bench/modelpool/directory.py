@@ -77,9 +77,14 @@ def write_directory(
             write_text(directory / "README.md", model_card(path.name, final()))
 
 
+def fitting(repository: Repository, patterns: tuple[str, ...]) -> list[str]:
+    """Return the names of a repository's files that fit the patterns."""
+    return [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
+
+
 def copy_files(repository: Repository, patterns: tuple[str, ...], directory: Path) -> list[str]:
     """Copy the files that fit the patterns; return their names."""
-    names = [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
+    names = fitting(repository, patterns)
     if names:
         place = repository.fetch(*names)
         for name in names:

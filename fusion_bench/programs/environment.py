@@ -14,7 +14,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fusion_bench import __version__
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.report import Run, Search, Seconds, Tuning
 
@@ -37,7 +37,8 @@ def make_fabric(section: Any) -> Fabric:
         if node.get("strategy", "auto") == "auto" and reruns_command:
             fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise FusionBenchError(f"fabric: {error}") from error
+        mend = "Give fabric.accelerator=auto and fabric.devices=1 to take what is here."
+        raise ConfigError(f"fabric: {error} {mend}") from error
     return fabric
 
 

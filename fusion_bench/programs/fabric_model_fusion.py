@@ -1,11 +1,13 @@
 """Fuse, then evaluate: the main program."""
 
 import logging
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
@@ -13,8 +15,9 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
+from fusion_bench.errors import ConfigError, FusionBenchError, check_choice, did_you_mean
 from fusion_bench.instantiate import Parts, instantiate
+from fusion_bench.plan import Plan
 from fusion_bench.programs.environment import describe_run, make_fabric
 from fusion_bench.programs.fusing import (
     MERGED,
@@ -26,11 +29,13 @@ from fusion_bench.programs.fusing import (
     tuning_data,
 )
 from fusion_bench.programs.judging import Baselines, Judge
+from fusion_bench.programs.preflight import announce, preflight, show
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
 from fusion_bench.programs.search import Setting
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.report import Answers, Report, Search, Seconds, compare_contenders
+from fusion_bench.report.table import wide_console
 from fusion_bench.storage import whole_directory
 from fusion_bench.weights import Weights
 
@@ -68,9 +73,16 @@ class FabricModelFusionProgram:
         allow_test_split: let the method learn from data that the models are judged on.
         similarity: measure how the task vectors lie to each other, which reads the weights once.
         fast_dev_run: judge only the first batch of each task.
-        dry_run: check the config and stop before anything is loaded.
+        dry_run: print the plan and all problems, and stop before anything is loaded.
         parts: what other runs of this process have made, for those that follow.
+        problems: what is known to be wrong with the config, to be said with the rest.
+
+    Raises:
+        ConfigError: with all that is wrong in any of them, and in what they name.
     """
+
+    #: What is wrong with the sections is said here, for all of them at once.
+    tells_all_problems = True
 
     def __init__(
         self,
@@ -90,6 +102,7 @@ class FabricModelFusionProgram:
         fast_dev_run: bool = False,
         dry_run: bool = False,
         parts: Parts | None = None,
+        problems: Sequence[str] = (),
     ):
         self.config: dict[str, Any] = {
             "_target_": f"fusion_bench.programs.{type(self).__name__}",
@@ -109,23 +122,8 @@ class FabricModelFusionProgram:
             "fast_dev_run": fast_dev_run,
             "dry_run": dry_run,
         }
-        check_choice("baselines", baselines, Baselines)
-        if seed is not None and not isinstance(seed, int):
-            raise FusionBenchError(f"seed: '{seed}' is not a whole number.")
-        self.search = instantiate(_lazily(search), "search")
-        self.settings: list[Setting] = []
-        if self.search is None:
-            self.method = instantiate(seeded(method, seed), "method")
-        else:
-            self.settings = self.search.settings(_plain(seeded(method, seed)))
-            self.method = self.settings[0].method
-        self._parts = Parts() if parts is None else parts
-        self.modelpool = self._pool(modelpool, "modelpool")
-        self.taskpool = self._pool(taskpool, "taskpool")
-        if self.search is not None and self.taskpool is None:
-            raise FusionBenchError("search: needs a task pool that judges the settings.")
-        if output_dir is None and getattr(self.taskpool, "save_predictions", False):
-            raise FusionBenchError("taskpool.save_predictions: needs an output_dir.")
+        # In a dry run a pool keeps what it fetches in a place of its own.
+        self._parts = Parts() if parts is None or dry_run else parts
         self.fabric_config = fabric
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.seed = seed
@@ -135,11 +133,46 @@ class FabricModelFusionProgram:
         self.dry_run = dry_run
         self.overwrite = overwrite
         self.similarity = similarity
-        self.report_path = self._destination("report_save_path", report_save_path)
-        self.model_path = self._destination("merged_model_save_path", merged_model_save_path)
+        self.search: Any = None
+        self.method: Any = None
+        self.modelpool: Any = None
+        self.taskpool: Any = None
+        self.settings: list[Setting] = []
+        self.report_path: Path | None = None
+        self.model_path: Path | None = None
+        plan = Plan(problems=[ConfigError(problem) for problem in problems])
+        with plan.noting("baselines"):
+            check_choice("baselines", baselines, Baselines)
+        with plan.noting("seed"):
+            if seed is not None and not isinstance(seed, int):
+                raise ConfigError(f"seed: '{seed}' is not a whole number.")
+        with plan.noting("search"):
+            self.search = instantiate(_lazily(search), "search")
+        with plan.noting("method"):
+            if self.search is None:
+                self.method = instantiate(seeded(method, seed), "method")
+            else:
+                self.settings = self.search.settings(_plain(seeded(method, seed)))
+                self.method = self.settings[0].method
+        with plan.noting("modelpool"):
+            self.modelpool = self._pool(modelpool, "modelpool")
+        with plan.noting("taskpool"):
+            self.taskpool = self._pool(taskpool, "taskpool")
+            if search is not None and taskpool is None:
+                raise ConfigError("search: needs a task pool that judges the settings.")
+            if output_dir is None and getattr(self.taskpool, "save_predictions", False):
+                raise ConfigError("taskpool.save_predictions: needs an output_dir.")
+        with plan.noting("report_save_path"):
+            self.report_path = self._destination("report_save_path", report_save_path)
+        with plan.noting("merged_model_save_path"):
+            self.model_path = self._destination("merged_model_save_path", merged_model_save_path)
         self._previous = Previous.find(self.output_dir, self.config)
         if self._previous is None:
-            self._refuse_existing()
+            for place in self._places():
+                with plan.noting():
+                    self._refuse_existing(place)
+        if plan.problems:
+            self._look_ahead(plan)
 
     def _pool(self, section: Any, key: str) -> Any:
         node = _plain(section)
@@ -149,11 +182,11 @@ class FabricModelFusionProgram:
 
     def run(self) -> Report | None:
         """Fuse, judge, save and print; returns the report, or ``None`` after a dry run."""
+        fabric = self._look_ahead(Plan())
         if self.dry_run:
             log.info("Dry run: the config is sound; nothing was loaded.")
             return None
         self._quiet_libraries()
-        fabric = make_fabric(self.fabric_config)
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
@@ -168,6 +201,26 @@ class FabricModelFusionProgram:
                     "merged_model_save_path",
                 )
         return report
+
+    def _look_ahead(self, plan: Plan) -> Fabric:
+        """Find all that would stop the run, before it begins; returns what it runs on.
+
+        Raises:
+            ConfigError: with every problem that there is.
+        """
+        self._quiet_libraries()
+        fabric = None
+        with plan.noting("fabric"):
+            fabric = make_fabric(self.fabric_config)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
+            with TemporaryDirectory() if self.dry_run else nullcontext() as scratch:
+                preflight(plan, self, fabric, None if scratch is None else Path(scratch))
+            if self.dry_run:
+                show(plan, wide_console())
+        plan.raise_problems()
+        announce(plan)
+        assert fabric is not None
+        return fabric
 
     def _fuse_and_judge(self, fabric: Fabric) -> tuple[Report, Answers]:
         """Do the work; called in every process, with the same result in each."""
@@ -330,19 +383,24 @@ class FabricModelFusionProgram:
         if fabric.world_size > 1:
             found = fabric.broadcast(found)
         if found is None:
-            self._refuse_existing()
+            for place in self._places():
+                self._refuse_existing(place)
             return None
         log.info("This run was done before; its report stands.")
         return found
 
-    def _refuse_existing(self) -> None:
+    def _places(self) -> dict[str, Path]:
+        """Return the paths that the config names for results, by their keys."""
+        named = {"report_save_path": self.report_path, "merged_model_save_path": self.model_path}
+        return {key: place for key, place in named.items() if place is not None}
+
+    def _refuse_existing(self, key: str) -> None:
         """Refuse to replace what is there, unless it is asked for."""
-        places = {"report_save_path": self.report_path, "merged_model_save_path": self.model_path}
-        for key, place in places.items():
-            if place is not None and place.exists() and not self.overwrite:
-                raise FusionBenchError(
-                    f"{key}: '{place}' exists already. Choose another path, or give overwrite=true."
-                )
+        place = self._places()[key]
+        if place.exists() and not self.overwrite:
+            raise ConfigError(
+                f"{key}: '{place}' exists already. Choose another path, or give overwrite=true."
+            )
 
     def _destination(self, key: str, path: str | None) -> Path | None:
         if path is None:

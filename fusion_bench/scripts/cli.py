@@ -150,6 +150,8 @@ def _prepared(words: list[str]) -> list[str]:
         elif _PROGRAM_KEY.match(word):
             word = f"++{word}"
         prepared.append(word)
+        if word == "++dry_run=true":  # a dry run leaves nothing but its log
+            prepared.append("hydra.output_subdir=null")
     return prepared
 
 

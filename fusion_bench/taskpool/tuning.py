@@ -9,6 +9,7 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.taskpool.described import split_names
 from fusion_bench.taskpool.evaluate import Loading, batches, judge
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
@@ -16,6 +17,11 @@ from fusion_bench.taskpool.results import Score
 
 #: As a share, how many images may be judged as well as learned from.
 _TOLERATED = 0.05
+
+
+def is_test_split(split: str) -> bool:
+    """Tell whether a split's name says that models are judged on it, or on a part of it."""
+    return any(name.startswith("test") for name in split_names(split))
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class TuningImages:
 
         A few images that a dataset has in both of its splits are none of our doing.
         """
-        named = any(part.startswith("test") for part in self.split.split("+"))
+        named = is_test_split(self.split)
         same = self.data.fingerprint == judged.fingerprint
         return named or same or self.data.share_within(judged) > _TOLERATED
 

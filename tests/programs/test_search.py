@@ -211,7 +211,8 @@ def test_the_test_split_is_refused_and_owned_up_to(
         "the models are judged on this very split. Choose another (search.split=train or "
         "validation), or give allow_test_split=true; the report will say so."
     )
-    assert refused(config, search=on_test) == f"taskpool.test_datasets.a: {mend}"
+    lines = [f"taskpool.test_datasets.{task}: {mend}" for task in ("a", "b")]
+    assert refused(config, search=on_test) == "\n".join(lines)
     config["modelpool"]["val_datasets"]["b"] = config["taskpool"]["test_datasets"]["b"]
     assert refused(config) == f"modelpool.val_datasets.b: {mend}"
     for changes in ({"search": on_test}, {}):
