@@ -1,6 +1,7 @@
 """Where files are kept, and how they appear whole or not at all."""
 
 import ctypes
+import fcntl
 import glob
 import hashlib
 import os
@@ -34,19 +35,52 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside, then rename it into place; parent directories are created."""
+    """Write a file aside, then rename it into place; parent directories are created.
+
+    Several processes may write the same file: one after the other. What a killed writer left
+    aside is taken over by the next.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        aside = Path(file.name)
+    with _aside(path) as (aside, file):
         try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            aside.chmod(0o644)  # a temporary file is private to its owner
+            os.ftruncate(file, 0)
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+            os.fsync(file)
             aside.replace(path)
         except BaseException:
-            aside.unlink()
+            aside.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a file beside ``path`` that this thread alone has open for writing."""
+    aside = path.with_name(f".{_shortened(path.name)}.part")
+    while True:
+        file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, aside):
+                yield aside, file
+                return
+            # Whoever had it before has renamed it meanwhile.
+        finally:
+            os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
+
+
+def _shortened(name: str) -> str:
+    """Return a name that leaves room for some letters more."""
+    if len(os.fsencode(name)) < 240:
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 @contextmanager
