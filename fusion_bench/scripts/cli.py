@@ -22,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fusion_bench.configs import CONFIG_DIR
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import INTERRUPTED, FusionBenchError, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
+from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.scripts.sweep import Failed, attempt
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
@@ -66,7 +67,7 @@ def main() -> None:
         with _plain_messages(show_traceback):
             return _run_program(config, parts)
 
-    with _plain_messages(show_traceback):
+    with _plain_messages(show_traceback), interruptible():
         run()
 
 
@@ -141,8 +142,8 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
     """End the process with one message where the input is at fault."""
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "exit_code", INTERRUPTED))
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FusionBenchError, HydraException, OmegaConfBaseException) as error:
