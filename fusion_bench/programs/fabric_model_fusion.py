@@ -1,7 +1,6 @@
 """Fuse, then evaluate: the main program."""
 
 import logging
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
+from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.instantiate import Parts, instantiate
+from fusion_bench.programs.destinations import Destinations
 from fusion_bench.programs.environment import describe_run, make_fabric
 from fusion_bench.programs.fusing import (
     MERGED,
@@ -64,7 +64,7 @@ class FabricModelFusionProgram:
         report_save_path: one more place for the report's JSON; ``{log_dir}`` in it is
             ``output_dir``.
         merged_model_save_path: directory for the merged model; likewise.
-        overwrite: replace what is at these two paths.
+        overwrite: replace what another run left at these two paths, or in ``output_dir``.
         allow_test_split: let the method learn from data that the models are judged on.
         similarity: measure how the task vectors lie to each other, which reads the weights once.
         fast_dev_run: judge only the first batch of each task.
@@ -133,13 +133,12 @@ class FabricModelFusionProgram:
         self.allow_test_split = allow_test_split
         self.fast_dev_run = fast_dev_run
         self.dry_run = dry_run
-        self.overwrite = overwrite
         self.similarity = similarity
-        self.report_path = self._destination("report_save_path", report_save_path)
-        self.model_path = self._destination("merged_model_save_path", merged_model_save_path)
-        self._previous = Previous.find(self.output_dir, self.config)
-        if self._previous is None:
-            self._refuse_existing()
+        self._places = Destinations(
+            self.config, self.output_dir, report_save_path, merged_model_save_path, overwrite
+        )
+        self._previous = Previous.find(self._places.reports, self.config)
+        self._places.check(done=self._previous is not None)
 
     def _pool(self, section: Any, key: str) -> Any:
         node = _plain(section)
@@ -159,9 +158,10 @@ class FabricModelFusionProgram:
         )
         report, answers = fabric.launch(self._fuse_and_judge)
         if fabric.global_rank == 0:  # where processes were started by us, this one is their parent
-            publish(report, answers, self.output_dir, self.report_path)
-            if self.model_path is not None:
-                log.info("Merged model: %s", self.model_path)
+            publish(report, answers, self.output_dir, self._places.report_path)
+            self._places.finished()
+            if self._places.model_path is not None:
+                log.info("Merged model: %s", self._places.model_path)
             elif not report.tasks and report.run.search is None:
                 log.warning(
                     "The merged model was neither judged nor saved; give a task pool or %s.",
@@ -196,7 +196,7 @@ class FabricModelFusionProgram:
             data = self._data(method, fabric)
         judged = search is None or search.judge_test
         with clock.measure("fuse"):
-            wanted = judged or self.model_path is not None
+            wanted = judged or self._places.model_path is not None
             merged = self._fuse(fabric, method, data, search) if wanted else {}
         with clock.measure("evaluate"):
             if judged:
@@ -285,20 +285,21 @@ class FabricModelFusionProgram:
         Merged weights are computed as they are written; they are held in memory only if they are
         to be judged or to be thrown away.
         """
+        path = self._places.model_path
         merged = fuse(method, self.modelpool, fabric, data)
-        if self.taskpool is not None or self.model_path is None:
+        if self.taskpool is not None or path is None:
             merged = held(merged)
-        if self.model_path is None:
+        if path is None:
             return merged
         places = {
-            name: self.model_path / quote(name.removeprefix(MERGED).lstrip("/"), safe="")
-            for name in merged
+            name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="") for name in merged
         }
         config = self.config if search is None else {**self.config, "method": search.method}
         if fabric.global_rank == 0:
-            with _whole(self.model_path, several=list(merged) != [MERGED]) as whole:
+            self._places.begin_model()
+            with _whole(path, several=list(merged) != [MERGED]) as whole:
                 for name, place in places.items():
-                    self._save(merged[name], whole / place.relative_to(self.model_path), config)
+                    self._save(merged[name], whole / place.relative_to(path), config)
         fabric.barrier()
         if self.taskpool is not None:
             return merged
@@ -325,37 +326,17 @@ class FabricModelFusionProgram:
     ) -> tuple[Report, Answers] | None:
         """Return the result that this very run had left here, if nothing has changed since."""
         found = None
-        if self._previous is not None and fabric.global_rank == 0:
+        path = self._places.model_path
+        model_is_there = path is None or path.exists()
+        if self._previous is not None and model_is_there and fabric.global_rank == 0:
             found = self._previous.still_true(inputs, self.taskpool, data, searched)
         if fabric.world_size > 1:
             found = fabric.broadcast(found)
         if found is None:
-            self._refuse_existing()
+            self._places.check()
             return None
         log.info("This run was done before; its report stands.")
         return found
-
-    def _refuse_existing(self) -> None:
-        """Refuse to replace what is there, unless it is asked for."""
-        places = {"report_save_path": self.report_path, "merged_model_save_path": self.model_path}
-        for key, place in places.items():
-            if place is not None and place.exists() and not self.overwrite:
-                raise FusionBenchError(
-                    f"{key}: '{place}' exists already. Choose another path, or give overwrite=true."
-                )
-
-    def _destination(self, key: str, path: str | None) -> Path | None:
-        if path is None:
-            return None
-        for placeholder in re.findall(r"\{(\w*)\}", path):
-            if placeholder != "log_dir":
-                raise FusionBenchError(
-                    f"{key}: '{{{placeholder}}}' is unknown. "
-                    + did_you_mean(placeholder, ["log_dir"])
-                )
-        if "{log_dir}" in path and self.output_dir is None:
-            raise FusionBenchError(f"{key}: '{{log_dir}}' needs an output_dir.")
-        return Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
 
 
 class _Clock:

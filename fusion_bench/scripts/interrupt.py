@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 #: Seconds in which the work may be unwound, which removes what is half done. After that the process
@@ -64,15 +64,17 @@ def interruptible() -> Iterator[None]:
         signal.signal(each, interrupt)
     try:
         yield
-    except BaseException:  # Ctrl-C may have become a SystemExit on its way
-        end_children()
-        raise
+    finally:
+        if any(signal.getsignal(each) == signal.SIG_IGN for each in heeded):  # there was one
+            end_children()
 
 
 def end_children() -> None:
     """Kill the processes that this one has started through ``multiprocessing``."""
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)  # joblib's have no method for it
 
 
 def _watch(noticed: int, heeded: list[signal.Signals]) -> None:
