@@ -4,16 +4,20 @@ import ctypes
 import fcntl
 import glob
 import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 _IN_USE = ".in-use"
 
@@ -27,6 +31,18 @@ def cache_dir() -> Path:
     if override:
         return Path(override).expanduser().absolute()
     return Path(platformdirs.user_cache_dir("fusion_bench", appauthor=False))
+
+
+def warn_not_kept(error: OSError) -> None:
+    """Say, once for each reason, that the cache takes nothing; what it is for goes on without."""
+    _warn_once(cache_dir(), error.strerror or str(error))
+
+
+@cache
+def _warn_once(directory: Path, reason: str) -> None:
+    log.warning(
+        "The cache '%s' does not take more: %s. The run goes on without.", directory, reason
+    )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.modelpool.card import Source, model_card, recipe
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, whole_directory, write_text
@@ -94,6 +94,6 @@ def _plain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FusionBenchError as error:
-        raise FusionBenchError(aside.sub(lambda _: str(path), str(error))) from error
+        raise type(error)(aside.sub(lambda _: str(path), str(error))) from error
     except OSError as error:
-        raise FusionBenchError(f"Cannot write '{path}': {error.strerror or error}.") from error
+        raise WorldError(f"Cannot write '{path}': {error.strerror or error}.") from error

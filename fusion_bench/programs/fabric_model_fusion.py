@@ -12,10 +12,10 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.errors import FusionBenchError, check_choice
+from fusion_bench.errors import FusionBenchError, WorldError, check_choice
 from fusion_bench.instantiate import Parts, instantiate
 from fusion_bench.programs.destinations import Destinations
-from fusion_bench.programs.environment import describe_run, make_fabric
+from fusion_bench.programs.environment import describe_run, launch, make_fabric, plain_failures
 from fusion_bench.programs.fusing import (
     MERGED,
     TuningData,
@@ -156,9 +156,10 @@ class FabricModelFusionProgram:
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
-        report, answers = fabric.launch(self._fuse_and_judge)
+        report, answers = launch(fabric, self._fuse_and_judge)
         if fabric.global_rank == 0:  # where processes were started by us, this one is their parent
-            publish(report, answers, self.output_dir, self._places.report_path)
+            with plain_failures():
+                publish(report, answers, self.output_dir, self._places.report_path)
             self._places.finished()
             if self._places.model_path is not None:
                 log.info("Merged model: %s", self._places.model_path)
@@ -216,6 +217,7 @@ class FabricModelFusionProgram:
                 inputs,
                 describe_tuning(method, self.taskpool, data),
                 search,
+                getattr(self.taskpool, "notes", ()),
             ),
             tasks=judge.task_infos(),
             models=judge.models,
@@ -315,7 +317,7 @@ class FabricModelFusionProgram:
             else:
                 self.modelpool.save_model(model, place, config)
         except OSError as error:
-            raise FusionBenchError(f"merged_model_save_path: cannot write it: {error}") from error
+            raise WorldError(f"merged_model_save_path: cannot write it: {error}") from error
 
     def _done_before(
         self,

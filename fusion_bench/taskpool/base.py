@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.sources import load
-from fusion_bench.taskpool.evaluate import Loading, judge
+from fusion_bench.taskpool.evaluate import Loading, Room, judge
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
@@ -115,9 +115,17 @@ class ImageTaskPool(ABC):
         self._cache_bytes = _bytes(cache_size) if cache else 0
         self._results = ResultStore() if cache else None
         self._compile = compile
+        self._room = Room()
         self._data: dict[str, LabelledImages] = {}
         self._images: dict[str, PreparedImages] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report is to say of how models were judged."""
+        if self._room.most is None:
+            return []
+        return [f"Memory ran out: {self._room.most} images were judged at a time."]
 
     @abstractmethod
     def image_processor(self, task: str) -> Any:
@@ -199,6 +207,7 @@ class ImageTaskPool(ABC):
                 partial(self._tuned_classifier, task, fabric),
                 fabric,
                 loading,
+                self._room,
             )
         return tuning
 
@@ -283,6 +292,7 @@ class ImageTaskPool(ABC):
                         samples,
                         replace(loading, full_batches=self._compile),
                         f"judging {name} on {task}",
+                        self._room,
                     )
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, score)
