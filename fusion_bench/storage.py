@@ -11,15 +11,38 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
 from functools import cache
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock, Timeout
 
+from fusion_bench.errors import WorldError
+
 log = logging.getLogger(__name__)
 
 _IN_USE = ".in-use"
+#: What the system says of a disk that is full, fails or may not be written to.
+DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS, EACCES, EPERM)
+
+
+@contextmanager
+def disk_failures() -> Iterator[None]:
+    """Say in one line that a disk is full, fails or may not be written to.
+
+    Raises:
+        WorldError: that is so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        place = f": '{error.filename}'" if error.filename else ""
+        raise WorldError(
+            f"The disk fails the run: {error.strerror}{place}. Make room, or choose another place."
+        ) from error
 
 
 def cache_dir() -> Path:

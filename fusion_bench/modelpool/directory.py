@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -60,7 +60,8 @@ def write_directory(
     Raises:
         FusionBenchError: a disk that is full or fails, or what is wrong with the weights.
     """
-    with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
+    with ThreadPoolExecutor(thread_name_prefix="hash") as pool, ExitStack() as ended:
+        ended.callback(pool.shutdown, wait=False, cancel_futures=True)  # where it ends early
         files = {file for source in sources.values() for file in source.files}
         hashes = {file: pool.submit(file_sha256, file) for file in files}
         pending = recipe(config, sources, lambda file: "0" * 64)  # as long as a hash

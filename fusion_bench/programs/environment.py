@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from functools import partial
 from importlib.metadata import version
 from multiprocessing.queues import SimpleQueue
@@ -25,11 +24,10 @@ from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.memory import out_of_memory
 from fusion_bench.report import Run, Search, Seconds, Tuning
+from fusion_bench.storage import disk_failures
 
 T = TypeVar("T")
 
-#: A disk that is full or fails.
-_DISK = (ENOSPC, EDQUOT, EFBIG, EROFS, EIO)
 _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "safetensors", "numpy")
 
 
@@ -94,13 +92,14 @@ def _telling(
 
 @contextmanager
 def plain_failures() -> Iterator[None]:
-    """Say in one line that memory ran out, or that a disk does not take what is written.
+    """Say in one line that memory ran out, or that a disk fails.
 
     Raises:
         WorldError: that is so.
     """
     try:
-        yield
+        with disk_failures():
+            yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -108,10 +107,6 @@ def plain_failures() -> Iterator[None]:
         raise WorldError(
             f"Out of memory: {reason}. Choose a device with more of it, or end what else uses it."
         ) from error
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise WorldError(f"The disk does not take what is written: {error}.") from error
 
 
 def describe_run(

@@ -25,7 +25,8 @@ from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import INTERRUPTED, FusionBenchError, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
 from fusion_bench.scripts.interrupt import interruptible
-from fusion_bench.scripts.sweep import Failed, attempt
+from fusion_bench.scripts.sweep import Failed, attempt, lost_workers
+from fusion_bench.storage import disk_failures
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
@@ -67,7 +68,7 @@ def main() -> None:
         with _plain_messages(show_traceback):
             return _run_program(config, parts)
 
-    with _plain_messages(show_traceback), interruptible():
+    with _plain_messages(show_traceback), interruptible(), lost_workers(), disk_failures():
         run()
 
 

@@ -42,7 +42,7 @@ def err(fabric: Fabric) -> None:
 
 FAILURES: list[tuple[Callable[[Fabric], None], type[FusionBenchError], str]] = [
     (run_out_of_memory, WorldError, "^Out of memory: CUDA out of memory. Choose"),
-    (fill_the_disk, WorldError, "^The disk does not take .*No space left.*'/data/file'"),
+    (fill_the_disk, WorldError, "^The disk fails the run: No space left on device: '/data/file'"),
 ]
 
 
