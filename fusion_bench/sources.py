@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError, chain, did_you_mean
+from fusion_bench.errors import FusionBenchError, WorldError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.storage import cache_dir
 
@@ -97,6 +97,11 @@ def reading(kind: str, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError) and _is_in_cache(error.filename):
+                raise WorldError(
+                    f"Cannot read the {kind} '{name}': the cache '{cache_dir()}' cannot be written "
+                    f"to ({error.strerror}). Set FUSION_BENCH_CACHE to a directory that can."
+                ) from error
             if reason := _reason(kind, name, error, offline):
                 raise FusionBenchError(f"Cannot read the {kind} '{name}': {reason}") from error
             raise
@@ -151,6 +156,11 @@ def refuse_missing_path(name: str) -> None:
     missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
     nearest = _nearest(str(missing), _siblings(missing))
     raise FusionBenchError(f"There is no such directory: '{name}'. {nearest}".rstrip())
+
+
+def _is_in_cache(file: object) -> bool:
+    """Tell whether it is what we keep between runs, the zoo for one."""
+    return isinstance(file, str) and Path(file).is_relative_to(cache_dir())
 
 
 def _siblings(path: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,10 +14,11 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.errors import ConfigError, FusionBenchError, check_choice, did_you_mean
+from fusion_bench.errors import ConfigError, WorldError, check_choice
 from fusion_bench.instantiate import Parts, instantiate
 from fusion_bench.plan import Plan
-from fusion_bench.programs.environment import describe_run, make_fabric
+from fusion_bench.programs.destinations import Destinations
+from fusion_bench.programs.environment import describe_run, launch, make_fabric, plain_failures
 from fusion_bench.programs.fusing import (
     MERGED,
     TuningData,
@@ -69,7 +69,7 @@ class FabricModelFusionProgram:
         report_save_path: one more place for the report's JSON; ``{log_dir}`` in it is
             ``output_dir``.
         merged_model_save_path: directory for the merged model; likewise.
-        overwrite: replace what is at these two paths.
+        overwrite: replace what another run left at these two paths, or in ``output_dir``.
         allow_test_split: let the method learn from data that the models are judged on.
         similarity: measure how the task vectors lie to each other, which reads the weights once.
         fast_dev_run: judge only the first batch of each task.
@@ -131,15 +131,12 @@ class FabricModelFusionProgram:
         self.allow_test_split = allow_test_split
         self.fast_dev_run = fast_dev_run
         self.dry_run = dry_run
-        self.overwrite = overwrite
         self.similarity = similarity
         self.search: Any = None
         self.method: Any = None
         self.modelpool: Any = None
         self.taskpool: Any = None
         self.settings: list[Setting] = []
-        self.report_path: Path | None = None
-        self.model_path: Path | None = None
         plan = Plan(problems=[ConfigError(problem) for problem in problems])
         with plan.noting("baselines"):
             check_choice("baselines", baselines, Baselines)
@@ -162,15 +159,15 @@ class FabricModelFusionProgram:
                 raise ConfigError("search: needs a task pool that judges the settings.")
             if output_dir is None and getattr(self.taskpool, "save_predictions", False):
                 raise ConfigError("taskpool.save_predictions: needs an output_dir.")
+        self.places = Destinations(self.config, self.output_dir, overwrite)
         with plan.noting("report_save_path"):
-            self.report_path = self._destination("report_save_path", report_save_path)
+            self.places.put_report(report_save_path)
         with plan.noting("merged_model_save_path"):
-            self.model_path = self._destination("merged_model_save_path", merged_model_save_path)
-        self._previous = Previous.find(self.output_dir, self.config)
-        if self._previous is None:
-            for place in self._places():
-                with plan.noting():
-                    self._refuse_existing(place)
+            self.places.put_model(merged_model_save_path)
+        self._previous = Previous.find(self.places.reports, self.config)
+        for check in (self.places.check_reports, self.places.check_model):
+            with plan.noting():
+                check(done=self._previous is not None)
         if plan.problems:
             self._look_ahead(plan)
 
@@ -190,11 +187,13 @@ class FabricModelFusionProgram:
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
-        report, answers = fabric.launch(self._fuse_and_judge)
+        report, answers = launch(fabric, self._fuse_and_judge)
         if fabric.global_rank == 0:  # where processes were started by us, this one is their parent
-            publish(report, answers, self.output_dir, self.report_path)
-            if self.model_path is not None:
-                log.info("Merged model: %s", self.model_path)
+            with plain_failures():
+                publish(report, answers, self.output_dir, self.places.report_path)
+            self.places.finished()
+            if self.places.model_path is not None:
+                log.info("Merged model: %s", self.places.model_path)
             elif not report.tasks and report.run.search is None:
                 log.warning(
                     "The merged model was neither judged nor saved; give a task pool or %s.",
@@ -249,7 +248,7 @@ class FabricModelFusionProgram:
             data = self._data(method, fabric)
         judged = search is None or search.judge_test
         with clock.measure("fuse"):
-            wanted = judged or self.model_path is not None
+            wanted = judged or self.places.model_path is not None
             merged = self._fuse(fabric, method, data, search) if wanted else {}
         with clock.measure("evaluate"):
             if judged:
@@ -269,6 +268,7 @@ class FabricModelFusionProgram:
                 inputs,
                 describe_tuning(method, self.taskpool, data),
                 search,
+                getattr(self.taskpool, "notes", ()),
             ),
             tasks=judge.task_infos(),
             models=judge.models,
@@ -338,20 +338,21 @@ class FabricModelFusionProgram:
         Merged weights are computed as they are written; they are held in memory only if they are
         to be judged or to be thrown away.
         """
+        path = self.places.model_path
         merged = fuse(method, self.modelpool, fabric, data)
-        if self.taskpool is not None or self.model_path is None:
+        if self.taskpool is not None or path is None:
             merged = held(merged)
-        if self.model_path is None:
+        if path is None:
             return merged
         places = {
-            name: self.model_path / quote(name.removeprefix(MERGED).lstrip("/"), safe="")
-            for name in merged
+            name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="") for name in merged
         }
         config = self.config if search is None else {**self.config, "method": search.method}
         if fabric.global_rank == 0:
-            with _whole(self.model_path, several=list(merged) != [MERGED]) as whole:
+            self.places.begin_model()
+            with _whole(path, several=list(merged) != [MERGED]) as whole:
                 for name, place in places.items():
-                    self._save(merged[name], whole / place.relative_to(self.model_path), config)
+                    self._save(merged[name], whole / place.relative_to(path), config)
         fabric.barrier()
         if self.taskpool is not None:
             return merged
@@ -367,7 +368,7 @@ class FabricModelFusionProgram:
             else:
                 self.modelpool.save_model(model, place, config)
         except OSError as error:
-            raise FusionBenchError(f"merged_model_save_path: cannot write it: {error}") from error
+            raise WorldError(f"merged_model_save_path: cannot write it: {error}") from error
 
     def _done_before(
         self,
@@ -378,42 +379,18 @@ class FabricModelFusionProgram:
     ) -> tuple[Report, Answers] | None:
         """Return the result that this very run had left here, if nothing has changed since."""
         found = None
-        if self._previous is not None and fabric.global_rank == 0:
+        path = self.places.model_path
+        model_is_there = path is None or path.exists()
+        if self._previous is not None and model_is_there and fabric.global_rank == 0:
             found = self._previous.still_true(inputs, self.taskpool, data, searched)
         if fabric.world_size > 1:
             found = fabric.broadcast(found)
         if found is None:
-            for place in self._places():
-                self._refuse_existing(place)
+            self.places.check_reports()
+            self.places.check_model()
             return None
         log.info("This run was done before; its report stands.")
         return found
-
-    def _places(self) -> dict[str, Path]:
-        """Return the paths that the config names for results, by their keys."""
-        named = {"report_save_path": self.report_path, "merged_model_save_path": self.model_path}
-        return {key: place for key, place in named.items() if place is not None}
-
-    def _refuse_existing(self, key: str) -> None:
-        """Refuse to replace what is there, unless it is asked for."""
-        place = self._places()[key]
-        if place.exists() and not self.overwrite:
-            raise ConfigError(
-                f"{key}: '{place}' exists already. Choose another path, or give overwrite=true."
-            )
-
-    def _destination(self, key: str, path: str | None) -> Path | None:
-        if path is None:
-            return None
-        for placeholder in re.findall(r"\{(\w*)\}", path):
-            if placeholder != "log_dir":
-                raise FusionBenchError(
-                    f"{key}: '{{{placeholder}}}' is unknown. "
-                    + did_you_mean(placeholder, ["log_dir"])
-                )
-        if "{log_dir}" in path and self.output_dir is None:
-            raise FusionBenchError(f"{key}: '{{log_dir}}' needs an output_dir.")
-        return Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
 
 
 class _Clock:

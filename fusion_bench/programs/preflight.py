@@ -239,13 +239,19 @@ def _add_steps(
         if program.baselines != "none":
             judged += " and those it is made of"
         plan.add(Step("judge", f"{judged}, on {_count(len(taskpool.task_names), 'task')}"))
-    if program.model_path is not None:
+    if program.places.model_path is not None:
         size = None if modelpool is None else _merged_bytes(plan, modelpool)
         plan.add(
-            Step("write", "the merged model", size, program.model_path, "merged_model_save_path")
+            Step(
+                "write",
+                "the merged model",
+                size,
+                program.places.model_path,
+                "merged_model_save_path",
+            )
         )
     for key, place in (
-        ("report_save_path", program.report_path),
+        ("report_save_path", program.places.report_path),
         ("output_dir", program.output_dir and program.output_dir / "report.json"),
     ):
         if place is not None:
@@ -309,7 +315,7 @@ def _check_room(plan: Plan) -> None:
 def _check_memory(plan: Plan, program: "FabricModelFusionProgram", fabric: Fabric | None) -> None:
     """Look whether a merged model that is to be held fits; what is less than that is not known."""
     modelpool, taskpool = program.modelpool, program.taskpool
-    if modelpool is None or not plan.weights or (taskpool is None and program.model_path):
+    if modelpool is None or not plan.weights or (taskpool is None and program.places.model_path):
         return  # entry by entry it goes to the disk
     needed, free = _merged_bytes(plan, modelpool), _free_memory()
     if needed is None:

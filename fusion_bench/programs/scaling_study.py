@@ -21,7 +21,7 @@ from fusion_bench import __version__
 from fusion_bench.configs import composed
 from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
 from fusion_bench.instantiate import instantiate
-from fusion_bench.programs.environment import describe_run, make_fabric
+from fusion_bench.programs.environment import describe_run, launch, make_fabric
 from fusion_bench.programs.fusing import MERGED, describe_tuning, fuse, held, seeded, tuning_data
 from fusion_bench.programs.judging import Judge
 from fusion_bench.programs.previous import identities
@@ -149,7 +149,7 @@ class ScalingStudy:
             return None
         quiet_libraries()
         fabric = make_fabric(self.fabric_config)
-        study: Study = fabric.launch(self._merge_and_judge)
+        study: Study = launch(fabric, self._merge_and_judge)
         if fabric.global_rank == 0:
             study.print(wide_console())
             if self.output_dir is not None:

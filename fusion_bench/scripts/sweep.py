@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.redact import redacted
 from fusion_bench.storage import write_text
 from fusion_bench.trust import environment_variable
@@ -94,6 +95,22 @@ def attempt(
         except Exception as error:
             log.error("%s", traceback.format_exc())
             return Failed(explain(error))
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """Say in one line that a process which a launcher had started was killed.
+
+    Raises:
+        WorldError: that is so.
+    """
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise WorldError(
+            "A process of the sweep was ended from outside, maybe for want of memory. Start the "
+            "same command again, with fewer at once (hydra.launcher.n_jobs): it goes on from here."
+        ) from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from fusion_bench.plan import Plan, Step
 from fusion_bench.repository import hub_cache
 from fusion_bench.sources import load
 from fusion_bench.taskpool.described import datasets_cache, describe
-from fusion_bench.taskpool.evaluate import Loading, judge
+from fusion_bench.taskpool.evaluate import Loading, Room, judge
 from fusion_bench.taskpool.images import Columns, LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
@@ -120,9 +120,17 @@ class ImageTaskPool(ABC):
         self._results = ResultStore() if cache else None
         self._compile = compile
         self._described: dict[str, Columns | None] = {}
+        self._room = Room()
         self._data: dict[str, LabelledImages] = {}
         self._images: dict[str, PreparedImages] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report is to say of how models were judged."""
+        if self._room.most is None:
+            return []
+        return [f"Memory ran out: {self._room.most} images were judged at a time."]
 
     @abstractmethod
     def image_processor(self, task: str) -> Any:
@@ -243,6 +251,7 @@ class ImageTaskPool(ABC):
                 partial(self._tuned_classifier, task, fabric),
                 fabric,
                 loading,
+                self._room,
             )
         return tuning
 
@@ -342,6 +351,7 @@ class ImageTaskPool(ABC):
                         samples,
                         replace(loading, full_batches=self._compile),
                         f"judging {name} on {task}",
+                        self._room,
                     )
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, score)

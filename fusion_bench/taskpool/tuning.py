@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.taskpool.described import split_names
-from fusion_bench.taskpool.evaluate import Loading, batches, judge
+from fusion_bench.taskpool.evaluate import Loading, Room, batches, judge
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.results import Score
@@ -33,6 +33,7 @@ class TuningImages:
         split: what the dataset calls the part that the images are from.
         classify: gives the function from images to logits that a model makes for the task; the
             logits follow the model's parameters, so that they can be differentiated.
+        room: for how many images at once there is memory, as far as is known.
     """
 
     task: str
@@ -41,6 +42,7 @@ class TuningImages:
     classify: Callable[[nn.Module], Callable[[Tensor], Tensor]]
     fabric: Fabric
     loading: Loading
+    room: Room
 
     @property
     def data(self) -> LabelledImages:
@@ -91,4 +93,4 @@ class TuningImages:
         samples = np.arange(len(self), dtype=np.int64)
         classify = self.classify(model)
         what = f"tuning on {self.task}"
-        return judge(self.fabric, classify, self.images, samples, self.loading, what)
+        return judge(self.fabric, classify, self.images, samples, self.loading, what, self.room)

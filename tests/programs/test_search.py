@@ -282,10 +282,10 @@ def test_a_result_stands_until_the_validation_data_changes(config: Config, tmp_p
     moved = tmp_path / "a"
     config["modelpool"]["val_datasets"]["a"]["path"] = str(moved)
     moved.symlink_to(config["modelpool"]["train_datasets"]["a"]["path"])
-    first = run(config, output_dir=tmp_path / "out")
+    first = run(config, output_dir=tmp_path / "moved")
     moved.unlink()
     moved.symlink_to(place / "a")
-    second = run(config, output_dir=tmp_path / "out")
+    second = run(config, output_dir=tmp_path / "moved")
     assert first.run.config == second.run.config
     assert search(second).tasks["a"].num_samples == 5 and search(first).tasks["a"].num_samples == 31
 
