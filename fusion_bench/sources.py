@@ -3,22 +3,35 @@
 import logging
 import os
 import re
+import shutil
 import time
 from ast import literal_eval
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 from errno import EINVAL
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from pickle import PickleError
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError, WorldError, chain, did_you_mean
+from fusion_bench.errors import ConfigError, FusionBenchError, WorldError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
+from fusion_bench.network import (
+    DamagedError,
+    asked_to_wait,
+    blobs_of,
+    broke_off,
+    may_pass,
+    patiently,
+    refuse_damaged,
+    status,
+)
 from fusion_bench.storage import cache_dir
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +48,7 @@ def resolve(name: str) -> str:
     absolute path. Anything else is the name of a repository on the Hub.
 
     Raises:
-        FusionBenchError: a path that does not exist, or what can be no repository's name.
+        ConfigError: a path that does not exist, or what can be no repository's name.
     """
     if name.startswith(_ZOO):
         from fusion_bench.zoo import model_path
@@ -51,7 +64,7 @@ def resolve(name: str) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise FusionBenchError(
+        raise ConfigError(
             f"'{name}' is neither an existing path nor a repository on the Hub, whose names look "
             "like 'owner/name'."
         ) from error
@@ -87,12 +100,12 @@ def reading(kind: str, name: str) -> Iterator[None]:
     Names without a slash are not looked for: they may be a config's own key.
 
     Raises:
-        FusionBenchError: what was read is not there or is broken; the library's exception is its
-            cause. Exceptions that speak of the program instead pass through unchanged.
+        ConfigError: what was read is not there, is broken, or is not for us; the library's
+            exception is its cause. Exceptions that speak of the program pass through unchanged.
+        WorldError: the network, the Hub or the disk failed.
     """
     refuse_missing_path(name)
-    on_hub = "/" in name and not name.startswith(_ZOO) and not _exists(name)
-    offline = _why_offline() if on_hub else None
+    offline = _why_offline() if _on_hub(name) else None
     with _cache_only() if offline else nullcontext():
         try:
             yield
@@ -102,11 +115,22 @@ def reading(kind: str, name: str) -> Iterator[None]:
                     f"Cannot read the {kind} '{name}': the cache '{cache_dir()}' cannot be written "
                     f"to ({error.strerror}). Set FUSION_BENCH_CACHE to a directory that can."
                 ) from error
-            if reason := _reason(kind, name, error, offline):
-                raise FusionBenchError(f"Cannot read the {kind} '{name}': {reason}") from error
+            if kind_and_reason := _reason(kind, name, error, offline):
+                refused, reason = kind_and_reason
+                raise refused(f"Cannot read the {kind} '{name}': {reason}") from error
             raise
     if offline:
         log.info("Read the %s '%s' from the local cache alone.", kind, name)
+
+
+def read(kind: str, name: str, call: Callable[[], T]) -> T:
+    """Return what ``call`` reads; while the Hub fails it is called again.
+
+    Raises:
+        FusionBenchError: as ``reading``.
+    """
+    with reading(kind, name):
+        return patiently(call) if _on_hub(name) else call()
 
 
 def load(kind: str, node: Any, key: str) -> Any:
@@ -121,10 +145,55 @@ def load(kind: str, node: Any, key: str) -> Any:
     named = node if isinstance(node, Mapping) else {}
     pretrained = named.get("pretrained_model_name_or_path")
     name = pretrained or named.get("path")
-    with reading(kind, name if isinstance(name, str) else key):
+    if not isinstance(name, str):
+        name = key
+
+    def call() -> Any:
+        wanted = node
         if isinstance(pretrained, str):
-            node = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
-        return instantiate(node, key)
+            wanted = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
+        return instantiate(wanted, key)
+
+    return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
+
+
+def _intact(kind: str, name: str, call: Callable[[], T]) -> T:
+    """Return what ``call`` makes of the Hub's files, if they are what the Hub has."""
+    try:
+        made = call()
+    except Exception as error:
+        _raise_what_was_dropped(kind, name, error)
+        try:
+            refuse_damaged(blobs_of(kind, name))
+        except DamagedError as damaged:
+            raise damaged from error
+        raise
+    try:
+        refuse_damaged(blobs_of(kind, name))
+    except DamagedError:
+        prepared = getattr(made, "cache_files", [])  # of a dataset, made of the damaged files
+        for files in prepared.values() if isinstance(prepared, Mapping) else [prepared]:
+            for file in files:
+                shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
+        raise
+    return made
+
+
+def _raise_what_was_dropped(kind: str, name: str, error: Exception) -> None:
+    """Raise why a file could not be had, where a library says that there is none.
+
+    It does so whatever the Hub answered.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if kind == "dataset" or not isinstance(error, OSError) or may_pass(error):
+        return
+    for file in re.findall(r"[\w-]+(?:\.[\w-]+)*\.(?:safetensors|bin|json)\b", str(error)):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, file))
+        except Exception as reason:
+            if may_pass(reason):
+                raise reason from error
 
 
 def plain_source(source: Any) -> Any:
@@ -147,6 +216,11 @@ def _exists(name: str) -> bool:
     return bool(name) and _path(name).exists()
 
 
+def _on_hub(name: str) -> bool:
+    """Tell whether a name can only be meant for the Hub; one without a slash may be a key."""
+    return "/" in name and not name.startswith(_ZOO) and not _exists(name)
+
+
 def refuse_missing_path(name: str) -> None:
     """Raise if the name can only be a path, and nothing is there."""
     like_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
@@ -155,7 +229,7 @@ def refuse_missing_path(name: str) -> None:
     path = _path(name)
     missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
     nearest = _nearest(str(missing), _siblings(missing))
-    raise FusionBenchError(f"There is no such directory: '{name}'. {nearest}".rstrip())
+    raise ConfigError(f"There is no such directory: '{name}'. {nearest}".rstrip())
 
 
 def _is_in_cache(file: object) -> bool:
@@ -185,7 +259,7 @@ def _why_offline() -> str | None:
     if is_offline_mode():
         fact, mend = "HF_HUB_OFFLINE is set", "Unset it"
     elif not _hub_answers(constants.ENDPOINT, int(time.monotonic() // 60)):
-        fact, mend = f"the Hub ({constants.ENDPOINT}) cannot be reached", "Check the network"
+        fact, mend = f"the Hub ({_endpoint()}) cannot be reached", "Check the network"
     else:
         return None
     return (
@@ -197,14 +271,28 @@ def _why_offline() -> str | None:
 @lru_cache(maxsize=1)
 def _hub_answers(endpoint: str, minute: int) -> bool:
     """Ask for any answer at all; ``minute`` is there to forget the answer after a while."""
+    from httpx2 import InvalidURL
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import hf_raise_for_status
+
+    def ask() -> None:
+        response = get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if response.status_code >= 500:
+            hf_raise_for_status(response)
 
     try:
-        response = get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HTTPError:
+        patiently(ask, briefly=True)
+    except (HTTPError, InvalidURL, OSError, ValueError):
         return False
-    return response.status_code < 500
+    return True
+
+
+def _endpoint() -> str:
+    """Return where the Hub is, without the password that the address may hold."""
+    from huggingface_hub import constants
+
+    return re.sub("//[^/]*@", "//", constants.ENDPOINT)
 
 
 @contextmanager
@@ -219,13 +307,72 @@ def _cache_only() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str | None:
-    """Return what is wrong with the source, or None where the error does not speak of it.
+def _reason(
+    kind: str, name: str, error: Exception, offline: str | None
+) -> tuple[type[FusionBenchError], str] | None:
+    """Return what is wrong with the source, or None where the error does not speak of it."""
+    if reason := _reason_of_the_world(error, offline):
+        return WorldError, reason
+    if reason := _reason_of_the_source(kind, name, error):
+        return ConfigError, reason
+    if isinstance(error, OSError) and error.errno is not None:  # the disk
+        return WorldError, " ".join(str(error).split())
+    if _is_read_from_elsewhere(error):
+        return FusionBenchError, " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _is_read_from_elsewhere(error: Exception) -> bool:
+    """Tell whether an exception is one of those that libraries raise for files and the Hub."""
+    from huggingface_hub import errors
+
+    known = (errors.EntryNotFoundError, errors.RevisionResolutionError)
+    return isinstance(error, (OSError, errors.HTTPError, *known))
+
+
+def _reason_of_the_world(error: Exception, offline: str | None) -> str | None:
+    """Return what is wrong where the source itself may be right: Hub, network, or their copy."""
+    if isinstance(error, DamagedError):
+        if offline:
+            return f"its copy in the local cache was damaged and is deleted: {offline}"
+        return (
+            "what came was damaged: its hash is not the one that the Hub states. It is deleted. "
+            "Try again."
+        )
+    if offline:
+        text = str(error)
+        of_cache = text.startswith("Couldn't find cache for")
+        if of_cache or (_is_read_from_elsewhere(error) and not _of_local_files(error)):
+            return offline
+        return None
+    code = status(error)
+    if code is not None and may_pass(error):
+        wait = asked_to_wait(error)
+        again = "Try again later." if wait is None else f"It asks to wait for {wait:g} seconds."
+        return f"the Hub cannot serve it at the moment (status {code}). {again}"
+    if code is None and (how := broke_off(error)):
+        return f"the connection to the Hub broke ({how}). Try again."
+    if code is None and (isinstance(error, ConnectionError) or "couldn't connect to" in str(error)):
+        return "the connection to the Hub broke. Try again."
+    return None
+
+
+def _of_local_files(error: Exception) -> bool:
+    """Tell whether an exception speaks of the content of files that are here."""
+    return getattr(error, "errno", None) == EINVAL or bool(_not_json(str(error)))
+
+
+def _not_json(text: str) -> re.Match[str] | None:
+    return re.search(r"'([^']+)' is not a valid JSON file", " ".join(text.split()))
+
+
+def _reason_of_the_source(kind: str, name: str, error: Exception) -> str | None:
+    """Return what is wrong with the source itself.
 
     The libraries' own exceptions tell most; where they drop one for a plain OSError or ValueError,
     its text does.
     """
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
     from safetensors import SafetensorError
 
     text = " ".join(str(error).split())
@@ -234,7 +381,7 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
     if isinstance(error, errors.StrictDataclassError):
         return f"its config.json does not fit ({text})."
     if isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, OSError):
-        return _reason_by_text(text, offline)
+        return _reason_by_text(text)
     if isinstance(error, PickleError) and re.search("unsupported (global|class)", text, re.I):
         return (
             "its weights hold pickled objects, which can run code; they are refused. "
@@ -244,21 +391,16 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
         return _DAMAGED
     if _is_from_datasets(error, "DatasetGenerationError"):
         return f"its files are damaged ({error.__cause__ or text}). {_REMEDY}"
-    known = (errors.EntryNotFoundError, errors.RevisionResolutionError)
-    if not isinstance(error, (OSError, errors.HTTPError, *known)):
+    if not _is_read_from_elsewhere(error):
         return None
 
     if getattr(error, "errno", None) == EINVAL:  # how torch fails on a truncated archive
         return _DAMAGED
-    if found := re.search(r"'([^']+)' is not a valid JSON file", text):
+    if found := _not_json(text):
         return f"'{found[1]}' is not valid JSON. {_REMEDY}"
-    if offline:
-        return offline
 
     causes = list(chain(error))
-    statuses = {e.response.status_code for e in causes if isinstance(e, errors.HfHubHTTPError)}
-    prefix = "datasets/" if kind == "dataset" else ""
-    page = f"{constants.ENDPOINT}/{prefix}{name}"
+    page = f"{_endpoint()}/{'datasets/' if kind == 'dataset' else ''}{name}"
     if any(isinstance(e, errors.GatedRepoError) for e in causes) or "gated" in text:
         return f"it is gated. Ask for access at {page}, then run 'hf auth login'."
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in causes) or re.search(
@@ -268,22 +410,23 @@ def _reason(kind: str, name: str, error: Exception, offline: str | None) -> str 
             "there is no such directory here and no such repository on the Hub, or it is private "
             f"and needs 'hf auth login'. {_nearest_repository(kind, name)}"
         ).rstrip()
-    if statuses & {401, 403}:
+    if status(error) in (401, 403):
         return f"the Hub denies access to {page}. Log in with 'hf auth login'."
-    if failed := [status for status in statuses if status == 429 or status >= 500]:
-        return f"the Hub cannot serve it at the moment (status {failed[0]}). Try again later."
-    if isinstance(error, (ConnectionError, errors.HTTPError)) or "couldn't connect to" in text:
-        return "the connection to the Hub broke. Try again."
+    if isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError)):
+        return text
+    plain = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)
+    if status(error) == 404 and isinstance(error, plain):
+        return f"the Hub has no such thing at {page}."
     if re.search(r"doesn't contain any data files|No \(supported\) data files", text):
         return "it holds no data files."
     if found := re.search(r"Can't load (?:the )?(image processor|tokenizer|processor)", text):
         return f"it comes without {'an' if found[1][0] in 'aeiou' else 'a'} {found[1]}."
     if found := re.search(r"does not appear to have (.+?)\.(?: Checkout .*)?$", text):
         return f"it does not have {found[1]}."
-    return text or type(error).__name__
+    return None
 
 
-def _reason_by_text(text: str, offline: str | None) -> str | None:
+def _reason_by_text(text: str) -> str | None:
     """Translate the ValueErrors and RuntimeErrors that are known to speak of a source."""
     if found := re.search(
         r'(?:Unknown|Bad) split:? "?(.+?)"?\. (?:Should be one of|Available splits:) (\[.*?\])',
@@ -297,8 +440,6 @@ def _reason_by_text(text: str, offline: str | None) -> str | None:
         return f"it has several configurations; choose one as 'name': {found[1].strip('[]')}."
     if text.startswith("Unrecognized instruction format"):
         return f"its split cannot be understood ({text.partition(': ')[2]})."
-    if text.startswith("Couldn't find cache for") and offline:
-        return offline
     if text.startswith("Dataset scripts are no longer supported"):
         return "it is a script, and scripts are no longer run. Name a repository of data files."
     if found := re.search("model type `(.+?)` but Transformers does not recognize", text):

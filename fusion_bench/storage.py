@@ -4,9 +4,9 @@ import ctypes
 import fcntl
 import glob
 import hashlib
+import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,15 +14,18 @@ from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 
-from fusion_bench.errors import WorldError
+from fusion_bench.errors import ConfigError, WorldError
 
 log = logging.getLogger(__name__)
 
 _IN_USE = ".in-use"
+#: So many lists and mappings may lie in each other.
+_DEEPEST = 100
 #: What the system says of a disk that is full, fails or may not be written to.
 DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS, EACCES, EPERM)
 
@@ -91,6 +94,29 @@ def write_bytes(path: Path, content: bytes) -> None:
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+
+
+def read_json(path: Path) -> Any:
+    """Return what a file of JSON holds; a stranger may have written it.
+
+    Raises:
+        ConfigError: it is no JSON, or lists and mappings lie deeper in each other than anybody's.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        level = [content]
+        for _ in range(_DEEPEST):
+            level = [
+                child
+                for value in level
+                if isinstance(value, dict | list)
+                for child in (value.values() if isinstance(value, dict) else value)
+            ]
+        if level:
+            raise RecursionError
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"'{path}' is not valid JSON. Fetch it again.") from error
+    return content
 
 
 @contextmanager
@@ -213,13 +239,8 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return a file's SHA-256, which is remembered until the file changes.
-
-    Files in the Hub's cache bear it as their name already.
-    """
+    """Return a file's SHA-256, which is remembered until the file changes."""
     file = path.resolve()
-    if file.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", file.name):
-        return file.name
     state = file.stat()
     identity = f"{file} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
     known = cache_dir() / "file_sha256" / hashlib.sha256(identity.encode()).hexdigest()

@@ -9,6 +9,8 @@ import torch
 from fixtures_clip import write_base, write_dataset, write_vision_encoder
 from torch import Tensor
 
+from fusion_bench import network
+
 if TYPE_CHECKING:
     from selenium import webdriver
 
@@ -25,6 +27,14 @@ def scrambled(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a cache of its own, which nobody filled before."""
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test wait for long until the Hub is asked again."""
+    monkeypatch.setattr(network, "PATIENCE", 0.2)
+    monkeypatch.setattr(network, "BRIEFLY", 0.05)
+    monkeypatch.setattr(network, "_WAITS", (0.02,))
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def model(role: str, **correct: int) -> ModelResult:
 
 
 def report(models: dict[str, ModelResult]) -> Report:
+    tasks = dict.fromkeys(["a", "b", *(task for own in models.values() for task in own.tasks)])
     return Report(
         run=Run(
             version="0",
@@ -43,7 +44,7 @@ def report(models: dict[str, ModelResult]) -> Report:
             packages={},
             seconds=Seconds(load=1, fuse=2, evaluate=3, total=6),
         ),
-        tasks={t: TaskInfo(num_classes=2, num_samples=100, fingerprint=t) for t in ("a", "b")},
+        tasks={t: TaskInfo(num_classes=2, num_samples=100, fingerprint=t) for t in tasks},
         models=models,
     )
 

@@ -17,7 +17,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +69,7 @@ class Hub:
     """A running stand-in: where it is, what it was asked, and what it shall refuse.
 
     ``ranges`` has the Range header of each of the ``requests``, empty where there was none.
+    ``closing`` is set when the stand-in ends, so that nobody waits for an answer that stalls.
     """
 
     root: Path
@@ -76,6 +77,8 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     failures: list[tuple[re.Pattern[str], int, dict[str, str]]] = field(default_factory=list)
+    faults: list["Fault"] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def environment(self, cache_dir: Path, *, offline: bool = False) -> dict[str, str]:
         """Return the environment of a subprocess whose Hub this is."""
@@ -100,6 +103,50 @@ class Hub:
         headers = {"X-Error-Code": error_code} if error_code else {}
         self.failures.append((re.compile(pattern), status, headers))
 
+    def spoil(self, fault: "Fault") -> None:
+        """Answer badly, from now on; the first fault that fits a request is taken."""
+        self.faults.append(fault)
+
+    def fault(self, method: str, path: str) -> "Fault | None":
+        """Return what is to go wrong with a request; each time is counted."""
+        for fault in self.faults:
+            fits = method in fault.methods and fault.path.search(path)
+            if fits and (fault.times is None or fault.met < fault.times):
+                fault.met += 1
+                return fault
+        return None
+
+
+@dataclass
+class Fault:
+    """An answer that goes wrong.
+
+    Attributes:
+        pattern: what is found in the paths that are spoiled.
+        how: a number is a status. ``stall`` sends nothing more after the headers, ``silent`` not
+            even those, ``trickle`` a byte at a time, ``cut`` the first half, ``longer`` and
+            ``shorter`` announce a length that is not the body's, ``flip`` changes the byte ``at``
+            which it is told to, by default the middle one, ``etag`` states another hash, and
+            ``page`` sends a page for people, as networks do that want a login.
+        times: how often, for ever by default.
+        methods: whose answers.
+        headers: that go with a status.
+        met: how often it has happened.
+    """
+
+    pattern: str
+    how: int | str
+    times: int | None = None
+    methods: tuple[str, ...] = ("GET", "HEAD", "POST")
+    headers: dict[str, str] = field(default_factory=dict)
+    at: int | None = None
+    met: int = 0
+
+    @property
+    def path(self) -> re.Pattern[str]:
+        """The pattern, compiled."""
+        return re.compile(self.pattern)
+
 
 @contextmanager
 def hub_stand_in(root: Path) -> Iterator[Hub]:
@@ -111,6 +158,7 @@ def hub_stand_in(root: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -186,6 +234,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers one request of a client."""
 
     protocol_version = "HTTP/1.1"
+    fault: Fault | None = None
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep quiet: tests look at `Hub.requests` instead."""
@@ -209,6 +258,10 @@ class Handler(BaseHTTPRequestHandler):
         for pattern, status, headers in hub.failures:
             if pattern.search(path):
                 return self.reply(status, headers)
+        self.fault = hub.fault(self.command, path)
+        if self.fault and isinstance(self.fault.how, int):
+            status, headers, self.fault = self.fault.how, self.fault.headers, None
+            return self.reply(status, headers)
 
         if match := LISTING.fullmatch(path):
             owner = parse_qs(url.query).get("author", ["*"])[0]
@@ -262,10 +315,43 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
         if status >= 400 and not body:
             body = json.dumps({"error": HTTPStatus(status).phrase}).encode()
+        how = self.fault.how if self.fault else ""
+        closing: threading.Event = self.server.hub.closing  # type: ignore[attr-defined]
+        length, middle = len(body), len(body) // 2
+        if how in ("silent", "longer", "stall", "trickle", "cut"):
+            self.close_connection = True
+        if how == "silent":
+            closing.wait()
+            return
+        if how == "page":
+            body = b"<html><body>Please log in to this network.</body></html>"
+            headers, length = {"Content-Type": "text/html"}, len(body)
+        if how == "flip" and body:
+            at = middle if self.fault is None or self.fault.at is None else self.fault.at
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        if how == "shorter":
+            body, length = body[:middle], middle
+        if how == "longer":
+            length += 1000
+        if how == "etag":
+            headers = (headers or {}) | {"ETag": '"' + "0a" * 32 + '"'}
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if how in ("stall", "cut"):
+            body = body[:middle]
+        if how == "trickle":
+            for position in range(length):
+                if closing.wait(0.2):
+                    return
+                with suppress(OSError):  # the client has given up
+                    self.wfile.write(body[position : position + 1])
+            return
+        self.wfile.write(body)
+        if how == "stall":
+            self.wfile.flush()
+            closing.wait()

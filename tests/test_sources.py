@@ -169,7 +169,8 @@ def test_the_hub_is_looked_for_once_a_minute(tmp_path: Path) -> None:
     assert not sources._hub_answers(closed_endpoint(), 2)
 
 
-def test_nodes_name_what_they_read(answers: Any) -> None:
+def test_nodes_name_what_they_read(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_BENCH_ALLOW", "builtins")
     node = {"_target_": "builtins.dict", "path": "owner/name"}
     assert load("dataset", node, "taskpool.test_datasets.a") == {"path": "owner/name"}
     node = {"_target_": "builtins.open", "file": "no-such-file"}

@@ -28,7 +28,7 @@ from fusion_bench.modelpool.directory import (
 from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
-from fusion_bench.storage import write_text
+from fusion_bench.storage import read_json, write_text
 from fusion_bench.weights import (
     AdapterConfig,
     AdapterWeights,
@@ -215,7 +215,10 @@ class HFModelPool:
             config = self._json_config(self._whole_model(self._reference))
         else:
             return None
-        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        of_text = config.get("text_config")
+        size = config.get("vocab_size")
+        if not size and isinstance(of_text, Mapping):
+            size = of_text.get("vocab_size")
         return size if isinstance(size, int) else None
 
     def weights(self, name: str) -> Weights:
@@ -345,8 +348,12 @@ class HFModelPool:
         import transformers
 
         config = self._json_config(self._whole_model(self._reference))
-        known = [getattr(transformers, name, None) for name in config.get("architectures") or ()]
-        return next((c.base_model_prefix for c in known if c is not None), None) or None
+        names = config.get("architectures")
+        for name in names if isinstance(names, list) else ():
+            prefix = getattr(getattr(transformers, str(name), None), "base_model_prefix", None)
+            if isinstance(prefix, str) and prefix:
+                return prefix
+        return None
 
     def _for_file(self, weights: Weights) -> Weights:
         """Return weights with the keys that they have in a file."""
@@ -371,13 +378,13 @@ class HFModelPool:
         if not file.exists():
             log.warning("No config.json goes beside the merged weights: the models bring none.")
             return
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         before = deepcopy(config)
         if self.policy.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = self.policy.dtype
         named = config.get("architectures") or []
-        if self.model_class == "AutoModel" and re.search("For|Head", " ".join(named)):
+        if self.model_class == "AutoModel" and re.search("For|Head", json.dumps(named)):
             del config["architectures"]  # a classifier's, of which this is the backbone
         rows = self._embedding_rows()
         if rows is not None and "vocab_size" in config:
@@ -498,7 +505,8 @@ class HFModelPool:
     def _refuse_quantised(self, name: str, repository: Repository) -> None:
         quantisation = self._json_config(repository).get("quantization_config")
         if quantisation:
-            method = quantisation.get("quant_method", "by a method that it does not name")
+            named = isinstance(quantisation, Mapping) and quantisation.get("quant_method")
+            method = named or "by a method that it does not name"
             raise FusionBenchError(
                 f"modelpool.models.{name}: '{repository.name}' is quantised ({method}), and "
                 "quantised weights cannot be merged. Name the model that it was made from."
@@ -507,11 +515,7 @@ class HFModelPool:
     def _json_config(self, repository: Repository) -> dict[str, Any]:
         if "config.json" not in repository.files:
             return {}
-        file = repository.fetch("config.json") / "config.json"
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FusionBenchError(f"'{file}' is not valid JSON. Fetch it again.") from error
+        content = read_json(repository.fetch("config.json") / "config.json")
         return content if isinstance(content, dict) else {}
 
     def _module(self, name: str) -> nn.Module:

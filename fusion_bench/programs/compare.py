@@ -9,10 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fusion_bench import __version__
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
@@ -137,16 +135,12 @@ def _file(path: Path) -> Path:
 def _read(path: Path) -> Judged:
     try:
         report = Report.load(path)
-    except OSError as error:
-        raise FusionBenchError(f"reports: cannot read '{path}': {error.strerror}.") from error
-    except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or "its text"
-        raise FusionBenchError(
-            f"reports: '{path}' is no report of this version: {place}: {error.errors()[0]['msg']}."
-        ) from error
+        answers = Answers.load(path, report)
+    except ConfigError as error:
+        raise ConfigError(f"reports: {error}") from error
     if not report.tasks:
         raise FusionBenchError(f"reports: nothing was judged in '{path}'.")
-    return Judged(report, Answers.load(path))
+    return Judged(report, answers)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:

@@ -45,11 +45,12 @@ class Previous:
     def find(cls, reports: Iterable[Path], config: Mapping[str, Any]) -> "Previous | None":
         """Return it, if there is a whole one of this version."""
         for path in reports:
-            with suppress(OSError, ValidationError, FusionBenchError):
+            with suppress(FusionBenchError):
                 report = Report.load(path)
                 run = report.run
                 if (run.version, run.config_sha256) == (__version__, config_sha256(config)):
-                    return cls(report, Answers.load(path) if report.tasks else Answers())
+                    answers = Answers.load(path, report) if report.tasks else Answers()
+                    return cls(report, answers)
         return None
 
     def still_true(

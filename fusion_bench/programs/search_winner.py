@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric import Fabric
-from pydantic import ValidationError
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.fusing import describe_data, uses_test_split
@@ -144,7 +143,7 @@ def _trials(sweep: Path) -> list[Report]:
     """Return the reports of jobs that looked at no test split, in the order of their ending."""
     trials = []
     for path in sorted(sweep.rglob("report.json"), key=lambda path: path.stat().st_mtime_ns):
-        with suppress(ValidationError):
+        with suppress(ConfigError):
             report = Report.load(path)
             if report.run.search is not None and not report.run.search.judge_test:
                 trials.append(report)

@@ -7,10 +7,10 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError
+from fusion_bench.report.schema import Report
 from fusion_bench.storage import write_bytes
 
 Numbers = NDArray[np.int32]
@@ -62,41 +62,61 @@ class Answers:
         write_bytes(self.path(report), save(arrays))
 
     @classmethod
-    def load(cls, report: Path) -> "Answers":
+    def load(cls, path: Path, report: Report | None = None) -> "Answers":
         """Read the answers that lie beside a report.
 
+        Args:
+            path: the report's file.
+            report: what is in it; where it is given, the answers must be those of its models.
+
         Raises:
-            FusionBenchError: there are none, or the file is no such file.
+            ConfigError: there are none, the file is no such file, or does not fit the report.
         """
-        path = cls.path(report)
+        place = cls.path(path)
         try:
-            arrays = load(path.read_bytes())
+            arrays = load(place.read_bytes())
         except FileNotFoundError as error:
-            raise FusionBenchError(
-                f"'{path}' is missing: it holds the answers of '{report.name}'. Keep both files "
+            raise ConfigError(
+                f"'{place}' is missing: it holds the answers of '{path.name}'. Keep both files "
                 "together."
             ) from error
-        except (OSError, SafetensorError) as error:
-            raise FusionBenchError(f"'{path}' cannot be read: {error}") from error
-        return cls._from_arrays(arrays, path)
+        except Exception as error:  # from a damaged file the library makes anything
+            raise ConfigError(f"'{place}' cannot be read: {error}") from error
+        try:
+            answers = cls._from_arrays(arrays)
+            if report is not None:
+                answers._refuse_others(report)
+        except (LookupError, ValueError) as error:
+            raise ConfigError(f"'{place}' holds no answers of a report: {error}") from error
+        return answers
 
     @classmethod
-    def _from_arrays(cls, arrays: Mapping[str, Numbers], path: Path) -> "Answers":
+    def _from_arrays(cls, arrays: Mapping[str, Numbers]) -> "Answers":
         answers = cls()
         parts = {tuple(map(unquote, name.split("/"))): array for name, array in arrays.items()}
-        try:
-            for name in sorted(parts):
-                if name[0] == "samples":
-                    answers.tasks[name[1]] = TaskAnswers(parts[name], parts["labels", name[1]])
-            for name, predictions in parts.items():
-                if name[0] == "predictions":
-                    _, task, model = name
-                    if predictions.shape != answers.tasks[task].labels.shape:
-                        raise ValueError(name)
-                    answers.tasks[task].predictions[model] = predictions
-        except (LookupError, ValueError) as error:
-            raise FusionBenchError(f"'{path}' holds no answers of a report: {error}") from error
+        for name in sorted(parts):
+            if name[0] == "samples":
+                answers.tasks[name[1]] = TaskAnswers(parts[name], parts["labels", name[1]])
+        for name, predictions in parts.items():
+            if name[0] == "predictions":
+                _, task, model = name
+                answers.tasks[task].predictions[model] = predictions
+        for task, found in answers.tasks.items():
+            if found.samples.ndim != 1 or len(np.unique(found.samples)) != found.samples.size:
+                raise ValueError(f"'{task}' is no list of samples")
+            for array in (found.samples, found.labels, *found.predictions.values()):
+                if array.dtype != np.int32 or array.shape != found.samples.shape:
+                    raise ValueError(f"'{task}' has not one number a sample")
         return answers
+
+    def _refuse_others(self, report: Report) -> None:
+        """Raise ``ValueError`` where an answer of a judged model is missing, or is no class."""
+        for name, model in report.models.items():
+            for task in model.tasks:
+                found, classes = self.tasks[task], report.tasks[task].num_classes
+                for array in (found.labels, found.predictions[name]):
+                    if array.size and not 0 <= array.min() <= array.max() < classes:
+                        raise ValueError(f"'{task}' has {classes} classes, not that of an answer")
 
 
 def _name(*parts: str) -> str:

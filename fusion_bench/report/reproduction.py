@@ -14,7 +14,7 @@ from rich.text import Text
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.report.page import render
 from fusion_bench.report.reference import AVERAGE, BASELINES, Reference
-from fusion_bench.report.schema import Report
+from fusion_bench.report.schema import Report, read_model
 from fusion_bench.storage import write_text
 
 
@@ -95,8 +95,12 @@ class Reproduction(_Strict):
 
     @classmethod
     def load(cls, path: Path) -> "Reproduction":
-        """Read one; raises pydantic's ``ValidationError`` where it is none."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read one.
+
+        Raises:
+            ConfigError: there is none, or it is none of this version.
+        """
+        return read_model(cls, path, "reproduction")
 
     def print(self, console: Console) -> None:
         """Print what was found, with the differences."""

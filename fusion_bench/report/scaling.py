@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fusion_bench.report.page import render
 from fusion_bench.report.pictures import Line, panels_of_curves, standalone
-from fusion_bench.report.schema import Run, TaskResult
+from fusion_bench.report.schema import Run, TaskResult, read_model
 from fusion_bench.report.table import markdown_table
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
@@ -217,8 +217,12 @@ class Study(_Strict):
 
     @classmethod
     def load(cls, path: Path) -> "Study":
-        """Read a study; raises pydantic's ``ValidationError`` where it is none."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read a study.
+
+        Raises:
+            ConfigError: there is none, or it is none of this version.
+        """
+        return read_model(cls, path, "study")
 
 
 def _by_category(

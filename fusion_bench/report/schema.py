@@ -4,10 +4,11 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from fusion_bench.errors import ConfigError
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
 
@@ -15,6 +16,27 @@ Role = Literal["pretrained", "individual", "merged"]
 Split = Literal["train", "validation", "test"]
 Metric = Literal["normalized_accuracy", "accuracy"]
 Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def read_model(kind: type[T], path: Path, name: str) -> T:
+    """Read what a run has left as JSON; ``name`` is what people call it.
+
+    Raises:
+        ConfigError: there is none, or it is none of this version.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"Cannot read '{path}': {error.strerror}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its text"
+        raise ConfigError(
+            f"'{path}' is no {name} of this version: {place}: {first['msg']}."
+        ) from error
 
 
 class _Strict(BaseModel):
@@ -72,6 +94,12 @@ class TaskInfo(_Strict):
     head_sha256: str | None = None
     images_sha256: str | None = None
     class_names: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TaskInfo":
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError("the names of the classes are not as many as the classes")
+        return self
 
 
 class TaskResult(_Strict):
@@ -157,6 +185,12 @@ class Search(_Strict):
     candidates: list[Candidate]
     winner: int
     method: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Search":
+        if not 0 <= self.winner < len(self.candidates):
+            raise ValueError("there is no such winner")
+        return self
 
     @property
     def best(self) -> Candidate:
@@ -257,6 +291,21 @@ class Similarity(_Strict):
     norms: list[list[float]]
     cosines: list[list[list[float]]]
 
+    @model_validator(mode="after")
+    def _fits(self) -> "Similarity":
+        models, parts = len(self.models), len(self.parts)
+        if not models or not parts:
+            raise ValueError("it has no models or no parts")
+        matrices = (self.norms, *self.cosines)
+        heights = [parts] + [models] * len(self.cosines)
+        square = all(
+            len(matrix) == height and all(len(row) == models for row in matrix)
+            for matrix, height in zip(matrices, heights, strict=True)
+        )
+        if len(self.cosines) != parts or not square:
+            raise ValueError("the figures are not as many as models and parts")
+        return self
+
 
 class Contender(NamedTuple):
     """What a comparison has a row for: a model, or several models that stand for one.
@@ -281,6 +330,16 @@ class Report(_Strict):
     models: dict[str, ModelResult]
     comparisons: list[Comparison] = []
     similarity: Similarity | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Report":
+        for name, model in self.models.items():
+            if unknown := model.tasks.keys() - self.tasks.keys():
+                raise ValueError(f"'{name}' was judged on '{min(unknown)}', which is no task")
+        for comparison in self.comparisons:
+            if unknown := comparison.tasks.keys() - self.tasks.keys():
+                raise ValueError(f"a comparison is of '{min(unknown)}', which is no task")
+        return self
 
     @property
     def objective(self) -> float | None:
@@ -335,8 +394,12 @@ class Report(_Strict):
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read a report; raises pydantic's ``ValidationError`` where it is none."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read a report.
+
+        Raises:
+            ConfigError: there is none, or it is none of this version.
+        """
+        return read_model(cls, path, "report")
 
 
 def _contenders(family: str, role: Role, models: Mapping[str, list[str]]) -> list[Contender]:

@@ -71,10 +71,15 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         Raises:
             ConfigError: with a line for each thing that it may not ask for.
         """
-        self._check_search_path(config_name)
-        config = super().load_configuration(
-            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
-        )
+        try:
+            self._check_search_path(config_name)
+            config = super().load_configuration(
+                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+            )
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"'{config_name}': a config is not in UTF-8: {error}.") from error
+        except RecursionError as error:
+            raise ConfigError(f"'{config_name}': a config is nested too deeply.") from error
         if problems := list(_problems(config)):
             raise ConfigError("\n".join(dict.fromkeys(problems)))
         return config

@@ -49,7 +49,7 @@ _PROGRAM_KEY = re.compile(
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
 )
 #: Exceptions whose message is enough.
-_FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
+FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
 _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 
@@ -71,11 +71,6 @@ def main() -> None:
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
-    _leave_working_directory()
-    set_up_hydra()
-    with _plain_messages(show_traceback):
-        sys.argv[1:] = _prepared(sys.argv[1:])
-
     parts = Parts()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
@@ -88,6 +83,9 @@ def main() -> None:
             return _run_program(config, parts)
 
     with _plain_messages(show_traceback), interruptible(), lost_workers(), disk_failures():
+        _leave_working_directory()
+        set_up_hydra()
+        sys.argv[1:] = _prepared(sys.argv[1:])
         run()
 
 
@@ -205,7 +203,7 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
         logs = _log_traceback()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             message = redacted(_explain(error))
-            if not isinstance(error, _FORESEEN):
+            if not isinstance(error, FORESEEN):
                 message = f"{message}\n  {_where(logs)}"
             print(f"fusion_bench: {message}", file=sys.stderr)
         sys.exit(_exit_code(error))
@@ -230,12 +228,12 @@ def _where(logs: list[str]) -> str:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, FusionBenchError):
         return error.exit_code
-    return FusionBenchError.exit_code if isinstance(error, _FORESEEN) else 1
+    return FusionBenchError.exit_code if isinstance(error, FORESEEN) else 1
 
 
 def _explain(error: Exception) -> str:
     """Return the message for the user, with the likely intended name where there is one."""
-    if not isinstance(error, _FORESEEN):
+    if not isinstance(error, FORESEEN):
         return f"{type(error).__name__}: {error}"
     first_line = str(error).partition("\n")[0]
     if isinstance(error, YAMLError):

@@ -149,7 +149,10 @@ class SweepCallback(Callback):
         swept += OmegaConf.select(config, "hydra.sweeper.params") or {}
         if OmegaConf.is_missing(config.hydra.sweep, "dir"):
             sources = [source.path for source in config.hydra.runtime.config_sources]
-            about = [sources, config.hydra.job.config_name, sorted(given), sorted(swept)]
+            # What stands in the files counts too: another config's reports are not replaced.
+            whole: Any = OmegaConf.to_container(config, resolve=False)
+            del whole["hydra"]
+            about = [sources, config.hydra.job.config_name, sorted(given), sorted(swept), whole]
             config.hydra.sweep.dir = _sweep_directory(str(about[1]), swept, about)
         # Absolute, for a job may run in another directory.
         self._set(config, "hydra.sweep.dir", str(Path(config.hydra.sweep.dir).absolute()))
@@ -260,7 +263,7 @@ def directory_name(text: str) -> str:
 def _sweep_directory(config_name: str, swept: Sequence[str], about: Any) -> str:
     keys = [key.rpartition(".")[2] for key in swept]
     name = directory_name("-".join([config_name.rpartition("/")[2], *keys])[:_LONGEST_NAME])
-    return f"multirun/{name}-{_hash(json.dumps(about))}"
+    return f"multirun/{name}-{_hash(json.dumps(about, default=str))}"
 
 
 def _job_directory(overrides: Sequence[str], common: Sequence[str]) -> str:
@@ -310,7 +313,7 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
         if job.error is not None:
             failures.append(Failure(name=job.name, directory=place, message=job.error))
         elif report.exists() and (found := Report.load(report)).tasks:
-            finished.append(Job(place, job.overrides, found, Answers.load(report)))
+            finished.append(Job(place, job.overrides, found, Answers.load(report, found)))
     if not finished and not failures:
         log.info("Nothing was judged, so that there is no leaderboard.")
         return

@@ -4,7 +4,6 @@ Hu et al., LoRA, https://arxiv.org/abs/2106.09685; DoRA: Liu et al., https://arx
 rank-stabilised scaling: Kalajdzievski, https://arxiv.org/abs/2312.03732.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError
+from fusion_bench.storage import read_json
 from fusion_bench.weights.align import shortened
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
@@ -42,12 +42,27 @@ def _refused(content: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _quick(pattern: str) -> str:
+    """Return a pattern of modules' names, if no name can keep its search busy for ever.
+
+    Raises:
+        ValueError: a pattern that cannot be read, or repeats what may be taken apart in many ways.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(pattern) from error
+    if re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:
+        raise ValueError(pattern)
+    return pattern
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """What an ``adapter_config.json`` says of the arithmetic.
 
     Raises:
-        FusionBenchError: from ``read``, for an adapter of another kind than LoRA.
+        ConfigError: from ``read``, for an adapter of another kind than LoRA.
     """
 
     base: str | None
@@ -60,21 +75,27 @@ class AdapterConfig:
     def read(cls, path: Path) -> "AdapterConfig":
         """Read the file."""
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = read_json(path)
             kind = content["peft_type"]
             if kind != "LORA":
-                raise FusionBenchError(f"'{path}': an adapter of the type {kind} is not supported.")
+                raise ConfigError(f"'{path}': an adapter of the type {kind} is not supported.")
             if reason := _refused(content):
-                raise FusionBenchError(f"'{path}': {reason} {_WITH_PEFT}")
+                raise ConfigError(f"'{path}': {reason} {_WITH_PEFT}")
+            base = content.get("base_model_name_or_path")
+            if not (base is None or isinstance(base, str)):
+                raise TypeError(base)
             return cls(
-                base=content.get("base_model_name_or_path"),
+                base=base,
                 alpha=float(content["lora_alpha"]),
                 rank_stabilised=bool(content.get("use_rslora")),
                 transposed=bool(content.get("fan_in_fan_out")),
-                alpha_pattern=dict(content.get("alpha_pattern") or {}),
+                alpha_pattern={
+                    _quick(pattern): float(value)
+                    for pattern, value in dict(content.get("alpha_pattern") or {}).items()
+                },
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise FusionBenchError(f"'{path}' is no configuration of a LoRA adapter.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ConfigError(f"'{path}' is no configuration of a LoRA adapter.") from error
 
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor of a module's low-rank product."""
@@ -112,7 +133,7 @@ class AdapterWeights(Weights):
         config: how they are to be applied.
 
     Raises:
-        FusionBenchError: an adapter that names modules which the base does not have.
+        ConfigError: an adapter that names modules which the base does not have.
     """
 
     def __init__(self, base: Weights, adapter: Weights, config: AdapterConfig):
@@ -135,7 +156,7 @@ class AdapterWeights(Weights):
             else:
                 self._replaced[key] = adapter[name]
         if unknown:
-            raise FusionBenchError(
+            raise ConfigError(
                 "The adapter changes what its base's files do not name so, or in a way that is not "
                 "supported. Name the base that it was trained on as '_pretrained_'; if it is that "
                 f"already: {_WITH_PEFT}\n  {shortened(unknown)}"
@@ -223,7 +244,7 @@ class AdapterWeights(Weights):
             a = tensors["lora_embedding_A" if embedding else "lora_A"]
             b = tensors["lora_embedding_B" if embedding else "lora_B"]
         except KeyError as error:
-            raise FusionBenchError(f"The adapter is not whole: '{key}' lacks {error}.") from error
+            raise ConfigError(f"The adapter is not whole: '{key}' lacks {error}.") from error
         # A convolution's B has a kernel of one.
         left, right = (part.flatten(1) if part.ndim > 1 else part[None] for part in (b, a))
         shape = self.spec(key).shape
@@ -240,7 +261,7 @@ class AdapterWeights(Weights):
             fits = fits and len(magnitude) == (columns if transposed else rows)
         if not fits:
             parts = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
-            raise FusionBenchError(
+            raise ConfigError(
                 f"The adapter does not fit its base model: '{key}' is {list(shape)}, and for it "
                 f"the adapter has {parts}."
             )

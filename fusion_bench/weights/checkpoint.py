@@ -8,11 +8,12 @@ from pickle import PickleError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError
 from fusion_bench.sources import reading
+from fusion_bench.storage import read_json
 from fusion_bench.weights.align import shortened
 from fusion_bench.weights.mapping import TensorWeights
 from fusion_bench.weights.write import DTYPES
@@ -35,7 +36,7 @@ def open_checkpoint(path: Path) -> TensorWeights:
             an ``.index.json`` that names shards of either kind.
 
     Raises:
-        FusionBenchError: what is not there, damaged, or would run code when it is unpickled.
+        ConfigError: what is not there, damaged, or would run code when it is unpickled.
     """
     with reading("model", str(path)):
         if path.name.endswith(".index.json"):
@@ -47,23 +48,44 @@ def shards(index: Path) -> dict[str, list[str]]:
     """Return the files that an index names, each with its keys.
 
     Raises:
-        FusionBenchError: an index that is damaged, or names what is not a plain file beside it.
+        ConfigError: an index that is damaged, or names what is not a plain file beside it.
     """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, list[str]] = {}
-        for key, name in weight_map.items():
+        for key, name in read_json(index)["weight_map"].items():
             files.setdefault(PurePosixPath(name).as_posix(), []).append(key)
         if not files:
             raise ValueError("It names no file.")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FusionBenchError(f"'{index}' is no index of shards. Fetch it again.") from error
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"'{index}' is no index of shards. Fetch it again.") from error
     for name in files:
-        if PurePosixPath(name).name != name or name in ("", ".", ".."):
-            raise FusionBenchError(
-                f"'{index}' names '{name}', which is outside its directory. It is refused."
+        plain = PurePosixPath(name).name == name and "\\" not in name
+        if not plain or name in ("", ".", "..") or not _stays(index, index.parent / name):
+            raise ConfigError(
+                f"'{index}' names {name!r}, which is outside its directory. It is refused."
             )
     return dict(sorted(files.items()))
+
+
+def _stays(index: Path, shard: Path) -> bool:
+    """Tell whether a shard is beside its index, also where either is a link.
+
+    In the Hub's cache both are links, to files that lie beside each other; large ones may be links
+    to another place in the cache once more.
+    """
+    from huggingface_hub import constants
+
+    try:
+        if not shard.is_symlink():
+            return True
+        place = shard.resolve()
+    except (OSError, RuntimeError, ValueError):  # no name that a file can have, or a ring of links
+        return False
+    allowed = {index.parent.resolve(), index.resolve().parent}
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return place.parent in allowed or (
+        index.resolve().is_relative_to(cache) and place.is_relative_to(cache)
+    )
 
 
 def _open_sharded(index: Path) -> TensorWeights:
@@ -73,18 +95,19 @@ def _open_sharded(index: Path) -> TensorWeights:
     for name, keys in shards(index).items():
         file = index.parent / name
         if not file.is_file():
-            raise FusionBenchError(
-                f"'{index}' names '{name}', which is not there. The copy is not whole: fetch it "
+            raise ConfigError(
+                f"'{index}' names {name!r}, which is not there. The copy is not whole: fetch it "
                 "again."
             )
         files.append(file)
         with reading("model", str(file)):
             held = _open_file(file)
         problems += [f"'{key}' is not in '{name}'" for key in keys if key not in held]
-        problems += [f"'{key}' is in '{name}' unlisted" for key in held if key not in set(keys)]
+        listed = set(keys)
+        problems += [f"'{key}' is in '{name}' unlisted" for key in held if key not in listed]
         tensors |= held
     if problems:
-        raise FusionBenchError(
+        raise ConfigError(
             f"'{index}' does not fit its shards. Fetch them again.\n  {shortened(problems)}"
         )
     return TensorWeights(tensors, tuple(files))
@@ -104,7 +127,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file, safe_open(path, framework="pt") as checked:
         begin = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(begin - 8))
+        header = json.loads(file.read(begin - 8), object_pairs_hook=_without_repetition)
         # A private mapping: who writes to a tensor by mistake does not write to the file.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = {}
@@ -118,6 +141,14 @@ def _mapped(path: Path) -> dict[str, Tensor]:
                 flat = torch.frombuffer(content, dtype=dtype, count=count, offset=begin + start)
                 tensors[key] = flat.view(entry["shape"])
     return tensors
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a mapping; of a key that is there twice, readers take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise SafetensorError("A key is there twice.")
+    return found
 
 
 def _load(path: Path) -> Any:
@@ -140,10 +171,10 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # as training frameworks write it
     if not isinstance(content, Mapping) or not content:
-        raise FusionBenchError(f"'{path}' holds no state dict.")
+        raise ConfigError(f"'{path}' holds no state dict.")
     for key, value in content.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
-            raise FusionBenchError(f"'{path}' is no state dict: '{key}' is no tensor.")
+            raise ConfigError(f"'{path}' is no state dict: '{key}' is no tensor.")
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise FusionBenchError(f"'{path}': '{key}' is no plain dense tensor.")
+            raise ConfigError(f"'{path}': '{key}' is no plain dense tensor.")
     return dict(content)

@@ -1,12 +1,14 @@
 """Weights in a repository: known from their headers, downloaded when they are first read."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError, WorldError
+from fusion_bench.network import patiently
 from fusion_bench.repository import Repository
 from fusion_bench.sources import reading
 from fusion_bench.weights.checkpoint import WEIGHT_FILES, open_checkpoint, shards
@@ -21,7 +23,8 @@ def open_repository(repository: Repository) -> Weights:
     shapes and dtypes.
 
     Raises:
-        FusionBenchError: no weights, damaged ones, or a download that failed.
+        ConfigError: no weights, or damaged ones.
+        WorldError: a download that failed.
     """
     files = weight_files(repository)
     if repository.directory is not None:
@@ -35,13 +38,13 @@ def weight_files(repository: Repository) -> list[str]:
     """Return the names of the files with the weights; the first is what opens all of them.
 
     Raises:
-        FusionBenchError: there are none.
+        ConfigError: there are none.
     """
     name = next((name for name in WEIGHT_FILES if name in repository.files), None)
     if name is None:
         single = [name for name in repository.files if name.endswith(".safetensors")]
         if len(single) != 1:
-            raise FusionBenchError(
+            raise ConfigError(
                 f"There are no weights in '{repository.name}'. It needs one of: "
                 f"{', '.join(WEIGHT_FILES)}."
             )
@@ -66,11 +69,18 @@ class HubWeights(Weights):
         with reading("model", repository.name):
             for name in names:
                 if not name.endswith(".json"):
-                    self._specs |= _specs(repository, name)
+                    self._specs |= _specs_asked_twice(repository, name)
 
     @cached_property
     def _local(self) -> TensorWeights:
-        return open_checkpoint(self._repository.fetch(*self._names) / self._names[0])
+        local = open_checkpoint(self._repository.fetch(*self._names) / self._names[0])
+        # No hash is known of a header alone.
+        if {key: local.spec(key) for key in local} != self._specs:
+            raise WorldError(
+                f"'{self._repository.name}': the headers that came first are not those of the "
+                "files. Try again."
+            )
+        return local
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -95,6 +105,15 @@ class HubWeights(Weights):
         return self._local.read(key, start, stop)
 
 
+def _specs_asked_twice(repository: Repository, file: str) -> dict[str, TensorSpec]:
+    """Return what a header tells; one that is damaged may have been damaged on its way."""
+    from safetensors import SafetensorError
+
+    with suppress(SafetensorError):
+        return _specs(repository, file)
+    return _specs(repository, file)
+
+
 def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
     """Return what a file's header tells, in the order that its entries have once it is mapped."""
     from huggingface_hub import HfApi
@@ -103,12 +122,14 @@ def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
 
     specs = {}
     try:
-        header = HfApi().parse_safetensors_file_metadata(
-            repository.repo_id, file, revision=repository.commit
+        header = patiently(
+            lambda: HfApi().parse_safetensors_file_metadata(
+                repository.repo_id, file, revision=repository.commit
+            )
         )
         for key, tensor in sorted(header.tensors.items()):
             if tensor.dtype not in DTYPES:
-                raise FusionBenchError(
+                raise ConfigError(
                     f"'{repository.name}': '{key}' is of the type {tensor.dtype}, which is not "
                     "supported."
                 )

@@ -1,0 +1,887 @@
+"""Damaged and crafted files, and what reads them: nothing but the project's own errors may come.
+
+Each ``Kind`` is a strategy that writes files into an empty directory, and the reading of them. The
+directory lies in a larger one with a ``secret.safetensors`` and a ``secret.bin`` that no file in it
+may reach.
+"""
+
+import io
+import json
+import pickle
+import string
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from fixtures_report import synthetic
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import strategies as st
+from omegaconf import OmegaConf, open_dict
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import save
+
+from fusion_bench.configs import CONFIG_DIR
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.modelpool import HFModelPool
+from fusion_bench.programs import CompareProgram
+from fusion_bench.report import Answers, Report, markdown
+from fusion_bench.report.page import page
+from fusion_bench.repository import locate
+from fusion_bench.scripts.cli import FORESEEN, set_up_hydra
+from fusion_bench.weights import AdapterConfig, open_repository, sha256
+from fusion_bench.weights.checkpoint import shards
+
+Files = dict[str, bytes]
+#: What a crafted file would do if it were let: the audit hook below sees any of it.
+HOSTILE = ("os.system", "posix.system", "subprocess.Popen", "builtins.eval", "builtins.exec")
+
+SECRET = {"secret": torch.tensor([4.0, 2.0])}
+TENSORS = {
+    "a.weight": torch.arange(6.0).reshape(2, 3),
+    "b": torch.ones(4, dtype=torch.bfloat16),
+    "c": torch.tensor([1, 2], dtype=torch.int64),
+}
+BASE = {"model.layer.weight": torch.ones(3, 2), "model.other.weight": torch.zeros(2)}
+ADAPTER = {
+    "base_model.model.model.layer.lora_A.weight": torch.ones(1, 2),
+    "base_model.model.model.layer.lora_B.weight": torch.ones(3, 1),
+}
+ADAPTER_CONFIG = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "no/base",
+    "lora_alpha": 2,
+    "r": 1,
+    "target_modules": ["layer"],
+    "alpha_pattern": {},
+}
+CONFIG = {
+    "model_type": "clip_vision_model",
+    "architectures": ["CLIPVisionModel"],
+    "hidden_size": 8,
+    "vocab_size": 10,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files of one kind.
+
+    Attributes:
+        name: what the table calls it.
+        files: makes them.
+        read: reads what is in a directory.
+        foreseen: what it may raise; the command line says no more of these than their message.
+    """
+
+    name: str
+    files: st.SearchStrategy[Files]
+    read: Callable[[Path], object]
+    foreseen: tuple[type[Exception], ...] = (FusionBenchError,)
+
+
+# --- watching
+
+
+class Watch:
+    """Sees what a reading does besides: programs started, connections, files where they are not.
+
+    An audit hook cannot be taken away again; it is put in once, and looks only within ``on``.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self._inside: Path | None = None
+        self._installed = False
+
+    @contextmanager
+    def on(self, directory: Path) -> Iterator[None]:
+        """Note, in ``seen``, whatever happens that reading files in ``directory`` must not do."""
+        if not self._installed:
+            import sys
+
+            sys.addaudithook(self._hook)
+            self._installed = True
+        self.seen = []
+        self._inside = directory
+        try:
+            yield
+        finally:
+            self._inside = None
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._inside is None:
+            return
+        if event in _FORBIDDEN or event.startswith(("subprocess.", "socket.connect", "pty.")):
+            self.seen.append(f"{event} {arguments!r}"[:300])
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            path, _, flags = arguments
+            name = path.decode(errors="replace") if isinstance(path, bytes) else path
+            writes = isinstance(flags, int) and flags & 3
+            if "secret." in name or name.startswith("/etc/passwd"):
+                self.seen.append(f"read {name}")
+            if writes and not name.startswith((str(self._inside.parent), "/dev/null")):
+                self.seen.append(f"wrote {name}")
+
+
+_FORBIDDEN = {
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "os.startfile",
+    "shutil.rmtree",
+    "socket.connect",
+    "code.__new__",
+    "webbrowser.open",
+    "ftplib.connect",
+    "urllib.Request",
+}
+
+
+def attempt(kind: Kind, files: Files, directory: Path, watch: Watch) -> str:
+    """Write the files, read them, and return ``read`` or the name of the error.
+
+    Raises:
+        AssertionError: what was read did what no reading does.
+        Exception: whatever was not foreseen.
+    """
+    for name, content in files.items():
+        file = directory / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if content.startswith(b"-> "):
+            file.symlink_to(content[3:].decode())
+        else:
+            file.write_bytes(content)
+    outcome = "read"
+    with redirect_stdout(io.StringIO()), watch.on(directory):
+        try:
+            kind.read(directory)
+        except kind.foreseen as error:
+            assert str(error).strip(), "an error without words"
+            outcome = type(error).__name__
+    assert not watch.seen, watch.seen
+    return outcome
+
+
+def write_secrets(directory: Path) -> None:
+    """Write what must not be reached, beside the directory that a case is in."""
+    (directory / "secret.safetensors").write_bytes(save(SECRET))
+    torch.save(SECRET, directory / "secret.bin")
+
+
+# --- values
+
+_odd_numbers = st.one_of(
+    st.integers(-3, 70),
+    st.sampled_from([2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, -(2**63)]),
+    st.floats(),
+)
+_odd_texts = st.one_of(
+    st.sampled_from(
+        [
+            "",
+            ".",
+            "..",
+            "/",
+            "\x00",
+            "a\nb",
+            "a\x00b",
+            "../secret.safetensors",
+            "\ud800",
+            "F32",
+            "${oc.env:HOME}",
+            "<script>alert(1)</script>",
+            "x" * 300,
+        ]
+    ),
+    st.text(max_size=12),
+)
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), _odd_numbers, _odd_texts),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(_odd_texts, inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+_deep = st.sampled_from(
+    [b"[" * 100_000, b'{"a":' * 20_000, b"[" * 900 + b"]" * 900, b'{"weight_map":' * 3000]
+)
+
+
+def as_json(value: Any) -> bytes:
+    """Return JSON, also of what has no UTF-8."""
+    return json.dumps(value, ensure_ascii=True).encode()
+
+
+@st.composite
+def mutated(draw: Any, value: Any, depth: int = 0) -> Any:
+    """Change a value of JSON in one or a few places."""
+    if depth < 6 and isinstance(value, dict) and value and draw(st.integers(0, 9)) > 0:
+        changed = dict(value)
+        for _ in range(draw(st.integers(1, 2))):
+            key = draw(st.sampled_from(sorted(changed) or [""]))
+            what = draw(st.integers(0, 9))
+            if what == 0:
+                changed.pop(key, None)
+            elif what == 1:
+                changed[draw(_odd_texts)] = changed.get(key)
+            else:
+                changed[key] = draw(mutated(changed.get(key), depth + 1))
+        return changed
+    if depth < 6 and isinstance(value, list) and value and draw(st.integers(0, 9)) > 0:
+        items = list(value)
+        at = draw(st.integers(0, len(items) - 1))
+        what = draw(st.integers(0, 5))
+        if what == 0:
+            del items[at]
+        elif what == 1:
+            items.append(items[at])
+        else:
+            items[at] = draw(mutated(items[at], depth + 1))
+        return items
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and draw(st.booleans()):
+        return draw(_odd_numbers)
+    return draw(json_values)
+
+
+@st.composite
+def respelled(draw: Any, value: Any) -> Any:
+    """Change one number or text in a value of JSON to another, so that it still has its form."""
+    if isinstance(value, dict) and value:
+        key = draw(st.sampled_from(sorted(value)))
+        return {**value, key: draw(respelled(value[key]))}
+    if isinstance(value, list) and value:
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], draw(respelled(value[at])), *value[at + 1 :]]
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return draw(st.integers(-2, 10) | st.sampled_from([2**31, 2**63, 10**30]))
+    if isinstance(value, float):
+        return draw(st.floats() | st.integers(-2, 10))
+    return draw(_odd_texts)
+
+
+@st.composite
+def damaged(draw: Any, content: bytes) -> bytes:
+    """Change bytes, cut some off, or put some in."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        what = draw(st.sampled_from(["flip", "cut", "insert", "double", "zero"]))
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        if what == "flip" and data:
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif what == "cut":
+            del data[at:]
+        elif what == "insert":
+            data[at:at] = draw(st.binary(max_size=16))
+        elif what == "double":
+            data[at:at] = data[at : at + draw(st.integers(1, 64))]
+        elif what == "zero" and data:
+            data[at : at + 8] = bytes(min(8, len(data) - at))
+    return bytes(data)
+
+
+def _texts_of_json(value: Any) -> st.SearchStrategy[bytes]:
+    """Return JSON with the value changed, its bytes changed, or something else altogether."""
+    return st.one_of(
+        mutated(value).map(as_json),
+        mutated(value).map(as_json),
+        damaged(as_json(value)),
+        json_values.map(as_json),
+        _deep,
+        st.just(as_json(value).replace(b"a", b"\xff", 1)),
+    )
+
+
+# --- (a) safetensors
+
+
+def with_header(header: bytes, data: bytes) -> bytes:
+    """Return a file of a header and data."""
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def _parts(content: bytes) -> tuple[Any, bytes]:
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+@st.composite
+def safetensors_files(draw: Any, tensors: dict[str, torch.Tensor]) -> bytes:
+    """Return a safetensors file that is wrong in some way, or not quite."""
+    good = save(tensors, metadata={"format": "pt"})
+    header, data = _parts(good)
+    how = draw(st.integers(0, 9))
+    if how == 0:
+        return draw(damaged(good))
+    if how == 1:
+        length = draw(st.sampled_from([0, 1, 7, 100_000_001, 2**31, 2**63, 2**64 - 1, len(good)]))
+        return length.to_bytes(8, "little") + good[8:]
+    if how == 2:
+        return with_header(draw(_texts_of_json(header)), data)
+    if how == 3:  # a key twice, which parsers see differently
+        name = draw(st.sampled_from(sorted(tensors)))
+        entry = draw(mutated(header[name]))
+        twice = as_json({name: entry})[1:-1]
+        text = as_json(header)
+        joined = [b"{" + twice + b"," + text[1:], text[:-1] + b"," + twice + b"}"]
+        return with_header(draw(st.sampled_from(joined)), data)
+    if how == 4:
+        return with_header(as_json(header), draw(st.binary(max_size=64)))
+    name = draw(st.sampled_from(sorted(tensors)))
+    entry = dict(header[name])
+    field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+    if field == "dtype":
+        entry[field] = draw(
+            st.one_of(
+                st.sampled_from(
+                    ["F64", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "F4", "U64", "C64", "f32"]
+                ),
+                json_values,
+            )
+        )
+    else:
+        entry[field] = draw(
+            st.one_of(st.lists(_odd_numbers, max_size=4), mutated(entry[field]), json_values)
+        )
+    header[name] = entry
+    return with_header(as_json(header), data)
+
+
+def _read_checkpoint(directory: Path) -> None:
+    weights = open_repository(locate(str(directory)))
+    for key in weights:
+        assert weights[key].shape == weights.spec(key).shape
+    sha256(weights)
+    assert "secret" not in weights
+
+
+# --- (b) indexes, configs, adapters, pickles
+
+_shard_names = st.one_of(
+    st.sampled_from(
+        [
+            "one.safetensors",
+            "two.safetensors",
+            "missing.safetensors",
+            "../secret.safetensors",
+            "inner/../../secret.safetensors",
+            "{root}/secret.safetensors",
+            "../../../../../../etc/passwd",
+            "/etc/passwd",
+            "link.safetensors",
+            "inner",
+            "inner/three.safetensors",
+            "one.safetensors/",
+            "./one.safetensors",
+            "ONE.safetensors",
+            "one.safetensors\x00",
+            "one\n.safetensors",
+            "../secret.bin",
+            "one.bin",
+            "model.safetensors.index.json",
+            "~/one.safetensors",
+            "C:\\secret.safetensors",
+            "..\\secret.safetensors",
+        ]
+    ),
+    _odd_texts,
+)
+
+
+@st.composite
+def sharded_checkpoints(draw: Any) -> Files:
+    """Return shards, and an index that says something else of them."""
+    one = {k: v for k, v in TENSORS.items() if k != "c"}
+    index: Any = {
+        "metadata": {"total_size": 40},
+        "weight_map": {**dict.fromkeys(one, "one.safetensors"), "c": "two.safetensors"},
+    }
+    if draw(st.booleans()):
+        names = dict.fromkeys([*TENSORS, "secret"], st.one_of(_shard_names, json_values))
+        index["weight_map"] |= draw(st.fixed_dictionaries({}, optional=names))
+        text = as_json(index)
+    else:
+        text = draw(_texts_of_json(index))
+    targets = [
+        "../secret.safetensors",
+        "one.safetensors",
+        "inner/three.safetensors",
+        "link.safetensors",
+        "/etc/passwd",
+        "../..",
+        "hop.safetensors",
+    ]
+    return {
+        draw(
+            st.sampled_from(["model.safetensors.index.json"] * 3 + ["pytorch_model.bin.index.json"])
+        ): text,
+        "one.safetensors": save(one),
+        "two.safetensors": save({"c": TENSORS["c"]}),
+        "inner/three.safetensors": save({"c": TENSORS["c"]}),
+        "link.safetensors": b"-> " + draw(st.sampled_from(targets)).encode(),
+        "hop.safetensors": b"-> inner/out.safetensors",
+        "inner/out.safetensors": b"-> ../../secret.safetensors",
+    }
+
+
+def _read_sharded(directory: Path) -> None:
+    _read_checkpoint(directory)
+    for file in directory.glob("*.index.json"):
+        for name in shards(file):
+            assert (directory / name).resolve().is_relative_to(directory.resolve())
+
+
+def _configured() -> st.SearchStrategy[Files]:
+    hostile = {
+        "auto_map": {"AutoConfig": "hostile.Config", "AutoModel": "hostile.Model"},
+        "_attn_implementation_internal": "../hostile",
+        "quantization_config": {"quant_method": "x"},
+        "text_config": {"vocab_size": 5},
+    }
+    return st.one_of(
+        _texts_of_json(CONFIG), _texts_of_json(CONFIG | hostile), _texts_of_json(hostile)
+    ).map(
+        lambda text: {
+            "config.json": text,
+            "model.safetensors": save(TENSORS),
+            "hostile.py": b"import os\nos.system('true')\n",
+        }
+    )
+
+
+def _read_configured(directory: Path) -> None:
+    pool = HFModelPool({"_pretrained_": str(directory), "a": str(directory)})
+    pool.weights("a")
+    pool.vocabulary  # noqa: B018
+    pool.architecture()
+
+
+@st.composite
+def adapters(draw: Any) -> Files:
+    """Return a base and an adapter, one of whose files is wrong."""
+    config, weights = as_json(ADAPTER_CONFIG), save(ADAPTER)
+    if draw(st.booleans()):
+        config = draw(
+            st.one_of(
+                _texts_of_json(ADAPTER_CONFIG),
+                st.dictionaries(
+                    st.sampled_from(["(a+)+$", "(", "layer", ".*", "(x+x+)+y"]), json_values
+                ).map(lambda pattern: as_json(ADAPTER_CONFIG | {"alpha_pattern": pattern})),
+            )
+        )
+    else:
+        weights = draw(safetensors_files(ADAPTER))
+    return {
+        "base/model.safetensors": save(BASE),
+        "adapter/adapter_config.json": config,
+        "adapter/adapter_model.safetensors": weights,
+    }
+
+
+def _read_adapter(directory: Path) -> None:
+    AdapterConfig.read(directory / "adapter" / "adapter_config.json")
+    pool = HFModelPool({"_pretrained_": str(directory / "base"), "a": str(directory / "adapter")})
+    sha256(pool.weights("a"))
+
+
+class _Call:
+    """Unpickling one calls what it names."""
+
+    def __init__(self, target: str, arguments: tuple[Any, ...]):
+        module, _, self.name = target.rpartition(".")
+        self.module, self.arguments = module, arguments
+
+
+_CALLS = {
+    "os.system": ("true",),
+    "posix.system": ("true",),
+    "subprocess.Popen": (["true"],),
+    "builtins.eval": ("__import__('os').system('true')",),
+    "builtins.exec": ("open('/tmp/canary', 'w')",),
+    "builtins.getattr": ("", "join"),
+    "importlib.import_module": ("this",),
+    "pickle.loads": (b"cos\nsystem\n(S'true'\ntR.",),
+    "torch.load": ("../secret.bin",),
+    "torch.hub.load": ("x", "y"),
+    "torch.storage._load_from_bytes": (b"x",),
+    "torch._utils._rebuild_tensor_v2": ((), 0, (2,), (1,), False, None),
+    "torch.serialization.load": ("../secret.bin",),
+    "numpy.core.multiarray._reconstruct": ("x", (0,), b"b"),
+    "collections.OrderedDict": ([("a", 1)],),
+    "webbrowser.open": ("file:///",),
+    "fusion_bench.storage.write_text": ("/tmp/canary", "x"),
+    "functools.partial": ("x",),
+    "operator.attrgetter": ("__class__",),
+    "bdb.Bdb.run": ("x",),
+}
+
+
+@st.composite
+def pickles(draw: Any) -> bytes:
+    """Return a pickle, put together of opcodes, that calls what it must not."""
+    out = io.BytesIO()
+    out.write(pickle.PROTO + bytes([2]))
+    for _ in range(draw(st.integers(1, 4))):
+        target = draw(st.sampled_from(sorted(_CALLS)))
+        module, _, name = target.rpartition(".")
+        arguments = pickle.dumps(_CALLS[target], protocol=2)[2:-1]
+        out.write(pickle.GLOBAL + f"{module}\n{name}\n".encode() + arguments)
+        out.write(
+            draw(st.sampled_from([pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD, pickle.TUPLE2]))
+        )
+        if draw(st.booleans()):
+            out.write(draw(st.binary(max_size=6)))
+    return out.getvalue() + pickle.STOP
+
+
+def _archive(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def _torch_file(value: Any, *, legacy: bool = False) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out, _use_new_zipfile_serialization=not legacy)
+    return out.getvalue()
+
+
+_GOOD_PICKLES = [
+    _torch_file(TENSORS),
+    _torch_file(TENSORS, legacy=True),
+    _torch_file({"state_dict": TENSORS}),
+]
+_OTHER_PICKLES = [
+    {},
+    {"a": 1},
+    {1: TENSORS["b"]},
+    [TENSORS["b"]],
+    TENSORS["b"],
+    {"state_dict": {}},
+    {"a": torch.ones(2).to_sparse()},
+    {"a": torch.empty(2**20, device="meta")},
+    {"a": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)},
+    {"a": torch.ones(1).expand(2**20)},
+    {"a": torch.ones(2, dtype=torch.complex64)},
+]
+
+
+def _pickle_files() -> st.SearchStrategy[Files]:
+    inner = st.one_of(pickles(), st.sampled_from(_GOOD_PICKLES).flatmap(damaged))
+    zipped = pickles().map(
+        lambda content: _archive(
+            {"archive/data.pkl": content, "archive/version": b"3\n", "archive/byteorder": b"little"}
+        )
+    )
+    other = st.sampled_from(_OTHER_PICKLES).map(_torch_file)
+    return st.one_of(inner, inner, zipped, other).map(lambda c: {"pytorch_model.bin": c})
+
+
+# --- (c) reports
+
+_REPORT, _ANSWERS = synthetic(
+    {"a": 3, "b": 14}, samples=20, per_class=True, merged=("merged", "m2")
+)
+_REPORT_JSON = json.loads(_REPORT.model_dump_json())
+_SMALL_PARTS = {
+    name: _REPORT_JSON[name] for name in ("tasks", "models", "comparisons", "similarity")
+}
+
+
+def _answer_arrays() -> dict[str, np.ndarray[Any, Any]]:
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for task, found in _ANSWERS.tasks.items():
+        arrays[f"samples/{task}"] = found.samples
+        arrays[f"labels/{task}"] = found.labels
+        for model, predictions in found.predictions.items():
+            arrays[f"predictions/{task}/{model.replace('/', '%2F')}"] = predictions
+    return arrays
+
+
+_ARRAYS = _answer_arrays()
+
+
+@st.composite
+def answer_files(draw: Any) -> bytes:
+    """Return answers that are no answers, or do not fit the report."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(damaged(save_arrays(_ARRAYS)))
+    arrays = dict(_ARRAYS)
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(arrays)))
+        kind = draw(st.sampled_from(["drop", "rename", "dtype", "shape", "values", "short"]))
+        array = arrays[name]
+        if kind == "drop":
+            del arrays[name]
+            if not arrays:
+                break
+        elif kind == "rename":
+            parts = [
+                draw(st.sampled_from(["samples", "labels", "predictions", "a", "b", "%00", ""]))
+            ]
+            parts += draw(st.lists(st.text(string.printable, max_size=5), max_size=3))
+            arrays["/".join(parts)] = arrays.pop(name)
+        elif kind == "dtype":
+            dtype = draw(st.sampled_from(["float32", "int8", "int64", "bool", "uint16", "float16"]))
+            arrays[name] = array.astype(dtype)
+        elif kind == "shape":
+            arrays[name] = array[..., None] if draw(st.booleans()) else np.zeros((), np.int32)
+        elif kind == "values":
+            value = draw(st.sampled_from([-1, 3, 14, 2**31 - 1, -(2**31)]))
+            arrays[name] = np.full_like(array, value) if array.dtype == np.int32 else array
+        else:
+            arrays[name] = array[: draw(st.integers(0, 3))] if array.ndim else array
+    return save_arrays({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+
+
+@st.composite
+def runs(draw: Any) -> Files:
+    """Return a run's two files, one or both of them wrong."""
+    report, answers = _REPORT.model_dump_json().encode(), save_arrays(_ARRAYS)
+    which = draw(st.integers(0, 2))
+    if which != 1:
+        part = draw(st.sampled_from([*sorted(_SMALL_PARTS), "run", "all"]))
+        if part == "all":
+            report = draw(_texts_of_json(_REPORT_JSON))
+        elif draw(st.booleans()):
+            report = as_json(_REPORT_JSON | {part: draw(respelled(_REPORT_JSON[part]))})
+        else:
+            report = as_json(_REPORT_JSON | {part: draw(mutated(_REPORT_JSON[part]))})
+    if which != 0:
+        answers = draw(answer_files())
+    return {
+        "one/report.json": report,
+        "one/report.answers.safetensors": answers,
+        "two/report.json": _REPORT.model_dump_json().encode(),
+        "two/report.answers.safetensors": save_arrays(_ARRAYS),
+    }
+
+
+def _read_run(directory: Path) -> None:
+    report = Report.load(directory / "one" / "report.json")
+    answers = Answers.load(directory / "one" / "report.json", report)
+    html = page(report, answers)
+    assert "<script>alert" not in html
+    markdown(report)
+
+
+def _read_comparison(directory: Path) -> None:
+    CompareProgram(
+        [str(directory / "one"), str(directory / "two")],
+        strict=False,
+        output_dir=directory / "out",
+    ).run()
+
+
+# --- (d) configs
+
+_TARGETS = [
+    *sorted(HOSTILE),
+    "builtins.open",
+    "builtins.dict",
+    "builtins.getattr",
+    "pathlib.Path",
+    "pickle.loads",
+    "torch.load",
+    "torch.float32",
+    "functools.partial",
+    "hydra.utils.get_method",
+    "hydra.utils.instantiate",
+    "importlib.import_module",
+    "fusion_bench.scripts.cli.main",
+    "fusion_bench.scripts.cli.hydra",
+    "fusion_bench.storage.write_text",
+    "fusion_bench.method.torch.load",
+    "fusion_bench.method.SimpleAverageAlgorithm",
+    "fusion_bench.method.TaskArithmeticAlgorithm.run",
+    "fusion_bench.modelpool.HFModelPool",
+    "fusion_bench.modelpool.CLIPVisionModelPool",
+    "fusion_bench.taskpool.CLIPVisionModelTaskPool",
+    "fusion_bench.programs.FabricModelFusionProgram",
+    "fusion_bench.programs.CompareProgram",
+    "transformers.AutoModel",
+    "lightning.fabric.strategies.DDPStrategy",
+    "",
+    "..",
+    "x" * 200,
+]
+_ARGUMENTS = [["true"], "true", ["../secret.bin"], {"path": "os.system"}, "canary"]
+_INTERPOLATIONS = [
+    "${oc.env:HOME}",
+    "${oc.env:HF_TOKEN}",
+    "${oc.decode:'{_target_: os.system}'}",
+    "${method}",
+    "${.a}",
+    "${..b}",
+    "${${a}}",
+    "${",
+    "${a",
+    "${x:y}",
+    "${hydra:runtime.cwd}",
+    "${oc.select:a,${b}}",
+    "???",
+]
+_texts_of_config = st.sampled_from(_INTERPOLATIONS) | _odd_texts.filter(str.isprintable)
+
+
+@st.composite
+def _nodes(draw: Any) -> Any:
+    node: dict[Any, Any] = {}
+    if draw(st.integers(0, 3)):
+        node["_target_"] = draw(st.sampled_from(_TARGETS))
+    for key in draw(
+        st.lists(
+            st.sampled_from(
+                [
+                    "_args_",
+                    "_partial_",
+                    "_recursive_",
+                    "_convert_",
+                    "models",
+                    "path",
+                    "a",
+                    "weights",
+                ]
+            ),
+            max_size=3,
+        )
+    ):
+        node[key] = draw(st.sampled_from(_ARGUMENTS) | st.booleans() | _texts_of_config)
+    return node
+
+
+_trees = st.recursive(
+    _nodes() | _texts_of_config | st.integers(-3, 3) | st.floats() | st.none() | st.booleans(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["method", "modelpool", "taskpool", "fabric", "models", "a", "b"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def _project_nodes() -> list[Any]:
+    """Return the nodes of the methods that the project brings."""
+    nodes = [
+        yaml.safe_load(file.read_text(encoding="utf-8"))
+        for file in sorted((CONFIG_DIR / "method").rglob("*.yaml"))
+    ]
+    return [node for node in nodes if isinstance(node, dict) and "_target_" in node]
+
+
+_HYDRA_PARTS: dict[str, Any] = {
+    "callbacks": {"a": {"_target_": "os.system"}},
+    "job_logging": {"handlers": {"x": {"class": "os.system"}}},
+    "hydra_logging": {"formatters": {"x": {"()": "os.system"}}},
+    "launcher": {"_target_": "hydra_plugins.x.X", "setup": ["true"]},
+    "sweeper": {"_target_": "subprocess.Popen"},
+    "searchpath": ["pkg://this", "file:///tmp"],
+    "job": {"env_set": {"LD_PRELOAD": "x"}, "chdir": True},
+    "run": {"dir": "../../out"},
+}
+
+
+@st.composite
+def configs(draw: Any) -> Files:
+    """Return a config as a stranger's YAML."""
+    how = draw(st.integers(0, 9))
+    if how == 0:
+        return {"stranger.yaml": draw(st.sampled_from(_YAML_TEXTS) | st.binary(max_size=60))}
+    if how <= 2:
+        node = draw(st.sampled_from(_project_nodes()))
+        tree: Any = {"method": draw(mutated(node))}
+    else:
+        tree = {"method": draw(_trees)}
+    if draw(st.booleans()):
+        tree |= {"modelpool": draw(_trees), "_target_": draw(st.sampled_from(_TARGETS))}
+    if draw(st.integers(0, 4)) == 0:
+        part = draw(st.sampled_from(sorted(_HYDRA_PARTS)))
+        tree["hydra"] = {part: draw(st.just(_HYDRA_PARTS[part]) | mutated(_HYDRA_PARTS[part]))}
+    if draw(st.integers(0, 4)) == 0:
+        tree["defaults"] = draw(
+            st.lists(
+                st.sampled_from(["_self_", "/method: slerp", "../../x", {"a": "b"}]), max_size=2
+            )
+        )
+    try:
+        text = yaml.safe_dump(tree, allow_unicode=True, sort_keys=False).encode()
+    except (yaml.YAMLError, UnicodeEncodeError):
+        text = as_json(tree)
+    return {"stranger.yaml": text}
+
+
+_YAML_TEXTS = [
+    b"method: !!python/object/apply:os.system ['true']",
+    b"method: !!python/name:os.system",
+    b"method: " + b"[" * 3000,
+    b"method: " + b"{a: " * 3000,
+    b"a: &a [x, x]\nb: &b [*a, *a, *a]\nc: [*b, *b]",
+    b"&a [*a]",
+    b"a: &a {b: *a}",
+    b"- 1",
+    b"x",
+    b"",
+    b"\xff\xfe",
+    b"a: 1\na: 2",
+    b"? [a, b]\n: c",
+    b"1: 2\nnull: 3\ntrue: 4",
+    b"--- a\n--- b",
+    b"%YAML 9.9\n---\na: b",
+    b"# @package _global_\nhydra: null",
+    b"# @package hydra.callbacks\na: {_target_: os.system}",
+    b"method: 2001-01-01",
+    b"method: !!binary x",
+    b"method: !!set {a, b}",
+]
+
+
+def _read_config(directory: Path) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        config = compose("stranger", return_hydra_config=True)
+    with open_dict(config):
+        config.pop("hydra", None)
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for key, node in settings.items():
+        if isinstance(node, dict):
+            instantiate(node, str(key))
+    if "_target_" in settings:
+        instantiate(settings)
+
+
+set_up_hydra()
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "safetensors",
+            safetensors_files(TENSORS).map(lambda content: {"model.safetensors": content}),
+            _read_checkpoint,
+        ),
+        Kind("index of shards", sharded_checkpoints(), _read_sharded),
+        Kind("config.json", _configured(), _read_configured),
+        Kind("LoRA adapter", adapters(), _read_adapter),
+        Kind("pickled weights", _pickle_files(), _read_checkpoint),
+        Kind("report and answers, shown as a page", runs(), _read_run),
+        Kind("report and answers, compared", runs(), _read_comparison),
+        Kind("config", configs(), _read_config, FORESEEN),
+    )
+}
