@@ -47,7 +47,10 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
     plain = _resolved(node)
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
-    check(plain, key, **arguments)
+    if gathered := _gathered(plain, key, arguments):
+        plain, arguments = gathered
+    else:
+        check(plain, key, **arguments)
     try:
         return hydra_instantiate(plain, _convert_="all", **arguments)
     except InstantiationException as error:
@@ -119,6 +122,33 @@ def check(node: Any, key: str = "", **arguments: Any) -> None:
     """
     if problems := list(_problems(node, key, arguments)):
         raise ConfigError("\n".join(problems))
+
+
+def _gathered(
+    node: Mapping[Any, Any], key: str, arguments: Mapping[str, Any]
+) -> tuple[Mapping[Any, Any], dict[str, Any]] | None:
+    """Return node and arguments for a target that tells all problems at once, its parts' too.
+
+    It is called without the keys that are wrong, and told of them. None for any other target, and
+    where a key that it needs is missing.
+    """
+    target = node["_target_"]
+    try:
+        function = target if callable(target) else find(target)
+    except ConfigError:
+        return None
+    if not getattr(function, "tells_all_problems", False):
+        return None
+    prefix = f"{key}." if key else ""
+    wrong = {
+        problem.partition(": ")[0].removeprefix(prefix): problem
+        for problem in _signature_problems(node, key, arguments)
+    }
+    if wrong.keys() - node.keys():
+        return None
+    sound = {name: value for name, value in node.items() if name not in wrong}
+    sound["_recursive_"] = False  # it makes its parts itself, and looks at them before
+    return sound, {**arguments, "problems": list(wrong.values())}
 
 
 def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str]:

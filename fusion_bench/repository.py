@@ -1,8 +1,9 @@
 """A model's files, whether they lie here or on the Hub."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusion_bench.errors import ConfigError
@@ -21,6 +22,8 @@ class Repository:
         files: the names of its files, of those at the top alone.
         directory: where it lies, if it lies here.
         commit: which state of a repository on the Hub is meant.
+        sizes: the bytes of files on the Hub, as far as it tells them.
+        scratch: where files go that are not here, in place of the Hub's cache.
     """
 
     name: str
@@ -28,6 +31,8 @@ class Repository:
     directory: Path | None = None
     repo_id: str = ""
     commit: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    scratch: Path | None = None
 
     def has(self, *files: str) -> bool:
         """Tell whether ``files`` are here already, in the directory or in the Hub's cache."""
@@ -45,7 +50,7 @@ class Repository:
 
         Raises:
             ConfigError: files that the repository does not have.
-        WorldError: a download that failed, or brought other content than the Hub states.
+            WorldError: a download that failed, or brought other content than the Hub states.
         """
         if lacking := sorted(set(files) - self.files):
             raise ConfigError(f"There is no '{lacking[0]}' in '{self.name}'.")
@@ -54,12 +59,14 @@ class Repository:
         from huggingface_hub import snapshot_download
 
         def download() -> Path:
+            here = self.has(*files)
             place = Path(
                 snapshot_download(
                     self.repo_id,
                     revision=self.commit,
                     allow_patterns=list(files),
-                    local_files_only=self.has(*files),
+                    local_files_only=here,
+                    cache_dir=None if here else self.scratch,
                 )
             )
             if gaps := [name for name in files if not (place / name).is_file()]:
@@ -70,11 +77,11 @@ class Repository:
         return read("model", self.name, download)
 
 
-def locate(name: str) -> Repository:
+def locate(name: str, scratch: Path | None = None) -> Repository:
     """Find a directory, a ``zoo:`` name, or a repository on the Hub, ``owner/name[@revision]``.
 
     Of a repository only the list of its files is asked for; without a network, its state in the
-    local cache is taken.
+    local cache is taken. With a ``scratch`` directory nothing is put into that cache.
 
     Raises:
         ConfigError: nothing of that name.
@@ -92,10 +99,10 @@ def locate(name: str) -> Repository:
         return Repository(name, files, directory=place)
 
     with reading("model", repo_id):
-        return _on_hub(name, repo_id, revision or None)
+        return _on_hub(name, repo_id, revision or None, scratch)
 
 
-def _on_hub(name: str, repo_id: str, revision: str | None) -> Repository:
+def _on_hub(name: str, repo_id: str, revision: str | None, scratch: Path | None) -> Repository:
     """Ask which state of a repository is meant, and for the list of its files."""
     from huggingface_hub import HfApi, constants
 
@@ -105,11 +112,18 @@ def _on_hub(name: str, repo_id: str, revision: str | None) -> Repository:
 
     def ask() -> Repository:
         # This also notes in the cache which commit was meant, for later runs without a network.
-        commit = HfApi().resolve_revision(repo_id, revision=revision).resolved
-        info = HfApi().model_info(repo_id, revision=commit)
-        names = [file.rfilename for file in info.siblings or ()]
-        files = frozenset(file for file in names if "/" not in file)
-        return Repository(name, files, repo_id=repo_id, commit=commit)
+        asked = HfApi().resolve_revision(repo_id, revision=revision, cache_dir=scratch)
+        commit = asked.resolved
+        info = HfApi().model_info(repo_id, revision=commit, files_metadata=True)
+        siblings = [file for file in info.siblings or () if "/" not in file.rfilename]
+        return Repository(
+            name,
+            frozenset(file.rfilename for file in siblings),
+            repo_id=repo_id,
+            commit=commit,
+            sizes={file.rfilename: file.size for file in siblings if file.size is not None},
+            scratch=scratch,
+        )
 
     if cached is None:
         return patiently(ask)
@@ -139,3 +153,10 @@ def _in_cache(name: str, repo_id: str, revision: str | None) -> Repository | Non
         files = frozenset(file.name for file in snapshot.iterdir())
         return Repository(name, files, repo_id=repo_id, commit=snapshot.name)
     return None
+
+
+def hub_cache() -> Path:
+    """Return where the Hub's client keeps what it fetches."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

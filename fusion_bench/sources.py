@@ -29,6 +29,7 @@ from fusion_bench.network import (
     refuse_damaged,
     status,
 )
+from fusion_bench.storage import cache_dir
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def resolve(name: str) -> str:
         return str(model_path(name.removeprefix(_ZOO)))
     if _exists(name):
         return str(_path(name).absolute())
-    _refuse_missing_path(name)
+    refuse_missing_path(name)
 
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -68,6 +69,26 @@ def resolve(name: str) -> str:
             "like 'owner/name'."
         ) from error
     return name
+
+
+def unbuilt(name: str) -> Path | None:
+    """Return where the zoo will be built for a ``zoo:`` name; None where it is, or for others.
+
+    Raises:
+        FusionBenchError: the zoo has no such model.
+    """
+    if not name.startswith(_ZOO):
+        return None
+    from fusion_bench import zoo
+
+    model = name.removeprefix(_ZOO)
+    family, underscore, task = model.partition("_")
+    recipe = zoo._RECIPES.get(family)
+    if recipe is None or f"{zoo.PRETRAINED}{underscore}{task}" not in zoo.MODELS:
+        zoo.model_path(model)  # says what there is
+    assert recipe is not None
+    place = cache_dir() / "zoo" / recipe.key()
+    return None if place.is_dir() else place
 
 
 @contextmanager
@@ -83,12 +104,17 @@ def reading(kind: str, name: str) -> Iterator[None]:
             exception is its cause. Exceptions that speak of the program pass through unchanged.
         WorldError: the network, the Hub or the disk failed.
     """
-    _refuse_missing_path(name)
+    refuse_missing_path(name)
     offline = _why_offline() if _on_hub(name) else None
     with _cache_only() if offline else nullcontext():
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError) and _is_in_cache(error.filename):
+                raise WorldError(
+                    f"Cannot read the {kind} '{name}': the cache '{cache_dir()}' cannot be written "
+                    f"to ({error.strerror}). Set FUSION_BENCH_CACHE to a directory that can."
+                ) from error
             if kind_and_reason := _reason(kind, name, error, offline):
                 refused, reason = kind_and_reason
                 raise refused(f"Cannot read the {kind} '{name}': {reason}") from error
@@ -195,7 +221,7 @@ def _on_hub(name: str) -> bool:
     return "/" in name and not name.startswith(_ZOO) and not _exists(name)
 
 
-def _refuse_missing_path(name: str) -> None:
+def refuse_missing_path(name: str) -> None:
     """Raise if the name can only be a path, and nothing is there."""
     like_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
     if not like_path or "://" in name or name.startswith(_ZOO) or _exists(name):
@@ -204,6 +230,11 @@ def _refuse_missing_path(name: str) -> None:
     missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
     nearest = _nearest(str(missing), _siblings(missing))
     raise ConfigError(f"There is no such directory: '{name}'. {nearest}".rstrip())
+
+
+def _is_in_cache(file: object) -> bool:
+    """Tell whether it is what we keep between runs, the zoo for one."""
+    return isinstance(file, str) and Path(file).is_relative_to(cache_dir())
 
 
 def _siblings(path: Path) -> list[str]:

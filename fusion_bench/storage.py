@@ -1,25 +1,51 @@
 """Where files are kept, and how they appear whole or not at all."""
 
 import ctypes
+import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.errors import ConfigError, WorldError
+
+log = logging.getLogger(__name__)
 
 _IN_USE = ".in-use"
 #: So many lists and mappings may lie in each other.
 _DEEPEST = 100
+#: What the system says of a disk that is full, fails or may not be written to.
+DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS, EACCES, EPERM)
+
+
+@contextmanager
+def disk_failures() -> Iterator[None]:
+    """Say in one line that a disk is full, fails or may not be written to.
+
+    Raises:
+        WorldError: that is so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        place = f": '{error.filename}'" if error.filename else ""
+        raise WorldError(
+            f"The disk fails the run: {error.strerror}{place}. Make room, or choose another place."
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -33,24 +59,40 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("fusion_bench", appauthor=False))
 
 
+def warn_not_kept(error: OSError) -> None:
+    """Say, once for each reason, that the cache takes nothing; what it is for goes on without."""
+    _warn_once(cache_dir(), error.strerror or str(error))
+
+
+@cache
+def _warn_once(directory: Path, reason: str) -> None:
+    log.warning(
+        "The cache '%s' does not take more: %s. The run goes on without.", directory, reason
+    )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file aside, then rename it into place; parent directories are created."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside, then rename it into place; parent directories are created."""
+    """Write a file aside, then rename it into place; parent directories are created.
+
+    Several processes may write the same file: one after the other. What a killed writer left
+    aside is taken over by the next.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        aside = Path(file.name)
+    with _aside(path) as (aside, file):
         try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            aside.chmod(0o644)  # a temporary file is private to its owner
+            os.ftruncate(file, 0)
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+            os.fsync(file)
             aside.replace(path)
         except BaseException:
-            aside.unlink()
+            aside.unlink(missing_ok=True)
             raise
 
 
@@ -75,6 +117,35 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"'{path}' is not valid JSON. Fetch it again.") from error
     return content
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a file beside ``path`` that this thread alone has open for writing."""
+    aside = path.with_name(f".{_shortened(path.name)}.part")
+    while True:
+        file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, aside):
+                yield aside, file
+                return
+            # Whoever had it before has renamed it meanwhile.
+        finally:
+            os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
+
+
+def _shortened(name: str) -> str:
+    """Return a name that leaves room for some letters more."""
+    if len(os.fsencode(name)) < 240:
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 @contextmanager

@@ -226,7 +226,7 @@ class Repository:
             "downloads": 0,
             "likes": 0,
             "tags": [kind],
-            "siblings": [{"rfilename": path} for path in self.files],
+            "siblings": [{"rfilename": p, "size": len(c)} for p, c in self.files.items()],
         }
 
 

@@ -17,7 +17,7 @@ from hub import Fault, Hub, client_environment, closed_endpoint, hub_stand_in
 from huggingface_hub import HfApi
 
 from fusion_bench import sources, zoo
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.sources import load, reading, resolve
 
 SUN = "tanganke/clip-vit-base-patch32_sun397"
@@ -387,3 +387,14 @@ def test_the_hub_is_not_there(where: str, online: dict[str, Any]) -> None:
         f"{mend}, or run 'fusion_bench' without arguments, which needs no network."
         for kind, name, _ in NOT_CACHED
     ]
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "file" / "cache"))
+    node = {"_target_": "fusion_bench.zoo.load_dataset", "name": "digits"}
+    with pytest.raises(WorldError, match=r"FUSION_BENCH_CACHE") as caught:
+        load("dataset", node, "taskpool.test_datasets.digits")
+    assert str(tmp_path / "file" / "cache") in str(caught.value)

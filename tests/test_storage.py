@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,50 @@ def test_text_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
         write_text(path, "\ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    code = """
+import os, signal, sys
+from pathlib import Path
+from fusion_bench.storage import write_text
+os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+write_text(Path(sys.argv[1]), "much longer than what comes after it")
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    write_text(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_many_write_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    texts = [f"{number}" * 9000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: write_text(path, text), texts * 5))
+    assert path.read_text() in texts and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_as_long_as_the_disk_takes(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    write_text(path, "a")
+    assert path.read_text() == "a" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+
+    def full(*_: object) -> int:
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_directory_appears_whole(tmp_path: Path) -> None:
@@ -185,6 +231,8 @@ def test_the_scratch_of_another_process_that_lives_is_left_alone(tmp_path: Path)
     path = tmp_path / "model"
     code = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from errno import ENOSPC
 from pathlib import Path
 from fusion_bench.storage import whole_directory
 with whole_directory(Path(sys.argv[1])) as fresh:

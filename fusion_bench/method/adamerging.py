@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, check_between, check_choice
+from fusion_bench.method.base import refuse_without_pretrained
 from fusion_bench.method.data import Data, Split, TrainablePool, merged, own_data, parameter_keys
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.progress import bar
@@ -49,6 +50,8 @@ class AdaMergingAlgorithm:
     """
 
     needs_data = True
+    needs_own_data = True
+    needs_pretrained = True
     uses_labels = False
 
     def __init__(
@@ -92,10 +95,7 @@ class AdaMergingAlgorithm:
             FusionBenchError: no pretrained model, models that differ in keys, shapes or dtypes, a
                 model without data, or a file of coefficients that does not fit.
         """
-        if not modelpool.has_pretrained:
-            raise FusionBenchError(
-                "AdaMerging needs the pretrained model: add '_pretrained_' to modelpool.models."
-            )
+        refuse_without_pretrained(self, modelpool)
         names = list(modelpool.model_names)
         own = own_data(names, data)
         base, models = modelpool.weights("_pretrained_"), self._models(modelpool)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.weights import (
+    Aligned,
     Inputs,
     MergedWeights,
     MergePiece,
@@ -130,24 +131,7 @@ class TensorwiseAlgorithm:
                 keys, shapes or dtypes.
         """
         pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
-        if self.needs_pretrained and not pool.has_pretrained:
-            raise FusionBenchError(
-                f"{type(self).__name__} needs the pretrained model: "
-                "add '_pretrained_' to modelpool.models."
-            )
-        base = pool.weights("_pretrained_") if pool.has_pretrained else None
-        models = {name: pool.weights(name) for name in pool.model_names}
-        policy = pool.policy
-        if self.heavy and fabric is not None and policy.device == "cpu":
-            policy = replace(policy, device=str(fabric.device))
-        inputs = Inputs(
-            align(models, base, policy, pool.vocabulary),
-            policy,
-            self.elementwise,
-            not self.shows_nonfinite,
-            self.show_pbar,
-        )
-        self.check(inputs)
+        inputs = self.inputs(pool, fabric)
         merger = self.merger(inputs)
         if isinstance(merger, Mapping):
             family = {name: MergedWeights(inputs, own) for name, own in merger.items()}
@@ -159,6 +143,50 @@ class TensorwiseAlgorithm:
             return lazy
         merged = in_memory(lazy)
         if self.inplace:
-            target = base if base is not None else next(iter(models.values()))
+            target = inputs.aligned.reference
             merged = {key: target[key].copy_(tensor) for key, tensor in merged.items()}
         return merged
+
+    def inputs(self, pool: ModelPool, fabric: "Fabric | None" = None) -> Inputs:
+        """Return the pool's models, aligned and checked; of no weight more than its shape is read.
+
+        Raises:
+            FusionBenchError: as ``run``.
+        """
+        refuse_without_pretrained(self, pool)
+        policy = pool.policy
+        if self.heavy and fabric is not None and policy.device == "cpu":
+            policy = replace(policy, device=str(fabric.device))
+        inputs = Inputs(
+            aligned(pool, policy),
+            policy,
+            self.elementwise,
+            not self.shows_nonfinite,
+            self.show_pbar,
+        )
+        self.check(inputs)
+        return inputs
+
+
+def aligned(pool: ModelPool, policy: MergePolicy | None = None) -> Aligned:
+    """Align a pool's models by its own policy or another.
+
+    Raises:
+        FusionBenchError: as ``align``.
+    """
+    base = pool.weights("_pretrained_") if pool.has_pretrained else None
+    models = {name: pool.weights(name) for name in pool.model_names}
+    return align(models, base, policy or pool.policy, pool.vocabulary)
+
+
+def refuse_without_pretrained(method: object, pool: ModelPool) -> None:
+    """Refuse a pool without the pretrained model where the method needs it.
+
+    Raises:
+        FusionBenchError: there is none.
+    """
+    if getattr(method, "needs_pretrained", False) and not pool.has_pretrained:
+        raise FusionBenchError(
+            f"{type(method).__name__} needs the pretrained model: "
+            "add '_pretrained_' to modelpool.models."
+        )

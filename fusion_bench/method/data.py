@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import ModelPool
 from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import MergeTensor, Weights, merge
+
+T = TypeVar("T")
 
 #: The part of the datasets that a method learns from. The test split is that of the task pool.
 Split = Literal["train", "validation", "test"]
@@ -63,8 +65,8 @@ def check_sampling(key: str, count: int | None, batch_size: int) -> None:
     check_between("method.batch_size", batch_size, 1, math.inf)
 
 
-def own_data(names: Sequence[str], data: Data) -> Data:
-    """Return each model's own task's data.
+def own_data(names: Sequence[str], data: Mapping[str, T]) -> dict[str, T]:
+    """Return each model's own task's data; methods that call it set ``needs_own_data``.
 
     Raises:
         FusionBenchError: a model without.

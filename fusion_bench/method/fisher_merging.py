@@ -61,6 +61,7 @@ class FisherMergingAlgorithm:
     """
 
     needs_data = True
+    needs_own_data = True
 
     def __init__(
         self,

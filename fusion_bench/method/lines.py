@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method.base import Fused, ModelPool, ModuleDict, TensorwiseAlgorithm
+from fusion_bench.method.base import (
+    Fused,
+    ModelPool,
+    ModuleDict,
+    TensorwiseAlgorithm,
+    refuse_without_pretrained,
+)
 from fusion_bench.weights import (
     Inputs,
     MergedWeights,
@@ -64,6 +70,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         self.beta = beta
         # Where the base method learns from data, it says from which.
         self.needs_data = getattr(self.base_method, "needs_data", False)
+        self.needs_own_data = getattr(self.base_method, "needs_own_data", False)
         self.uses_labels = getattr(self.base_method, "uses_labels", False)
         self.split = getattr(self.base_method, "split", None)
 
@@ -87,10 +94,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
             FusionBenchError: no pretrained model; a base method that does not return weights.
         """
         pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
-        if not pool.has_pretrained:
-            raise FusionBenchError(
-                "LiNeSAlgorithm needs the pretrained model: add '_pretrained_' to modelpool.models."
-            )
+        refuse_without_pretrained(self, pool)
         known = {"data": data} if self.needs_data else {}
         fused = self.base_method.run(pool, fabric, **known)
         if not isinstance(fused, Mapping):

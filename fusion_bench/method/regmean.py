@@ -51,6 +51,7 @@ class RegMeanAlgorithm:
     """
 
     needs_data = True
+    needs_own_data = True
     uses_labels = False
 
     def __init__(

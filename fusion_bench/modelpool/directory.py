@@ -5,13 +5,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.modelpool.card import Source, model_card, recipe
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, whole_directory, write_text
@@ -60,7 +60,8 @@ def write_directory(
     Raises:
         FusionBenchError: a disk that is full or fails, or what is wrong with the weights.
     """
-    with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
+    with ThreadPoolExecutor(thread_name_prefix="hash") as pool, ExitStack() as ended:
+        ended.callback(pool.shutdown, wait=False, cancel_futures=True)  # where it ends early
         files = {file for source in sources.values() for file in source.files}
         hashes = {file: pool.submit(file_sha256, file) for file in files}
         pending = recipe(config, sources, lambda file: "0" * 64)  # as long as a hash
@@ -77,9 +78,14 @@ def write_directory(
             write_text(directory / "README.md", model_card(path.name, final()))
 
 
+def fitting(repository: Repository, patterns: tuple[str, ...]) -> list[str]:
+    """Return the names of a repository's files that fit the patterns."""
+    return [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
+
+
 def copy_files(repository: Repository, patterns: tuple[str, ...], directory: Path) -> list[str]:
     """Copy the files that fit the patterns; return their names."""
-    names = [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
+    names = fitting(repository, patterns)
     if names:
         place = repository.fetch(*names)
         for name in names:
@@ -94,6 +100,6 @@ def _plain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FusionBenchError as error:
-        raise FusionBenchError(aside.sub(lambda _: str(path), str(error))) from error
+        raise type(error)(aside.sub(lambda _: str(path), str(error))) from error
     except OSError as error:
-        raise FusionBenchError(f"Cannot write '{path}': {error.strerror or error}.") from error
+        raise WorldError(f"Cannot write '{path}': {error.strerror or error}.") from error

@@ -18,13 +18,21 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.modelpool.card import Source
-from fusion_bench.modelpool.directory import CONFIGS, PROCESSORS, copy_files, write_directory
+from fusion_bench.modelpool.directory import (
+    CONFIGS,
+    PROCESSORS,
+    copy_files,
+    fitting,
+    write_directory,
+)
+from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import load, plain_source, reading
+from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import read_json, write_text
 from fusion_bench.weights import (
     AdapterConfig,
     AdapterWeights,
+    HubWeights,
     MergePolicy,
     Renamed,
     TensorWeights,
@@ -95,10 +103,105 @@ class HFModelPool:
         self.model_names = [name for name in self._models if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._models
         self._repositories: dict[str, Repository] = {}
+        self._by_header: dict[str, HubWeights] = {}
+        self._scratch: Path | None = None
         if not self.model_names:
             raise FusionBenchError(
                 "modelpool.models: the pool is empty. Name at least one model besides special "
                 "ones such as '_pretrained_', for example 'sun397: path/to/model'."
+            )
+
+    def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
+        """Find all models, and open those whose headers are enough; no weight is read.
+
+        Args:
+            scratch: where small files go that are not here, such as configs and indices, for a run
+                that leaves nothing.
+            built: whether modules are built of the models.
+        """
+        self._scratch = scratch
+        plan = Plan()
+        if built:
+            with plan.noting("modelpool.model_class"):
+                self._transformers_class()
+        known = []
+        for name in self._models:
+            with plan.noting(f"modelpool.models.{name}"):
+                if self._find(name, plan):
+                    known.append(name)
+        if self._reference in known:
+            with plan.noting(f"modelpool.models.{self._reference}"):
+                plan.weights[self._reference] = self.weights(self._reference)
+        for name in known:
+            if name == self._reference:
+                continue
+            with plan.noting(f"modelpool.models.{name}"):
+                if self._reference in plan.weights:
+                    plan.weights[name] = self.weights(name)
+                    self._refuse_untied(name)
+                elif not self._is_adapter(name):  # nothing to compare with, but it can be damaged
+                    self._weights(name)
+        if isinstance(self._processor, str) and unbuilt(self._processor) is None:
+            with plan.noting("modelpool.processor"):
+                processor = self._located(self._processor)
+                plan.download(processor, *fitting(processor, PROCESSORS))
+        return plan
+
+    def _find(self, name: str, plan: Plan) -> bool:
+        """Note what of a model is not here; tell whether its header can be read all the same."""
+        source = self._models[name]
+        if isinstance(source, Mapping):  # only calling it tells more
+            named = source.get("pretrained_model_name_or_path")
+            if isinstance(named, str) and unbuilt(named) is None:
+                revision = source.get("revision")
+                self._located(f"{named}@{revision}" if revision else named)
+            return False
+        if not isinstance(source, str):
+            return isinstance(source, nn.Module)
+        if place := unbuilt(source):
+            plan.add(zoo_step(place))
+            return False
+        if _is_file(source):
+            return True
+        repository = self._repository(name)
+        if self._is_adapter(name):
+            files = [_ADAPTER_CONFIG, *(f for f in _ADAPTER_FILES[:1] if f in repository.files)]
+            plan.download(repository, *files)
+            if self.has_pretrained and name != self._reference:
+                return repository.has(*files)
+            whole = self._whole_model(name)
+            return self._has_header(name, whole, plan) and repository.has(*files)
+        return self._has_header(name, repository, plan)
+
+    def _has_header(self, name: str, repository: Repository, plan: Plan) -> bool:
+        """Note the files of a whole model; tell whether there is a header that can be read."""
+        self._refuse_quantised(name, repository)
+        files = weight_files(repository)
+        plan.download(repository, *files, *fitting(repository, CONFIGS))
+        return "safetensors" in files[0] or repository.has(*files)
+
+    def _is_adapter(self, name: str) -> bool:
+        source = self._models[name]
+        if not isinstance(source, str) or _is_file(source):
+            return False
+        return _ADAPTER_CONFIG in self._repository(name).files
+
+    def _refuse_untied(self, name: str) -> None:
+        """Refuse a model with an output layer of its own where the merged model would have none."""
+        if not isinstance(self._models[name], str) or self.policy.on_extra != "error":
+            return
+        if not isinstance(self._models[self._reference], str):
+            return
+        own, reference = (
+            self._json_config(self._whole_model(each)).get("tie_word_embeddings")
+            for each in (name, self._reference)
+        )
+        if own is False and reference is True:
+            raise FusionBenchError(
+                f"modelpool.models.{name}: its output layer is untied (tie_word_embeddings in its "
+                f"config.json), that of '{self._reference}' is tied, so that a merged model would "
+                "lose it. Name models that are tied alike, or give "
+                "modelpool.policy.on_extra=drop to leave it out."
             )
 
     @property
@@ -333,7 +436,7 @@ class HFModelPool:
                 place = locate(str(Path(source).expanduser().absolute().parent))
                 self._repositories[source] = replace(place, name=source)
             else:
-                self._repositories[source] = locate(source)
+                self._repositories[source] = locate(source, self._scratch)
         return self._repositories[source]
 
     def _whole_model(self, name: str) -> Repository:
@@ -387,7 +490,19 @@ class HFModelPool:
         return AdapterWeights(base, adapter, config)
 
     def _stored(self, name: str, repository: Repository) -> Weights:
-        """Return the weights in a repository as they are; quantised ones are refused."""
+        """Return the weights in a repository as they are; quantised ones are refused.
+
+        A header that was asked for on the Hub is kept.
+        """
+        self._refuse_quantised(name, repository)
+        if repository.name not in self._by_header:
+            weights = open_repository(repository)
+            if not isinstance(weights, HubWeights):
+                return weights
+            self._by_header[repository.name] = weights
+        return self._by_header[repository.name]
+
+    def _refuse_quantised(self, name: str, repository: Repository) -> None:
         quantisation = self._json_config(repository).get("quantization_config")
         if quantisation:
             named = isinstance(quantisation, Mapping) and quantisation.get("quant_method")
@@ -396,7 +511,6 @@ class HFModelPool:
                 f"modelpool.models.{name}: '{repository.name}' is quantised ({method}), and "
                 "quantised weights cannot be merged. Name the model that it was made from."
             )
-        return open_repository(repository)
 
     def _json_config(self, repository: Repository) -> dict[str, Any]:
         if "config.json" not in repository.files:

@@ -2,21 +2,31 @@
 
 import hashlib
 import json
+import multiprocessing
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from multiprocessing.queues import SimpleQueue
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from fusion_bench import __version__
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.memory import out_of_memory
 from fusion_bench.report import Run, Search, Seconds, Tuning
+from fusion_bench.storage import disk_failures
+
+T = TypeVar("T")
 
 _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "safetensors", "numpy")
 
@@ -37,8 +47,67 @@ def make_fabric(section: Any) -> Fabric:
         if node.get("strategy", "auto") == "auto" and reruns_command:
             fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise FusionBenchError(f"fabric: {error}") from error
+        mend = "Give fabric.accelerator=auto and fabric.devices=1 to take what is here."
+        raise ConfigError(f"fabric: {error} {mend}") from error
     return fabric
+
+
+def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
+    """Have ``work`` done in all of Fabric's processes; returns the first one's result.
+
+    Raises:
+        FusionBenchError: what one of the processes raised.
+        WorldError: a process was killed, memory ran out, or a disk cannot be written to.
+    """
+    launcher = fabric.strategy.launcher
+    if not isinstance(launcher, _MultiProcessingLauncher):
+        with plain_failures():
+            return cast(T, fabric.launch(work))
+    # A process that was started by ours could else only tell its traceback.
+    told = multiprocessing.get_context(launcher._start_method).SimpleQueue()
+    try:
+        return cast(T, fabric.launch(partial(_telling, work=work, told=told)))
+    except ProcessRaisedException as error:
+        if told.empty():
+            raise
+        raise told.get() from error
+    except ProcessExitedException as error:
+        raise WorldError(
+            f"fabric.devices: process {error.error_index} was ended from outside "
+            f"({error.signal_name or f'exit code {error.exit_code}'}), maybe for want of memory. "
+            "Start the command again; it goes on from here."
+        ) from error
+
+
+def _telling(
+    fabric: Fabric, work: Callable[[Fabric], T], told: "SimpleQueue[FusionBenchError]"
+) -> T:
+    """Do the work; tell the parent what is wrong, where it is nothing to be traced."""
+    try:
+        with plain_failures():
+            return work(fabric)
+    except FusionBenchError as error:
+        told.put(type(error)(str(error)))
+        raise
+
+
+@contextmanager
+def plain_failures() -> Iterator[None]:
+    """Say in one line that memory ran out, or that a disk fails.
+
+    Raises:
+        WorldError: that is so.
+    """
+    try:
+        with disk_failures():
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).partition(". ")[0] or "the machine has no more"
+        raise WorldError(
+            f"Out of memory: {reason}. Choose a device with more of it, or end what else uses it."
+        ) from error
 
 
 def describe_run(
@@ -49,6 +118,7 @@ def describe_run(
     inputs: Mapping[str, str],
     tuning: Tuning | None = None,
     search: Search | None = None,
+    notes: Sequence[str] = (),
 ) -> Run:
     """Return the report's account of what was run, when, and with what."""
     return Run(
@@ -64,6 +134,7 @@ def describe_run(
         packages={name: version(name) for name in _PACKAGES},
         seconds=seconds,
         inputs=dict(inputs),
+        notes=list(notes),
         tuning=tuning,
         search=search,
     )

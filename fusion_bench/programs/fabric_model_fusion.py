@@ -1,11 +1,12 @@
 """Fuse, then evaluate: the main program."""
 
 import logging
-import re
+import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
@@ -13,9 +14,11 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
+from fusion_bench.errors import ConfigError, WorldError, check_choice
 from fusion_bench.instantiate import Parts, instantiate
-from fusion_bench.programs.environment import describe_run, make_fabric
+from fusion_bench.plan import Plan
+from fusion_bench.programs.destinations import Destinations
+from fusion_bench.programs.environment import describe_run, launch, make_fabric, plain_failures
 from fusion_bench.programs.fusing import (
     MERGED,
     TuningData,
@@ -26,11 +29,13 @@ from fusion_bench.programs.fusing import (
     tuning_data,
 )
 from fusion_bench.programs.judging import Baselines, Judge
+from fusion_bench.programs.preflight import announce, preflight, show
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
 from fusion_bench.programs.search import Setting
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.report import Answers, Report, Search, Seconds, compare_contenders
+from fusion_bench.report.table import wide_console
 from fusion_bench.storage import whole_directory
 from fusion_bench.weights import Weights
 
@@ -64,13 +69,20 @@ class FabricModelFusionProgram:
         report_save_path: one more place for the report's JSON; ``{log_dir}`` in it is
             ``output_dir``.
         merged_model_save_path: directory for the merged model; likewise.
-        overwrite: replace what is at these two paths.
+        overwrite: replace what another run left at these two paths, or in ``output_dir``.
         allow_test_split: let the method learn from data that the models are judged on.
         similarity: measure how the task vectors lie to each other, which reads the weights once.
         fast_dev_run: judge only the first batch of each task.
-        dry_run: check the config and stop before anything is loaded.
+        dry_run: print the plan and all problems, and stop before anything is loaded.
         parts: what other runs of this process have made, for those that follow.
+        problems: what is known to be wrong with the config, to be said with the rest.
+
+    Raises:
+        ConfigError: with all that is wrong in any of them, and in what they name.
     """
+
+    #: What is wrong with the sections is said here, for all of them at once.
+    tells_all_problems = True
 
     def __init__(
         self,
@@ -90,6 +102,7 @@ class FabricModelFusionProgram:
         fast_dev_run: bool = False,
         dry_run: bool = False,
         parts: Parts | None = None,
+        problems: Sequence[str] = (),
     ):
         self.config: dict[str, Any] = {
             "_target_": f"fusion_bench.programs.{type(self).__name__}",
@@ -109,23 +122,8 @@ class FabricModelFusionProgram:
             "fast_dev_run": fast_dev_run,
             "dry_run": dry_run,
         }
-        check_choice("baselines", baselines, Baselines)
-        if seed is not None and not isinstance(seed, int):
-            raise FusionBenchError(f"seed: '{seed}' is not a whole number.")
-        self.search = instantiate(_lazily(search), "search")
-        self.settings: list[Setting] = []
-        if self.search is None:
-            self.method = instantiate(seeded(method, seed), "method")
-        else:
-            self.settings = self.search.settings(_plain(seeded(method, seed)))
-            self.method = self.settings[0].method
-        self._parts = Parts() if parts is None else parts
-        self.modelpool = self._pool(modelpool, "modelpool")
-        self.taskpool = self._pool(taskpool, "taskpool")
-        if self.search is not None and self.taskpool is None:
-            raise FusionBenchError("search: needs a task pool that judges the settings.")
-        if output_dir is None and getattr(self.taskpool, "save_predictions", False):
-            raise FusionBenchError("taskpool.save_predictions: needs an output_dir.")
+        # In a dry run a pool keeps what it fetches in a place of its own.
+        self._parts = Parts() if parts is None or dry_run else parts
         self.fabric_config = fabric
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.seed = seed
@@ -133,13 +131,45 @@ class FabricModelFusionProgram:
         self.allow_test_split = allow_test_split
         self.fast_dev_run = fast_dev_run
         self.dry_run = dry_run
-        self.overwrite = overwrite
         self.similarity = similarity
-        self.report_path = self._destination("report_save_path", report_save_path)
-        self.model_path = self._destination("merged_model_save_path", merged_model_save_path)
-        self._previous = Previous.find(self.output_dir, self.config)
-        if self._previous is None:
-            self._refuse_existing()
+        self.search: Any = None
+        self.method: Any = None
+        self.modelpool: Any = None
+        self.taskpool: Any = None
+        self.settings: list[Setting] = []
+        plan = Plan(problems=[ConfigError(problem) for problem in problems])
+        with plan.noting("baselines"):
+            check_choice("baselines", baselines, Baselines)
+        with plan.noting("seed"):
+            if seed is not None and not isinstance(seed, int):
+                raise ConfigError(f"seed: '{seed}' is not a whole number.")
+        with plan.noting("search"):
+            self.search = instantiate(_lazily(search), "search")
+        with plan.noting("method"):
+            if self.search is None:
+                self.method = instantiate(seeded(method, seed), "method")
+            else:
+                self.settings = self.search.settings(_plain(seeded(method, seed)))
+                self.method = self.settings[0].method
+        with plan.noting("modelpool"):
+            self.modelpool = self._pool(modelpool, "modelpool")
+        with plan.noting("taskpool"):
+            self.taskpool = self._pool(taskpool, "taskpool")
+            if search is not None and taskpool is None:
+                raise ConfigError("search: needs a task pool that judges the settings.")
+            if output_dir is None and getattr(self.taskpool, "save_predictions", False):
+                raise ConfigError("taskpool.save_predictions: needs an output_dir.")
+        self.places = Destinations(self.config, self.output_dir, overwrite)
+        with plan.noting("report_save_path"):
+            self.places.put_report(report_save_path)
+        with plan.noting("merged_model_save_path"):
+            self.places.put_model(merged_model_save_path)
+        self._previous = Previous.find(self.places.reports, self.config)
+        for check in (self.places.check_reports, self.places.check_model):
+            with plan.noting():
+                check(done=self._previous is not None)
+        if plan.problems:
+            self._look_ahead(plan)
 
     def _pool(self, section: Any, key: str) -> Any:
         node = _plain(section)
@@ -149,25 +179,47 @@ class FabricModelFusionProgram:
 
     def run(self) -> Report | None:
         """Fuse, judge, save and print; returns the report, or ``None`` after a dry run."""
+        fabric = self._look_ahead(Plan())
         if self.dry_run:
             log.info("Dry run: the config is sound; nothing was loaded.")
             return None
         self._quiet_libraries()
-        fabric = make_fabric(self.fabric_config)
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
-        report, answers = fabric.launch(self._fuse_and_judge)
+        report, answers = launch(fabric, self._fuse_and_judge)
         if fabric.global_rank == 0:  # where processes were started by us, this one is their parent
-            publish(report, answers, self.output_dir, self.report_path)
-            if self.model_path is not None:
-                log.info("Merged model: %s", self.model_path)
+            with plain_failures():
+                publish(report, answers, self.output_dir, self.places.report_path)
+            self.places.finished()
+            if self.places.model_path is not None:
+                log.info("Merged model: %s", self.places.model_path)
             elif not report.tasks and report.run.search is None:
                 log.warning(
                     "The merged model was neither judged nor saved; give a task pool or %s.",
                     "merged_model_save_path",
                 )
         return report
+
+    def _look_ahead(self, plan: Plan) -> Fabric:
+        """Find all that would stop the run, before it begins; returns what it runs on.
+
+        Raises:
+            ConfigError: with every problem that there is.
+        """
+        self._quiet_libraries()
+        fabric = None
+        with plan.noting("fabric"):
+            fabric = make_fabric(self.fabric_config)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
+            with TemporaryDirectory() if self.dry_run else nullcontext() as scratch:
+                preflight(plan, self, fabric, None if scratch is None else Path(scratch))
+            if self.dry_run:
+                show(plan, wide_console())
+        plan.raise_problems()
+        announce(plan)
+        assert fabric is not None
+        return fabric
 
     def _fuse_and_judge(self, fabric: Fabric) -> tuple[Report, Answers]:
         """Do the work; called in every process, with the same result in each."""
@@ -196,7 +248,7 @@ class FabricModelFusionProgram:
             data = self._data(method, fabric)
         judged = search is None or search.judge_test
         with clock.measure("fuse"):
-            wanted = judged or self.model_path is not None
+            wanted = judged or self.places.model_path is not None
             merged = self._fuse(fabric, method, data, search) if wanted else {}
         with clock.measure("evaluate"):
             if judged:
@@ -216,6 +268,7 @@ class FabricModelFusionProgram:
                 inputs,
                 describe_tuning(method, self.taskpool, data),
                 search,
+                getattr(self.taskpool, "notes", ()),
             ),
             tasks=judge.task_infos(),
             models=judge.models,
@@ -285,20 +338,21 @@ class FabricModelFusionProgram:
         Merged weights are computed as they are written; they are held in memory only if they are
         to be judged or to be thrown away.
         """
+        path = self.places.model_path
         merged = fuse(method, self.modelpool, fabric, data)
-        if self.taskpool is not None or self.model_path is None:
+        if self.taskpool is not None or path is None:
             merged = held(merged)
-        if self.model_path is None:
+        if path is None:
             return merged
         places = {
-            name: self.model_path / quote(name.removeprefix(MERGED).lstrip("/"), safe="")
-            for name in merged
+            name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="") for name in merged
         }
         config = self.config if search is None else {**self.config, "method": search.method}
         if fabric.global_rank == 0:
-            with _whole(self.model_path, several=list(merged) != [MERGED]) as whole:
+            self.places.begin_model()
+            with _whole(path, several=list(merged) != [MERGED]) as whole:
                 for name, place in places.items():
-                    self._save(merged[name], whole / place.relative_to(self.model_path), config)
+                    self._save(merged[name], whole / place.relative_to(path), config)
         fabric.barrier()
         if self.taskpool is not None:
             return merged
@@ -314,7 +368,7 @@ class FabricModelFusionProgram:
             else:
                 self.modelpool.save_model(model, place, config)
         except OSError as error:
-            raise FusionBenchError(f"merged_model_save_path: cannot write it: {error}") from error
+            raise WorldError(f"merged_model_save_path: cannot write it: {error}") from error
 
     def _done_before(
         self,
@@ -325,37 +379,18 @@ class FabricModelFusionProgram:
     ) -> tuple[Report, Answers] | None:
         """Return the result that this very run had left here, if nothing has changed since."""
         found = None
-        if self._previous is not None and fabric.global_rank == 0:
+        path = self.places.model_path
+        model_is_there = path is None or path.exists()
+        if self._previous is not None and model_is_there and fabric.global_rank == 0:
             found = self._previous.still_true(inputs, self.taskpool, data, searched)
         if fabric.world_size > 1:
             found = fabric.broadcast(found)
         if found is None:
-            self._refuse_existing()
+            self.places.check_reports()
+            self.places.check_model()
             return None
         log.info("This run was done before; its report stands.")
         return found
-
-    def _refuse_existing(self) -> None:
-        """Refuse to replace what is there, unless it is asked for."""
-        places = {"report_save_path": self.report_path, "merged_model_save_path": self.model_path}
-        for key, place in places.items():
-            if place is not None and place.exists() and not self.overwrite:
-                raise FusionBenchError(
-                    f"{key}: '{place}' exists already. Choose another path, or give overwrite=true."
-                )
-
-    def _destination(self, key: str, path: str | None) -> Path | None:
-        if path is None:
-            return None
-        for placeholder in re.findall(r"\{(\w*)\}", path):
-            if placeholder != "log_dir":
-                raise FusionBenchError(
-                    f"{key}: '{{{placeholder}}}' is unknown. "
-                    + did_you_mean(placeholder, ["log_dir"])
-                )
-        if "{log_dir}" in path and self.output_dir is None:
-            raise FusionBenchError(f"{key}: '{{log_dir}}' needs an output_dir.")
-        return Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
 
 
 class _Clock:

@@ -67,15 +67,28 @@ def tuning_data(
     """
     if not getattr(method, "needs_data", False):
         return None
+    refuse_without_taskpool(method, taskpool)
+    return split_data(
+        method.split, modelpool, taskpool, fabric, allow_test_split, learner(method), "method.split"
+    )
+
+
+def refuse_without_taskpool(method: Any, taskpool: Any) -> None:
+    """Refuse to let a method learn where nothing says what models are to answer.
+
+    Raises:
+        FusionBenchError: there is no task pool.
+    """
     if taskpool is None:
         raise FusionBenchError(
             f"{type(method).__name__} learns from data; give the task pool that its "
             "classifiers are from."
         )
-    learner = f"{type(method).__name__} learns from"
-    return split_data(
-        method.split, modelpool, taskpool, fabric, allow_test_split, learner, "method.split"
-    )
+
+
+def learner(method: Any) -> str:
+    """Return how messages call a method that learns."""
+    return f"{type(method).__name__} learns from"
 
 
 def split_data(
@@ -101,30 +114,42 @@ def split_data(
     Raises:
         FusionBenchError: no such data, or the test split without leave.
     """
-    datasets, where = split_datasets(split, modelpool, taskpool)
+    datasets, where = named_datasets(split, modelpool, taskpool, user, key)
+    data: dict[str, TuningImages] = taskpool.tuning(datasets, fabric, where)
+    for name, images in data.items():
+        if not allow_test_split and images.is_test(taskpool.data(images.task)):
+            raise refuse_test_split(f"{where}.{name}", key)
+    return data
+
+
+def refuse_test_split(where: str, key: str) -> FusionBenchError:
+    """Return what to say where models would learn from what they are judged on."""
+    return FusionBenchError(
+        f"{where}: the models are judged on this very split. Choose another "
+        f"({key}=train or validation), or give allow_test_split=true; the report "
+        "will say so."
+    )
+
+
+def named_datasets(
+    split: str, modelpool: Any, taskpool: Any, user: str, key: str
+) -> tuple[Mapping[str, Any], str]:
+    """Return the dataset nodes of a split, and their place in the config.
+
+    Raises:
+        FusionBenchError: there are none.
+    """
+    name = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
+    where = f"modelpool.{name}"
+    datasets = getattr(modelpool, name, None)
+    if split == "test" and not datasets:
+        datasets, where = taskpool.test_datasets, "taskpool.test_datasets"
     if not datasets:
         raise FusionBenchError(
             f"{where}: missing; {user} the {split} split. "
             f"Name a dataset for each model there, or choose another {key}."
         )
-    data: dict[str, TuningImages] = taskpool.tuning(datasets, fabric, where)
-    for name, images in data.items():
-        if not allow_test_split and images.is_test(taskpool.data(images.task)):
-            raise FusionBenchError(
-                f"{where}.{name}: the models are judged on this very split. Choose another "
-                f"({key}=train or validation), or give allow_test_split=true; the report "
-                "will say so."
-            )
-    return data
-
-
-def split_datasets(split: str, modelpool: Any, taskpool: Any) -> tuple[Mapping[str, Any], str]:
-    """Return the dataset nodes of a split, and their place in the config."""
-    key = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
-    datasets = getattr(modelpool, key, None)
-    if split == "test" and not datasets:
-        return taskpool.test_datasets, "taskpool.test_datasets"
-    return datasets or {}, f"modelpool.{key}"
+    return datasets, where
 
 
 def describe_tuning(method: Any, taskpool: Any, data: TuningData) -> Tuning | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,22 +36,21 @@ def _identity(weights: Any) -> str:
 
 @dataclass(frozen=True)
 class Previous:
-    """A report that a run with the same config has left in its output directory."""
+    """A report that a run with the same config has left at one of its places."""
 
     report: Report
     answers: Answers
 
     @classmethod
-    def find(cls, output_dir: Path | None, config: Mapping[str, Any]) -> "Previous | None":
+    def find(cls, reports: Iterable[Path], config: Mapping[str, Any]) -> "Previous | None":
         """Return it, if there is a whole one of this version."""
-        if output_dir is None:
-            return None
-        path = output_dir / "report.json"
-        with suppress(FusionBenchError):
-            report = Report.load(path)
-            run = report.run
-            if (run.version, run.config_sha256) == (__version__, config_sha256(config)):
-                return cls(report, Answers.load(path, report))
+        for path in reports:
+            with suppress(FusionBenchError):
+                report = Report.load(path)
+                run = report.run
+                if (run.version, run.config_sha256) == (__version__, config_sha256(config)):
+                    answers = Answers.load(path, report) if report.tasks else Answers()
+                    return cls(report, answers)
         return None
 
     def still_true(

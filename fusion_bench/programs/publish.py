@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import WorldError
 from fusion_bench.report import Answers, Report, markdown, print_comparison
 from fusion_bench.report.page import page
 from fusion_bench.report.table import wide_console
@@ -20,7 +20,7 @@ def publish(
     """Print the comparison, and write the report's files; ``report.json`` comes last.
 
     Raises:
-        FusionBenchError: ``report_path`` cannot be written.
+        WorldError: ``report_path`` cannot be written.
     """
     if report.tasks:
         print_comparison(report, wide_console())
@@ -43,7 +43,7 @@ def publish(
         try:
             save(report, answers, report_path)
         except OSError as error:
-            raise FusionBenchError(f"report_save_path: cannot write it: {error}") from error
+            raise WorldError(f"report_save_path: cannot write it: {error}") from error
         log.info("Report: %s", report_path)
 
 

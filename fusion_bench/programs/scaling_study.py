@@ -21,7 +21,7 @@ from fusion_bench import __version__
 from fusion_bench.configs import composed
 from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
 from fusion_bench.instantiate import instantiate
-from fusion_bench.programs.environment import describe_run, make_fabric
+from fusion_bench.programs.environment import describe_run, launch, make_fabric
 from fusion_bench.programs.fusing import MERGED, describe_tuning, fuse, held, seeded, tuning_data
 from fusion_bench.programs.judging import Judge
 from fusion_bench.programs.previous import identities
@@ -149,7 +149,7 @@ class ScalingStudy:
             return None
         quiet_libraries()
         fabric = make_fabric(self.fabric_config)
-        study: Study = fabric.launch(self._merge_and_judge)
+        study: Study = launch(fabric, self._merge_and_judge)
         if fabric.global_rank == 0:
             study.print(wide_console())
             if self.output_dir is not None:
@@ -163,7 +163,7 @@ class ScalingStudy:
         start = time.perf_counter()
         judged = {name: self._judged(base, fabric) for name, base in self.bases.items()}
         jobs = list(self._jobs())
-        log.info("%d merges", len(jobs))
+        log.info("Merges: %d", len(jobs))
         merges = []
         for base, method, count, subset, models in bar(jobs, "scaling study", unit="merge"):
             merges.append(self._merge(base, method, count, subset, models, fabric))

@@ -17,6 +17,7 @@ from rich.text import Text
 from fusion_bench.report.page import render
 from fusion_bench.report.pictures import Line, panels_of_curves, standalone
 from fusion_bench.report.schema import Run, TaskResult, read_model
+from fusion_bench.report.table import markdown_table
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
 
@@ -69,6 +70,11 @@ class Point(_Strict):
     mean: float
     spread: float
     subsets: int
+
+    def shown(self) -> str:
+        """Return it in percent; of one subset nothing is known of the others."""
+        mean = f"{100 * self.mean:.1f}"
+        return mean if self.subsets == 1 else f"{mean} ± {100 * self.spread:.1f}"
 
 
 class Study(_Strict):
@@ -166,10 +172,7 @@ class Study(_Strict):
             for method in dict.fromkeys(merge.method for merge in self.merges):
                 for side in SIDES:
                     found = [known.get((base, method, side, count)) for count in counts]
-                    cells = [
-                        "–" if p is None else f"{100 * p.mean:.1f} ± {100 * p.spread:.1f}"
-                        for p in found
-                    ]
+                    cells = ["–" if point is None else point.shown() for point in found]
                     rows.append([base, method, side.replace("_", "-"), *cells])
         return rows
 
@@ -185,13 +188,11 @@ class Study(_Strict):
 
     def markdown(self) -> str:
         """Return the study as a Markdown page."""
-        escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
         head, *body = self.rows()
-        table = [head, ["---"] * 3 + ["---:"] * (len(head) - 3), *body]
         lines = [
             "# Scaling study",
             "",
-            f"- {len(self.merges)} merges, seed {self.run.seed}",
+            f"- merges: {len(self.merges)}, seed {self.run.seed}",
             f"- device: {self.run.device}, precision {self.run.precision}",
             f"- fusion_bench {self.run.version}, {self.run.created_at}",
             "",
@@ -199,7 +200,7 @@ class Study(_Strict):
             "random subsets ± standard deviation, by the number of merged experts.",
             "",
         ]
-        lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in table]
+        lines += markdown_table(head, body, left=3)
         return "\n".join(lines) + "\n"
 
     def save(self, directory: Path) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fusion_bench.report.schema import Average, Contender, Difference, Report, Search
 
-_ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
+_ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", "*": "\\*", "`": "\\`", "[": "\\["})
 
 
 @dataclass(frozen=True)

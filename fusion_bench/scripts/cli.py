@@ -35,7 +35,9 @@ from fusion_bench.errors import INTERRUPTED, ConfigError, FusionBenchError, chai
 from fusion_bench.instantiate import Parts, accepts, instantiate
 from fusion_bench.redact import Redacting, redacted, secret_keys
 from fusion_bench.scripts.checked import CheckedConfigLoader
-from fusion_bench.scripts.sweep import Failed, attempt
+from fusion_bench.scripts.interrupt import interruptible
+from fusion_bench.scripts.sweep import Failed, attempt, lost_workers
+from fusion_bench.storage import disk_failures
 from fusion_bench.trust import ALLOW, TRUST_REMOTE_CODE
 
 log = logging.getLogger(__name__)
@@ -69,11 +71,6 @@ def main() -> None:
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
-    _leave_working_directory()
-    set_up_hydra()
-    with _plain_messages(show_traceback):
-        sys.argv[1:] = _prepared(sys.argv[1:])
-
     parts = Parts()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
@@ -82,10 +79,13 @@ def main() -> None:
             handler.addFilter(Redacting())
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return attempt(partial(_run_program, parts=parts), config, _explain)
-        with _plain_messages(show_traceback):
+        with _plain_messages(show_traceback), disk_failures():
             return _run_program(config, parts)
 
-    with _plain_messages(show_traceback):
+    with _plain_messages(show_traceback), interruptible(), lost_workers(), disk_failures():
+        _leave_working_directory()
+        set_up_hydra()
+        sys.argv[1:] = _prepared(sys.argv[1:])
         run()
 
 
@@ -150,6 +150,8 @@ def _prepared(words: list[str]) -> list[str]:
         elif _PROGRAM_KEY.match(word):
             word = f"++{word}"
         prepared.append(word)
+        if word == "++dry_run=true":  # a dry run leaves nothing but its log
+            prepared.append("hydra.output_subdir=null")
     return prepared
 
 
@@ -191,8 +193,8 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
     """End the process with a message and an exit code; the traceback goes to the log file."""
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "exit_code", INTERRUPTED))
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.redact import redacted
 from fusion_bench.storage import write_text
 from fusion_bench.trust import environment_variable
@@ -97,6 +98,22 @@ def attempt(
 
 
 @contextmanager
+def lost_workers() -> Iterator[None]:
+    """Say in one line that a process which a launcher had started was killed.
+
+    Raises:
+        WorldError: that is so.
+    """
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise WorldError(
+            "A process of the sweep was ended from outside, maybe for want of memory. Start the "
+            "same command again, with fewer at once (hydra.launcher.n_jobs): it goes on from here."
+        ) from error
+
+
+@contextmanager
 def _into_log(hydra: HydraConf) -> Iterator[None]:
     """Keep a job from the console, where several talk at once; warnings still go there."""
     for handler in logging.getLogger().handlers:
@@ -132,7 +149,10 @@ class SweepCallback(Callback):
         swept += OmegaConf.select(config, "hydra.sweeper.params") or {}
         if OmegaConf.is_missing(config.hydra.sweep, "dir"):
             sources = [source.path for source in config.hydra.runtime.config_sources]
-            about = [sources, config.hydra.job.config_name, sorted(given), sorted(swept)]
+            # What stands in the files counts too: another config's reports are not replaced.
+            whole: Any = OmegaConf.to_container(config, resolve=False)
+            del whole["hydra"]
+            about = [sources, config.hydra.job.config_name, sorted(given), sorted(swept), whole]
             config.hydra.sweep.dir = _sweep_directory(str(about[1]), swept, about)
         # Absolute, for a job may run in another directory.
         self._set(config, "hydra.sweep.dir", str(Path(config.hydra.sweep.dir).absolute()))
@@ -243,7 +263,7 @@ def directory_name(text: str) -> str:
 def _sweep_directory(config_name: str, swept: Sequence[str], about: Any) -> str:
     keys = [key.rpartition(".")[2] for key in swept]
     name = directory_name("-".join([config_name.rpartition("/")[2], *keys])[:_LONGEST_NAME])
-    return f"multirun/{name}-{_hash(json.dumps(about))}"
+    return f"multirun/{name}-{_hash(json.dumps(about, default=str))}"
 
 
 def _job_directory(overrides: Sequence[str], common: Sequence[str]) -> str:

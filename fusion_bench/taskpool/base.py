@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -19,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.plan import Plan, Step
+from fusion_bench.repository import hub_cache
 from fusion_bench.sources import load
-from fusion_bench.taskpool.evaluate import Loading, judge
-from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.taskpool.described import datasets_cache, describe
+from fusion_bench.taskpool.evaluate import Loading, Room, judge
+from fusion_bench.taskpool.images import Columns, LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
 from fusion_bench.taskpool.results import ResultStore, Score
@@ -115,9 +119,18 @@ class ImageTaskPool(ABC):
         self._cache_bytes = _bytes(cache_size) if cache else 0
         self._results = ResultStore() if cache else None
         self._compile = compile
+        self._described: dict[str, Columns | None] = {}
+        self._room = Room()
         self._data: dict[str, LabelledImages] = {}
         self._images: dict[str, PreparedImages] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report is to say of how models were judged."""
+        if self._room.most is None:
+            return []
+        return [f"Memory ran out: {self._room.most} images were judged at a time."]
 
     @abstractmethod
     def image_processor(self, task: str) -> Any:
@@ -139,6 +152,55 @@ class ImageTaskPool(ABC):
     @abstractmethod
     def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
         """Return the function from images to logits that ``model`` makes for a task."""
+
+    @abstractmethod
+    def find_models(self, plan: Plan, scratch: Path | None) -> None:
+        """Find what makes a model a classifier; note what is not here and what is wrong."""
+
+    def plan(self, scratch: Path | None = None) -> Plan:
+        """Compare what the datasets tell of themselves with the tasks; no data is read.
+
+        Args:
+            scratch: where small files go that are not here, for a run that leaves nothing.
+        """
+        plan = Plan()
+        for name, node in self.test_datasets.items():
+            key = f"taskpool.test_datasets.{name}"
+            with plan.noting(key):
+                self._described[name] = self._describe(plan, name, node, key, scratch)
+        self.find_models(plan, scratch)
+        return plan
+
+    def plan_tuning(
+        self, datasets: Mapping[str, Any], key: str, scratch: Path | None = None
+    ) -> Plan:
+        """Likewise for the datasets that ``tuning`` is given, once ``plan`` has run."""
+        plan = Plan()
+        for name, node in datasets.items():
+            own = f"{key}.{name}"
+            with plan.noting(own):
+                task = self._task_of(name, node, key)
+                columns = self._describe(plan, task, node, own, scratch)
+                judged = self._described.get(task)
+                if columns is not None and judged is not None:
+                    _refuse_other_classes(own, task, columns.class_names, judged.class_names)
+        return plan
+
+    def _describe(
+        self, plan: Plan, task: str, node: Any, key: str, scratch: Path | None
+    ) -> Columns | None:
+        """Note what a dataset takes; return its columns, as far as they can be known."""
+        described = describe(node, key, scratch)
+        if described is None:
+            return None
+        if described.download != 0:
+            plan.add(Step("download", node["path"], described.download, hub_cache(), "HF_HOME"))
+        if described.prepared:
+            place = Path(node.get("cache_dir") or datasets_cache())
+            plan.add(Step("prepare", node["path"], described.prepared, place, "HF_HOME"))
+        if described.features is None:
+            return None
+        return Columns(task, described.features, self._tasks[task], key)
 
     def prepare(self, fabric: Fabric) -> None:
         """Load the datasets and what is needed to tell them apart; done once.
@@ -176,22 +238,12 @@ class ImageTaskPool(ABC):
         loading = Loading.for_device(self._dataloader_kwargs, fabric)
         tuning = {}
         for name, node in datasets.items():
-            known = {canonical_name(task): task for task in self.task_names}
-            task = known.get(canonical_name(name))
-            if task is None:
-                raise FusionBenchError(
-                    f"{key}.{name}: the task pool has no such task. "
-                    + did_you_mean(name, self.task_names)
-                )
-            if node is None:
-                raise FusionBenchError(
-                    f"{key}.{name}: names no dataset. To leave it out: '~{key}.{name}'."
-                )
+            task = self._task_of(name, node, key)
             with fabric.rank_zero_first():
                 dataset = load("dataset", node, f"{key}.{name}")
                 data = LabelledImages(name, dataset, self._tasks[task], f"{key}.{name}")
-            if data.class_names != self._data[task].class_names:
-                raise FusionBenchError(f"{key}.{name}: its classes are not those of '{task}'.")
+            own = self._data[task].class_names
+            _refuse_other_classes(f"{key}.{name}", task, data.class_names, own)
             tuning[name] = TuningImages(
                 task,
                 str(getattr(dataset, "split", None) or ""),
@@ -199,8 +251,24 @@ class ImageTaskPool(ABC):
                 partial(self._tuned_classifier, task, fabric),
                 fabric,
                 loading,
+                self._room,
             )
         return tuning
+
+    def _task_of(self, name: str, node: Any, key: str) -> str:
+        """Return the task that a dataset under ``key`` belongs to."""
+        known = {canonical_name(task): task for task in self.task_names}
+        task = known.get(canonical_name(name))
+        if task is None:
+            raise FusionBenchError(
+                f"{key}.{name}: the task pool has no such task. "
+                + did_you_mean(name, self.task_names)
+            )
+        if node is None:
+            raise FusionBenchError(
+                f"{key}.{name}: names no dataset. To leave it out: '~{key}.{name}'."
+            )
+        return task
 
     def judging(self, data: Mapping[str, TuningImages]) -> Self:
         """Return a pool that judges on what ``tuning`` gave, and is like this one otherwise."""
@@ -283,6 +351,7 @@ class ImageTaskPool(ABC):
                         samples,
                         replace(loading, full_batches=self._compile),
                         f"judging {name} on {task}",
+                        self._room,
                     )
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, score)
@@ -360,6 +429,11 @@ class ImageTaskPool(ABC):
     def _load_data(self, name: str) -> LabelledImages:
         dataset = load("dataset", self.test_datasets[name], f"taskpool.test_datasets.{name}")
         return LabelledImages(name, dataset, self._tasks[name])
+
+
+def _refuse_other_classes(key: str, task: str, names: list[str], expected: list[str]) -> None:
+    if names != expected:
+        raise FusionBenchError(f"{key}: its classes are not those of '{task}'.")
 
 
 def differing_sizes(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -11,8 +11,9 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import load, plain_source, reading
+from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import file_sha256
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
 from fusion_bench.taskpool.zero_shot import HeadStore, ZeroShotHead, text_head
@@ -20,6 +21,7 @@ from fusion_bench.weights import TensorWeights, sha256, weight_files
 
 #: Where a repository lacks the tokenizer's files, transformers makes one of special tokens alone.
 _SMALLEST_VOCABULARY = 10
+_IMAGE_PROCESSOR = "preprocessor_config.json"
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -89,6 +91,35 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         self._image_processor_source = plain_source(data_processor)
         self._head_store = HeadStore() if cache else None
         self._heads: dict[str, ZeroShotHead] = {}
+        self._repositories: dict[str, Repository] = {}
+        self._scratch: Path | None = None
+
+    def find_models(self, plan: Plan, scratch: Path | None) -> None:
+        """Find the CLIP model, the tokenizer and the image processor."""
+        self._scratch = scratch
+        with plan.noting("taskpool.clip_model"):
+            if self._is_here_or_on_hub(self._clip_source, plan):
+                files = weight_files(self._clip_repository)
+                plan.download(self._clip_repository, "config.json", *files)
+                _ = self._clip_config  # refuses what is no CLIP model
+        with plan.noting("taskpool.processor"):
+            if self._is_here_or_on_hub(self._processor_source, plan):
+                processor = self._located(self._processor_source)
+                plan.download(processor, *_tokenizer_files(processor))
+        source, key = self._image_processor_source, "taskpool.data_processor"
+        if source is None:
+            source, key = self._processor_source, "taskpool.processor"
+        with plan.noting(key):
+            if self._is_here_or_on_hub(source, plan):
+                plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
+
+    def _is_here_or_on_hub(self, source: Any, plan: Plan) -> bool:
+        """Tell whether a source is a directory or a repository, not the zoo that is yet to be."""
+        if not isinstance(source, str):
+            return False
+        if place := unbuilt(source):
+            plan.add(zoo_step(place))
+        return place is None
 
     def image_processor(self, task: str) -> Any:
         """Return the one image processor of all tasks."""
@@ -140,9 +171,15 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
                 f"{found}. Name the model that the encoders were fine-tuned from."
             )
 
-    @cached_property
+    def _located(self, source: str) -> Repository:
+        """Return where a source lies; looked for once, for clip_model and processor are alike."""
+        if source not in self._repositories:
+            self._repositories[source] = locate(source, self._scratch)
+        return self._repositories[source]
+
+    @property
     def _clip_repository(self) -> Repository:
-        return locate(self._clip_source)
+        return self._located(self._clip_source)
 
     @cached_property
     def _clip_identity(self) -> str:
@@ -197,9 +234,8 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
     @cached_property
     def _tokenizer_place(self) -> Path:
         """The directory with the tokenizer's files."""
-        repository = locate(self._processor_source)
-        names = [name for name in _TOKENIZER_FILES if name in repository.files]
-        return repository.fetch(*names)
+        repository = self._located(self._processor_source)
+        return repository.fetch(*_tokenizer_files(repository))
 
     @cached_property
     def _tokenizer_identity(self) -> str:
@@ -233,12 +269,18 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
             return getattr(processor, "image_processor", processor)
         from transformers import CLIPImageProcessorPil
 
-        repository = locate(source)
-        if "preprocessor_config.json" not in repository.files:
+        repository = self._with_image_processor(source)
+        with reading("processor", source):
+            return CLIPImageProcessorPil.from_pretrained(repository.fetch(_IMAGE_PROCESSOR))
+
+    def _with_image_processor(self, source: str) -> Repository:
+        repository = self._located(source)
+        if _IMAGE_PROCESSOR not in repository.files:
             raise FusionBenchError(
                 f"Cannot read the processor '{source}': it comes without an image processor."
             )
-        with reading("processor", source):
-            return CLIPImageProcessorPil.from_pretrained(
-                repository.fetch("preprocessor_config.json")
-            )
+        return repository
+
+
+def _tokenizer_files(repository: Repository) -> list[str]:
+    return [name for name in _TOKENIZER_FILES if name in repository.files]

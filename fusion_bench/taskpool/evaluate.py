@@ -1,11 +1,12 @@
 """The loop that judges an image classifier: the same answers on any number of processes."""
 
+import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import FusionBenchError, WorldError, did_you_mean
+from fusion_bench.memory import out_of_memory
 from fusion_bench.progress import bar
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.results import Score
+
+log = logging.getLogger(__name__)
 
 #: Arguments of torch's DataLoader that mean something here, and those that need not.
 _USED = ("batch_size", "num_workers", "prefetch_factor", "pin_memory")
@@ -99,6 +103,45 @@ class Loading:
         )
 
 
+class Room:
+    """How many images fit into memory at once: fewer, each time that it runs out.
+
+    Attributes:
+        most: as many, as far as is known; ``None`` where memory never ran out.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+
+    def size(self, wanted: int) -> int:
+        """Return how many of ``wanted`` images to take at once."""
+        return wanted if self.most is None else min(wanted, self.most)
+
+    def halve(self, tried: int, description: str) -> None:
+        """Take half as many as were tried in vain.
+
+        Raises:
+            WorldError: it was a single one.
+        """
+        if tried == 1:
+            raise WorldError(
+                f"Out of memory while {description}, one image at a time. Choose another device "
+                "(fabric.accelerator=cpu) or a smaller number format "
+                "(fabric.precision=bf16-true), or end what else uses it."
+            )
+        self.most = tried // 2
+        log.warning("Out of memory while %s: now %d images at a time.", description, self.most)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def agree(self, fabric: Fabric) -> None:
+        """Have all processes know the least of them; each must call this."""
+        if fabric.world_size > 1:
+            own = torch.tensor(self.most or 2**31, device=fabric.device)
+            least = int(cast(Tensor, fabric.all_reduce(own, reduce_op="min")))
+            self.most = None if least == 2**31 else least
+
+
 def judge(
     fabric: Fabric,
     classify: Callable[[Tensor], Tensor],
@@ -106,13 +149,18 @@ def judge(
     samples: NDArray[np.int64],
     loading: Loading,
     description: str,
+    room: Room | None = None,
 ) -> Score:
     """Return the answers of ``classify``, images to logits, on some of the samples.
 
     Each process takes every n-th sample, none twice, and the answers are put together by their
     place: the counts do not depend on the number of processes, and the losses only in their last
     bits, in which a batch's composition may show. All return the same score.
+
+    Raises:
+        WorldError: there is not even memory for one image.
     """
+    room = room or Room()
     labels = images.labels[samples]
     mine = np.arange(fabric.global_rank, len(samples), fabric.world_size)
     predictions = torch.zeros(len(samples), dtype=torch.int64, device=fabric.device)
@@ -120,19 +168,37 @@ def judge(
     targets = torch.from_numpy(labels).to(fabric.device)
     steps = [mine[i : i + loading.batch_size] for i in range(0, len(mine), loading.batch_size)]
     loaded = batches(images, [samples[step] for step in steps], loading)
+
+    def logits_of(pixels: Tensor) -> Tensor:
+        count = len(pixels)
+        pixels = images.preprocessor.finish(pixels.to(fabric.device, non_blocking=True))
+        pixels = fabric.strategy.precision.convert_input(pixels)
+        if loading.full_batches:
+            pixels = _filled(pixels, room.size(loading.batch_size))
+        with fabric.autocast():
+            return classify(pixels).float()[:count]
+
     with torch.inference_mode(), closing(loaded):
         shown = bar(loaded, description, total=len(steps), unit="batch")
         for step, pixels in zip(steps, shown, strict=True):
-            pixels = images.preprocessor.finish(pixels.to(fabric.device, non_blocking=True))
-            pixels = fabric.strategy.precision.convert_input(pixels)
-            if loading.full_batches:
-                pixels = _filled(pixels, loading.batch_size)
-            with fabric.autocast():
-                logits = classify(pixels).float()[: len(step)]
-            # Nothing is read back here: that would wait for the device at every batch.
-            places = torch.from_numpy(step).to(fabric.device, non_blocking=True)
-            predictions[places] = logits.argmax(dim=-1)
-            losses[places] = cross_entropy(logits, targets[places], reduction="none")
+            done = 0
+            while done < len(step):
+                part = step[done : done + room.size(loading.batch_size)]
+                logits = None
+                try:
+                    logits = logits_of(pixels[done : done + len(part)])
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                if logits is None:  # only here nothing holds on to what the model had computed
+                    room.halve(len(part), description)
+                    continue
+                # Nothing is read back here: that would wait for the device at every batch.
+                places = torch.from_numpy(part).to(fabric.device, non_blocking=True)
+                predictions[places] = logits.argmax(dim=-1)
+                losses[places] = cross_entropy(logits, targets[places], reduction="none")
+                done += len(part)
+    room.agree(fabric)
     return Score(
         samples=samples,
         labels=labels,

@@ -1,18 +1,24 @@
 """Judging models by the classifiers that they were fine-tuned with."""
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.repository import locate
-from fusion_bench.sources import load, plain_source, reading
+from fusion_bench.plan import Plan, zoo_step
+from fusion_bench.repository import Repository, locate
+from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
 from fusion_bench.tasks import readable
 from fusion_bench.weights import TensorWeights, sha256, weight_files
+
+_IMAGE_PROCESSOR = "preprocessor_config.json"
 
 
 class ImageClassificationTaskPool(ImageTaskPool):
@@ -75,6 +81,30 @@ class ImageClassificationTaskPool(ImageTaskPool):
         self._processor_source = plain_source(processor)
         self._heads: dict[str, nn.Module] = {}
         self._identities: dict[str, str] = {}
+        self._repositories: dict[str, Repository] = {}
+
+    def find_models(self, plan: Plan, scratch: Path | None) -> None:
+        """Find each task's classifier and its image processor; compare classes by config.json."""
+        for task, source in self._classifiers.items():
+            if task not in self.task_names or not isinstance(source, str):
+                continue
+            with plan.noting(f"taskpool.classifiers.{task}"):
+                if place := unbuilt(source):
+                    plan.add(zoo_step(place))
+                    continue
+                self._repositories[source] = repository = locate(source, scratch)
+                plan.download(repository, "config.json", *weight_files(repository))
+                if self._processor_source is None:
+                    plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
+                columns = self._described.get(task)
+                labels = _labels(repository)
+                if columns is not None and labels is not None:
+                    self._check_classes(task, labels, columns.class_names)
+        source = self._processor_source
+        if isinstance(source, str) and unbuilt(source) is None:
+            with plan.noting("taskpool.processor"):
+                self._repositories[source] = locate(source, scratch)
+                plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
 
     def image_processor(self, task: str) -> Any:
         """Return the common image processor, or the one of the task's classifier."""
@@ -91,15 +121,25 @@ class ImageClassificationTaskPool(ImageTaskPool):
             return load("processor", source, "taskpool.processor")
         from transformers import AutoImageProcessor
 
-        repository = locate(source)
-        if "preprocessor_config.json" not in repository.files:
+        repository = self._with_image_processor(source)
+        with reading("processor", source):
+            return AutoImageProcessor.from_pretrained(
+                repository.fetch(_IMAGE_PROCESSOR), backend="pil"
+            )
+
+    def _located(self, source: str) -> Repository:
+        """Return where a source lies; looked for once."""
+        if source not in self._repositories:
+            self._repositories[source] = locate(source)
+        return self._repositories[source]
+
+    def _with_image_processor(self, source: str) -> Repository:
+        repository = self._located(source)
+        if _IMAGE_PROCESSOR not in repository.files:
             raise FusionBenchError(
                 f"Cannot read the processor '{source}': it comes without an image processor."
             )
-        with reading("processor", source):
-            return AutoImageProcessor.from_pretrained(
-                repository.fetch("preprocessor_config.json"), backend="pil"
-            )
+        return repository
 
     def head_identity(self, task: str) -> str:
         """Return the hash of the head's weights."""
@@ -144,7 +184,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
         if isinstance(source, str):
             from transformers import AutoModelForImageClassification
 
-            repository = locate(source)
+            repository = self._located(source)
             with reading("model", source):
                 head, info = AutoModelForImageClassification.from_pretrained(
                     repository.fetch("config.json", *weight_files(repository)),
@@ -156,21 +196,21 @@ class ImageClassificationTaskPool(ImageTaskPool):
                 )
         else:
             head = load("model", source, key)
-        self._check_classes(task, head)
+        count, id2label = head.config.num_labels, head.config.id2label
+        labels = [str(id2label[label]) for label in range(count)]
+        self._check_classes(task, labels, self._data[task].class_names)
         own = head.base_model
         self._heads[task] = deepcopy(head, {id(own): deepcopy(own).to("meta")})
         return self._heads[task]
 
-    def _check_classes(self, task: str, head: Any) -> None:
+    @staticmethod
+    def _check_classes(task: str, labels: list[str], names: list[str]) -> None:
         """Refuse a head whose classes are not the dataset's, or come in another order."""
-        names = self._data[task].class_names
         key = f"taskpool.classifiers.{task}"
-        if head.config.num_labels != len(names):
+        if len(labels) != len(names):
             raise FusionBenchError(
-                f"{key}: it tells {head.config.num_labels} classes apart, the dataset has "
-                f"{len(names)}."
+                f"{key}: it tells {len(labels)} classes apart, the dataset has {len(names)}."
             )
-        labels = [str(head.config.id2label[label]) for label in range(len(names))]
         own = [readable(label).casefold() for label in labels]
         expected = [name.casefold() for name in names]
         if own != expected and sorted(own) == sorted(expected):
@@ -178,3 +218,12 @@ class ImageClassificationTaskPool(ImageTaskPool):
                 f"{key}: its classes come in another order than the dataset's. List them in label "
                 f"order: 'taskpool.tasks.{task}.class_names: […]'."
             )
+
+
+def _labels(repository: Repository) -> list[str] | None:
+    """Return the names that a classifier's config.json gives its classes, if it does."""
+    file = repository.fetch("config.json") / "config.json"
+    with suppress(ValueError, AttributeError, TypeError):
+        named = json.loads(file.read_text(encoding="utf-8")).get("id2label")
+        return None if named is None else [named[key] for key in sorted(named, key=int)]
+    return None

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.taskpool.described import names_no_split
 from fusion_bench.tasks import Task, readable
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 #: Names under which datasets without a ClassLabel feature keep their labels.
 _LABEL_NAMES = ("label", "labels", "cls", "target")
@@ -20,6 +21,93 @@ _LABEL_NAMES = ("label", "labels", "cls", "target")
 
 #: How many images are looked for in another dataset.
 _COMPARED = 200
+
+
+class Columns:
+    """The columns of a dataset that hold images and labels, and what the labels stand for.
+
+    Args:
+        name: the task's name, for messages.
+        features: the columns' types.
+        task: what is known of the dataset beyond its features.
+        key: the dataset's place in the config, for messages.
+
+    Attributes:
+        image_column: a column's name.
+        label_column: likewise.
+        class_names: in the order of the labels.
+
+    Raises:
+        FusionBenchError: no image or label column, or class names that are not as many as the
+            classes.
+    """
+
+    def __init__(self, name: str, features: "Features", task: Task, key: str):
+        self._key = key
+        self._override = f"taskpool.tasks.{name}"
+        self._features = features
+        self.image_column = self._find_image_column(task.image_column)
+        self.label_column = self._find_label_column(task.label_column)
+        self.class_names = self._find_class_names(task)
+
+    def _find_image_column(self, override: str | None) -> str:
+        from datasets import Image
+
+        if override is not None:
+            return self._existing(override, "image_column")
+        found = [n for n, feature in self._features.items() if isinstance(feature, Image)]
+        if len(found) == 1 or "image" in found:
+            return "image" if "image" in found else found[0]
+        raise self._no_column("image", "Image", found)
+
+    def _find_label_column(self, override: str | None) -> str:
+        from datasets import ClassLabel, Value
+
+        if override is not None:
+            return self._existing(override, "label_column")
+        features = self._features
+        found = [n for n, feature in features.items() if isinstance(feature, ClassLabel)]
+        if len(found) == 1 or "label" in found:
+            return "label" if "label" in found else found[0]
+        if not found:
+            for name in _LABEL_NAMES:
+                if isinstance(features.get(name), Value):
+                    return name
+        raise self._no_column("label", "ClassLabel", found)
+
+    def _existing(self, column: str, field: str) -> str:
+        if column not in self._features:
+            raise FusionBenchError(
+                f"{self._override}.{field}: the dataset has no column '{column}'. "
+                + did_you_mean(column, self._features)
+            )
+        return column
+
+    def _no_column(self, kind: str, feature: str, found: list[str]) -> FusionBenchError:
+        columns = ", ".join(
+            f"{name} ({getattr(f, 'dtype', type(f).__name__)})"
+            for name, f in self._features.items()
+        )
+        return FusionBenchError(
+            f"{self._key}: {'several' if found else 'no'} {kind} columns "
+            f"of type {feature} among: {columns}. "
+            f"Name the one to use: '{self._override}.{kind}_column: …'."
+        )
+
+    def _find_class_names(self, task: Task) -> list[str]:
+        own = getattr(self._features[self.label_column], "names", None)
+        if task.class_names is None and own is None:
+            raise FusionBenchError(
+                f"{self._key}: the column '{self.label_column}' does not name its classes. "
+                f"List them in label order: '{self._override}.class_names: […]'."
+            )
+        names = list(task.class_names or [readable(name) for name in own or []])
+        if own is not None and len(own) != len(names):
+            raise FusionBenchError(
+                f"{self._key}: the dataset has {len(own)} classes, the class names are "
+                f"{len(names)}. List as many: '{self._override}.class_names: […]'."
+            )
+        return names
 
 
 class LabelledImages:
@@ -40,13 +128,12 @@ class LabelledImages:
         self._key = key or f"taskpool.test_datasets.{name}"
         self._override = f"taskpool.tasks.{name}"
         if isinstance(dataset, dict):
-            raise FusionBenchError(
-                f"{self._key}: names no split. Add 'split: …', one of: {', '.join(dataset)}."
-            )
+            raise names_no_split(self._key, dataset)
         self.dataset = dataset
-        self.image_column = self._find_image_column(task.image_column)
-        self.label_column = self._find_label_column(task.label_column)
-        self.class_names = self._find_class_names(task)
+        columns = Columns(name, dataset.features, task, self._key)
+        self.image_column = columns.image_column
+        self.label_column = columns.label_column
+        self.class_names = columns.class_names
         self.labels = self._checked_labels()
         self._images = dataset.select_columns(self.image_column)
 
@@ -115,65 +202,6 @@ class LabelledImages:
         return hashlib.sha256(
             f"{len(self.class_names)}:".encode() + self.labels.tobytes()
         ).hexdigest()
-
-    def _find_image_column(self, override: str | None) -> str:
-        from datasets import Image
-
-        if override is not None:
-            return self._existing(override, "image_column")
-        found = [n for n, feature in self.dataset.features.items() if isinstance(feature, Image)]
-        if len(found) == 1 or "image" in found:
-            return "image" if "image" in found else found[0]
-        raise self._no_column("image", "Image", found)
-
-    def _find_label_column(self, override: str | None) -> str:
-        from datasets import ClassLabel, Value
-
-        if override is not None:
-            return self._existing(override, "label_column")
-        features = self.dataset.features
-        found = [n for n, feature in features.items() if isinstance(feature, ClassLabel)]
-        if len(found) == 1 or "label" in found:
-            return "label" if "label" in found else found[0]
-        if not found:
-            for name in _LABEL_NAMES:
-                if isinstance(features.get(name), Value):
-                    return name
-        raise self._no_column("label", "ClassLabel", found)
-
-    def _existing(self, column: str, field: str) -> str:
-        if column not in self.dataset.features:
-            raise FusionBenchError(
-                f"{self._override}.{field}: the dataset has no column '{column}'. "
-                + did_you_mean(column, self.dataset.features)
-            )
-        return column
-
-    def _no_column(self, kind: str, feature: str, found: list[str]) -> FusionBenchError:
-        columns = ", ".join(
-            f"{name} ({getattr(f, 'dtype', type(f).__name__)})"
-            for name, f in self.dataset.features.items()
-        )
-        return FusionBenchError(
-            f"{self._key}: {'several' if found else 'no'} {kind} columns "
-            f"of type {feature} among: {columns}. "
-            f"Name the one to use: '{self._override}.{kind}_column: …'."
-        )
-
-    def _find_class_names(self, task: Task) -> list[str]:
-        own = getattr(self.dataset.features[self.label_column], "names", None)
-        if task.class_names is None and own is None:
-            raise FusionBenchError(
-                f"{self._key}: the column '{self.label_column}' does not name its classes. "
-                f"List them in label order: '{self._override}.class_names: […]'."
-            )
-        names = list(task.class_names or [readable(name) for name in own or []])
-        if own is not None and len(own) != len(names):
-            raise FusionBenchError(
-                f"{self._key}: the dataset has {len(own)} classes, the class names are "
-                f"{len(names)}. List as many: '{self._override}.class_names: […]'."
-            )
-        return names
 
     def _checked_labels(self) -> NDArray[np.int64]:
         if len(self.dataset) == 0:

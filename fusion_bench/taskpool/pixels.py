@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from fusion_bench.storage import cache_dir, locked
+from fusion_bench.storage import cache_dir, locked, warn_not_kept
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.preprocess import Preprocessor
 
@@ -120,7 +120,7 @@ class PreparedImages:
                 store.put(index, pixels)
             except OSError as error:
                 self._store = None
-                log.warning("Preprocessed images are not kept any more: %s.", error)
+                warn_not_kept(error)
         return pixels
 
     def _opened(self, max_bytes: int) -> PixelStore | None:
@@ -133,7 +133,7 @@ class PreparedImages:
                 store.clear()
             store.put(0, first)
         except OSError as error:
-            log.warning("Preprocessed images are not kept: %s.", error)
+            warn_not_kept(error)
             return None
         return store
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from fusion_bench.storage import cache_dir, locked
+from fusion_bench.storage import cache_dir, locked, warn_not_kept
 from fusion_bench.taskpool.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class ResultStore:
         try:
             write_sealed(self._path(key), content)
         except OSError as error:
-            log.warning("Results are not kept: %s.", error)
+            warn_not_kept(error)
 
     @contextmanager
     def alone(self, key: Mapping[str, Any], timeout: float) -> Iterator[bool]:

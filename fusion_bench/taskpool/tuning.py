@@ -9,13 +9,19 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusion_bench.taskpool.evaluate import Loading, batches, judge
+from fusion_bench.taskpool.described import split_names
+from fusion_bench.taskpool.evaluate import Loading, Room, batches, judge
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.results import Score
 
 #: As a share, how many images may be judged as well as learned from.
 _TOLERATED = 0.05
+
+
+def is_test_split(split: str) -> bool:
+    """Tell whether a split's name says that models are judged on it, or on a part of it."""
+    return any(name.startswith("test") for name in split_names(split))
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class TuningImages:
         split: what the dataset calls the part that the images are from.
         classify: gives the function from images to logits that a model makes for the task; the
             logits follow the model's parameters, so that they can be differentiated.
+        room: for how many images at once there is memory, as far as is known.
     """
 
     task: str
@@ -35,6 +42,7 @@ class TuningImages:
     classify: Callable[[nn.Module], Callable[[Tensor], Tensor]]
     fabric: Fabric
     loading: Loading
+    room: Room
 
     @property
     def data(self) -> LabelledImages:
@@ -49,7 +57,7 @@ class TuningImages:
 
         A few images that a dataset has in both of its splits are none of our doing.
         """
-        named = any(part.startswith("test") for part in self.split.split("+"))
+        named = is_test_split(self.split)
         same = self.data.fingerprint == judged.fingerprint
         return named or same or self.data.share_within(judged) > _TOLERATED
 
@@ -85,4 +93,4 @@ class TuningImages:
         samples = np.arange(len(self), dtype=np.int64)
         classify = self.classify(model)
         what = f"tuning on {self.task}"
-        return judge(self.fabric, classify, self.images, samples, self.loading, what)
+        return judge(self.fabric, classify, self.images, samples, self.loading, what, self.room)

@@ -3,7 +3,6 @@
 Radford et al., Learning transferable visual models, https://arxiv.org/abs/2103.00020
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fusion_bench.storage import cache_dir
+from fusion_bench.storage import cache_dir, warn_not_kept
 from fusion_bench.taskpool.sealed import read_sealed, write_sealed
-
-log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -93,4 +90,4 @@ class HeadStore:
         try:
             write_sealed(self._root / identity, save(tensors))
         except OSError as error:
-            log.warning("Text heads are not kept: %s.", error)
+            warn_not_kept(error)

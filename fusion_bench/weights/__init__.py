@@ -4,7 +4,7 @@ from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, shortened
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.digest import sha256
-from fusion_bench.weights.hub import open_repository, weight_files
+from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, everywhere, merge
@@ -16,6 +16,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "HubWeights",
     "Inputs",
     "MergePiece",
     "MergePolicy",

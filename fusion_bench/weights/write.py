@@ -15,7 +15,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.weights.mapping import TensorSpec, Weights
 from fusion_bench.weights.stream import stream
 
@@ -67,8 +67,9 @@ def write_checkpoint(
             ``metadata``.
 
     Raises:
-        FusionBenchError: a disk that is full or fails, an impossible ``max_shard_size``, a dtype
-            that safetensors do not know, or what is wrong with ``weights``.
+        WorldError: a disk that is full or fails.
+        FusionBenchError: an impossible ``max_shard_size``, a dtype that safetensors do not know,
+            or what is wrong with ``weights``.
     """
     specs = {key: weights.spec(key) for key in weights if weights.tied_to(key) == key}
     for key, spec in specs.items():
@@ -96,7 +97,7 @@ def write_checkpoint(
         if index is not None:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     except OSError as error:
-        raise FusionBenchError(_explain(error, directory, specs.values())) from error
+        raise WorldError(_explain(error, directory, specs.values())) from error
 
 
 class _Shard:

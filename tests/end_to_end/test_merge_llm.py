@@ -124,6 +124,6 @@ def test_without_models_the_message_says_how_to_name_one(tmp_path: Path) -> None
 
 def test_a_dry_run_writes_nothing(family: Path, tmp_path: Path) -> None:
     done = merge(tmp_path, family / "tied", "merged_model_save_path=merged", "dry_run=true")
-    assert done.returncode == 0 and "Dry run" in done.stdout
+    assert done.returncode == 0 and "Dry run" in done.stdout and "the merged model" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
-    assert {path.name for path in tmp_path.glob("outputs/*/*/*")} <= {".hydra", "cli.log"}
+    assert [path.name for path in tmp_path.glob("outputs/*/*/*")] == ["cli.log"]

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from transformers import CLIPVisionModel
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CLIPVisionModelPool
@@ -142,8 +142,11 @@ def test_without_a_task_pool_it_only_fuses(program_config: dict[str, Any], tmp_p
 
 
 def test_a_dry_run_loads_nothing(program_config: dict[str, Any], tmp_path: Path) -> None:
-    program_config["modelpool"]["models"]["a"] = "/nowhere"
     assert instantiate(program_config | {"dry_run": True, "output_dir": tmp_path}).run() is None
+    assert list(tmp_path.iterdir()) == []
+    program_config["modelpool"]["models"]["a"] = "/nowhere"
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.a: There is no such directory"):
+        instantiate(program_config | {"dry_run": True, "output_dir": tmp_path}).run()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,7 +51,7 @@ def test_another_config_is_another_run(
     program_config: dict[str, Any], tmp_path: Path, merges: list[str]
 ) -> None:
     run(program_config, output_dir=tmp_path)
-    run(program_config, output_dir=tmp_path, seed=1)
+    run(program_config, output_dir=tmp_path, seed=1, overwrite=True)
     assert len(merges) == 2
 
 

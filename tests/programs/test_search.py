@@ -211,7 +211,8 @@ def test_the_test_split_is_refused_and_owned_up_to(
         "the models are judged on this very split. Choose another (search.split=train or "
         "validation), or give allow_test_split=true; the report will say so."
     )
-    assert refused(config, search=on_test) == f"taskpool.test_datasets.a: {mend}"
+    lines = [f"taskpool.test_datasets.{task}: {mend}" for task in ("a", "b")]
+    assert refused(config, search=on_test) == "\n".join(lines)
     config["modelpool"]["val_datasets"]["b"] = config["taskpool"]["test_datasets"]["b"]
     assert refused(config) == f"modelpool.val_datasets.b: {mend}"
     for changes in ({"search": on_test}, {}):
@@ -281,10 +282,10 @@ def test_a_result_stands_until_the_validation_data_changes(config: Config, tmp_p
     moved = tmp_path / "a"
     config["modelpool"]["val_datasets"]["a"]["path"] = str(moved)
     moved.symlink_to(config["modelpool"]["train_datasets"]["a"]["path"])
-    first = run(config, output_dir=tmp_path / "out")
+    first = run(config, output_dir=tmp_path / "moved")
     moved.unlink()
     moved.symlink_to(place / "a")
-    second = run(config, output_dir=tmp_path / "out")
+    second = run(config, output_dir=tmp_path / "moved")
     assert first.run.config == second.run.config
     assert search(second).tasks["a"].num_samples == 5 and search(first).tasks["a"].num_samples == 31
 

@@ -233,7 +233,8 @@ def test_names_match_whatever_the_spelling(config: Config) -> None:
 
 def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
     assert refused(config, taskpool=None) == (
-        "AdaMergingAlgorithm learns from data; give the task pool that its classifiers are from."
+        "taskpool: AdaMergingAlgorithm learns from data; give the task pool that its classifiers "
+        "are from."
     )
     train = config["modelpool"]["train_datasets"]
 
@@ -251,8 +252,8 @@ def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
         "Name a dataset for each model there, or choose another method.split."
     )
     assert refused(with_data({"a": train["a"]})) == (
-        "There is no data for the model 'b'. Name its dataset beside the others', as 'b': there is "
-        "a."
+        "modelpool.train_datasets: There is no data for the model 'b'. Name its dataset beside the "
+        "others', as 'b': there is a."
     )
     assert refused(with_data(train | {"c": train["a"]})) == (
         "modelpool.train_datasets.c: the task pool has no such task. Known: a, b."

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,5 +153,61 @@ def test_the_traceback_is_there_for_who_asks(conf: Path, monkeypatch: pytest.Mon
     done = subprocess.run(
         [*command, "--config-name", "small", "baselines=all"], capture_output=True, text=True
     )
-    assert done.returncode == 2
+    assert done.returncode == 1  # Python's own
     assert "Traceback" in done.stderr and "FusionBenchError: baselines" in done.stderr
+
+
+OWN = """
+from fusion_bench.method import SimpleAverageAlgorithm
+
+
+class Mine(SimpleAverageAlgorithm):
+    def run(self, modelpool):
+        return super().run(modelpool)
+
+
+class Broken(SimpleAverageAlgorithm):
+    def run(self, modelpool):
+        raise ZeroDivisionError("of mine, with hf_abcdefghijklmnopqrstuvwx")
+"""
+
+
+@pytest.fixture
+def own(conf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (conf.parent / "my_methods.py").write_text(OWN)
+    config = yaml.safe_load((conf / "small.yaml").read_text())
+    del config["taskpool"]
+    (conf / "small.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(conf.parent), *sys.path]))
+    return conf
+
+
+def test_a_method_of_the_users_own(own: Path) -> None:
+    word = "method._target_=my_methods.Mine"
+    refused = small(own, word)
+    assert refused.returncode == 2 and "--allow my_methods" in refused.stderr
+    done = small(own, "--allow", "my_methods", word)
+    assert done.returncode == 0, done.stderr
+    assert "my_methods.Mine" in next(own.parent.glob("outputs/*/*/config.yaml")).read_text()
+
+
+def test_what_was_not_foreseen_is_a_line_and_a_traceback_in_the_log(own: Path) -> None:
+    word = "method._target_=my_methods.Broken"
+    done = small(own, "--allow=my_methods", word)
+    (log,) = own.parent.glob("outputs/*/*/cli.log")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [
+        "fusion_bench: ZeroDivisionError: of mine, with ***",
+        f"  This was not foreseen, so please report it. The traceback is in {log}.",
+    ]
+    written = log.read_text()
+    assert "Traceback" in written and "ZeroDivisionError: of mine, with ***" in written
+    assert "hf_abc" not in done.stdout + done.stderr + written
+
+
+def test_a_token_is_refused_before_anything_is_written(conf: Path) -> None:
+    token = "hf_" + "abcdefgh" * 4
+    done = small(conf, f"++modelpool.token={token}")
+    assert done.returncode == 2 and "modelpool.token: looks like a token" in done.stderr
+    assert token not in done.stdout + done.stderr
+    assert {path.name for path in conf.parent.iterdir()} == {"conf"}

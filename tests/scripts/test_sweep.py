@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import yaml
 from commandline import SCRIPT, fusion_bench
 
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.report import Report
 from fusion_bench.report.leaderboard import Leaderboard
-from fusion_bench.scripts.sweep import FusionBenchError, check_strategy, directory_name
+from fusion_bench.scripts.sweep import check_strategy, directory_name, lost_workers
 
 #: Runs the command line, and writes a line for each model that is judged on a task, and for each
 #: that is fused; once enough are judged it kills itself.
@@ -34,7 +36,7 @@ def note(what):
 
 def judged(*args):
     result = judge(*args)
-    note(args[-1])
+    note(args[5])
     if log.read_text().count("judging merged") == times:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
@@ -295,3 +297,8 @@ def test_slurm_is_asked_for_what_the_config_says(
         assert f"#SBATCH {option}\n" in script, script
     assert "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK" in script
     assert "submitit.core._submit" in script
+
+
+def test_a_worker_that_is_killed_is_named_in_one_line() -> None:
+    with pytest.raises(WorldError, match="ended from outside"), lost_workers():
+        raise BrokenProcessPool("A worker process managed by the executor was terminated")

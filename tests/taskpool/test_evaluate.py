@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.taskpool import Score
-from fusion_bench.taskpool.evaluate import Loading, judge
+from fusion_bench.taskpool.evaluate import Loading, Room, judge
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
@@ -135,3 +135,57 @@ def test_a_batch_size_is_a_positive_number(size: Any) -> None:
 def test_no_sample_may_be_dropped() -> None:
     with pytest.raises(FusionBenchError, match="would leave samples unjudged"):
         Loading.for_device({"drop_last": True}, CPU)
+
+
+# --- memory
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize("full_batches", [False, True])
+def test_where_memory_runs_out_the_batch_is_halved(
+    images: PreparedImages, error: Exception, full_batches: bool
+) -> None:
+    tried = []
+
+    def classify(pixels: Tensor) -> Tensor:
+        tried.append(len(pixels))
+        if len(pixels) > 2:
+            raise error
+        return thirds(pixels)
+
+    room = Room()
+    loading = Loading(6, workers=1, ahead=0, pin_memory=False, full_batches=full_batches)
+    score = judge(CPU, classify, images, np.arange(7), loading, "judging", room)
+    assert tried == ([6, 3, 1, 1, 1, 1, 1, 1, 1])
+    assert room.most == 1
+    assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert score.losses.tolist() == judged(images).losses.tolist()
+
+    tried.clear()  # what was learnt is remembered
+    room.most = 2
+    judge(CPU, classify, images, np.arange(7), loading, "judging", room)
+    assert tried == ([2] * 4 if full_batches else [2, 2, 2, 1])
+
+
+def test_without_memory_for_one_image_it_ends(images: PreparedImages) -> None:
+    def classify(pixels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    loading = Loading(6, workers=1, ahead=0, pin_memory=False)
+    with pytest.raises(WorldError, match="judging a on b, one image at a time"):
+        judge(CPU, classify, images, np.arange(7), loading, "judging a on b")
+
+
+def test_another_error_is_not_taken_for_want_of_memory(images: PreparedImages) -> None:
+    def classify(pixels: Tensor) -> Tensor:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    loading = Loading(6, workers=1, ahead=0, pin_memory=False)
+    with pytest.raises(RuntimeError, match="shapes"):
+        judge(CPU, classify, images, np.arange(7), loading, "judging")

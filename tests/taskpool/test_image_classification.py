@@ -265,3 +265,14 @@ def test_a_classifier_that_is_not_there(zoo: Path, family: Path, tmp_path: Path)
 def test_a_module_brings_no_processor(zoo: Path, family: Path) -> None:
     module = AutoModelForImageClassification.from_pretrained(zoo / "vit" / "a")
     assert "taskpool.processor: missing" in refused(zoo, family, module)
+
+
+def test_classes_are_held_against_the_datasets_before_a_weight_is_read(
+    family: Path, zoo: Path
+) -> None:
+    places = {task: str(zoo / "vit" / task) for task in ("a", "b")}
+    assert tasks(family, places).plan().problems == []
+    (problem,) = tasks(family, places | {"a": places["b"]}).plan().problems
+    assert str(problem) == ("taskpool.classifiers.a: it tells 5 classes apart, the dataset has 3.")
+    (problem,) = tasks(family, places | {"a": "/no/such"}).plan().problems
+    assert str(problem).startswith("taskpool.classifiers.a: There is no such directory")

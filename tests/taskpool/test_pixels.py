@@ -324,7 +324,7 @@ def test_nothing_is_removed_for_what_can_have_no_room() -> None:
 
 def test_a_store_that_cannot_be_had_costs_time_only(caplog: pytest.LogCaptureFixture) -> None:
     assert content(prepared(max_bytes=100)) == expected()
-    assert "not kept: no room" in caplog.text
+    assert "no room" in caplog.text
 
 
 def test_a_place_that_cannot_be_written_costs_time_only(
@@ -333,7 +333,7 @@ def test_a_place_that_cannot_be_written_costs_time_only(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "file"))
     assert content(prepared()) == expected()
-    assert caplog.text.count("images are not kept") == 1
+    assert caplog.text.count("goes on without") == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -343,7 +343,7 @@ def test_a_directory_without_rights_costs_time_only(
     tmp_path.chmod(0o500)
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path))
     assert content(prepared()) == expected()
-    assert "images are not kept" in caplog.text
+    assert "goes on without" in caplog.text
 
 
 @pytest.fixture
@@ -383,7 +383,7 @@ def test_a_disk_that_fills_up_costs_time_only(
     with ThreadPoolExecutor(8) as pool:
         several = list(pool.map(found.pixels, range(100)))
     assert [pixels.tolist() for pixels in several] == expected(images(100))
-    assert "not kept any more" in caplog.text
+    assert "goes on without" in caplog.text
 
 
 def open_files() -> int:

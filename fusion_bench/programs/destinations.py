@@ -1,0 +1,178 @@
+"""Where a run leaves its files, and what may be replaced there."""
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from fusion_bench.errors import ConfigError, did_you_mean
+from fusion_bench.modelpool.directory import CONFIGS, PROCESSORS
+from fusion_bench.programs.environment import config_sha256
+from fusion_bench.storage import write_text
+
+#: What a saved model's directory holds. Where there is anything else it is not replaced.
+_MODEL_FILES = (
+    *CONFIGS,
+    *PROCESSORS,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "ensemble.json",
+    "README.md",
+)
+
+
+class Destinations:
+    """The places that a run writes to.
+
+    Args:
+        config: the run's.
+        output_dir: where the report and what goes with it are written.
+        overwrite: whether what another run left there may be replaced.
+
+    Attributes:
+        report_path: one more place for the report.
+        model_path: the merged model's directory.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        output_dir: Path | None,
+        overwrite: bool,
+    ):
+        self.output_dir = output_dir
+        self.report_path: Path | None = None
+        self.model_path: Path | None = None
+        self._overwrite = overwrite
+        self._run = config_sha256(config)
+
+    def put_report(self, path: str | None) -> None:
+        """Take ``report_save_path`` of the config; ``{log_dir}`` in it is ``output_dir``.
+
+        Raises:
+            ConfigError: it can be no such path.
+        """
+        if path is not None and not path.endswith(".json"):
+            raise ConfigError(f"report_save_path: '{path}' does not end in '.json'.")
+        self.report_path = self._path("report_save_path", path)
+
+    def put_model(self, path: str | None) -> None:
+        """Take ``merged_model_save_path`` of the config; likewise.
+
+        Raises:
+            ConfigError: it can be no such path.
+        """
+        self.model_path = self._path("merged_model_save_path", path)
+
+    @property
+    def reports(self) -> list[Path]:
+        """All places of the report's JSON."""
+        own = None if self.output_dir is None else self.output_dir / "report.json"
+        return [path for path in (own, self.report_path) if path is not None]
+
+    def check_reports(self, *, done: bool = False) -> None:
+        """Refuse to replace a report that is not this run's.
+
+        One that this very run has left in the output directory is made again.
+
+        Args:
+            done: whether the run's own report was found, which then need not be made.
+
+        Raises:
+            ConfigError: there is one, and ``overwrite`` does not allow to replace it.
+        """
+        for place in [] if self._overwrite else self.reports:
+            same = _config_of(place) == self._run
+            if place == self.report_path:
+                refused = place.exists() and not (done and same)
+                key = "report_save_path"
+            else:  # one that cannot be read counts as none
+                refused = _config_of(place) is not None and not same
+                key = "hydra.run.dir"
+            if refused:
+                raise ConfigError(
+                    f"{key}: '{place}' exists already, and is of another run. Choose another "
+                    "path, or give overwrite=true."
+                )
+
+    def check_model(self, *, done: bool = False) -> None:
+        """Refuse to replace a model that is not this run's, and whatever is no model.
+
+        One that this very run has left when it was killed is made again.
+
+        Args:
+            done: as above.
+
+        Raises:
+            ConfigError: there is one, and ``overwrite`` does not allow to replace it or it is
+                nothing that a run could have left.
+        """
+        if self.model_path is None or not self.model_path.exists() or done:
+            return
+        key = "merged_model_save_path"
+        if not (self._overwrite or self._was_left_unfinished()):
+            raise ConfigError(
+                f"{key}: '{self.model_path}' exists already. Choose another path, or give "
+                "overwrite=true."
+            )
+        if (foreign := _foreign(self.model_path)) is not None:
+            raise ConfigError(
+                f"{key}: '{self.model_path}' is not replaced, for '{foreign}' is no part of a "
+                "saved model. Choose another path."
+            )
+
+    def begin_model(self) -> None:
+        """Note beside the model's directory that what will be there is not finished."""
+        if self.model_path is not None:
+            write_text(self._note(self.model_path), self._run)
+
+    def finished(self) -> None:
+        """Take the note away: from now on the model is somebody's own."""
+        if self.model_path is not None:
+            self._note(self.model_path).unlink(missing_ok=True)
+
+    def _was_left_unfinished(self) -> bool:
+        assert self.model_path is not None
+        with suppress(OSError):
+            return self._note(self.model_path).read_text(encoding="utf-8") == self._run
+        return False
+
+    @staticmethod
+    def _note(model_path: Path) -> Path:
+        return model_path.with_name(f".{model_path.name}.unfinished")
+
+    def _path(self, key: str, path: str | None) -> Path | None:
+        if path is None:
+            return None
+        for placeholder in re.findall(r"\{(\w*)\}", path):
+            if placeholder != "log_dir":
+                raise ConfigError(
+                    f"{key}: '{{{placeholder}}}' is unknown. "
+                    + did_you_mean(placeholder, ["log_dir"])
+                )
+        if "{log_dir}" in path and self.output_dir is None:
+            raise ConfigError(f"{key}: '{{log_dir}}' needs an output_dir.")
+        return Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
+
+
+def _config_of(report: Path) -> str | None:
+    """Return the hash of the config that a report is of; ``None`` where there is no report."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return str(json.loads(report.read_text(encoding="utf-8"))["run"]["config_sha256"])
+    return None
+
+
+def _foreign(path: Path) -> str | None:
+    """Return what in a directory a saved model does not have; ``None`` for a model's."""
+    if path.is_symlink() or not path.is_dir():
+        return path.name
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            if (inner := _foreign(entry)) is not None:
+                return f"{entry.name}/{inner}"
+        elif not any(fnmatch(entry.name, pattern) for pattern in _MODEL_FILES):
+            return entry.name
+    return None

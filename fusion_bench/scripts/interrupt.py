@@ -1,0 +1,88 @@
+"""Ctrl-C and SIGTERM end the process soon, wherever it stands."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+#: Seconds in which the work may be unwound, which removes what is half done. After that the process
+#: ends all the same: what is half done lies aside and is removed by the next run.
+PATIENCE = 0.8
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user, or the system, wants the process to end.
+
+    Attributes:
+        exit_code: what it ends with: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise ``Interrupted`` at a signal, and end the process where that is of no use in time.
+
+    Python tells of a signal only between two of its own steps, and threads are waited for: a long
+    operation of torch or a large file that is being read would hold the process up. So a thread
+    watches the signals too. To be used once in a process, around all that it does.
+    """
+    heeded = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    noticed, notice = os.pipe()
+    os.set_blocking(notice, False)
+    signal.set_wakeup_fd(notice, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(noticed, heeded), daemon=True, name="signals").start()
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        for each in heeded:  # one is enough: what follows is not to be interrupted again
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    def in_child() -> None:
+        # A child's signals are its own; it ends at them as Python and the system have it.
+        signal.set_wakeup_fd(-1)
+        for each in heeded:
+            if signal.getsignal(each) is interrupt:
+                plain = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
+                signal.signal(each, plain)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, heeded),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded),
+        after_in_child=in_child,
+    )
+    for each in heeded:
+        signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        if any(signal.getsignal(each) == signal.SIG_IGN for each in heeded):  # there was one
+            end_children()
+
+
+def end_children() -> None:
+    """Kill the processes that this one has started through ``multiprocessing``."""
+    for child in multiprocessing.active_children():
+        if child.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)  # joblib's have no method for it
+
+
+def _watch(noticed: int, heeded: list[signal.Signals]) -> None:
+    """End the process some time after a signal, if it is still there."""
+    while (signum := os.read(noticed, 1)[0]) not in heeded:
+        pass
+    time.sleep(PATIENCE)
+    end_children()
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\r\x1b[K")  # the remains of a bar
+    os._exit(128 + signum)

@@ -1,0 +1,101 @@
+"""What becomes of a run where the machine fails it."""
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+
+from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
+from fusion_bench.instantiate import instantiate
+from fusion_bench.programs.environment import launch, make_fabric
+from fusion_bench.report import Report
+
+
+def refuse_the_config(fabric: Fabric) -> None:
+    if fabric.global_rank == 1:
+        raise ConfigError("method.scaling_factor: 'much' is no number.")
+    fabric.barrier()
+
+
+def run_out_of_memory(fabric: Fabric) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")
+
+
+def fill_the_disk(fabric: Fabric) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "/data/file")
+
+
+def be_killed(fabric: Fabric) -> None:
+    if fabric.global_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fabric.barrier()
+
+
+def err(fabric: Fabric) -> None:
+    raise ZeroDivisionError
+
+
+FAILURES: list[tuple[Callable[[Fabric], None], type[FusionBenchError], str]] = [
+    (run_out_of_memory, WorldError, "^Out of memory: CUDA out of memory. Choose"),
+    (fill_the_disk, WorldError, "^The disk fails the run: No space left on device: '/data/file'"),
+]
+
+
+@pytest.mark.parametrize(("work", "kind", "message"), FAILURES)
+def test_failures_of_the_machine(
+    work: Callable[[Fabric], None], kind: type[FusionBenchError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        launch(make_fabric({"accelerator": "cpu"}), work)
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "message"),
+    [
+        *FAILURES,
+        (refuse_the_config, ConfigError, r"^method\.scaling_factor: 'much' is no number\.$"),
+        (be_killed, WorldError, r"process 1 was ended from outside \(SIGKILL\)"),
+    ],
+)
+def test_failures_in_one_of_two_processes(
+    work: Callable[[Fabric], None], kind: type[FusionBenchError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        launch(make_fabric({"accelerator": "cpu", "devices": 2}), work)
+
+
+def test_other_errors_are_not_disguised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        launch(make_fabric({"accelerator": "cpu"}), err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"^fabric: .*CUDA"):
+        make_fabric({"accelerator": "cuda"})
+
+
+def test_the_report_tells_that_memory_ran_out(
+    program_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = instantiate(program_config).run()
+    classify = torch.nn.functional.normalize
+
+    def full(tensor: Any, **options: Any) -> Any:
+        if tensor.dim() == 2 and len(tensor) > 5 and torch.is_inference_mode_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return classify(tensor, **options)
+
+    monkeypatch.setattr("fusion_bench.taskpool.zero_shot.normalize", full)
+    program_config["taskpool"]["cache"] = False
+    report = instantiate(program_config).run()
+    assert isinstance(report, Report)
+    assert report.run.notes == ["Memory ran out: 5 images were judged at a time."]
+    for name, model in report.models.items():
+        for task, result in model.tasks.items():
+            assert result.accuracy == whole.models[name].tasks[task].accuracy

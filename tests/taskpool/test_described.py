@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from fixtures_clip import write_dataset
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.taskpool.described import describe, split_names
+
+LOAD = "datasets.load_dataset"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("described") / "data set"
+    write_dataset(place, ["cat", "dog", "emu"], splits={"train": 5, "test": 7})
+    return place
+
+
+def test_a_local_directory_tells_by_its_card_and_footers(folder: Path, tmp_path: Path) -> None:
+    node = {"_target_": LOAD, "path": str(folder), "split": "test"}
+    found = describe(node, "k", tmp_path)
+    assert found is not None and found.features is not None
+    assert dict(found.splits) == {"train": 5, "test": 7}
+    assert found.features["label"].names == ["cat", "dog", "emu"]
+    assert found.download == 0
+    shards = sum(file.stat().st_size for file in (folder / "data").iterdir())
+    assert found.prepared == shards  # as the card says
+
+
+def test_without_a_card_the_parquet_footers_tell(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", ["cat", "dog"], splits={"test": 4})
+    (tmp_path / "d" / "README.md").unlink()
+    found = describe({"_target_": LOAD, "path": str(tmp_path / "d"), "split": "test"}, "k")
+    assert found is not None and found.features is not None
+    assert dict(found.splits) == {"test": 4} and found.features["label"].names == ["cat", "dog"]
+
+
+def test_nothing_is_left_in_the_caches(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    scratch = tmp_path / "scratch"
+    describe({"_target_": LOAD, "path": str(folder), "split": "test"}, "k", scratch)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "tset"}, "k: Cannot read the dataset '{0}': it has no split 'tset'. Did you"),
+        ({"split": "train[:50%]+tset[1:]"}, "it has no split 'tset'"),
+        ({"split": None}, "k: names no split. Add 'split: …', one of: train, test."),
+        ({"path": "/no/such"}, "There is no such directory: '/no/such'"),
+        ({"name": "other"}, "it has no configuration 'other'"),
+    ],
+)
+def test_mistakes(folder: Path, changes: dict[str, str], message: str) -> None:
+    node = {"_target_": LOAD, "path": str(folder), "split": "test"} | changes
+    with pytest.raises(FusionBenchError) as caught:
+        describe(node, "k")
+    assert message.format(folder) in str(caught.value)
+
+
+def test_splits_that_are_there_pass(folder: Path) -> None:
+    for split in ("all", "train[:50%]+test", "train"):
+        assert describe({"_target_": LOAD, "path": str(folder), "split": split}, "k")
+
+
+def test_what_was_saved_to_disk(tmp_path: Path) -> None:
+    features = Features({"label": ClassLabel(names=["x", "y"]), "text": Value("string")})
+    rows = Dataset.from_dict({"label": [0, 1], "text": ["a", "b"]}, features=features)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "several")
+    node = {"_target_": "datasets.load_from_disk", "dataset_path": str(tmp_path / "one")}
+    found = describe(node, "k")
+    assert found is not None and found.features == features
+    with pytest.raises(FusionBenchError, match="k: names no split"):
+        describe(node | {"dataset_path": str(tmp_path / "several")}, "k")
+    with pytest.raises(FusionBenchError, match="no such directory"):
+        describe(node | {"dataset_path": str(tmp_path / "none")}, "k")
+
+
+def test_the_zoo_is_not_built_to_be_described() -> None:
+    node = {"_target_": "fusion_bench.zoo.load_dataset", "name": "shapes", "split": "test"}
+    found = describe(node, "k")
+    assert found is not None and found.features is not None
+    assert found.features["label"].num_classes == 8
+    for wrong, message in (({"name": "shape"}, "'shapes'"), ({"split": "tset"}, "'test'")):
+        with pytest.raises(FusionBenchError, match=f"Did you mean {message}"):
+            describe(node | wrong, "k")
+
+
+def test_others_are_left_alone() -> None:
+    assert describe({"_target_": "some.other"}, "k") is None
+    assert describe(object(), "k") is None
+
+
+def test_split_names() -> None:
+    assert split_names("train[:80%] + test") == ["train", "test"]
