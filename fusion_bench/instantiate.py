@@ -178,9 +178,12 @@ def _signature_problems(
         return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
         yield f"{prefix}{name}: {mistake}"
+    if not callable(function):
+        yield f"{prefix}_target_: '{target}' cannot be called; 'hydra.utils.get_object' returns it."
+        return
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some builtins do not tell their signature
+    except ValueError:  # some builtins do not tell their signature
         return
     given = {name for name in node if name not in _HYDRA_KEYS} | set(arguments)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
