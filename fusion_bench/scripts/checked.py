@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import ConfigError
@@ -76,10 +78,11 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             config = super().load_configuration(
                 config_name, overrides, run_mode, from_shell, validate_sweep_overrides
             )
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"'{config_name}': a config is not in UTF-8: {error}.") from error
-        except RecursionError as error:
-            raise ConfigError(f"'{config_name}': a config is nested too deeply.") from error
+        except (HydraException, OmegaConfBaseException):
+            raise
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # What Hydra makes of no text, of trees without end, or of its own key set to null.
+            raise ConfigError(f"'{config_name}' cannot be composed: {error}.") from error
         if problems := list(_problems(config)):
             raise ConfigError("\n".join(dict.fromkeys(problems)))
         return config
