@@ -367,8 +367,9 @@ def _write(rows: list[dict[str, Any]], results: Path) -> None:
     cells = {(row["fault"], row["subject"]): row for row in rows}
     lines = [
         f"Measured by `benchmarks/faults.py network` on {where}: {len(rows)} trials, "
-        f"{sum(row['as expected'] for row in rows)} as expected. Timeouts of {TIMEOUT} seconds. {WORKERS} "
-        "run at a time, so that seconds, in brackets, hold much waiting for the processor.",
+        f"{sum(row['as expected'] for row in rows)} as expected. Timeouts of {TIMEOUT} seconds. "
+        f"{WORKERS} run at a time, so that seconds, in brackets, hold much waiting for the "
+        "processor.",
         "",
         "| fault | " + " | ".join(subjects) + " |",
         "| --- |" + " --- |" * len(subjects),
