@@ -177,6 +177,8 @@ def _signature_problems(
     except ConfigError as error:
         yield f"{prefix}_target_: {error}"
         return
+    except (TypeError, ValueError):  # a builtin that does not tell its signature
+        return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
         yield f"{prefix}{name}: {mistake}"
     given = {name for name in node if name not in _HYDRA_KEYS} | set(arguments)
