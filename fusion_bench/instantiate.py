@@ -173,14 +173,15 @@ def _signature_problems(
     target = node["_target_"]
     try:
         function = target if callable(target) else find(target)
-        parameters = inspect.signature(function).parameters
     except ConfigError as error:
         yield f"{prefix}_target_: {error}"
         return
-    except (TypeError, ValueError):  # a builtin that does not tell its signature
-        return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
         yield f"{prefix}{name}: {mistake}"
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some builtins do not tell their signature
+        return
     given = {name for name in node if name not in _HYDRA_KEYS} | set(arguments)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given - set(parameters)):

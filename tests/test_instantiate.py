@@ -90,3 +90,8 @@ def test_a_value_of_another_type_is_named(target: str, given: dict[str, Any], sa
 def test_whole_numbers_are_numbers() -> None:
     node = {"_target_": "fusion_bench.method.WeightedAverageAlgorithm", "weights": [1, 2.5]}
     assert instantiate(node, "method").weights == [1, 2.5]
+
+
+def test_what_cannot_be_called_is_no_target() -> None:
+    with pytest.raises(FusionBenchError, match=r"a\._target_: 'torch\.float32' may not be called"):
+        instantiate({"_target_": "torch.float32"}, "a")
