@@ -178,9 +178,6 @@ def _signature_problems(
         return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
         yield f"{prefix}{name}: {mistake}"
-    if not callable(function):
-        yield f"{prefix}_target_: '{target}' cannot be called; 'hydra.utils.get_object' returns it."
-        return
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # some builtins do not tell their signature

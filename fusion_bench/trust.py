@@ -66,8 +66,8 @@ _READERS = ("generator", "pandas", "spark", "sql")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
-def find(name: str) -> Any:
-    """Return what a ``_target_`` names.
+def find(name: str, *, called: bool = True) -> Any:
+    """Return what a ``_target_`` names, or with ``called=False`` what a lookup may return.
 
     The name is looked at before anything is imported, and what it turned out to be afterwards: a
     module of ours is no door to what it imports itself.
@@ -81,7 +81,7 @@ def find(name: str) -> Any:
         found = get_object(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot find '{name}'. {_nearest(name)}".rstrip()) from error
-    if not _allowed(name, found):
+    if not _allowed(name, found) or (called and not callable(found)):
         raise ConfigError(_refusal(name))
     return found
 
@@ -90,9 +90,7 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
     """Yield the key and the mistake of each argument that would let somebody's code run."""
     if target in _LOOKUPS:
         try:
-            found = find(node.get("path", ""))
-            if not callable(found) and type(found).__name__ != "dtype":
-                yield "path", _refusal(node["path"])
+            find(node.get("path", ""), called=False)
         except ConfigError as error:
             yield "path", str(error)
     if node.get("trust_remote_code") and os.environ.get(TRUST_REMOTE_CODE) != "1":

@@ -93,5 +93,5 @@ def test_whole_numbers_are_numbers() -> None:
 
 
 def test_what_cannot_be_called_is_no_target() -> None:
-    with pytest.raises(FusionBenchError, match=r"a\._target_: 'torch\.float32' cannot be called"):
+    with pytest.raises(FusionBenchError, match=r"a\._target_: 'torch\.float32' may not be called"):
         instantiate({"_target_": "torch.float32"}, "a")

@@ -170,10 +170,10 @@ def test_the_hub_is_looked_for_once_a_minute(tmp_path: Path) -> None:
 
 
 def test_nodes_name_what_they_read(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSION_BENCH_ALLOW", "builtins,io")
+    monkeypatch.setenv("FUSION_BENCH_ALLOW", "builtins,shutil")
     node = {"_target_": "builtins.dict", "path": "owner/name"}
     assert load("dataset", node, "taskpool.test_datasets.a") == {"path": "owner/name"}
-    node = {"_target_": "builtins.open", "file": "no-such-file"}
+    node = {"_target_": "shutil.copyfile", "src": "no-such-file", "dst": "nowhere"}
     with pytest.raises(FusionBenchError, match=r"the dataset 'taskpool\.test_datasets\.a'"):
         load("dataset", node, "taskpool.test_datasets.a")
 

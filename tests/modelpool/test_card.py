@@ -108,7 +108,10 @@ def test_a_module_is_described_by_its_class(tmp_path: Path) -> None:
     assert found["sources"]["a"]["source"] == "a Linear"
 
 
-def test_a_node_is_described_as_it_stands_in_the_config(tmp_path: Path) -> None:
+def test_a_node_is_described_as_it_stands_in_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_BENCH_ALLOW", "torch")
     node = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2}
     pool = HFModelPool({"a": node})
     weights = pool.weights("a")
