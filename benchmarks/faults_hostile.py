@@ -193,6 +193,10 @@ def _arguments() -> Iterator[Hostile]:
         "a kernel from the Hub": {"attn_implementation": "stranger/kernel"},
         "kernels": {"use_kernels": True},
         "pickled weights": {"weights_only": False},
+        "pickled weights by a number": {"weights_only": 0},
+        "a kernel by a mapping": {"attn_implementation": {"": "stranger/kernel"}},
+        "a proxy for the token": {"proxies": {"http": "http://127.0.0.1:9"}},
+        "arguments by place": {"_args_": ["stranger/repo"]},
     }.items():
         yield Hostile(name, {"modelpool": {"models": {"digits": {**load, **options}}}})
     data = {"_target_": "datasets.load_dataset", "path": "stranger/data"}
@@ -200,6 +204,10 @@ def _arguments() -> Iterator[Hostile]:
         "a dataset's code": {"trust_remote_code": True},
         "a generator": {"path": "generator"},
         "a pickled table": {"path": "pandas", "data_files": "stranger.pkl"},
+        "a reader by place": {"_args_": ["sql"]},
+        "the token to another host": {
+            "storage_options": {"hf": {"endpoint": "http://127.0.0.1:9"}}
+        },
         "a database": {"path": "sql", "sql": "select 1", "con": "sqlite:///canary"},
     }.items():
         yield Hostile(name, {"taskpool": {"test_datasets": {"digits": {**data, **options}}}})
@@ -247,6 +255,15 @@ def _of_hydra() -> Iterator[Hostile]:
         yield hydra(f"the variable {name}", {"job": {"env_set": {name: "stranger"}}})
     yield hydra("a copy of the environment", {"job": {"env_copy": ["HF_TOKEN"]}})
     stranger = {"stranger/__init__.py": _PYTHON, "stranger/x.yaml": ""}
+    for name in ("NCCL_NET_PLUGIN", "NCCL_DEBUG_FILE"):
+        yield hydra(f"the variable {name}", {"job": {"env_set": {name: "/stranger"}}})
+    yield hydra("a job's name that leads elsewhere", {"job": {"name": "../../canary"}})
+    yield hydra("Hydra's own files elsewhere", {"output_subdir": "/tmp/stranger"})
+    yield hydra("a swept search path",
+                {"sweeper": {"params": {"hydra.searchpath": "[pkg://this]"}}},
+                words=["-m", "seed=1"])  # fmt: skip
+    yield Hostile("a method that is none", {"method": {
+        "_target_": "lightning.fabric.loggers.CSVLogger", "root_dir": _CANARY}})  # fmt: skip
     yield hydra("a package to search", {"searchpath": ["pkg://stranger"]}, files=stranger)
     for section in ("job_logging", "hydra_logging"):
         for name, handler in {
@@ -256,6 +273,8 @@ def _of_hydra() -> Iterator[Hostile]:
             "a mail": {"class": "logging.handlers.SMTPHandler", "mailhost": "127.0.0.1"},
             "an object": {"class": "logging.StreamHandler", "stream": "ext://os.environ"},
             "a start-up file": {"class": "logging.FileHandler", "filename": ".bashrc"},
+            "an attribute": {"class": "logging.FileHandler", ".": {"baseFilename": _CANARY}},
+            "bytes for a name": {"class": "logging.FileHandler", "filename": b".profile"},
             "a file elsewhere": {"class": "logging.FileHandler", "filename": "../canary.log"},
             "an interpolation": {"class": "${oc.decode:logging.handlers.SocketHandler}"},
         }.items():

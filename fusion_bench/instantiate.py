@@ -11,7 +11,7 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 
 from fusion_bench.errors import ConfigError, did_you_mean
-from fusion_bench.trust import argument_problems, find
+from fusion_bench.trust import argument_problems, find, is_users
 
 T = TypeVar("T")
 
@@ -29,6 +29,14 @@ _WANTED = {
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
     "none_required": "null",
+}
+#: Where the classes for a section of the program's config are.
+_SECTIONS = {
+    "method": "fusion_bench.method.",
+    "modelpool": "fusion_bench.modelpool.",
+    "taskpool": "fusion_bench.taskpool.",
+    "search": "fusion_bench.programs.",
+    "fabric": "lightning.",
 }
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
@@ -176,6 +184,9 @@ def _signature_problems(
     except ConfigError as error:
         yield f"{prefix}_target_: {error}"
         return
+    if isinstance(target, str) and not is_users(target) and not _is_of_kind(target, key):
+        yield f"{prefix}_target_: '{target}' is no {key}."
+        return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
         yield f"{prefix}{name}: {mistake}"
     try:
@@ -195,6 +206,10 @@ def _signature_problems(
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if named and parameter.default is parameter.empty and name not in given:
             yield f"{prefix}{name}: missing; {_short(target)} needs it."
+
+
+def _is_of_kind(target: str, key: str) -> bool:
+    return target.startswith(_SECTIONS.get(key, ""))
 
 
 def _type_problems(function: Any, given: Mapping[str, Any], prefix: str) -> Iterator[str]:

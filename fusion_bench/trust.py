@@ -63,6 +63,8 @@ _LISTED = ("datasets", "fusion_bench", "hydra", "lightning", "omegaconf", "torch
 _LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
 #: Readers of ``datasets`` that take more than files of data.
 _READERS = ("generator", "pandas", "spark", "sql")
+#: Arguments that say where a token is sent.
+_CONNECTIONS = ("download_config", "endpoint", "mirror", "proxies", "storage_options")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -99,11 +101,18 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
             "would run code from the repository. If you trust its owner, say so outside of the "
             f"config: --trust-remote-code, or {TRUST_REMOTE_CODE}=1 in the environment.",
         )
-    if node.get("weights_only") is False:
+    if is_users(target):
+        return
+    if node.get("_args_"):
+        yield "_args_", "is not looked at. Give each argument by its name."
+    if node.get("weights_only", True) is not True:
         yield "weights_only", "pickled weights can run code; only weights are read. Remove it."
-    kernel = node.get("attn_implementation")
-    if isinstance(kernel, str) and not re.fullmatch(r"\w+", kernel):
+    kernel = node.get("attn_implementation", "sdpa")
+    if not isinstance(kernel, str) or not re.fullmatch(r"\w+", kernel):
         yield "attn_implementation", f"'{kernel}' would fetch code. Choose sdpa or eager."
+    for name in _CONNECTIONS:
+        if node.get(name):
+            yield name, "may send your token elsewhere. Set it in the environment, or remove it."
     if node.get("use_kernels") or node.get("kernel_config"):
         yield "use_kernels", "would fetch code. Remove it."
     if target == "datasets.load_dataset" and node.get("path") in _READERS:

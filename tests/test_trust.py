@@ -127,12 +127,23 @@ def test_the_user_allows_a_package_outside_of_the_config(
         {"_target_": "transformers.AutoModel.from_pretrained", "trust_remote_code": True},
         {"_target_": "transformers.AutoModel.from_pretrained", "weights_only": False},
         {"_target_": "transformers.AutoModel.from_pretrained", "attn_implementation": "a/b"},
+        {"_target_": "transformers.AutoModel.from_pretrained", "weights_only": 0},
+        {"_target_": "transformers.AutoModel.from_pretrained", "attn_implementation": {"": "a/b"}},
         {"_target_": "datasets.load_dataset", "path": "generator"},
+        {"_target_": "datasets.load_dataset", "_args_": ["pandas"]},
+        {"_target_": "datasets.load_dataset", "path": "a/b", "storage_options": {"hf": {"a": 1}}},
+        {"_target_": "datasets.load_from_disk", "dataset_path": "a", "storage_options": {"a": 1}},
     ],
     ids=str,
 )
 def test_refused_at_every_depth(node: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
+        instantiate(node, "x")
+
+
+def test_a_section_is_made_of_what_it_is_for() -> None:
+    node = {"_target_": "lightning.fabric.loggers.CSVLogger", "root_dir": "/nowhere"}
+    with pytest.raises(ConfigError, match=r"method\._target_: '.*CSVLogger' is no method"):
         instantiate(node, "method")
 
 

@@ -8,6 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from fusion_bench.errors import ConfigError, did_you_mean
 from fusion_bench.modelpool.directory import CONFIGS, PROCESSORS
 from fusion_bench.programs.environment import config_sha256
@@ -21,6 +23,16 @@ _MODEL_FILES = (
     "*.safetensors.index.json",
     "ensemble.json",
     "README.md",
+)
+
+
+#: What a run writes into its output directory.
+_REPORT_FILES = (
+    "config.yaml",
+    "report.md",
+    "report.html",
+    "report.answers.safetensors",
+    "report.json",
 )
 
 
@@ -48,6 +60,7 @@ class Destinations:
         self.model_path: Path | None = None
         self._overwrite = overwrite
         self._run = config_sha256(config)
+        self._yaml = OmegaConf.to_yaml(config)
 
     def put_report(self, path: str | None) -> None:
         """Take ``report_save_path`` of the config; ``{log_dir}`` in it is ``output_dir``.
@@ -84,19 +97,34 @@ class Destinations:
         Raises:
             ConfigError: there is one, and ``overwrite`` does not allow to replace it.
         """
-        for place in [] if self._overwrite else self.reports:
-            same = _config_of(place) == self._run
-            if place == self.report_path:
-                refused = place.exists() and not (done and same)
-                key = "report_save_path"
-            else:  # one that cannot be read counts as none
-                refused = _config_of(place) is not None and not same
-                key = "hydra.run.dir"
-            if refused:
-                raise ConfigError(
-                    f"{key}: '{place}' exists already, and is of another run. Choose another "
-                    "path, or give overwrite=true."
-                )
+        if self._overwrite:
+            return
+        named = self.report_path
+        if named is not None and named.exists() and not (done and _config_of(named) == self._run):
+            raise self._refusal("report_save_path", named)
+        if self.output_dir is not None and not self._is_ours(self.output_dir):
+            raise self._refusal("hydra.run.dir", self.output_dir)
+
+    def _is_ours(self, directory: Path) -> bool:
+        """Tell whether what is in the output directory is of this run, or was begun by it."""
+        if not any((directory / name).exists() for name in _REPORT_FILES):
+            return True
+        if _config_of(directory / "report.json") == self._run:
+            return True
+        if _config_of(directory / "report.json") is not None:
+            return False
+        with suppress(
+            OSError, ValueError
+        ):  # it is written first, and so tells whose the others are
+            return (directory / "config.yaml").read_text(encoding="utf-8") == self._yaml
+        return False
+
+    @staticmethod
+    def _refusal(key: str, place: Path) -> ConfigError:
+        return ConfigError(
+            f"{key}: '{place}' exists already, and is of another run. Choose another path, or give "
+            "overwrite=true."
+        )
 
     def check_model(self, *, done: bool = False) -> None:
         """Refuse to replace a model that is not this run's, and whatever is no model.

@@ -32,16 +32,44 @@ _TARGETS = re.compile(
     rf"|{_PLUGINS}optuna_sweeper\.optuna_sweeper\.OptunaSweeper|optuna\.samplers\.[A-Z]\w*Sampler"
     r"|fusion_bench\.scripts\.(sweep\.SweepCallback|winner\.JudgeWinner)"
 )
-#: Classes that log records may go through, by the key that names them.
-_LOGGING = {
-    "class": re.compile(
-        r"logging\.(Formatter|StreamHandler|FileHandler|NullHandler)"
-        r"|logging\.handlers\.(Timed)?RotatingFileHandler|rich\.logging\.RichHandler"
-    ),
-    "()": re.compile(r"colorlog\.ColoredFormatter|fusion_bench\.redact\.Redacting"),
-    "stream": re.compile(r"ext://sys\.std(out|err)"),
-    # Whatever is written into it, no such file is ever run.
-    "filename": re.compile(r"(\$\{hydra\.(runtime\.output_dir|sweep\.dir)\}/)?[\w${}.-]*\.log"),
+#: What a config may say of logging, and how; all else is refused, its handlers' attributes too.
+_ROOM = r"[^$]*"
+_LOGGING: Mapping[str, Mapping[str, str]] = {
+    "formatters": {
+        "class": r"logging\.Formatter",
+        "()": r"colorlog\.ColoredFormatter",
+        "format": _ROOM,
+        "datefmt": _ROOM,
+        "style": r"[%{$]",
+        "validate": "True|False",
+        "log_colors": _ROOM,
+    },
+    "filters": {"()": r"fusion_bench\.redact\.Redacting"},
+    "handlers": {
+        "class": r"logging\.(StreamHandler|FileHandler|NullHandler)"
+        r"|logging\.handlers\.(Timed)?RotatingFileHandler|rich\.logging\.RichHandler",
+        "stream": r"ext://sys\.std(out|err)",
+        # Whatever is written into it, no such file is ever run.
+        "filename": r"(\$\{hydra\.(runtime\.output_dir|sweep\.dir)\}/)?"
+        r"(\$\{hydra\.job\.name\}|[\w-]|\.(?!\.))+\.log",
+        "mode": "[aw]",
+        "formatter": r"[\w-]+",
+        "level": r"\w+",
+        "filters": r"[\w-]+",
+        "encoding": r"[\w-]+",
+        "delay": "True|False",
+        **dict.fromkeys(("maxBytes", "backupCount", "interval"), r"\d+"),
+        **dict.fromkeys(("when", "utc"), r"\w+"),
+        **dict.fromkeys(
+            ("markup", "rich_tracebacks", "show_level", "show_path", "show_time"), "True|False"
+        ),
+    },
+    "loggers": {
+        "level": r"\w+",
+        "handlers": r"[\w-]+",
+        "filters": r"[\w-]+",
+        "propagate": "True|False",
+    },
 }
 #: What an interpolation may stand for where Hydra makes objects: a text of Hydra's own.
 _PLAIN = re.compile(r"\$\{(hydra\.[\w.]+|fusion_bench\.\w+:[\w,]*)\}")
@@ -53,7 +81,7 @@ _COMMANDS = re.compile(
 )
 _HARMLESS = re.compile(
     r"job\.env_set\.((OMP|MKL|OPENBLAS)_NUM_THREADS|CUDA_VISIBLE_DEVICES|TOKENIZERS_PARALLELISM"
-    r"|HF_HUB_OFFLINE|NCCL_\w+|HYDRA_FULL_ERROR)"
+    r"|HF_HUB_OFFLINE|NCCL_(DEBUG|P2P_DISABLE|IB_DISABLE|SHM_DISABLE|SOCKET_IFNAME)|HYDRA_FULL_ERROR)"
 )
 
 
@@ -74,7 +102,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             ConfigError: with a line for each thing that it may not ask for.
         """
         try:
-            self._check_search_path(config_name)
+            self._check_search_path(config_name, overrides)
             config = super().load_configuration(
                 config_name, overrides, run_mode, from_shell, validate_sweep_overrides
             )
@@ -85,10 +113,15 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             raise ConfigError(f"'{config_name}' cannot be composed: {error}.") from error
         if problems := list(_problems(config)):
             raise ConfigError("\n".join(dict.fromkeys(problems)))
+        if config.get("dry_run") is True:  # it leaves nothing but its log
+            config.hydra.output_subdir = None
         return config
 
-    def _check_search_path(self, config_name: str | None) -> None:
+    def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
         """Let no package be imported for the sake of its configs alone."""
+        for word in overrides:  # some of which a file may have given, to be swept
+            if word.lstrip("+").startswith("hydra.searchpath") and word not in sys.argv:
+                raise ConfigError("hydra.searchpath: is not swept. Give it on the command line.")
         found = self.repository.load_config(config_name) if config_name else None
         main = found.config if found is not None else None
         searched = OmegaConf.select(main, "hydra.searchpath") if isinstance(main, DictConfig) else 0
@@ -113,6 +146,12 @@ def _problems(config: DictConfig) -> Iterator[str]:
         )
     for section in ("job_logging", "hydra_logging"):
         yield from _logging_problems(hydra.pop(section, None), f"hydra.{section}")
+    for key, value, pattern in (
+        ("output_subdir", hydra.get("output_subdir"), r"\.?[\w-]+"),
+        ("job.name", _at(hydra, "job.name"), r"\?\?\?|[\w-][\w.=,+-]*"),
+    ):
+        if value is not None and not _fits(value, pattern):
+            yield f"hydra.{key}: '{value}' is no plain name."
     yield from _call_problems(hydra, "hydra")
     yield from _command_problems(hydra)
 
@@ -136,21 +175,39 @@ def _call_problems(node: Any, key: str) -> Iterator[str]:
             yield f"{key}: holds a line break, which would start another command."
 
 
-def _logging_problems(node: Any, key: str) -> Iterator[str]:
-    """Yield a line for each thing that logging may not call, open or look up."""
-    if isinstance(node, Mapping):
-        for name, child in node.items():
-            place = f"{key}.{name}"
-            if name in _LOGGING and isinstance(child, str):
-                if not _LOGGING[name].fullmatch(child) or ".." in child:
-                    yield f"{place}: '{child}' may not be used from a config."
-            else:
-                yield from _logging_problems(child, place)
-    elif isinstance(node, list):
-        for index, child in enumerate(node):
-            yield from _logging_problems(child, f"{key}[{index}]")
-    elif isinstance(node, str) and ("${" in node or "://" in node):
-        yield f"{key}: '{node}' is no plain text; write it out."
+def _logging_problems(config: Any, key: str) -> Iterator[str]:
+    """Yield a line for each thing that logging may not call, open or set."""
+    parts = dict(config) if isinstance(config, Mapping) else {}
+    parts["loggers"] = {**(parts.get("loggers") or {}), "root": parts.pop("root", None) or {}}
+    for name, value in parts.items():
+        if name in ("version", "disable_existing_loggers"):
+            if not isinstance(value, bool | int):
+                yield f"{key}.{name}: '{value}' is neither a number nor true or false."
+        elif name not in _LOGGING:
+            yield f"{key}.{name}: may not be used from a file."
+        else:
+            yield from _setting_problems(value, f"{key}.{name}", _LOGGING[name])
+
+
+def _setting_problems(section: Any, key: str, known: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each setting, of things by their names, that is not of a known form."""
+    for name, settings in section.items() if isinstance(section, Mapping) else ():
+        for setting, given in settings.items() if isinstance(settings, Mapping) else ():
+            if not all(_fits(value, known.get(str(setting), "(?!)")) for value in _values(given)):
+                yield f"{key}.{name}.{setting}: '{given}' may not be used from a file."
+
+
+def _values(given: Any) -> Sequence[Any]:
+    if isinstance(given, Mapping):
+        return list(given.values())
+    return given if isinstance(given, list) else [given]
+
+
+def _fits(value: Any, pattern: str) -> bool:
+    """Tell whether a value is plain, and of a form."""
+    if value is None or not isinstance(value, str | bool | int | float):
+        return value is None
+    return re.fullmatch(pattern, str(value), re.DOTALL) is not None
 
 
 def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:

@@ -75,8 +75,7 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> float | Failed | None:
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(Redacting())
+        _hide_tokens()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return attempt(partial(_run_program, parts=parts), config, _explain)
         with _plain_messages(show_traceback), disk_failures():
@@ -103,6 +102,17 @@ def set_up_hydra() -> None:
     # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
     for file in (CONFIG_DIR / "launcher").glob("*.yaml"):
         store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
+
+
+def _hide_tokens() -> None:
+    """Keep tokens out of all logs, and of a traceback that Python itself prints."""
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):  # some only hold a place
+            handler.addFilter(Redacting())
+
+
+def _print_redacted(*error: Any) -> None:
+    print(redacted("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 
 def _leave_working_directory() -> None:
@@ -150,8 +160,6 @@ def _prepared(words: list[str]) -> list[str]:
         elif _PROGRAM_KEY.match(word):
             word = f"++{word}"
         prepared.append(word)
-        if word == "++dry_run=true":  # a dry run leaves nothing but its log
-            prepared.append("hydra.output_subdir=null")
     return prepared
 
 
@@ -199,6 +207,7 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if show_traceback:
+            sys.excepthook = _print_redacted
             raise
         logs = _log_traceback()
         if os.environ.get("LOCAL_RANK", "0") == "0":

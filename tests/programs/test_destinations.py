@@ -23,7 +23,7 @@ def test_the_report_of_another_config_in_the_output_directory(
     program_config: dict[str, Any], tmp_path: Path
 ) -> None:
     first = run(program_config, output_dir=tmp_path)
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .*report\.json' exists already"):
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .* exists already"):
         run(program_config, output_dir=tmp_path, seed=1)
     assert Report.load(tmp_path / "report.json") == first
     second = run(program_config, output_dir=tmp_path, seed=1, overwrite=True)
@@ -110,11 +110,25 @@ def test_what_is_no_directory_is_never_replaced(tmp_path: Path) -> None:
             places.check_model()
 
 
-def test_a_report_of_no_run_counts_as_none(tmp_path: Path) -> None:
-    places = Destinations({}, tmp_path, overwrite=False)
-    for text in ("{", "[]", json.dumps({"run": 1})):
-        (tmp_path / "report.json").write_text(text)
-        places.check_reports()
+def test_what_is_not_this_runs_stays_whatever_it_is(tmp_path: Path) -> None:
+    places = Destinations({"a": 1}, tmp_path, overwrite=False)
+    places.check_reports()
+    for name, text in [
+        ("report.json", "{"),
+        ("report.json", "[]"),
+        ("report.json", json.dumps({"run": 1})),
+        ("report.html", "mine"),
+        ("config.yaml", "a: 2"),
+    ]:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .* overwrite=true"):
+            places.check_reports()
+        Destinations({"a": 1}, tmp_path, overwrite=True).check_reports()
+        (tmp_path / name).unlink()
+    # What this run had begun when it was killed.
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    (tmp_path / "report.html").write_text("half of it")
+    places.check_reports()
 
 
 def test_a_report_is_a_json_file(tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ({"job_logging": {"handlers": {"x": {**FILE, "filename": "../a.log"}}}}, "x.filename"),
         ({"job_logging": {"handlers": {"x": {**FILE, "filename": "/a/b.log"}}}}, "x.filename"),
         ({"job_logging": {"handlers": {"x": {"class": "${evil}"}}}}, "x.class"),
+        ({"job_logging": {"handlers": {"file": {".": {"baseFilename": "/a"}}}}}, "handlers.file.."),
+        ({"job_logging": {"handlers": {"file": {"filename": b"/a/.profile"}}}}, "file.filename"),
+        ({"job_logging": {"handlers": {"file": {"filename": ["a.log", "/b"]}}}}, "file.filename"),
+        ({"job_logging": {"formatters": {"simple": {"format": "${evil}"}}}}, "simple.format"),
+        ({"job_logging": {"root": {"handlers": ["cfg://handlers"]}}}, "loggers.root.handlers"),
+        ({"job": {"name": "../../a"}}, "hydra.job.name"),
+        ({"job": {"name": ".bashrc"}}, "hydra.job.name"),
+        ({"output_subdir": "/home/me/project"}, "hydra.output_subdir"),
+        ({"output_subdir": "."}, "hydra.output_subdir"),
+        ({"job": {"env_set": {"NCCL_NET_PLUGIN": "/x.so"}}}, "hydra.job.env_set.NCCL_NET_PLUGIN"),
         ({"hydra_logging": {"handlers": {"x": {"()": "os.system"}}}}, "hydra_logging.handlers.x"),
         ({"searchpath": ["pkg://stranger"]}, "pkg://stranger"),
         ({"searchpath": ["pkg://stranger/conf"]}, "--allow stranger"),
@@ -89,6 +99,9 @@ def test_all_of_it_is_told_at_once(composed: Any) -> None:
         {"job_logging": {"handlers": {"file": {"filename": "${hydra.sweep.dir}/a.log"}}}},
         {"job_logging": {"handlers": {"console": {"class": "rich.logging.RichHandler"}}}},
         {"job_logging": {"root": {"level": "DEBUG"}}},
+        {"job_logging": {"handlers": {"file": {"mode": "w", "delay": True}}}},
+        {"job_logging": {"formatters": {"simple": {"format": "%(message)s"}}}},
+        {"job": {"name": "mine"}, "output_subdir": ".mine"},
         {"run": {"dir": "mine/${now:%H}"}, "sweep": {"dir": "mine"}},
         {"callbacks": {"x": {"_target_": "hydra.experimental.callbacks.LogJobReturnCallback"}}},
     ],
@@ -125,3 +138,14 @@ def test_what_a_file_sweeps_is_not_the_command_line(composed: Any) -> None:
     assert composed({"a": 1}, word).a == 1
     with pytest.raises(ConfigError, match="LD_PRELOAD"):
         composed({"a": 1}, word, typed=False)
+
+
+def test_no_file_sweeps_what_is_searched(composed: Any) -> None:
+    word = "hydra.searchpath=[pkg://stranger]"
+    with pytest.raises(ConfigError, match=r"hydra\.searchpath: is not swept"):
+        composed({"a": 1}, word, typed=False)
+
+
+def test_a_dry_run_leaves_no_config(composed: Any) -> None:
+    assert composed({"dry_run": True}).hydra.output_subdir is None
+    assert composed({"dry_run": False}).hydra.output_subdir == ".hydra"
