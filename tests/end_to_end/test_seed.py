@@ -84,7 +84,7 @@ def test_online_then_from_the_cache_alone(hub: Hub, tmp_path: Path) -> None:
 
 def test_without_hub_and_cache_one_line_names_the_offline_command(tmp_path: Path) -> None:
     done = run(tmp_path, client_environment(closed_endpoint(), tmp_path / "cache"))
-    assert done.returncode == 2
+    assert done.returncode == 3
     (line,) = done.stderr.strip().splitlines()
     assert "cannot be reached" in line and "'fusion_bench'" in line
     assert not list(tmp_path.rglob("report.*"))
