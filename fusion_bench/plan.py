@@ -1,7 +1,7 @@
 """What a run is going to do and what stands in its way, known before any weight is loaded."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,4 +116,16 @@ class Plan:
         passing = all(isinstance(problem, WorldError) for problem in self.problems)
         kind = WorldError if passing else ConfigError
         first = self.problems[0]
-        raise kind("\n".join(map(str, self.problems))) from (first.__cause__ or first)
+        raise kind("\n".join(_told(self.problems))) from (first.__cause__ or first)
+
+
+def _told(problems: Iterable[FusionBenchError]) -> Iterator[str]:
+    """Yield a line for each problem; one for all that have the same fault of the world."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        text = str(problem)
+        fault = text.partition("': ")[2] if isinstance(problem, WorldError) else ""
+        alike.setdefault(fault or text, []).append(text)
+    for first, *others in alike.values():
+        keys = dict.fromkeys(text.partition(": ")[0] for text in others)
+        yield f"{first} Likewise: {', '.join(keys)}." if keys else first
