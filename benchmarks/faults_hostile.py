@@ -264,6 +264,18 @@ def _of_hydra() -> Iterator[Hostile]:
                 words=["-m", "seed=1"])  # fmt: skip
     yield Hostile("a method that is none", {"method": {
         "_target_": "lightning.fabric.loggers.CSVLogger", "root_dir": _CANARY}})  # fmt: skip
+    yield Hostile("variables by interpolation", {"hydra": {
+        "callbacks": {"e": {"FUSION_BENCH_ALLOW": "os"}},
+        "job": {"env_set": "${hydra.callbacks.e}"}}})  # fmt: skip
+    logs = {"version": 1, "handlers": {"x": {"class": "logging.FileHandler", "filename": _CANARY}},
+            "root": {"handlers": ["x"]}}  # fmt: skip
+    yield Hostile("logging by interpolation", {"logs": logs, "hydra": {"job_logging": "${logs}"}})
+    parts = {"handlers": "${logs.handlers}", "root": "${logs.root}"}
+    yield Hostile("handlers by interpolation", {"logs": logs, "hydra": {"job_logging": parts}})
+    hidden = {"formatters": {"simple": {"log_colors": write}}}
+    found = {"mine": "${hydra.job_logging.formatters.simple.log_colors}"}
+    yield hydra("a callback hidden in logging", {"job_logging": hidden, "callbacks": found})
+    yield hydra("a list of filters", {"job_logging": {"filters": [write]}})
     yield hydra("a package to search", {"searchpath": ["pkg://stranger"]}, files=stranger)
     for section in ("job_logging", "hydra_logging"):
         for name, handler in {

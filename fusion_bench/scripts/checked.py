@@ -71,13 +71,20 @@ _LOGGING: Mapping[str, Mapping[str, str]] = {
         "propagate": "True|False",
     },
 }
-#: What an interpolation may stand for where Hydra makes objects: a text of Hydra's own.
-_PLAIN = re.compile(r"\$\{(hydra\.[\w.]+|fusion_bench\.\w+:[\w,]*)\}")
+#: What Hydra makes objects of, or hands on as it is; its other settings are texts and numbers.
+_FREE = re.compile(
+    r"(callbacks|launcher|sweeper|job\.env_(set|copy)|(job|hydra)_logging)\b.*", re.S
+)
+#: What an interpolation may stand for there: a text of Hydra's own.
+_PLAIN = re.compile(
+    r"\$\{(hydra\.(runtime\.output_dir|job\.(name|num|id)|sweep\.(dir|subdir))"
+    r"|fusion_bench\.\w+:[\w,]*|now:[^${}]*)\}"
+)
 #: What starts programs, opens connections or carries the environment away.
 _COMMANDS = re.compile(
     r"launcher\.(setup|python|srun_args|additional_parameters|comment)(\..*|\[.*)?"
     r"|launcher\.ray\.init\.address|launcher\.ray\..*runtime_env.*"
-    r"|sweeper\.(storage|custom_search_space)|job\.env_copy.*|job\.env_set\..*"
+    r"|sweeper\.(storage|custom_search_space)|job\.env_copy.*|job\.env_set.*"
 )
 _HARMLESS = re.compile(
     r"job\.env_set\.((OMP|MKL|OPENBLAS)_NUM_THREADS|CUDA_VISIBLE_DEVICES|TOKENIZERS_PARALLELISM"
@@ -145,13 +152,16 @@ def _problems(config: DictConfig) -> Iterator[str]:
             "or set it in the environment."
         )
     for section in ("job_logging", "hydra_logging"):
-        yield from _logging_problems(hydra.pop(section, None), f"hydra.{section}")
+        yield from _logging_problems(hydra.get(section), f"hydra.{section}")
     for key, value, pattern in (
         ("output_subdir", hydra.get("output_subdir"), r"\.?[\w-]+"),
         ("job.name", _at(hydra, "job.name"), r"\?\?\?|[\w-][\w.=,+-]*"),
     ):
         if value is not None and not _fits(value, pattern):
             yield f"hydra.{key}: '{value}' is no plain name."
+    for key, value in _leaves(hydra):
+        if isinstance(value, str) and "${" in _PLAIN.sub("", value) and _FREE.fullmatch(key):
+            yield f"hydra.{key}: '{value}' is no plain text; write it out."
     yield from _call_problems(hydra, "hydra")
     yield from _command_problems(hydra)
 
@@ -168,17 +178,17 @@ def _call_problems(node: Any, key: str) -> Iterator[str]:
     elif isinstance(node, list):
         for index, child in enumerate(node):
             yield from _call_problems(child, f"{key}[{index}]")
-    elif isinstance(node, str) and re.match(r"hydra\.(callbacks|launcher|sweeper)\b", key):
-        if "${" in _PLAIN.sub("", node):
-            yield f"{key}: '{node}' is no plain text; write it out."
-        if re.search(r"[\0-\x1f]", node) and "launcher" in key:
-            yield f"{key}: holds a line break, which would start another command."
+    elif key.startswith("hydra.launcher") and re.search(r"[\0-\x1f]", str(node)):
+        yield f"{key}: holds a line break, which would start another command."
 
 
 def _logging_problems(config: Any, key: str) -> Iterator[str]:
     """Yield a line for each thing that logging may not call, open or set."""
-    parts = dict(config) if isinstance(config, Mapping) else {}
-    parts["loggers"] = {**(parts.get("loggers") or {}), "root": parts.pop("root", None) or {}}
+    if not isinstance(config, Mapping):
+        if config is not None:
+            yield f"{key}: '{config}' is no mapping."
+        return
+    parts = {name: value for name, value in config.items() if name != "root"}
     for name, value in parts.items():
         if name in ("version", "disable_existing_loggers"):
             if not isinstance(value, bool | int):
@@ -187,19 +197,28 @@ def _logging_problems(config: Any, key: str) -> Iterator[str]:
             yield f"{key}.{name}: may not be used from a file."
         else:
             yield from _setting_problems(value, f"{key}.{name}", _LOGGING[name])
+    root = {"root": config.get("root")}
+    yield from _setting_problems(root, key, _LOGGING["loggers"])
 
 
 def _setting_problems(section: Any, key: str, known: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each setting, of things by their names, that is not of a known form."""
-    for name, settings in section.items() if isinstance(section, Mapping) else ():
-        for setting, given in settings.items() if isinstance(settings, Mapping) else ():
-            if not all(_fits(value, known.get(str(setting), "(?!)")) for value in _values(given)):
+    if section is not None and not isinstance(section, Mapping):
+        yield f"{key}: '{section}' is no mapping."
+        return
+    for name, settings in (section or {}).items():
+        if settings is not None and not isinstance(settings, Mapping):
+            yield f"{key}.{name}: '{settings}' is no mapping."
+            continue
+        for setting, given in (settings or {}).items():
+            # A mapping elsewhere is of no form at all.
+            colours = setting == "log_colors" and isinstance(given, Mapping)
+            values = list(given.values()) if colours else _values(given)
+            if not all(_fits(value, known.get(str(setting), "(?!)")) for value in values):
                 yield f"{key}.{name}.{setting}: '{given}' may not be used from a file."
 
 
 def _values(given: Any) -> Sequence[Any]:
-    if isinstance(given, Mapping):
-        return list(given.values())
     return given if isinstance(given, list) else [given]
 
 
