@@ -9,7 +9,7 @@ demo: .venv/installed ## fuse and judge the embedded models
 	$(BIN)/fusion_bench
 
 test: .venv/installed-dev ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev ## lint and type-check
 	$(BIN)/ruff check .

@@ -1,26 +1,140 @@
-"""The real console script, run as a person runs it."""
+"""The real command line, run as a person runs it, and other code in a process of its own.
 
+Processes are forked from a warm one, unless a test is about a cold start. ``warm.py`` says how.
+"""
+
+import atexit
+import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 SCRIPT = Path(sys.executable).parent / "fusion_bench"
 REPOSITORY = Path(__file__).parents[1]
+#: Read when their libraries are imported, and so by the second server for good.
+_READ_AT_IMPORT = re.compile(
+    r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
+    re.I,
+)
 
 
 def fusion_bench(
-    *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
+    *arguments: str,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command in ``cwd``; ``env`` is the whole environment, by default this one."""
+    """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
+
+    ``cold`` starts the console script itself, for tests of how it starts.
+    """
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
-    return subprocess.run(
-        [str(SCRIPT), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+    command = [str(SCRIPT), *arguments]
+    if cold:
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout)
+
+
+def python(
+    code: str,
+    *arguments: str,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run code as ``python -c`` does."""
+    return _warm(["-c", *arguments], code, "", cwd or Path.cwd(), dict(env or os.environ), timeout)
+
+
+def _warm(
+    argv: list[str],
+    code: str | None,
+    path: str,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
+    alike = _for_libraries(env) == _for_libraries(_environment())
+    request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
+    body = json.dumps(request).encode()
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        Path(os.devnull).open("rb") as nothing,
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        connection.connect(_server()[alike])
+        streams = [nothing.fileno(), out.fileno(), err.fileno()]
+        socket.send_fds(connection, [len(body).to_bytes(8)], streams)
+        connection.sendall(body)
+        answer = connection.makefile("r")
+        pid = int(answer.readline())
+        connection.settimeout(timeout)
+        try:
+            code_of_end = int(answer.readline())
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(argv, timeout) from None
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
+    return subprocess.CompletedProcess(argv, code_of_end, *texts)
+
+
+def _for_libraries(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if _READ_AT_IMPORT.match(name)}
+
+
+@cache
+def _environment() -> dict[str, str]:
+    """The environment in which the servers were started."""
+    return dict(os.environ)
+
+
+@cache
+def _server() -> tuple[str, str]:
+    """Start the servers; return the addresses of the first and of the second."""
+    directory = tempfile.TemporaryDirectory(prefix="warm-")
+    listeners, places = [], []
+    for name in ("first", "second"):
+        listener = socket.socket(socket.AF_UNIX)
+        places.append(f"{directory.name}/{name}")
+        listener.bind(places[-1])
+        listener.listen(8)
+        listeners.append(listener)
+    numbers = [listener.fileno() for listener in listeners]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("warm.py")), *map(str, numbers)],
+        pass_fds=numbers,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
     )
+    for listener in listeners:
+        listener.close()
+
+    def end() -> None:
+        for place in places:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(place)
+        process.wait(30)
+        directory.cleanup()
+
+    atexit.register(end)
+    return places[0], places[1]

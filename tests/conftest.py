@@ -1,8 +1,13 @@
 """What several packages' tests share: a small family of CLIP models and tasks on disk."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Processes that share the cores are no faster with more threads; torch reads it at import.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch
@@ -14,7 +19,19 @@ from fusion_bench import network
 if TYPE_CHECKING:
     from selenium import webdriver
 
+#: What takes longest, begun first, so that no process is left with it at the end.
+FIRST = ("end_to_end/test_default.py", "method/test_contract.py", "scripts/test_sweep.py")
 CLASSES = {"a": ["abbey", "airplane_cabin", "beach"], "b": ["cat", "dog", "emu", "fox", "gnu"]}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of ``FIRST`` before all others."""
+
+    def place(item: pytest.Item) -> int:
+        found = (n for n, file in enumerate(FIRST) if item.path.as_posix().endswith(file))
+        return next(found, len(FIRST))
+
+    items.sort(key=place)
 
 
 def scrambled(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

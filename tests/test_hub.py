@@ -1,14 +1,13 @@
 """The real clients read what the fixtures wrote, through the stand-in of the Hub."""
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import python
 from fixtures_clip import BASE, TASKS, write_base, write_hub
 from hub import Hub, hub_stand_in
 from huggingface_hub import HfApi
@@ -85,12 +84,7 @@ def hub(models: dict[str, Any]) -> Iterator[Hub]:
 
 def read_everything(models: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """Let a fresh process read all of it, and return what it saw."""
-    process = subprocess.run(
-        [sys.executable, "-c", READ_EVERYTHING, str(models["expected"]), *models["names"]],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    process = python(READ_EVERYTHING, str(models["expected"]), *models["names"], env=environment)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from commandline import python
 from fixtures_clip import BASE, write_hub
 from hub import Fault, Hub, client_environment, closed_endpoint, hub_stand_in
 from huggingface_hub import HfApi
@@ -330,12 +331,7 @@ def hub_with_refusals(root: Path) -> Iterator[Hub]:
 def read_all(cases: list[Case], environment: dict[str, str]) -> tuple[list[str | None], str]:
     """Let a fresh process read all cases; return what it said of each, and its standard error."""
     arguments = [(kind, name, dict(options)) for kind, name, options in cases]
-    process = subprocess.run(
-        [sys.executable, "-c", READ_ALL, json.dumps(arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    process = python(READ_ALL, json.dumps(arguments), env=environment)
     assert process.returncode == 0, process.stderr
     assert "this must not be seen" not in process.stdout
     return [json.loads(line) for line in process.stdout.splitlines()], process.stderr

@@ -6,12 +6,11 @@ what it lets pass.
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commandline import fusion_bench as command_line
 
 import fusion_bench.method
 from fusion_bench.instantiate import instantiate
@@ -53,8 +52,7 @@ def commands() -> list[str]:
 
 def composed(arguments: list[str]) -> str:
     """Return the config that the command line prints; nothing is loaded or written."""
-    command = [sys.executable, "-m", "fusion_bench.scripts.cli", *arguments, "--cfg", "job"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = command_line(*arguments, "--cfg", "job", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,12 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import python
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.report import Report
@@ -45,8 +44,7 @@ def run(config: dict[str, Any]) -> Report:
 
 
 def kill(config: dict[str, Any], place: tuple[str, str, str], times: int) -> None:
-    command = [sys.executable, "-c", DRIVER, json.dumps(config), *place, str(times)]
-    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    done = python(DRIVER, json.dumps(config), *place, str(times))
     assert done.returncode == -signal.SIGKILL
 
 

@@ -4,14 +4,13 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commandline import SCRIPT, fusion_bench
+from commandline import SCRIPT, fusion_bench, python
 
 from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.report import Report
@@ -70,13 +69,7 @@ def driven(conf: Path, *arguments: str, times: int = -1) -> tuple[int, list[str]
     log = conf.parent / "done.txt"
     log.unlink(missing_ok=True)
     words = ["--config-path", str(conf), "--config-name", "small", "-m", *arguments]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(log), str(times), *words],
-        cwd=conf.parent,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    done = python(DRIVER, str(log), str(times), *words, cwd=conf.parent)
     return done.returncode, log.read_text().splitlines() if log.exists() else []
 
 

@@ -43,7 +43,7 @@ class Judge:
     def __call__(
         self,
         weights: str | None = "w",
-        fabric: Fabric = CPU,
+        precision: str | None = None,
         fast_dev_run: bool = False,
         task: dict[str, Any] | None = None,
         **changes: Any,
@@ -51,6 +51,7 @@ class Judge:
         arguments = self._arguments | changes
         arguments["tasks"] = {"a": arguments["tasks"]["a"] | (task or {})}
         pool = CLIPVisionModelTaskPool(**arguments)
+        fabric = CPU if precision is None else Fabric("cpu", devices=1, precision=precision)
         return pool.evaluate(self.build, fabric, fast_dev_run=fast_dev_run, weights_sha256=weights)[
             "a"
         ]
@@ -108,8 +109,8 @@ def test_what_changes_no_figure_is_no_reason_to_judge(judge: Judge, same: dict[s
         {"task": {"class_names": ["abbey", "airplane", "beach"]}},
         {"max_samples": 5},
         {"fast_dev_run": True, "dataloader_kwargs": {"batch_size": 4}},
-        {"fabric": Fabric(accelerator="cpu", devices=1, precision="bf16-true")},
-        {"fabric": Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")},
+        {"precision": "bf16-true"},
+        {"precision": "bf16-mixed"},
     ],
     ids=str,
 )

@@ -1,12 +1,11 @@
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
+from commandline import python
 from fixtures_weights import FLOATS, OTHERS, all_bits, open_directory, total, written
 from hub import Hub, closed_endpoint, hub_stand_in
 from safetensors.torch import save_file
@@ -138,9 +137,8 @@ print(sha256(open_repository(locate("o/sharded"))))
     environment = hub.environment(tmp_path, offline=True)
     environment["HF_HUB_CACHE"] = str(tmp_path / "cache")
     hub.requests.clear()
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    process = python(code, env=environment)
+    assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == expected
     assert not hub.requests
 

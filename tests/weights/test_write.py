@@ -1,13 +1,13 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from commandline import python
 from fixtures_weights import FLOATS, OTHERS, all_bits, families, first, weights, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,7 +278,6 @@ def test_no_more_than_some_pieces_are_held_in_memory(tmp_path: Path) -> None:
     written(TensorWeights({"a": torch.rand(10 * 2**20)}), tmp_path / "in")  # 40 MB
     (tmp_path / "out").mkdir()
     arguments = [str(tmp_path / "in" / "model.safetensors"), str(tmp_path / "out")]
-    process = subprocess.run(
-        [sys.executable, "-c", MERGE, *arguments], capture_output=True, text=True, check=True
-    )
+    process = python(MERGE, *arguments)
+    assert process.returncode == 0, process.stderr
     assert int(process.stdout) < 30 * 1024
