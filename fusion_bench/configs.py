@@ -1,10 +1,13 @@
 """The config files, and whole configs composed from them."""
 
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -17,6 +20,57 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") if d.is_dir())
 
 
+def register() -> None:
+    """Give Hydra the choices of which one file stands for several: data sets and suites."""
+    store = ConfigStore.instance()
+    for group, name, node in (*datasets(), *suites()):
+        store.store(name, node, group, provider="fusion_bench")
+
+
+def datasets() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield group, name and node of each split of each data set."""
+    for file, content in _read("dataset"):
+        call = {"_target_": "datasets.load_dataset", **content}
+        group = file.parent.relative_to(CONFIG_DIR).as_posix()
+        for group_of_split, split in call.pop("splits").items():
+            yield f"{group}/{group_of_split}", file.stem, {file.stem: {**call, "split": split}}
+
+
+def suites() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield group, name and node of each model, model pool and task pool of each suite."""
+    for _, family in _read("suite"):
+        suites = {name: list(_tasks(family["suites"], name)) for name in family["suites"]}
+        every = dict.fromkeys(task for tasks in suites.values() for task in tasks)
+        model, modelpool = f"model/{family['model']}", f"modelpool/{family['modelpool']}"
+        taskpool, dataset = f"taskpool/{family['taskpool']}", f"dataset/{family['dataset']}"
+        for architecture, suffix in family["suffixes"].items():
+            base = family["pretrained"].format(architecture=architecture)
+            yield model, architecture, {"_pretrained_": base}
+            for task in every:
+                tuned = family["finetuned"].format(architecture=architecture, task=task)
+                yield model, f"{architecture}_{task}", {task: tuned}
+            for suite, tasks in suites.items():
+                models = [architecture, *(f"{architecture}_{task}" for task in tasks)]
+                pool: list[Any] = [f"/{modelpool}/_template@_here_", {f"/{model}@models": models}]
+                pool += [{f"/{dataset}/train@train_datasets": tasks}]
+                yield modelpool, f"{architecture}_{suite}", {"defaults": pool}
+                pool = [f"/{taskpool}/_template@_here_"]
+                pool += [{f"/{dataset}/test@test_datasets": tasks}, "_self_"]
+                name = f"{family['model']}-classification_{suite}{suffix}"
+                yield taskpool, name, {"defaults": pool, "base_model": base}
+
+
+def _tasks(suites: Mapping[str, Any], name: str) -> Iterator[str]:
+    if "extends" in suites[name]:
+        yield from _tasks(suites, suites[name]["extends"])
+    yield from suites[name]["tasks"]
+
+
+def _read(group: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for file in sorted((CONFIG_DIR / group).rglob("*.yaml")):
+        yield file, yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
 def composed(*overrides: str) -> dict[str, Any]:
     """Return the default run's config with ``overrides``, as the command line would have it.
 
@@ -26,6 +80,8 @@ def composed(*overrides: str) -> dict[str, Any]:
         FusionBenchError: a config or a key that is not there.
     """
     inside = GlobalHydra.instance().is_initialized()
+    if not inside:
+        register()
     try:
         with (
             nullcontext() if inside else initialize_config_dir(str(CONFIG_DIR), version_base="1.3")

@@ -30,7 +30,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from fusion_bench.configs import CONFIG_DIR
+from fusion_bench.configs import CONFIG_DIR, register
 from fusion_bench.errors import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
 from fusion_bench.redact import Redacting, redacted, secret_keys
@@ -92,6 +92,7 @@ def set_up_hydra() -> None:
     """Let every config have our groups, sweeps and launchers, and no more than it may."""
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     Plugins.instance().register(PackagedConfigs)
+    register()
     store = ConfigStore.instance().store
     ours = {"output": "by_name", "callbacks": "leaderboard", "sweeper": "grid"}
     defaults = [

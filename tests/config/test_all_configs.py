@@ -7,18 +7,30 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from fusion_bench.configs import datasets, register, suites
 from fusion_bench.instantiate import check, instantiate
 from fusion_bench.scripts.cli import set_up_hydra
 
 CONFIG = Path(__file__).parents[2] / "config"
+#: Whoever types one of these is to get what it was: groups, and the choices in them.
+NAMES = Path(__file__).with_name("names.txt").read_text(encoding="utf-8").split()
+#: Of these one file stands for several choices.
+SEVERAL = ("dataset/", "suite/")
+FILES = sorted(
+    {
+        str(path.relative_to(CONFIG).with_suffix(""))
+        for path in CONFIG.rglob("*.yaml")
+        if not path.name.startswith("_")  # templates lack what the files that build on them give
+    }
+    | {f"{group}/{name}" for group, name, _ in (*datasets(), *suites())}
+)
 FILES = [
-    str(path.relative_to(CONFIG).with_suffix(""))
-    for path in sorted(CONFIG.rglob("*.yaml"))
-    if not path.name.startswith("_")  # templates lack what the files that build on them give
+    name for name in FILES if not (name.startswith(SEVERAL) and (CONFIG / f"{name}.yaml").exists())
 ]
 HYDRAS_OWN = [name for name in FILES if name.startswith(("hydra/", "launcher/"))]
 #: What a config needs from the command line; its own comment says so.
@@ -61,8 +73,21 @@ def test_hydras_own_settings_compose(name: str) -> None:
     assert given <= set(taken) or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
+@pytest.mark.usefixtures("hydra_as_we_have_it")
+def test_every_name_that_was_ever_there_is_there() -> None:
+    with initialize_config_dir(str(CONFIG), version_base="1.3"):
+        repository = GlobalHydra.instance().config_loader().repository
+        lost = [
+            name
+            for name in NAMES
+            if not (repository.config_exists(name) or repository.group_exists(name))
+        ]
+    assert len(NAMES) > 250 and lost == []
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name not in HYDRAS_OWN])
 def test_it_composes_and_binds(name: str, tmp_path: Path) -> None:
+    register()
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
         config = compose(name, overrides=NEEDS.get(name, []))
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from fusion_bench.configs import datasets, register, suites
 from fusion_bench.tasks import known_tasks
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -57,6 +58,7 @@ both = [(suite, architecture) for suite in SUITES for architecture in ARCHITECTU
 
 @pytest.fixture(autouse=True)
 def config_dir() -> Iterator[None]:
+    register()
     with initialize_config_dir(config_dir=str(CONFIG), version_base="1.3"):
         yield
 
@@ -120,8 +122,8 @@ def test_models_and_datasets_have_the_same_names(suite: str, architecture: str) 
 def test_every_dataset_has_a_task_data_file_and_both_splits() -> None:
     assert sorted(TALL20) == known_tasks()
     for split in ("test", "train"):
-        files = (CONFIG / "dataset" / "image_classification" / split).glob("*.yaml")
-        assert sorted(file.stem for file in files) == sorted(TALL20)
+        group = f"dataset/image_classification/{split}"
+        assert sorted(name for g, name, _ in datasets() if g == group) == sorted(TALL20)
 
 
 @pytest.mark.parametrize("name", TALL20)
@@ -130,11 +132,13 @@ def test_train_split(name: str) -> None:
     assert node == {name: dataset(name, "train")}
 
 
-def test_every_model_file_names_its_own_repository() -> None:
-    for file in (CONFIG / "model" / "clip-vit").glob("*.yaml"):
-        key = file.stem.split("_", 1)[1] if "_" in file.stem else "_pretrained_"
+def test_every_model_names_its_own_repository() -> None:
+    models = {name: node for group, name, node in suites() if group == "model/clip-vit"}
+    assert len(models) == len(ARCHITECTURES) * (1 + len(TALL20))
+    for name, node in models.items():
+        key = name.split("_", 1)[1] if "_" in name else "_pretrained_"
         owner = "openai" if key == "_pretrained_" else "tanganke"
-        assert OmegaConf.load(file) == {key: f"{owner}/{file.stem}"}
+        assert node == {key: f"{owner}/{name}"}
 
 
 def test_pools_compose_as_choices_of_their_groups() -> None:

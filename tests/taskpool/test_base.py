@@ -51,7 +51,9 @@ class Judge:
         arguments = self._arguments | changes
         arguments["tasks"] = {"a": arguments["tasks"]["a"] | (task or {})}
         pool = CLIPVisionModelTaskPool(**arguments)
-        fabric = CPU if precision is None else Fabric(accelerator="cpu", devices=1, precision=precision)
+        fabric = (
+            CPU if precision is None else Fabric(accelerator="cpu", devices=1, precision=precision)
+        )
         return pool.evaluate(self.build, fabric, fast_dev_run=fast_dev_run, weights_sha256=weights)[
             "a"
         ]
