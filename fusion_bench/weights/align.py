@@ -11,6 +11,9 @@ from torch import Tensor
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
+#: The types whose values are plain numbers; narrower ones mean little without scales beside them.
+_PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
 
 @dataclass(frozen=True)
 class MergePolicy:
@@ -25,7 +28,8 @@ class MergePolicy:
             reference.
         on_extra: a model has an entry that the reference lacks. ``error``; ``drop`` leaves it out.
         on_dtype: a model holds an entry in another floating-point type than the reference.
-            ``error``; ``cast`` merges it all the same, in float32.
+            ``cast`` merges it all the same, in float32 (in float64 where one is float64), and
+            writes it in the reference's type; ``error``. Types below 16 bits are always an error.
         on_vocabulary: a model has another number of rows in its vocabulary. ``error``; ``common``:
             the rows that all models have are merged, and the reference's further rows are copied.
         on_nonfinite: there is NaN or infinity in an input or in the result. ``error``; ``warn``.
@@ -39,7 +43,7 @@ class MergePolicy:
 
     on_missing: Literal["error", "base", "skip"] = "error"
     on_extra: Literal["error", "drop"] = "error"
-    on_dtype: Literal["error", "cast"] = "error"
+    on_dtype: Literal["error", "cast"] = "cast"
     on_vocabulary: Literal["error", "common"] = "error"
     on_nonfinite: Literal["error", "warn"] = "error"
     dtype: str | None = None
@@ -91,6 +95,7 @@ class Aligned:
         models: the models to merge, by name.
         copied: entries that are taken from the reference as they are.
         common_rows: for entries whose number of rows differs, how many rows all models have.
+        notes: what differs and is merged all the same, in sentences for the plan and the report.
     """
 
     reference: Weights
@@ -98,6 +103,7 @@ class Aligned:
     models: Mapping[str, Weights]
     copied: frozenset[str]
     common_rows: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 def align(
@@ -127,7 +133,10 @@ def align(
     comparison.raise_problems()
     copied = {key for key in reference if not reference.spec(key).dtype.is_floating_point}
     copied |= comparison.skipped
-    return Aligned(reference, base, aligned, frozenset(copied), comparison.common_rows)
+    return Aligned(
+        *(reference, base, aligned, frozenset(copied), comparison.common_rows),
+        notes=tuple(comparison.notes()),
+    )
 
 
 class _Comparison:
@@ -140,6 +149,7 @@ class _Comparison:
         self.vocabulary = vocabulary
         self.skipped: set[str] = set()
         self.common_rows: dict[str, int] = {}
+        self.cast: dict[tuple[str, str, str], int] = {}  # model and both types: how many entries
         self.problems: list[str] = []
         self.mends: dict[str, None] = {}  # an ordered set
 
@@ -184,10 +194,24 @@ class _Comparison:
         if spec.dtype != expected.dtype:
             line = f"{model}: '{key}' is {_short(spec.dtype)}, in {self.name} "
             line += _short(expected.dtype)
-            if not (spec.dtype.is_floating_point and expected.dtype.is_floating_point):
+            if not {spec.dtype, expected.dtype} <= _PLAIN:
                 self._problem(None, line)
             elif self.policy.on_dtype == "error":
                 self._problem("on_dtype=cast", line)
+            else:
+                types = (model, _short(spec.dtype), _short(expected.dtype))
+                self.cast[types] = self.cast.get(types, 0) + 1
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is merged although it differs."""
+        for (model, own, expected), count in self.cast.items():
+            wide = "float64" if "float64" in (own, expected) else "float32"
+            entries = "1 entry is" if count == 1 else f"{count} entries are"
+            yield (
+                f"{model}: {entries} {own}, and {expected} in {self.name}; they are merged in "
+                f"{wide} and written in {self.policy.dtype or expected}. "
+                "modelpool.policy.on_dtype=error refuses that."
+            )
 
     def _is_vocabulary(self, spec: TensorSpec, expected: TensorSpec) -> bool:
         alike = len(spec.shape) == len(expected.shape) and spec.shape[1:] == expected.shape[1:]
