@@ -25,6 +25,7 @@ from fusion_bench.modelpool.directory import (
     fitting,
     write_directory,
 )
+from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
@@ -43,7 +44,6 @@ from fusion_bench.weights import (
     open_repository,
     shortened,
     weight_files,
-    without_prefix,
 )
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class HFModelPool:
         """
         if name == self._reference:
             return self._reference_weights
-        return _under_keys_of(self._reference_weights, self._weights(name))
+        return under_keys_of(self._reference_weights, self._weights(name))
 
     def architecture(self, name: str | None = None) -> str:
         """Return a hash of what besides its weights tells what a model computes, its config.
@@ -331,6 +331,7 @@ class HFModelPool:
 
         A pool of bare models, ``AutoModel``, sees the backbone of a classifier without its head.
         """
+        weights = under_current_names(weights)
         if self.model_class != "AutoModel" or self._backbone_prefix is None:
             return weights
         prefix = f"{self._backbone_prefix}."
@@ -574,15 +575,6 @@ def _policy(section: Mapping[str, Any]) -> MergePolicy:
             hint = did_you_mean(name, known)
             raise FusionBenchError(f"modelpool.policy: there is no '{name}'. {hint}")
     return MergePolicy(**section)
-
-
-def _under_keys_of(reference: Weights, weights: Weights) -> Weights:
-    """Return ``weights`` with the reference's keys, where a prefix alone tells them apart."""
-    if prefix := without_prefix(weights, reference):
-        return Renamed(weights, {key: f"{prefix}{key}" for key in reference})
-    if prefix := without_prefix(reference, weights):
-        return Renamed(weights, {f"{prefix}{key}": key for key in weights})
-    return weights
 
 
 def _concrete(model_class: Any, config: Any) -> Any:

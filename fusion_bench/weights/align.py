@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.weights.computed import is_computed
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
 #: The types whose values are plain numbers; narrower ones mean little without scales beside them.
@@ -149,6 +150,7 @@ class _Comparison:
         self.vocabulary = vocabulary
         self.skipped: set[str] = set()
         self.common_rows: dict[str, int] = {}
+        self.computed: dict[str, dict[str, None]] = {}
         self.cast: dict[tuple[str, str, str], int] = {}  # model and both types: how many entries
         self.problems: list[str] = []
         self.mends: dict[str, None] = {}  # an ordered set
@@ -167,6 +169,8 @@ class _Comparison:
             for key in weights
             if key not in self.reference and weights.tied_to(key) not in self.reference
         ]
+        missing = self._without_computed(model, missing, self.reference)
+        extra = self._without_computed(model, extra, weights)
         if missing and self.policy.on_missing == "error":
             self._problem("on_missing=base", *(f"{model}: lacks '{key}'" for key in missing))
         elif self.policy.on_missing == "skip":
@@ -179,9 +183,18 @@ class _Comparison:
         same = all(key in weights for key in self.reference) and len(weights) == len(self.reference)
         return weights if same else _Completed(weights, self.reference, tied)
 
+    def _without_computed(self, model: str, keys: list[str], weights: Weights) -> list[str]:
+        """Return keys but for those that models compute; which are then the reference's or none."""
+        computed = {key for key in keys if is_computed(key, weights.spec(key))}
+        self.skipped.update(key for key in computed if key in self.reference)
+        self.computed.setdefault(model, {}).update(dict.fromkeys(sorted(computed)))
+        return [key for key in keys if key not in computed]
+
     def _compare(self, model: str, key: str, spec: TensorSpec) -> None:
         """Note what differs in an entry."""
         expected = self.reference.spec(key)
+        if spec != expected and not self._without_computed(model, [key], self.reference):
+            return
         if spec.shape != expected.shape:
             line = f"{model}: '{key}' is {list(spec.shape)}, in {self.name} {list(expected.shape)}"
             if not self._is_vocabulary(spec, expected):
@@ -212,6 +225,14 @@ class _Comparison:
                 f"{wide} and written in {self.policy.dtype or expected}. "
                 "modelpool.policy.on_dtype=error refuses that."
             )
+        for model, keys in self.computed.items():
+            if keys:
+                others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                yield (
+                    f"{model}: '{next(iter(keys))}'{others} differ from {self.name}, or are in one "
+                    "of the two only. Models compute them when they are loaded, so they are not "
+                    "merged."
+                )
 
     def _is_vocabulary(self, spec: TensorSpec, expected: TensorSpec) -> bool:
         alike = len(spec.shape) == len(expected.shape) and spec.shape[1:] == expected.shape[1:]

@@ -137,7 +137,10 @@ def test_what_is_cast_is_said_and_how_to_refuse_it() -> None:
 @pytest.mark.parametrize("policy", ["cast", "error"])
 def test_types_that_need_scales_are_never_cast(policy: Any) -> None:
     narrow = weights(a=torch.ones(2).to(torch.float8_e4m3fn))
-    for models in ({"x": weights(a=torch.ones(2)), "y": narrow}, {"y": narrow, "x": weights(a=1.0)}):
+    for models in (
+        {"x": weights(a=torch.ones(2)), "y": narrow},
+        {"y": narrow, "x": weights(a=1.0)},
+    ):
         message = refusal(models, policy=MergePolicy(on_dtype=policy))
         assert "float8_e4m3fn" in message and "on_dtype" not in message
 
