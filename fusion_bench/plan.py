@@ -52,11 +52,13 @@ class Plan:
         steps: what it does.
         problems: why it cannot; each names its key and the mend.
         weights: the models that could be opened by their headers alone, by name.
+        notes: what is done all the same and people should know, each once.
     """
 
     steps: list[Step] = field(default_factory=list)
     problems: list[FusionBenchError] = field(default_factory=list)
     weights: "dict[str, Weights]" = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _files: dict[tuple[str, str], int | None] = field(default_factory=dict)
 
     @contextmanager
@@ -78,6 +80,10 @@ class Plan:
         if step not in self.steps:
             self.steps.append(step)
 
+    def note(self, *notes: str) -> None:
+        """Add notes, each once."""
+        self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
+
     def download(self, repository: Repository, *files: str) -> None:
         """Note those of a repository's files that are not here yet."""
         for file in files:
@@ -91,6 +97,7 @@ class Plan:
         known = set(map(str, self.problems))
         self.problems += [problem for problem in other.problems if str(problem) not in known]
         self.weights |= other.weights
+        self.note(*other.notes)
         self._files |= other._files
 
     def downloads(self) -> dict[str, int | None]:

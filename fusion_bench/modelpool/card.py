@@ -19,11 +19,13 @@ class Source:
         name: what the config calls it.
         commit: its state on the Hub.
         files: what its weights were read from.
+        base: what an adapter was put on.
     """
 
     name: str
     commit: str | None = None
     files: tuple[Path, ...] = ()
+    base: "Source | None" = None
 
 
 def recipe(
@@ -44,6 +46,7 @@ def recipe(
             name: {
                 "source": source.name,
                 **({"commit": source.commit} if source.commit else {}),
+                **({} if source.base is None else _base(source.base)),
                 "sha256": {file.name: sha256(file) for file in source.files},
             }
             for name, source in sources.items()
@@ -57,7 +60,9 @@ def model_card(title: str, recipe: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     sources: Mapping[str, Mapping[str, Any]] = recipe["sources"]
-    bases = [s["source"].partition("@")[0] for s in sources.values() if "commit" in s]
+    named = [(s["source"], s.get("commit")) for s in sources.values()]
+    named += [(s["base"], s.get("base_commit")) for s in sources.values() if "base" in s]
+    bases = list(dict.fromkeys(name.partition("@")[0] for name, commit in named if commit))
     header = ModelCardData(
         library_name="transformers",
         base_model=bases or None,
@@ -65,7 +70,7 @@ def model_card(title: str, recipe: Mapping[str, Any]) -> str:
         tags=["merge", "fusion_bench"],
     ).to_yaml()
     rows = [
-        f"| {_cell(name)} | {_cell(source['source'])} | {source.get('commit', '')} |"
+        f"| {_cell(name)} | {_place(source)} | {source.get('commit', '')} |"
         for name, source in sources.items()
     ]
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
@@ -92,6 +97,17 @@ def model_card(title: str, recipe: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _base(source: Source) -> dict[str, str]:
+    commit = {"base_commit": source.commit} if source.commit else {}
+    return {"base": source.name, **commit}
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    """Return a source's cell: its name, and for an adapter what it was put on."""
+    base = f" on {_cell(source['base'])}" if "base" in source else ""
+    return f"{_cell(source['source'])}{base}"
 
 
 def _cell(text: str) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.errors import ConfigError, FusionBenchError, did_you_mean
+from fusion_bench.modelpool.adapters import (
+    Base,
+    is_same_model,
+    named_base,
+    refusal,
+    trained_on,
+    with_bases,
+)
 from fusion_bench.modelpool.card import Source
 from fusion_bench.modelpool.directory import (
     CONFIGS,
@@ -25,6 +33,7 @@ from fusion_bench.modelpool.directory import (
     fitting,
     write_directory,
 )
+from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
@@ -43,7 +52,6 @@ from fusion_bench.weights import (
     open_repository,
     shortened,
     weight_files,
-    without_prefix,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +73,9 @@ class HFModelPool:
         models: name to model: a Hub repository (``owner/name`` or ``owner/name@revision``), a local
             directory, a ``zoo:`` name, a file of weights, a directory with a LoRA adapter in PEFT's
             layout, a config node, or a module. A file's config is beside it, or else the
-            reference's. An adapter's base is ``_pretrained_``, or else the one that it names.
+            reference's. An adapter's base is ``_pretrained_`` if its config names that one, and
+            without ``_pretrained_`` the one that it names; ``{path: adapter, base: model}`` gives
+            it another, which is a model of the pool or one more name.
             Names with a leading or trailing underscore take no part in the fusion.
         model_class: the class in ``transformers`` whose ``from_pretrained`` builds a model.
         processor: whose tokenizer and processor files go beside a merged model: a name as in
@@ -92,7 +102,7 @@ class HFModelPool:
         val_datasets: Mapping[str, Any] | None = None,
         test_datasets: Mapping[str, Any] | None = None,
     ):
-        self._models = {str(name): plain_source(model) for name, model in (models or {}).items()}
+        self._models, self._bases = with_bases(models or {})
         self.model_class = model_class
         self._processor = plain_source(processor)
         self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})
@@ -102,6 +112,7 @@ class HFModelPool:
         self.test_datasets = dict(test_datasets or {})
         self.model_names = [name for name in self._models if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._models
+        self._stands_on: dict[str, Base] = {}
         self._repositories: dict[str, Repository] = {}
         self._by_header: dict[str, HubWeights] = {}
         self._scratch: Path | None = None
@@ -129,6 +140,7 @@ class HFModelPool:
             with plan.noting(f"modelpool.models.{name}"):
                 if self._find(name, plan):
                     known.append(name)
+        known = [name for name in known if self._can_be_read(name, known)]
         if self._reference in known:
             with plan.noting(f"modelpool.models.{self._reference}"):
                 plan.weights[self._reference] = self.weights(self._reference)
@@ -162,16 +174,42 @@ class HFModelPool:
             plan.add(zoo_step(place))
             return False
         if _is_file(source):
+            self._refuse_base(name)
             return True
         repository = self._repository(name)
         if self._is_adapter(name):
             files = [_ADAPTER_CONFIG, *(f for f in _ADAPTER_FILES[:1] if f in repository.files)]
             plan.download(repository, *files)
-            if self.has_pretrained and name != self._reference:
-                return repository.has(*files)
-            whole = self._whole_model(name)
-            return self._has_header(name, whole, plan) and repository.has(*files)
+            pretrained = self._models.get("_pretrained_")
+            if isinstance(pretrained, str) and unbuilt(pretrained):
+                return False  # nothing to hold the adapter's base against
+            return self._finds_base(name, plan) and repository.has(*files)
+        self._refuse_base(name)
         return self._has_header(name, repository, plan)
+
+    def _finds_base(self, name: str, plan: Plan) -> bool:
+        """Note what of an adapter's base is not here, and say what its own config does not."""
+        self._stem(name)  # is there
+        base, declared = self._base(name), self._adapter_config(self._repository(name)).base
+        if base.model is not None:  # which is looked for in its turn
+            if declared is None:
+                plan.note(f"{name}: the adapter names no base; it is put on '{base.model}'.")
+            elif name in self._bases:
+                plan.note(
+                    f"{name}: the adapter's config says that it was trained on '{declared}'; it is "
+                    f"put on '{base.model}', as modelpool.models.{name}.base says."
+                )
+            return True
+        if place := unbuilt(base.source):
+            plan.add(zoo_step(place))
+            return False
+        whole = self._whole_model(name)
+        return _is_file(base.source) or self._has_header(name, whole, plan)
+
+    def _can_be_read(self, name: str, known: Collection[str]) -> bool:
+        """Tell whether a model's header can be read, and those of what it stands on."""
+        above = self._stands_on.get(name, Base()).model
+        return name in known and (above is None or self._can_be_read(above, known))
 
     def _has_header(self, name: str, repository: Repository, plan: Plan) -> bool:
         """Note the files of a whole model; tell whether there is a header that can be read."""
@@ -191,6 +229,8 @@ class HFModelPool:
         if not isinstance(self._models[name], str) or self.policy.on_extra != "error":
             return
         if not isinstance(self._models[self._reference], str):
+            return
+        if not isinstance(self._models[self._stem(name)], str):
             return
         own, reference = (
             self._json_config(self._whole_model(each)).get("tie_word_embeddings")
@@ -232,16 +272,18 @@ class HFModelPool:
         """
         if name == self._reference:
             return self._reference_weights
-        return _under_keys_of(self._reference_weights, self._weights(name))
+        return under_keys_of(self._reference_weights, self._weights(name))
 
     def architecture(self, name: str | None = None) -> str:
         """Return a hash of what besides its weights tells what a model computes, its config.
 
         Without a name it is that of a merged model, which is built like the reference.
         """
-        source = self._source(self._reference if name is None else name)
+        name = self._reference if name is None else name
+        self._source(name)  # is there
+        source = self._models[self._stem(name)]
         if isinstance(source, str):
-            config = self._json_config(self._whole_model(name or self._reference))
+            config = self._json_config(self._whole_model(name))
             text = json.dumps([self.model_class, config], sort_keys=True)
         elif isinstance(source, nn.Module):
             text = f"{getattr(source, 'config', '')}{source}"
@@ -331,6 +373,7 @@ class HFModelPool:
 
         A pool of bare models, ``AutoModel``, sees the backbone of a classifier without its head.
         """
+        weights = under_current_names(weights)
         if self.model_class != "AutoModel" or self._backbone_prefix is None:
             return weights
         prefix = f"{self._backbone_prefix}."
@@ -423,7 +466,12 @@ class HFModelPool:
                 f"a {type(source).__name__}" if module else json.dumps(source, default=str)
             )
         repository = self._repository(name)
-        return Source(repository.name, repository.commit, self.weights(name).files)
+        base = None
+        if self._is_adapter(name):
+            model = self._base(name).model
+            whole = None if model is not None else self._whole_model(name)
+            base = Source(model or "") if whole is None else Source(whole.name, whole.commit)
+        return Source(repository.name, repository.commit, self.weights(name).files, base)
 
     def _repository(self, name: str) -> Repository:
         """Return where a model lies that is given by name."""
@@ -440,27 +488,92 @@ class HFModelPool:
         return self._repositories[source]
 
     def _whole_model(self, name: str) -> Repository:
-        """Return where the model is that an adapter names as its base; a whole model's own place.
+        """Return where the model is that an adapter is put on; a whole model's own place.
 
         Raises:
-            FusionBenchError: an adapter that names none, or one that is not there.
+            FusionBenchError: an adapter whose base is not there, not told, or another.
         """
-        repository = self._repository(name)
-        if _ADAPTER_CONFIG not in repository.files or _is_file(self._models[name]):
-            return repository
-        declared = self._adapter_config(repository).base
-        if declared is None:
-            raise FusionBenchError(
-                f"modelpool.models.{name}: the adapter names no base model. Add '_pretrained_' to "
-                "modelpool.models."
-            )
+        stem = self._stem(name)
+        if stem not in self._stands_on:
+            return self._repository(stem)
+        source = self._stands_on[stem].source
         try:
-            return self._located(declared)
+            return self._located(source)
         except FusionBenchError as error:
-            raise FusionBenchError(
-                f"modelpool.models.{name}: {error} The adapter names it as its base model. "
+            if stem in self._bases:
+                raise type(error)(f"modelpool.models.{stem}.base: {error}") from error
+            raise type(error)(
+                f"modelpool.models.{stem}: {error} The adapter names it as its base model. "
                 "Add the base as '_pretrained_' to modelpool.models."
             ) from error
+
+    def _stem(self, name: str) -> str:
+        """Return the model of the pool that an adapter stands on in the end; or itself.
+
+        Raises:
+            FusionBenchError: adapters that stand on each other, or as ``_base``.
+        """
+        stem, above = name, []
+        while self._is_adapter(stem) and (model := self._base(stem).model) is not None:
+            above.append(stem)
+            if model in above:
+                raise ConfigError(
+                    f"modelpool.models.{name}: its base stands on itself: "
+                    f"{' on '.join([*above, model])}. Name a whole model as the base of one."
+                )
+            stem = model
+        return stem
+
+    def _refuse_base(self, name: str) -> None:
+        """Raise for a whole model that is given a base."""
+        if name in self._bases:
+            source = self._models[name]
+            raise ConfigError(
+                f"modelpool.models.{name}.base: '{source}' is no adapter, and only adapters have a "
+                f"base. Leave 'base' away."
+            )
+
+    def _base(self, name: str) -> Base:
+        """Return what an adapter is put on.
+
+        Raises:
+            FusionBenchError: it was trained on another model than ``_pretrained_``, or names none.
+        """
+        if name not in self._stands_on:
+            self._stands_on[name] = self._found_base(name)
+        return self._stands_on[name]
+
+    def _found_base(self, name: str) -> Base:
+        if name in self._bases:
+            return named_base(name, self._bases[name], self._models)
+        config = self._adapter_config(self._repository(name))
+        if not self.has_pretrained or name == "_pretrained_":
+            if config.base is None:
+                raise ConfigError(
+                    f"modelpool.models.{name}: the adapter names no base model. Add "
+                    "'_pretrained_' to modelpool.models, or give "
+                    f"modelpool.models.{name}.path and .base."
+                )
+            return trained_on(config)
+        if config.base is not None:
+            source, place = self._pretrained_place()
+            if not is_same_model(config, source, place):
+                raise refusal(name, self._models[name], config, source)
+        return Base(model="_pretrained_")
+
+    def _pretrained_place(self) -> tuple[str, Repository]:
+        """Return what ``_pretrained_`` is called, and where it is, as far as that is known."""
+        source = self._models["_pretrained_"]
+        if isinstance(source, str):
+            return source, self._repository("_pretrained_")
+        if isinstance(source, Mapping):
+            named = str(source.get("pretrained_model_name_or_path", ""))
+            revision = source.get("revision")
+            named = f"{named}@{revision}" if revision else named
+        else:
+            named = str(getattr(getattr(source, "config", None), "name_or_path", ""))
+        directory = Path(named) if named and Path(named).is_dir() else None
+        return named or f"a {type(source).__name__}", Repository(named, frozenset(), directory)
 
     def _adapter_config(self, repository: Repository) -> AdapterConfig:
         return AdapterConfig.read(repository.fetch(_ADAPTER_CONFIG) / _ADAPTER_CONFIG)
@@ -471,14 +584,13 @@ class HFModelPool:
         if not isinstance(source, str):
             return self._canonical(TensorWeights(self._module(name).state_dict()))
         if _is_file(source):
+            self._refuse_base(name)
             return self._canonical(open_checkpoint(Path(source).expanduser()))
         repository = self._repository(name)
         if _ADAPTER_CONFIG not in repository.files:
+            self._refuse_base(name)
             return self._canonical(self._stored(name, repository))
-        if self.has_pretrained and name != self._reference:
-            base = self._reference_weights
-        else:
-            base = self._canonical(self._stored(name, self._whole_model(name)))
+        base = self._base_weights(name)
         file = next((name for name in _ADAPTER_FILES if name in repository.files), None)
         if file is None:
             raise FusionBenchError(
@@ -488,6 +600,17 @@ class HFModelPool:
         adapter = open_checkpoint(repository.fetch(file) / file)
         config = self._adapter_config(repository)
         return AdapterWeights(base, adapter, config)
+
+    def _base_weights(self, name: str) -> Weights:
+        """Return the weights that an adapter is put on."""
+        self._stem(name)  # is there
+        base = self._base(name)
+        if base.model is not None:
+            at_hand = base.model == self._reference
+            return self._reference_weights if at_hand else self._weights(base.model)
+        if _is_file(base.source):
+            return self._canonical(open_checkpoint(Path(base.source).expanduser()))
+        return self._canonical(self._stored(name, self._whole_model(name)))
 
     def _stored(self, name: str, repository: Repository) -> Weights:
         """Return the weights in a repository as they are; quantised ones are refused.
@@ -574,15 +697,6 @@ def _policy(section: Mapping[str, Any]) -> MergePolicy:
             hint = did_you_mean(name, known)
             raise FusionBenchError(f"modelpool.policy: there is no '{name}'. {hint}")
     return MergePolicy(**section)
-
-
-def _under_keys_of(reference: Weights, weights: Weights) -> Weights:
-    """Return ``weights`` with the reference's keys, where a prefix alone tells them apart."""
-    if prefix := without_prefix(weights, reference):
-        return Renamed(weights, {key: f"{prefix}{key}" for key in reference})
-    if prefix := without_prefix(reference, weights):
-        return Renamed(weights, {f"{prefix}{key}": key for key in weights})
-    return weights
 
 
 def _concrete(model_class: Any, config: Any) -> Any:

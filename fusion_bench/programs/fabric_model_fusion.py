@@ -137,6 +137,7 @@ class FabricModelFusionProgram:
         self.modelpool: Any = None
         self.taskpool: Any = None
         self.settings: list[Setting] = []
+        self._notes: list[str] = []
         plan = Plan(problems=[ConfigError(problem) for problem in problems])
         with plan.noting("baselines"):
             check_choice("baselines", baselines, Baselines)
@@ -179,11 +180,15 @@ class FabricModelFusionProgram:
 
     def run(self) -> Report | None:
         """Fuse, judge, save and print; returns the report, or ``None`` after a dry run."""
-        fabric = self._look_ahead(Plan())
+        plan = Plan()
+        fabric = self._look_ahead(plan)
         if self.dry_run:
             log.info("Dry run: the config is sound; nothing was loaded.")
             return None
         self._quiet_libraries()
+        self._notes = plan.notes
+        for note in plan.notes:
+            log.info(note)
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
@@ -268,7 +273,7 @@ class FabricModelFusionProgram:
                 inputs,
                 describe_tuning(method, self.taskpool, data),
                 search,
-                getattr(self.taskpool, "notes", ()),
+                [*self._notes, *getattr(self.taskpool, "notes", ())],
             ),
             tasks=judge.task_infos(),
             models=judge.models,

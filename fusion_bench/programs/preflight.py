@@ -95,6 +95,8 @@ def show(plan: Plan, console: Console) -> None:
         moved = step.verb in _TAKES_ROOM and step.nbytes is None and step.verb != "write"
         size = "unknown" if moved else "" if step.nbytes is None else decimal(step.nbytes)
         table.add_row(step.verb, step.what, size, str(step.place or ""))
+    for note in plan.notes:
+        table.add_row("note", note)
     console.print(table)
 
 
@@ -158,7 +160,7 @@ def _compare(plan: Plan, modelpool: Any, methods: Sequence[Any]) -> None:
         return
     before = len(plan.problems)
     with plan.noting("modelpool.models"):
-        aligned(pool)
+        plan.note(*aligned(pool).notes)
     if len(plan.problems) > before or any(name not in plan.weights for name in needed):
         return
     for method in merging:

@@ -3,6 +3,7 @@
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, shortened
 from fusion_bench.weights.checkpoint import open_checkpoint
+from fusion_bench.weights.computed import learned
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
@@ -31,6 +32,7 @@ __all__ = [
     "in_memory",
     "into_module",
     "is_special",
+    "learned",
     "matches",
     "merge",
     "open_checkpoint",

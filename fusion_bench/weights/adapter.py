@@ -7,7 +7,7 @@ rank-stabilised scaling: Kalajdzievski, https://arxiv.org/abs/2312.03732.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,20 @@ _PART = re.compile(
     r"(?P<module>.+)\."
     r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
 )
-
+_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_(?P<part>delta|original)")
 
 #: Ways to begin that change the base too, which the adapter's files then do not tell.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: Settings that make another thing of the product than LoRA, or change what is not a module.
+_OTHER_KINDS = (
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "target_parameters",
+)
 _WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and name the result."
 
 
@@ -39,7 +49,25 @@ def _refused(content: Mapping[str, Any]) -> str | None:
         return "it works on some tokens only (aLoRA) and cannot be merged."
     if content.get("layer_replication"):
         return "it repeats layers of its base."
+    if other := next((name for name in _OTHER_KINDS if content.get(name)), None):
+        return f"its '{other}' is not supported."
+    if content.get("lora_bias") and content.get("use_dora"):
+        return "PEFT knows no lora_bias beside use_dora."
     return None
+
+
+def _token_indices(setting: Any) -> dict[str, tuple[int, ...]]:
+    """Return the rows of each module that were trained alone; those of the embedding under ''.
+
+    Raises:
+        ValueError: what are no rows, or the same twice.
+    """
+    named = setting if isinstance(setting, Mapping) else {"": setting} if setting else {}
+    for rows in named.values():
+        plain = all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in rows)
+        if not plain or len(set(rows)) < len(rows):
+            raise ValueError(rows)
+    return {str(name): tuple(rows) for name, rows in named.items()}
 
 
 def _quick(pattern: str) -> str:
@@ -70,6 +98,9 @@ class AdapterConfig:
     rank_stabilised: bool
     transposed: bool
     alpha_pattern: Mapping[str, float]
+    revision: str | None = None
+    bias: bool = False
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "AdapterConfig":
@@ -82,10 +113,12 @@ class AdapterConfig:
             if reason := _refused(content):
                 raise ConfigError(f"'{path}': {reason} {_WITH_PEFT}")
             base = content.get("base_model_name_or_path")
-            if not (base is None or isinstance(base, str)):
-                raise TypeError(base)
+            revision = content.get("revision")
+            for name in (base, revision):
+                if not (name is None or isinstance(name, str)):
+                    raise TypeError(name)
             return cls(
-                base=base,
+                base=base or None,
                 alpha=float(content["lora_alpha"]),
                 rank_stabilised=bool(content.get("use_rslora")),
                 transposed=bool(content.get("fan_in_fan_out")),
@@ -93,6 +126,9 @@ class AdapterConfig:
                     _quick(pattern): float(value)
                     for pattern, value in dict(content.get("alpha_pattern") or {}).items()
                 },
+                revision=revision or None,
+                bias=bool(content.get("lora_bias")),
+                tokens=_token_indices(content.get("trainable_token_indices")),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(f"'{path}' is no configuration of a LoRA adapter.") from error
@@ -109,6 +145,11 @@ class AdapterConfig:
         )
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
+    def rows(self, module: str) -> tuple[int, ...] | None:
+        """Return which rows of a module were trained alone; None where the file names none."""
+        fitting = [name for name in self.tokens if module.endswith(name)]
+        return self.tokens[max(fitting, key=len)] if fitting else None
+
 
 @dataclass(frozen=True)
 class _Update:
@@ -122,6 +163,71 @@ class _Update:
     right: Tensor
     magnitude: Tensor | None = None
     transposed: bool = False
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What stands in place of some rows of an entry."""
+
+    rows: tuple[int, ...]
+    values: Tensor
+
+    def over(self, stored: Tensor, start: int) -> Tensor:
+        """Return elements of the flattened entry, from ``start`` on, with these rows in place."""
+        width = self.values.shape[1]
+        laid = stored.to(torch.promote_types(stored.dtype, self.values.dtype), copy=True)
+        for row, values in zip(self.rows, self.values, strict=True):
+            first = row * width - start
+            begin, end = max(first, 0), min(first + width, len(laid))
+            if begin < end:
+                laid[begin:end] = values[begin - first : end - first]
+        return laid
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the entry that one of an adapter's tensors is for, and what it is of it."""
+    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    plain = plain.replace(".modules_to_save.", ".")
+    if found := _TOKENS.fullmatch(plain):
+        return f"{found['module']}.weight", found["part"]
+    if found := _BIAS.fullmatch(plain):
+        return f"{found['module']}.bias", "bias"
+    if found := _PART.fullmatch(plain):
+        return f"{found['module']}.weight", found["part"]
+    return plain.replace(".token_adapter.", "."), ""
+
+
+def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Tell whether two matrices are changed alike; one may be an embedding, which is transposed."""
+
+    def plain(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        swapped = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
+        return {swapped.get(p, p): t.T if p in swapped else t for p, t in held.items()}
+
+    if "lora_A" in one and "lora_A" in other:
+        return False  # two layers, none of which is an embedding
+    one, other = plain(one), plain(other)
+    # What is all zeros, or no matrix, may be alike by chance.
+    return one.keys() == other.keys() and all(
+        tensor.ndim == 2 and bool(tensor.any()) and torch.equal(tensor, other[part])
+        for part, tensor in one.items()
+    )
+
+
+def _refuse_half_biases(parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> None:
+    """Refuse biases of products without the product, or without leave, or the other way round."""
+    wanted = {f"{k.removesuffix('.weight')}.bias" for k, held in parts.items() if "lora_B" in held}
+    there = {key for key, held in parts.items() if "bias" in held}
+    if there and not config.bias:
+        raise ConfigError(
+            "The adapter has biases of its products, 'lora_B.bias', and its adapter_config.json "
+            f"does not say lora_bias. It is not whole.\n  {shortened(sorted(there))}"
+        )
+    if config.bias and there != wanted:
+        raise ConfigError(
+            "The adapter is not whole: its adapter_config.json says lora_bias, and it lacks "
+            f"'lora_B.bias', or the product, for\n  {shortened(sorted(there ^ wanted))}"
+        )
 
 
 class AdapterWeights(Weights):
@@ -142,27 +248,38 @@ class AdapterWeights(Weights):
         self._replaced: dict[str, Tensor] = {}
         self._updates: dict[str, _Update] = {}
         self._column_scales: dict[str, Tensor] = {}
+        self._rows: dict[str, _Rows] = {}
         parts: dict[str, dict[str, Tensor]] = {}
-        unknown = []
+        unknown: dict[str, dict[str, Tensor]] = {}
         for name in adapter:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            plain = plain.replace(".modules_to_save.", ".")
-            found = _PART.fullmatch(plain)
-            key = self._key(f"{found['module']}.weight" if found else plain)
-            if key is None:
-                unknown.append(f"'{name}'")
-            elif found:
-                parts.setdefault(key, {})[found["part"]] = adapter[name].float()
-            else:
-                self._replaced[key] = adapter[name]
-        if unknown:
+            entry, part = _place(name)
+            key = self._key(entry)
+            there = unknown if key is None else parts
+            there.setdefault(key or entry, {})[part] = adapter[name]
+        # The output layer that is tied to the embedding is stored beside it, and in the base not.
+        for entry in [e for e in unknown if any(_alike(unknown[e], p) for p in parts.values())]:
+            del unknown[entry]
+        self._refuse_unknown([name for name in adapter if _place(name)[0] in unknown])
+        _refuse_half_biases(parts, config)
+        self._replaced = {key: held[""] for key, held in parts.items() if "" in held}
+        for key, held in parts.items():
+            if "delta" in held:
+                self._rows[key] = self._trained_rows(key, held["delta"], config)
+            low_rank = {p: held[p].float() for p in held if p.startswith("lora_")}
+            if "bias" in held:
+                rank = parts[f"{key.removesuffix('.bias')}.weight"]["lora_A"].shape[0]
+                self._updates[key] = self._shift(key, held["bias"].float(), rank, config)
+            elif low_rank:
+                self._updates[key] = self._update(key, low_rank, config)
+        if config.tokens and not self._rows:
             raise ConfigError(
-                "The adapter changes what its base's files do not name so, or in a way that is not "
-                "supported. Name the base that it was trained on as '_pretrained_'; if it is that "
-                f"already: {_WITH_PEFT}\n  {shortened(unknown)}"
+                "The adapter is not whole: its trainable_token_indices name tokens, and it has no "
+                "'token_adapter.trainable_tokens_delta'."
             )
-        for key, tensors in parts.items():
-            self._updates[key] = self._update(key, tensors, config)
+        by_tie = {base.tied_to(key): rows for key, rows in self._rows.items()}
+        for key in base if by_tie else ():
+            if key not in parts and base.tied_to(key) in by_tie:
+                self._rows[key] = by_tie[base.tied_to(key)]
 
     def resized(self) -> list[tuple[int, int]]:
         """Return the old and the new number of rows of entries whose rows the adapter changed."""
@@ -194,7 +311,8 @@ class AdapterWeights(Weights):
         """Return the base's tie, where the adapter changes neither end of it."""
         first = self._base.tied_to(key)
         changed = {key, first} & (self._replaced.keys() | self._updates.keys())
-        return key if changed else first
+        alike = self._rows.get(key) is self._rows.get(first)
+        return first if alike and not changed else key
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements of the flattened entry, computed over the rows that hold them."""
@@ -212,10 +330,12 @@ class AdapterWeights(Weights):
         return rows.view(-1)[start - first * columns : stop - first * columns]
 
     def _stored(self, key: str, start: int, stop: int) -> Tensor:
-        """Return elements without the low-rank product: the adapter's own, or else the base's."""
+        """Return elements without what is added: the adapter's own, or else the base's."""
         if key in self._replaced:
-            return self._replaced[key].reshape(-1)[start:stop]
-        return self._base.read(key, start, stop)
+            stored = self._replaced[key].reshape(-1)[start:stop]
+        else:
+            stored = self._base.read(key, start, stop)
+        return self._rows[key].over(stored, start) if key in self._rows else stored
 
     def _sum(self, key: str, first: int, last: int) -> Tensor:
         """Return rows of an entry with the low-rank product."""
@@ -237,6 +357,50 @@ class AdapterWeights(Weights):
             return name
         found = [key for key in self._base if key.endswith(f".{name}") or name.endswith(f".{key}")]
         return found[0] if len(found) == 1 else None
+
+    def _refuse_unknown(self, names: list[str]) -> None:
+        """Raise for tensors that belong to nothing in the base."""
+        if not names:
+            return
+        lines = shortened([f"'{name}'" for name in names])
+        if all(_place(name)[1] == "bias" for name in names):
+            raise ConfigError(
+                "The adapter has biases (lora_bias) for layers that have none in its base. PEFT "
+                f"cannot merge them either: there is no place for them in the model.\n  {lines}"
+            )
+        raise ConfigError(
+            "The adapter changes what its base's files do not name so, or in a way that is not "
+            "supported. Name the base that it was trained on as '_pretrained_'; if it is that "
+            f"already: {_WITH_PEFT}\n  {lines}"
+        )
+
+    def _trained_rows(self, key: str, values: Tensor, config: AdapterConfig) -> _Rows:
+        """Return the tokens of an embedding that were trained alone."""
+        rows = config.rows(key.removesuffix(".weight"))
+        if rows is None:
+            raise ConfigError(
+                f"The adapter is not whole: it has trained tokens of '{key}', and the "
+                "trainable_token_indices of its adapter_config.json do not say which they are."
+            )
+        shape = self.spec(key).shape
+        width = math.prod(shape[1:])
+        if values.shape != (len(rows), width) or not shape or max(rows, default=0) >= shape[0]:
+            raise ConfigError(
+                f"The adapter does not fit its base model: '{key}' is {list(shape)}, and for it "
+                f"the adapter has {list(values.shape)} for the tokens {list(rows)[:20]}."
+            )
+        return _Rows(rows, values)
+
+    def _shift(self, key: str, bias: Tensor, rank: int, config: AdapterConfig) -> _Update:
+        """Return what is added to a layer's bias, which is a matrix of one column."""
+        shape = self.spec(key).shape
+        if bias.shape != shape:
+            raise ConfigError(
+                f"The adapter does not fit its base model: '{key}' is {list(shape)}, and for it "
+                f"the adapter has {list(bias.shape)}."
+            )
+        factor = config.scaling(key.removesuffix(".bias"), rank)
+        return _Update(bias[:, None] * factor, torch.ones(1, 1))
 
     def _update(self, key: str, tensors: Mapping[str, Tensor], config: AdapterConfig) -> _Update:
         embedding = "lora_embedding_A" in tensors

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.weights.computed import is_computed
 from fusion_bench.weights.mapping import TensorSpec, Weights
+
+#: The types whose values are plain numbers; narrower ones mean little without scales beside them.
+_PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class MergePolicy:
             reference.
         on_extra: a model has an entry that the reference lacks. ``error``; ``drop`` leaves it out.
         on_dtype: a model holds an entry in another floating-point type than the reference.
-            ``error``; ``cast`` merges it all the same, in float32.
+            ``cast`` merges it all the same, in float32 (in float64 where one is float64), and
+            writes it in the reference's type; ``error``. Types below 16 bits are always an error.
         on_vocabulary: a model has another number of rows in its vocabulary. ``error``; ``common``:
             the rows that all models have are merged, and the reference's further rows are copied.
         on_nonfinite: there is NaN or infinity in an input or in the result. ``error``; ``warn``.
@@ -39,7 +44,7 @@ class MergePolicy:
 
     on_missing: Literal["error", "base", "skip"] = "error"
     on_extra: Literal["error", "drop"] = "error"
-    on_dtype: Literal["error", "cast"] = "error"
+    on_dtype: Literal["error", "cast"] = "cast"
     on_vocabulary: Literal["error", "common"] = "error"
     on_nonfinite: Literal["error", "warn"] = "error"
     dtype: str | None = None
@@ -91,6 +96,7 @@ class Aligned:
         models: the models to merge, by name.
         copied: entries that are taken from the reference as they are.
         common_rows: for entries whose number of rows differs, how many rows all models have.
+        notes: what differs and is merged all the same, in sentences for the plan and the report.
     """
 
     reference: Weights
@@ -98,6 +104,7 @@ class Aligned:
     models: Mapping[str, Weights]
     copied: frozenset[str]
     common_rows: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 def align(
@@ -127,7 +134,10 @@ def align(
     comparison.raise_problems()
     copied = {key for key in reference if not reference.spec(key).dtype.is_floating_point}
     copied |= comparison.skipped
-    return Aligned(reference, base, aligned, frozenset(copied), comparison.common_rows)
+    return Aligned(
+        *(reference, base, aligned, frozenset(copied), comparison.common_rows),
+        notes=tuple(comparison.notes()),
+    )
 
 
 class _Comparison:
@@ -140,6 +150,8 @@ class _Comparison:
         self.vocabulary = vocabulary
         self.skipped: set[str] = set()
         self.common_rows: dict[str, int] = {}
+        self.computed: dict[str, dict[str, None]] = {}
+        self.cast: dict[tuple[str, str, str], int] = {}  # model and both types: how many entries
         self.problems: list[str] = []
         self.mends: dict[str, None] = {}  # an ordered set
 
@@ -157,6 +169,8 @@ class _Comparison:
             for key in weights
             if key not in self.reference and weights.tied_to(key) not in self.reference
         ]
+        missing = self._without_computed(model, missing, self.reference)
+        extra = self._without_computed(model, extra, weights)
         if missing and self.policy.on_missing == "error":
             self._problem("on_missing=base", *(f"{model}: lacks '{key}'" for key in missing))
         elif self.policy.on_missing == "skip":
@@ -169,9 +183,18 @@ class _Comparison:
         same = all(key in weights for key in self.reference) and len(weights) == len(self.reference)
         return weights if same else _Completed(weights, self.reference, tied)
 
+    def _without_computed(self, model: str, keys: list[str], weights: Weights) -> list[str]:
+        """Return keys but for those that models compute; which are then the reference's or none."""
+        computed = {key for key in keys if is_computed(key, weights.spec(key))}
+        self.skipped.update(key for key in computed if key in self.reference)
+        self.computed.setdefault(model, {}).update(dict.fromkeys(sorted(computed)))
+        return [key for key in keys if key not in computed]
+
     def _compare(self, model: str, key: str, spec: TensorSpec) -> None:
         """Note what differs in an entry."""
         expected = self.reference.spec(key)
+        if spec != expected and not self._without_computed(model, [key], self.reference):
+            return
         if spec.shape != expected.shape:
             line = f"{model}: '{key}' is {list(spec.shape)}, in {self.name} {list(expected.shape)}"
             if not self._is_vocabulary(spec, expected):
@@ -184,10 +207,32 @@ class _Comparison:
         if spec.dtype != expected.dtype:
             line = f"{model}: '{key}' is {_short(spec.dtype)}, in {self.name} "
             line += _short(expected.dtype)
-            if not (spec.dtype.is_floating_point and expected.dtype.is_floating_point):
+            if not {spec.dtype, expected.dtype} <= _PLAIN:
                 self._problem(None, line)
             elif self.policy.on_dtype == "error":
                 self._problem("on_dtype=cast", line)
+            else:
+                types = (model, _short(spec.dtype), _short(expected.dtype))
+                self.cast[types] = self.cast.get(types, 0) + 1
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is merged although it differs."""
+        for (model, own, expected), count in self.cast.items():
+            wide = "float64" if "float64" in (own, expected) else "float32"
+            entries = "1 entry is" if count == 1 else f"{count} entries are"
+            yield (
+                f"{model}: {entries} {own}, and {expected} in {self.name}; they are merged in "
+                f"{wide} and written in {self.policy.dtype or expected}. "
+                "modelpool.policy.on_dtype=error refuses that."
+            )
+        for model, keys in self.computed.items():
+            if keys:
+                others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                yield (
+                    f"{model}: '{next(iter(keys))}'{others} differ from {self.name}, or are in one "
+                    "of the two only. Models compute them when they are loaded, so they are not "
+                    "merged."
+                )
 
     def _is_vocabulary(self, spec: TensorSpec, expected: TensorSpec) -> bool:
         alike = len(spec.shape) == len(expected.shape) and spec.shape[1:] == expected.shape[1:]

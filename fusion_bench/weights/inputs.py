@@ -6,6 +6,7 @@ from binascii import crc32
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from fusion_bench.weights.stream import PIECE, visit
 
 log = logging.getLogger(__name__)
 
-#: The types that the mathematics happens in.
-_WIDE = (torch.float32, torch.float64)
 #: What is done with a piece of an entry: its key, its first element, the models' tensors, and the
 #: pretrained model's.
 Visit = Callable[[str, int, Sequence[Tensor], Tensor | None], None]
@@ -129,10 +128,13 @@ class Inputs:
         """Return the elements in every model, and in the pretrained one where there is one."""
         shape = self.shape(key, start, stop)
         stored = [weights.read(key, start, stop).view(shape) for weights in self._all]
-        tensors = Working(self._working, key, self.names, stored[: len(self._inputs)])
+        # One type for all: products of matrices take no two.
+        exact = any(tensor.dtype == torch.float64 for tensor in stored)
+        wide = partial(self._working, torch.float64 if exact else torch.float32)
+        tensors = Working(wide, key, self.names, stored[: len(self._inputs)])
         pretrained = None
         if self.aligned.base is not None:
-            pretrained = self._working(key, "_pretrained_", stored[-1])
+            pretrained = wide(key, "_pretrained_", stored[-1])
         tensors.everything = stored
         return tensors, pretrained
 
@@ -164,10 +166,9 @@ class Inputs:
             self.nonfinite[f"{model}: '{key}'"] = None
         return finite
 
-    def _working(self, key: str, model: str, stored: Tensor) -> Tensor:
+    def _working(self, dtype: torch.dtype, key: str, model: str, stored: Tensor) -> Tensor:
         """Return the values in the type and the place where the mathematics happens."""
-        if not (self._on_cpu and stored.dtype in _WIDE and stored.is_cpu):
-            dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        if not (self._on_cpu and stored.dtype == dtype and stored.is_cpu):
             stored = stored.to(self.policy.device, dtype)
         if self._look_for_nonfinite:
             self.is_finite(key, model, stored)

@@ -106,8 +106,11 @@ def test_two_adapters_are_averaged(family: Path, tmp_path: Path, with_pretrained
         declared = "/gone" if with_pretrained else str(family / "base")
         folder = tmp_path / name
         added.append(write_lora(folder, dict(base), MODULES[seed:], base_name=declared, seed=seed))
-    models = {"_pretrained_": family / "base"} if with_pretrained else {}
-    merged = average(CausalLMPool({**models, "x": tmp_path / "x", "y": tmp_path / "y"}))
+    models: dict[str, Any] = {name: tmp_path / name for name in "xy"}
+    if with_pretrained:  # the place of the training is gone, so that the config must confirm it
+        models = {n: {"path": place, "base": "_pretrained_"} for n, place in models.items()}
+        models["_pretrained_"] = family / "base"
+    merged = average(CausalLMPool(models))
     assert set(merged) == set(base)
     for key in base:
         total = sum(part[key] for part in added if key in part)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures_llm import write_llama
 from lightning.fabric import Fabric
 from transformers import CLIPVisionModel
 
@@ -198,3 +199,20 @@ def test_nothing_is_written_where_fusing_fails(
     with pytest.raises(FusionBenchError, match="needs the pretrained model"):
         run(program_config, output_dir=tmp_path, merged_model_save_path=str(tmp_path / "m"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_says_what_was_merged_although_it_differs(tmp_path: Path) -> None:
+    for seed, (name, dtype) in enumerate([("a", torch.float32), ("b", torch.bfloat16)]):
+        write_llama(tmp_path / name, seed=seed, dtype=dtype)
+    models = {name: str(tmp_path / name) for name in "ab"}
+    config = {
+        "_target_": "fusion_bench.programs.FabricModelFusionProgram",
+        "_recursive_": False,
+        "method": {"_target_": "fusion_bench.method.SimpleAverageAlgorithm"},
+        "modelpool": {"_target_": "fusion_bench.modelpool.CausalLMPool", "models": models},
+    }
+    (note,) = run(config).run.notes
+    assert note.startswith("b: 21 entries are bfloat16, and float32 in a; they are merged in")
+    config["modelpool"]["policy"] = {"on_dtype": "error"}
+    with pytest.raises(ConfigError, match=r"b: 'lm_head\.weight' is bfloat16, in a float32"):
+        run(config)

@@ -127,11 +127,23 @@ def test_differences_of_models_are_seen_in_their_headers(own: Config, tmp_path: 
     norm = "vision_model.post_layernorm.weight"
     changed(a, lambda tensors: tensors.update({norm: tensors[norm][:2].clone()}))
     changed(b, lambda tensors: tensors.update({norm: tensors[norm].half()}))
+    own["modelpool"]["policy"] = {"on_dtype": "error"}
     found = "\n".join(problems(own))
     width = vision_config()["hidden_size"]
     assert f"a: 'post_layernorm.weight' is [2], in _pretrained_ [{width}]" in found
     assert "b: 'post_layernorm.weight' is float16, in _pretrained_ float32" in found
     assert found.startswith("modelpool.models: ") and "modelpool.policy.on_dtype=cast" in found
+
+
+def test_a_type_that_differs_is_told_in_the_plan(
+    own: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    b = tmp_path / "family" / "models" / "b" / "model.safetensors"
+    norm = "vision_model.post_layernorm.weight"
+    changed(b, lambda tensors: tensors.update({norm: tensors[norm].half()}))
+    dry(own)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("b: 1 entry is float16, and float32 in _pretrained_") == 1
 
 
 def test_models_that_are_there_are_compared_though_another_is_not(

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def test_a_name_that_fits_twice_is_unknown() -> None:
 
 def test_a_bias_of_the_product_is_refused() -> None:
     name = f"{PEFT}block.0.q.lora_B.bias"
-    assert name in refusal(base_model(), QUERY | {name: torch.ones(4)})
+    assert "'lora_B.bias'" in refusal(base_model(), QUERY | {name: torch.ones(4)})
 
 
 @pytest.mark.parametrize("part", ["A", "B"])
@@ -294,6 +295,152 @@ def test_a_magnitude_has_one_number_an_output() -> None:
     assert "'block.0.q.weight'" in message
 
 
+# --- biases of the product, and tokens that were trained alone
+
+
+def product_bias(module: str, size: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    return {f"{PEFT}{module}.lora_B.bias": torch.randn(size, generator=random)}
+
+
+BIASED = QUERY | product_bias("block.0.q", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({}, 1.5),
+        ({"rank_stabilised": True}, 3 / math.sqrt(2)),
+        ({"alpha_pattern": {"q": 8.0}}, 4.0),
+    ],
+)
+def test_a_bias_of_the_product_is_scaled_and_added_to_the_layers(
+    options: dict[str, Any], factor: float
+) -> None:
+    base = base_model()
+    adapted = AdapterWeights(base, TensorWeights(BIASED), config(bias=True, **options))
+    key = "block.0.q.bias"
+    expected = base[key].double() + factor * BIASED[f"{PEFT}block.0.q.lora_B.bias"].double()
+    torch.testing.assert_close(adapted[key].double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(adapted.read(key, 1, 3), adapted[key][1:3])
+    weight = base["block.0.q.weight"].double() + factor * product(QUERY)
+    torch.testing.assert_close(adapted["block.0.q.weight"].double(), weight, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_may_be_both_trained_and_added_to(tmp_path: Path) -> None:
+    own = torch.rand(4)
+    tensors = BIASED | {f"{PEFT}block.0.q.base_layer.bias": own}  # as bias='all' stores it
+    adapted = AdapterWeights(base_model(), TensorWeights(tensors), config(bias=True))
+    expected = own.double() + 1.5 * BIASED[f"{PEFT}block.0.q.lora_B.bias"].double()
+    torch.testing.assert_close(adapted["block.0.q.bias"].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_without_a_bias_cannot_have_one_added() -> None:
+    tensors = lora("head", (RANK, 5), (6, RANK)) | product_bias("head", 6)
+    message = refusal(base_model(), tensors, bias=True)
+    assert "head.lora_B.bias" in message and "layers that have none" in message
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_biases_and_their_setting_belong_together(bias: bool) -> None:
+    message = refusal(base_model(), QUERY if bias else BIASED, bias=bias)
+    assert "not whole" in message and "block.0.q.bias" in message
+
+
+def test_a_bias_of_another_size_does_not_fit() -> None:
+    tensors = QUERY | product_bias("block.0.q", 5)
+    assert "'block.0.q.bias' is [4]" in refusal(base_model(), tensors, bias=True)
+
+
+def trained(module: str, rows: int, width: int = 5) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(4)
+    values = torch.randn(rows, width, generator=random)
+    return {f"{PEFT}{module}.token_adapter.trainable_tokens_delta": values}
+
+
+@pytest.mark.parametrize("named", ["", "embed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_trained_tokens_take_the_place_of_the_bases(named: str, dtype: torch.dtype) -> None:
+    base = base_model(dtype)
+    tokens = trained("embed", 3)
+    rows = (6, 0, 3)
+    adapted = AdapterWeights(base, TensorWeights(QUERY | tokens), config(tokens={named: rows}))
+    expected = base["embed.weight"].clone()
+    expected[list(rows)] = next(iter(tokens.values())).to(dtype)
+    assert torch.equal(adapted["embed.weight"], expected)
+    whole = adapted.read("embed.weight", 0, 35)
+    for start in range(36):
+        for stop in range(start, 36):
+            assert torch.equal(adapted.read("embed.weight", start, stop), whole[start:stop])
+    assert bits(base["embed.weight"]) == bits(base_model(dtype)["embed.weight"])
+
+
+def test_tokens_of_several_modules_are_told_apart() -> None:
+    tokens = {"head": (1,), "embed": (2, 4)}
+    tensors = trained("embed", 2) | trained("head", 1)
+    adapted = AdapterWeights(base_model(), TensorWeights(tensors), config(tokens=tokens))
+    first, second = tensors.values()
+    assert torch.equal(adapted["embed.weight"][[2, 4]], first)
+    assert torch.equal(adapted["head.weight"][1:2], second)
+    assert torch.equal(adapted["head.weight"][2:], base_model()["head.weight"][2:])
+
+
+def test_tied_layers_share_their_trained_tokens_and_stay_tied() -> None:
+    shared = torch.rand(4, 5)
+    base = TensorWeights({"embed.weight": shared, "head.weight": shared, "x.weight": shared + 1})
+    tokens = trained("embed", 1)
+    adapted = AdapterWeights(base, TensorWeights(tokens), config(tokens={"": (2,)}))
+    assert [adapted.tied_to(key) for key in adapted] == ["embed.weight"] * 2 + ["x.weight"]
+    for key in ("embed.weight", "head.weight"):
+        assert torch.equal(adapted[key][2:3], next(iter(tokens.values())))
+    both = tokens | trained("head", 2)
+    adapted = AdapterWeights(
+        base, TensorWeights(both), config(tokens={"embed": (2,), "head": (0, 1)})
+    )
+    assert adapted.tied_to("head.weight") == "head.weight"
+    assert torch.equal(adapted["head.weight"][2:], shared[2:])
+
+
+@pytest.mark.parametrize("kind", ["tokens", "low rank", "whole"])
+def test_a_tied_head_that_the_base_does_not_store_may_be_stored_twice(kind: str) -> None:
+    own = torch.rand(9, 5)
+    if kind == "tokens":  # of a vocabulary that was resized
+        parts: Any = {"token_adapter.base_layer.weight": own}
+        parts["token_adapter.trainable_tokens_delta"] = torch.rand(2, 5)
+        tensors = {f"{PEFT}{m}.{p}": t for m in ("embed", "lm_head") for p, t in parts.items()}
+    elif kind == "low rank":
+        tensors = dict(EMBEDDING)
+        a, b = EMBEDDING.values()
+        tensors |= {f"{PEFT}lm_head.lora_B.weight": a.T, f"{PEFT}lm_head.lora_A.weight": b.T}
+    else:
+        tensors = {f"{PEFT}{module}.weight": own for module in ("embed", "lm_head")}
+    options = {"tokens": {"": (1, 8)}} if kind == "tokens" else {}
+    adapted = AdapterWeights(base_model(), TensorWeights(tensors), config(**options))
+    alone = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    expected = AdapterWeights(base_model(), TensorWeights(alone), config(**options))
+    assert all_bits(adapted) == all_bits(expected)
+    last = list(tensors)[-1]
+    other = tensors | {last: tensors[last] + 1}
+    assert "lm_head" in refusal(base_model(), other, **options)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "tokens", "fact"),
+    [
+        (QUERY, {"": (1,)}, "not whole"),
+        (trained("embed", 2), {}, "do not say which"),
+        (trained("embed", 2), {"head": (1, 2)}, "do not say which"),
+        (trained("embed", 2), {"": (1,)}, "does not fit"),
+        (trained("embed", 2), {"": (1, 7)}, "does not fit"),
+        (trained("embed", 2, width=4), {"": (1, 2)}, "does not fit"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(
+    tensors: dict[str, Tensor], tokens: dict[str, tuple[int, ...]], fact: str
+) -> None:
+    assert fact in refusal(base_model(), tensors, tokens=tokens)
+
+
 # --- the configuration
 
 
@@ -310,9 +457,13 @@ def test_a_configuration_is_read(tmp_path: Path) -> None:
         fan_in_fan_out=True,
         alpha_pattern={"q": 4},
         r=8,
+        revision="main",
+        lora_bias=True,
+        trainable_token_indices={"embed": [3, 1]},
     )
     read = AdapterConfig.read(path)
-    assert read == AdapterConfig("owner/base", 16.0, True, True, {"q": 4})
+    expected = AdapterConfig("owner/base", 16.0, True, True, {"q": 4})
+    assert read == replace(expected, revision="main", bias=True, tokens={"embed": (3, 1)})
     assert read.scaling("block.q", 4) == 2 and read.scaling("block.k", 4) == 8
 
 
@@ -333,6 +484,11 @@ def test_another_kind_of_adapter_is_refused(tmp_path: Path) -> None:
         *("", "{", "[]", "3", "null", "{}", '{"peft_type": "LORA"}', "\ud800"),
         *('{"peft_type": "LORA", "lora_alpha": "x"}', '{"peft_type": "LORA", "lora_alpha": [1]}'),
         '{"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": [1]}',
+        *(
+            f'{{"peft_type": "LORA", "lora_alpha": 1, "trainable_token_indices": {tokens}}}'
+            for tokens in ("3", "[-1]", "[true]", "[1, 1]", '{"embed": 1}', '["a"]')
+        ),
+        '{"peft_type": "LORA", "lora_alpha": 1, "revision": 3}',
     ],
 )
 def test_what_is_no_configuration_is_named(content: str, tmp_path: Path) -> None:
@@ -349,6 +505,13 @@ def test_what_is_no_configuration_is_named(content: str, tmp_path: Path) -> None
         ({"init_lora_weights": "olora"}, "changes the base model"),
         ({"alora_invocation_tokens": [1]}, "some tokens only"),
         ({"layer_replication": [[0, 2]]}, "repeats layers"),
+        ({"use_qalora": True}, "its 'use_qalora' is not supported"),
+        ({"use_bdlora": {"nblocks": 2}}, "its 'use_bdlora' is not supported"),
+        ({"kasa_config": {"beta": 1}}, "its 'kasa_config' is not supported"),
+        ({"monteclora_config": {"x": 1}}, "its 'monteclora_config' is not supported"),
+        ({"arrow_config": {"top_k": 1}}, "its 'arrow_config' is not supported"),
+        ({"target_parameters": ["x"]}, "its 'target_parameters' is not supported"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias beside use_dora"),
     ],
 )
 def test_adapters_whose_arithmetic_is_another_are_refused(

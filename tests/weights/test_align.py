@@ -1,8 +1,21 @@
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from fixtures_weights import FLOATS, METHODS, bits, first, random_tensor, total, weights
+from fixtures_weights import (
+    FLOATS,
+    METHODS,
+    bits,
+    first,
+    oracle,
+    random_tensor,
+    tolerance,
+    total,
+    weights,
+)
+from torch import Tensor
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, align, in_memory, merge, shortened
@@ -22,7 +35,7 @@ def test_every_difference_is_listed_by_name_in_one_error() -> None:
     base = weights(a=torch.ones(2), b=torch.ones(2), c=torch.ones(2), d=1)
     x = weights(a=torch.ones(3), b=torch.ones(2, dtype=torch.float16), c=torch.ones(2), d=1.0)
     y = weights(a=torch.ones(2), b=torch.ones(2), e=torch.ones(1), d=1)
-    message = refusal({"x": x, "y": y}, base)
+    message = refusal({"x": x, "y": y}, base, policy=MergePolicy(on_dtype="error"))
     for line in (
         "x: 'a' is [3], in _pretrained_ [2]",
         "x: 'b' is float16, in _pretrained_ float32",
@@ -66,11 +79,70 @@ def test_an_extra_entry_can_be_dropped() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_another_float_type_can_be_cast(dtype: torch.dtype) -> None:
+def test_another_float_type_is_cast(dtype: torch.dtype) -> None:
     models = {"x": weights(a=torch.tensor([2.5], dtype=dtype)), "y": weights(a=[1.0])}
-    policy = MergePolicy(on_dtype="cast")
-    merged = in_memory(merge(models, total, weights(a=[0.0]), policy=policy))
+    merged = in_memory(merge(models, total, weights(a=[0.0])))
     assert merged["a"].dtype == torch.float32 and merged["a"].item() == 3.5
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("own", FLOATS)
+def test_mixed_types_are_merged_in_the_wider_one_and_rounded_once(
+    own: torch.dtype, stored: torch.dtype, method: str, elementwise: bool
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    base, x, y = (random_tensor((5, 7), dtype, random) for dtype in (stored, own, stored))
+    merge_tensor = METHODS[method].merge_tensor
+    merged = merge({"x": weights(a=x), "y": weights(a=y)}, merge_tensor, weights(a=base))
+    got = merged["a"]
+    exact = oracle(method, [x, y], base)
+    assert got.dtype == stored
+    exactly = torch.float64 in (own, stored)
+    inputs = [t.double() if exactly else t.float() for t in (x, y, base)]
+    allowed = tolerance(exact, inputs, stored)
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+def test_all_tensors_of_a_mixed_entry_are_of_one_type() -> None:
+    def product(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        assert base is not None
+        return tensors[0] @ tensors[1] @ base
+
+    square = torch.eye(3)
+    for dtypes in itertools.product(FLOATS, repeat=3):
+        base, x, y = (weights(a=square.to(dtype)) for dtype in dtypes)
+        assert torch.equal(merge({"x": x, "y": y}, product, base)["a"], square.to(dtypes[0]))
+
+
+def test_what_is_cast_is_said_and_how_to_refuse_it() -> None:
+    half = torch.ones(2, dtype=torch.bfloat16)
+    models = {"x": weights(a=half, b=half), "y": weights(a=torch.ones(2), b=half)}
+    base = weights(a=torch.ones(2), b=torch.ones(2))
+    cast = "they are merged in float32 and written in float32. "
+    cast += "modelpool.policy.on_dtype=error refuses that."
+    assert align(models, base).notes == (
+        f"x: 2 entries are bfloat16, and float32 in _pretrained_; {cast}",
+        f"y: 1 entry is bfloat16, and float32 in _pretrained_; {cast}",
+    )
+    note, *_ = align(models, base, MergePolicy(dtype="float16")).notes
+    assert "written in float16" in note
+    exact = {"x": weights(a=half, b=half.double()), "y": weights(a=half, b=half)}
+    (note,) = align(exact).notes
+    assert note.startswith("y: 1 entry is bfloat16, and float64 in x; they are merged in float64")
+    assert align({"x": base, "y": base}, base).notes == ()
+
+
+@pytest.mark.parametrize("policy", ["cast", "error"])
+def test_types_that_need_scales_are_never_cast(policy: Any) -> None:
+    narrow = weights(a=torch.ones(2).to(torch.float8_e4m3fn))
+    for models in (
+        {"x": weights(a=torch.ones(2)), "y": narrow},
+        {"y": narrow, "x": weights(a=1.0)},
+    ):
+        message = refusal(models, policy=MergePolicy(on_dtype=policy))
+        assert "float8_e4m3fn" in message and "on_dtype" not in message
 
 
 # --- vocabularies
