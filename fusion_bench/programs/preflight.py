@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from fusion_bench.errors import ConfigError
 from fusion_bench.method.base import aligned, refuse_without_pretrained
@@ -96,7 +97,7 @@ def show(plan: Plan, console: Console) -> None:
         size = "unknown" if moved else "" if step.nbytes is None else decimal(step.nbytes)
         table.add_row(step.verb, step.what, size, str(step.place or ""))
     for note in plan.notes:
-        table.add_row("note", note)
+        table.add_row("note", Text(note))  # which may hold brackets
     console.print(table)
 
 
