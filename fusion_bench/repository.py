@@ -6,9 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusion_bench.companions import KNOWN, check_folder, own_file, refuse_size
 from fusion_bench.errors import ConfigError
 from fusion_bench.network import blob_of, may_pass, patiently, refuse_damaged
 from fusion_bench.sources import read, reading, resolve
+from fusion_bench.trust import trusts_remote_code
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ class Repository:
     Attributes:
         name: what the config calls it.
         files: the names of its files, of those at the top alone.
+        nested: the names of those on the Hub that are not at the top.
         directory: where it lies, if it lies here.
         commit: which state of a repository on the Hub is meant.
         sizes: the bytes of files on the Hub, as far as it tells them.
@@ -29,15 +32,42 @@ class Repository:
     name: str
     files: frozenset[str]
     directory: Path | None = None
+    nested: frozenset[str] = field(default=frozenset(), compare=False)
     repo_id: str = ""
     commit: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
     scratch: Path | None = None
 
+    @property
+    def folders(self) -> frozenset[str]:
+        """The names of the folders in it."""
+        if self.directory is not None:
+            return frozenset(path.name for path in self.directory.iterdir() if path.is_dir())
+        return frozenset(name.partition("/")[0] for name in self.nested)
+
+    @property
+    def code(self) -> frozenset[str]:
+        """The names of its own code, where the user lets repositories run theirs."""
+        if not trusts_remote_code():
+            return frozenset()
+        return frozenset(name for name in self.files if name.endswith(".py"))
+
+    def inside(self, folder: str) -> frozenset[str]:
+        """Return the names of the files in a folder, each with the folder's before it."""
+        if self.directory is not None:
+            return frozenset(f"{folder}/{name}" for name in _listed(self.directory / folder))
+        return frozenset(name for name in self.nested if name.rpartition("/")[0] == folder)
+
+    def _lacks(self, files: tuple[str, ...]) -> list[str]:
+        """Return those of ``files`` that the repository does not have."""
+        nested = {name.rpartition("/")[0] for name in files} - {""}
+        known = self.files.union(*map(self.inside, nested))
+        return sorted(set(files) - known)
+
     def has(self, *files: str) -> bool:
         """Tell whether ``files`` are here already, in the directory or in the Hub's cache."""
         if self.directory is not None:
-            return all(name in self.files for name in files)
+            return not self._lacks(files)
         from huggingface_hub import try_to_load_from_cache
 
         return all(
@@ -49,13 +79,19 @@ class Repository:
         """Return the directory in which ``files`` are; what is not here yet is downloaded.
 
         Raises:
-            ConfigError: files that the repository does not have.
+            ConfigError: files that the repository does not have, or that may not be read, such as
+                links to elsewhere.
             WorldError: a download that failed, or brought other content than the Hub states.
         """
-        if lacking := sorted(set(files) - self.files):
+        if lacking := self._lacks(files):
             raise ConfigError(f"There is no '{lacking[0]}' in '{self.name}'.")
         if self.directory is not None:
+            check_folder(self.directory)
+            for name in set(files).difference(KNOWN):
+                own_file(self.directory, name)
             return self.directory
+        for name in files:
+            refuse_size(f"{self.name}/{name}", name, self.sizes.get(name, 0))
         from huggingface_hub import snapshot_download
 
         def download() -> Path:
@@ -72,6 +108,8 @@ class Repository:
             if gaps := [name for name in files if not (place / name).is_file()]:
                 raise FileNotFoundError(f"There is no '{gaps[0]}' in the local cache.")
             refuse_damaged(blob_of(place / name) for name in files)
+            for name in files:
+                own_file(place, name)
             return place
 
         return read("model", self.name, download)
@@ -95,8 +133,7 @@ def locate(name: str, scratch: Path | None = None) -> Repository:
             raise ConfigError(f"'{name}': '{repo_id}' is a directory here, without revisions.")
         if not place.is_dir():
             raise ConfigError(f"'{name}' is no directory.")
-        files = frozenset(file.name for file in place.iterdir() if file.is_file())
-        return Repository(name, files, directory=place)
+        return Repository(name, _listed(place), directory=place)
 
     with reading("model", repo_id):
         return _on_hub(name, repo_id, revision or None, scratch)
@@ -115,10 +152,13 @@ def _on_hub(name: str, repo_id: str, revision: str | None, scratch: Path | None)
         asked = HfApi().resolve_revision(repo_id, revision=revision, cache_dir=scratch)
         commit = asked.resolved
         info = HfApi().model_info(repo_id, revision=commit, files_metadata=True)
-        siblings = [file for file in info.siblings or () if "/" not in file.rfilename]
+        siblings = info.siblings or ()
+        files = frozenset(file.rfilename for file in siblings)
+        nested = frozenset(file for file in files if "/" in file)
         return Repository(
             name,
-            frozenset(file.rfilename for file in siblings),
+            files - nested,
+            nested=nested,
             repo_id=repo_id,
             commit=commit,
             sizes={file.rfilename: file.size for file in siblings if file.size is not None},
@@ -150,9 +190,19 @@ def _in_cache(name: str, repo_id: str, revision: str | None) -> Repository | Non
                 local_files_only=True,
             )
         )
-        files = frozenset(file.name for file in snapshot.iterdir())
-        return Repository(name, files, repo_id=repo_id, commit=snapshot.name)
+        files = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*")}
+        nested = frozenset(file for file in files if "/" in file)
+        return Repository(
+            name, _listed(snapshot), nested=nested, repo_id=repo_id, commit=snapshot.name
+        )
     return None
+
+
+def _listed(directory: Path) -> frozenset[str]:
+    """Return the names of the files in a directory; of none where there is no such directory."""
+    if not directory.is_dir():
+        return frozenset()
+    return frozenset(file.name for file in directory.iterdir() if file.is_file())
 
 
 def hub_cache() -> Path:

@@ -29,7 +29,9 @@ from fusion_bench.network import (
     refuse_damaged,
     status,
 )
+from fusion_bench.pretrained import checked_node
 from fusion_bench.storage import cache_dir
+from fusion_bench.trust import TRUST_REMOTE_CODE
 
 T = TypeVar("T")
 
@@ -143,7 +145,7 @@ def load(kind: str, node: Any, key: str) -> Any:
         FusionBenchError: as ``resolve`` and ``reading``.
     """
     named = node if isinstance(node, Mapping) else {}
-    pretrained = named.get("pretrained_model_name_or_path")
+    pretrained = named.get(_PRETRAINED)
     name = pretrained or named.get("path")
     if not isinstance(name, str):
         name = key
@@ -151,10 +153,30 @@ def load(kind: str, node: Any, key: str) -> Any:
     def call() -> Any:
         wanted = node
         if isinstance(pretrained, str):
-            wanted = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
+            place = resolve(pretrained)
+            wanted = {**named, _PRETRAINED: place}
+            if str(named.get("_target_")).startswith("transformers."):
+                here = Path(place) if _exists(place) else None
+                if here is None and kind == "model":
+                    here = _folder_on_hub(wanted)
+                wanted = checked_node(kind, wanted, here)
         return instantiate(wanted, key)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
+
+
+def _folder_on_hub(node: Mapping[str, Any]) -> Path | None:
+    """Return the folder in the Hub's cache with a repository's config.json, if it has one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    subfolder = node.get("subfolder") or None
+    with suppress(EntryNotFoundError):
+        file = hf_hub_download(
+            node[_PRETRAINED], "config.json", subfolder=subfolder, revision=node.get("revision")
+        )
+        return Path(file).parents[len(Path(subfolder or "").parts)]
+    return None
 
 
 def _intact(kind: str, name: str, call: Callable[[], T]) -> T:
@@ -446,6 +468,12 @@ def _reason_by_text(text: str) -> str | None:
         return f"its model type '{found[1]}' is unknown to the transformers that is installed here."
     if text.startswith("Unrecognized model in"):
         return "its config.json names no 'model_type'."
+    if "custom code" in text and "trust_remote_code" in text:
+        return (
+            "it needs code of its own ('auto_map' in its configs), which is not run. If you trust "
+            "its owner, say so outside of the config: --trust-remote-code, or "
+            f"{TRUST_REMOTE_CODE}=1 in the environment."
+        )
     if "`ignore_mismatched_sizes`" in text:
         return "its weights have other shapes than its config.json says."
     if "PytorchStreamReader" in text:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 _IN_USE = ".in-use"
 #: So many lists and mappings may lie in each other.
 _DEEPEST = 100
+#: No config, index or tokenizer is longer, in bytes, or holds more values.
+_LONGEST = 128 * 2**20
+_MOST_VALUES = 5_000_000
 #: What the system says of a disk that is full, fails or may not be written to.
 DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS, EACCES, EPERM)
 
@@ -100,10 +104,18 @@ def read_json(path: Path) -> Any:
     """Return what a file of JSON holds; a stranger may have written it.
 
     Raises:
-        ConfigError: it is no JSON, or lists and mappings lie deeper in each other than anybody's.
+        ConfigError: it is no JSON, or larger, or its lists and mappings lie deeper in each other,
+            than anybody's.
     """
+    refuse_huge(path)
+    text = path.read_bytes()
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ConfigError(
+            f"'{path}' holds more than {_MOST_VALUES:,} values, which nothing of its kind does. "
+            "Put the right file in its place."
+        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
         level = [content]
         for _ in range(_DEEPEST):
             level = [
@@ -117,6 +129,22 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"'{path}' is not valid JSON. Fetch it again.") from error
     return content
+
+
+def refuse_huge(path: Path) -> None:
+    """Refuse a file that no JSON of a model is as large as, or that is no regular file.
+
+    Raises:
+        ConfigError: it is.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ConfigError(f"'{path}' is no regular file. Remove it.")
+    if state.st_size > _LONGEST:
+        raise ConfigError(
+            f"'{path}' has {state.st_size // 2**20} MiB; no more than {_LONGEST // 2**20} MiB of "
+            "JSON are read. Put the right file in its place."
+        )
 
 
 @contextmanager

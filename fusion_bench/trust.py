@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any
 
 from hydra.utils import get_object
@@ -95,7 +96,7 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
             find(node.get("path", ""), called=False)
         except ConfigError as error:
             yield "path", str(error)
-    if node.get("trust_remote_code") and os.environ.get(TRUST_REMOTE_CODE) != "1":
+    if node.get("trust_remote_code") and not trusts_remote_code():
         yield (
             "trust_remote_code",
             "would run code from the repository. If you trust its owner, say so outside of the "
@@ -108,7 +109,7 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
     if node.get("weights_only", True) is not True:
         yield "weights_only", "pickled weights can run code; only weights are read. Remove it."
     kernel = node.get("attn_implementation", "sdpa")
-    if not isinstance(kernel, str) or not re.fullmatch(r"\w+", kernel):
+    if fetches_code(kernel):
         yield "attn_implementation", f"'{kernel}' would fetch code. Choose sdpa or eager."
     for name in _CONNECTIONS:
         if node.get(name):
@@ -117,6 +118,24 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
         yield "use_kernels", "would fetch code. Remove it."
     if target == "datasets.load_dataset" and node.get("path") in _READERS:
         yield "path", f"'{node['path']}' takes more than files of data; it is not read from here."
+
+
+def trusts_remote_code() -> bool:
+    """Tell whether the user lets repositories run code of their own."""
+    return os.environ.get(TRUST_REMOTE_CODE) == "1"
+
+
+def fetches_code(kernel: Any) -> bool:
+    """Tell whether transformers would fetch what is to compute a model's attention.
+
+    It fetches what has a repository's name, and flash attention that is not installed here, if the
+    package ``kernels`` is.
+    """
+    if not isinstance(kernel, str) or not re.fullmatch(r"\w+", kernel):
+        return True
+    if not kernel.startswith("flash_") or find_spec("kernels") is None:
+        return False
+    return find_spec("flash_attn") is None and find_spec("flash_attn_interface") is None
 
 
 def allowed_packages() -> frozenset[str]:

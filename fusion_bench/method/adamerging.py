@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, check_between, check_choice
+from fusion_bench.errors import ConfigError, FusionBenchError, check_between, check_choice
 from fusion_bench.method.base import refuse_without_pretrained
 from fusion_bench.method.data import Data, Split, TrainablePool, merged, own_data, parameter_keys
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.progress import bar
-from fusion_bench.storage import write_text
+from fusion_bench.storage import read_json, write_text
 from fusion_bench.weights import Weights, align
 from fusion_bench.weights.ops import task_vectors
 
@@ -131,11 +131,11 @@ class AdaMergingAlgorithm:
             value = 1 / len(names) if self.init_values is None else self.init_values
             return torch.full((len(names), columns), float(value))
         try:
-            known = json.loads(Path(self.weights).read_text(encoding="utf-8"))
+            known = read_json(Path(self.weights))
             found = torch.tensor(known["coefficients"], dtype=torch.float32)
             fits = known["models"] == names and found.shape == (len(names), columns)
             fits &= columns == 1 or known["keys"] == keys
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
             raise FusionBenchError(
                 f"method.weights: '{self.weights}' is no file of coefficients ({error})."
             ) from error

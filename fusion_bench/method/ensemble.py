@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.method.data import TrainablePool
-from fusion_bench.storage import whole_directory, write_text
+from fusion_bench.storage import read_json, whole_directory, write_text
 from fusion_bench.weights import is_special
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class LogitEnsemble(Ensemble):
 
 def load_ensemble(directory: str | Path, models: Mapping[str, nn.Module]) -> Ensemble:
     """Return a saved ensemble; ``models`` are those that its directories hold, by name."""
-    known = json.loads((Path(directory) / _FILE).read_text(encoding="utf-8"))
+    known = read_json(Path(directory) / _FILE)
     named = {name: models[name] for name in known["models"]}
     return ensemble_of(named, known["weights"], known["of"])
 

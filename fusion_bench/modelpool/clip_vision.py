@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fusion_bench.modelpool.huggingface import HFModelPool
+from fusion_bench.pretrained import from_pretrained
 from fusion_bench.sources import load, reading
 from fusion_bench.weights import MergePolicy, Renamed, Weights
 
@@ -73,7 +74,7 @@ class CLIPVisionModelPool(HFModelPool):
 
         repository = self._whole_model(self._reference)
         with reading("model", repository.name):
-            return CLIPVisionConfig.from_pretrained(repository.fetch("config.json"))
+            return from_pretrained(CLIPVisionConfig, repository.fetch("config.json"))
 
     def _write_companions(self, directory: Path) -> None:
         config = deepcopy(self._model_config())
@@ -83,6 +84,7 @@ class CLIPVisionModelPool(HFModelPool):
         config.save_pretrained(directory)
         if (processor := self._image_processor()) is not None:
             processor.save_pretrained(directory)
+        self._tell_what_is_left(("config.json", "preprocessor_config.json"))
 
     def _image_processor(self) -> Any:
         source = self._processor or self._models[self._reference]
@@ -99,6 +101,6 @@ class CLIPVisionModelPool(HFModelPool):
         if "preprocessor_config.json" not in repository.files:
             return None  # a checkpoint without one; the weights are what was asked for
         with reading("processor", source):
-            return CLIPImageProcessorPil.from_pretrained(
-                repository.fetch("preprocessor_config.json")
+            return from_pretrained(
+                CLIPImageProcessorPil, repository.fetch("preprocessor_config.json"), model=False
             )

@@ -1,37 +1,36 @@
 """A merged model's directory: weights, companions, recipe and card, whole or not at all."""
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
+from fusion_bench.companions import (
+    MODULE_FILES,
+    MODULES,
+    PROCESSORS,
+    SENTENCE_CONFIGS,
+    TEMPLATES,
+    module_folders,
+)
 from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.modelpool.card import Source, model_card, recipe
 from fusion_bench.repository import Repository
-from fusion_bench.storage import file_sha256, whole_directory, write_text
-from fusion_bench.weights import Weights, write_checkpoint
+from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
+from fusion_bench.weights import Weights, in_memory, open_checkpoint, write_checkpoint
 
-#: What is copied beside merged weights; no weights, no code.
-CONFIGS = ("config.json", "generation_config.json")
-PROCESSORS = (
-    "*token*.json",
-    "*token*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "vocab.*",
-    "merges.txt",
-    "sentencepiece*.model",
-    "spiece.model",
-    "spm.model",
-    "chat_template*",
-    "*processor_config.json",
-)
+log = logging.getLogger(__name__)
+
+#: The library whose modules are known.
+_OWN_MODULES = "sentence_transformers."
 
 
 def write_directory(
@@ -78,19 +77,72 @@ def write_directory(
             write_text(directory / "README.md", model_card(path.name, final()))
 
 
-def fitting(repository: Repository, patterns: tuple[str, ...]) -> list[str]:
-    """Return the names of a repository's files that fit the patterns."""
-    return [file for file in repository.files if any(fnmatch(file, p) for p in patterns)]
+def processors(repository: Repository) -> list[str]:
+    """Return the names of a repository's files of tokenizers and processors."""
+    templates = [n for n in repository.inside(TEMPLATES) if n.endswith(".jinja")]
+    return sorted([*(repository.files & set(PROCESSORS)), *templates])
 
 
-def copy_files(repository: Repository, patterns: tuple[str, ...], directory: Path) -> list[str]:
-    """Copy the files that fit the patterns; return their names."""
-    names = fitting(repository, patterns)
-    if names:
-        place = repository.fetch(*names)
-        for name in names:
-            shutil.copyfile(place / name, directory / name)
-    return names
+def sentence_transformer(repository: Repository) -> list[str]:
+    """Return the names of the files by which sentence-transformers encodes with a model.
+
+    Of the modules that it has beside the model itself, those of that library are known.
+
+    Raises:
+        ConfigError: a list of modules that is no such, or names folders elsewhere.
+    """
+    if MODULES not in repository.files:
+        return []
+    file = repository.fetch(MODULES) / MODULES
+    modules = module_folders(read_json(file), str(file))
+    if foreign := sorted(kind for kind in modules.values() if not kind.startswith(_OWN_MODULES)):
+        log.warning(
+            "'%s' has modules of its own code (%s), which is not copied: what is saved is no model "
+            "of sentence-transformers.",
+            repository.name,
+            foreign[0],
+        )
+        return []
+    names = [MODULES, *(repository.files & set(SENTENCE_CONFIGS))]
+    for folder in modules:
+        known = {f"{folder}/{name}" for name in MODULE_FILES}
+        names += repository.inside(folder) & known
+    return sorted(names)
+
+
+def copy_files(repository: Repository, names: Iterable[str], directory: Path) -> None:
+    """Copy a repository's files into a directory; weights become safetensors.
+
+    Raises:
+        ConfigError: one of them may not be read.
+    """
+    names = list(names)
+    if not names:
+        return
+    place = repository.fetch(*names)
+    for name in names:
+        target = directory / name
+        target.parent.mkdir(exist_ok=True)
+        if target.suffix == ".bin":  # a pickle, which might run code where the copy is read
+            safe = target.with_suffix("").with_name("model.safetensors")
+            save_file(in_memory(open_checkpoint(place / name)), safe, metadata={"format": "pt"})
+        else:
+            shutil.copyfile(place / name, target)
+
+
+def tell_what_is_left(repository: Repository, copied: Collection[str]) -> None:
+    """Name in the log what a model's folder holds that does not go with a merged model."""
+    weights = (".safetensors", ".bin", ".index.json")
+    left = [
+        *(name for name in repository.files - set(copied) if not name.endswith(weights)),
+        *(f"{name}/" for name in repository.folders - {c.partition("/")[0] for c in copied}),
+    ]
+    if left := sorted(name for name in left if not name.startswith((".", "README"))):
+        log.info("Not copied from '%s': %s.", repository.name, ", ".join(left))
+    if modules := sorted(n for n in copied if "/" in n and n.endswith((".safetensors", ".bin"))):
+        log.warning(
+            "These weights of '%s' are copied, not merged: %s.", repository.name, ", ".join(modules)
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.companions import CONFIGS
 from fusion_bench.errors import ConfigError, FusionBenchError, did_you_mean
 from fusion_bench.modelpool.adapters import (
     Base,
@@ -27,17 +28,19 @@ from fusion_bench.modelpool.adapters import (
 )
 from fusion_bench.modelpool.card import Source
 from fusion_bench.modelpool.directory import (
-    CONFIGS,
-    PROCESSORS,
     copy_files,
-    fitting,
+    processors,
+    sentence_transformer,
+    tell_what_is_left,
     write_directory,
 )
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.plan import Plan, zoo_step
+from fusion_bench.pretrained import from_config, from_pretrained, quantisation
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import read_json, write_text
+from fusion_bench.trust import trusts_remote_code
 from fusion_bench.weights import (
     AdapterConfig,
     AdapterWeights,
@@ -50,6 +53,7 @@ from fusion_bench.weights import (
     is_special,
     open_checkpoint,
     open_repository,
+    quantised,
     shortened,
     weight_files,
 )
@@ -156,7 +160,7 @@ class HFModelPool:
         if isinstance(self._processor, str) and unbuilt(self._processor) is None:
             with plan.noting("modelpool.processor"):
                 processor = self._located(self._processor)
-                plan.download(processor, *fitting(processor, PROCESSORS))
+                plan.download(processor, *processors(processor))
         return plan
 
     def _find(self, name: str, plan: Plan) -> bool:
@@ -215,7 +219,7 @@ class HFModelPool:
         """Note the files of a whole model; tell whether there is a header that can be read."""
         self._refuse_quantised(name, repository)
         files = weight_files(repository)
-        plan.download(repository, *files, *fitting(repository, CONFIGS))
+        plan.download(repository, *files, *(repository.files & set(CONFIGS)))
         return "safetensors" in files[0] or repository.has(*files)
 
     def _is_adapter(self, name: str) -> bool:
@@ -332,6 +336,7 @@ class HFModelPool:
             dtype=floating[0] if floating else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=trusts_remote_code(),
             **options,
         )
         _refuse_incomplete("The merged model", info)
@@ -405,16 +410,17 @@ class HFModelPool:
     def _write_companions(self, directory: Path) -> None:
         """Write config, tokenizer and processor files beside merged weights."""
         if isinstance(self._models[self._reference], str):
-            own = PROCESSORS if self._processor is None else ()
-            copy_files(self._whole_model(self._reference), (*CONFIGS, *own), directory)
+            self._copy_companions(self._whole_model(self._reference), directory)
         elif (config := self._model_config()) is not None:
             config.save_pretrained(directory)
         if isinstance(self._processor, str):
-            if not copy_files(self._located(self._processor), PROCESSORS, directory):
+            source = self._located(self._processor)
+            if not (names := processors(source)):
                 raise FusionBenchError(
                     f"'{self._processor}' has neither a tokenizer nor a processor. Name another "
                     "source, or none to take the pretrained model's."
                 )
+            copy_files(source, names, directory)
         elif self._processor is not None:
             load("processor", self._processor, "modelpool.processor").save_pretrained(directory)
         file = directory / "config.json"
@@ -434,6 +440,24 @@ class HFModelPool:
             config["vocab_size"] = rows
         if config != before:
             write_text(file, json.dumps(config, indent=2) + "\n")
+
+    def _copy_companions(self, model: Repository, directory: Path) -> None:
+        """Copy what belongs to the reference beside its weights; say what does not come along."""
+        names = [*(model.files & set(CONFIGS)), *sentence_transformer(model)]
+        own = self._repository(self._reference)
+        beside = processors(own)  # a trainer puts them beside an adapter, with the tokens it added
+        if self._processor is None and own != model and beside:
+            copy_files(own, beside, directory)
+        elif self._processor is None:
+            names += processors(model)
+        copy_files(model, names, directory)
+        self._tell_what_is_left(names)
+
+    def _tell_what_is_left(self, copied: Collection[str]) -> None:
+        """Name in the log what the reference's folder has that a merged model's does not."""
+        source = self._models[self._reference]
+        if isinstance(source, str) and not _is_file(source):
+            tell_what_is_left(self._whole_model(self._reference), copied)
 
     def _embedding_rows(self) -> int | None:
         """Return how many tokens an adapter made of its base's; None where it left them alone."""
@@ -585,7 +609,9 @@ class HFModelPool:
             return self._canonical(TensorWeights(self._module(name).state_dict()))
         if _is_file(source):
             self._refuse_base(name)
-            return self._canonical(open_checkpoint(Path(source).expanduser()))
+            weights: Weights = open_checkpoint(Path(source).expanduser())
+            _refuse_scales(name, source, weights)
+            return self._canonical(weights)
         repository = self._repository(name)
         if _ADAPTER_CONFIG not in repository.files:
             self._refuse_base(name)
@@ -620,16 +646,14 @@ class HFModelPool:
         self._refuse_quantised(name, repository)
         if repository.name not in self._by_header:
             weights = open_repository(repository)
+            _refuse_scales(name, repository.name, weights)
             if not isinstance(weights, HubWeights):
                 return weights
             self._by_header[repository.name] = weights
         return self._by_header[repository.name]
 
     def _refuse_quantised(self, name: str, repository: Repository) -> None:
-        quantisation = self._json_config(repository).get("quantization_config")
-        if quantisation:
-            named = isinstance(quantisation, Mapping) and quantisation.get("quant_method")
-            method = named or "by a method that it does not name"
+        if method := quantisation(self._json_config(repository)):
             raise FusionBenchError(
                 f"modelpool.models.{name}: '{repository.name}' is quantised ({method}), and "
                 "quantised weights cannot be merged. Name the model that it was made from."
@@ -672,15 +696,18 @@ class HFModelPool:
 
         repository = self._whole_model(self._reference)
         with reading("model", repository.name):
-            return AutoConfig.from_pretrained(repository.fetch("config.json"))
+            return from_pretrained(AutoConfig, repository.fetch("config.json", *repository.code))
 
     def _from_pretrained(self, repository: Repository) -> Any:
         """Return module and loading info of a checkpoint."""
         names = ["config.json", *weight_files(repository)]
         model_class = self._transformers_class()
         with reading("model", repository.name), _a_class_that_fits():
-            return model_class.from_pretrained(
-                repository.fetch(*names), output_loading_info=True, ignore_mismatched_sizes=True
+            return from_pretrained(
+                model_class,
+                repository.fetch(*names, *repository.code),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
 
 
@@ -688,6 +715,16 @@ def _is_file(source: str) -> bool:
     with suppress(RuntimeError):  # the home directory of nobody known
         return Path(source).expanduser().is_file()
     return False
+
+
+def _refuse_scales(name: str, source: str, weights: Weights) -> None:
+    """Refuse weights that mean nothing without their scales."""
+    if told := quantised(weights):
+        raise FusionBenchError(
+            f"modelpool.models.{name}: '{source}' is quantised ({told}), and such weights mean "
+            "nothing without their scales, so they cannot be merged. Name the model that it was "
+            "made from, or a copy with plain weights."
+        )
 
 
 def _policy(section: Mapping[str, Any]) -> MergePolicy:
@@ -704,7 +741,7 @@ def _concrete(model_class: Any, config: Any) -> Any:
     if hasattr(model_class, "config_class"):
         return model_class
     with torch.device("meta"), _a_class_that_fits():  # which costs no memory
-        return type(model_class.from_config(config))
+        return type(from_config(model_class, config))
 
 
 @contextmanager

@@ -4,27 +4,20 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from fusion_bench.companions import KNOWN, TEMPLATES
 from fusion_bench.errors import ConfigError, did_you_mean
-from fusion_bench.modelpool.directory import CONFIGS, PROCESSORS
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.storage import write_text
 
-#: What a saved model's directory holds. Where there is anything else it is not replaced.
-_MODEL_FILES = (
-    *CONFIGS,
-    *PROCESSORS,
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "ensemble.json",
-    "README.md",
-)
-
+#: What a saved model's directory holds, beside weights and chat templates. Where there is anything
+#: else it is not replaced.
+_MODEL_FILES = (*KNOWN, "ensemble.json", "README.md")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 #: What a run writes into its output directory.
 _REPORT_FILES = (
@@ -201,6 +194,13 @@ def _foreign(path: Path) -> str | None:
         if entry.is_dir() and not entry.is_symlink():
             if (inner := _foreign(entry)) is not None:
                 return f"{entry.name}/{inner}"
-        elif not any(fnmatch(entry.name, pattern) for pattern in _MODEL_FILES):
+        elif not _is_part(entry):
             return entry.name
     return None
+
+
+def _is_part(file: Path) -> bool:
+    """Tell whether a file belongs to a saved model."""
+    if file.name in _MODEL_FILES or file.name.endswith(_WEIGHTS):
+        return True
+    return file.suffix == ".jinja" and file.parent.name == TEMPLATES

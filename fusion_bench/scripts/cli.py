@@ -81,11 +81,52 @@ def main() -> None:
         with _plain_messages(show_traceback), disk_failures():
             return _run_program(config, parts)
 
-    with _plain_messages(show_traceback), interruptible(), lost_workers(), disk_failures():
+    with (
+        _plain_messages(show_traceback),
+        interruptible(),
+        lost_workers(),
+        disk_failures(),
+        unanswered(),
+    ):
         _leave_working_directory()
         set_up_hydra()
         sys.argv[1:] = _prepared(sys.argv[1:])
         run()
+
+
+@contextmanager
+def unanswered() -> Iterator[None]:
+    """Let no library read an answer from the terminal, nor from what a script pipes in.
+
+    Only ``breakpoint()`` gets the terminal back; under a debugger it is left as it is.
+    """
+    if sys.gettrace() is not None:
+        yield
+        return
+    before, hook = sys.stdin, sys.breakpointhook
+    try:
+        terminal = os.dup(0)
+    except OSError:  # it is closed already, as it is for services
+        terminal = None
+
+    def restore() -> None:
+        sys.stdin, sys.breakpointhook = before, hook
+        if terminal is not None:
+            os.dup2(terminal, 0)
+
+    def debug(*arguments: Any, **options: Any) -> Any:
+        restore()
+        return hook(*arguments, **options)
+
+    with open(os.devnull) as nothing:  # noqa: PTH123
+        os.dup2(nothing.fileno(), 0)
+        sys.stdin, sys.breakpointhook = nothing, debug
+        try:
+            yield
+        finally:
+            restore()
+            if terminal is not None:
+                os.close(terminal)
 
 
 def set_up_hydra() -> None:

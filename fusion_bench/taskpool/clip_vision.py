@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.plan import Plan, zoo_step
+from fusion_bench.pretrained import from_pretrained
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import file_sha256
@@ -197,7 +198,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         from transformers import AutoConfig, CLIPConfig
 
         with reading("model", self._clip_source):
-            config = AutoConfig.from_pretrained(self._clip_repository.fetch("config.json"))
+            config = from_pretrained(AutoConfig, self._clip_repository.fetch("config.json"))
         if not isinstance(config, CLIPConfig):
             raise FusionBenchError(
                 f"taskpool.clip_model: '{self._clip_source}' is not a full CLIP model but a "
@@ -214,7 +215,8 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
 
         with reading("model", source):
             names = ["config.json", *weight_files(self._clip_repository)]
-            model, info = CLIPModel.from_pretrained(
+            model, info = from_pretrained(
+                CLIPModel,
                 self._clip_repository.fetch(*names),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -252,7 +254,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         from transformers import CLIPTokenizer
 
         with reading("processor", source):
-            tokenizer = CLIPTokenizer.from_pretrained(self._tokenizer_place)
+            tokenizer = from_pretrained(CLIPTokenizer, self._tokenizer_place, model=False)
         if len(tokenizer) < _SMALLEST_VOCABULARY:
             raise FusionBenchError(f"taskpool.processor: '{source}' comes without a tokenizer.")
         return tokenizer
@@ -271,7 +273,8 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
 
         repository = self._with_image_processor(source)
         with reading("processor", source):
-            return CLIPImageProcessorPil.from_pretrained(repository.fetch(_IMAGE_PROCESSOR))
+            place = repository.fetch(_IMAGE_PROCESSOR)
+            return from_pretrained(CLIPImageProcessorPil, place, model=False)
 
     def _with_image_processor(self, source: str) -> Repository:
         repository = self._located(source)

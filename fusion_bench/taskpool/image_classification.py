@@ -1,6 +1,5 @@
 """Judging models by the classifiers that they were fine-tuned with."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.plan import Plan, zoo_step
+from fusion_bench.pretrained import from_pretrained
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
+from fusion_bench.storage import read_json
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
 from fusion_bench.tasks import readable
 from fusion_bench.weights import TensorWeights, sha256, weight_files
@@ -123,8 +124,8 @@ class ImageClassificationTaskPool(ImageTaskPool):
 
         repository = self._with_image_processor(source)
         with reading("processor", source):
-            return AutoImageProcessor.from_pretrained(
-                repository.fetch(_IMAGE_PROCESSOR), backend="pil"
+            return from_pretrained(
+                AutoImageProcessor, repository.fetch(_IMAGE_PROCESSOR), model=False, backend="pil"
             )
 
     def _located(self, source: str) -> Repository:
@@ -186,7 +187,8 @@ class ImageClassificationTaskPool(ImageTaskPool):
 
             repository = self._located(source)
             with reading("model", source):
-                head, info = AutoModelForImageClassification.from_pretrained(
+                head, info = from_pretrained(
+                    AutoModelForImageClassification,
                     repository.fetch("config.json", *weight_files(repository)),
                     output_loading_info=True,
                 )
@@ -224,6 +226,6 @@ def _labels(repository: Repository) -> list[str] | None:
     """Return the names that a classifier's config.json gives its classes, if it does."""
     file = repository.fetch("config.json") / "config.json"
     with suppress(ValueError, AttributeError, TypeError):
-        named = json.loads(file.read_text(encoding="utf-8")).get("id2label")
+        named = read_json(file).get("id2label")
         return None if named is None else [named[key] for key in sorted(named, key=int)]
     return None

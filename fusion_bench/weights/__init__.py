@@ -5,6 +5,7 @@ from fusion_bench.weights.align import Aligned, MergePolicy, align, shortened
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.digest import sha256
+from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "open_repository",
+    "quantised",
     "sha256",
     "shortened",
     "stream",

@@ -17,6 +17,7 @@ from torch import Tensor
 from fusion_bench.errors import ConfigError
 from fusion_bench.storage import read_json
 from fusion_bench.weights.align import shortened
+from fusion_bench.weights.formats import foreign_adapter
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
 _PART = re.compile(
@@ -109,7 +110,7 @@ class AdapterConfig:
             content: dict[str, Any] = read_json(path)
             kind = content["peft_type"]
             if kind != "LORA":
-                raise ConfigError(f"'{path}': an adapter of the type {kind} is not supported.")
+                raise ConfigError(f"'{path}': {foreign_adapter(str(kind))}")
             if reason := _refused(content):
                 raise ConfigError(f"'{path}': {reason} {_WITH_PEFT}")
             base = content.get("base_model_name_or_path")

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from pickle import PickleError
@@ -11,10 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fusion_bench.companions import own_file
 from fusion_bench.errors import ConfigError
 from fusion_bench.sources import reading
-from fusion_bench.storage import read_json
+from fusion_bench.storage import read_json, refuse_huge
 from fusion_bench.weights.align import shortened
+from fusion_bench.weights.formats import foreign_file
 from fusion_bench.weights.mapping import TensorWeights
 from fusion_bench.weights.write import DTYPES
 
@@ -48,8 +51,10 @@ def shards(index: Path) -> dict[str, list[str]]:
     """Return the files that an index names, each with its keys.
 
     Raises:
-        ConfigError: an index that is damaged, or names what is not a plain file beside it.
+        ConfigError: an index that is damaged or too large, or names what is not a plain file
+            beside it.
     """
+    refuse_huge(index)
     try:
         files: dict[str, list[str]] = {}
         for key, name in read_json(index)["weight_map"].items():
@@ -59,33 +64,13 @@ def shards(index: Path) -> dict[str, list[str]]:
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"'{index}' is no index of shards. Fetch it again.") from error
     for name in files:
-        plain = PurePosixPath(name).name == name and "\\" not in name
-        if not plain or name in ("", ".", "..") or not _stays(index, index.parent / name):
+        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise ConfigError(
                 f"'{index}' names {name!r}, which is outside its directory. It is refused."
             )
+        if "\0" not in name and os.path.lexists(index.parent / name):
+            own_file(index.parent, name)
     return dict(sorted(files.items()))
-
-
-def _stays(index: Path, shard: Path) -> bool:
-    """Tell whether a shard is beside its index, also where either is a link.
-
-    In the Hub's cache both are links, to files that lie beside each other; large ones may be links
-    to another place in the cache once more.
-    """
-    from huggingface_hub import constants
-
-    try:
-        if not shard.is_symlink():
-            return True
-        place = shard.resolve()
-    except (OSError, RuntimeError, ValueError):  # no name that a file can have, or a ring of links
-        return False
-    allowed = {index.parent.resolve(), index.resolve().parent}
-    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
-    return place.parent in allowed or (
-        index.resolve().is_relative_to(cache) and place.is_relative_to(cache)
-    )
 
 
 def _open_sharded(index: Path) -> TensorWeights:
@@ -114,6 +99,8 @@ def _open_sharded(index: Path) -> TensorWeights:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
+    if told := foreign_file(path):
+        raise ConfigError(told)
     if path.suffix in _PICKLES:
         return _unpickled(path)
     return _mapped(path)

@@ -12,6 +12,7 @@ from fusion_bench.network import patiently
 from fusion_bench.repository import Repository
 from fusion_bench.sources import reading
 from fusion_bench.weights.checkpoint import WEIGHT_FILES, open_checkpoint, shards
+from fusion_bench.weights.formats import foreign_folder
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights
 from fusion_bench.weights.write import DTYPES
 
@@ -28,7 +29,7 @@ def open_repository(repository: Repository) -> Weights:
     """
     files = weight_files(repository)
     if repository.directory is not None:
-        return open_checkpoint(repository.directory / files[0])
+        return open_checkpoint(repository.fetch(files[0]) / files[0])
     if "safetensors" in files[0] and not repository.has(*files):
         return HubWeights(repository, files)
     return open_checkpoint(repository.fetch(*files) / files[0])
@@ -44,6 +45,14 @@ def weight_files(repository: Repository) -> list[str]:
     if name is None:
         single = [name for name in repository.files if name.endswith(".safetensors")]
         if len(single) != 1:
+            told = foreign_folder(
+                repository.files,
+                repository.folders,
+                repository.name,
+                on_hub=repository.directory is None,
+            )
+            if told is not None:
+                raise ConfigError(told)
             raise ConfigError(
                 f"There are no weights in '{repository.name}'. It needs one of: "
                 f"{', '.join(WEIGHT_FILES)}."

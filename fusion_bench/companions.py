@@ -1,0 +1,192 @@
+"""Which files of a model's folder are read and copied, and where they may lie.
+
+Libraries read whatever they find under the names that they know. So every file under such a name is
+looked at before a folder is read, whoever reads it.
+"""
+
+import os
+import re
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fusion_bench.errors import ConfigError
+
+#: A model's configs.
+CONFIGS = ("config.json", "generation_config.json")
+_TOKENIZER = (
+    # transformers
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "encoder.json",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "target_vocab.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "emoji.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "prophetnet.tokenizer",
+    # sentencepiece
+    "tokenizer.model",
+    "tokenizer.model.v1",
+    "tokenizer.model.v2",
+    "tokenizer.model.v3",
+    "tokenizer.model.v7",
+    "tokenizer.model.v7m1",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "source.spm",
+    "target.spm",
+    "ice_text.model",
+    # tiktoken
+    "tiktoken.model",
+    "tekken.json",
+    "qwen.tiktoken",
+    "hy.tiktoken",
+    "cl100k_base.tiktoken",
+    "o200k_base.tiktoken",
+)
+#: Files of tokenizers and processors.
+PROCESSORS = (
+    *_TOKENIZER,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+#: The folder of a tokenizer's or processor's further chat templates, each ``<name>.jinja``.
+TEMPLATES = "additional_chat_templates"
+#: What lists the modules of sentence-transformers, of which a folder's own model is the first.
+MODULES = "modules.json"
+#: Their configs, the older ones named for the kind of model.
+SENTENCE_CONFIGS = (
+    "config_sentence_transformers.json",
+    *(
+        f"sentence_{kind}_config.json"
+        for kind in (
+            *("bert", "roberta", "distilbert", "camembert", "albert"),
+            *("xlm-roberta", "xlnet"),
+        )
+    ),
+)
+#: What a module's folder may hold.
+MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
+#: All at the top of a folder that is no weights.
+KNOWN = (*CONFIGS, *PROCESSORS, MODULES, *SENTENCE_CONFIGS, "adapter_config.json")
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+#: No tokenizer is larger; the largest that is known has a tenth of it.
+_LARGEST = 256 * 2**20
+#: Where the Hub's client keeps files: those of a repository, and those of several.
+_BLOB = re.compile(r"/models--[^/]+/blobs/[^/]+$|/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")
+
+
+def own_file(directory: Path, name: str) -> Path:
+    """Return the path of a file in a model's folder, if it may be read.
+
+    It is a regular file of a size that makes sense, and lies in that folder, or in the Hub's cache.
+    A link to anywhere else is not followed: what is read may be copied, and a merged model is made
+    to be given away.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    file = directory / name
+    try:
+        real, home = file.resolve(strict=True), directory.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        if "\0" not in name and file.is_symlink():
+            raise ConfigError(f"'{file}' is a link that leads nowhere. Remove it.") from error
+        raise ConfigError(f"There is no '{name}' in '{directory}'.") from error
+    if not (_is_inside(real, home) or _BLOB.search(real.as_posix())):
+        instead = f", or name '{real}' itself" if name.endswith(_WEIGHTS) else ""
+        raise ConfigError(
+            f"'{file}' is a link to '{real}', which is no file of the model's folder. It is not "
+            f"followed. Put a copy of the file in its place{instead}."
+        )
+    refuse_size(str(file), name, _size(file, real))
+    return file
+
+
+def refuse_size(where: str, name: str, size: int) -> None:
+    """Refuse a file that is larger than any of its name; weights may be of any size.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if size > _LARGEST and not name.endswith(_WEIGHTS):
+        raise ConfigError(
+            f"'{where}' has {size // 2**20} MiB; no more than {_LARGEST // 2**20} MiB of it are "
+            "read. Remove it, or put the right file in its place."
+        )
+
+
+def check_folder(directory: Path) -> None:
+    """Look at all files in a folder that libraries may read of their own accord.
+
+    Raises:
+        ConfigError: one of them may not be read.
+    """
+    for name in KNOWN:
+        if os.path.lexists(directory / name):
+            own_file(directory, name)
+    if (directory / TEMPLATES).is_dir():
+        for template in (directory / TEMPLATES).glob("*.jinja"):
+            own_file(directory, f"{TEMPLATES}/{template.name}")
+
+
+def module_folders(modules: Any, where: str) -> dict[str, str]:
+    """Return folder and class of the modules that a ``modules.json`` adds to a model.
+
+    Args:
+        modules: what the file holds.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: it is no such list, or names a folder elsewhere.
+    """
+    folders = {}
+    for module in modules if isinstance(modules, list) else [None]:
+        path, kind = (
+            (module.get("path"), module.get("type")) if isinstance(module, dict) else (None, None)
+        )
+        if not (isinstance(path, str) and isinstance(kind, str)):
+            raise ConfigError(f"'{where}' is no list of modules. Fetch it again, or remove it.")
+        if not path:
+            continue  # the model itself
+        if PurePosixPath(path).name != path or path.startswith(".") or re.search(r"[\\\0]", path):
+            raise ConfigError(
+                f"'{where}' names the folder {path!r}, which is no folder beside it. It is refused."
+            )
+        folders[path] = kind
+    return folders
+
+
+def _is_inside(real: Path, home: Path) -> bool:
+    """Tell whether a file lies in a folder; hidden ones there, git's for one, are not the model."""
+    if not real.is_relative_to(home):
+        return False
+    return not any(part.startswith(".") for part in real.relative_to(home).parts)
+
+
+def _size(file: Path, real: Path) -> int:
+    state = real.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ConfigError(f"'{file}' is no regular file. Remove it.")
+    return state.st_size

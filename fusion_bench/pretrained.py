@@ -1,0 +1,142 @@
+"""The one door to ``from_pretrained``: what is read runs no code, and nobody is asked if it may.
+
+Left alone, transformers asks on the terminal whether a repository's own code may run, and fetches
+compiled kernels that a config.json names.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion_bench.companions import check_folder, own_file
+from fusion_bench.errors import ConfigError
+from fusion_bench.storage import read_json
+from fusion_bench.trust import fetches_code, trusts_remote_code
+
+#: Which code computes a part of a model: attention, for one.
+_KERNELS = re.compile("_?(attn|experts)_implementation")
+#: They name files to be read in place of those that everybody knows.
+_OTHER_FILES = ("configuration_files", "fast_tokenizer_files")
+#: Likewise as arguments of a call.
+_FILE = re.compile("config|.*_(file|files|filename)")
+#: Where a config says that its weights are quantised.
+_QUANTISED = ("quantization_config", "compression_config")
+
+
+def from_pretrained(made: Any, place: Path, *, model: bool = True, **options: Any) -> Any:
+    """Return what a class of transformers makes of a folder; its own code is not run.
+
+    Args:
+        made: the class.
+        place: the folder, whose files were looked at.
+        model: whether that is a model or its config, no tokenizer or processor.
+        options: the call's other arguments.
+
+    Raises:
+        ConfigError: its config.json would fetch code.
+    """
+    check_configs(place, model=model)
+    return made.from_pretrained(place, trust_remote_code=trusts_remote_code(), **options)
+
+
+def from_config(made: Any, config: Any) -> Any:
+    """Return the model that an ``AutoModel…`` makes of a config; its own code is not run."""
+    return made.from_config(config, trust_remote_code=trusts_remote_code())
+
+
+def checked_node(kind: str, node: Mapping[str, Any], place: Path | None) -> dict[str, Any]:
+    """Return a config node for ``from_pretrained`` that runs no code of what it reads.
+
+    Args:
+        kind: ``model`` or ``processor``.
+        node: names a class of transformers in ``_target_``.
+        place: what it reads, if that is here.
+
+    Raises:
+        ConfigError: what it reads may not be read, or would fetch code.
+    """
+    target = str(node["_target_"])
+    if kind == "processor" and target.endswith("Config.from_pretrained"):
+        raise ConfigError(
+            f"'{target}' makes no processor. Name a tokenizer's or processor's class."
+        )
+    for key, value in node.items():
+        if _FILE.fullmatch(str(key)) and isinstance(value, str) and re.search(r"[/\\]", value):
+            raise ConfigError(
+                f"{key}: '{value}' is refused; files are read from the model's own folder. "
+                "Remove the key."
+            )
+    if place is not None and place.is_file():
+        raise ConfigError(f"'{place}' is a file. Name the folder that it is in.")
+    if place is not None and place.is_dir():
+        folder = place / str(node.get("subfolder") or "")
+        check_folder(folder)
+        check_configs(folder, model=kind == "model", chosen="attn_implementation" in node)
+    trusted = node.get("trust_remote_code")
+    return {**node, "trust_remote_code": trusts_remote_code() if trusted is None else trusted}
+
+
+def check_configs(place: Path, *, model: bool = True, chosen: bool = False) -> None:
+    """Refuse configs by which transformers would run code, or read other files than are known.
+
+    Args:
+        place: the folder that they are in.
+        model: whether a model is made of it, no tokenizer or processor.
+        chosen: whether the user's config says which code computes the attention.
+
+    Raises:
+        ConfigError: they are so, or no JSON.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (file := place / name).exists():
+            continue
+        config = read_json(file)
+        for key, value in _settings(config):
+            if key in _OTHER_FILES and value:
+                raise ConfigError(
+                    f"'{file}': {key} names other files to be read. It is refused. Remove the key "
+                    "there."
+                )
+            if model and _KERNELS.fullmatch(key) and not (chosen and "attn" in key):
+                _refuse_kernels(file, key, value)
+        if model and isinstance(config, dict) and (method := quantisation(config)):
+            raise ConfigError(
+                f"'{place}' is quantised ({method}), and quantised weights are not used. Name the "
+                "model that it was made from."
+            )
+        weights = config.get("transformers_weights") if isinstance(config, dict) else None
+        if model and isinstance(weights, str):
+            own_file(place, weights)
+
+
+def _refuse_kernels(file: Path, key: str, value: Any) -> None:
+    for kernel in value.values() if isinstance(value, dict) else [value]:
+        if kernel is not None and fetches_code(kernel):
+            raise ConfigError(
+                f"'{file}': {key} names {kernel!r}, code that would be fetched and run. It is "
+                "refused. Remove the key there, or give the model as a config node with "
+                "'attn_implementation: sdpa'."
+            )
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """Return by which method a config.json says that the weights are quantised, if it does."""
+    for key, section in _settings(config):
+        if key in _QUANTISED and section:
+            named = isinstance(section, Mapping) and section.get("quant_method")
+            return str(named or "by a method that it does not name")
+    mlx = config.get("quantization")
+    return "by MLX" if isinstance(mlx, Mapping) and "bits" in mlx else None
+
+
+def _settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all keys and values, also those inside others."""
+    level = [config]
+    while level:
+        value = level.pop()
+        if isinstance(value, Mapping):
+            yield from value.items()
+            level.extend(value.values())
+        elif isinstance(value, list):
+            level.extend(value)

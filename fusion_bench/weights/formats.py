@@ -1,0 +1,182 @@
+"""Formats that are not merged: each is told by its name, with what can be done about it."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from fusion_bench.weights.mapping import Weights
+
+_ORIGINAL = "Name the model that it was made from."
+_GGUF = (
+    "is in the format of llama.cpp, whose weights are quantised and laid out in another way. "
+    f"{_ORIGINAL} The merged model can be converted again."
+)
+_PYTORCH = (
+    "Save it as safetensors: transformers 4 still reads it, with from_{kind}=True in "
+    "from_pretrained, and save_pretrained then writes safetensors."
+)
+_EXPORTED = f"is exported for inference; its graph has no names of weights to merge. {_ORIGINAL}"
+
+#: Endings of file names and what such files are.
+_BY_ENDING: Mapping[str, str] = {
+    ".gguf": _GGUF,
+    ".ggml": _GGUF,
+    ".onnx": _EXPORTED,
+    ".engine": _EXPORTED,
+    ".tflite": _EXPORTED,
+    ".mlmodel": _EXPORTED,
+    ".mlpackage": _EXPORTED,
+    ".xml": _EXPORTED,
+    ".h5": f"is a TensorFlow checkpoint. {_PYTORCH.format(kind='tf')}",
+    ".keras": f"is a Keras checkpoint. {_ORIGINAL}",
+    ".pb": f"is a TensorFlow graph. {_ORIGINAL}",
+    ".ckpt.index": f"is a TensorFlow 1 checkpoint. {_PYTORCH.format(kind='tf')}",
+    ".msgpack": f"is a Flax checkpoint. {_PYTORCH.format(kind='flax')}",
+    ".ot": f"is a checkpoint of rust-bert. {_ORIGINAL}",
+    ".npz": "holds NumPy arrays, as older MLX models do. Convert it to safetensors.",
+    ".distcp": (
+        "is a distributed checkpoint. 'python -m torch.distributed.checkpoint.format_utils "
+        "dcp_to_torch FOLDER model.pt' makes one file of it, which can be named."
+    ),
+}
+#: Files of PyTorch that are a model of their own.
+_ONE_FILE = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+#: How files begin, and what such files are.
+_BY_BEGINNING: tuple[tuple[bytes, str], ...] = (
+    (b"GGUF", f"is a GGUF file: it {_GGUF}"),
+    *((magic, f"is a GGML file: it {_GGUF}") for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")),
+    (b"\x89HDF\r\n", f"is HDF5, a TensorFlow or Keras checkpoint. {_ORIGINAL}"),
+    (
+        b"version https://git-lfs.github.com/",
+        "is a pointer of Git LFS in the place of the file. Run 'git lfs pull' in its folder.",
+    ),
+    (b"<!DOCTYPE", "is a web page in the place of the file. Fetch it again."),
+    (b"<!doctype", "is a web page in the place of the file. Fetch it again."),
+    (b"<html", "is a web page in the place of the file. Fetch it again."),
+    (b"\x93NUMPY", "holds a NumPy array. Convert it to safetensors."),
+    (b"\x1f\x8b", "is compressed by gzip. Unpack it first."),
+    (b"\xfd7zXZ\0", "is compressed by xz. Unpack it first."),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd. Unpack it first."),
+)
+
+
+def foreign_folder(
+    files: Collection[str], folders: Collection[str], place: str, *, on_hub: bool = False
+) -> str | None:
+    """Return what a folder without weights holds instead, and how to go on; None if unknown.
+
+    Args:
+        files: the names of the files at its top.
+        folders: the names of the folders in it.
+        place: what it is called.
+        on_hub: whether it is a repository on the Hub.
+    """
+    place_here = f"Fetch it ('hf download {place} --local-dir FOLDER'), and" if on_hub else ""
+    here, name = ("FOLDER", f"{place_here} name") if on_hub else (place, "Name")
+    if "model_index.json" in files:
+        parts = sorted({"transformer", "unet"} & set(folders) or folders)
+        example = f", such as '{here}/{parts[0]}'" if parts else ""
+        return f"'{place}' is a pipeline of diffusers. {name} the folder of one part{example}."
+    if "zero_to_fp32.py" in files or any(re.match("mp_rank_|zero_pp_rank_", f) for f in files):
+        return (
+            f"'{place}' is a training state of DeepSpeed. Its own script makes a checkpoint of it: "
+            "'python zero_to_fp32.py . OUTPUT'."
+        )
+    none = f"There are no weights to merge in '{place}'"
+    for ending, told in _BY_ENDING.items():
+        if found := sorted(file for file in files if file.lower().endswith(ending)):
+            return f"{none}: '{found[0]}' {told}"
+    if "onnx" in folders:
+        return f"{none}: what is in 'onnx' {_EXPORTED}"
+    models = sorted(file for file in files if file.endswith(_ONE_FILE) and "optim" not in file)
+    if any(file.startswith("ggml") for file in models):
+        return f"{none}: '{models[0]}' {_GGUF}"
+    if models:
+        return f"{none} under a usual name. {name} one of its files: '{here}/{models[0]}'."
+    return None
+
+
+def foreign_file(path: Path) -> str | None:
+    """Return what a file of weights is instead, and how to go on; None where it may be one."""
+    with path.open("rb") as file:
+        begin = file.read(64)
+    for magic, told in _BY_BEGINNING:
+        if begin.startswith(magic):
+            return f"'{path}' {told}"
+    if path.suffix == ".safetensors" and begin.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return f"'{path}' is a PyTorch file in spite of its name. Rename it to '{path.stem}.bin'."
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt") and begin[8:9] == b"{":
+        return (
+            f"'{path}' is safetensors in spite of its name. Rename it to '{path.stem}.safetensors'."
+        )
+    ending = next((end for end in _BY_ENDING if path.name.lower().endswith(end)), None)
+    return f"'{path}' {_BY_ENDING[ending]}" if ending else None
+
+
+_FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+#: For each way to quantise: how the weights' keys end, and those of what belongs to them.
+_QUANTISED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("GPTQ", ".qweight", (".g_idx",)),
+    ("GPTQ or AWQ", ".qweight", (".scales", ".qzeros")),
+    (
+        "bitsandbytes, 4 bits",
+        "",
+        (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
+    ),
+    ("bitsandbytes, 8 bits", ".weight", (".SCB",)),
+    ("EXL2", ".q_weight", (".q_scale",)),
+    ("EXL3", ".trellis", (".suh", ".svh")),
+    ("compressed-tensors", ".weight_packed", (".weight_scale",)),
+    ("MXFP4", "_blocks", ("_scales",)),
+    ("HQQ", ".W_q", (".scale", ".zero")),
+    ("Quanto", "._data", ("._scale",)),
+    ("AQLM", ".codes", (".codebooks",)),
+    ("MLX", ".weight", (".scales",)),
+)
+#: What the scales of weights in few bits are called, after the weight or its module.
+_SCALES = (
+    *("_scale_inv", "_scale", "_scale_2", "_scales", "_global_scale"),
+    *(".scale", ".scales", ".scale_weight", ".scale_inv", ".input_scale", ".weight_scale"),
+)
+
+
+def quantised(weights: Weights) -> str | None:
+    """Tell by keys and types whether weights are quantised: how, and by which two entries."""
+    few_bits = [k for k in weights if weights.spec(k).dtype in (*_FLOAT8, *_INTEGERS)]
+    for key in few_bits:
+        module = key.rpartition(".")[0]
+        for name, ending, beside in _QUANTISED:
+            stem = key.removesuffix(ending) if key.endswith(ending) else None
+            for end in beside if stem is not None else ():
+                if f"{stem}{end}" in weights:
+                    return f"{name}: '{key}' goes with '{stem}{end}'"
+        bits = "fp8" if weights.spec(key).dtype in _FLOAT8 else "integers"
+        for end in _SCALES if bits == "fp8" or key.endswith("weight") else ():
+            for partner in (f"{key}{end}", f"{module}{end}"):
+                if partner in weights and partner != key:
+                    return f"{bits} with scales: '{key}' goes with '{partner}'"
+    return None
+
+
+#: Adapters that add to the input, or decide anew for each of them: there is nothing to merge.
+_NOT_MERGEABLE = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"),
+    *("ADAPTION_PROMPT", "XLORA", "POLY", "CARTRIDGE"),
+)
+
+
+def foreign_adapter(kind: str) -> str:
+    """Return how to go on with an adapter of PEFT that is no LoRA."""
+    if kind in _NOT_MERGEABLE:
+        return (
+            f"an adapter of the type {kind} adds to what the model is given, not to its weights, "
+            "and cannot be merged."
+        )
+    return (
+        f"an adapter of the type {kind} is not supported. Merge it into its base with PEFT "
+        "(merge_and_unload) and name the result."
+    )
