@@ -15,7 +15,7 @@ from fusion_bench.storage import read_json
 from fusion_bench.trust import fetches_code, trusts_remote_code
 
 #: Which code computes a part of a model: attention, for one.
-_KERNELS = re.compile("_?(attn|experts)_implementation")
+_KERNELS = re.compile("_?(attn|experts)_implementation(_internal)?")
 #: They name files to be read in place of those that everybody knows.
 _OTHER_FILES = ("configuration_files", "fast_tokenizer_files")
 #: Likewise as arguments of a call.

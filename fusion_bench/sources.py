@@ -13,6 +13,7 @@ from errno import EINVAL
 from functools import lru_cache, partial
 from pathlib import Path
 from pickle import PickleError
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -339,9 +340,23 @@ def _reason(
         return ConfigError, reason
     if isinstance(error, OSError) and error.errno is not None:  # the disk
         return WorldError, " ".join(str(error).split())
+    text = " ".join(str(error).split())
     if _is_read_from_elsewhere(error):
-        return FusionBenchError, " ".join(str(error).split()) or type(error).__name__
+        return FusionBenchError, text or type(error).__name__
+    if kind != "dataset" and _is_of_transformers(error):
+        return ConfigError, f"transformers fails on it ({type(error).__name__}: {text[:300]})."
     return None
+
+
+def _is_of_transformers(error: Exception) -> bool:
+    """Tell whether an exception came up in transformers, which takes files to be as it wrote them.
+
+    It has no exception of its own for those that are not.
+    """
+    if isinstance(error, (FusionBenchError, MemoryError)):
+        return False
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    return any(name.startswith("transformers.") for name in modules)
 
 
 def _is_read_from_elsewhere(error: Exception) -> bool:

@@ -80,12 +80,17 @@ def foreign_folder(
         parts = sorted({"transformer", "unet"} & set(folders) or folders)
         example = f", such as '{here}/{parts[0]}'" if parts else ""
         return f"'{place}' is a pipeline of diffusers. {name} the folder of one part{example}."
+    if "modules.json" in files and "0_Transformer" in folders:
+        return (
+            f"'{place}' is a model of sentence-transformers, whose weights are in a folder of it. "
+            f"{name} that: '{here}/0_Transformer'."
+        )
     if "zero_to_fp32.py" in files or any(re.match("mp_rank_|zero_pp_rank_", f) for f in files):
         return (
             f"'{place}' is a training state of DeepSpeed. Its own script makes a checkpoint of it: "
             "'python zero_to_fp32.py . OUTPUT'."
         )
-    none = f"There are no weights to merge in '{place}'"
+    none = f"There are no weights in '{place}'"
     for ending, told in _BY_ENDING.items():
         if found := sorted(file for file in files if file.lower().endswith(ending)):
             return f"{none}: '{found[0]}' {told}"
