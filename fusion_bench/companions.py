@@ -91,6 +91,8 @@ MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 KNOWN = (*CONFIGS, *PROCESSORS, MODULES, *SENTENCE_CONFIGS, "adapter_config.json")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+#: A whole model, which may be named by itself.
+_ONE_FILE = ("model.safetensors", "pytorch_model.bin")
 #: No tokenizer is larger; the largest that is known has a tenth of it.
 _LARGEST = 256 * 2**20
 #: Where the Hub's client keeps files: those of a repository, and those of several.
@@ -115,7 +117,7 @@ def own_file(directory: Path, name: str) -> Path:
             raise ConfigError(f"'{file}' is a link that leads nowhere. Remove it.") from error
         raise ConfigError(f"There is no '{name}' in '{directory}'.") from error
     if not (_is_inside(real, home) or _BLOB.search(real.as_posix())):
-        instead = f", or name '{real}' itself" if name.endswith(_WEIGHTS) else ""
+        instead = f", or name '{real}' itself" if name in _ONE_FILE else ""
         raise ConfigError(
             f"'{file}' is a link to '{real}', which is no file of the model's folder. It is not "
             f"followed. Put a copy of the file in its place{instead}."

@@ -100,3 +100,40 @@ def test_what_a_repository_does_not_have_is_named(hub: Hub, tmp_path: Path) -> N
     for name in ("owner/name", str(tmp_path)):
         with pytest.raises(FusionBenchError, match=r"no 'a\.bin' in '.*name|no 'a\.bin'"):
             locate(name).fetch("a.bin")
+
+
+def test_files_in_folders_are_found_when_they_are_asked_for(hub: Hub, tmp_path: Path) -> None:
+    for name in ("owner/name", str(tmp_path / "models" / "owner" / "name")):
+        found = locate(name)
+        assert "inner" in found.folders and found.inside("inner") == {"inner/more.json"}
+        assert found.inside("outer") == frozenset()
+        assert (found.fetch("inner/more.json") / "inner" / "more.json").read_text() == "{}"
+        assert found.has("inner/more.json") and not found.has("inner/less.json")
+        with pytest.raises(FusionBenchError, match=r"no 'inner/less\.json'"):
+            found.fetch("inner/less.json")
+
+
+def test_a_file_that_is_too_large_is_not_downloaded(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = locate("owner/name")
+    monkeypatch.setattr("fusion_bench.companions._LARGEST", 1)
+    with pytest.raises(FusionBenchError, match=r"'owner/name/vocab\.txt' has 0 MiB; no more"):
+        found.fetch("vocab.txt")
+    assert not hub.downloads()
+
+
+def test_what_lies_in_the_hubs_cache_is_read_by_its_links(hub: Hub, tmp_path: Path) -> None:
+    place = locate("owner/name").fetch("config.json")
+    assert (place / "config.json").is_symlink()
+    assert locate(str(place)).fetch("config.json") == place
+    (place / "vocab.txt").symlink_to(tmp_path / "models" / "owner" / "name" / "vocab.txt")
+    with pytest.raises(FusionBenchError, match="is a link to"):
+        locate(str(place)).fetch("config.json")
+
+
+def test_a_folder_of_links_may_be_named_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "config.json").touch()
+    (tmp_path / "named").symlink_to("real")
+    assert locate(str(tmp_path / "named")).fetch("config.json") == tmp_path / "named"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fusion_bench import storage
-from fusion_bench.storage import cache_dir, file_sha256, whole_directory, write_text
+from fusion_bench.errors import ConfigError
+from fusion_bench.storage import cache_dir, file_sha256, read_json, whole_directory, write_text
 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,6 +148,7 @@ import os, signal, sys
 from pathlib import Path
 import shutil
 from fusion_bench import storage
+from fusion_bench.errors import ConfigError
 
 path, moment = Path(sys.argv[1]), int(sys.argv[2])
 count = 0
@@ -325,3 +327,35 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     (tmp_path / "file").write_text("a")
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "file" / "cache"))
     assert file_sha256(tmp_path / "file") == hashlib.sha256(b"a").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" + b"[]," * 2_500_001, b"[" + b"0," * 5_000_001], ids=range(2)
+)
+def test_json_of_more_values_than_any_has_is_not_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="holds more than 5,000,000 values"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ConfigError, match="has 1048576 MiB; no more than 128 MiB"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.timeout(10)
+def test_json_in_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "content", [b"9" * 5000, b"[" * 10**6, b'{"a": ' * 10**5, b"\xff", b""], ids=range(5)
+)
+def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_json(tmp_path / "a.json")

@@ -116,9 +116,13 @@ def unanswered() -> Iterator[None]:
 
     def debug(*arguments: Any, **options: Any) -> Any:
         restore()
-        return hook(*arguments, **options)
+        if hook is not sys.__breakpointhook__ or "PYTHONBREAKPOINT" in os.environ:
+            return hook(*arguments, **options)
+        from pdb import Pdb
 
-    with open(os.devnull) as nothing:  # noqa: PTH123
+        return Pdb().set_trace(sys._getframe(1))  # where the user wrote it, not here
+
+    with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
         sys.stdin, sys.breakpointhook = nothing, debug
         try:

@@ -65,6 +65,17 @@ def test_nothing_of_the_users_own_is_copied(model: Path, name: str) -> None:
     assert {path.name for path in model.parent.iterdir()} == {"model", "secret"}
 
 
+def test_weights_that_are_elsewhere_are_named_themselves(model: Path) -> None:
+    place = (model / "model.safetensors").rename(model.parent / "large.safetensors")
+    (model / "model.safetensors").symlink_to(place)
+    with pytest.raises(FusionBenchError, match=f"or name '{place}' itself"):
+        save(model)
+    assert HFModelPool({"a": str(place)}).weights("a").files == (place,)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").hardlink_to(place)
+    assert "model.safetensors" in save(model)
+
+
 def test_nor_by_a_processor(model: Path) -> None:
     (model.parent / "words").mkdir()
     (model.parent / "words" / "vocab.txt").symlink_to(model.parent / "secret")

@@ -276,3 +276,24 @@ def test_ties_across_pickled_shards_are_none(tmp_path: Path) -> None:
     opened = open_checkpoint(index(tmp_path, {"a": "a.bin", "b": "b.bin"}))
     assert opened.tied_to("b") == "b"
     assert all_bits(opened) == all_bits(weights(a=torch.ones(3), b=torch.ones(3)))
+
+
+@pytest.mark.parametrize("by", ["shard", "index"])
+def test_a_shard_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path, by: str) -> None:
+    (tmp_path / "here").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    path = index(tmp_path / "here", {"a": "x.safetensors"})
+    (tmp_path / "here" / "x.safetensors").symlink_to(tmp_path / "x.safetensors")
+    if by == "index":
+        path = path.rename(tmp_path / path.name)
+        (tmp_path / "here" / path.name).symlink_to(path)
+        path = tmp_path / "here" / path.name
+    with pytest.raises(FusionBenchError, match=r"x\.safetensors' is a link to"):
+        open_checkpoint(path)
+
+
+def test_an_index_of_a_size_that_none_has(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    with path.open("wb") as file:
+        file.truncate(2**33)
+    assert "has 8192 MiB; no more than 128 MiB" in refusal(path)
