@@ -182,3 +182,41 @@ def test_an_adapter_may_be_on_the_hub_itself(hub: Hub, root: Path, tmp_path: Pat
     assert recipe["sources"]["x"]["commit"] == commit(root, "org/lora")
     files = {"adapter_model.safetensors", "model.safetensors"}
     assert set(recipe["sources"]["x"]["sha256"]) == files
+
+
+def test_what_lies_in_folders_of_a_repository_comes_along(
+    hub: Hub, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = root / "models" / "org" / "sentence"
+    write_llama(place, seed=4)
+    modules = [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (place / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling/config.json", "additional_chat_templates/rag.jinja", "onnx/model.onnx"):
+        (place / name).parent.mkdir()
+        (place / name).write_text("{}")
+    for endpoint in (hub.endpoint, closed_endpoint()):  # and once more from the cache alone
+        use(endpoint, tmp_path, monkeypatch)
+        pool = CausalLMPool({"a": "org/sentence"})
+        pool.save_model(pool.weights("a"), tmp_path / "m")
+        folders = {p.relative_to(tmp_path / "m").as_posix() for p in (tmp_path / "m").glob("*/*")}
+        assert folders == {"1_Pooling/config.json", "additional_chat_templates/rag.jinja"}
+    assert not [path for path in hub.downloads() if "onnx" in path]
+
+
+@pytest.mark.parametrize("as_node", [False, True])
+def test_a_kernel_that_a_repository_names_is_not_fetched(
+    hub: Hub, root: Path, as_node: bool
+) -> None:
+    place = root / "models" / "org" / "kernel"
+    write_llama(place, seed=5)
+    rewrite(place, lambda c: c.update(attn_implementation="evil/kernel"))
+    node = {
+        "_target_": "transformers.AutoModelForCausalLM.from_pretrained",
+        "pretrained_model_name_or_path": "org/kernel",
+        "dtype": "float32",
+    }
+    with pytest.raises(FusionBenchError, match=r"names 'evil/kernel'.*It is refused"):
+        CausalLMPool({"a": node if as_node else "org/kernel"}).load_model("a")
+    chosen = CausalLMPool({"a": node | {"attn_implementation": "sdpa"}}).load_model("a")
+    assert chosen.config._attn_implementation == "sdpa"
+    assert not [path for _, path in hub.requests if "evil" in path]
