@@ -11,6 +11,7 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 
 from fusion_bench.errors import ConfigError, did_you_mean
+from fusion_bench.pretrained import checked_node
 from fusion_bench.trust import argument_problems, find, is_users
 
 T = TypeVar("T")
@@ -59,14 +60,27 @@ def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
         plain, arguments = gathered
     else:
         check(plain, key, **arguments)
+    guarded = _guarded({**plain, **{k: v for k, v in arguments.items() if k == "_recursive_"}})
     try:
-        return hydra_instantiate(plain, _convert_="all", **arguments)
+        return hydra_instantiate(guarded, _convert_="all", **arguments)
     except InstantiationException as error:
         # Hydra wraps what the target raised in a message of its own; the cause is the plain fact.
         cause = error.__cause__
         if cause is None:
             raise
         raise cause from cause.__cause__
+
+
+def _guarded(node: Any) -> Any:
+    """Return a node in which whatever transformers will read runs no code, at any depth."""
+    if isinstance(node, list):
+        return [_guarded(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    if node.get("_recursive_", True):
+        node = {key: _guarded(value) for key, value in node.items()}
+    named = str(node.get("_target_"))
+    return checked_node(node) if named.startswith("transformers.") else node
 
 
 def _resolved(node: Any) -> Any:

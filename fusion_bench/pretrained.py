@@ -4,8 +4,10 @@ Left alone, transformers asks on the terminal whether a repository's own code ma
 compiled kernels that a config.json names.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ _KERNELS = re.compile("_?(attn|experts)_implementation(_internal)?")
 _OTHER_FILES = ("configuration_files", "fast_tokenizer_files")
 #: Likewise as arguments of a call.
 _FILE = re.compile("config|.*_(file|files|filename)")
+#: Classes of which no model is made.
+_NO_MODEL = re.compile(r"(Processor|Tokenizer|FeatureExtractor)\w*\.from_pretrained$")
 #: Where a config says that its weights are quantised.
 _QUANTISED = ("quantization_config", "compression_config")
 
@@ -45,36 +49,49 @@ def from_config(made: Any, config: Any) -> Any:
     return made.from_config(config, trust_remote_code=trusts_remote_code())
 
 
-def checked_node(kind: str, node: Mapping[str, Any], place: Path | None) -> dict[str, Any]:
+def checked_node(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config node for ``from_pretrained`` that runs no code of what it reads.
 
     Args:
-        kind: ``model`` or ``processor``.
         node: names a class of transformers in ``_target_``.
-        place: what it reads, if that is here.
 
     Raises:
         ConfigError: what it reads may not be read, or would fetch code.
     """
-    target = str(node["_target_"])
-    if kind == "processor" and target.endswith("Config.from_pretrained"):
-        raise ConfigError(
-            f"'{target}' makes no processor. Name a tokenizer's or processor's class."
-        )
     for key, value in node.items():
         if _FILE.fullmatch(str(key)) and isinstance(value, str) and re.search(r"[/\\]", value):
             raise ConfigError(
                 f"{key}: '{value}' is refused; files are read from the model's own folder. "
                 "Remove the key."
             )
-    if place is not None and place.is_file():
-        raise ConfigError(f"'{place}' is a file. Name the folder that it is in.")
-    if place is not None and place.is_dir():
-        folder = place / str(node.get("subfolder") or "")
-        check_folder(folder)
-        check_configs(folder, model=kind == "model", chosen="attn_implementation" in node)
+    name = node.get("pretrained_model_name_or_path")
+    if isinstance(name, str | os.PathLike):
+        model = not _NO_MODEL.search(str(node["_target_"]))
+        place: Path | None = Path(name).expanduser()
+        if place is not None and not place.exists():
+            place = _folder_on_hub(str(name), node) if model else None
+        if place is not None and place.is_file():
+            raise ConfigError(f"'{place}' is a file. Name the folder that it is in.")
+        if place is not None:
+            folder = place / str(node.get("subfolder") or "")
+            check_folder(folder)
+            check_configs(folder, model=model, chosen="attn_implementation" in node)
     trusted = node.get("trust_remote_code")
     return {**node, "trust_remote_code": trusts_remote_code() if trusted is None else trusted}
+
+
+def _folder_on_hub(name: str, node: Mapping[str, Any]) -> Path | None:
+    """Return the folder in the Hub's cache with a repository's config.json, if it has one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    subfolder = node.get("subfolder") or None
+    with suppress(EntryNotFoundError):
+        file = hf_hub_download(
+            name, "config.json", subfolder=subfolder, revision=node.get("revision")
+        )
+        return Path(file).parents[len(Path(subfolder or "").parts)]
+    return None
 
 
 def check_configs(place: Path, *, model: bool = True, chosen: bool = False) -> None:

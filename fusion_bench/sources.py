@@ -30,7 +30,6 @@ from fusion_bench.network import (
     refuse_damaged,
     status,
 )
-from fusion_bench.pretrained import checked_node
 from fusion_bench.storage import cache_dir
 from fusion_bench.trust import TRUST_REMOTE_CODE
 
@@ -150,34 +149,19 @@ def load(kind: str, node: Any, key: str) -> Any:
     name = pretrained or named.get("path")
     if not isinstance(name, str):
         name = key
+    if kind == "processor" and str(named.get("_target_")).endswith("Config.from_pretrained"):
+        # It would hold, and write beside a model, whatever is in a file of that name.
+        raise ConfigError(
+            f"{key}: a config is no processor. Name a tokenizer's or processor's class."
+        )
 
     def call() -> Any:
         wanted = node
         if isinstance(pretrained, str):
-            place = resolve(pretrained)
-            wanted = {**named, _PRETRAINED: place}
-            if str(named.get("_target_")).startswith("transformers."):
-                here = Path(place) if _exists(place) else None
-                if here is None and kind == "model":
-                    here = _folder_on_hub(wanted)
-                wanted = checked_node(kind, wanted, here)
+            wanted = {**named, _PRETRAINED: resolve(pretrained)}
         return instantiate(wanted, key)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
-
-
-def _folder_on_hub(node: Mapping[str, Any]) -> Path | None:
-    """Return the folder in the Hub's cache with a repository's config.json, if it has one."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    subfolder = node.get("subfolder") or None
-    with suppress(EntryNotFoundError):
-        file = hf_hub_download(
-            node[_PRETRAINED], "config.json", subfolder=subfolder, revision=node.get("revision")
-        )
-        return Path(file).parents[len(Path(subfolder or "").parts)]
-    return None
 
 
 def _intact(kind: str, name: str, call: Callable[[], T]) -> T:

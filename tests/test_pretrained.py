@@ -14,6 +14,7 @@ from fixtures_llm import rewrite, write_llama, write_tokenizer
 
 from fusion_bench import trust
 from fusion_bench.errors import ConfigError, FusionBenchError
+from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CausalLMPool, HFModelPool
 from fusion_bench.pretrained import from_pretrained, quantisation
 from fusion_bench.sources import load
@@ -187,6 +188,32 @@ def test_no_kernel_is_fetched(model: Path, key: str, value: Any) -> None:
     for attempt in tries:
         with pytest.raises(ConfigError, match=r"config\.json': .*implementation.* names .*fetched"):
             attempt()
+
+
+@pytest.mark.parametrize("target", ["AutoConfig", "LlamaConfig"])
+def test_nor_by_way_of_a_node_inside_of_another(
+    model: Path, llama: Path, target: str, yes: Answers
+) -> None:
+    rewrite(model, lambda c: c.update(attn_implementation="evil/kernel"))
+    inside = node(llama, "LlamaForCausalLM", config=node(model, target))
+    with pytest.raises(ConfigError, match="names 'evil/kernel'"):
+        load("model", inside, "key")
+
+
+def test_nor_is_code_run_by_a_node_inside_of_another(
+    strange: Path, llama: Path, tmp_path: Path, yes: Answers
+) -> None:
+    inside = node(llama, "LlamaForCausalLM", config=node(strange, "AutoConfig"))
+    with pytest.raises(ConfigError, match="auto_map"):
+        load("model", inside, "key")
+    with pytest.raises(ValueError, match="custom code"):
+        instantiate(inside, "key")
+    assert not (tmp_path / "ran").exists() and yes.asked == 0
+
+
+def test_a_config_of_another_folder_is_refused(model: Path, llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config: .* is refused"):
+        load("model", node(llama, "LlamaForCausalLM", config=str(model)), "key")
 
 
 def test_another_kernel_may_be_chosen(model: Path) -> None:

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: The library whose modules are known.
 _OWN_MODULES = "sentence_transformers."
+#: So many files that stay behind are named in the log.
+_NAMED = 20
 
 
 def write_directory(
@@ -138,7 +140,8 @@ def tell_what_is_left(repository: Repository, copied: Collection[str]) -> None:
         *(f"{name}/" for name in repository.folders - {c.partition("/")[0] for c in copied}),
     ]
     if left := sorted(name for name in left if not name.startswith((".", "README"))):
-        log.info("Not copied from '%s': %s.", repository.name, ", ".join(left))
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        log.info("Not copied from '%s': %s%s.", repository.name, ", ".join(left[:_NAMED]), more)
     if modules := sorted(n for n in copied if "/" in n and n.endswith((".safetensors", ".bin"))):
         log.warning(
             "These weights of '%s' are copied, not merged: %s.", repository.name, ", ".join(modules)
