@@ -188,7 +188,7 @@ class FabricModelFusionProgram:
         self._quiet_libraries()
         self._notes = plan.notes
         for note in plan.notes:
-            log.info(note)
+            log.warning("%s", note)
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
@@ -273,7 +273,7 @@ class FabricModelFusionProgram:
                 inputs,
                 describe_tuning(method, self.taskpool, data),
                 search,
-                [*self._notes, *getattr(self.taskpool, "notes", ())],
+                self._all_notes(),
             ),
             tasks=judge.task_infos(),
             models=judge.models,
@@ -281,6 +281,11 @@ class FabricModelFusionProgram:
         )
         report.comparisons = compare_contenders(report, judge.answers)
         return report, judge.answers
+
+    def _all_notes(self) -> list[str]:
+        """Return what the report is to say of the models and of how they were judged."""
+        pools = (getattr(pool, "notes", ()) for pool in (self.modelpool, self.taskpool))
+        return list(dict.fromkeys(note for notes in (self._notes, *pools) for note in notes))
 
     def _judge(self, fabric: Fabric) -> Judge:
         return Judge(

@@ -182,3 +182,21 @@ def test_an_adapter_may_be_on_the_hub_itself(hub: Hub, root: Path, tmp_path: Pat
     assert recipe["sources"]["x"]["commit"] == commit(root, "org/lora")
     files = {"adapter_model.safetensors", "model.safetensors"}
     assert set(recipe["sources"]["x"]["sha256"]) == files
+
+
+def test_tokenizers_on_the_hub_are_compared_before_weights_are_downloaded(
+    hub: Hub, root: Path
+) -> None:
+    other = root / "models" / "org" / "other"
+    write_llama(other, seed=4)
+    vocabulary = {"cat": 6, "dog": 5}
+    rewrite(other, lambda content: content["model"]["vocab"].update(vocabulary), "tokenizer.json")
+    pool = CausalLMPool({"a": "org/a", "other": "org/other"})
+    plan = pool.plan(built=False)
+    whole = sum(path.stat().st_size for path in other.glob("tokenizer*.json"))
+    weights = (other / "model.safetensors").stat().st_size
+    assert (plan.downloads()["org/other"] or 0) >= whole + weights
+    with pytest.raises(FusionBenchError, match="other: 2 token ids mean other strings than in a"):
+        pool.compare()
+    asked = {path.rpartition("/")[2] for path in hub.downloads()}
+    assert asked == {"config.json", "tokenizer.json", "tokenizer_config.json"}
