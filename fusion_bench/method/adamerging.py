@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.errors import ConfigError, FusionBenchError, check_between, check_choice
-from fusion_bench.method.base import refuse_without_pretrained
+from fusion_bench.method.base import aligned, refuse_without_pretrained
 from fusion_bench.method.data import Data, Split, TrainablePool, merged, own_data, parameter_keys
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.progress import bar
 from fusion_bench.storage import read_json, write_text
-from fusion_bench.weights import Weights, align
+from fusion_bench.weights import Weights
 from fusion_bench.weights.ops import task_vectors
 
 if TYPE_CHECKING:
@@ -99,10 +99,10 @@ class AdaMergingAlgorithm:
         names = list(modelpool.model_names)
         own = own_data(names, data)
         base, models = modelpool.weights("_pretrained_"), self._models(modelpool)
-        aligned = align(models, base, modelpool.policy, modelpool.vocabulary)
+        inputs = aligned(modelpool, models=models)
         module = fabric.to_device(modelpool.build_model(base)).requires_grad_(True)
         keys = parameter_keys(module, base)
-        mixture = Mixture(module, keys, base, aligned.models)
+        mixture = Mixture(module, keys, base, inputs.models)
         coefficients = nn.Parameter(self._initial(names, keys).to(fabric.device))
         self._learn(mixture, coefficients, own)
         used = self._clamped(coefficients.detach())

@@ -1,8 +1,9 @@
 """What a fusion method is: the smallest file that can say its mathematics."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from fusion_bench.weights import (
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
 
 #: What a method makes of a pool: one set of weights, or several by name.
 Fused = Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]
@@ -49,6 +52,24 @@ class ModelPool(Protocol):
 
     def weights(self, name: str) -> Weights:
         """Return a model's weights, which the caller must not write to."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A pool that knows what besides weights its models compute with.
+
+    Attributes:
+        notes: what it has found to differ, so far.
+    """
+
+    notes: list[str]
+
+    def compare(self, names: Collection[str] | None = None) -> list[str]:
+        """Return in sentences what differs in some models, by default in all.
+
+        Raises:
+            FusionBenchError: what the policy does not allow.
+        """
 
 
 class ModuleDict:
@@ -168,15 +189,35 @@ class TensorwiseAlgorithm:
         return inputs
 
 
-def aligned(pool: ModelPool, policy: MergePolicy | None = None) -> Aligned:
-    """Align a pool's models by its own policy or another.
+def aligned(
+    pool: ModelPool,
+    policy: MergePolicy | None = None,
+    models: Mapping[str, Weights] | None = None,
+) -> Aligned:
+    """Align a pool's models, or what was made of them, by its own policy or another.
 
     Raises:
-        FusionBenchError: as ``align``.
+        FusionBenchError: as ``align``, and models that differ in what besides weights decides what
+            they compute.
     """
     base = pool.weights("_pretrained_") if pool.has_pretrained else None
-    models = {name: pool.weights(name) for name in pool.model_names}
-    return align(models, base, policy or pool.policy, pool.vocabulary)
+    models = models or {name: pool.weights(name) for name in pool.model_names}
+    found = align(models, base, policy or pool.policy, pool.vocabulary)
+    refuse_disagreeing(pool)
+    return found
+
+
+def refuse_disagreeing(pool: ModelPool) -> None:
+    """Refuse models that compute unlike, weights aside; warn of what differs and may.
+
+    Raises:
+        FusionBenchError: what the pool's policy does not allow.
+    """
+    if isinstance(pool, Comparing):
+        told = set(pool.notes)
+        for note in pool.compare():
+            if note not in told:
+                log.warning("%s", note)
 
 
 def refuse_without_pretrained(method: object, pool: ModelPool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError, check_between
-from fusion_bench.method.base import ModelPool
+from fusion_bench.method.base import ModelPool, refuse_disagreeing
 from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import MergeTensor, Weights, merge
 
@@ -119,6 +119,7 @@ def merged(
     Raises:
         FusionBenchError: models that differ in keys, shapes or dtypes.
     """
+    refuse_disagreeing(pool)
     return merge(
         models,
         merge_tensor,

@@ -16,10 +16,11 @@ from torch.nn.functional import cross_entropy
 
 from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.adamerging import Mixture, per_key
+from fusion_bench.method.base import aligned
 from fusion_bench.method.data import Data, Split, TrainablePool, merged, parameter_keys
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.progress import bar
-from fusion_bench.weights import Weights, align
+from fusion_bench.weights import Weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -112,16 +113,15 @@ class LearnedSoupAlgorithm:
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Learn the weights, and with them a temperature of the answers, and merge."""
         models = {name: modelpool.weights(name) for name in modelpool.model_names}
-        base = modelpool.weights("_pretrained_") if modelpool.has_pretrained else None
-        aligned = align(models, base, modelpool.policy, modelpool.vocabulary)
-        module = fabric.to_device(modelpool.build_model(aligned.reference)).requires_grad_(True)
-        keys = parameter_keys(module, aligned.reference)
+        inputs = aligned(modelpool, models=models)
+        module = fabric.to_device(modelpool.build_model(inputs.reference)).requires_grad_(True)
+        keys = parameter_keys(module, inputs.reference)
         keys += [  # running statistics are averaged too
             key
             for key, buffer in module.named_buffers()
-            if key in aligned.reference and buffer.is_floating_point()
+            if key in inputs.reference and buffer.is_floating_point()
         ]
-        mixture = Mixture(module, keys, None, aligned.models)
+        mixture = Mixture(module, keys, None, inputs.models)
         columns = len(keys) if self.granularity == "layer" else 1
         logits = nn.Parameter(torch.zeros(len(models), columns, device=fabric.device))
         temperature = nn.Parameter(torch.ones((), device=fabric.device))

@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from fusion_bench.errors import check_between, check_choice
-from fusion_bench.method.base import ModelPool, TensorwiseAlgorithm
-from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights, align
+from fusion_bench.method.base import ModelPool, TensorwiseAlgorithm, aligned
+from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
 from fusion_bench.weights.ops import (
     MergeFunc,
     disjoint_merge,
@@ -93,10 +93,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
 
     def agreeing(self, modelpool: ModelPool) -> dict[str, Weights]:
         """Return each model with only those changes that are kept and have the elected sign."""
-        models = {name: modelpool.weights(name) for name in modelpool.model_names}
-        base = modelpool.weights("_pretrained_")
-        policy = modelpool.policy
-        inputs = Inputs(align(models, base, policy, modelpool.vocabulary), policy)
+        inputs = Inputs(aligned(modelpool), modelpool.policy)
         merged = inputs.without(self.remove_keys)
         trimmed = self._trimmed(merged, task_vectors)
         zero_sign = once(partial(self._zero_sign, merged, trimmed))
@@ -113,7 +110,8 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
             return base + kept[index] * (kept[index].sign() == signs)
 
         return {
-            name: MergedWeights(inputs, partial(keep, index)) for index, name in enumerate(models)
+            name: MergedWeights(inputs, partial(keep, index))
+            for index, name in enumerate(modelpool.model_names)
         }
 
     def _trimmed(self, inputs: Inputs, vectors: Values) -> Values:

@@ -32,6 +32,8 @@ class CLIPVisionModelPool(HFModelPool):
         test_datasets: as in ``HFModelPool``.
     """
 
+    _part = "vision_config"
+
     def __init__(
         self,
         models: Mapping[str, Any],
@@ -66,13 +68,13 @@ class CLIPVisionModelPool(HFModelPool):
         module = super()._module(name)
         return getattr(module, "vision_model", module)  # a full CLIP model holds one
 
-    def _model_config(self) -> Any:
-        source = self._models[self._reference]
-        if not isinstance(source, str):
-            return super()._model_config()
+    def _model_config(self, name: str | None = None) -> Any:
+        name = name or self._reference
+        if not isinstance(self._models[name], str):
+            return super()._model_config(name)
         from transformers import CLIPVisionConfig
 
-        repository = self._whole_model(self._reference)
+        repository = self._whole_model(name)
         with reading("model", repository.name):
             return from_pretrained(CLIPVisionConfig, repository.fetch("config.json"))
 

@@ -26,6 +26,16 @@ from fusion_bench.modelpool.adapters import (
     trained_on,
     with_bases,
 )
+from fusion_bench.modelpool.agreement import (
+    PREPROCESSOR,
+    Config,
+    Found,
+    compare_configs,
+    compare_pictures,
+    compare_vocabularies,
+    holds,
+    plain,
+)
 from fusion_bench.modelpool.card import Source
 from fusion_bench.modelpool.directory import (
     copy_files,
@@ -35,6 +45,7 @@ from fusion_bench.modelpool.directory import (
     write_directory,
 )
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
+from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.pretrained import from_config, from_pretrained, quantisation
 from fusion_bench.repository import Repository, locate
@@ -93,7 +104,13 @@ class HFModelPool:
 
     Raises:
         FusionBenchError: an empty pool, or an impossible policy.
+
+    Attributes:
+        notes: in sentences, what differs in models that were compared and are merged all the same.
     """
+
+    #: The part of a config whose model is merged, where that is not the whole.
+    _part: str | None = None
 
     def __init__(
         self,
@@ -120,6 +137,9 @@ class HFModelPool:
         self._repositories: dict[str, Repository] = {}
         self._by_header: dict[str, HubWeights] = {}
         self._scratch: Path | None = None
+        self._node_configs: dict[str, Config] = {}
+        self._found: dict[tuple[str, ...], Found] = {}
+        self.notes: list[str] = []
         if not self.model_names:
             raise FusionBenchError(
                 "modelpool.models: the pool is empty. Name at least one model besides special "
@@ -157,6 +177,9 @@ class HFModelPool:
                     self._refuse_untied(name)
                 elif not self._is_adapter(name):  # nothing to compare with, but it can be damaged
                     self._weights(name)
+        for name in known:
+            with plan.noting(f"modelpool.models.{name}"):
+                self._plan_comparison(name, plan)
         if isinstance(self._processor, str) and unbuilt(self._processor) is None:
             with plan.noting("modelpool.processor"):
                 processor = self._located(self._processor)
@@ -248,13 +271,95 @@ class HFModelPool:
                 "modelpool.policy.on_extra=drop to leave it out."
             )
 
+    def compare(self, names: Collection[str] | None = None) -> list[str]:
+        """Compare what besides weights decides what the models compute with the reference's.
+
+        That are configs, tokenizers, and how pictures are prepared, as far as they are known.
+
+        Args:
+            names: of which models; by default all.
+
+        Returns:
+            In sentences, what differs and is merged all the same; also kept as ``notes``.
+
+        Raises:
+            FusionBenchError: what differs and the policy does not allow, or a damaged file.
+        """
+        wanted = dict.fromkeys([self._reference, *self.model_names])
+        chosen = tuple(name for name in wanted if names is None or name in names)
+        if chosen not in self._found:
+            self._found[chosen] = self._compared(chosen)
+        found = self._found[chosen]
+        self.notes = list(found.notes)
+        if found.refused:
+            raise FusionBenchError("\n".join(found.refused))
+        return self.notes
+
+    def _compared(self, names: Collection[str]) -> Found:
+        found = Found()
+        configs = {name: config for name in names if (config := self._config(name))}
+        if configs:
+            warn = self.policy.on_config == "warn"
+            found += compare_configs(configs, warn=warn, part=self._part)
+        vocabularies = {name: own for name in names if (own := self._vocabulary(name))}
+        if further := self._processors_vocabulary():
+            vocabularies[f"the tokenizer of '{self._processor}'"] = further
+        if vocabularies:
+            warn = self.policy.on_tokenizer == "warn"
+            found += compare_vocabularies(vocabularies, warn=warn)
+        pictures = {name: said for name in names if (said := self._preprocessor(name))}
+        return found + compare_pictures(pictures) if pictures else found
+
+    def _config(self, name: str) -> Config | None:
+        """Return the config of a model, or of the one that an adapter stands on, if it has any."""
+        stem = self._stem(name)
+        source = self._models[stem]
+        if isinstance(source, nn.Module):
+            return _config_of(source)
+        if not isinstance(source, str):
+            return self._node_configs.get(stem)
+        return self._json_config(self._whole_model(name)) or None
+
+    def _place(self, name: str) -> Repository | None:
+        """Return where a model's config is; None for one that is not read from files."""
+        return self._whole_model(name) if isinstance(self._models[self._stem(name)], str) else None
+
+    def _vocabulary(self, name: str) -> Vocabulary | None:
+        """Return a model's tokenizer; None where it has none, or none of the models has tokens."""
+        if not isinstance(self._models[name], str) or self._part or not self.vocabulary:
+            return None
+        own = Vocabulary.of(self._repository(name))
+        place = self._place(name)
+        return own if own is not None or place is None else Vocabulary.of(place)
+
+    def _processors_vocabulary(self) -> Vocabulary | None:
+        """Return the tokenizer that goes beside a merged model, if it is not the reference's."""
+        if not isinstance(self._processor, str) or self._part or not self.vocabulary:
+            return None
+        return Vocabulary.of(self._located(self._processor))
+
+    def _preprocessor(self, name: str) -> Config | None:
+        """Return how a model's pictures are prepared; None where it does not say so."""
+        place = self._place(name)
+        if place is None or PREPROCESSOR not in place.files:
+            return None
+        content = read_json(place.fetch(PREPROCESSOR) / PREPROCESSOR)
+        return content if isinstance(content, dict) else None
+
+    def _plan_comparison(self, name: str, plan: Plan) -> None:
+        """Note the files that are needed to compare a model."""
+        if own := self._vocabulary(name):
+            plan.download(own.repository, *own.needed())
+        place = self._place(name)
+        if place is not None and PREPROCESSOR in place.files:
+            plan.download(place, PREPROCESSOR)
+
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
         source = self._models[self._reference]
         if isinstance(source, nn.Module):
-            own: Any = getattr(source, "config", None)
-            config = own.to_dict() if hasattr(own, "to_dict") else {}
+            config = _config_of(source) or {}
         elif isinstance(source, str):
             config = self._json_config(self._whole_model(self._reference))
         else:
@@ -309,7 +414,7 @@ class HFModelPool:
             return self._module(name).eval()
         built = self.model_class == "AutoModel" or _is_file(source)
         if built or _ADAPTER_CONFIG in self._repository(name).files:
-            return self.build_model(self.weights(name))
+            return self._built(self.weights(name), self._model_config(self._with_config(name)))
         model, info = self._from_pretrained(self._repository(name))
         _refuse_incomplete(f"modelpool.models.{name}: '{source}'", info)
         return model.eval()
@@ -322,8 +427,21 @@ class HFModelPool:
         Raises:
             FusionBenchError: weights that are not all of the model's.
         """
+        return self._built(weights, self._model_config())
+
+    def _with_config(self, name: str) -> str:
+        """Return whose config a model is built with: its own where it has one.
+
+        One that stands inside a larger model, or has the reference inside, is seen under the
+        reference's keys, and is built like it.
+        """
+        own, reference = self._config(name), self._config(self._reference)
+        if own is None or (reference and (holds(own, reference) or holds(reference, own))):
+            return self._reference
+        return self._stem(name)
+
+    def _built(self, weights: Mapping[str, Tensor], config: Any) -> "PreTrainedModel":
         tensors = in_memory(weights) if isinstance(weights, Weights) else dict(weights)
-        config = self._model_config()
         floating = [t.dtype for t in tensors.values() if t.dtype.is_floating_point]
         model_class = _concrete(self._transformers_class(), config)
         options = {}
@@ -673,6 +791,8 @@ class HFModelPool:
                 f"modelpool.models.{name}: expected a repository, a directory or a module, "
                 f"got {type(module).__name__}."
             )
+        if (config := _config_of(module)) is not None:
+            self._node_configs[name] = config
         return module
 
     def _transformers_class(self) -> Any:
@@ -687,14 +807,15 @@ class HFModelPool:
                 f"modelpool.model_class: transformers has no '{self.model_class}'. {hint}"
             ) from error
 
-    def _model_config(self) -> Any:
-        """Return the reference's config; None for a module that has none."""
-        source = self._models[self._reference]
+    def _model_config(self, name: str | None = None) -> Any:
+        """Return a model's config, by default the reference's; None for a module without one."""
+        name = name or self._reference
+        source = self._models[name]
         if not isinstance(source, str):
-            return getattr(self._module(self._reference), "config", None)
+            return getattr(self._module(name), "config", None)
         from transformers import AutoConfig
 
-        repository = self._whole_model(self._reference)
+        repository = self._whole_model(name)
         with reading("model", repository.name):
             return from_pretrained(AutoConfig, repository.fetch("config.json", *repository.code))
 
@@ -709,6 +830,12 @@ class HFModelPool:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+
+
+def _config_of(module: nn.Module) -> dict[str, Any] | None:
+    """Return a module's config as plain data, if it has one as those of transformers have."""
+    config: Any = getattr(module, "config", None)
+    return plain(config.to_dict()) if hasattr(config, "to_dict") else None
 
 
 def _is_file(source: str) -> bool:

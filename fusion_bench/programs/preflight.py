@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusion_bench.errors import ConfigError
-from fusion_bench.method.base import aligned, refuse_without_pretrained
+from fusion_bench.method.base import Comparing, aligned, refuse_without_pretrained
 from fusion_bench.method.data import own_data
 from fusion_bench.plan import Plan, Step
 from fusion_bench.programs.fusing import (
@@ -162,6 +162,9 @@ def _compare(plan: Plan, modelpool: Any, methods: Sequence[Any]) -> None:
     before = len(plan.problems)
     with plan.noting("modelpool.models"):
         plan.note(*aligned(pool).notes)
+    if isinstance(modelpool, Comparing):
+        with plan.noting("modelpool.models"):
+            plan.note(*modelpool.compare(list(plan.weights)))
     if len(plan.problems) > before or any(name not in plan.weights for name in needed):
         return
     for method in merging:

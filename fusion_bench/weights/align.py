@@ -33,6 +33,10 @@ class MergePolicy:
             writes it in the reference's type; ``error``. Types below 16 bits are always an error.
         on_vocabulary: a model has another number of rows in its vocabulary. ``error``; ``common``:
             the rows that all models have are merged, and the reference's further rows are copied.
+        on_config: a model's config differs from the reference's in what decides the computation,
+            such as an activation or rotary embeddings. ``error``; ``warn``.
+        on_tokenizer: token ids mean other strings to a model than to the reference. ``error``;
+            ``warn`` merges their rows all the same.
         on_nonfinite: there is NaN or infinity in an input or in the result. ``error``; ``warn``.
         dtype: the merged floating-point entries' type, ``bfloat16`` for one; by default the
             reference's, entry by entry.
@@ -46,6 +50,8 @@ class MergePolicy:
     on_extra: Literal["error", "drop"] = "error"
     on_dtype: Literal["error", "cast"] = "cast"
     on_vocabulary: Literal["error", "common"] = "error"
+    on_config: Literal["error", "warn"] = "error"
+    on_tokenizer: Literal["error", "warn"] = "error"
     on_nonfinite: Literal["error", "warn"] = "error"
     dtype: str | None = None
     device: str = "cpu"

@@ -220,3 +220,21 @@ def test_a_kernel_that_a_repository_names_is_not_fetched(
     chosen = CausalLMPool({"a": node | {"attn_implementation": "sdpa"}}).load_model("a")
     assert chosen.config._attn_implementation == "sdpa"
     assert not [path for _, path in hub.requests if "evil" in path]
+
+
+def test_tokenizers_on_the_hub_are_compared_before_weights_are_downloaded(
+    hub: Hub, root: Path
+) -> None:
+    other = root / "models" / "org" / "other"
+    write_llama(other, seed=4)
+    vocabulary = {"cat": 6, "dog": 5}
+    rewrite(other, lambda content: content["model"]["vocab"].update(vocabulary), "tokenizer.json")
+    pool = CausalLMPool({"a": "org/a", "other": "org/other"})
+    plan = pool.plan(built=False)
+    whole = sum(path.stat().st_size for path in other.glob("tokenizer*.json"))
+    weights = (other / "model.safetensors").stat().st_size
+    assert (plan.downloads()["org/other"] or 0) >= whole + weights
+    with pytest.raises(FusionBenchError, match="other: 2 token ids mean other strings than in a"):
+        pool.compare()
+    asked = {path.rpartition("/")[2] for path in hub.downloads()}
+    assert asked == {"config.json", "tokenizer.json", "tokenizer_config.json"}

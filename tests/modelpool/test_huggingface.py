@@ -274,11 +274,12 @@ def test_a_model_class_that_the_architecture_does_not_have_is_named(family: Path
 def test_an_architecture_that_transformers_does_not_know_is_merged_but_not_built(
     family: Path, tmp_path: Path, model_type: str | None, fact: str
 ) -> None:
-    shutil.copytree(family / "a", tmp_path / "a")
-    rewrite(tmp_path / "a", lambda config: config.pop("model_type"))
-    if model_type is not None:
-        rewrite(tmp_path / "a", lambda config: config.update(model_type=model_type))
-    models = HFModelPool({"a": tmp_path / "a", "b": family / "b"})
+    for name in "ab":
+        shutil.copytree(family / name, tmp_path / name)
+        rewrite(tmp_path / name, lambda config: config.pop("model_type"))
+        if model_type is not None:
+            rewrite(tmp_path / name, lambda config: config.update(model_type=model_type))
+    models = HFModelPool({name: tmp_path / name for name in "ab"})
     models.save_model(average(models), tmp_path / "m")
     with pytest.raises(FusionBenchError, match=fact):
         models.build_model(average(models))

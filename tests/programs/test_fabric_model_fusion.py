@@ -1,11 +1,12 @@
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fixtures_llm import write_llama
+from fixtures_llm import rewrite, write_llama
 from lightning.fabric import Fabric
 from transformers import CLIPVisionModel
 
@@ -62,6 +63,31 @@ def test_baselines(program_config: dict[str, Any]) -> None:
     assert none.models["merged"].tasks["a"].accuracy == full.models["merged"].tasks["a"].accuracy
     with pytest.raises(FusionBenchError, match="Did you mean 'own_task'"):
         run(program_config, baselines="own_tasks")
+
+
+def test_the_report_names_what_the_models_differ_in(
+    program_config: dict[str, Any], family: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = program_config["modelpool"]["models"]
+    for name, key in (("a", "layer_norm_eps"), ("b", "attention_dropout")):
+        shutil.copytree(family / "models" / name, tmp_path / name)
+        rewrite(tmp_path / name, lambda config, key=key: config.update({key: 0.25}))
+    models["a"] = str(tmp_path / "a")
+    models["b"] = {  # which is only known once it is made
+        "_target_": "transformers.CLIPVisionModel.from_pretrained",
+        "pretrained_model_name_or_path": str(tmp_path / "b"),
+        "attn_implementation": "eager",
+    }
+    report = run(program_config, baselines="none", output_dir=tmp_path / "out")
+    facts = [
+        "a: 'layer_norm_eps' is 0.25, in _pretrained_ 1e-05; the merged model has that of "
+        "_pretrained_.",
+        "b: 'attention_dropout' is 0.25, in _pretrained_ 0.0; the merged model has that of "
+        "_pretrained_.",
+    ]
+    assert report.run.notes == facts
+    assert [message for message in caplog.messages if message in facts] == facts
+    assert "layer_norm_eps" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_names_match_tasks_whatever_the_spelling(program_config: dict[str, Any]) -> None:

@@ -163,6 +163,50 @@ def test_an_ensemble_may_have_models_that_differ(own: Config, tmp_path: Path) ->
     dry(own, method={"_target_": TARGET + "SimpleEnsembleAlgorithm"})
 
 
+def test_what_the_models_compute_with_is_compared(
+    own: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "family" / "models"
+    rewrite(models / "a", lambda config: config.update(hidden_act="gelu"))
+    rewrite(models / "b", lambda config: config.update(layer_norm_eps=1e-3, odd=["/red"]))
+    (head, line) = problems(own)
+    assert head.startswith("modelpool.models: the configs of these models differ")
+    assert line == '  a: \'hidden_act\' is "gelu", in _pretrained_ "quick_gelu"'
+    dry(own, method={"_target_": TARGET + "SimpleEnsembleAlgorithm"})
+    assert "layer_norm_eps" not in capsys.readouterr().out
+    rewrite(models / "a", lambda config: config.update(hidden_act="quick_gelu", odd="[/]"))
+    dry(own)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "note b: 'layer_norm_eps' is 0.001, in _pretrained_ 1e-05;" in shown
+    assert "odd" not in shown  # no class of transformers knows it
+
+
+def test_configs_and_tokens_that_differ_come_at_once(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        write_llama(tmp_path / name, seed=seed)
+    rewrite(tmp_path / "b", lambda config: config.update(hidden_act="gelu"))
+    rewrite(
+        tmp_path / "b",
+        lambda content: content["model"]["vocab"].update({"cat": 6, "dog": 5}),
+        "tokenizer.json",
+    )
+    config = {
+        "_target_": "fusion_bench.programs.FabricModelFusionProgram",
+        "_recursive_": False,
+        "method": {"_target_": TARGET + "SimpleAverageAlgorithm"},
+        "modelpool": {
+            "_target_": "fusion_bench.modelpool.CausalLMPool",
+            "models": {name: str(tmp_path / name) for name in "ab"},
+            "policy": {},
+        },
+        "merged_model_save_path": str(tmp_path / "merged"),
+    }
+    found = "\n".join(problems(config))
+    assert "policy.on_config=warn" in found and "policy.on_tokenizer=warn" in found
+    config["modelpool"]["policy"] = {"on_config": "warn", "on_tokenizer": "warn"}  # as it says
+    dry(config)
+
+
 def test_damaged_files_are_found(own: Config, tmp_path: Path) -> None:
     place = tmp_path / "family" / "models" / "a" / "model.safetensors"
     place.write_bytes(place.read_bytes()[:-1])

@@ -1,0 +1,379 @@
+"""Whether models that are to be merged into one compute alike, weights aside.
+
+Three things beside the weights tell it: the config, the tokenizer, and how pictures are prepared.
+A merged model has the reference's, and those of the others are lost.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fusion_bench.modelpool.tokens import Comparison, Vocabulary, compare_tokens
+from fusion_bench.weights import shortened
+
+#: A model's config, as ``config.json`` has it.
+Config = Mapping[str, Any]
+#: How much a key decides. What decides nothing changes no number, or is told by the weights' shapes
+#: and names as well. Weights that were trained with one value of what decides much are no good with
+#: another.
+Decides = Literal["nothing", "little", "much"]
+
+_NOTHING = re.compile(
+    # What a model is called, and how it is stored and loaded.
+    r"_?name_or_path|transformers_version|_commit_hash|architectures|(torch_)?dtype|use_bfloat16"
+    r"|torchscript|_?(attn|experts)_implementation\w*|gradient_checkpointing|quantization_config"
+    r"|disable_custom_kernels|reorder_and_upcast_attn|pretraining_tp|freeze_\w+"
+    # What it returns, and how it goes on with a text.
+    r"|output_(attentions|hidden_states|scores|past|router_logits)|(use_)?return_dict\w*|use_cache"
+    r"|chunk_size_feed_forward|task_specific_params|prefix|(min|max)_length|max_new_tokens|top_[kp]"
+    r"|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|typical_p"
+    r"|repetition_penalty|length_penalty|(encoder_)?no_repeat_ngram_size|bad_words_ids"
+    r"|num_return_sequences|remove_invalid_values|exponential_decay_length_penalty"
+    r"|(begin_)?suppress_tokens|forced_[a-z]+_token_id"
+    # Its classes.
+    r"|id2label|label2id|_?num_labels|num_classes|label_names|problem_type|finetuning_task|summary_\w+"
+    # What shapes and names tell, tied entries among them.
+    r"|tie_\w+|vocab_size|type_vocab_size|hidden_sizes|hidden_dim|\w*_bias|depths?"
+    r"|(\w+_)?(hidden|intermediate|output)_size"
+    r"|num_(hidden_|encoder_|decoder_)?layers|n_layers?|(encoder|decoder)_(layers|ffn_dim)|ffn_dim"
+    r"|n_embd|n_inner|d_model|d_ff|dim|embed_dim|embedding_size|projection_dim|mlp_(dim|ratio)"
+    r"|add_cross_attention"
+)
+_LITTLE = re.compile(
+    r"\w*eps(ilon)?|\w*drop\w*|\w*init\w*|\w+_token_(id|index)|\w*(loss|coef)\w*|mask_\w+"
+    r"|label_smoothing|apply_spec_augment|max_\w+|n_positions|n_ctx|seq_length|context_length"
+    r"|encoder_stride|layerscale_value"
+)
+_MUCH = re.compile(
+    # Activations and norms.
+    r"(^|_)act(_|$)|activation|gated|feed_forward_proj|act_fn|norm|softcap|scal|multiplier"
+    # Attention, and where a token stands.
+    r"|head|(^|_)[dn]?_?kv(_|$)|multi_query|qk_|parallel|decoder_architecture|attention_(types|layers)"
+    r"|window|sliding|layer_types|chunk|local|global|causal|bidirectional|is_decoder|is_encoder"
+    r"|rope|rotary|alibi|position|(abs|rel)_pos|relative|timescale"
+    # Pictures and sounds.
+    r"|image_size|patch|stride|kernel|channels|sampl|merge_size|pool|feature_layer|select_strategy"
+    # Experts.
+    r"|expert|topk|routed"
+    r"|^model_type$"
+)
+#: How many tokens a model may see, which matters where rotary embeddings are stretched to it.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+#: Numbers of which a class of transformers makes a list of that length; nobody's is so large.
+_LISTED = re.compile(r"layer|depth|block|label|stage")
+_LONGEST_LIST = 10_000
+#: The file that says how pictures are prepared.
+PREPROCESSOR = "preprocessor_config.json"
+#: What decides it.
+_PICTURES = (
+    *("image_mean", "image_std", "size", "crop_size", "rescale_factor", "resample"),
+    *("do_resize", "do_center_crop", "do_rescale", "do_normalize"),
+)
+#: What is shown of a long value.
+_SHOWN = 100
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found to differ.
+
+    Attributes:
+        refused: why the models cannot be merged, and how to fix it.
+        notes: what is merged all the same, in sentences.
+    """
+
+    refused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __add__(self, other: "Found") -> "Found":
+        return Found(self.refused + other.refused, self.notes + other.notes)
+
+
+def compare_configs(
+    configs: Mapping[str, Config], *, warn: bool = False, part: str | None = None
+) -> Found:
+    """Compare models' configs with that of the first, the reference.
+
+    Args:
+        configs: by the models' names.
+        warn: merge models whatever differs.
+        part: the key of the part of a config that is merged, for configs that have it.
+    """
+    (name, reference), *others = configs.items()
+    found: dict[Difference, list[str]] = {}
+    for model, config in others:
+        for difference in differences(config, reference, part):
+            found.setdefault(difference, []).append(model)
+    much, notes = [], []
+    for each, models in found.items():
+        line = f"{', '.join(models)}: '{each.key}' is {each.own}, in {name} {each.expected}"
+        if each.much and not warn:
+            much.append(line)
+        else:
+            weighty = ", which changes what it computes" if each.much else ""
+            notes.append(f"{line}; the merged model has that of {name}{weighty}.")
+    if not much:
+        return Found(notes=tuple(notes))
+    refusal = (
+        "modelpool.models: the configs of these models differ in what decides the computation, "
+        f"and a merged model has but one, that of '{name}'. Use models that were fine-tuned from "
+        "the same base, or give modelpool.policy.on_config=warn to merge them all the same.\n  "
+        f"{shortened(much)}"
+    )
+    return Found((refusal,), tuple(notes))
+
+
+def compare_vocabularies(vocabularies: Mapping[str, Vocabulary], *, warn: bool = False) -> Found:
+    """Compare what token ids mean with what they mean to the first, the reference.
+
+    Args:
+        vocabularies: by the models' names.
+        warn: merge models whatever differs.
+
+    Raises:
+        ConfigError: a damaged file.
+        WorldError: a file that could not be fetched.
+    """
+    (name, reference), *others = vocabularies.items()
+    much, notes = [], []
+    for model, vocabulary in others:
+        compared = compare_tokens(vocabulary, reference)
+        if compared is None:
+            notes.append(
+                f"{model}: its tokenizer and that of {name} are in files that cannot be compared; "
+                "make sure that their ids mean the same."
+            )
+            continue
+        line, further = _told(model, name, compared)
+        if line and warn:
+            notes.append(f"{line}; their rows are merged all the same.")
+        elif line:
+            much.append(line)
+        notes += further
+    if not much:
+        return Found(notes=tuple(notes))
+    refusal = (
+        "modelpool.models: the same token ids mean other strings in these models, so that rows of "
+        "different tokens would be merged into one. Use models with the same tokenizer, or give "
+        f"modelpool.policy.on_tokenizer=warn to merge them all the same.\n  {shortened(much)}"
+    )
+    return Found((refusal,), tuple(notes))
+
+
+def compare_pictures(processors: Mapping[str, Config]) -> Found:
+    """Compare how models' pictures are prepared with how the first's are, the reference's."""
+    (name, reference), *others = processors.items()
+    notes = [
+        f"{model}: its pictures are prepared with '{key}' {_shown(own[key])}, those of {name} with "
+        f"{_shown(reference[key])}; what is evaluated with it may be worse than it is."
+        for model, own in others
+        for key in _PICTURES
+        if key in own and key in reference and _side(own[key]) != _side(reference[key])
+    ]
+    return Found(notes=tuple(notes))
+
+
+def _told(model: str, reference: str, compared: Comparison) -> tuple[str, list[str]]:
+    """Return in words which ids mean other strings, and which only one of two models has."""
+    line, notes = "", []
+    if compared.other:
+        total = len(compared.other)
+        shown = _first(
+            f"{i} is {_shown(own)}, in {reference} {_shown(expected)}"
+            for i, (own, expected) in sorted(compared.other.items())
+        )
+        line = f"{model}: {_ids(total)} other strings than in {reference}: {shown}"
+    for having, lacking, tokens in (
+        (model, reference, compared.own),
+        (reference, model, compared.expected),
+    ):
+        if tokens:
+            shown = _first(f"{i} {_shown(text)}" for i, text in sorted(tokens.items()))
+            has = "has 1 token that" if len(tokens) == 1 else f"has {len(tokens):,} tokens that"
+            notes.append(f"{having}: its tokenizer {has} {lacking} lacks: {shown}.")
+    return line, notes
+
+
+def _ids(total: int) -> str:
+    return "1 token id means" if total == 1 else f"{total:,} token ids mean"
+
+
+def _first(lines: Iterable[str], most: int = 3) -> str:
+    known = list(lines)
+    return "; ".join(known[:most]) + ("; …" if len(known) > most else "")
+
+
+def _side(value: Any) -> Any:
+    """Return a picture's size as a number where its sides are alike: it is written in many ways."""
+    sides = list(value.values()) if isinstance(value, Mapping) else []
+    return sides[0] if sides and all(side == sides[0] for side in sides) else value
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key to which two configs give different values.
+
+    Attributes:
+        key: where it is, ``vision_config.hidden_act`` for one.
+        own: what a model's config says, as JSON.
+        expected: what the reference's says.
+        much: whether weights that were trained with the one are no good with the other.
+    """
+
+    key: str
+    own: str
+    expected: str
+    much: bool
+
+
+def differences(own: Config, reference: Config, part: str | None = None) -> list[Difference]:
+    """Return what makes two models compute unlike.
+
+    Releases of transformers name the same in different ways and leave out what a class has by
+    default. So where two configs differ, both are read by their class first. Those of an
+    architecture that transformers does not know are compared as they are, and a key that only one
+    of them has counts as little.
+
+    Args:
+        own: a model's config.
+        reference: that of the model whose config a merged one gets.
+        part: the key of the part that is merged, for configs that have it.
+    """
+    own, reference = _named(own, reference), _named(reference, own)
+    if _alike(_deciding(own), _deciding(reference)):
+        return []
+    completed = _completed(own), _completed(reference)
+    known = None not in completed
+    first, second = (
+        _deciding(_part(full if known and full is not None else config, part))
+        for full, config in zip(completed, (own, reference), strict=True)
+    )
+    kinds = first.get("model_type"), second.get("model_type")
+    if kinds[0] != kinds[1]:
+        # One may be inside the other, as a vision encoder is in CLIP.
+        first = next((c for c in _inside(first) if c.get("model_type") == kinds[1]), first)
+        second = next((c for c in _inside(second) if c.get("model_type") == kinds[0]), second)
+    if first.get("model_type") != second.get("model_type"):
+        return [_difference("model_type", *kinds, much=None not in kinds)]
+    stretched = _stretched(first) or _stretched(second)
+    return [*_compared(first, second, "", known, stretched)]
+
+
+def holds(outer: Config, inner: Config) -> bool:
+    """Tell whether a model of the one kind has one of the other inside."""
+    kind = inner.get("model_type")
+    return kind is not None and any(part.get("model_type") == kind for part in _inside(outer))
+
+
+def decides(key: str) -> Decides:
+    """Return how much a key decides, by its name; of one that is not known, little."""
+    if _NOTHING.fullmatch(key):
+        return "nothing"
+    if _LITTLE.fullmatch(key):
+        return "little"
+    return "much" if _MUCH.search(key) else "little"
+
+
+def plain(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a config as it would be read from a file."""
+    content: dict[str, Any] = json.loads(json.dumps(config, default=str, skipkeys=True))
+    return content
+
+
+def _named(config: Config, other: Config) -> Config:
+    """Return a config with its kind, for which the other's is taken where it names none."""
+    if "model_type" in config or "model_type" not in other:
+        return config
+    return {**config, "model_type": other["model_type"]}
+
+
+def _compared(
+    own: Config, reference: Config, place: str, known: bool, stretched: bool
+) -> Iterator[Difference]:
+    """Yield what differs; ``known`` tells that a class has added what it has by default."""
+    for key in {**reference, **own}:
+        first, second = own.get(key), reference.get(key)
+        much = decides(key) == "much" or (stretched and key in _LIMITS)
+        if isinstance(first, Mapping) and isinstance(second, Mapping) and not much:
+            yield from _compared(first, second, f"{place}{key}.", known, stretched)
+        elif _alike(_given(first), _given(second)):
+            continue
+        elif key in own and key in reference:
+            yield _difference(f"{place}{key}", first, second, much)
+        elif (first or second) and (much or not known):  # the class makes nothing of any others
+            yield _difference(f"{place}{key}", first, second, much=False)
+
+
+def _difference(key: str, own: Any, reference: Any, much: bool) -> Difference:
+    return Difference(_shown(key)[1:-1], _shown(own), _shown(reference), much)
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return one == other or json.dumps(one) == json.dumps(other)  # NaN is not itself
+
+
+def _given(value: Any) -> Any:
+    """Return a value without what is null in it."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: own for key, own in value.items() if own is not None}
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """Return the keys that decide anything, at any depth."""
+    return {
+        key: _deciding(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if decides(key) != "nothing"
+    }
+
+
+def _part(config: Config, key: str | None) -> Config:
+    part = config.get(key) if key is not None else None
+    return part if isinstance(part, Mapping) else config
+
+
+def _inside(config: Config) -> Iterator[dict[str, Any]]:
+    yield from (value for value in config.values() if isinstance(value, dict))
+
+
+def _stretched(config: Config) -> bool:
+    """Tell whether rotary embeddings depend on how many tokens there may be."""
+    if config.get("rope_type", config.get("type")) in ("dynamic", "longrope", "su"):
+        return True
+    return any(_stretched(part) for part in _inside(config))
+
+
+def _completed(config: Config) -> dict[str, Any] | None:
+    """Return a config with what its class has by default; None where transformers knows none."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or _enormous(config):
+        return None
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old names, which are what it is read for
+            return plain(CONFIG_MAPPING[kind].from_dict(plain(config)).to_dict())
+    except Exception:  # each class fails in its own way over what a stranger wrote
+        return None
+
+
+def _enormous(config: Config) -> bool:
+    """Tell whether a class would make lists of the config that fill the memory."""
+    return any(
+        _enormous(value)
+        if isinstance(value, Mapping)
+        else isinstance(value, int) and value > _LONGEST_LIST and bool(_LISTED.search(key))
+        for key, value in config.items()
+    )
