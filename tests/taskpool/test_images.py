@@ -102,7 +102,7 @@ def test_unlabelled_splits() -> None:
 
 
 def test_labels_that_are_no_numbers() -> None:
-    assert "whole numbers" in message(dataset(["x"], Value("string")), class_names=["x"])
+    assert "whole numbers" in message(dataset([0.5], Value("float32")), class_names=["x"])
 
 
 def test_an_empty_split() -> None:
