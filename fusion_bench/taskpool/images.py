@@ -228,11 +228,11 @@ class Columns:
                 f"its labels: '{self._override}.class_names: […]'."
             )
         named = by_name(own, *known)
-        guessed = places == list(range(len(own)))
+        in_order = places == list(range(len(own)))
         pairs = [
             f"{label!r} is {given[place]!r}"
             for label, place in zip(own, places, strict=True)
-            if not (guessed and label in named)
+            if not (in_order and label in named)
         ]
         if pairs:
             self._say("%s: classes are told by their names: %s.", self._key, ", ".join(pairs[:5]))

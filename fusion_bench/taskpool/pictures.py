@@ -86,12 +86,12 @@ def in_eight_bits(image: "Image") -> "tuple[Image, str | None]":
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" and low >= 0 and high <= 1:
-        shades = np.rint(values.astype(np.float64) * 255)
+        shades = np.rint(values * np.float32(255))
         return Image.fromarray(shades.astype(np.uint8)), "values from 0 to 1 are multiplied by 255"
     if low >= 0 and high <= 255:
         return image.convert("L"), "values up to 255 are taken as they are"
     if image.mode != "F" and low >= 0 and high <= 65535:
-        shades = (values.astype(np.int64) + 128) // 257
+        shades = (values.astype(np.uint32) + 128) // 257
         said = "values from 0 to 65535 are divided by 257"
         if high < 4096:
             said += f", and it reaches {high:.0f} only: if that is white, convert it yourself"

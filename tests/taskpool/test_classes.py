@@ -69,7 +69,7 @@ def test_folders_of_the_canonical_tasks() -> None:
     assert places(ids, FLOWERS) == [int(name) - 1 for name in ids]
     assert EUROSAT.class_names is not None and EUROSAT.label_names is not None
     folders = ["annual crop", *EUROSAT.label_names[1:-1], "sea or lake"]  # a copy's own words
-    assert places(folders[:0:-1] + ["AnnualCrop"], EUROSAT.class_names, EUROSAT.label_names) == [
+    assert places([*folders[:0:-1], "AnnualCrop"], EUROSAT.class_names, EUROSAT.label_names) == [
         *range(9, 0, -1),
         0,
     ]
