@@ -1,7 +1,9 @@
+import io
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import (
@@ -15,10 +17,12 @@ from datasets import (
     load_from_disk,
 )
 from lightning.fabric import Fabric
+from PIL import Image as PILImage
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, results
 
@@ -359,3 +363,59 @@ def test_tuning_data_of_other_classes_say_which(
         "method.data.a: its classes are not those of 'a'. It lacks 'beach'. List all in one order: "
         "'taskpool.tasks.a.class_names: […]'."
     )
+
+
+def grey(data: Dataset, make: Any, kind: str) -> Dataset:
+    """Return the pictures in grey, as ``make`` has their values."""
+    rows = []
+    for row in data.select_columns(["image", "label"]):
+        file = io.BytesIO()
+        values = make(np.asarray(row["image"].convert("L")))
+        PILImage.fromarray(values).save(file, format=kind)
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": row["label"]})
+    features = Features({"image": Image(), "label": data.features["label"]})
+    return Dataset.from_list(rows, features=features)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda shades: shades.astype(np.uint16) * 257, "PNG"),
+        (lambda shades: shades.astype(np.uint16) * 257, "TIFF"),
+        (lambda shades: shades.astype(np.int32) * 257, "TIFF"),
+        (lambda shades: shades.astype(np.int32), "TIFF"),
+        (lambda shades: (shades / 255).astype(np.float32), "TIFF"),
+    ],
+)
+def test_deep_pictures_are_answered_like_others(
+    judge: Judge, data: Dataset, make: Any, kind: str
+) -> None:
+    plain = judge(test_datasets={"a": grey(data, lambda shades: shades, "PNG")})
+    deep = judge(test_datasets={"a": grey(data, make, kind)})
+    assert answers(deep) == answers(plain) and judge.built == 2
+
+
+def test_a_picture_that_is_none_ends_the_evaluation(judge: Judge, data: Dataset) -> None:
+    rows = data.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
+    content = [*rows.select(range(5)), {"image": {"bytes": b"%!PS-Adobe-3.0", "path": "a.eps"}}]
+    content[-1]["label"] = 0
+    features = Features({"image": Image(), "label": data.features["label"]})
+    with pytest.raises(FusionBenchError, match=r"datasets\.a: sample 5, 'a\.eps', holds") as error:
+        judge(test_datasets={"a": Dataset.from_list(content, features=features)})
+    assert error.value.exit_code == 2
+
+
+def test_a_whole_config_may_give_a_saved_data_set_a_split(
+    program_config: dict[str, Any], data: Dataset, tmp_path: Path
+) -> None:
+    DatasetDict(test=data.select_columns(["image", "label"])).save_to_disk(tmp_path / "saved")
+    node = {"_target_": "datasets.load_from_disk", "dataset_path": str(tmp_path / "saved")}
+    program_config["taskpool"]["test_datasets"]["a"] = node
+    program = {**program_config, "dry_run": True}
+    with pytest.raises(FusionBenchError, match=r"names no split\. Add 'split: …', one of: test"):
+        instantiate(program).run()
+    node["split"] = "test"
+    assert instantiate(program).run() is None
+    node["splitt"] = "test"
+    with pytest.raises(FusionBenchError, match="takes no such key"):
+        instantiate(program).run()
