@@ -39,6 +39,8 @@ _SECTIONS = {
     "search": "fusion_bench.programs.",
     "fabric": "lightning.",
 }
+#: Keys that we take beside a library's own: the task pools give ``load_from_disk`` a split.
+_BESIDE = {"datasets.load_from_disk": {"split"}}
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
 
@@ -208,6 +210,7 @@ def _signature_problems(
     except ValueError:  # some builtins do not tell their signature
         return
     given = {name for name in node if name not in _HYDRA_KEYS} | set(arguments)
+    given -= _BESIDE.get(str(target), set())
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given - set(parameters)):
             yield f"{prefix}{name}: {_short(target)} takes no such key. " + did_you_mean(

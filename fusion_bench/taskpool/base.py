@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.plan import Plan, Step
 from fusion_bench.repository import hub_cache
-from fusion_bench.sources import load
-from fusion_bench.taskpool.described import datasets_cache, describe
+from fusion_bench.taskpool.described import datasets_cache, describe, load_split
 from fusion_bench.taskpool.evaluate import Loading, Room, judge
 from fusion_bench.taskpool.images import Columns, LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
@@ -182,8 +181,9 @@ class ImageTaskPool(ABC):
                 task = self._task_of(name, node, key)
                 columns = self._describe(plan, task, node, own, scratch)
                 judged = self._described.get(task)
-                if columns is not None and judged is not None:
-                    _refuse_other_classes(own, task, columns.class_names, judged.class_names)
+                names = columns and columns.class_names, judged and judged.class_names
+                if names[0] and names[1]:
+                    _refuse_other_classes(own, task, names[0], names[1])
         return plan
 
     def _describe(
@@ -200,7 +200,11 @@ class ImageTaskPool(ABC):
             plan.add(Step("prepare", node["path"], described.prepared, place, "HF_HOME"))
         if described.features is None:
             return None
-        return Columns(task, described.features, self._tasks[task], key)
+        columns = Columns(task, described.features, self._tasks[task], key, quiet=True)
+        split = node.get("split")
+        if described.column is not None and (split in described.splits or not described.splits):
+            columns.labels(described.column(split, columns.label_column))
+        return columns
 
     def prepare(self, fabric: Fabric) -> None:
         """Load the datasets and what is needed to tell them apart; done once.
@@ -240,7 +244,7 @@ class ImageTaskPool(ABC):
         for name, node in datasets.items():
             task = self._task_of(name, node, key)
             with fabric.rank_zero_first():
-                dataset = load("dataset", node, f"{key}.{name}")
+                dataset = load_split(node, f"{key}.{name}")
                 data = LabelledImages(name, dataset, self._tasks[task], f"{key}.{name}")
             own = self._data[task].class_names
             _refuse_other_classes(f"{key}.{name}", task, data.class_names, own)
@@ -427,13 +431,20 @@ class ImageTaskPool(ABC):
         return self._images[task]
 
     def _load_data(self, name: str) -> LabelledImages:
-        dataset = load("dataset", self.test_datasets[name], f"taskpool.test_datasets.{name}")
+        dataset = load_split(self.test_datasets[name], f"taskpool.test_datasets.{name}")
         return LabelledImages(name, dataset, self._tasks[name])
 
 
 def _refuse_other_classes(key: str, task: str, names: list[str], expected: list[str]) -> None:
     if names != expected:
-        raise FusionBenchError(f"{key}: its classes are not those of '{task}'.")
+        alone = [name for name in names if name not in expected][:3]
+        lacking = [name for name in expected if name not in names][:3]
+        told = f" It alone has {', '.join(map(repr, alone))}." if alone else ""
+        told += f" It lacks {', '.join(map(repr, lacking))}." if lacking else ""
+        raise FusionBenchError(
+            f"{key}: its classes are not those of '{task}'.{told} List all in one order: "
+            f"'taskpool.tasks.{task}.class_names: […]'."
+        )
 
 
 def differing_sizes(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -2,19 +2,20 @@
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
-from fusion_bench.sources import reading, refuse_missing_path
+from fusion_bench.sources import load, reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
 from fusion_bench.zoo import load_dataset as load_from_zoo
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import DatasetBuilder, Features
 
 _LOADS = "datasets.load_dataset"
 _READS = "datasets.load_from_disk"
@@ -30,12 +31,15 @@ class Described:
         features: the columns' types, where they are known.
         download: bytes to fetch; 0 where it is here, None where nobody knows.
         prepared: bytes that it takes as Arrow tables, beside those; likewise.
+        column: reads a column of a split, as Arrow's ``ChunkedArray``; None where that takes more
+            than a look at local files.
     """
 
     splits: Mapping[str, int | None]
     features: "Features | None"
     download: int | None = 0
     prepared: int | None = 0
+    column: Callable[[str, str], Any] | None = None
 
 
 def describe(node: Any, key: str, scratch: Path | None = None) -> Described | None:
@@ -53,16 +57,51 @@ def describe(node: Any, key: str, scratch: Path | None = None) -> Described | No
         FusionBenchError: a source that is not there, or has no such split.
     """
     target = node.get("_target_") if isinstance(node, Mapping) else None
-    if target not in (_LOADS, _READS, _ZOO) or any(isinstance(v, Mapping) for v in node.values()):
+    if target not in (_LOADS, _READS, _ZOO) or any(map(_is_node, node.values())):
         return None
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}
     describes = {_LOADS: _described_by_builder, _READS: _described_on_disk, _ZOO: _described_zoo}
     name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), key)
     with reading("dataset", str(name)):
-        found = describes[target](given, scratch)
+        found = describes[target](given, key, scratch)
         if found is not None and target != _ZOO:
             _refuse_split(found, given.get("split"), str(name), key)
     return found
+
+
+def load_split(node: Any, key: str) -> Any:
+    """Load what a dataset's node names; a ``DatasetDict`` where that is no single split.
+
+    ``datasets.load_from_disk`` takes no ``split``; here it does.
+
+    Args:
+        node: a call as ``describe`` takes it, or a dataset.
+        key: its place in the config.
+
+    Raises:
+        FusionBenchError: a source that cannot be read, or has no such split.
+    """
+    if not isinstance(node, Mapping) or node.get("_target_") != _READS or "split" not in node:
+        return load("dataset", node, key)
+    split, name = node["split"], str(node.get("dataset_path"))
+    found = load("dataset", {k: v for k, v in node.items() if k != "split"}, key)
+    if split is None:
+        return found
+    if not isinstance(found, Mapping):
+        _refuse_split_of_one(split, None if found.split is None else str(found.split), name, key)
+        return found
+    from datasets import ReadInstruction, concatenate_datasets
+
+    with reading("dataset", name):
+        sizes = {own: len(rows) for own, rows in found.items()}
+        parts = ReadInstruction.from_spec(str(split)).to_absolute(sizes)
+    chosen = [
+        found[part.splitname]
+        if (part.from_, part.to) == (0, sizes[part.splitname])
+        else found[part.splitname].select(range(part.from_, part.to))
+        for part in parts
+    ]
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
 def split_names(split: str) -> list[str]:
@@ -93,7 +132,23 @@ def _refuse_split(found: Described, split: Any, name: str, key: str) -> None:
             )
 
 
-def _described_zoo(given: Mapping[str, Any], scratch: Path | None) -> Described:
+def _refuse_split_of_one(split: Any, own: str | None, name: str, key: str) -> None:
+    """Refuse a split of what is a single one, unless it is that one."""
+    if split is not None and split != own:
+        raise FusionBenchError(
+            f"{key}.split: '{name}' holds a single dataset, which has no split '{split}'. Remove "
+            "the key."
+        )
+
+
+def _is_node(value: Any) -> bool:
+    """Tell whether a value is made by a call of its own; other mappings are plain data."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_is_node, value.values()))
+    return isinstance(value, list) and any(map(_is_node, value))
+
+
+def _described_zoo(given: Mapping[str, Any], key: str, scratch: Path | None) -> Described:
     from datasets import ClassLabel, Features, Image
 
     name, split = given.get("name"), given.get("split", "test")
@@ -103,7 +158,9 @@ def _described_zoo(given: Mapping[str, Any], scratch: Path | None) -> Described:
     return Described(dict.fromkeys(SPLITS), features)
 
 
-def _described_on_disk(given: Mapping[str, Any], scratch: Path | None) -> Described | None:
+def _described_on_disk(
+    given: Mapping[str, Any], key: str, scratch: Path | None
+) -> Described | None:
     """Read the JSON that ``save_to_disk`` leaves."""
     from datasets import DatasetInfo
 
@@ -115,12 +172,26 @@ def _described_on_disk(given: Mapping[str, Any], scratch: Path | None) -> Descri
     if (place / "dataset_dict.json").exists():
         splits = json.loads((place / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return Described(
-            dict.fromkeys(splits), DatasetInfo.from_directory(place / splits[0]).features
+            dict.fromkeys(splits),
+            DatasetInfo.from_directory(place / splits[0]).features,
+            column=lambda split, column: _on_disk(place / split, column),
         )
-    return Described({}, DatasetInfo.from_directory(place).features)
+    own = json.loads((place / "state.json").read_text(encoding="utf-8"))["_split"]
+    _refuse_split_of_one(given.get("split"), own, name, key)
+    return Described(
+        {},
+        DatasetInfo.from_directory(place).features,
+        column=lambda split, column: _on_disk(place, column),
+    )
 
 
-def _described_by_builder(given: Mapping[str, Any], scratch: Path | None) -> Described:
+def _on_disk(place: Path, column: str) -> Any:
+    from datasets import Dataset
+
+    return Dataset.load_from_disk(place).select_columns(column).with_format("arrow")[:][column]
+
+
+def _described_by_builder(given: Mapping[str, Any], key: str, scratch: Path | None) -> Described:
     import datasets
 
     takes = inspect.signature(datasets.load_dataset_builder).parameters
@@ -140,15 +211,45 @@ def _described_by_builder(given: Mapping[str, Any], scratch: Path | None) -> Des
     splits = {name: split.num_examples for name, split in (info.splits or {}).items()}
     known = {split: splits.get(split) for split in files} or splits
     local = all(Path(file).is_file() for own in files.values() for file in own)
-    features = info.features
+    features, column = info.features, None
     if local and files:
         schemas = {split: _parquet(own) for split, own in files.items()}
         known = {split: schema[0] for split, schema in schemas.items()}
+        if all(schema[1] is not None for schema in schemas.values()):
+            column = partial(_column_of_parquet, files)
         features = features or next((schema[1] for schema in schemas.values()), None)
+        features = features or _of_folders(builder)
     if cached.is_dir():
-        return Described(known, features)
+        return Described(known, features, column=column)
     size = sum(Path(f).stat().st_size for own in files.values() for f in own) if local else None
-    return Described(known, features, 0 if local else info.download_size, info.dataset_size or size)
+    return Described(
+        known, features, 0 if local else info.download_size, info.dataset_size or size, column
+    )
+
+
+def _of_folders(builder: "DatasetBuilder") -> "Features | None":
+    """Return the columns of a folder of pictures, whose directories name the classes.
+
+    The builder finds them out by the files' names, as it does before it makes a dataset of them.
+    """
+    from datasets import DownloadManager
+    from datasets.packaged_modules.folder_based_builder.folder_based_builder import (
+        FolderBasedBuilder,
+    )
+
+    files = [Path(file) for own in builder.config.data_files.values() for file in own]
+    if not isinstance(builder, FolderBasedBuilder) or any(f.suffix == ".zip" for f in files):
+        return None
+    builder._split_generators(DownloadManager(dataset_name=builder.dataset_name))
+    return builder.info.features
+
+
+def _column_of_parquet(files: Mapping[str, Sequence[str]], split: str, column: str) -> Any:
+    import pyarrow
+    from pyarrow.parquet import read_table
+
+    tables = [read_table(file, columns=[column], partitioning=None) for file in files[split]]
+    return pyarrow.chunked_array([c for table in tables for c in table.column(column).chunks])
 
 
 def _parquet(files: list[str]) -> "tuple[int | None, Features | None]":

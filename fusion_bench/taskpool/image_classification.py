@@ -1,6 +1,6 @@
 """Judging models by the classifiers that they were fine-tuned with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +16,7 @@ from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import read_json
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
-from fusion_bench.tasks import readable
+from fusion_bench.taskpool.classes import places, some
 from fusion_bench.weights import TensorWeights, sha256, weight_files
 
 _IMAGE_PROCESSOR = "preprocessor_config.json"
@@ -81,6 +81,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
         self._classifiers = {name: plain_source(source) for name, source in classifiers.items()}
         self._processor_source = plain_source(processor)
         self._heads: dict[str, nn.Module] = {}
+        self._orders: dict[str, list[int]] = {}
         self._identities: dict[str, str] = {}
         self._repositories: dict[str, Repository] = {}
 
@@ -99,8 +100,8 @@ class ImageClassificationTaskPool(ImageTaskPool):
                     plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
                 columns = self._described.get(task)
                 labels = _labels(repository)
-                if columns is not None and labels is not None:
-                    self._check_classes(task, labels, columns.class_names)
+                if columns is not None and columns.class_names and labels is not None:
+                    _order(task, labels, columns.names)
         source = self._processor_source
         if isinstance(source, str) and unbuilt(source) is None:
             with plan.noting("taskpool.processor"):
@@ -150,6 +151,8 @@ class ImageClassificationTaskPool(ImageTaskPool):
             own = {k: v for k, v in head.state_dict().items() if not k.startswith(prefix)}
             config = head.config.to_json_string()
             self._identities[task] = sha256(TensorWeights(own)) + config
+            if (order := self._orders[task]) != sorted(order):
+                self._identities[task] += str(order)
         return self._identities[task]
 
     def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
@@ -170,10 +173,12 @@ class ImageClassificationTaskPool(ImageTaskPool):
         head = deepcopy(head, {id(own): backbone})
         dtype = next(backbone.parameters()).dtype  # what learns may be of another than Fabric's
         head = fabric.to_device(head.to(dtype)).eval()
+        order = self._orders[task]
+        turned = order != sorted(order)
 
         def classify(images: Tensor) -> Tensor:
             logits: Tensor = head(pixel_values=images).logits
-            return logits
+            return logits[:, order] if turned else logits
 
         return classify
 
@@ -200,26 +205,35 @@ class ImageClassificationTaskPool(ImageTaskPool):
             head = load("model", source, key)
         count, id2label = head.config.num_labels, head.config.id2label
         labels = [str(id2label[label]) for label in range(count)]
-        self._check_classes(task, labels, self._data[task].class_names)
+        self._orders[task] = _order(task, labels, self._data[task].names)
         own = head.base_model
         self._heads[task] = deepcopy(head, {id(own): deepcopy(own).to("meta")})
         return self._heads[task]
 
-    @staticmethod
-    def _check_classes(task: str, labels: list[str], names: list[str]) -> None:
-        """Refuse a head whose classes are not the dataset's, or come in another order."""
-        key = f"taskpool.classifiers.{task}"
-        if len(labels) != len(names):
-            raise FusionBenchError(
-                f"{key}: it tells {len(labels)} classes apart, the dataset has {len(names)}."
-            )
-        own = [readable(label).casefold() for label in labels]
-        expected = [name.casefold() for name in names]
-        if own != expected and sorted(own) == sorted(expected):
-            raise FusionBenchError(
-                f"{key}: its classes come in another order than the dataset's. List them in label "
-                f"order: 'taskpool.tasks.{task}.class_names: […]'."
-            )
+
+def _order(task: str, labels: list[str], names: Sequence[Sequence[str]]) -> list[int]:
+    """Return which of a head's outputs is each of the dataset's classes.
+
+    Args:
+        task: its name, for messages.
+        labels: what the head calls its outputs.
+        names: what the dataset's classes are called, each list in the order of its labels.
+    """
+    key, count = f"taskpool.classifiers.{task}", len(names[0])
+    if len(labels) != count:
+        raise FusionBenchError(
+            f"{key}: it tells {len(labels)} classes apart, the dataset has {count}."
+        )
+    if labels == [f"LABEL_{output}" for output in range(count)]:  # nobody named them
+        return list(range(count))
+    found = places(labels, *names)
+    if found is None:
+        raise FusionBenchError(
+            f"{key}: it calls its classes {some(labels)}, the dataset {some(names[-1])}: which is "
+            "which cannot be told. List the classifier's names in the order of the dataset's "
+            f"labels: 'taskpool.tasks.{task}.class_names: […]'."
+        )
+    return [output for _, output in sorted(zip(found, range(count), strict=True))]
 
 
 def _labels(repository: Repository) -> list[str] | None:

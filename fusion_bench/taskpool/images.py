@@ -1,6 +1,9 @@
 """Any image-classification dataset as images and labels, its columns found by their type."""
 
 import hashlib
+import io
+import logging
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,15 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.taskpool.classes import by_name, name_splits, some, sorted_by_number
+from fusion_bench.taskpool.classes import places as class_places
 from fusion_bench.taskpool.described import names_no_split
+from fusion_bench.taskpool.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
 from fusion_bench.tasks import Task, readable
 
 if TYPE_CHECKING:
+    import PIL.Image
     from datasets import Dataset, Features
+
+log = logging.getLogger(__name__)
 
 #: Names under which datasets without a ClassLabel feature keep their labels.
 _LABEL_NAMES = ("label", "labels", "cls", "target")
-
+#: Types of columns that hold text.
+_TEXT = ("string", "large_string", "string_view")
+_LAYOUT = (
+    "Put the pictures into folders of their classes, '<split>/<class>/<picture>', or name their "
+    "labels in a metadata.csv with the columns file_name and label."
+)
 
 #: How many images are looked for in another dataset.
 _COMPARED = 200
@@ -31,24 +45,109 @@ class Columns:
         features: the columns' types.
         task: what is known of the dataset beyond its features.
         key: the dataset's place in the config, for messages.
+        quiet: log nothing of how classes were told.
 
     Attributes:
         image_column: a column's name.
         label_column: likewise.
-        class_names: in the order of the labels.
+        class_names: in the order of the labels; ``None`` where the labels themselves, which are
+            text, tell the classes, until they are read.
 
     Raises:
         FusionBenchError: no image or label column, or class names that are not as many as the
-            classes.
+            classes, or cannot be told to belong to them.
     """
 
-    def __init__(self, name: str, features: "Features", task: Task, key: str):
+    def __init__(self, name: str, features: "Features", task: Task, key: str, quiet: bool = False):
         self._key = key
+        self._say = log.debug if quiet else log.info
+        self._warn = log.debug if quiet else log.warning
         self._override = f"taskpool.tasks.{name}"
         self._features = features
+        self._task = task
         self.image_column = self._find_image_column(task.image_column)
         self.label_column = self._find_label_column(task.label_column)
-        self.class_names = self._find_class_names(task)
+        own: list[str] | None = getattr(features[self.label_column], "names", None)
+        self._text = str(getattr(features[self.label_column], "dtype", "")) in _TEXT
+        self._own = None if own is None else [readable(label) for label in own]
+        self.class_names = self._find_class_names(own)
+
+    @property
+    def names(self) -> list[list[str]]:
+        """All that the classes are called, each list in the order of the labels."""
+        return [names for names in (self.class_names, self._own) if names is not None]
+
+    def labels(self, column: Any) -> NDArray[np.int64]:
+        """Return the samples' labels, by which ``class_names`` are in order.
+
+        Args:
+            column: the label column as Arrow holds it, a ``ChunkedArray``.
+
+        Raises:
+            FusionBenchError: a sample without a label, or of no class.
+        """
+        if self._text:
+            return self._labels_of_text(column)
+        assert self.class_names is not None
+        labels = column.to_numpy()
+        if labels.dtype.kind not in "biu":
+            raise FusionBenchError(
+                f"{self._key}: the labels in '{self.label_column}' are not whole numbers."
+            )
+        wrong = labels[(labels < 0) | (labels >= len(self.class_names))]
+        if wrong.size:
+            hint = " A label of -1 marks an unlabelled split." if (wrong == -1).any() else ""
+            raise FusionBenchError(
+                f"{self._key}: {wrong.size} labels lie outside the {len(self.class_names)} class "
+                f"names, for example {int(wrong[0])}.{hint} Choose another split, or list every "
+                f"class: '{self._override}.class_names: […]'."
+            )
+        return labels.astype(np.int64)
+
+    def _labels_of_text(self, column: Any) -> NDArray[np.int64]:
+        texts = column.to_pylist()
+        for sample, text in enumerate(texts):
+            if text is None or not text.strip():
+                raise FusionBenchError(
+                    f"{self._key}: sample {sample} has no label in '{self.label_column}'. Choose "
+                    "another split, or leave the sample out."
+                )
+        kinds = sorted_by_number(set(texts))
+        remedy = f"'{self._override}.class_names: […]'"
+        if self.class_names is None:
+            self._warn(
+                "%s: the labels are text, and the classes are the %d that occur in this split. "
+                "Where it lacks some, list all: %s.",
+                self._key,
+                len(kinds),
+                remedy,
+            )
+            places = list(range(len(kinds)))
+            self.class_names = [readable(kind) for kind in kinds]
+            alike: dict[str, str] = {}
+            for kind, name in zip(kinds, self.class_names, strict=True):
+                if (other := alike.setdefault(name.casefold(), kind)) != kind:
+                    raise FusionBenchError(
+                        f"{self._key}: the labels {other!r} and {kind!r} are alike. List every "
+                        f"class, and they are one: {remedy}."
+                    )
+        else:
+            names, others = self.class_names, self._task.label_names or ()
+            known = [list(names), *([list(others)] if others else [])]
+            found = class_places(kinds, *known, whole=False)
+            if found is None:
+                named = by_name(kinds, *known)
+                strange = [kind for kind in kinds if kind not in named]
+                raise FusionBenchError(
+                    f"{self._key}: the labels {some(strange)} in '{self.label_column}' "
+                    f"are no classes among {some(names)}. List every class as the dataset calls "
+                    f"it: {remedy}."
+                )
+            places = found
+            if lacking := [name for i, name in enumerate(names) if i not in set(places)]:
+                self._say("%s: no sample is of the classes %s.", self._key, some(lacking))
+        place = dict(zip(kinds, places, strict=True))
+        return np.array([place[text] for text in texts], dtype=np.int64)
 
     def _find_image_column(self, override: str | None) -> str:
         from datasets import Image
@@ -88,26 +187,56 @@ class Columns:
             f"{name} ({getattr(f, 'dtype', type(f).__name__)})"
             for name, f in self._features.items()
         )
+        what = f"{self._key}: {'several' if found else 'no'} {kind} columns of type {feature}"
+        if kind == "label" and list(self._features) == [self.image_column]:
+            return FusionBenchError(f"{what}: there are pictures alone. {_LAYOUT}")
         return FusionBenchError(
-            f"{self._key}: {'several' if found else 'no'} {kind} columns "
-            f"of type {feature} among: {columns}. "
-            f"Name the one to use: '{self._override}.{kind}_column: …'."
+            f"{what} among: {columns}. Name the one to use: '{self._override}.{kind}_column: …'."
         )
 
-    def _find_class_names(self, task: Task) -> list[str]:
-        own = getattr(self._features[self.label_column], "names", None)
-        if task.class_names is None and own is None:
+    def _find_class_names(self, own: list[str] | None) -> list[str] | None:
+        given = self._task.class_names
+        if own is None:
+            if given is None and not self._text:
+                raise FusionBenchError(
+                    f"{self._key}: the column '{self.label_column}' does not name its classes. "
+                    f"List them in label order: '{self._override}.class_names: […]'."
+                )
+            return None if given is None else list(given)
+        if name_splits(own):
             raise FusionBenchError(
-                f"{self._key}: the column '{self.label_column}' does not name its classes. "
-                f"List them in label order: '{self._override}.class_names: […]'."
+                f"{self._key}: its classes would be {some(own)}, which are names of splits. "
+                f"{_LAYOUT}"
             )
-        names = list(task.class_names or [readable(name) for name in own or []])
-        if own is not None and len(own) != len(names):
+        if given is None:
+            return self._own
+        if len(own) != len(given):
             raise FusionBenchError(
                 f"{self._key}: the dataset has {len(own)} classes, the class names are "
-                f"{len(names)}. List as many: '{self._override}.class_names: […]'."
+                f"{len(given)}. List as many: '{self._override}.class_names: […]'."
             )
-        return names
+        others = self._task.label_names
+        known = [given, *([others] if others else [])]
+        places = class_places(own, *known)
+        if places is None:
+            if not self._task.by_name:
+                return list(given)
+            raise FusionBenchError(
+                f"{self._key}: the dataset calls its classes {some(own)}, and the task's class "
+                f"names are {some(given)}: which is which cannot be told. Take the dataset's own "
+                f"names with '{self._override}.class_names=null', or list names in the order of "
+                f"its labels: '{self._override}.class_names: […]'."
+            )
+        named = by_name(own, *known)
+        in_order = places == list(range(len(own)))
+        pairs = [
+            f"{label!r} is {given[place]!r}"
+            for label, place in zip(own, places, strict=True)
+            if not (in_order and label in named)
+        ]
+        if pairs:
+            self._say("%s: classes are told by their names: %s.", self._key, ", ".join(pairs[:5]))
+        return [given[place] for place in places]
 
 
 class LabelledImages:
@@ -133,27 +262,66 @@ class LabelledImages:
         columns = Columns(name, dataset.features, task, self._key)
         self.image_column = columns.image_column
         self.label_column = columns.label_column
-        self.class_names = columns.class_names
-        self.labels = self._checked_labels()
-        self._images = dataset.select_columns(self.image_column)
+        if len(dataset) == 0:
+            raise FusionBenchError(f"{self._key}: the split holds no samples.")
+        self.labels = columns.labels(_arrow(dataset, self.label_column))
+        self.names = columns.names
+        self.class_names = self.names[0]
+        if len(self.class_names) > 1 and (self.labels == self.labels[0]).all():
+            log.warning(
+                "%s: all samples are of one class, '%s'.",
+                self._key,
+                self.class_names[self.labels[0]],
+            )
+        from datasets import Image
+
+        feature = dataset.features[self.image_column]
+        self._mode: str | None = getattr(feature, "mode", None)
+        self._images = dataset.select_columns(self.image_column).cast_column(
+            self.image_column, Image(decode=False)
+        )
+        self._said: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def image(self, index: int) -> Any:
-        """Return a sample's PIL image, decoded.
+    def image(self, index: int) -> "PIL.Image.Image":
+        """Return a sample's picture, decoded, upright, with eight bits a channel.
 
         Raises:
             FusionBenchError: an image that cannot be decoded.
         """
+        stored = self._images[index][self.image_column] or {}
+        name = stored.get("path")
         try:
-            image = self._images[index][self.image_column]
-            image.load()
-        except (OSError, AttributeError) as error:
+            image, converted = in_eight_bits(decode(self._bytes(stored)))
+        except (OSError, PictureError) as error:
+            which = f"sample {index}{f', {name!r},' if name else ''}"
             raise FusionBenchError(
-                f"{self._key}: sample {index} holds no readable image ({error})."
+                f"{self._key}: {which} holds no readable image ({error})."
             ) from error
+        if converted is not None and converted not in self._said:
+            self._said.add(converted)
+            log.warning(
+                "%s: sample %d has more than 8 bits a channel, %s; others like it, too.",
+                self._key,
+                index,
+                converted,
+            )
+        if self._mode is not None and self._mode != image.mode:
+            image = image.convert(self._mode)
         return image
+
+    def _bytes(self, stored: Mapping[str, Any]) -> bytes:
+        """Return the bytes of a picture as the dataset holds it: themselves, or a file's name."""
+        if stored.get("bytes") is not None:
+            return bytes(stored["bytes"])
+        path = stored.get("path")
+        if path is None:
+            raise PictureError("there is none")
+        if not Path(path).is_file():
+            raise PictureError("there is no such file")
+        return Path(path).read_bytes()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,10 +332,30 @@ class LabelledImages:
         """
         known = str(self.dataset._fingerprint)
         files = self._image_files()
-        if not files:
-            return known
-        states = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
-        return f"{known}-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
+        if files:
+            states = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+            known += f"-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
+        # Their contrast was lost once, and what was kept of them then is of no use.
+        return f"{known}-deep" if self._holds_deep(files) else known
+
+    def _holds_deep(self, files: Sequence[Path]) -> bool:
+        """Tell whether pictures have more than eight bits a channel, by their first bytes."""
+        from pyarrow import compute, types
+
+        for file in files:
+            with file.open("rb") as stream:
+                head = stream.read(HEAD)
+                stream.seek(0)
+                if is_deep(head, stream):
+                    return True
+        column = self.dataset.data.column(self.image_column)
+        if not types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+            return False
+        inside = compute.struct_field(column, "bytes")
+        for index, head in enumerate(compute.binary_slice(inside, 0, HEAD).to_pylist()):
+            if head and is_deep(head, io.BytesIO(inside[index].as_py())):
+                return True
+        return False
 
     def share_within(self, other: "LabelledImages") -> float:
         """Return about how many of the images, as a share, are among ``other``'s too.
@@ -182,8 +370,7 @@ class LabelledImages:
         return sum(mine.content(index) in known for index in drawn) / len(drawn)
 
     def _encoded(self) -> "_Encoded":
-        table = self.dataset.select_columns(self.image_column).with_format("arrow")[:]
-        return _Encoded(table.column(self.image_column))
+        return _Encoded(_arrow(self.dataset, self.image_column))
 
     def _image_files(self) -> list[Path]:
         """Return the local files that images are read from, where the split does not hold them."""
@@ -203,24 +390,10 @@ class LabelledImages:
             f"{len(self.class_names)}:".encode() + self.labels.tobytes()
         ).hexdigest()
 
-    def _checked_labels(self) -> NDArray[np.int64]:
-        if len(self.dataset) == 0:
-            raise FusionBenchError(f"{self._key}: the split holds no samples.")
-        column = self.dataset.select_columns(self.label_column).with_format("numpy")[:]
-        labels = np.asarray(column[self.label_column])
-        if labels.dtype.kind not in "biu":
-            raise FusionBenchError(
-                f"{self._key}: the labels in '{self.label_column}' are not whole numbers."
-            )
-        wrong = labels[(labels < 0) | (labels >= len(self.class_names))]
-        if wrong.size:
-            hint = " A label of -1 marks an unlabelled split." if (wrong == -1).any() else ""
-            raise FusionBenchError(
-                f"{self._key}: {wrong.size} labels lie outside the {len(self.class_names)} class "
-                f"names, for example {int(wrong[0])}.{hint} Choose another split, or list every "
-                f"class: '{self._override}.class_names: […]'."
-            )
-        return labels.astype(np.int64)
+
+def _arrow(dataset: "Dataset", column: str) -> Any:
+    """Return one column of a dataset as Arrow's ``ChunkedArray``."""
+    return dataset.select_columns(column).with_format("arrow")[:].column(column)
 
 
 class _Encoded:

@@ -24,7 +24,12 @@ class Task:
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts, each with one ``{}`` where the class name goes."""
     class_names: tuple[str, ...] | None = None
-    """In label order; ``None``: the names of the dataset's own label feature."""
+    """``None``: the names of the dataset's own label feature."""
+    label_names: tuple[str, ...] | None = None
+    """What datasets call these classes, in the order of ``class_names``."""
+    by_name: bool = False
+    """Whether ``class_names`` are refused where they cannot be matched with the dataset's; the
+    user's own may differ in all, and then stand in label order."""
     num_classes: int | None = None
     """``None``: as many as the label feature has."""
     image_column: str | None = None
@@ -48,18 +53,25 @@ class Task:
         Raises:
             FusionBenchError: an unknown field, or a value that does not fit its field.
         """
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.name != "by_name"]
         for key in mapping:
             if key not in known:
                 raise FusionBenchError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
         values = {key: _check(key, value, where) for key, value in mapping.items()}
         if values.get("class_names") is not None:
             values.setdefault("num_classes", len(values["class_names"]))
+        if "class_names" in values:
+            values |= {"by_name": False, "label_names": values.get("label_names")}
         task = replace(base or cls(), **values)
         if task.class_names is not None and task.num_classes not in (None, len(task.class_names)):
             raise FusionBenchError(
                 f"{where}: {len(task.class_names)} class_names, but num_classes is "
                 f"{task.num_classes}."
+            )
+        if task.label_names and len(task.label_names) != len(task.class_names or ()):
+            raise FusionBenchError(
+                f"{where}: {len(task.label_names)} label_names, but "
+                f"{len(task.class_names or ())} class_names."
             )
         return task
 
@@ -77,7 +89,7 @@ def load_task(name: str) -> Task:
     for path in _data_files():
         if canonical_name(path.stem) == canonical_name(name):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return Task.from_mapping(content, where=path.name)
+            return replace(Task.from_mapping(content, where=path.name), by_name=True)
     return Task()
 
 
@@ -109,10 +121,10 @@ def _check(key: str, value: Any, where: str) -> Any:
         return templates
     if value is None:
         return None
-    if key == "class_names":
-        names = _strings(value, f"{where}: class_names")
+    if key in ("class_names", "label_names"):
+        names = _strings(value, f"{where}: {key}")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise FusionBenchError(f"{where}: class_names repeats {', '.join(map(repr, repeated))}")
+            raise FusionBenchError(f"{where}: {key} repeats {', '.join(map(repr, repeated))}")
         return names
     if key == "num_classes":
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

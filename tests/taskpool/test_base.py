@@ -1,15 +1,28 @@
+import io
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from lightning.fabric import Fabric
+from PIL import Image as PILImage
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, results
 
@@ -255,3 +268,154 @@ def test_a_compiled_model_is_judged_in_full_batches(
     assert compiled == [CLIPVisionModel] and judge.built == 2
     assert score.predictions.tolist() == plain.predictions.tolist()
     assert score.losses.tolist() == pytest.approx(plain.losses.tolist(), rel=1e-4)
+
+
+def planned(judge: Judge, node: dict[str, Any], **task: Any) -> list[str]:
+    arguments = judge._arguments | {"test_datasets": {"a": node}, "tasks": {"a": task}}
+    return [str(problem) for problem in CLIPVisionModelTaskPool(**arguments).plan().problems]
+
+
+def prepared(judge: Judge, node: dict[str, Any], **task: Any) -> str:
+    arguments = judge._arguments | {"test_datasets": {"a": node}, "tasks": {"a": task}}
+    with pytest.raises(FusionBenchError) as error:
+        CLIPVisionModelTaskPool(**arguments).prepare(CPU)
+    return str(error.value)
+
+
+@pytest.fixture
+def forms(data: Dataset, tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """Return nodes of task `a` as a folder, a parquet file by split, and as saved to disk."""
+    rows = data.select_columns(["image", "label"])
+    names = rows.features["label"].names
+    for number, row in enumerate(rows):
+        place = tmp_path / "folder" / "test" / names[row["label"]]
+        place.mkdir(parents=True, exist_ok=True)
+        row["image"].save(place / f"{number}.png")
+    plain = rows.cast_column("label", Value("int64"))
+    text = plain.map(
+        lambda row: {"label": names[row["label"]]}, features=TEXT, remove_columns="label"
+    )
+    nodes: dict[str, dict[str, Any]] = {"folder": {"path": str(tmp_path / "folder")}}
+    for form, content in {"classes": rows, "numbers": plain, "text": text}.items():
+        content.to_parquet(tmp_path / f"{form}.parquet")
+        DatasetDict(test=content).save_to_disk(tmp_path / form)
+        nodes[form] = {"path": "parquet", "data_files": {"test": str(tmp_path / f"{form}.parquet")}}
+        nodes[f"{form} on disk"] = {
+            "_target_": "datasets.load_from_disk",
+            "dataset_path": str(tmp_path / form),
+        }
+    call = {"_target_": "datasets.load_dataset", "split": "test"}
+    return {form: call | node for form, node in nodes.items()}
+
+
+TEXT = Features({"image": Image(), "label": Value("string")})
+
+
+FORMS = [f"{kind}{where}" for kind in ("classes", "numbers", "text") for where in ("", " on disk")]
+
+
+@pytest.mark.parametrize("form", ["folder", *FORMS])
+def test_a_plan_refuses_what_a_run_refuses(
+    judge: Judge, forms: dict[str, dict[str, Any]], form: str
+) -> None:
+    """Fewer class names than the data have classes."""
+    names = ["abbey", "airplane cabin", "beach"]
+    assert planned(judge, forms[form], class_names=names) == []
+    (problem,) = planned(judge, forms[form], class_names=names[:2])
+    assert problem == prepared(judge, forms[form], class_names=names[:2])
+    assert "taskpool.tasks.a.class_names" in problem
+
+
+def test_the_same_data_in_any_form_give_the_same_answers(
+    judge: Judge, forms: dict[str, dict[str, Any]]
+) -> None:
+    def found(node: Any, names: list[str]) -> dict[str, tuple[int, int]]:
+        """Return of each class, by name, how many samples there are, and how many are right."""
+        told = {"a": {"class_names": names}}
+        arguments = judge._arguments | {"test_datasets": {"a": node}, "tasks": told}
+        pool = CLIPVisionModelTaskPool(**arguments)
+        score = pool.evaluate(judge.build, CPU)["a"]
+        right = score.predictions == score.labels
+        return {
+            name: (int((score.labels == label).sum()), int(right[score.labels == label].sum()))
+            for label, name in enumerate(pool.data("a").class_names)
+        }
+
+    names = ["abbey", "airplane cabin", "beach"]
+    expected = found(forms["classes"], names)
+    for form in ("folder", "text", "text on disk", "numbers on disk"):
+        assert found(forms[form], names) == expected, form
+    assert found(forms["folder"], names[::-1]) == expected
+    assert found(forms["text"], names[::-1]) == expected
+
+
+def test_tuning_data_of_other_classes_say_which(
+    judge: Judge, forms: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    rows = load_from_disk(tmp_path / "text")["test"]
+    rows.filter(lambda row: row["label"] != "beach").to_parquet(tmp_path / "few.parquet")
+    few = forms["text"] | {"data_files": {"test": str(tmp_path / "few.parquet")}}
+    arguments = judge._arguments | {"test_datasets": {"a": forms["text"]}, "tasks": {}}
+    pool = CLIPVisionModelTaskPool(**arguments)
+    assert pool.plan().problems == []
+    (problem,) = pool.plan_tuning({"a": few}, "method.data").problems
+    assert str(problem) == (
+        "method.data.a: its classes are not those of 'a'. It lacks 'beach'. List all in one order: "
+        "'taskpool.tasks.a.class_names: […]'."
+    )
+
+
+def grey(data: Dataset, make: Any, kind: str) -> Dataset:
+    """Return the pictures in grey, as ``make`` has their values."""
+    rows = []
+    for row in data.select_columns(["image", "label"]):
+        file = io.BytesIO()
+        values = make(np.asarray(row["image"].convert("L")))
+        PILImage.fromarray(values).save(file, format=kind)
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": row["label"]})
+    features = Features({"image": Image(), "label": data.features["label"]})
+    return Dataset.from_list(rows, features=features)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda shades: shades.astype(np.uint16) * 257, "PNG"),
+        (lambda shades: shades.astype(np.uint16) * 257, "TIFF"),
+        (lambda shades: shades.astype(np.int32) * 257, "TIFF"),
+        (lambda shades: shades.astype(np.int32), "TIFF"),
+        (lambda shades: (shades / 255).astype(np.float32), "TIFF"),
+    ],
+)
+def test_deep_pictures_are_answered_like_others(
+    judge: Judge, data: Dataset, make: Any, kind: str
+) -> None:
+    plain = judge(test_datasets={"a": grey(data, lambda shades: shades, "PNG")})
+    deep = judge(test_datasets={"a": grey(data, make, kind)})
+    assert answers(deep) == answers(plain) and judge.built == 2
+
+
+def test_a_picture_that_is_none_ends_the_evaluation(judge: Judge, data: Dataset) -> None:
+    rows = data.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
+    content = [*rows.select(range(5)), {"image": {"bytes": b"%!PS-Adobe-3.0", "path": "a.eps"}}]
+    content[-1]["label"] = 0
+    features = Features({"image": Image(), "label": data.features["label"]})
+    with pytest.raises(FusionBenchError, match=r"datasets\.a: sample 5, 'a\.eps', holds") as error:
+        judge(test_datasets={"a": Dataset.from_list(content, features=features)})
+    assert error.value.exit_code == 2
+
+
+def test_a_whole_config_may_give_a_saved_data_set_a_split(
+    program_config: dict[str, Any], data: Dataset, tmp_path: Path
+) -> None:
+    DatasetDict(test=data.select_columns(["image", "label"])).save_to_disk(tmp_path / "saved")
+    node = {"_target_": "datasets.load_from_disk", "dataset_path": str(tmp_path / "saved")}
+    program_config["taskpool"]["test_datasets"]["a"] = node
+    program = {**program_config, "dry_run": True}
+    with pytest.raises(FusionBenchError, match=r"names no split\. Add 'split: …', one of: test"):
+        instantiate(program).run()
+    node["split"] = "test"
+    assert instantiate(program).run() is None
+    node["splitt"] = "test"
+    with pytest.raises(FusionBenchError, match="takes no such key"):
+        instantiate(program).run()

@@ -1,11 +1,12 @@
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
 from fixtures_clip import write_dataset
+from PIL import Image as PILImage
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.taskpool.described import describe, split_names
+from fusion_bench.taskpool.described import describe, load_split, split_names
 
 LOAD = "datasets.load_dataset"
 
@@ -98,3 +99,81 @@ def test_others_are_left_alone() -> None:
 
 def test_split_names() -> None:
     assert split_names("train[:80%] + test") == ["train", "test"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    rows = Dataset.from_dict({"label": [0, 1, 0, 1]})
+    DatasetDict({"train": rows, "test": rows.select([1, 2])}).save_to_disk(tmp_path / "several")
+    Dataset.from_dict({"label": [5]}, split=NamedSplit("test")).save_to_disk(tmp_path / "one")
+    return tmp_path
+
+
+READ = "datasets.load_from_disk"
+
+
+@pytest.mark.parametrize(
+    ("split", "labels"),
+    [("test", [1, 0]), ("train[:50%]", [0, 1]), ("test+train[3:]", [1, 0, 1]), ("all", None)],
+)
+def test_what_was_saved_as_several_splits_has_them(
+    saved: Path, split: str, labels: list[int] | None
+) -> None:
+    node = {"_target_": READ, "dataset_path": str(saved / "several"), "split": split}
+    assert describe(node, "k")
+    if labels is not None:
+        assert load_split(node, "k")["label"][:] == labels
+
+
+@pytest.mark.parametrize(
+    ("place", "split", "message"),
+    [
+        ("several", "tset", "it has no split 'tset'. Did you mean 'test'?"),
+        ("several", "tset[:1]", "it has no split 'tset'"),
+        ("one", "train", "holds a single dataset, which has no split 'train'. Remove the key."),
+    ],
+)
+def test_a_split_that_was_not_saved(saved: Path, place: str, split: str, message: str) -> None:
+    node = {"_target_": READ, "dataset_path": str(saved / place), "split": split}
+    for look in (describe, load_split):
+        with pytest.raises(FusionBenchError) as caught:
+            look(node, "k")
+        assert message in str(caught.value)
+
+
+def test_a_single_split_may_be_called_by_its_name(saved: Path) -> None:
+    node = {"_target_": READ, "dataset_path": str(saved / "one"), "split": "test"}
+    found = describe(node, "k")
+    assert found is not None and found.column is not None
+    assert found.column("test", "label").to_pylist() == load_split(node, "k")["label"][:] == [5]
+
+
+def test_only_the_labels_are_read(folder: Path, saved: Path) -> None:
+    for node, count in (
+        ({"_target_": LOAD, "path": str(folder), "split": "test"}, 7),
+        ({"_target_": READ, "dataset_path": str(saved / "several"), "split": "test"}, 2),
+    ):
+        found = describe(node, "k")
+        assert found is not None and found.column is not None
+        assert len(found.column("test", "label")) == count
+
+
+def test_files_by_split_are_described(folder: Path) -> None:
+    files = {"test": str(folder / "data" / "test-*.parquet")}
+    node = {"_target_": LOAD, "path": "parquet", "data_files": files, "split": "test"}
+    found = describe(node, "k")
+    assert found is not None and found.features is not None
+    assert dict(found.splits) == {"test": 7}
+
+
+@pytest.mark.parametrize("by", ["path", "data_dir"])
+def test_folders_of_pictures_tell_their_classes(tmp_path: Path, by: str) -> None:
+    for split in ("train", "test"):
+        for name in ("10", "9"):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            PILImage.new("RGB", (4, 4)).save(place / "a.png")
+    named = {"path": str(tmp_path)} if by == "path" else {"path": "imagefolder", by: str(tmp_path)}
+    found = describe({"_target_": LOAD, **named, "split": "test"}, "k", tmp_path / "scratch")
+    assert found is not None and found.features is not None
+    assert found.features == Features({"image": Image(), "label": ClassLabel(names=["10", "9"])})

@@ -224,12 +224,49 @@ def test_another_number_of_classes(zoo: Path, family: Path) -> None:
 
 
 @pytest.mark.parametrize("spelling", [str, str.upper, lambda name: name.replace("_", " ")])
-def test_another_order_of_classes(zoo: Path, family: Path, tmp_path: Path, spelling: Any) -> None:
+@pytest.mark.parametrize("order", [[2, 1, 0], [1, 2, 0]])
+def test_another_order_of_classes(
+    zoo: Path, family: Path, tmp_path: Path, spelling: Any, order: list[int]
+) -> None:
     names = [spelling(name) for name in CLASSES["a"]]
-    turned = write(tmp_path / "turned", "vit", names[::-1], seed=0)
-    assert "another order" in refused(zoo, family, str(turned))
     ordered = write(tmp_path / "ordered", "vit", names, seed=0)
-    tasks(family, {"a": str(ordered)}).prepare(CPU)
+    head = AutoModelForImageClassification.from_pretrained(ordered)
+    head.classifier.weight.data = head.classifier.weight.data[order]
+    head.classifier.bias.data = head.classifier.bias.data[order]
+    head.config.id2label = {output: names[own] for output, own in enumerate(order)}
+    head.save_pretrained(tmp_path / "turned")
+    KINDS["vit"][1].save_pretrained(tmp_path / "turned")
+    model = models(zoo, "vit").load_model("a")
+    first, second = (
+        answers(tasks(family, {"a": str(place)}).evaluate(model, CPU, weights_sha256="w"))
+        for place in (ordered, tmp_path / "turned")
+    )
+    assert first == second and len(set(first["a"][1])) > 9
+
+
+def test_numbers_of_classes_are_told_as_numbers(zoo: Path, family: Path, tmp_path: Path) -> None:
+    numbers = write(tmp_path / "numbers", "vit", ["1", "0", "2"], seed=0)
+    plain = write(tmp_path / "plain", "vit", ["LABEL_0", "LABEL_1", "LABEL_2"], seed=0)
+    model = models(zoo, "vit").load_model("a")
+    first, second = (
+        tasks(family, {"a": str(place)}).evaluate(model, CPU)["a"].predictions
+        for place in (plain, numbers)
+    )
+    assert second.tolist() == [[1, 0, 2][output] for output in first]
+
+
+def test_classes_of_other_names(zoo: Path, family: Path, tmp_path: Path) -> None:
+    strange = write(tmp_path / "strange", "vit", ["Abtei", "Kabine", "Strand"], seed=0)
+    text = refused(zoo, family, str(strange))
+    assert text.startswith(
+        "taskpool.classifiers.a: it calls its classes 'Abtei', 'Kabine', 'Strand', the dataset "
+        "'abbey', 'airplane cabin', 'beach': which is which cannot be told."
+    )
+    (problem,) = tasks(family, {"a": str(strange)}).plan().problems
+    assert str(problem) == text
+    told = {"a": {"class_names": ["Abtei", "Kabine", "Strand"]}}
+    assert tasks(family, {"a": str(strange)}, tasks=told).plan().problems == []
+    tasks(family, {"a": str(strange)}, tasks=told).prepare(CPU)
 
 
 def test_another_architecture(zoo: Path, family: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.tasks import Task
+from fusion_bench.tasks import Task, load_task
 
 PICTURE = PILImage.fromarray(np.zeros((4, 4, 3), np.uint8))
 
@@ -102,7 +102,7 @@ def test_unlabelled_splits() -> None:
 
 
 def test_labels_that_are_no_numbers() -> None:
-    assert "whole numbers" in message(dataset(["x"], Value("string")), class_names=["x"])
+    assert "whole numbers" in message(dataset([0.5], Value("float32")), class_names=["x"])
 
 
 def test_an_empty_split() -> None:
@@ -164,3 +164,167 @@ def test_image_files_that_change_change_the_fingerprint(tmp_path: Path) -> None:
 def test_images_that_the_dataset_holds_keep_its_own_fingerprint() -> None:
     data = dataset([0, 1])
     assert images(data).fingerprint == data._fingerprint
+
+
+def stored(*pictures: dict[str, Any], mode: str | None = None) -> Dataset:
+    features = Features({"image": Image(mode=mode), "label": ClassLabel(names=["x", "y"])})
+    rows = [{"image": picture, "label": i % 2} for i, picture in enumerate(pictures)]
+    return Dataset.from_list(rows, features=features)
+
+
+def encoded(picture: Any, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    PILImage.fromarray(picture).save(file, format=kind)
+    return file.getvalue()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_picture_of_another_format_is_refused_with_its_number_and_name() -> None:
+    good = {"bytes": encoded(np.zeros((4, 4, 3), np.uint8)), "path": "a.png"}
+    found = images(stored(good, {"bytes": EPS, "path": "cat/b.png"}))
+    with pytest.raises(FusionBenchError) as error:
+        found.image(1)
+    assert str(error.value) == (
+        "taskpool.test_datasets.t: sample 1, 'cat/b.png', holds no readable image (it is no PNG, "
+        "JPEG, WEBP, GIF, BMP, TIFF or PPM picture, or its first bytes are broken)."
+    )
+
+
+def test_names_of_files_are_shown_without_control_characters() -> None:
+    found = images(stored({"bytes": EPS, "path": "\x1b[2Jb.png"}))
+    with pytest.raises(FusionBenchError) as error:
+        found.image(0)
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "http://127.0.0.1:9/a.png", "gone.png"])
+def test_only_regular_files_are_read(path: str) -> None:
+    with pytest.raises(FusionBenchError, match=r"sample 0, .* holds no readable image"):
+        images(stored({"bytes": None, "path": path})).image(0)
+
+
+@pytest.mark.parametrize("mode", [None, "L", "RGB"])
+def test_the_columns_own_mode_holds(mode: str | None) -> None:
+    data = stored({"bytes": encoded(np.full((4, 4, 3), 9, np.uint8)), "path": None}, mode=mode)
+    expected = data[0]["image"]
+    assert np.array_equal(np.asarray(images(data).image(0)), np.asarray(expected))
+
+
+def test_deep_pictures_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    deep = np.full((4, 4), 40_000, np.uint16)
+    found = images(stored(*[{"bytes": encoded(deep), "path": None}] * 3))
+    for index in range(3):
+        assert np.asarray(found.image(index)).max() == 156  # 40,000 / 257
+    assert caplog.text.count("has more than 8 bits a channel") == 1
+    assert "sample 0 has more than 8 bits a channel, values from 0 to 65535 are" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_what_was_kept_of_deep_pictures_is_not_used(
+    tmp_path: Path, kind: str, outside: bool
+) -> None:
+    def data(picture: Any) -> Dataset:
+        content = encoded(picture, kind)
+        (tmp_path / "1").write_bytes(content)
+        plain = {"bytes": encoded(np.zeros((4, 4, 3), np.uint8)), "path": None}
+        return stored(plain, {"bytes": None if outside else content, "path": str(tmp_path / "1")})
+
+    assert images(data(np.zeros((4, 4), np.uint16))).fingerprint.endswith("-deep")
+    assert not images(data(np.zeros((4, 4), np.uint8))).fingerprint.endswith("-deep")
+
+
+def strings(labels: list[Any]) -> Dataset:
+    return dataset(labels, Value("string"))
+
+
+def test_labels_may_be_text(caplog: pytest.LogCaptureFixture) -> None:
+    found = images(strings(["red_fox", "dog", "red_fox"]))
+    assert found.class_names == ["dog", "red fox"] and found.labels.tolist() == [1, 0, 1]
+    assert "the classes are the 2 that occur in this split" in caplog.text
+    assert "taskpool.tasks.t.class_names" in caplog.text
+
+
+def test_numbers_that_are_text_are_in_their_order() -> None:
+    found = images(strings(["10", "9", "0"]))
+    assert found.class_names == ["0", "9", "10"] and found.labels.tolist() == [2, 1, 0]
+
+
+def test_text_is_matched_with_the_class_names(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    found = images(strings(["Red-Fox", "gnu", "red fox"]), class_names=["dog", "red fox", "Gnu"])
+    assert found.class_names == ["dog", "red fox", "Gnu"] and found.labels.tolist() == [1, 2, 1]
+    assert "no sample is of the classes 'dog'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (["cat", None], None, "sample 1 has no label"),
+        (["cat", " "], ["cat"], "sample 1 has no label"),
+        (["cat", "emu"], ["cat", "dog"], "the labels 'emu' in 'label' are no classes among"),
+        (["5", "6"], ["a", "b", "c"], "the labels '5', '6' in 'label' are no classes"),
+        (["cat", "Cat"], None, "the labels 'Cat' and 'cat' are alike"),
+        (["cat", "cat "], None, "the labels 'cat' and 'cat ' are alike"),
+    ],
+)
+def test_text_that_names_no_class(labels: list[Any], names: Any, expected: str) -> None:
+    assert expected in message(strings(labels), **({"class_names": names} if names else {}))
+
+
+def test_a_split_of_one_class_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    images(dataset([1, 1]))
+    assert "all samples are of one class, 'dog'" in caplog.text
+
+
+def test_folders_of_splits_are_no_classes() -> None:
+    text = message(dataset([0], ClassLabel(names=["test", "train"])))
+    assert "its classes would be 'test', 'train', which are names of splits" in text
+    assert "<split>/<class>/<picture>" in text
+
+
+def test_pictures_alone_are_told_the_layout() -> None:
+    text = message(dataset([0]).remove_columns("label"))
+    assert "there are pictures alone" in text and "<split>/<class>/<picture>" in text
+
+
+def named(task: str, names: list[str], **changes: Any) -> LabelledImages:
+    known = Task.from_mapping(changes, base=load_task(task)) if changes else load_task(task)
+    return LabelledImages(task, dataset([0, 1], ClassLabel(names=names)), known)
+
+
+def test_folders_of_a_known_task_are_told_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    numbers = sorted(str(i) for i in range(43))
+    found = named("gtsrb", numbers)
+    names = load_task("gtsrb").class_names
+    assert names is not None
+    assert found.class_names == [names[int(number)] for number in numbers]
+    assert found.labels.tolist() == [0, 1]  # as the dataset has them
+    assert "classes are told by their names: '0' is 'red and white circle 20" in caplog.text
+
+
+def test_names_that_tell_nothing_are_refused_and_the_ways_out_work() -> None:
+    strange = ["Klasse " + letter for letter in "abcdefghij"]
+    with pytest.raises(FusionBenchError) as error:
+        named("fashion_mnist", strange)
+    text = str(error.value)
+    assert "which is which cannot be told" in text
+    assert "'taskpool.tasks.fashion_mnist.class_names=null'" in text
+    assert named("fashion_mnist", strange, class_names=None).class_names == strange
+    own = [letter * 2 for letter in "abcdefghij"]
+    assert named("fashion_mnist", strange, class_names=own).class_names == own
+
+
+def test_class_names_of_the_user_are_told_by_name_too() -> None:
+    data = dataset([0, 1, 1], ClassLabel(names=["cat", "dog"]))
+    found = images(data, class_names=["Dog", "Cat"])
+    assert found.class_names == ["Cat", "Dog"] and found.labels.tolist() == [0, 1, 1]
+
+
+def test_names_of_labels_go_with_names_of_classes() -> None:
+    with pytest.raises(FusionBenchError, match="2 label_names, but 3 class_names"):
+        Task.from_mapping({"class_names": ["a", "b", "c"], "label_names": ["x", "y"]})
+    assert Task.from_mapping({"class_names": ["a"]}, base=load_task("eurosat")).label_names is None
