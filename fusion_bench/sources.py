@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
+from fusion_bench.addresses import AddressError, fence
 from fusion_bench.errors import ConfigError, FusionBenchError, WorldError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
@@ -115,6 +116,8 @@ def reading(kind: str, name: str) -> Iterator[None]:
                     f"Cannot read the {kind} '{name}': the cache '{cache_dir()}' cannot be written "
                     f"to ({error.strerror}). Set FUSION_BENCH_CACHE to a directory that can."
                 ) from error
+            if refusal := next((e for e in chain(error) if isinstance(e, AddressError)), None):
+                raise AddressError(f"Cannot read the {kind} '{name}': {refusal}") from error
             if kind_and_reason := _reason(kind, name, error, offline):
                 refused, reason = kind_and_reason
                 raise refused(f"Cannot read the {kind} '{name}': {reason}") from error
@@ -152,7 +155,8 @@ def load(kind: str, node: Any, key: str) -> Any:
         wanted = node
         if isinstance(pretrained, str):
             wanted = {**named, "pretrained_model_name_or_path": resolve(pretrained)}
-        return instantiate(wanted, key)
+        with fence(node) if kind == "dataset" else nullcontext():
+            return instantiate(wanted, key)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
 

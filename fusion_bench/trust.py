@@ -16,6 +16,7 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from fusion_bench.addresses import address_problems
 from fusion_bench.errors import ConfigError, did_you_mean
 
 #: Names packages whose classes and functions a config may call, separated by commas.
@@ -103,6 +104,7 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
         )
     if is_users(target):
         return
+    yield from address_problems(target, node)
     if node.get("_args_"):
         yield "_args_", "is not looked at. Give each argument by its name."
     if node.get("weights_only", True) is not True:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_bench.addresses import fence
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.sources import reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
@@ -58,7 +59,7 @@ def describe(node: Any, key: str, scratch: Path | None = None) -> Described | No
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}
     describes = {_LOADS: _described_by_builder, _READS: _described_on_disk, _ZOO: _described_zoo}
     name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), key)
-    with reading("dataset", str(name)):
+    with reading("dataset", str(name)), fence(node, *([scratch] if scratch else [])):
         found = describes[target](given, scratch)
         if found is not None and target != _ZOO:
             _refuse_split(found, given.get("split"), str(name), key)

@@ -1,6 +1,7 @@
 """Any image-classification dataset as images and labels, its columns found by their type."""
 
 import hashlib
+import io
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusion_bench.addresses import AddressError, Folders
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.taskpool.described import names_no_split
 from fusion_bench.tasks import Task, readable
@@ -118,24 +120,35 @@ class LabelledImages:
         dataset: one split, with an image column and a label column.
         task: what is known of the dataset beyond its features.
         key: the dataset's place in the config, for messages.
+        folders: where files lie that the dataset names instead of holding them.
 
     Raises:
         FusionBenchError: no single split, no image or label column, labels outside the class
-            names.
+            names, a table that is not the dataset's.
     """
 
-    def __init__(self, name: str, dataset: "Dataset", task: Task, key: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        dataset: "Dataset",
+        task: Task,
+        key: str | None = None,
+        folders: Folders = Folders(),  # noqa: B008, frozen
+    ):
         self._key = key or f"taskpool.test_datasets.{name}"
         self._override = f"taskpool.tasks.{name}"
         if isinstance(dataset, dict):
             raise names_no_split(self._key, dataset)
+        for table in dataset.cache_files:
+            folders.refuse_outside(table["filename"])
         self.dataset = dataset
+        self._folders = folders
         columns = Columns(name, dataset.features, task, self._key)
         self.image_column = columns.image_column
         self.label_column = columns.label_column
         self.class_names = columns.class_names
         self.labels = self._checked_labels()
-        self._images = dataset.select_columns(self.image_column)
+        self._images = _undecoded(dataset.select_columns(self.image_column), self.image_column)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -147,13 +160,26 @@ class LabelledImages:
             FusionBenchError: an image that cannot be decoded.
         """
         try:
-            image = self._images[index][self.image_column]
-            image.load()
-        except (OSError, AttributeError) as error:
+            return self._decoded(self._images[index][self.image_column])
+        except (OSError, AttributeError, AddressError) as error:
             raise FusionBenchError(
                 f"{self._key}: sample {index} holds no readable image ({error})."
             ) from error
-        return image
+
+    def _decoded(self, value: Any) -> Any:
+        """Return the picture of what a row holds: bytes, or the name of a file."""
+        from PIL import Image, ImageOps
+
+        if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
+            content = value["bytes"]
+            if content is None and value["path"] is None:
+                raise OSError("it has neither bytes nor the name of a file")
+            content = self._folders.picture(value["path"]) if content is None else content
+            value = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+            mode = getattr(self.dataset.features[self.image_column], "mode", None)
+            value = value if mode is None else value.convert(mode)
+        value.load()
+        return value
 
     @cached_property
     def fingerprint(self) -> str:
@@ -206,8 +232,9 @@ class LabelledImages:
     def _checked_labels(self) -> NDArray[np.int64]:
         if len(self.dataset) == 0:
             raise FusionBenchError(f"{self._key}: the split holds no samples.")
-        column = self.dataset.select_columns(self.label_column).with_format("numpy")[:]
-        labels = np.asarray(column[self.label_column])
+        # As it is stored: what 'datasets' decodes, pictures for one, it also opens.
+        column = self.dataset.select_columns(self.label_column).with_format("arrow")[:]
+        labels = column.column(self.label_column).to_numpy()
         if labels.dtype.kind not in "biu":
             raise FusionBenchError(
                 f"{self._key}: the labels in '{self.label_column}' are not whole numbers."
@@ -221,6 +248,15 @@ class LabelledImages:
                 f"class: '{self._override}.class_names: […]'."
             )
         return labels.astype(np.int64)
+
+
+def _undecoded(dataset: "Dataset", column: str) -> "Dataset":
+    """Return a dataset that gives bytes and names of files, and opens none itself."""
+    from datasets import Image
+
+    if isinstance(dataset.features[column], Image):
+        dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
 
 
 class _Encoded:
