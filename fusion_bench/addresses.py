@@ -55,6 +55,18 @@ def address_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str
                 yield key, mistake
 
 
+def refuse_addresses(node: Mapping[str, Any], key: str = "") -> None:
+    """Raise for the addresses in a call's arguments that are not opened.
+
+    Raises:
+        AddressError: with a line for each.
+    """
+    prefix = f"{key}." if key else ""
+    target = str(node.get("_target_"))
+    if problems := [f"{prefix}{k}: {m}" for k, m in address_problems(target, node)]:
+        raise AddressError("\n".join(problems))
+
+
 def _mistake(address: str) -> str | None:
     """Return what is wrong with an address that a user's config names."""
     scheme = _scheme(address)
@@ -239,8 +251,7 @@ def fence(node: Any, *scratch: Path) -> Iterator[None]:
         yield
         return
     folders = Folders((*folders.own, *scratch))
-    for key, mistake in address_problems(node["_target_"], node):
-        raise AddressError(f"{key}: {mistake}")
+    refuse_addresses(node)
     _check_card(node, folders)
 
     import datasets  # noqa: F401, for it registers schemes of its own
@@ -299,6 +310,9 @@ def _fenced(folders: Folders) -> "type[AbstractFileSystem]":
             if "r" in mode:
                 folders.refuse_outside(path)
             return super()._open(path, mode, *args, **kwargs)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return LocalFileSystem, (self.auto_mkdir,)  # for another process, which writes its part
 
     return Fenced
 

@@ -13,11 +13,12 @@ from errno import EINVAL
 from functools import lru_cache, partial
 from pathlib import Path
 from pickle import PickleError
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from fusion_bench.addresses import AddressError, fence
+from fusion_bench.addresses import AddressError, fence, refuse_addresses
 from fusion_bench.errors import ConfigError, FusionBenchError, WorldError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
@@ -146,6 +147,7 @@ def load(kind: str, node: Any, key: str) -> Any:
         FusionBenchError: as ``resolve`` and ``reading``.
     """
     named = node if isinstance(node, Mapping) else {}
+    refuse_addresses(named, key)
     pretrained = named.get("pretrained_model_name_or_path")
     name = pretrained or named.get("path")
     if not isinstance(name, str):
@@ -323,7 +325,21 @@ def _reason(
         return WorldError, " ".join(str(error).split())
     if _is_read_from_elsewhere(error):
         return FusionBenchError, " ".join(str(error).split()) or type(error).__name__
+    of_datasets = kind == "dataset" and not isinstance(error, MemoryError)
+    if of_datasets and _is_raised_in("datasets", error):
+        text = " ".join(str(error).split())
+        return (
+            ConfigError,
+            f"'datasets' cannot make anything of it ({type(error).__name__}: {text}).",
+        )
     return None
+
+
+def _is_raised_in(package: str, error: Exception) -> bool:
+    """Tell whether an exception comes out of a library, and not of what it may have called."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    return package in names and "fusion_bench" not in names[names.index(package) :]
 
 
 def _is_read_from_elsewhere(error: Exception) -> bool:
@@ -421,6 +437,8 @@ def _reason_of_the_source(kind: str, name: str, error: Exception) -> str | None:
     plain = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)
     if status(error) == 404 and isinstance(error, plain):
         return f"the Hub has no such thing at {page}."
+    if found := re.search(r"Unable to find '(.+?)'(?: with any supported extension|$)", text):
+        return f"there is no file of data that fits '{found[1]}'."
     if re.search(r"doesn't contain any data files|No \(supported\) data files", text):
         return "it holds no data files."
     if found := re.search(r"Can't load (?:the )?(image processor|tokenizer|processor)", text):

@@ -119,7 +119,7 @@ class Watch:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._inside is None:
             return
-        if event in _FORBIDDEN or event.startswith(("subprocess.", "socket.connect", "pty.")):
+        if event in _FORBIDDEN or event.startswith(_FAMILIES):
             self.seen.append(f"{event} {arguments!r}"[:300])
         if event == "open" and isinstance(arguments[0], (str, bytes)):
             path, _, flags = arguments
@@ -131,6 +131,7 @@ class Watch:
                 self.seen.append(f"wrote {name}")
 
 
+_FAMILIES = ("subprocess.", "socket.connect", "socket.get", "socket.sendto", "pty.")
 _FORBIDDEN = {
     "os.system",
     "os.exec",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_bench.addresses import fence
+from fusion_bench.addresses import fence, refuse_addresses
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.sources import reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
@@ -54,6 +54,8 @@ def describe(node: Any, key: str, scratch: Path | None = None) -> Described | No
         FusionBenchError: a source that is not there, or has no such split.
     """
     target = node.get("_target_") if isinstance(node, Mapping) else None
+    if target in (_LOADS, _READS):
+        refuse_addresses(node, key)
     if target not in (_LOADS, _READS, _ZOO) or any(isinstance(v, Mapping) for v in node.values()):
         return None
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}
