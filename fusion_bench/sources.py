@@ -41,6 +41,8 @@ _ZOO = "zoo:"
 _PRETRAINED = "pretrained_model_name_or_path"
 _REMEDY = "Delete this copy and fetch it again."
 _DAMAGED = f"its weights are damaged. {_REMEDY}"
+#: What reads files that nobody has looked at before, and fails in any way on bad ones.
+_LIBRARIES = {"dataset": "datasets", "processor": "transformers"}
 
 
 def resolve(name: str) -> str:
@@ -325,13 +327,10 @@ def _reason(
         return WorldError, " ".join(str(error).split())
     if _is_read_from_elsewhere(error):
         return FusionBenchError, " ".join(str(error).split()) or type(error).__name__
-    of_datasets = kind == "dataset" and not isinstance(error, MemoryError)
-    if of_datasets and _is_raised_in("datasets", error):
-        text = " ".join(str(error).split())
-        return (
-            ConfigError,
-            f"'datasets' cannot make anything of it ({type(error).__name__}: {text}).",
-        )
+    library = _LIBRARIES.get(kind)
+    if library and not isinstance(error, MemoryError) and _is_raised_in(library, error):
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return ConfigError, f"'{library}' cannot make anything of it ({text})."
     return None
 
 

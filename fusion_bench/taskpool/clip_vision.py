@@ -253,6 +253,9 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
 
         with reading("processor", source):
             tokenizer = CLIPTokenizer.from_pretrained(self._tokenizer_place)
+            tokenizer(
+                ["a photo", "of text"], padding=True, truncation=True
+            )  # of bad files it fails
         if len(tokenizer) < _SMALLEST_VOCABULARY:
             raise FusionBenchError(f"taskpool.processor: '{source}' comes without a tokenizer.")
         return tokenizer

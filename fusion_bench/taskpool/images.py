@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _LABEL_NAMES = ("label", "labels", "cls", "target")
 
 
+#: What Pillow may take bytes for; of all that it knows, some start other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 #: How many images are looked for in another dataset.
 _COMPARED = 200
 
@@ -159,27 +161,24 @@ class LabelledImages:
         Raises:
             FusionBenchError: an image that cannot be decoded.
         """
+        stored = self._images[index][self.image_column]
         try:
-            return self._decoded(self._images[index][self.image_column])
+            image = _decoded(self._bytes(stored)) if isinstance(stored, dict) else stored
+            image.load()
         except (OSError, AttributeError, AddressError) as error:
             raise FusionBenchError(
                 f"{self._key}: sample {index} holds no readable image ({error})."
             ) from error
+        mode = getattr(self.dataset.features[self.image_column], "mode", None)
+        return image if mode is None else image.convert(mode)
 
-    def _decoded(self, value: Any) -> Any:
-        """Return the picture of what a row holds: bytes, or the name of a file."""
-        from PIL import Image, ImageOps
-
-        if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
-            content = value["bytes"]
-            if content is None and value["path"] is None:
-                raise OSError("it has neither bytes nor the name of a file")
-            content = self._folders.picture(value["path"]) if content is None else content
-            value = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-            mode = getattr(self.dataset.features[self.image_column], "mode", None)
-            value = value if mode is None else value.convert(mode)
-        value.load()
-        return value
+    def _bytes(self, stored: dict[str, Any]) -> bytes:
+        """Return the bytes of a picture as the dataset holds it: themselves, or a file's name."""
+        if stored.get("bytes") is not None:
+            return bytes(stored["bytes"])
+        if stored.get("path") is None:
+            raise OSError("there is none")
+        return self._folders.picture(stored["path"])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -257,6 +256,18 @@ def _undecoded(dataset: "Dataset", column: str) -> "Dataset":
     if isinstance(dataset.features[column], Image):
         dataset = dataset.cast_column(column, Image(decode=False))
     return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+
+
+def _decoded(data: bytes) -> Any:
+    """Return the picture in ``data``, turned upright as its EXIF data says."""
+    from PIL import Image, ImageOps
+
+    try:
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=_FORMATS))
+    except MemoryError:
+        raise
+    except Exception as error:  # what Pillow raises for broken bytes is of any class
+        raise OSError(" ".join(str(error).split())) from error
 
 
 class _Encoded:
