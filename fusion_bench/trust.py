@@ -62,8 +62,8 @@ _PRETRAINED = (
 _LISTED = ("datasets", "fusion_bench", "hydra", "lightning", "omegaconf", "torch", "transformers")
 #: They return what their argument ``path`` names, which must be allowed itself.
 _LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
-#: Readers of ``datasets`` that take more than files of data.
-_READERS = ("generator", "pandas", "spark", "sql")
+#: Readers of ``datasets`` that take more than files of data, or whose files name others.
+_READERS = ("generator", "hdf5", "iceberg", "lance", "pandas", "spark", "sql", "vortex")
 #: Arguments that say where a token is sent.
 _CONNECTIONS = ("download_config", "endpoint", "mirror", "proxies", "storage_options")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
