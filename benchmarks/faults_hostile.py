@@ -208,9 +208,20 @@ def _arguments() -> Iterator[Hostile]:
         "the token to another host": {
             "storage_options": {"hf": {"endpoint": "http://127.0.0.1:9"}}
         },
+        "a chain of addresses": {"data_files": "reference://x::http://127.0.0.1:9/refs.json"},
+        "a chain in a list": {"data_files": {"test": ["simplecache::http://127.0.0.1:9/x"]}},
+        "another scheme": {"data_dir": "memory://x"},
+        "a chain for a path": {"path": "reference://x::http://127.0.0.1:9/refs.json"},
+        "a chain in any key": {"revision": "reference://x::http://127.0.0.1:9/refs.json"},
         "a database": {"path": "sql", "sql": "select 1", "con": "sqlite:///canary"},
     }.items():
         yield Hostile(name, {"taskpool": {"test_datasets": {"digits": {**data, **options}}}})
+
+    logger = {
+        "_target_": "lightning.fabric.loggers.CSVLogger",
+        "root_dir": "reference://x::http://127.0.0.1:9/refs.json",
+    }
+    yield Hostile("a chain for a logger", {"fabric": {"loggers": logger}})
 
 
 def _of_hydra() -> Iterator[Hostile]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
+from fusion_bench.addresses import AddressError, fence, refuse_addresses
 from fusion_bench.errors import ConfigError, FusionBenchError, WorldError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
@@ -41,6 +42,8 @@ _ZOO = "zoo:"
 _PRETRAINED = "pretrained_model_name_or_path"
 _REMEDY = "Delete this copy and fetch it again."
 _DAMAGED = f"its weights are damaged. {_REMEDY}"
+#: What reads files that nobody has looked at before, and fails in any way on bad ones.
+_LIBRARIES = {"dataset": "datasets"}
 
 
 def resolve(name: str) -> str:
@@ -117,6 +120,8 @@ def reading(kind: str, name: str) -> Iterator[None]:
                     f"Cannot read the {kind} '{name}': the cache '{cache_dir()}' cannot be written "
                     f"to ({error.strerror}). Set FUSION_BENCH_CACHE to a directory that can."
                 ) from error
+            if refusal := next((e for e in chain(error) if isinstance(e, AddressError)), None):
+                raise AddressError(f"Cannot read the {kind} '{name}': {refusal}") from error
             if kind_and_reason := _reason(kind, name, error, offline):
                 refused, reason = kind_and_reason
                 raise refused(f"Cannot read the {kind} '{name}': {reason}") from error
@@ -145,6 +150,7 @@ def load(kind: str, node: Any, key: str) -> Any:
         FusionBenchError: as ``resolve`` and ``reading``.
     """
     named = node if isinstance(node, Mapping) else {}
+    refuse_addresses(named, key)
     pretrained = named.get(_PRETRAINED)
     name = pretrained or named.get("path")
     if not isinstance(name, str):
@@ -159,7 +165,8 @@ def load(kind: str, node: Any, key: str) -> Any:
         wanted = node
         if isinstance(pretrained, str):
             wanted = {**named, _PRETRAINED: resolve(pretrained)}
-        return instantiate(wanted, key)
+        with fence(node) if kind == "dataset" else nullcontext():
+            return instantiate(wanted, key)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
 
@@ -327,20 +334,21 @@ def _reason(
     text = " ".join(str(error).split())
     if _is_read_from_elsewhere(error):
         return FusionBenchError, text or type(error).__name__
-    if kind != "dataset" and _is_of_transformers(error):
-        return ConfigError, f"transformers fails on it ({type(error).__name__}: {text[:300]})."
+    library = _LIBRARIES.get(kind, "transformers")
+    if not isinstance(error, MemoryError) and _is_raised_in(library, error):
+        said = f"{type(error).__name__}: {text[:300]}"
+        return ConfigError, f"'{library}' cannot make anything of it ({said})."
     return None
 
 
-def _is_of_transformers(error: Exception) -> bool:
-    """Tell whether an exception came up in transformers, which takes files to be as it wrote them.
+def _is_raised_in(package: str, error: Exception) -> bool:
+    """Tell whether an exception comes out of a library, and not of what it may have called.
 
-    It has no exception of its own for those that are not.
+    Libraries take files to be as they wrote them, and have no exception for those that are not.
     """
-    if isinstance(error, (FusionBenchError, MemoryError)):
-        return False
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
-    return any(name.startswith("transformers.") for name in modules)
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    return package in names and "fusion_bench" not in names[names.index(package) :]
 
 
 def _is_read_from_elsewhere(error: Exception) -> bool:
@@ -438,6 +446,8 @@ def _reason_of_the_source(kind: str, name: str, error: Exception) -> str | None:
     plain = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)
     if status(error) == 404 and isinstance(error, plain):
         return f"the Hub has no such thing at {page}."
+    if found := re.search(r"Unable to find '(.+?)'(?: with any supported extension|$)", text):
+        return f"there is no file of data that fits '{found[1]}'."
     if re.search(r"doesn't contain any data files|No \(supported\) data files", text):
         return "it holds no data files."
     if found := re.search(r"Can't load (?:the )?(image processor|tokenizer|processor)", text):

@@ -17,6 +17,7 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from fusion_bench.addresses import address_problems
 from fusion_bench.errors import ConfigError, did_you_mean
 
 #: Names packages whose classes and functions a config may call, separated by commas.
@@ -62,8 +63,8 @@ _PRETRAINED = (
 _LISTED = ("datasets", "fusion_bench", "hydra", "lightning", "omegaconf", "torch", "transformers")
 #: They return what their argument ``path`` names, which must be allowed itself.
 _LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
-#: Readers of ``datasets`` that take more than files of data.
-_READERS = ("generator", "pandas", "spark", "sql")
+#: Readers of ``datasets`` that take more than files of data, or whose files name others.
+_READERS = ("generator", "hdf5", "iceberg", "lance", "pandas", "spark", "sql", "vortex")
 #: Arguments that say where a token is sent.
 _CONNECTIONS = ("download_config", "endpoint", "mirror", "proxies", "storage_options")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -104,6 +105,7 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
         )
     if is_users(target):
         return
+    yield from address_problems(target, node)
     if node.get("_args_"):
         yield "_args_", "is not looked at. Give each argument by its name."
     if node.get("weights_only", True) is not True:

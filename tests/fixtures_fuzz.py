@@ -14,19 +14,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
+from fixtures_clip import write_tokenizer
 from fixtures_report import synthetic
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
+from PIL import Image as PILImage
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
+from fusion_bench.addresses import Folders
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
@@ -36,6 +43,11 @@ from fusion_bench.report import Answers, Report, markdown
 from fusion_bench.report.page import page
 from fusion_bench.repository import locate
 from fusion_bench.scripts.cli import FORESEEN, set_up_hydra
+from fusion_bench.sources import load as load_source
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
+from fusion_bench.taskpool.described import describe
+from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.tasks import Task
 from fusion_bench.weights import AdapterConfig, open_repository, sha256
 from fusion_bench.weights.checkpoint import shards
 
@@ -87,6 +99,16 @@ class Kind:
     foreseen: tuple[type[Exception], ...] = (FusionBenchError,)
 
 
+def _picture(kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    shades = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    PILImage.fromarray(shades).save(out, kind, **options)
+    return out.getvalue()
+
+
+PICTURES = {kind: _picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "EPS")}
+
+
 # --- watching
 
 
@@ -119,7 +141,9 @@ class Watch:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._inside is None:
             return
-        if event in _FORBIDDEN or event.startswith(("subprocess.", "socket.connect", "pty.")):
+        if event == "shutil.rmtree" and str(arguments[0]).startswith(f"{self._inside}/"):
+            return
+        if event in _FORBIDDEN or event.startswith(_FAMILIES):
             self.seen.append(f"{event} {arguments!r}"[:300])
         if event == "open" and isinstance(arguments[0], (str, bytes)):
             path, _, flags = arguments
@@ -131,6 +155,7 @@ class Watch:
                 self.seen.append(f"wrote {name}")
 
 
+_FAMILIES = ("subprocess.", "socket.connect", "socket.get", "socket.sendto", "pty.")
 _FORBIDDEN = {
     "os.system",
     "os.exec",
@@ -177,6 +202,7 @@ def write_secrets(directory: Path) -> None:
     """Write what must not be reached, beside the directory that a case is in."""
     (directory / "secret.safetensors").write_bytes(save(SECRET))
     torch.save(SECRET, directory / "secret.bin")
+    (directory / "secret.png").write_bytes(PICTURES["PNG"])
 
 
 # --- values
@@ -867,6 +893,257 @@ def _read_config(directory: Path) -> None:
         instantiate(settings)
 
 
+# --- (e) data sets
+
+#: What no card, metadata file or row may have opened.
+ADDRESSES = [
+    "http://127.0.0.1:9/x.png",
+    "https://localhost:9/x.csv",
+    "hf://datasets/owner/name/x.parquet",
+    "reference://x::http://127.0.0.1:9/refs.json",
+    "reference::http://127.0.0.1:9/refs.json",
+    "simplecache::http://127.0.0.1:9/x.png",
+    "zip://x.png::http://127.0.0.1:9/x.zip",
+    "zip://*::{data}/x.zip",
+    "s3://bucket/x.png",
+    "gs://bucket/x.png",
+    "memory://x.png",
+    "file://{root}/secret.png",
+    "local://{root}/secret.png",
+    "data:image/png;base64,AA==",
+    "{root}/secret.png",
+    "../secret.png",
+    "../../secret.png",
+    "{data}/../../secret.png",
+    "/etc/passwd",
+    "/dev/zero",
+    "/dev/stdin",
+    "~/secret.png",
+    "\\\\127.0.0.1\\x.png",
+    "//127.0.0.1/x.png",
+    "a\x00.png",
+    "cat.png",
+    "{data}/cat.png",
+    "",
+]
+_addresses = st.sampled_from(ADDRESSES) | _odd_texts
+_ROWS = {"image": [{"bytes": PICTURES["PNG"], "path": None}] * 2, "label": [0, 1]}
+_FEATURES = datasets.Features(
+    {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+)
+_CARD = {
+    "license": "mit",
+    "dataset_info": {
+        "features": _FEATURES._to_yaml_list(),
+        "splits": [{"name": "train", "num_bytes": 100, "num_examples": 2}],
+        "download_size": 100,
+        "dataset_size": 100,
+    },
+    "configs": [
+        {
+            "config_name": "default",
+            "data_files": [{"split": "train", "path": "train.parquet"}],
+            "default": True,
+        }
+    ],
+}
+
+
+def _parquet(rows: dict[str, Any]) -> bytes:
+    """Return a table whose rows hold pictures, or name them; none of these is read."""
+    out = io.BytesIO()
+    whole = datasets.Dataset.from_dict(rows, features=_FEATURES).data.table
+    pq.write_table(whole.replace_schema_metadata(_FEATURES.arrow_schema.metadata), out)
+    return out.getvalue()
+
+
+_PARQUET = _parquet(_ROWS)
+
+
+@st.composite
+def cards(draw: Any) -> Files:
+    """Return a good table and a card that says something else of it."""
+    card: Any = _CARD
+    if draw(st.integers(0, 2)) == 0:
+        named = draw(
+            st.one_of(
+                _addresses,
+                st.lists(_addresses, max_size=3),
+                _addresses.map(lambda name: [{"split": "train", "path": name}]),
+                _addresses.map(
+                    lambda name: [
+                        {"split": "train", "path": ["train.parquet"]},
+                        {"split": "test", "path": [name]},
+                    ]
+                ),
+            )
+        )
+        key = draw(st.sampled_from(["data_files", "data_files", "data_dir", "metadata_filenames"]))
+        card = card | {"configs": [card["configs"][0] | {key: named}]}
+        text = as_json(card)
+    else:
+        text = draw(
+            _texts_of_json(card) | st.sampled_from(_YAML_TEXTS) | respelled(card).map(as_json)
+        )
+    files = {"data/train.parquet": _PARQUET}
+    which = draw(st.integers(0, 3))
+    if which == 0:
+        files["data/.huggingface.yaml"] = text
+    elif which == 1:
+        infos = {"default": card["dataset_info"]}
+        files["data/dataset_infos.json"] = draw(_texts_of_json(infos))
+    else:
+        files["data/README.md"] = b"---\n" + text + b"\n---\n# Data\n"
+    return files
+
+
+@st.composite
+def metadata_files(draw: Any) -> Files:
+    """Return a folder of pictures, and a file that names others beside."""
+    files = {f"data/{name}.png": PICTURES["PNG"] for name in ("cat", "dog")}
+    rows: Any = [{"file_name": f"{name}.png", "label": n} for n, name in enumerate(("cat", "dog"))]
+    if draw(st.booleans()):
+        rows[draw(st.integers(0, 1))]["file_name"] = draw(_addresses)
+    else:
+        rows = draw(mutated(rows))
+    kind = draw(st.sampled_from(["csv", "jsonl", "jsonl", "parquet"]))
+    lines = rows if isinstance(rows, list) else [rows]
+    if kind == "csv":
+        named = [line for line in lines if isinstance(line, dict)]
+        text = "file_name,label\n" + "".join(
+            f"{line.get('file_name')},{line.get('label')}\n" for line in named
+        )
+        content = text.encode(errors="surrogatepass")
+    elif kind == "jsonl":
+        content = b"\n".join(map(as_json, lines))
+    elif draw(st.booleans()):
+        kind, name = "parquet", draw(_addresses)
+        held = [{"bytes": None, "path": name.encode(errors="replace").decode()}, _ROWS["image"][0]]
+        return {"data/train.parquet": _parquet({"image": held, "label": [0, 1]})}
+    else:
+        out = io.BytesIO()
+        pq.write_table(pa.table({"file_name": ["cat.png", "dog.png"], "label": [0, 1]}), out)
+        content = draw(damaged(out.getvalue()))
+    if draw(st.integers(0, 3)) == 0:
+        content = draw(damaged(content))
+    return files | {f"data/metadata.{kind}": content}
+
+
+def _read_data(directory: Path) -> None:
+    data = directory / "data"
+    for file in data.iterdir():
+        content = file.read_bytes()
+        if file.suffix != ".parquet":
+            filled = content.replace(b"{root}", str(directory.parent).encode())
+            file.write_bytes(filled.replace(b"{data}", str(data).encode()))
+    node = {
+        "_target_": "datasets.load_dataset",
+        "path": str(data),
+        "split": "train",
+        "cache_dir": str(directory / "cache"),
+    }
+    describe(node, "data")
+    loaded = load_source("dataset", node, "data")
+    task = Task.from_mapping({"class_names": ["cat", "dog"]})
+    images = LabelledImages("t", loaded, task, "data", Folders.of(node))
+    for index in range(min(2, len(images))):
+        images.image(index)
+
+
+@st.composite
+def pictures(draw: Any) -> Files:
+    """Return the bytes of a picture, some of them wrong."""
+    good = PICTURES[draw(st.sampled_from(sorted(PICTURES)))]
+    if draw(st.integers(0, 5)) == 0:
+        return {"picture": draw(st.sampled_from(sorted(PICTURES.values())).map(lambda p: p[:40])
+                                | st.binary(max_size=80))}  # fmt: skip
+    return {"picture": draw(damaged(good))}
+
+
+def _read_picture(directory: Path) -> None:
+    rows = {"image": [{"bytes": (directory / "picture").read_bytes()}], "label": [0]}
+    data = datasets.Dataset.from_dict(rows, features=_FEATURES)
+    LabelledImages("t", data, Task()).image(0)
+
+
+# --- (f) tokenizers
+
+
+def _tokenizer_files() -> Files:
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+_TOKENIZER = _tokenizer_files()
+_CLAIMS = {
+    "auto_map": {"AutoTokenizer": ["hostile.Tokenizer", None]},
+    "tokenizer_class": "HostileTokenizer",
+    "vocab_file": "../secret.bin",
+    "tokenizer_file": "http://127.0.0.1:9/tokenizer.json",
+    "name_or_path": "http://127.0.0.1:9/",
+    "processor_class": "hostile.Processor",
+    "chat_template": "{{ ''.__class__.__mro__ }}",
+    "add_prefix_space": "x",
+    "model_max_length": 10**30,
+    "pad_token": {"__type": "AddedToken", "content": "!"},
+    "extra_special_tokens": {"a": "<a>"},
+    "added_tokens_decoder": {"0": {"content": "<x>"}, "-1": {"content": "y"}},
+}
+
+
+@st.composite
+def tokenizers(draw: Any) -> Files:
+    """Return a tokenizer's files, one of which is wrong or claims what it may not."""
+    files = dict(_TOKENIZER)
+    name = draw(st.sampled_from(sorted(files)))
+    how = draw(st.integers(0, 5))
+    if how == 0:
+        del files[name]
+    elif how == 1:
+        files[name] = draw(damaged(files[name]))
+    elif how == 2 and name.endswith(".json"):
+        files[name] = draw(_texts_of_json(json.loads(files[name])))
+    elif how == 3:
+        files["tokenizer.json"] = draw(_texts_of_json(_BACKEND))
+    elif how == 4:
+        files["special_tokens_map.json"] = draw(
+            _texts_of_json({"pad_token": "!", "bos_token": "a"})
+        )
+    else:
+        claims = draw(
+            st.lists(st.sampled_from(sorted(_CLAIMS)), min_size=1, max_size=4).map(
+                lambda keys: {key: _CLAIMS[key] for key in keys}
+            )
+        )
+        said = json.loads(files["tokenizer_config.json"]) | claims
+        files["tokenizer_config.json"] = draw(
+            st.just(as_json(said)) | mutated(said).map(as_json) | respelled(said).map(as_json)
+        )
+    code = {"hostile.py": b"import os\nos.system('true')\n"}
+    return {f"model/{name}": content for name, content in {**files, **code}.items()}
+
+
+_BACKEND = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [{"id": 0, "content": "a", "special": True}],
+    "normalizer": {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": " "},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+    "post_processor": None,
+    "decoder": {"type": "ByteLevel"},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+}
+
+
+def _read_tokenizer(directory: Path) -> None:
+    place = str(directory / "model")
+    node = {"_target_": "datasets.load_from_disk", "dataset_path": "none"}
+    pool = CLIPVisionModelTaskPool({"t": node}, clip_model=place, processor=place)
+    _ = pool._tokenizer
+
+
 set_up_hydra()
 KINDS = {
     kind.name: kind
@@ -883,5 +1160,9 @@ KINDS = {
         Kind("report and answers, shown as a page", runs(), _read_run),
         Kind("report and answers, compared", runs(), _read_comparison),
         Kind("config", configs(), _read_config, FORESEEN),
+        Kind("dataset card", cards(), _read_data),
+        Kind("metadata file", metadata_files(), _read_data),
+        Kind("image bytes", pictures(), _read_picture),
+        Kind("tokenizer files", tokenizers(), _read_tokenizer),
     )
 }

@@ -16,6 +16,10 @@ CASES = {
     "report and answers, shown as a page": 20,
     "report and answers, compared": 15,
     "config": 40,
+    "dataset card": 25,
+    "metadata file": 25,
+    "image bytes": 60,
+    "tokenizer files": 40,
 }
 WATCH = Watch()
 

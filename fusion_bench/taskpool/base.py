@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.addresses import Folders
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.plan import Plan, Step
 from fusion_bench.repository import hub_cache
@@ -245,7 +246,9 @@ class ImageTaskPool(ABC):
             task = self._task_of(name, node, key)
             with fabric.rank_zero_first():
                 dataset = load_split(node, f"{key}.{name}")
-                data = LabelledImages(name, dataset, self._tasks[task], f"{key}.{name}")
+                data = LabelledImages(
+                    name, dataset, self._tasks[task], f"{key}.{name}", Folders.of(node)
+                )
             own = self._data[task].class_names
             _refuse_other_classes(f"{key}.{name}", task, data.class_names, own)
             tuning[name] = TuningImages(
@@ -431,8 +434,9 @@ class ImageTaskPool(ABC):
         return self._images[task]
 
     def _load_data(self, name: str) -> LabelledImages:
-        dataset = load_split(self.test_datasets[name], f"taskpool.test_datasets.{name}")
-        return LabelledImages(name, dataset, self._tasks[name])
+        node, key = self.test_datasets[name], f"taskpool.test_datasets.{name}"
+        dataset = load_split(node, key)
+        return LabelledImages(name, dataset, self._tasks[name], key, Folders.of(node))
 
 
 def _refuse_other_classes(key: str, task: str, names: list[str], expected: list[str]) -> None:

@@ -255,6 +255,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
 
         with reading("processor", source):
             tokenizer = from_pretrained(CLIPTokenizer, self._tokenizer_place, model=False)
+            tokenizer(["a photo", "of text"], padding=True, truncation=True)  # bad files fail here
         if len(tokenizer) < _SMALLEST_VOCABULARY:
             raise FusionBenchError(f"taskpool.processor: '{source}' comes without a tokenizer.")
         return tokenizer

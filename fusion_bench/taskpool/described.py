@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_bench.addresses import fence, refuse_addresses
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.sources import load, reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
@@ -57,12 +58,14 @@ def describe(node: Any, key: str, scratch: Path | None = None) -> Described | No
         FusionBenchError: a source that is not there, or has no such split.
     """
     target = node.get("_target_") if isinstance(node, Mapping) else None
+    if target in (_LOADS, _READS):
+        refuse_addresses(node, key)
     if target not in (_LOADS, _READS, _ZOO) or any(map(_is_node, node.values())):
         return None
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}
     describes = {_LOADS: _described_by_builder, _READS: _described_on_disk, _ZOO: _described_zoo}
     name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), key)
-    with reading("dataset", str(name)):
+    with reading("dataset", str(name)), fence(node, *([scratch] if scratch else [])):
         found = describes[target](given, key, scratch)
         if found is not None and target != _ZOO:
             _refuse_split(found, given.get("split"), str(name), key)

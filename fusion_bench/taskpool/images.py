@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusion_bench.addresses import AddressError, Folders
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.taskpool.classes import by_name, name_splits, some, sorted_by_number
 from fusion_bench.taskpool.classes import places as class_places
@@ -247,18 +248,29 @@ class LabelledImages:
         dataset: one split, with an image column and a label column.
         task: what is known of the dataset beyond its features.
         key: the dataset's place in the config, for messages.
+        folders: where files lie that the dataset names instead of holding them.
 
     Raises:
         FusionBenchError: no single split, no image or label column, labels outside the class
-            names.
+            names, a table that is not the dataset's.
     """
 
-    def __init__(self, name: str, dataset: "Dataset", task: Task, key: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        dataset: "Dataset",
+        task: Task,
+        key: str | None = None,
+        folders: Folders = Folders(),  # noqa: B008, frozen
+    ):
         self._key = key or f"taskpool.test_datasets.{name}"
         self._override = f"taskpool.tasks.{name}"
         if isinstance(dataset, dict):
             raise names_no_split(self._key, dataset)
+        for table in dataset.cache_files:
+            folders.refuse_outside(table["filename"])
         self.dataset = dataset
+        self._folders = folders
         columns = Columns(name, dataset.features, task, self._key)
         self.image_column = columns.image_column
         self.label_column = columns.label_column
@@ -273,13 +285,8 @@ class LabelledImages:
                 self._key,
                 self.class_names[self.labels[0]],
             )
-        from datasets import Image
-
-        feature = dataset.features[self.image_column]
-        self._mode: str | None = getattr(feature, "mode", None)
-        self._images = dataset.select_columns(self.image_column).cast_column(
-            self.image_column, Image(decode=False)
-        )
+        self._mode: str | None = getattr(dataset.features[self.image_column], "mode", None)
+        self._images = _undecoded(dataset.select_columns(self.image_column), self.image_column)
         self._said: set[str] = set()
 
     def __len__(self) -> int:
@@ -292,10 +299,11 @@ class LabelledImages:
             FusionBenchError: an image that cannot be decoded.
         """
         stored = self._images[index][self.image_column] or {}
-        name = stored.get("path")
+        name = stored.get("path") if isinstance(stored, dict) else None
         try:
-            image, converted = in_eight_bits(decode(self._bytes(stored)))
-        except (OSError, PictureError) as error:
+            image = decode(self._bytes(stored)) if isinstance(stored, dict) else stored
+            image, converted = in_eight_bits(image)
+        except (OSError, AttributeError, AddressError, PictureError) as error:
             which = f"sample {index}{f', {name!r},' if name else ''}"
             raise FusionBenchError(
                 f"{self._key}: {which} holds no readable image ({error})."
@@ -316,12 +324,9 @@ class LabelledImages:
         """Return the bytes of a picture as the dataset holds it: themselves, or a file's name."""
         if stored.get("bytes") is not None:
             return bytes(stored["bytes"])
-        path = stored.get("path")
-        if path is None:
+        if stored.get("path") is None:
             raise PictureError("there is none")
-        if not Path(path).is_file():
-            raise PictureError("there is no such file")
-        return Path(path).read_bytes()
+        return self._folders.picture(stored["path"])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -394,6 +399,15 @@ class LabelledImages:
 def _arrow(dataset: "Dataset", column: str) -> Any:
     """Return one column of a dataset as Arrow's ``ChunkedArray``."""
     return dataset.select_columns(column).with_format("arrow")[:].column(column)
+
+
+def _undecoded(dataset: "Dataset", column: str) -> "Dataset":
+    """Return a dataset that gives bytes and names of files, and opens none itself."""
+    from datasets import Image
+
+    if isinstance(dataset.features[column], Image):
+        dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
 
 
 class _Encoded:

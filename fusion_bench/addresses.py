@@ -1,0 +1,359 @@
+"""Which addresses may be opened: decided here, whoever names one.
+
+``datasets`` hands every address on to fsspec, which knows dozens of schemes and chains of them
+(``reference://…::http://…``). Some of them render templates that read the environment, and send
+what they read to a server. So there are local paths, ``hf://``, and ``http(s)://`` where the user's
+own config names it. What belongs to a data set, its card, its metadata and its rows, names local
+files in the data set's own folder and nothing else.
+"""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from typing import IO, TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
+
+import yaml
+from omegaconf import OmegaConf
+
+from fusion_bench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_LOADS = ("datasets.load_dataset", "datasets.load_from_disk")
+#: Arguments of theirs that say where something is.
+_PLACES = ("path", "data_files", "data_dir", "dataset_path", "cache_dir")
+_WEB = ("http", "https")
+#: Schemes of fsspec that unpack what another address, which is looked at as well, leads to.
+_ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
+#: Pictures may be links that lead out of a folder; what is read as text or as tables may not.
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+#: Files in which a folder of data describes itself to ``datasets``.
+_CARDS = ("README.md", ".huggingface.yaml")
+_MOST_OF_A_CARD = 10 * 2**20
+_MOST_OF_A_PICTURE = 2**30
+_LOCK = RLock()
+
+
+class AddressError(ConfigError):
+    """An address, or a file, that may not be opened."""
+
+
+def address_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the mistake of each address in a call's arguments that is not opened."""
+    if target.startswith("fusion_bench."):
+        return  # they look for paths and repositories alone
+    for argument, value in node.items():
+        place = target in _LOADS and argument in _PLACES
+        for key, text in _texts(value, str(argument)):
+            if (place or "://" in text) and (mistake := _mistake(text)):
+                yield key, mistake
+
+
+def refuse_addresses(node: Mapping[str, Any], key: str = "") -> None:
+    """Raise for the addresses in a call's arguments that are not opened.
+
+    Raises:
+        AddressError: with a line for each.
+    """
+    prefix = f"{key}." if key else ""
+    target = str(node.get("_target_"))
+    if problems := [f"{prefix}{k}: {m}" for k, m in address_problems(target, node)]:
+        raise AddressError("\n".join(problems))
+
+
+def _mistake(address: str) -> str | None:
+    """Return what is wrong with an address that a user's config names."""
+    scheme = _scheme(address)
+    if "::" in address:
+        return f"'{address}' is a chain of addresses, which is not opened. Name one file."
+    if scheme in ("file", "local"):
+        return f"'{address}' is not opened. Write the path itself."
+    if scheme not in ("", "hf", *_WEB):
+        return (
+            f"'{address}' is not opened: '{scheme}' is no scheme for data here. Fetch it, and name "
+            "the local path."
+        )
+    return None
+
+
+def _scheme(address: str) -> str:
+    """Return what fsspec takes for an address's scheme; nothing for a path."""
+    scheme, separator, _ = address.partition("://")
+    if separator:
+        return "" if len(scheme) == 1 else scheme  # a drive's letter
+    return "data" if address.startswith("data:") else ""
+
+
+def _texts(value: Any, key: str, seen: tuple[int, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield each text in a value, with its key; what an own ``_target_`` is given is left out."""
+    if isinstance(value, str | os.PathLike):
+        yield key, os.fspath(value)
+    elif isinstance(value, Mapping) and "_target_" not in value and id(value) not in seen:
+        for name, child in value.items():
+            yield from _texts(child, f"{key}.{name}", (*seen, id(value)))
+    elif isinstance(value, list | tuple) and id(value) not in seen:
+        for index, child in enumerate(value):
+            yield from _texts(child, f"{key}[{index}]", (*seen, id(value)))
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the files of a data set lie.
+
+    Attributes:
+        own: folders and files that the user's config names; None where all may be read, since the
+            data set is made by code that the user allows.
+    """
+
+    own: tuple[Path, ...] | None = ()
+
+    @classmethod
+    def of(cls, node: Any) -> "Folders":
+        """Return those of the data set that a config's node loads."""
+        node = _plain(node)
+        if not isinstance(node, Mapping) or node.get("_target_") not in _LOADS:
+            return cls(None)
+        named = [
+            text
+            for argument in _PLACES
+            for _, text in _texts(node.get(argument), argument)
+            if not _scheme(text)
+        ]
+        bases = [Path(), *(Path(str(node[key])) for key in ("path", "data_dir") if node.get(key))]
+        own: list[Path] = []
+        for text in named:
+            for base in bases:
+                place = _fixed(_absolute(base.expanduser() / Path(text).expanduser()))
+                own += [place] if place.is_dir() else [place.parent, Path(os.path.realpath(place))]
+        return cls(tuple(dict.fromkeys(own)))
+
+    def refuse_outside(self, path: str) -> None:
+        """Raise for a local file of data that is not the data set's.
+
+        Links to pictures are followed wherever they lead, for folders of links are common. Links
+        to anything else may not lead out.
+
+        Raises:
+            AddressError: it lies elsewhere.
+        """
+        if self.own is None:
+            return
+        place, real = _absolute(Path(path)), Path(os.path.realpath(path))
+        if not self._hold(place):
+            raise AddressError(
+                f"'{path}' lies outside of the data set's folder, and is not opened. If it is "
+                "meant, name it in the config: 'data_files: …'."
+            )
+        if place.suffix.lower() not in _PICTURES and not self._hold(real, real=True):
+            raise AddressError(
+                f"'{path}' is a link that leads out of the data set's folder, to '{real}'. If it "
+                "is meant, name that file in the config: 'data_files: …'."
+            )
+
+    def _hold(self, path: Path, *, real: bool = False) -> bool:
+        known = [*(self.own or ()), *_caches()]
+        known = [Path(os.path.realpath(place)) for place in known] if real else known
+        return any(path.is_relative_to(place) for place in known)
+
+    def picture(self, name: str) -> bytes:
+        """Return the content of a picture that a row names.
+
+        Raises:
+            AddressError: it is no local file of the data set.
+            OSError: it cannot be read.
+        """
+        scheme, _, rest = name.partition("://")
+        member, chained, archive = rest.partition("::")
+        if scheme == "zip" and chained and not _scheme(archive) and "::" not in archive:
+            return self._unpacked(archive, member)  # as 'datasets' names what lies in an archive
+        if _scheme(name) or "::" in name:
+            raise AddressError(
+                f"it names the address '{name}', and what rows name is not fetched. Use a copy of "
+                "the data set that holds its pictures"
+            )
+        if not self._hold(_absolute(Path(name))) and self.own is not None:
+            raise AddressError(f"it names '{name}', which lies outside of the data set's folder")
+        with _opened(name) as file:
+            return file.read()
+
+    def _unpacked(self, archive: str, member: str) -> bytes:
+        self.refuse_outside(archive)
+        try:
+            with _opened(archive) as file, ZipFile(file) as packed:
+                if packed.getinfo(member).file_size > _MOST_OF_A_PICTURE:
+                    raise OSError(f"'{member}' is larger than any picture")
+                return packed.read(member)
+        except (BadZipFile, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise OSError(f"'{member}' cannot be read from '{archive}': {error}") from error
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _opened(name: str) -> IO[bytes]:
+    """Open a regular file; a pipe or a device would keep us waiting, or never end."""
+    try:
+        file = open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except ValueError as error:  # a NUL in its name
+        raise OSError(f"{name!r} is no file's name") from error
+    state = os.fstat(file.fileno())
+    if stat.S_ISREG(state.st_mode) and state.st_size <= _MOST_OF_A_PICTURE:
+        return file
+    file.close()
+    raise OSError(f"'{name}' is no file of a size that makes sense")
+
+
+def _absolute(path: Path) -> Path:
+    """Return the path without ``..``; links stay as they are."""
+    return Path(os.path.abspath(path))  # noqa: PTH100, for Path leaves '..' in or follows links
+
+
+def _fixed(path: Path) -> Path:
+    """Return what of a pattern stands fixed, a folder where the rest is not."""
+    for parent in reversed([path, *path.parents]):
+        if any(sign in parent.name for sign in "*?["):
+            return parent.parent
+    return path
+
+
+def _caches() -> Iterable[Path]:
+    """Return where the libraries put what they have fetched."""
+    import datasets
+    from huggingface_hub import constants
+
+    return [Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
+
+
+@contextmanager
+def fence(node: Any, *scratch: Path) -> Iterator[None]:
+    """Let a data set's node be loaded by ``datasets``, and nothing but what it may open be opened.
+
+    For the length of the context fsspec, through which every address goes, knows no other schemes,
+    and no local files but the data set's own: whatever a card names comes to it.
+
+    Args:
+        node: the config's node.
+        scratch: more directories of the caller's own.
+
+    Raises:
+        AddressError: the config, the data set's card or one of its files names what is not opened.
+    """
+    node = _plain(node)
+    folders = Folders.of(node)
+    if folders.own is None:
+        yield
+        return
+    folders = Folders((*folders.own, *scratch))
+    refuse_addresses(node)
+    _check_card(node, folders)
+
+    import datasets  # noqa: F401, for it registers schemes of its own
+    from fsspec.registry import _registry, get_filesystem_class, known_implementations
+
+    named = [text for key in _PLACES for _, text in _texts(node.get(key), key)]
+    schemes = {_scheme(text) for text in named}
+    path = node.get("path") or node.get("dataset_path")
+    if not isinstance(path, str) or not Path(path).expanduser().exists():
+        schemes.add("hf")
+    allowed = {*_ARCHIVES, *schemes.intersection(("hf", *_WEB))}
+    refused = {scheme: _refusing(scheme) for scheme in {*known_implementations, *_registry}}
+    kept = {scheme: get_filesystem_class(scheme) for scheme in allowed & refused.keys()}
+    local = _fenced(folders)
+    with _LOCK:
+        before = dict(_registry)
+        _registry.update(refused | kept | {"file": local, "local": local})
+        try:
+            yield
+        finally:
+            _registry.clear()
+            _registry.update(before)
+
+
+def _refusing(scheme: str) -> "type[AbstractFileSystem]":
+    """Return what fsspec is to take for the file system of a scheme that is not opened."""
+    from fsspec import AbstractFileSystem
+
+    class Refusing(AbstractFileSystem):
+        cachable = False
+        protocol = scheme
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            raise AddressError(f"it names an address of the scheme '{scheme}', which is not opened")
+
+        @staticmethod
+        def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
+            shown = path.partition("?")[0]
+            raise AddressError(f"it names the address '{shown}', which is not opened")
+
+    return Refusing
+
+
+def _fenced(folders: Folders) -> "type[AbstractFileSystem]":
+    """Return fsspec's local file system, with no files but a data set's own."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Fenced(LocalFileSystem):
+        def glob(self, path: str, maxdepth: int | None = None, **kwargs: Any) -> Any:
+            found = super().glob(path, maxdepth, **kwargs)
+            for file in filter(os.path.isfile, found):
+                folders.refuse_outside(file)
+            return found
+
+        def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:
+            if "r" in mode:
+                folders.refuse_outside(path)
+            return super()._open(path, mode, *args, **kwargs)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return LocalFileSystem, (self.auto_mkdir,)  # for another process, which writes its part
+
+    return Fenced
+
+
+def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
+    """Look at what the card of a local folder says of its files, before ``datasets`` does.
+
+    Raises:
+        AddressError: it names other files than the folder's, or cannot be read.
+    """
+    path = node.get("path")
+    folder = Path(path).expanduser() if isinstance(path, str) else None
+    for name in _CARDS:
+        if folder is None or not (file := folder / name).exists():
+            continue
+        folders.refuse_outside(str(file))
+        for key, text in _named_by(file):
+            places = key.partition(".")[2].startswith(("data_files", "data_dir"))
+            up = ".." in Path(text).parts or Path(text).is_absolute()
+            if "://" in text or (places and ("::" in text or _scheme(text) or up)):
+                raise AddressError(
+                    f"'{file}' names '{text}' ({key}). A card may name files of its own folder "
+                    "alone. Correct it, or name the files in the config: 'data_files: …'."
+                )
+
+
+def _named_by(card: Path) -> Iterator[tuple[str, str]]:
+    """Yield the texts under ``configs`` of a card, with their keys."""
+    try:
+        with _opened(str(card)) as file:
+            content = file.read(_MOST_OF_A_CARD + 1)
+        if len(content) > _MOST_OF_A_CARD:
+            raise ValueError("it is too large")
+        text = content.decode()
+        if card.suffix == ".md":
+            from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+            block = REGEX_YAML_BLOCK.search(text)
+            text = block[2] if block else ""
+        said = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise AddressError(f"'{card}' cannot be read ({reason}). Correct it.") from error
+    yield from _texts(said.get("configs") if isinstance(said, Mapping) else None, "configs")
