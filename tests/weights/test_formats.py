@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_llm import rewrite, tensors, write_bert
+from fixtures_llm import rewrite, write_bert
 from fixtures_weights import weights
 from safetensors.torch import save_file
 from torch import Tensor
@@ -200,13 +200,12 @@ def test_nobody_is_told_to_merge_without_scales(
     assert not re.search("cast|drop", str(refused.value))
 
 
-def test_plain_fp8_may_be_cast(tmp_path: Path) -> None:
+def test_plain_fp8_is_merged_with_its_like(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
-        write_bert(tmp_path / name, seed=seed)
-    state = {k: v.to(torch.float8_e5m2) for k, v in tensors(tmp_path / "b").items()}
-    save_file(state, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
-    models = {name: str(tmp_path / name) for name in "ab"}
-    pool = HFModelPool(models, policy={"on_dtype": "cast"})
+        state = write_bert(tmp_path / name, seed=seed)
+        state = {key: value.to(torch.float8_e5m2) for key, value in state.items()}
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    pool = HFModelPool({name: str(tmp_path / name) for name in "ab"})
     assert SimpleAverageAlgorithm(show_pbar=False).run(pool)
 
 
