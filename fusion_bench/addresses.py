@@ -119,18 +119,23 @@ class Folders:
         node = _plain(node)
         if not isinstance(node, Mapping) or node.get("_target_") not in _LOADS:
             return cls(None)
-        named = [
-            text
-            for argument in _PLACES
-            for _, text in _texts(node.get(argument), argument)
-            if not _scheme(text)
-        ]
-        bases = [Path(), *(Path(str(node[key])) for key in ("path", "data_dir") if node.get(key))]
+        path, data_dir = (str(node.get(key) or "") for key in ("path", "data_dir"))
+        here = _home(path)
+        # As 'datasets' takes relative names: in the folder, or where the path names a reader, here.
+        bases = [here, here / data_dir] if here.is_dir() else []
+        bases += [] if "/" in path and not bases else [Path(), _home(data_dir)]
         own: list[Path] = []
-        for text in named:
-            for base in bases:
-                place = _fixed(_absolute(base.expanduser() / Path(text).expanduser()))
-                own += [place] if place.is_dir() else [place.parent, Path(os.path.realpath(place))]
+        for argument in _PLACES:
+            for _, text in _texts(node.get(argument), argument):
+                if _scheme(text):
+                    continue
+                named = _home(text)
+                for base in [Path()] if named.is_absolute() else bases:
+                    place = _fixed(_absolute(base / named))
+                    if place.is_dir():
+                        own.append(place)
+                    elif place.exists():
+                        own += [place.parent, Path(os.path.realpath(place))]
         return cls(tuple(dict.fromkeys(own)))
 
     def refuse_outside(self, path: str) -> None:
@@ -215,6 +220,10 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100, for Path leaves '..' in or follows links
 
 
+def _home(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111, for Path raises where there is no home
+
+
 def _fixed(path: Path) -> Path:
     """Return what of a pattern stands fixed, a folder where the rest is not."""
     for parent in reversed([path, *path.parents]):
@@ -260,7 +269,7 @@ def fence(node: Any, *scratch: Path) -> Iterator[None]:
     named = [text for key in _PLACES for _, text in _texts(node.get(key), key)]
     schemes = {_scheme(text) for text in named}
     path = node.get("path") or node.get("dataset_path")
-    if not isinstance(path, str) or not Path(path).expanduser().exists():
+    if not isinstance(path, str) or not _home(path).exists():
         schemes.add("hf")
     allowed = {*_ARCHIVES, *schemes.intersection(("hf", *_WEB))}
     refused = {scheme: _refusing(scheme) for scheme in {*known_implementations, *_registry}}
@@ -324,7 +333,7 @@ def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
         AddressError: it names other files than the folder's, or cannot be read.
     """
     path = node.get("path")
-    folder = Path(path).expanduser() if isinstance(path, str) else None
+    folder = _home(path) if isinstance(path, str) else None
     for name in _CARDS:
         if folder is None or not (file := folder / name).exists():
             continue

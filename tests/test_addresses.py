@@ -1,5 +1,6 @@
 """Whoever names an address that may not be opened: it is refused, and nobody is asked for it."""
 
+import contextlib
 import io
 import json
 import os
@@ -482,6 +483,35 @@ def test_a_saved_data_set_and_its_format(tmp_path: Path) -> None:
     state = json.loads((data / "state.json").read_text())
     (data / "state.json").write_text(json.dumps(state | {"_format_type": "numpy"}))
     assert len(read({"_target_": "datasets.load_from_disk", "dataset_path": str(data)})) == 1
+
+
+def test_what_a_config_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "data")
+    places = [tmp_path / name for name in ("private.png", "data/inner.png", "data/deep/x.png")]
+    places[2].parent.mkdir()
+    for place in places:
+        place.write_bytes(PNG)
+
+    def held(node: dict[str, Any]) -> list[str]:
+        found = []
+        for place in places:
+            with contextlib.suppress(AddressError):
+                Folders.of(node).picture(str(place))
+                found.append(place.name)
+        return found
+
+    assert held(loads("owner/name")) == held(loads("mnist")) == held(loads("parquet")) == []
+    assert held(loads("owner/name", data_files="*.parquet")) == []
+    within = ["inner.png", "x.png"]
+    for named in ("data/train.parquet", "data/*.parquet", str(tmp_path / "data" / "*")):
+        assert held(loads("parquet", data_files=named)) == within
+    assert held(loads("imagefolder", data_dir="data")) == held(loads("data")) == within
+    assert held(loads("data", data_files="train.parquet")) == within
+    assert held(loads("owner/name", data_files=str(tmp_path / "data" / "*.parquet"))) == within
+    assert held(loads("owner/name", data_files="~nobody/x.csv")) == []
+    assert held({"_target_": "datasets.load_from_disk", "dataset_path": "data"}) == within
+    assert held({"_target_": "mine.load"}) == ["private.png", *within]
 
 
 # --- the fence
