@@ -214,15 +214,16 @@ def test_the_same_weights_whatever_the_caller_drew(few_images: Path, tmp_path: P
 
 
 def test_the_same_weights_for_any_number_of_threads(few_images: Path, tmp_path: Path) -> None:
-    recipe = Recipe(pretrain_steps=2, finetune_steps=1)  # wide enough for sums to be split
+    # wide enough for sums to be split
+    recipe = Recipe(layers=1, pretrain_steps=1, finetune_steps=1)
     weights = []
-    for count in (1, 2, 3, 8):
+    for count in (1, 3):
         with threads(count):
             build.build(tmp_path / str(count), recipe)
         files = sorted((tmp_path / str(count)).glob("models/*/model.safetensors"))
         assert len(files) == len(zoo.MODELS)
         weights.append([file.read_bytes() for file in files])
-    assert weights[1:] == weights[:1] * 3
+    assert weights[0] == weights[1]
 
 
 def test_too_few_threads_are_refused_before_anything_is_drawn(
