@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from fusion_bench.errors import ConfigError, FusionBenchError, check_between, check_choice
 from fusion_bench.method.base import aligned, refuse_without_pretrained
-from fusion_bench.method.data import Data, Split, TrainablePool, merged, own_data, parameter_keys
+from fusion_bench.method.data import (
+    Data,
+    Split,
+    TrainablePool,
+    merged,
+    own_data,
+    parameter_keys,
+    the_same_everywhere,
+)
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.progress import bar
 from fusion_bench.storage import read_json, write_text
@@ -88,6 +96,7 @@ class AdaMergingAlgorithm:
         self.split = split
         self.seed = seed or 0
 
+    @the_same_everywhere
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Learn the coefficients and merge; what is no parameter stays the pretrained model's.
 

@@ -3,7 +3,8 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import ModelPool, refuse_disagreeing
 from fusion_bench.tasks import canonical_name
+from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import MergeTensor, Weights, merge
 
 T = TypeVar("T")
+M = TypeVar("M")
+P = ParamSpec("P")
 
 #: The part of the datasets that a method learns from. The test split is that of the task pool.
 Split = Literal["train", "validation", "test"]
@@ -63,6 +67,20 @@ def check_sampling(key: str, count: int | None, batch_size: int) -> None:
     if count is not None:
         check_between(key, count, 1, math.inf)
     check_between("method.batch_size", batch_size, 1, math.inf)
+
+
+def the_same_everywhere(
+    run: Callable[Concatenate[M, TrainablePool, P], Weights],
+) -> Callable[Concatenate[M, TrainablePool, P], Weights]:
+    """Let a method's ``run`` learn the same on a processor of any number of cores."""
+
+    @wraps(run)
+    def fixed(method: M, modelpool: TrainablePool, *args: P.args, **kwargs: P.kwargs) -> Weights:
+        first = [modelpool.weights(name) for name in modelpool.model_names[:1]]
+        with fixed_threads(sum(weights.spec(key).numel for weights in first for key in weights)):
+            return run(method, modelpool, *args, **kwargs)
+
+    return fixed
 
 
 def own_data(names: Sequence[str], data: Mapping[str, T]) -> dict[str, T]:

@@ -25,6 +25,7 @@ from fusion_bench.method.data import (
     merged,
     own_data,
     parameter_keys,
+    the_same_everywhere,
     wide,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
@@ -97,6 +98,7 @@ class FisherMergingAlgorithm:
         """Whether the true labels are looked at."""
         return self.estimator == "empirical"
 
+    @the_same_everywhere
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Estimate the Fisher information of each model and merge.
 

@@ -17,7 +17,14 @@ from torch.nn.functional import cross_entropy
 from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.adamerging import Mixture, per_key
 from fusion_bench.method.base import aligned
-from fusion_bench.method.data import Data, Split, TrainablePool, merged, parameter_keys
+from fusion_bench.method.data import (
+    Data,
+    Split,
+    TrainablePool,
+    merged,
+    parameter_keys,
+    the_same_everywhere,
+)
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
@@ -48,6 +55,7 @@ class GreedySoupAlgorithm:
         self.accept_equal = accept_equal
         self.split = split
 
+    @the_same_everywhere
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Judge every model, then add one after the other."""
 
@@ -110,6 +118,7 @@ class LearnedSoupAlgorithm:
         self.split = split
         self.seed = seed or 0
 
+    @the_same_everywhere
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Learn the weights, and with them a temperature of the answers, and merge."""
         models = {name: modelpool.weights(name) for name in modelpool.model_names}

@@ -24,10 +24,12 @@ from fusion_bench.method.data import (
     merged,
     own_data,
     parameter_keys,
+    the_same_everywhere,
     wide,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.progress import bar
+from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import Weights
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class RegMeanAlgorithm:
         self.split = split
         self.seed = seed or 0
 
+    @the_same_everywhere
     @torch.no_grad()
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Collect the Gram matrices, model by model, and merge.
@@ -153,13 +156,14 @@ class NormalEquations:
         """
         left = self._left[key]
         diagonal = left.diagonal()
-        for power in range(-9, 0):
-            pull = 10.0**power * torch.where(diagonal == 0, 1, diagonal)
-            factor, failed = torch.linalg.cholesky_ex(left.diagonal_scatter(diagonal + pull))
-            if not failed:
-                break
-        right = self._right[key] + pull[:, None] * average.to(left).T
-        return torch.cholesky_solve(right, factor).T.to(average)
+        with fixed_threads(left.numel()):
+            for power in range(-9, 0):
+                pull = 10.0**power * torch.where(diagonal == 0, 1, diagonal)
+                factor, failed = torch.linalg.cholesky_ex(left.diagonal_scatter(diagonal + pull))
+                if not failed:
+                    break
+            right = self._right[key] + pull[:, None] * average.to(left).T
+            return torch.cholesky_solve(right, factor).T.to(average)
 
 
 class Gram:

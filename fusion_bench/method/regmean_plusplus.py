@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.errors import FusionBenchError
-from fusion_bench.method.data import Data, TaskData, TrainablePool, own_data, parameter_keys
+from fusion_bench.method.data import (
+    Data,
+    TaskData,
+    TrainablePool,
+    own_data,
+    parameter_keys,
+    the_same_everywhere,
+)
 from fusion_bench.method.regmean import NormalEquations, RegMeanAlgorithm, collected_grams
 from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
@@ -25,6 +32,7 @@ class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
     takes.
     """
 
+    @the_same_everywhere
     @torch.no_grad()
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
         """Merge block by block.

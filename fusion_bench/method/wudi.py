@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.threads import fixed_threads
 from fusion_bench.weights.matrices import is_matrix
 from fusion_bench.weights.ops import task_vectors
 
@@ -69,9 +70,10 @@ class WUDIMerging(TensorwiseAlgorithm):
             merged += vector
         if not fitted:
             return merged.div_(len(tensors)).add_(base)
-        gram, pull = self._equations(key, tensors, base, merged)
-        if pull.any():  # else the sum is the minimum
-            merged += self._solution(gram, pull, like=merged)
+        with fixed_threads(merged.numel()):
+            gram, pull = self._equations(key, tensors, base, merged)
+            if pull.any():  # else the sum is the minimum
+                merged += self._solution(gram, pull, like=merged)
         return merged.add_(base)
 
     def _equations(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusion_bench.progress import watched
 from fusion_bench.storage import cache_dir, locked, whole_directory
+from fusion_bench.threads import fixed_threads
 from fusion_bench.zoo import PRETRAINED, tokenizer
 from fusion_bench.zoo.images import SIZE, Split, make
 from fusion_bench.zoo.recipe import Recipe
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _log = logging.getLogger(__name__)
-_MOST_THREADS = 4  # more of them slow models of this size down
+_ELEMENTS = 2**20  # of each of the models, more or less
 
 Advance = Callable[[str, int], None]
 """Called with what is being done, and how many images were seen since the last call."""
@@ -52,11 +53,11 @@ def build(root: Path, recipe: Recipe, advance: Advance = lambda phase, images: N
     Draws no number from the caller's random generators and changes no setting of torch.
     """
     data = {}
-    for task in TASKS:
-        advance(f"images of {task}", 0)
-        data[task] = make(task)
-        _write_dataset(root / "datasets" / task, task, data[task])
     with _quiet(), _own_torch(recipe.seed):
+        for task in TASKS:
+            advance(f"images of {task}", 0)
+            data[task] = make(task)
+            _write_dataset(root / "datasets" / task, task, data[task])
         generator = torch.Generator().manual_seed(recipe.seed)
         base = root / "models" / PRETRAINED
         _pretrain(base, data, recipe, generator, advance)
@@ -187,19 +188,15 @@ def _image_processor() -> Any:
 @contextmanager
 def _own_torch(seed: int) -> Iterator[None]:
     """Train on the CPU with gradients and own random numbers, whatever the caller has set."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, _MOST_THREADS))
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            torch.default_generator.manual_seed(seed)  # of the CPU alone
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with (
+        fixed_threads(_ELEMENTS),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone
+        yield
 
 
 @contextmanager

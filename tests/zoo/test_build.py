@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures_contract import threads
 
 from fusion_bench import zoo
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.zoo import build
 from fusion_bench.zoo.recipe import Recipe
 
@@ -210,6 +211,29 @@ def test_the_same_weights_whatever_the_caller_drew(few_images: Path, tmp_path: P
         path = tmp_path / str(number) / "models" / "clip-tiny_faces" / "model.safetensors"
         weights.append(path.read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_the_same_weights_for_any_number_of_threads(few_images: Path, tmp_path: Path) -> None:
+    # wide enough for sums to be split
+    recipe = Recipe(layers=1, pretrain_steps=1, finetune_steps=1)
+    weights = []
+    for count in (1, 3):
+        with threads(count):
+            build.build(tmp_path / str(count), recipe)
+        files = sorted((tmp_path / str(count)).glob("models/*/model.safetensors"))
+        assert len(files) == len(zoo.MODELS)
+        weights.append([file.read_bytes() for file in files])
+    assert weights[0] == weights[1]
+
+
+def test_too_few_threads_are_refused_before_anything_is_drawn(
+    few_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    monkeypatch.setattr(build, "make", lambda task: pytest.fail("drawn"))
+    with pytest.raises(ConfigError, match="Unset OMP_THREAD_LIMIT"):
+        build.ensure(SMALL)
+    assert _zoos(few_images) == []
 
 
 def test_without_a_terminal_it_logs_two_lines(

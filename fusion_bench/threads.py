@@ -1,0 +1,54 @@
+"""How many threads torch computes with where their number shows in the result."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fusion_bench.errors import ConfigError
+
+_SMALL = 2**21  # elements
+_FEW = 2  # more of them slow small models down; the embedded models' figures are those of two
+_SEVERAL = 8
+
+
+@contextmanager
+def fixed_threads(elements: int) -> Iterator[None]:
+    """Compute with a number of threads that the size of the work decides, not the machine.
+
+    Torch splits sums among its threads, and each split rounds in another way. Training makes much
+    of that: a model comes out as another one. So whatever is trained on a CPU is trained in here.
+    The caller's number is put back afterwards.
+
+    Args:
+        elements: of the model that is trained.
+
+    Raises:
+        ConfigError: the environment keeps torch from having so many threads.
+    """
+    count = _FEW if elements <= _SMALL else _SEVERAL
+    _refuse_fewer(count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refuse_fewer(count: int) -> None:
+    """Refuse what stands above ``torch.set_num_threads`` and cannot be changed from here."""
+    limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
+    above = {
+        "OMP_THREAD_LIMIT": limit.isdecimal() and 0 < int(limit) < count,
+        "OMP_DYNAMIC": os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true",
+        "OMP_MAX_ACTIVE_LEVELS": os.environ.get("OMP_MAX_ACTIVE_LEVELS", "").strip() == "0",
+    }
+    for name, refused in above.items():
+        if refused:
+            raise ConfigError(
+                f"{name}={os.environ[name]}: keeps torch from having the {count} threads that a "
+                "trained model is made with everywhere; it would come out as another one. "
+                f"Unset {name}."
+            )
