@@ -23,6 +23,7 @@ from fusion_bench.addresses import Folders
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.plan import Plan, Step
 from fusion_bench.repository import hub_cache
+from fusion_bench.taskpool.classes import some
 from fusion_bench.taskpool.described import datasets_cache, describe, load_split
 from fusion_bench.taskpool.evaluate import Loading, Room, judge
 from fusion_bench.taskpool.images import Columns, LabelledImages
@@ -441,13 +442,15 @@ class ImageTaskPool(ABC):
 
 def _refuse_other_classes(key: str, task: str, names: list[str], expected: list[str]) -> None:
     if names != expected:
-        alone = [name for name in names if name not in expected][:3]
-        lacking = [name for name in expected if name not in names][:3]
-        told = f" It alone has {', '.join(map(repr, alone))}." if alone else ""
-        told += f" It lacks {', '.join(map(repr, lacking))}." if lacking else ""
+        alone = [name for name in names if name not in expected]
+        lacking = [name for name in expected if name not in names]
+        told = f" It alone has {some(alone)}." if alone else ""
+        told += f" It lacks {some(lacking)}." if lacking else ""
+        if bool(alone) != bool(lacking):
+            told += f" If labels are text, list all: 'taskpool.tasks.{task}.class_names: […]'."
         raise FusionBenchError(
-            f"{key}: its classes are not those of '{task}'.{told} List all in one order: "
-            f"'taskpool.tasks.{task}.class_names: […]'."
+            f"{key}: its classes are not those of '{task}'."
+            + (told or " They come in another order.")
         )
 
 

@@ -260,7 +260,8 @@ def test_datasets_are_held_against_their_tasks(program_config: Config, tmp_path:
     found = problems(config)
     assert found == [
         "taskpool.tasks.b.label_column: the dataset has no column 'lable'. Did you mean 'label'?",
-        "modelpool.train_datasets.a: its classes are not those of 'a'.",
+        "modelpool.train_datasets.a: its classes are not those of 'a'. It alone has 'cat', 'dog'. "
+        "It lacks 'abbey', 'airplane cabin', 'beach'.",
         "modelpool.train_datasets.b: the models are judged on this very split. Choose another "
         "(method.split=train or validation), or give allow_test_split=true; the report will say "
         "so.",

@@ -259,7 +259,8 @@ def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
         "modelpool.train_datasets.c: the task pool has no such task. Known: a, b."
     )
     assert refused(with_data(train | {"b": train["a"]})) == (
-        "modelpool.train_datasets.b: its classes are not those of 'b'."
+        "modelpool.train_datasets.b: its classes are not those of 'b'. It alone has 'abbey', "
+        "'airplane cabin', 'beach'. It lacks 'cat', 'dog', 'emu' … (5)."
     )
     whole = {k: v for k, v in train["b"].items() if k != "split"}
     assert refused(with_data(train | {"b": whole})) == (

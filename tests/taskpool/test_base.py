@@ -360,8 +360,8 @@ def test_tuning_data_of_other_classes_say_which(
     assert pool.plan().problems == []
     (problem,) = pool.plan_tuning({"a": few}, "method.data").problems
     assert str(problem) == (
-        "method.data.a: its classes are not those of 'a'. It lacks 'beach'. List all in one order: "
-        "'taskpool.tasks.a.class_names: […]'."
+        "method.data.a: its classes are not those of 'a'. It lacks 'beach'. If labels are "
+        "text, list all: 'taskpool.tasks.a.class_names: […]'."
     )
 
 
