@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.errors import FusionBenchError
+from fusion_bench.resolving import to_container
 
 _PACKAGE = Path(__file__).resolve().parent
 #: Inside the package when installed from a wheel, beside it in a checkout.
@@ -87,7 +87,7 @@ def composed(*overrides: str) -> dict[str, Any]:
             nullcontext() if inside else initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
         ):
             config = compose("fabric_model_fusion", list(overrides))
-        found: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        found: Any = to_container(config, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise FusionBenchError(str(error).splitlines()[0]) from error
     return dict(found)

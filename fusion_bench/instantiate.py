@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from fusion_bench.errors import ConfigError, did_you_mean
 from fusion_bench.pretrained import checked_node
+from fusion_bench.resolving import to_container
 from fusion_bench.trust import argument_problems, find, is_users
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ def _resolved(node: Any) -> Any:
     """Return a node as plain data; it is this that is checked, and made an object of."""
     if isinstance(node, Mapping) and not OmegaConf.is_config(node) and _interpolates(node):
         node = OmegaConf.create(dict(node), flags={"allow_objects": True})
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return to_container(node) if OmegaConf.is_config(node) else node
 
 
 def _interpolates(node: Any) -> bool:

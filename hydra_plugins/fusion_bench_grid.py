@@ -9,6 +9,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from fusion_bench.errors import FusionBenchError, did_you_mean
+
 
 class GridSweeper(BasicSweeper):
     """Runs every combination of the values, each once.
@@ -24,7 +26,14 @@ class GridSweeper(BasicSweeper):
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        """Return the jobs' overrides, in batches."""
+        """Return the jobs' overrides, in batches.
+
+        Raises:
+            FusionBenchError: a pattern that fits no choice.
+        """
+        for override in overrides:
+            if override.is_choice_sweep() and not any(True for _ in override.sweep_iterator()):
+                raise FusionBenchError(self._without_values(override))
         (jobs,) = super().split_arguments(overrides, None)
         keys = [override.get_key_element() for override in overrides]
         for swept in filter(self._chooses, overrides):
@@ -41,6 +50,14 @@ class GridSweeper(BasicSweeper):
         """Compose one job of each form; those that differ in a value alone are as sound."""
         forms = {tuple(self._form(override) for override in job): job for job in batch}
         super().validate_batch_is_legal(list(forms.values()))
+
+    def _without_values(self, override: Override) -> str:
+        assert self.hydra_context is not None
+        group = override.get_key_element().lstrip("+").partition("@")[0]
+        loader = self.hydra_context.config_loader
+        known = loader.get_group_options(group, results_filter=None)
+        why = did_you_mean("", known) or f"There is no config group '{group}'."
+        return f"'{override.input_line}': no choice fits. {why}"
 
     def _form(self, override: str) -> str:
         key = override.partition("=")[0]

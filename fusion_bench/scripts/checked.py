@@ -11,17 +11,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.errors import ConfigError
 from fusion_bench.redact import secret_keys
+from fusion_bench.resolving import bounded as bounded_interpolations
+from fusion_bench.resolving import resolve_all
+from fusion_bench.scripts.bounds import bounded
 from fusion_bench.trust import allowed_packages, is_users
 
 _PLUGINS = "hydra_plugins.hydra_"
+_SWEEPS = "fusion_bench.scripts.sweep.SweepCallback"
 _TARGETS = re.compile(
     r"hydra\._internal\.core_plugins\.(basic_launcher\.BasicLauncher|basic_sweeper\.BasicSweeper)"
     r"|hydra\.experimental\.callbacks\.LogJobReturnCallback"
@@ -46,10 +52,10 @@ _LOGGING: Mapping[str, Mapping[str, str]] = {
     },
     "filters": {"()": r"fusion_bench\.redact\.Redacting"},
     "handlers": {
-        "class": r"logging\.(StreamHandler|FileHandler|NullHandler)"
-        r"|logging\.handlers\.(Timed)?RotatingFileHandler|rich\.logging\.RichHandler",
+        # Those that rotate remove files.
+        "class": r"logging\.(StreamHandler|FileHandler|NullHandler)|rich\.logging\.RichHandler",
         "stream": r"ext://sys\.std(out|err)",
-        # Whatever is written into it, no such file is ever run.
+        # It goes into the run's folder; whatever is written into it, no such file is ever run.
         "filename": r"(\$\{hydra\.(runtime\.output_dir|sweep\.dir)\}/)?"
         r"(\$\{hydra\.job\.name\}|[\w-]|\.(?!\.))+\.log",
         "mode": "[aw]",
@@ -58,8 +64,6 @@ _LOGGING: Mapping[str, Mapping[str, str]] = {
         "filters": r"[\w-]+",
         "encoding": r"[\w-]+",
         "delay": "True|False",
-        **dict.fromkeys(("maxBytes", "backupCount", "interval"), r"\d+"),
-        **dict.fromkeys(("when", "utc"), r"\w+"),
         **dict.fromkeys(
             ("markup", "rich_tracebacks", "show_level", "show_path", "show_time"), "True|False"
         ),
@@ -109,20 +113,37 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             ConfigError: with a line for each thing that it may not ask for.
         """
         try:
-            self._check_search_path(config_name, overrides)
-            config = super().load_configuration(
-                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
-            )
+            with bounded_interpolations():
+                self._check_search_path(config_name, overrides)
+                config = super().load_configuration(
+                    config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+                )
+            resolve_all(config)
         except (HydraException, OmegaConfBaseException):
             raise
-        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except RecursionError as error:
+            raise ConfigError(
+                f"'{config_name}' cannot be composed: something in it holds itself, or too much "
+                "in each other. Look at its interpolations and defaults lists."
+            ) from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             # What Hydra makes of no text, of trees without end, or of its own key set to null.
             raise ConfigError(f"'{config_name}' cannot be composed: {error}.") from error
         if problems := list(_problems(config)):
             raise ConfigError("\n".join(dict.fromkeys(problems)))
         if config.get("dry_run") is True:  # it leaves nothing but its log
             config.hydra.output_subdir = None
+        with open_dict(config.hydra):  # it looks after the folders of a sweep, whatever a file says
+            config.hydra.callbacks["leaderboard"] = {"_target_": _SWEEPS}
         return config
+
+    def _parse_overrides_and_create_caching_repo(
+        self, config_name: str | None, overrides: list[str]
+    ) -> tuple[list[Override], CachingConfigRepository]:
+        parsed, repository = super()._parse_overrides_and_create_caching_repo(
+            config_name, overrides
+        )
+        return parsed, bounded(repository)
 
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
         """Let no package be imported for the sake of its configs alone."""
@@ -153,17 +174,36 @@ def _problems(config: DictConfig) -> Iterator[str]:
         )
     for section in ("job_logging", "hydra_logging"):
         yield from _logging_problems(hydra.get(section), f"hydra.{section}")
+    for name, handler in (_at(hydra, "hydra_logging.handlers") or {}).items():
+        if isinstance(handler, Mapping) and handler.get("filename") is not None:
+            yield (
+                f"hydra.hydra_logging.handlers.{name}.filename: Hydra's own messages go to the "
+                "terminal. Name the file in hydra.job_logging."
+            )
     for key, value, pattern in (
         ("output_subdir", hydra.get("output_subdir"), r"\.?[\w-]+"),
         ("job.name", _at(hydra, "job.name"), r"\?\?\?|[\w-][\w.=,+-]*"),
     ):
         if value is not None and not _fits(value, pattern):
             yield f"hydra.{key}: '{value}' is no plain name."
+    yield from _value_problems(hydra)
     for key, value in _leaves(hydra):
         if isinstance(value, str) and "${" in _PLAIN.sub("", value) and _FREE.fullmatch(key):
             yield f"hydra.{key}: '{value}' is no plain text; write it out."
     yield from _call_problems(hydra, "hydra")
     yield from _command_problems(hydra)
+
+
+def _value_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each setting whose value Hydra would stumble over."""
+    for key in ("launcher", "sweeper"):
+        if not isinstance(_at(hydra, f"{key}._target_"), str):
+            yield f"hydra.{key}: is none. Choose one: 'hydra/{key}=…', or leave it out."
+    size = _at(hydra, "sweeper.max_batch_size")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        yield f"hydra.sweeper.max_batch_size: '{size}' is no whole number from 1 on, and not null."
+    if not isinstance(verbose := hydra.get("verbose"), bool | str | list):
+        yield f"hydra.verbose: '{verbose}' is neither true or false nor the name of a logger."
 
 
 def _call_problems(node: Any, key: str) -> Iterator[str]:

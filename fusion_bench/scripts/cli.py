@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 from hydra._internal import hydra as hydra_internal
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -27,6 +28,7 @@ from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
+    ValidationError,
 )
 from yaml import YAMLError
 
@@ -34,6 +36,9 @@ from fusion_bench.configs import CONFIG_DIR, register
 from fusion_bench.errors import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
 from fusion_bench.redact import Redacting, redacted, secret_keys
+from fusion_bench.resolving import to_container
+from fusion_bench.scripts.arguments import arguments_parser
+from fusion_bench.scripts.bounds import FileConfigSource
 from fusion_bench.scripts.checked import CheckedConfigLoader
 from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.scripts.sweep import Failed, attempt, lost_workers
@@ -136,8 +141,10 @@ def unanswered() -> Iterator[None]:
 def set_up_hydra() -> None:
     """Let every config have our groups, sweeps and launchers, and no more than it may."""
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
+    sys.modules["hydra.main"].get_args_parser = arguments_parser  # type: ignore[attr-defined]
     Plugins.instance().register(PackagedConfigs)
     register()
+    SourcesRegistry.instance().types["file"] = FileConfigSource
     store = ConfigStore.instance().store
     ours = {"output": "by_name", "callbacks": "leaderboard", "sweeper": "grid"}
     defaults = [
@@ -162,10 +169,23 @@ def _print_redacted(*error: Any) -> None:
 
 
 def _leave_working_directory() -> None:
-    """Import nothing from where ``python -m`` was typed: Hydra runs each plugin that it finds."""
+    """Import nothing from where the command was typed, unless ``PYTHONPATH`` names it.
+
+    Hydra runs each plugin that it finds, and a process that is started would look there first.
+    """
     here = Path.cwd()
-    if sys.path and Path(sys.path[0]).absolute() == here != Path(__file__).parents[2]:
-        del sys.path[0]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [path for path in named if path]  # an empty one stands for the working directory
+    if here == Path(__file__).parents[2]:  # a checkout, where the package need not be installed
+        paths.insert(0, str(here))
+    elif here not in {Path(path).absolute() for path in paths}:
+        if sys.path and Path(sys.path[0]).absolute() == here:
+            del sys.path[0]
+        if len(named) > len(paths) > 0:
+            sys.path[:] = [path for path in sys.path if Path(path).absolute() != here]
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def _allowed(words: list[str]) -> list[str]:
@@ -220,7 +240,7 @@ def _directory(name: str) -> str:
 
 def _run_program(config: DictConfig, parts: Parts) -> float | None:
     """Run the program; returns what a sweeper may optimise, if the result has it."""
-    settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    settings = to_container(config, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:
         name = HydraConfig.get().job.config_name or ""
         directory, slash, file = name.rpartition("/")
@@ -235,6 +255,8 @@ def _run_program(config: DictConfig, parts: Parts) -> float | None:
     if keys := list(secret_keys(settings)):
         raise ConfigError(f"{', '.join(keys)}: looks like a token, and configs are saved.")
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
+    if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
+        settings.pop("overwrite", None)
     arguments: dict[str, Any] = {"output_dir": HydraConfig.get().runtime.output_dir}
     if accepts(settings["_target_"], "parts"):
         arguments["parts"] = parts
@@ -302,18 +324,36 @@ def _explain(error: Exception) -> str:
         return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
     if isinstance(error, OverrideParseException):
         return (
-            f"{first_line}. Quote values that hold '=', ',' or spaces once more: "
+            f"{_parse_failure(error)}. Quote values that hold '=', ',' or spaces once more: "
             """'reports=["a","sweep/x=1"]'."""
         )
+    if isinstance(error, FusionBenchError):
+        return str(error)
     cause = error.__cause__
     if isinstance(error, InterpolationResolutionError):  # a resolver of ours may have raised it
         ours = [e for e in chain(error) if isinstance(e, FusionBenchError)]
         return f"{error.full_key}: {ours[0] if ours else first_line}"
+    if isinstance(cause, ValidationError):
+        return f"{first_line}: {str(cause).partition(chr(10))[0]}"
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]
         hint = did_you_mean(str(cause.key), names)
         return f"{first_line} {hint} To add a key that the config lacks, put a '+' before it."
-    return str(error)
+    if several := re.match("Ambiguous value for argument '(.*)'$", first_line):
+        key, _, values = several[1].lstrip("+").partition("=")
+        return (
+            f"{key}={values}: add -m to run once with each. Else quote it: '{key}=[{values}]' is a "
+            f"""list, "{key}='{values}'" a text."""
+        )
+    return " ".join(str(error).split()) if isinstance(error, HydraException) else str(error)
+
+
+def _parse_failure(error: OverrideParseException) -> str:
+    """Return what is wrong with an override, and with which one, in one line."""
+    first_line, _, rest = error.message.partition("\n")
+    reason = rest.partition("\n")[0] if first_line.startswith("Error parsing") else ""
+    told = f"{first_line}: {reason}" if reason and not reason.startswith("See ") else first_line
+    return told if error.override in told else f"'{error.override}': {told}"
 
 
 def _nearest_config(missing: str) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -20,13 +21,15 @@ from uuid import uuid4
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench.errors import FusionBenchError, WorldError
+from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.redact import redacted
+from fusion_bench.scripts.folder import check_folder
 from fusion_bench.storage import write_text
 from fusion_bench.trust import environment_variable
 
@@ -36,6 +39,8 @@ T = TypeVar("T")
 
 _RECORD = "job.json"
 _LONGEST_NAME = 100
+#: Each is composed on its own, which takes a good while for so many.
+_MOST_JOBS = 100_000
 #: Strategies that have their processes at once; any other runs the command line again for each.
 _FORKS = re.compile("auto|dp|.*_(fork|spawn|notebook)")
 #: The launchers' packages, and what of ours brings them.
@@ -134,11 +139,19 @@ class SweepCallback(Callback):
         self._sweep = uuid4().hex
         self._begun = 0.0
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Make the run's directory, or say why there can be none."""
+        try:
+            _make(Path(config.hydra.run.dir), "hydra.run.dir")
+        except FusionBenchError as error:
+            give_up(error)
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Say where the jobs go, unless the user does, and refuse what cannot be swept."""
         try:
             check_strategy(config.get("fabric"))
             _check_launcher(config)
+            check_grid(config)
         except FusionBenchError as error:
             give_up(error)
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
@@ -155,7 +168,14 @@ class SweepCallback(Callback):
             about = [sources, config.hydra.job.config_name, sorted(given), sorted(swept), whole]
             config.hydra.sweep.dir = _sweep_directory(str(about[1]), swept, about)
         # Absolute, for a job may run in another directory.
-        self._set(config, "hydra.sweep.dir", str(Path(config.hydra.sweep.dir).absolute()))
+        directory = Path(config.hydra.sweep.dir).absolute()
+        self._set(config, "hydra.sweep.dir", str(directory))
+        try:
+            check_folder(directory, "hydra.sweep.dir")
+            _make(directory, "hydra.sweep.dir")
+        except FusionBenchError as error:
+            give_up(error)
+        write_text(directory / "multirun.yaml", OmegaConf.to_yaml(config))  # whose it is
         # A job is called by what is its own.
         common = [o.get_key_element().lstrip("+") for o in parsed if not o.is_sweep_override()]
         key = "hydra.job.config.override_dirname.exclude_keys"
@@ -233,6 +253,56 @@ def check_strategy(fabric: Mapping[str, Any] | None) -> None:
             "would start a sweep of its own. Give fabric.strategy=ddp_spawn, or one device a job "
             "and a launcher."
         )
+
+
+def _make(directory: Path, key: str) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: '{directory}' cannot be made: {error.strerror}. Name another place."
+        ) from error
+
+
+def check_grid(config: DictConfig) -> None:
+    """Count a grid's jobs by what is listed, before any list of them is made.
+
+    Raises:
+        ConfigError: there are none, or more than anybody waits for.
+    """
+    if "GridSweeper" not in (target := config.hydra.sweeper._target_) and "Basic" not in target:
+        return
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    words = [f"{key}={value}" for key, value in params.items()]
+    jobs = 1
+    for override in OverridesParser.create().parse_overrides(
+        [*words, *config.hydra.overrides.task]
+    ):
+        if override.is_sweep_override():
+            jobs *= _count(override)
+    if jobs > _MOST_JOBS:
+        raise ConfigError(f"A sweep of {jobs:,} jobs: more than {_MOST_JOBS:,}. List fewer values.")
+
+
+def _count(override: Override) -> int:
+    """Return how many values are listed; of a choice by pattern that is seen later."""
+    values = override.value()
+    if isinstance(values, IntervalSweep):
+        raise ConfigError(
+            f"'{override.input_line}': a grid needs single values. Write range(start,stop,step), "
+            "or search with 'hydra/sweeper=optuna'."
+        )
+    if isinstance(values, ChoiceSweep):
+        count = len(values.list)
+    elif isinstance(values, RangeSweep):
+        if not values.step:
+            raise ConfigError(f"'{override.input_line}': its step is 0. Give another.")
+        count = math.ceil(((values.stop or 0) - (values.start or 0)) / values.step)
+    else:
+        return 1
+    if count < 1:
+        raise ConfigError(f"'{override.input_line}': lists no value. Give at least one.")
+    return count
 
 
 def _check_launcher(config: DictConfig) -> None:

@@ -130,7 +130,8 @@ def test_a_wrong_figure_is_named_and_fails_the_process(conf: Path) -> None:
     assert len(result["figures"]) == 8
     assert rest[0].strip() in (conf / "out" / "reproduce.html").read_text().replace("&#43;", "+")
 
-    done = reproduce(conf, "methods=[pretrained,individual]")
+    assert "is of another run" in reproduce(conf, "methods=[pretrained,individual]").stderr
+    done = reproduce(conf, "methods=[pretrained,individual]", "overwrite=true")
     assert done.returncode == 0, done.stderr
     found = Reproduction.load(conf / "out" / "reproduce.json")
     assert list(found.rows) == ["pretrained", "individual"]

@@ -9,6 +9,7 @@ import yaml
 from commandline import fusion_bench
 
 from fusion_bench.report import Report
+from fusion_bench.scripts import cli
 
 HEAVY = ("torch", "transformers", "datasets", "lightning", "sklearn", "skimage", "matplotlib")
 
@@ -111,7 +112,42 @@ def test_both_module_forms_work(tmp_path: Path) -> None:
         assert done.returncode == 0 and "FabricModelFusionProgram" in done.stdout
 
 
+def test_nothing_is_imported_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a child, nor by an empty entry of PYTHONPATH; what it names stays."""
+    monkeypatch.chdir(tmp_path)
+    other = str(tmp_path / "other")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f":{other}:")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), other, str(tmp_path), *sys.path])
+    cli._leave_working_directory()
+    assert str(tmp_path) not in sys.path and other in sys.path
+    assert os.environ["PYTHONPATH"] == other and os.environ["PYTHONSAFEPATH"] == "1"
+    for name in ("pickle", "socket", "runpy", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("print('evil')")
+    code = (
+        "import multiprocessing as m, pickle, runpy\n"
+        "if __name__ == '__main__':\n"
+        "    p = m.get_context('spawn').Process(target=print, args=('child',))\n"
+        "    p.start(); p.join(); print('parent', p.exitcode)"
+    )
+    for command in (["-c", code], ["-m", "pickletools", "--help"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert done.returncode == 0 and "evil" not in done.stdout, done
+    monkeypatch.setenv("PYTHONPATH", f":{tmp_path}")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    cli._leave_working_directory()
+    assert str(tmp_path) in sys.path and os.environ["PYTHONPATH"] == str(tmp_path)
+
+
 BAD = [
+    (["seed=1,2"], "seed=1,2", "add -m"),
+    (["hydra.mode=nonsense"], "hydra.mode", "RUN"),
+    (["hydra.verbose=1"], "hydra.verbose", "the name of a logger"),
+    (["hydra.run.dir=/dev/null/x"], "hydra.run.dir", "Name another place"),
+    (["--experimental-rerun", "x.pickle"], "pickle", "--config-path"),
+    (["method@x=simple_average"], "method@x", "+method@x=simple_average"),
     (["--config-name", "smal"], "smal", "Did you mean 'small'?"),
     (["metod=x"], "metod", "Did you mean 'method'?"),
     (["+metod=x"], "metod", "Did you mean 'method'?"),

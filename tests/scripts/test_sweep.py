@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from commandline import SCRIPT, fusion_bench, python
+from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError, WorldError
+from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.report import Report
 from fusion_bench.report.leaderboard import Leaderboard
-from fusion_bench.scripts.sweep import check_strategy, directory_name, lost_workers
+from fusion_bench.scripts.sweep import check_grid, check_strategy, directory_name, lost_workers
 
 #: Runs the command line, and writes a line for each model that is judged on a task, and for each
 #: that is fused; once enough are judged it kills itself.
@@ -47,6 +48,9 @@ def fused(*args):
 base.judge, program.fuse = judged, fused
 main()
 """
+
+
+HOSTILE = "import os; open(os.path.join(os.getcwd(), 'canary'), 'w').close()"
 
 
 @pytest.fixture
@@ -138,10 +142,41 @@ def test_a_mistake_in_the_grid_is_told_before_anything_runs(conf: Path) -> None:
     for word, culprit in [
         ("method=simple_average,nosuch", "nosuch"),
         ("method.scale=1,2", "scale"),
+        ("method=glob(opcm/*)", "'method=glob(opcm/*)': no choice fits. Known: "),
     ]:
         done = sweep(conf, word)
         assert done.returncode == 2 and culprit in done.stderr
+        assert done.stderr.count("\n") == 1
         assert not list(conf.parent.glob("multirun/*/*/report.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["seed=range(0,10,0)"], "its step is 0"),
+        (["seed=range(0,1,0.0)"], "its step is 0"),
+        (["seed=range(5,1)"], "lists no value"),
+        (["seed=interval(0,1)"], "range(start,stop,step)"),
+        (["seed=range(0,1000000000)"], "1,000,000,000 jobs"),
+        (["a=range(0,1000)", "b=range(0,1,0.001)", "c=1,2"], "2,000,000 jobs"),
+    ],
+)
+def test_what_is_no_grid(words: list[str], told: str) -> None:
+    sweeper = {"_target_": "hydra_plugins.fusion_bench_grid.GridSweeper", "params": None}
+    config = {"hydra": {"sweeper": sweeper, "overrides": {"task": words}}}
+    with pytest.raises(ConfigError) as error:
+        check_grid(OmegaConf.create(config))
+    assert told in str(error.value)
+    config["hydra"]["sweeper"] = {**sweeper, "params": dict(word.split("=") for word in words)}
+    config["hydra"]["overrides"] = {"task": []}
+    with pytest.raises(ConfigError):
+        check_grid(OmegaConf.create(config))
+
+
+def test_a_large_grid_is_fine() -> None:
+    words = ["a=range(0,100)", "b=range(0,1,0.01)", "c=glob(*)", "d=shuffle(1,2)", "e=1"]
+    sweeper = {"_target_": "hydra_plugins.fusion_bench_grid.GridSweeper", "params": None}
+    check_grid(OmegaConf.create({"hydra": {"sweeper": sweeper, "overrides": {"task": words}}}))
 
 
 def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
@@ -247,6 +282,12 @@ def test_directories_are_readable_and_no_two_are_the_same() -> None:
 )
 def test_jobs_side_by_side(conf: Path, launcher: list[str], package: str) -> None:
     pytest.importorskip(f"hydra_plugins.{package}", reason="its extra is not installed")
+    for name in ("submitit", "joblib", "pickle", "torch", "numpy", "runpy", "multiprocessing"):
+        (conf.parent / f"{name}.py").write_text(HOSTILE)
+    for name in ("hydra_plugins", "logging"):
+        (conf.parent / name).mkdir()
+        (conf.parent / name / "__init__.py").write_text(HOSTILE)
+        (conf.parent / name / "evil.py").write_text(HOSTILE)
     done = sweep(conf, "method.scaling_factor=0.1,much", *launcher)
     assert done.returncode == 1, done.stderr
     assert done.stderr.endswith("fusion_bench: 1 of 2 jobs failed.\n")
@@ -255,6 +296,15 @@ def test_jobs_side_by_side(conf: Path, launcher: list[str], package: str) -> Non
     (line,) = (line for line in found.tables[0].lines if line.rank)
     (report,) = (conf.parent / "multirun").glob(f"*/{line.directory}/report.json")
     assert Report.load(report).models["merged"].average.accuracy == line.accuracy
+    assert not (conf.parent / "canary").exists()  # nothing there was imported by a worker
+
+
+def test_a_folder_of_the_users_is_no_sweeps(conf: Path) -> None:
+    (conf.parent / "multirun.yaml").write_text("mine")
+    done = sweep(conf, "seed=1,2", "hydra.sweep.dir=.")
+    assert done.returncode == 2
+    assert "hydra.sweep.dir: " in done.stderr and done.stderr.count("\n") == 1
+    assert (conf.parent / "multirun.yaml").read_text() == "mine"
 
 
 def test_a_launcher_that_is_not_installed(conf: Path) -> None:

@@ -1,0 +1,143 @@
+"""How much the interpolations of a config may stand for.
+
+Where each of forty keys names the one before it twice, the last is longer than any memory.
+OmegaConf resolves whatever it is told to; so each reference is counted while it does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.base import Container, Node
+from omegaconf.errors import OmegaConfBaseException
+
+from fusion_bench.errors import ConfigError
+
+#: So many references may be followed, and so many more for each that is written: a chain of paths,
+#: each of which begins with the one before, needs fewer.
+_FEW, _FOR_EACH = 1_000, 10
+_DEPTH = 100
+CHARACTERS = 2**22
+
+_node, _resolver = Container._resolve_node_interpolation, Container._evaluate_custom_resolver
+
+
+@dataclass
+class _Count:
+    limit: int
+    references: int = 0
+    characters: int = 0
+    error: ConfigError | None = None
+
+    def add(self, name: str, found: Any) -> None:
+        self.references += 1
+        self.characters += len(found) if isinstance(found, str) else 0
+        if self.references > self.limit or self.characters > CHARACTERS:
+            self.error = ConfigError(
+                f"${{{name}}}: the interpolations of this config stand for more than "
+                f"{self.limit:,} values or {CHARACTERS:,} characters. Write out what they name."
+            )
+            raise self.error
+
+
+_count: ContextVar[_Count | None] = ContextVar("_count", default=None)
+
+
+@contextmanager
+def bounded(config: Any = None) -> Iterator[None]:
+    """Let interpolations stand for no more than ``config`` needs, within the block.
+
+    Raises:
+        ConfigError: they do; whatever was made of this on the way.
+    """
+    count = _Count(_FEW + _FOR_EACH * (_written(config) if OmegaConf.is_config(config) else 0))
+    token = _count.set(count)
+    try:
+        yield
+    except Exception as error:
+        if count.error is not None and error is not count.error:
+            raise count.error from error
+        raise
+    finally:
+        _count.reset(token)
+
+
+def _written(config: Any) -> int:
+    if isinstance(config, DictConfig | ListConfig):
+        config = OmegaConf.to_container(config, resolve=False)
+    if isinstance(config, dict | list):
+        return sum(map(_written, config.values() if isinstance(config, dict) else config))
+    return config.count("${") if isinstance(config, str) else 0
+
+
+def resolve_all(config: DictConfig) -> None:
+    """Resolve whatever can be by now, to see that later it can be, too.
+
+    Raises:
+        ConfigError: it would be too large.
+    """
+    with bounded(config):
+        _resolve(config, 0)
+
+
+def _resolve(node: DictConfig | ListConfig, depth: int) -> None:
+    if depth > _DEPTH:
+        raise ConfigError(
+            f"{node._get_full_key(None)[:60]}: holds itself, by an interpolation. Write it out."
+        )
+    for key in range(len(node)) if isinstance(node, ListConfig) else [*node]:
+        try:
+            child = node[key]
+        except OmegaConfBaseException:  # of no value yet, or wrong, which is told when it is used
+            if (count := _count.get()) is not None and count.error is not None:
+                raise
+            continue
+        if isinstance(child, DictConfig | ListConfig):
+            _resolve(child, depth + 1)
+
+
+def to_container(node: Any, *, throw_on_missing: bool = False) -> Any:
+    """Return a config as plain data, resolved.
+
+    Raises:
+        ConfigError: it would be too large.
+    """
+    with bounded(node):
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=throw_on_missing)
+
+
+def _count_node(self: Container, inter_key: str, memo: set[int] | None) -> Node:
+    found = _node(self, inter_key, memo)
+    if (count := _count.get()) is not None:
+        count.add(inter_key, found._value())
+    return found
+
+
+def _count_resolver(
+    self: Container,
+    key: Any,
+    node: Node,
+    inter_type: str,
+    inter_args: tuple[Any, ...],
+    inter_args_str: tuple[str, ...],
+) -> Any:
+    count = _count.get()
+    if count is not None and inter_type == "oc.create":
+        for text in inter_args:
+            if isinstance(text, str) and "&" in text and "*" in text:
+                count.error = ConfigError(
+                    "${oc.create:…}: its text may hold aliases, and stand for more than any "
+                    "memory holds. Write the config out."
+                )
+                raise count.error
+    found = _resolver(self, key, node, inter_type, inter_args, inter_args_str)
+    if count is not None:
+        count.add(f"{inter_type}:{','.join(inter_args_str)}"[:80], found)
+    return found
+
+
+Container._resolve_node_interpolation = _count_node  # type: ignore[method-assign]
+Container._evaluate_custom_resolver = _count_resolver  # type: ignore[method-assign]

@@ -1,0 +1,164 @@
+"""How large a config may become, counted before Hydra copies it.
+
+An alias of YAML, and an entry of a defaults list, stand for something else as a whole, so that a
+few hundred bytes may stand for more than any memory holds. (What interpolations stand for is
+counted in ``fusion_bench.resolving``.)
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.core_plugins import file_config_source
+from hydra.plugins.config_source import ConfigResult
+
+from fusion_bench.errors import ConfigError
+from fusion_bench.resolving import CHARACTERS
+
+#: Of one file. A sweep over thousands of values, or a pool of a thousand models, is far below.
+_BYTES = 2**20
+_VALUES = 20_000
+_DEPTH = 50
+_DIGITS = 1_000
+_INTERPOLATED = 10_000
+#: Of what a config is composed of, each file counted as often as it is taken.
+_FILES = 1_000
+_ALL_VALUES = 5 * _VALUES
+
+
+@dataclass
+class _Size:
+    """What a part of a YAML file stands for, its aliases written out."""
+
+    values: int = 0
+    characters: int = 0
+    depth: int = 0
+    anchor: str | None = None
+
+    def take(self, part: "_Size") -> None:
+        self.values += part.values
+        self.characters += part.characters
+        self.depth = max(self.depth, part.depth + 1)
+
+
+@dataclass
+class _Counted(ConfigResult):
+    """A config and how many values its file has."""
+
+    values: int = 0
+
+
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Reads configs from files as Hydra does, unless they are too large.
+
+    It takes the place of Hydra's own, which leaves it to whichever of that name is there.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the config.
+
+        Raises:
+            ConfigError: it, or what it stands for, is too large.
+        """
+        path = Path(self.path, self._normalize_file_name(config_path)).resolve()
+        values = check_file(path) if path.is_file() else 0
+        result = super().load_config(config_path)
+        return _Counted(**vars(result), values=values)
+
+
+def check_file(path: Path) -> int:
+    """Return how many values a YAML file stands for; what is no YAML is left to the parser.
+
+    Raises:
+        ConfigError: they are too many, lie too deep in each other or are too long.
+    """
+    with path.open("rb") as file:
+        content = file.read(_BYTES + 1)
+    if len(content) > _BYTES:
+        raise _too_large(f"'{path}'", f"has more than {_BYTES:,} bytes")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not UTF-8 text. Save it as that.") from error
+    return check_text(text, f"'{path}'")
+
+
+def check_text(text: str, where: str) -> int:
+    """Return how many values a YAML text stands for, likewise; ``where`` names it in messages.
+
+    Raises:
+        ConfigError: as above.
+    """
+    for loader in (getattr(yaml, "CSafeLoader", yaml.SafeLoader), yaml.SafeLoader):
+        try:
+            return _measured(text, loader, where)
+        except yaml.YAMLError:  # the two parsers do not refuse quite the same
+            continue
+    return 0
+
+
+def _measured(text: str, loader: Any, where: str) -> int:
+    """Add up the events of a YAML text, of which there are no more than it has characters."""
+    anchored: dict[str, _Size] = {}
+    whole = _Size()
+    levels = [whole]
+    for event in yaml.parse(text, Loader=loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            levels.append(_Size(values=1, anchor=event.anchor))
+            if event.anchor:
+                anchored[event.anchor] = _Size(values=_VALUES)  # as long as it is not at its end
+            part = None
+        elif isinstance(event, yaml.CollectionEndEvent):
+            part = levels.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            if event.implicit[0] and len(event.value) > _DIGITS and _is_number(event.value):
+                raise _too_large(where, f"holds a number of more than {_DIGITS:,} digits")
+            if "${" in event.value and len(event.value) > _INTERPOLATED:
+                long = f"interpolates within more than {_INTERPOLATED:,} characters"
+                raise _too_large(where, long)
+            part = _Size(1, len(event.value), anchor=event.anchor)
+        elif isinstance(event, yaml.AliasEvent):
+            part = replace(anchored.get(str(event.anchor), _Size()), anchor=None)
+        else:
+            continue
+        if part is not None:
+            if part.anchor:
+                anchored[part.anchor] = part
+            levels[-1].take(part)
+        if len(levels) > _DEPTH or levels[-1].depth > _DEPTH:
+            raise _too_large(where, f"holds more than {_DEPTH} lists and mappings in each other")
+        if levels[-1].values > _VALUES:
+            raise _too_large(where, f"stands for more than {_VALUES:,} values")
+        if levels[-1].characters > CHARACTERS:
+            raise _too_large(where, f"stands for more than {CHARACTERS:,} characters")
+    return whole.values
+
+
+def _is_number(text: str) -> bool:
+    return not text.strip("0123456789+-_.:")  # base 60 takes its time
+
+
+def _too_large(where: str, why: str) -> ConfigError:
+    return ConfigError(f"{where} {why}. No config needs that: shorten it, or do not use it.")
+
+
+def bounded(repository: CachingConfigRepository) -> CachingConfigRepository:
+    """Return the repository of one composition, which gives no more than a config may take."""
+    files, values, load = 0, 0, repository.load_config
+
+    def load_config(config_path: str) -> ConfigResult | None:
+        nonlocal files, values
+        result = load(config_path)
+        files += 1
+        values += result.values if isinstance(result, _Counted) else 0
+        if files > _FILES or values > _ALL_VALUES:
+            raise ConfigError(
+                f"'{config_path}': with it the config takes more than {_FILES:,} files or "
+                f"{_ALL_VALUES:,} values through its defaults lists. Name fewer there."
+            )
+        return result
+
+    repository.load_config = load_config  # type: ignore[method-assign]
+    return repository

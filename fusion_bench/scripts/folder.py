@@ -1,0 +1,122 @@
+"""The folder of a run: what may be there already, and where Hydra's own files go in it.
+
+A config names the folder, and Hydra replaces what it finds there.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core import utils
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from fusion_bench.errors import ConfigError
+
+#: What Hydra keeps of a run, in a folder within its own.
+_RECORD = ("config.yaml", "hydra.yaml", "overrides.yaml")
+_configure_log = utils.configure_log
+
+
+def check_folder(folder: Path, key: str, record: str | None = None) -> None:
+    """Refuse a folder that holds what no run has left. Logs are left out: they are appended to.
+
+    Args:
+        folder: where a run, or a sweep, is going to write.
+        key: of the config, which says so.
+        record: the folder within it for what Hydra keeps.
+
+    Raises:
+        ConfigError: it does, and the user did not type ``overwrite=true``; or something there is
+            a link to elsewhere.
+    """
+    files = [folder / (record or ".hydra"), folder / "optimization_results.yaml"]
+    files += [files[0] / name for name in _RECORD]
+    for path in files:
+        if path.is_symlink():
+            raise ConfigError(f"{key}: '{path}' is a link, and is not written to. Remove it.")
+    if "overwrite=true" in {word.lstrip("+") for word in sys.argv[1:]}:
+        return
+    left = ("multirun.yaml", "report.json", ".hydra/hydra.yaml", f"{record or '.hydra'}/hydra.yaml")
+    if any(_names_us(folder / name) for name in left):
+        return
+    kept = [path for path in files[2:] if path.exists()]
+    for path in (*_results(folder), *kept):
+        raise ConfigError(
+            f"{key}: '{folder}' holds '{path.relative_to(folder)}', which no run has left. Name a "
+            "new folder, or type overwrite=true."
+        )
+
+
+def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
+    """Open a job's logs in its folder, if that may be written to; they are appended to.
+
+    Hydra calls it for each job, before it writes anything.
+
+    Raises:
+        ConfigError: the folder is not this run's to write to.
+    """
+    if not HydraConfig.initialized():  # a launcher's own messages, before its jobs
+        _configure_log(log_config, verbose_config)
+        return
+    hydra = HydraConfig.get()
+    folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
+    if _is_first_process():
+        key = "hydra.sweep.subdir" if sweep else "hydra.run.dir"
+        check_folder(folder, key, hydra.output_subdir)
+        _check_record(folder, key)
+    places = (folder, Path(hydra.sweep.dir).absolute()) if sweep else (folder,)
+    config: Any = OmegaConf.to_container(log_config, resolve=True)
+    logs = [folder / f"{hydra.job.name}.log"]
+    for handler in (config.get("handlers") or {}).values():
+        if handler and "filename" in handler:
+            path = folder / handler["filename"]
+            logs.append(path if path.parent in places else folder / path.name)
+            handler |= {"filename": str(logs[-1]), "mode": "a"}
+    for path in logs:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ConfigError(f"'{path}' is no plain file, so that no log goes there. Remove it.")
+    _configure_log(OmegaConf.create(config), verbose_config)
+
+
+def _check_record(folder: Path, key: str) -> None:
+    """Refuse to replace the record of another run whose results are there."""
+    hydra = HydraConfig.get()
+    whole: Any = hydra._get_root()  # type: ignore[attr-defined]
+    if hydra.output_subdir is None or whole.get("overwrite") is True or not any(_results(folder)):
+        return
+    task = OmegaConf.masked_copy(whole, [name for name in whole if name != "hydra"])
+    with suppress(FileNotFoundError):
+        record = (folder / hydra.output_subdir / _RECORD[0]).read_text(encoding="utf-8")
+        if record != OmegaConf.to_yaml(task):
+            raise ConfigError(
+                f"{key}: '{folder}' exists already, and is of another run. Choose another path, "
+                "or give overwrite=true."
+            )
+
+
+def _results(folder: Path) -> Iterator[Path]:
+    """Yield what is neither hidden nor a log."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.name.startswith(".") and (path.suffix != ".log" or path.is_dir()):
+            yield path
+
+
+def _names_us(path: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return "fusion_bench" in path.read_text(encoding="utf-8")
+    return False
+
+
+def _is_first_process() -> bool:
+    """Tell whether this is the only process of a run, or the one of them that writes."""
+    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+
+
+# Where a job runs elsewhere this module comes along.
+utils.configure_log = configure_log
