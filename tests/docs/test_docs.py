@@ -155,3 +155,12 @@ def test_shown_yaml_fits_the_classes(code, tmp_path):
 )
 def test_shown_python_runs(code):
     exec(compile(code, "page", "exec"), {})
+
+
+def test_each_row_of_what_was_tried_is_a_test():
+    text = (ROOT / "tests" / "tried.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 150
+    for file, function in set(named):
+        code = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not function or re.search(rf"def {function}\b", code), f"{file}::{function}"
