@@ -3,7 +3,9 @@
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
+from math import isnan
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.errors import InstantiationException
@@ -42,6 +44,29 @@ _SECTIONS = {
 }
 #: Keys that we take beside a library's own: the task pools give ``load_from_disk`` a split.
 _BESIDE = {"datasets.load_from_disk": {"split"}}
+#: What each of these is made of, where a YAML forgets to say so.
+_EXAMPLES = {
+    "method": "fusion_bench.method.SimpleAverageAlgorithm",
+    "modelpool": "fusion_bench.modelpool.CLIPVisionModelPool",
+    "taskpool": "fusion_bench.taskpool.CLIPVisionModelTaskPool",
+    "search": "fusion_bench.programs.GridSearch",
+    "models": "transformers.CLIPVisionModel.from_pretrained",
+    "datasets": "datasets.load_dataset",
+    "processor": "transformers.CLIPProcessor.from_pretrained",
+    "tokenizer": "transformers.CLIPTokenizer.from_pretrained",
+    "clip_model": "transformers.CLIPModel.from_pretrained",
+    "data_processor": "transformers.CLIPImageProcessor.from_pretrained",
+}
+#: Keys of pools under which there are nodes by name, and nodes; whether a text may stand for one.
+_NODES_BY_NAME = {
+    "models": True,
+    "classifiers": True,
+    "train_datasets": False,
+    "val_datasets": False,
+    "test_datasets": False,
+}
+_NODES = ("processor", "tokenizer", "clip_model", "data_processor")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
 
@@ -149,6 +174,29 @@ def check(node: Any, key: str = "", **arguments: Any) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def check_part(node: Any, key: str) -> None:
+    """Refuse what can be made no object of: a text, a number, a list, or no ``_target_``.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    if problems := list(_part_problems(node, key, texts=False)):
+        raise ConfigError("\n".join(problems))
+
+
+def _part_problems(node: Any, key: str, *, texts: bool) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        wrong = "_target_" not in node
+    else:
+        wrong = isinstance(node, bool | int | float | list) or (isinstance(node, str) and not texts)
+    if not wrong:
+        return
+    last = key.rpartition(".")[2]
+    kind = "datasets" if "_datasets." in key else last if last in _EXAMPLES else "models"
+    what = "has no _target_" if isinstance(node, Mapping) else f"'{node}' is no config node"
+    yield f"{key}: {what}. Give it one, such as '_target_: {_EXAMPLES[kind]}'."
+
+
 def _gathered(
     node: Mapping[Any, Any], key: str, arguments: Mapping[str, Any]
 ) -> tuple[Mapping[Any, Any], dict[str, Any]] | None:
@@ -181,6 +229,8 @@ def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield from _signature_problems(node, key, arguments)
+            if not is_users(str(node["_target_"])):
+                yield from _pool_problems(node, key)
         for name, child in node.items():
             yield from _problems(child, f"{key}.{name}" if key else str(name), {})
     elif isinstance(node, list):
@@ -189,6 +239,22 @@ def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str
     elif _is_open(node):
         # Hydra would resolve it once more, to something that nobody has looked at.
         yield f"{key}: '{node}' holds an interpolation within another. Write it out."
+    elif isinstance(node, float) and isnan(node):
+        yield f"{key}: NaN is no number to calculate with. Give another."
+    elif isinstance(node, str) and _SURROGATE.search(node):
+        yield f"{key}: '{node}' is no valid UTF-8, which a report could not tell. Rename it."
+
+
+def _pool_problems(node: Mapping[Any, Any], key: str) -> Iterator[str]:
+    """Yield one line for each thing in a pool that should be a node and is none."""
+    if key not in ("modelpool", "taskpool") and not key.endswith((".modelpool", ".taskpool")):
+        return
+    for name in _NODES:
+        yield from _part_problems(node.get(name), f"{key}.{name}", texts=True)
+    for group, texts in _NODES_BY_NAME.items():
+        nodes = node.get(group)
+        for name, child in nodes.items() if isinstance(nodes, Mapping) else ():
+            yield from _part_problems(child, f"{key}.{group}.{name}", texts=texts)
 
 
 def _signature_problems(

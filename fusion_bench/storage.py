@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -25,6 +27,8 @@ from fusion_bench.errors import ConfigError, WorldError
 log = logging.getLogger(__name__)
 
 _IN_USE = ".in-use"
+#: Letters of a name, as it is written in a file's, which gets an ending, too.
+_LONGEST_NAME = 200
 #: So many lists and mappings may lie in each other.
 _DEEPEST = 100
 #: No config, index or tokenizer is longer, in bytes, or holds more values.
@@ -163,6 +167,23 @@ def _aside(path: Path) -> Iterator[tuple[Path, int]]:
             os.close(file)
 
 
+def check_file_name(key: str, name: str) -> None:
+    """Refuse a name of which no file's name can be made; ``key`` is its place in the config.
+
+    Raises:
+        ConfigError: it is such a name.
+    """
+    try:
+        usable = name not in ("", ".", "..") and len(quote(name, safe="")) <= _LONGEST_NAME
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise ConfigError(
+            f"{key}: no file can be called '{name}', and files of that name may be written. "
+            "Choose another name."
+        )
+
+
 def _is_at(file: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file), path.stat())
@@ -264,6 +285,96 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=timeout):
         yield
+
+
+@contextmanager
+def claimed(path: Path | None, key: str, *, inside: bool = False) -> Iterator[None]:
+    """Hold a place that is written to, against other runs; a run that is killed holds nothing.
+
+    Of several processes of one run the first holds it for all.
+
+    Args:
+        path: what is going to be written, if anything; a hidden file beside it tells of the claim.
+        key: where in the config another place can be chosen.
+        inside: the hidden file lies in ``path``, a directory that is not replaced.
+
+    Raises:
+        WorldError: another run holds it.
+    """
+    if path is None or not is_first_process():
+        yield
+        return
+    note = _note(path, inside)
+    made = [place for place in note.parents if not place.exists()]
+    note.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = os.open(note, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            if not _lock(file, path, key):
+                yield
+                return
+            if _is_at(file, note):
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                try:
+                    yield
+                finally:
+                    note.unlink(missing_ok=True)
+                    # Processes that were forked meanwhile have the file, too.
+                    fcntl.flock(file, fcntl.LOCK_UN)
+                    with suppress(OSError):  # something was written there
+                        for place in made:
+                            place.rmdir()
+                return
+            # Whoever had it before has removed it meanwhile.
+        finally:
+            os.close(file)
+
+
+def check_unclaimed(path: Path, key: str, *, inside: bool = False) -> None:
+    """Look whether a place could be claimed, and leave nothing there.
+
+    Raises:
+        WorldError: another run holds it.
+    """
+    if not is_first_process():
+        return
+    with suppress(FileNotFoundError, NotADirectoryError):
+        file = os.open(_note(path, inside), os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            _lock(file, path, key)
+        finally:
+            os.close(file)
+
+
+def is_first_process() -> bool:
+    """Tell whether this is the only process of a run, or the one of them that writes."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(rank, "0") in ("", "0") for rank in ranks)
+
+
+def _note(path: Path, inside: bool) -> Path:
+    return path / ".claimed" if inside else path.with_name(f".{_shortened(path.name)}.claimed")
+
+
+def _lock(file: int, path: Path, key: str) -> bool:
+    """Lock a claim's file; tell whether the file system can."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace") or "which has just begun"
+        raise WorldError(
+            f"{key}: '{path}' is in use by another run ({holder}). Wait until it has ended, or "
+            "choose another path."
+        ) from error
+    except OSError as error:
+        log.warning(
+            "'%s' cannot be claimed (%s). Start no other run that writes to it.",
+            path,
+            error.strerror,
+        )
+        return False
+    return True
 
 
 def file_sha256(path: Path) -> str:

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import hashlib
 import os
 import signal
@@ -10,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from fusion_bench import storage
-from fusion_bench.errors import ConfigError
-from fusion_bench.storage import cache_dir, file_sha256, read_json, whole_directory, write_text
+from fusion_bench.errors import ConfigError, WorldError
+from fusion_bench.storage import (
+    cache_dir,
+    check_unclaimed,
+    claimed,
+    file_sha256,
+    read_json,
+    whole_directory,
+    write_text,
+)
 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -359,3 +369,68 @@ def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ConfigError, match="is not valid JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_place_is_claimed_by_one(tmp_path: Path) -> None:
+    for inside in (True, False):
+        place = tmp_path / "place"
+        with claimed(place, "some.key", inside=inside):
+            again = claimed(place, "some.key", inside=inside)
+            with pytest.raises(WorldError, match=r"some\.key: .*in use .*process \d+"), again:
+                raise AssertionError
+            with pytest.raises(WorldError, match=r"some\.key: .*in use"):
+                check_unclaimed(place, "some.key", inside=inside)
+        check_unclaimed(place, "some.key", inside=inside)
+        with claimed(place, "some.key", inside=inside), claimed(tmp_path / "other", "x"):
+            pass
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fusion_bench.storage import claimed
+with claimed(Path(sys.argv[1]), "some.key"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_run_claims_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    command = [sys.executable, "-c", HOLD, str(place)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(WorldError, match=f"process {holder.pid} on "):
+            check_unclaimed(place, "some.key")
+        holder.kill()
+        holder.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [".place.claimed"]
+    with claimed(place, "some.key"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_processes_of_one_run_claim_once(
+    tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with claimed(tmp_path / "x", "key"):
+        monkeypatch.setenv(rank, "1")
+        check_unclaimed(tmp_path / "x", "key")
+        with claimed(tmp_path / "x", "key"):
+            pass
+        monkeypatch.setenv(rank, "0")
+        with pytest.raises(WorldError):
+            check_unclaimed(tmp_path / "x", "key")
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with claimed(tmp_path / "x", "key"):
+        assert "cannot be claimed (No locks available)" in caplog.text

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fusion_bench import __version__
+from fusion_bench.shown import visible
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,4 @@ def _place(source: Mapping[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     """Return text that stays text in a table."""
-    return "`" + re.sub(r"[|`\n]", " ", text) + "`"
+    return "`" + re.sub(r"[|`\n]", " ", visible(text)) + "`"

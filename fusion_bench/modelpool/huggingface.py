@@ -50,7 +50,7 @@ from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.pretrained import from_config, from_pretrained, quantisation
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
-from fusion_bench.storage import read_json, write_text
+from fusion_bench.storage import check_file_name, read_json, write_text
 from fusion_bench.trust import trusts_remote_code
 from fusion_bench.weights import (
     AdapterConfig,
@@ -60,6 +60,7 @@ from fusion_bench.weights import (
     Renamed,
     TensorWeights,
     Weights,
+    check_size,
     in_memory,
     is_special,
     open_checkpoint,
@@ -103,7 +104,8 @@ class HFModelPool:
         test_datasets: likewise, for methods that adapt to unlabelled test data.
 
     Raises:
-        FusionBenchError: an empty pool, or an impossible policy.
+        FusionBenchError: an empty pool, an impossible policy or size, or a name that no file can
+            have.
 
     Attributes:
         notes: in sentences, what differs in models that were compared and are merged all the same.
@@ -124,6 +126,9 @@ class HFModelPool:
         test_datasets: Mapping[str, Any] | None = None,
     ):
         self._models, self._bases = with_bases(models or {})
+        for name in self._models:
+            check_file_name(f"modelpool.models.{name}", name)
+        check_size("modelpool.max_shard_size", max_shard_size)
         self.model_class = model_class
         self._processor = plain_source(processor)
         self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})

@@ -21,6 +21,7 @@ from fusion_bench.report.side_by_side import (
     obstacles,
 )
 from fusion_bench.report.table import print_differences, wide_console
+from fusion_bench.storage import claimed
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ class CompareProgram:
             models=models,
         )
         report.comparisons = compare_contenders(report, answers)
-        publish(report, answers, self.output_dir, None)
+        with claimed(self.output_dir, "hydra.run.dir", inside=True):
+            publish(report, answers, self.output_dir, None)
         print_differences(report, wide_console())
         return report
 

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from omegaconf import OmegaConf
 from fusion_bench.companions import KNOWN, TEMPLATES
 from fusion_bench.errors import ConfigError, did_you_mean
 from fusion_bench.programs.environment import config_sha256
-from fusion_bench.storage import write_text
+from fusion_bench.storage import check_unclaimed, claimed, write_text
 
 #: What a saved model's directory holds, beside weights and chat templates. Where there is anything
 #: else it is not replaced.
 _MODEL_FILES = (*KNOWN, "ensemble.json", "README.md")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
+#: Bytes of a name, beside which there are others that begin with it.
+_LONGEST_NAME = 220
 #: What a run writes into its output directory.
 _REPORT_FILES = (
     "config.yaml",
@@ -72,6 +74,14 @@ class Destinations:
             ConfigError: it can be no such path.
         """
         self.model_path = self._path("merged_model_save_path", path)
+        if self.model_path is not None and self.report_path in (
+            self.model_path,
+            *self.model_path.parents,
+        ):
+            raise ConfigError(
+                f"merged_model_save_path: '{self.report_path}' is to be the report's file. Choose "
+                "another path."
+            )
 
     @property
     def reports(self) -> list[Path]:
@@ -90,9 +100,14 @@ class Destinations:
         Raises:
             ConfigError: there is one, and ``overwrite`` does not allow to replace it.
         """
+        named = self.report_path
+        if named is not None and named.is_dir():
+            raise ConfigError(
+                f"report_save_path: '{named}' is a directory, and a file is to be written. Choose "
+                "another path."
+            )
         if self._overwrite:
             return
-        named = self.report_path
         if named is not None and named.exists() and not (done and _config_of(named) == self._run):
             raise self._refusal("report_save_path", named)
         if self.output_dir is not None and not self._is_ours(self.output_dir):
@@ -145,6 +160,39 @@ class Destinations:
                 "saved model. Choose another path."
             )
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold all these places, against other runs.
+
+        Raises:
+            WorldError: another run holds one of them.
+        """
+        with ExitStack() as claims:
+            for path, key, inside in self._claims():
+                claims.enter_context(claimed(path, key, inside=inside))
+            yield
+
+    def check_unclaimed(self) -> None:
+        """Look whether another run holds one of them.
+
+        Raises:
+            WorldError: likewise.
+        """
+        for path, key, inside in self._claims():
+            check_unclaimed(path, key, inside=inside)
+
+    def _claims(self) -> Iterator[tuple[Path, str, bool]]:
+        places = (
+            (self.output_dir, "hydra.run.dir"),
+            (self.report_path, "report_save_path"),
+            (self.model_path, "merged_model_save_path"),
+        )
+        claimed_too = {self.output_dir, self.model_path}
+        for path, key in places:
+            # What lies in another of them is held with it.
+            if path is not None and not claimed_too & set(path.parents):
+                yield path, key, path == self.output_dir
+
     def begin_model(self) -> None:
         """Note beside the model's directory that what will be there is not finished."""
         if self.model_path is not None:
@@ -176,7 +224,19 @@ class Destinations:
                 )
         if "{log_dir}" in path and self.output_dir is None:
             raise ConfigError(f"{key}: '{{log_dir}}' needs an output_dir.")
-        return Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
+        if not path or "\0" in path or _names_no_file(path):
+            raise ConfigError(f"{key}: '{path}' can be no path. Choose another.")
+        place = Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
+        if not place.name:
+            raise ConfigError(f"{key}: '{path}' is the root of all. Choose another.")
+        return place
+
+
+def _names_no_file(path: str) -> bool:
+    try:
+        return any(len(part.encode()) > _LONGEST_NAME for part in Path(path).parts)
+    except UnicodeEncodeError:  # a report could not tell of it
+        return True
 
 
 def _config_of(report: Path) -> str | None:

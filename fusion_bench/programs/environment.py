@@ -24,6 +24,7 @@ from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.memory import out_of_memory
 from fusion_bench.report import Run, Search, Seconds, Tuning
+from fusion_bench.shown import are_set_up, set_up_streams
 from fusion_bench.storage import disk_failures
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ def make_fabric(section: Any) -> Fabric:
     """
     if isinstance(section, Fabric):
         return section
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"fabric: '{section}' is no mapping. Give fabric.accelerator=… instead.")
     defaults = {"_target_": "lightning.Fabric", "accelerator": "auto", "devices": 1}
     node = {**defaults, **(section or {})}
     try:
@@ -66,7 +69,7 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
     # A process that was started by ours could else only tell its traceback.
     told = multiprocessing.get_context(launcher._start_method).SimpleQueue()
     try:
-        return cast(T, fabric.launch(partial(_telling, work=work, told=told)))
+        return cast(T, fabric.launch(partial(_telling, work=work, told=told, shown=are_set_up())))
     except ProcessRaisedException as error:
         if told.empty():
             raise
@@ -80,9 +83,14 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
 
 
 def _telling(
-    fabric: Fabric, work: Callable[[Fabric], T], told: "SimpleQueue[FusionBenchError]"
+    fabric: Fabric,
+    work: Callable[[Fabric], T],
+    told: "SimpleQueue[FusionBenchError]",
+    shown: bool,
 ) -> T:
     """Do the work; tell the parent what is wrong, where it is nothing to be traced."""
+    if shown:  # as in the parent
+        set_up_streams()
     try:
         with plain_failures():
             return work(fabric)

@@ -14,8 +14,8 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.errors import ConfigError, WorldError, check_choice
-from fusion_bench.instantiate import Parts, instantiate
+from fusion_bench.errors import ConfigError, WorldError, check_between, check_choice
+from fusion_bench.instantiate import Parts, check_part, instantiate
 from fusion_bench.plan import Plan
 from fusion_bench.programs.destinations import Destinations
 from fusion_bench.programs.environment import describe_run, launch, make_fabric, plain_failures
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from fusion_bench.taskpool import TuningImages
 
 log = logging.getLogger(__name__)
+
+_LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 @runtime_checkable
@@ -144,9 +146,13 @@ class FabricModelFusionProgram:
         with plan.noting("seed"):
             if seed is not None and not isinstance(seed, int):
                 raise ConfigError(f"seed: '{seed}' is not a whole number.")
+            if seed is not None:
+                check_between("seed", seed, 0, _LARGEST_SEED)
         with plan.noting("search"):
+            check_part(search, "search")
             self.search = instantiate(_lazily(search), "search")
         with plan.noting("method"):
+            check_part(method, "method")
             if self.search is None:
                 self.method = instantiate(seeded(method, seed), "method")
             else:
@@ -173,6 +179,7 @@ class FabricModelFusionProgram:
             self._look_ahead(plan)
 
     def _pool(self, section: Any, key: str) -> Any:
+        check_part(section, key)
         node = _plain(section)
         if not isinstance(node, Mapping):
             return section
@@ -192,18 +199,20 @@ class FabricModelFusionProgram:
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
-        report, answers = launch(fabric, self._fuse_and_judge)
-        if fabric.global_rank == 0:  # where processes were started by us, this one is their parent
-            with plain_failures():
-                publish(report, answers, self.output_dir, self.places.report_path)
-            self.places.finished()
-            if self.places.model_path is not None:
-                log.info("Merged model: %s", self.places.model_path)
-            elif not report.tasks and report.run.search is None:
-                log.warning(
-                    "The merged model was neither judged nor saved; give a task pool or %s.",
-                    "merged_model_save_path",
-                )
+        with self.places.claimed():
+            report, answers = launch(fabric, self._fuse_and_judge)
+            # Where processes were started by us, this one is their parent.
+            if fabric.global_rank == 0:
+                with plain_failures():
+                    publish(report, answers, self.output_dir, self.places.report_path)
+                self.places.finished()
+                if self.places.model_path is not None:
+                    log.info("Merged model: %s", self.places.model_path)
+                elif not report.tasks and report.run.search is None:
+                    log.warning(
+                        "The merged model was neither judged nor saved; give a task pool or %s.",
+                        "merged_model_save_path",
+                    )
         return report
 
     def _look_ahead(self, plan: Plan) -> Fabric:
@@ -216,6 +225,8 @@ class FabricModelFusionProgram:
         fabric = None
         with plan.noting("fabric"):
             fabric = make_fabric(self.fabric_config)
+        with plan.noting():
+            self.places.check_unclaimed()
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
             with TemporaryDirectory() if self.dry_run else nullcontext() as scratch:
                 preflight(plan, self, fabric, None if scratch is None else Path(scratch))

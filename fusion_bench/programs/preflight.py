@@ -28,6 +28,7 @@ from fusion_bench.programs.fusing import (
     refuse_without_taskpool,
 )
 from fusion_bench.repository import hub_cache, locate
+from fusion_bench.shown import visible
 from fusion_bench.sources import unbuilt
 from fusion_bench.weights import Weights
 
@@ -95,9 +96,10 @@ def show(plan: Plan, console: Console) -> None:
     for step in [*begun, *downloads, *others]:
         moved = step.verb in _TAKES_ROOM and step.nbytes is None and step.verb != "write"
         size = "unknown" if moved else "" if step.nbytes is None else decimal(step.nbytes)
-        table.add_row(step.verb, step.what, size, str(step.place or ""))
+        cells = (step.verb, step.what, size, str(step.place or ""))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     for note in plan.notes:
-        table.add_row("note", Text(note))  # which may hold brackets
+        table.add_row("note", Text(visible(note)))
     console.print(table)
 
 

@@ -17,11 +17,21 @@ log = logging.getLogger(__name__)
 def publish(
     report: Report, answers: Answers, output_dir: Path | None, report_path: Path | None
 ) -> None:
-    """Print the comparison, and write the report's files; ``report.json`` comes last.
+    """Write the report's files, ``report.json`` last, and then print the comparison.
 
     Raises:
         WorldError: ``report_path`` cannot be written.
     """
+    if output_dir is not None:
+        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(report.run.config))
+        write_text(output_dir / "report.md", markdown(report))
+        write_text(output_dir / "report.html", page(report, answers))
+        save(report, answers, output_dir / "report.json")
+    if report_path is not None:
+        try:
+            save(report, answers, report_path)
+        except OSError as error:
+            raise WorldError(f"report_save_path: cannot write it: {error}") from error
     if report.tasks:
         print_comparison(report, wide_console())
     for comparison in report.main_comparisons():
@@ -33,18 +43,9 @@ def publish(
         log.log(level, "Search: %s.", report.run.search.sentence())
     if report.run.config.get("fast_dev_run") and report.tasks:
         log.warning("Only the first batch of each task was judged (fast_dev_run).")
-    if output_dir is not None:
-        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(report.run.config))
-        write_text(output_dir / "report.md", markdown(report))
-        write_text(output_dir / "report.html", page(report, answers))
-        save(report, answers, output_dir / "report.json")
-        log.info("Report: %s", output_dir / "report.html")
-    if report_path is not None:
-        try:
-            save(report, answers, report_path)
-        except OSError as error:
-            raise WorldError(f"report_save_path: cannot write it: {error}") from error
-        log.info("Report: %s", report_path)
+    for place in (output_dir and output_dir / "report.html", report_path):
+        if place is not None:
+            log.info("Report: %s", place)
 
 
 def save(report: Report, answers: Answers, path: Path) -> None:

@@ -12,9 +12,10 @@ from fusion_bench.configs import composed
 from fusion_bench.errors import FusionBenchError, ResultError, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
-from fusion_bench.programs.publish import wide_console
 from fusion_bench.report.reference import BASELINES, Reference
 from fusion_bench.report.reproduction import Reproduction, check
+from fusion_bench.report.table import wide_console
+from fusion_bench.storage import check_file_name, claimed
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ReproduceProgram:
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.dry_run = dry_run
         for row in self.rows:
+            check_file_name(f"methods: {row}", row)
             if row not in self.reference.rows:
                 raise FusionBenchError(
                     f"methods: '{reference}' has no '{row}'. "
@@ -99,6 +101,19 @@ class ReproduceProgram:
         if self.dry_run:
             log.info("Dry run: the reference is sound; nothing was loaded.")
             return None
+        with claimed(self.output_dir, "hydra.run.dir", inside=True):
+            result = self._run_rows()
+        result.print(wide_console())
+        if result.failed:
+            raise ResultError(
+                f"reproduce: {result.sentence()}.\n"
+                + "\n".join(f"  {figure.sentence()}" for figure in result.failed)
+            )
+        log.info("%s.", result.sentence().capitalize())
+        return result
+
+    def _run_rows(self) -> Reproduction:
+        """Run every row and write what was found."""
         reports = {}
         for place, (row, program) in enumerate(self.programs.items(), start=1):
             log.info("Row %d of %d: %s", place, len(self.programs), row)
@@ -115,11 +130,4 @@ class ReproduceProgram:
         if self.output_dir is not None:
             result.save(self.output_dir)
             log.info("Reproduction: %s", self.output_dir / "reproduce.html")
-        result.print(wide_console())
-        if result.failed:
-            raise ResultError(
-                f"reproduce: {result.sentence()}.\n"
-                + "\n".join(f"  {figure.sentence()}" for figure in result.failed)
-            )
-        log.info("%s.", result.sentence().capitalize())
         return result

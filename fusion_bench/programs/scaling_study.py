@@ -25,11 +25,11 @@ from fusion_bench.programs.environment import describe_run, launch, make_fabric
 from fusion_bench.programs.fusing import MERGED, describe_tuning, fuse, held, seeded, tuning_data
 from fusion_bench.programs.judging import Judge
 from fusion_bench.programs.previous import identities
-from fusion_bench.programs.publish import wide_console
 from fusion_bench.progress import bar, quiet_libraries
 from fusion_bench.report import Seconds
 from fusion_bench.report.scaling import Base, Merge, Normalizer, Study
-from fusion_bench.storage import cache_dir, write_text
+from fusion_bench.report.table import wide_console
+from fusion_bench.storage import cache_dir, claimed, write_text
 from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import is_special
 
@@ -149,12 +149,13 @@ class ScalingStudy:
             return None
         quiet_libraries()
         fabric = make_fabric(self.fabric_config)
-        study: Study = launch(fabric, self._merge_and_judge)
-        if fabric.global_rank == 0:
-            study.print(wide_console())
-            if self.output_dir is not None:
+        with claimed(self.output_dir, "hydra.run.dir", inside=True):
+            study: Study = launch(fabric, self._merge_and_judge)
+            if fabric.global_rank == 0 and self.output_dir is not None:
                 study.save(self.output_dir)
                 log.info("Study: %s", self.output_dir / "study.html")
+        if fabric.global_rank == 0:
+            study.print(wide_console())
         return study
 
     def _merge_and_judge(self, fabric: Fabric) -> Study:

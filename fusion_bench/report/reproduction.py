@@ -15,6 +15,7 @@ from fusion_bench.errors import FusionBenchError
 from fusion_bench.report.page import render
 from fusion_bench.report.reference import AVERAGE, BASELINES, Reference
 from fusion_bench.report.schema import Report, read_model
+from fusion_bench.shown import visible
 from fusion_bench.storage import write_text
 
 
@@ -134,7 +135,10 @@ class Reproduction(_Strict):
         ]
         escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
         table = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-        lines += ["| " + " | ".join(cell.translate(escape) for cell in row) + " |" for row in table]
+        lines += [
+            "| " + " | ".join(visible(cell).translate(escape) for cell in row) + " |"
+            for row in table
+        ]
         lines += ["", "An exclamation mark: off by more than the tolerance."]
         return "\n".join(lines) + "\n"
 

@@ -1,15 +1,19 @@
 """The comparison of models, for the terminal and for Markdown."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from fusion_bench.report.schema import Average, Contender, Difference, Report, Search
+from fusion_bench.shown import Stream, visible
 
 _ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", "*": "\\*", "`": "\\`", "[": "\\["})
 
@@ -88,22 +92,24 @@ def rich_table(
     """Return a table for the terminal; its cells are text, and all but the first stand right."""
     table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if index < left else "right", no_wrap=True)
+        table.add_column(
+            Text(visible(name)), justify="left" if index < left else "right", no_wrap=True
+        )
     for line in body:
         merged = bold_last and line is body[-1]
-        table.add_row(*(Text(cell) for cell in line), style="bold" if merged else None)
+        table.add_row(*(Text(visible(cell)) for cell in line), style="bold" if merged else None)
     return table
 
 
 def markdown_table(header: list[str], body: list[list[str]], *, left: int = 1) -> list[str]:
     """Return a table's lines; all but the first columns stand right."""
     rows = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
-    return ["| " + " | ".join(cell.translate(_ESCAPE) for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(markdown_text(cell) for cell in row) + " |" for row in rows]
 
 
 def markdown_text(text: str) -> str:
     """Return a name for Markdown, where it stays text on one line."""
-    return text.translate(_ESCAPE)
+    return visible(text).translate(_ESCAPE)
 
 
 def with_stderr(value: float | None, stderr: float | None) -> str:
@@ -121,11 +127,11 @@ def markdown(report: Report) -> str:
     lines = ["# Fusion report", ""]
     runs = compared_runs(report)
     if runs:
-        lines += [f"- runs: {', '.join(runs).translate(_ESCAPE)}"]
+        lines += [f"- runs: {markdown_text(', '.join(runs))}"]
     else:
         lines += [f"- method: `{method_name(report)}`"]
     lines += [
-        f"- models: {', '.join(sources(report) or report.models).translate(_ESCAPE)}",
+        f"- models: {markdown_text(', '.join(sources(report) or report.models))}",
         f"- device: {report.run.device}, precision {report.run.precision}, "
         f"{report.run.world_size} process(es), seed {report.run.seed}",
         f"- seconds: load {report.run.seconds.load:.1f}, fuse {report.run.seconds.fuse:.1f}, "
@@ -136,10 +142,10 @@ def markdown(report: Report) -> str:
     if report.run.tuning is not None:
         lines[-1:] = [f"- {report.run.tuning.sentence()}", ""]
     if report.run.search is not None:
-        lines[-1:] = [f"- search: {report.run.search.sentence()}".translate(_ESCAPE), ""]
+        lines[-1:] = [f"- search: {markdown_text(report.run.search.sentence())}", ""]
     if report.run.search is not None:
         lines += [*markdown_table(*settings(report.run.search)), ""]
-    lines += [f"{note.translate(_ESCAPE)}\n" for note in report.run.notes]
+    lines += [f"{markdown_text(note)}\n" for note in report.run.notes]
     if report.run.config.get("fast_dev_run"):
         lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
     if not report.tasks:
@@ -147,7 +153,7 @@ def markdown(report: Report) -> str:
     lines += markdown_table(header, body)
     lines += ["", "Accuracy ± its standard error. Normalised: the accuracy divided by that of the"]
     lines += ["task's individual model."]
-    lines += [f"\n{c.sentence().translate(_ESCAPE)}" for c in report.main_comparisons()]
+    lines += [f"\n{markdown_text(c.sentence())}" for c in report.main_comparisons()]
     if runs:
         lines += ["", *markdown_table(*differences(report))]
     return "\n".join(lines) + "\n"
@@ -209,9 +215,22 @@ def sources(report: Report) -> dict[str, Any]:
     return dict(models) if isinstance(models, dict) else {}
 
 
+class _PlainConsole(Console):
+    """Prints tables in colour, and of what is in them plain text."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the segments of a renderable."""
+        for segment in super().render(renderable, options):
+            plain = segment if segment.control else Segment(visible(segment.text), segment.style)
+            yield plain
+
+
 def wide_console() -> Console:
     """Return where tables go; a log or a pipe has no width of its own."""
-    console = Console()
+    stream = sys.stdout
+    console = _PlainConsole(file=stream.coloured if isinstance(stream, Stream) else None)
     if not console.is_terminal:
         console.width = 200
     return console

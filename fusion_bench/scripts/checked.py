@@ -39,7 +39,7 @@ _TARGETS = re.compile(
     r"|fusion_bench\.scripts\.(sweep\.SweepCallback|winner\.JudgeWinner)"
 )
 #: What a config may say of logging, and how; all else is refused, its handlers' attributes too.
-_ROOM = r"[^$]*"
+_ROOM = r"[^$\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*"
 _LOGGING: Mapping[str, Mapping[str, str]] = {
     "formatters": {
         "class": r"logging\.Formatter",

@@ -35,13 +35,14 @@ from yaml import YAMLError
 from fusion_bench.configs import CONFIG_DIR, register
 from fusion_bench.errors import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
-from fusion_bench.redact import Redacting, redacted, secret_keys
+from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
 from fusion_bench.scripts.arguments import arguments_parser
 from fusion_bench.scripts.bounds import FileConfigSource
 from fusion_bench.scripts.checked import CheckedConfigLoader
 from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.scripts.sweep import Failed, attempt, lost_workers
+from fusion_bench.shown import colour, message, set_up_streams
 from fusion_bench.storage import disk_failures
 from fusion_bench.trust import ALLOW, TRUST_REMOTE_CODE
 
@@ -76,11 +77,13 @@ def main() -> None:
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
+    set_up_streams()
     parts = Parts()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> float | Failed | None:
-        _hide_tokens()
+        set_up_streams()  # again, for a job that is done in another process
+        colour(logging.getLogger().handlers)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return attempt(partial(_run_program, parts=parts), config, _explain)
         with _plain_messages(show_traceback), disk_failures():
@@ -157,15 +160,8 @@ def set_up_hydra() -> None:
         store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
 
 
-def _hide_tokens() -> None:
-    """Keep tokens out of all logs, and of a traceback that Python itself prints."""
-    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
-        for handler in getattr(logger, "handlers", ()):  # some only hold a place
-            handler.addFilter(Redacting())
-
-
-def _print_redacted(*error: Any) -> None:
-    print(redacted("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
+def _print_traceback(*error: Any) -> None:
+    print(message("".join(traceback.format_exception(*error)).rstrip()), file=sys.stderr)
 
 
 def _leave_working_directory() -> None:
@@ -271,26 +267,23 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         sys.exit(getattr(error, "exit_code", INTERRUPTED))
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if show_traceback:
-            sys.excepthook = _print_redacted
+            sys.excepthook = _print_traceback
             raise
         logs = _log_traceback()
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            message = redacted(_explain(error))
+            told = message(_explain(error))
             if not isinstance(error, FORESEEN):
-                message = f"{message}\n  {_where(logs)}"
-            print(f"fusion_bench: {message}", file=sys.stderr)
+                told = f"{told}\n  {_where(logs)}"
+            print(f"fusion_bench: {told}", file=sys.stderr)
         sys.exit(_exit_code(error))
 
 
 def _log_traceback() -> list[str]:
     """Write the exception that is being handled to the log files; returns their names."""
-    record = logging.LogRecord(
-        __name__, logging.ERROR, __file__, 0, traceback.format_exc(), None, None
-    )
+    text = traceback.format_exc()
+    record = log.makeRecord(__name__, logging.ERROR, __file__, 0, text, (), None)
     handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
     for handler in handlers:
         handler.handle(record)

@@ -3,7 +3,6 @@
 A config names the folder, and Hydra replaces what it finds there.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.errors import ConfigError
+from fusion_bench.storage import is_first_process
 
 #: What Hydra keeps of a run, in a folder within its own.
 _RECORD = ("config.yaml", "hydra.yaml", "overrides.yaml")
@@ -65,7 +65,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
         return
     hydra = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    if _is_first_process():
+    if is_first_process():
         key = "hydra.sweep.subdir" if sweep else "hydra.run.dir"
         check_folder(folder, key, hydra.output_subdir)
         _check_record(folder, key)
@@ -110,12 +110,6 @@ def _names_us(path: Path) -> bool:
     with suppress(OSError, ValueError):
         return "fusion_bench" in path.read_text(encoding="utf-8")
     return False
-
-
-def _is_first_process() -> bool:
-    """Tell whether this is the only process of a run, or the one of them that writes."""
-    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
 # Where a job runs elsewhere this module comes along.

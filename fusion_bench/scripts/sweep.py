@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,9 +28,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
-from fusion_bench.redact import redacted
 from fusion_bench.scripts.folder import check_folder
-from fusion_bench.storage import write_text
+from fusion_bench.shown import Stream, message
+from fusion_bench.storage import claimed, write_text
 from fusion_bench.trust import environment_variable
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Record:
 
 def give_up(error: FusionBenchError) -> NoReturn:
     """End the process from a callback, whose exceptions Hydra would make warnings of."""
-    print(f"fusion_bench: {redacted(str(error))}", file=sys.stderr)
+    print(f"fusion_bench: {message(str(error))}", file=sys.stderr)
     sys.exit(error.exit_code)
 
 
@@ -125,7 +125,7 @@ def _into_log(hydra: HydraConf) -> Iterator[None]:
         if type(handler) is logging.StreamHandler:
             handler.setLevel(logging.ERROR + 1)
     path = Path(hydra.runtime.output_dir) / f"{hydra.job.name}.log"
-    with path.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file):
+    with Stream(path.open("ab"), "utf-8", by_line=True) as file, redirect_stdout(file):
         yield
 
 
@@ -138,6 +138,11 @@ class SweepCallback(Callback):
     def __init__(self) -> None:
         self._sweep = uuid4().hex
         self._begun = 0.0
+        self._claim = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what goes along; the claim stays with the sweep."""
+        return {name: value for name, value in vars(self).items() if name != "_claim"}
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the run's directory, or say why there can be none."""
@@ -173,6 +178,7 @@ class SweepCallback(Callback):
         try:
             check_folder(directory, "hydra.sweep.dir")
             _make(directory, "hydra.sweep.dir")
+            self._claim.enter_context(claimed(directory, "hydra.sweep.dir", inside=True))
         except FusionBenchError as error:
             give_up(error)
         write_text(directory / "multirun.yaml", OmegaConf.to_yaml(config))  # whose it is
@@ -205,6 +211,10 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and print the leaderboard; the process fails where a job did."""
+        with self._claim:
+            self._end(config)
+
+    def _end(self, config: DictConfig) -> None:
         directory = Path(config.hydra.sweep.dir).absolute()
         jobs = self._jobs(directory)
         failed = {path: job.error for path, job in jobs.items() if job.error is not None}

@@ -23,9 +23,10 @@ from fusion_bench.addresses import Folders
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.plan import Plan, Step
 from fusion_bench.repository import hub_cache
+from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.classes import some
 from fusion_bench.taskpool.described import datasets_cache, describe, load_split
-from fusion_bench.taskpool.evaluate import Loading, Room, judge
+from fusion_bench.taskpool.evaluate import Loading, Room, check_loading, judge
 from fusion_bench.taskpool.images import Columns, LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
@@ -76,7 +77,8 @@ class ImageTaskPool(ABC):
         compile: compile the models with ``torch.compile``.
 
     Raises:
-        FusionBenchError: no task, or settings of a task that is not there.
+        FusionBenchError: no task, settings of a task that is not there or that cannot be, or a
+            name that no file can have.
     """
 
     def __init__(
@@ -105,6 +107,9 @@ class ImageTaskPool(ABC):
                 )
         if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
             raise FusionBenchError(f"taskpool.max_samples: '{max_samples}' is not 1 or more.")
+        for name in test_datasets:
+            check_file_name(f"taskpool.test_datasets.{name}", name)
+        check_loading(dataloader_kwargs or {})
         self.task_names: list[str] = list(test_datasets)
         self.per_class = per_class
         self.save_predictions = save_predictions

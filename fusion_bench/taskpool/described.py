@@ -43,6 +43,12 @@ class Described:
     column: Callable[[str, str], Any] | None = None
 
 
+#: Why a dataset without a length is refused.
+WHY_NOT_STREAMED = (
+    "a stream can be neither counted nor read again, which judging needs. Remove 'streaming: true'."
+)
+
+
 def describe(node: Any, key: str, scratch: Path | None = None) -> Described | None:
     """Describe what a dataset's node loads; None where only loading it can tell.
 
@@ -63,6 +69,8 @@ def describe(node: Any, key: str, scratch: Path | None = None) -> Described | No
     if target not in (_LOADS, _READS, _ZOO) or any(map(_is_node, node.values())):
         return None
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}
+    if target == _LOADS and given.get("streaming"):
+        raise FusionBenchError(f"{key}.streaming: {WHY_NOT_STREAMED}")
     describes = {_LOADS: _described_by_builder, _READS: _described_on_disk, _ZOO: _described_zoo}
     name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), key)
     with reading("dataset", str(name)), fence(node, *([scratch] if scratch else [])):

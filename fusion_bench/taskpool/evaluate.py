@@ -67,20 +67,10 @@ class Loading:
         take the cores from each other.
 
         Raises:
-            FusionBenchError: an unknown argument, or ``drop_last``, which would leave samples
-                unjudged.
+            FusionBenchError: as ``check_loading``.
         """
         given = dict(given or {})
-        for name in given:
-            if name not in (*_USED, *_IGNORED):
-                raise FusionBenchError(
-                    f"taskpool.dataloader_kwargs.{name}: there is no such argument. "
-                    + did_you_mean(name, (*_USED, *_IGNORED))
-                )
-        if given.get("drop_last"):
-            raise FusionBenchError(
-                "taskpool.dataloader_kwargs.drop_last: would leave samples unjudged. Remove it."
-            )
+        check_loading(given)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         on_cpu = fabric.device.type == "cpu"
         if on_cpu:  # where several jobs share a machine each has so many threads
@@ -88,19 +78,39 @@ class Loading:
         workers = given.get("num_workers", min(16, max(1, (cores or 1) // fabric.world_size)))
         ahead = given.get("prefetch_factor") or 2
         batch_size = given.get("batch_size", 32 if on_cpu else 128)
-        numbers = {"batch_size": (batch_size, 1), "num_workers": (workers, 0)}
-        numbers["prefetch_factor"] = (ahead, 1)
-        for name, (value, least) in numbers.items():
-            if type(value) is not int or value < least:
-                raise FusionBenchError(
-                    f"taskpool.dataloader_kwargs.{name}: '{value}' is not {least} or more."
-                )
         return cls(
             batch_size=batch_size,
             workers=max(1, workers),
             ahead=0 if on_cpu else ahead,
             pin_memory=given.get("pin_memory", True) and fabric.device.type == "cuda",
         )
+
+
+def check_loading(given: Mapping[str, Any]) -> None:
+    """Refuse what cannot be asked of the loading of images; ``given`` is as in ``Loading``.
+
+    Raises:
+        FusionBenchError: an unknown argument, an impossible number, or ``drop_last``, which would
+            leave samples unjudged.
+    """
+    for name in given:
+        if name not in (*_USED, *_IGNORED):
+            raise FusionBenchError(
+                f"taskpool.dataloader_kwargs.{name}: there is no such argument. "
+                + did_you_mean(name, (*_USED, *_IGNORED))
+            )
+    if given.get("drop_last"):
+        raise FusionBenchError(
+            "taskpool.dataloader_kwargs.drop_last: would leave samples unjudged. Remove it."
+        )
+    for name, least in {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1}.items():
+        value = given.get(name, least)
+        if name == "prefetch_factor" and value is None:
+            continue
+        if type(value) is not int or value < least:
+            raise FusionBenchError(
+                f"taskpool.dataloader_kwargs.{name}: '{value}' is not {least} or more."
+            )
 
 
 class Room:

@@ -15,7 +15,7 @@ from fusion_bench.addresses import AddressError, Folders
 from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.taskpool.classes import by_name, name_splits, some, sorted_by_number
 from fusion_bench.taskpool.classes import places as class_places
-from fusion_bench.taskpool.described import names_no_split
+from fusion_bench.taskpool.described import WHY_NOT_STREAMED, names_no_split
 from fusion_bench.taskpool.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
 from fusion_bench.tasks import Task, readable
 
@@ -263,10 +263,14 @@ class LabelledImages:
         key: str | None = None,
         folders: Folders = Folders(),  # noqa: B008, frozen
     ):
+        from datasets import IterableDataset
+
         self._key = key or f"taskpool.test_datasets.{name}"
         self._override = f"taskpool.tasks.{name}"
         if isinstance(dataset, dict):
             raise names_no_split(self._key, dataset)
+        if isinstance(dataset, IterableDataset):
+            raise FusionBenchError(f"{self._key}: {WHY_NOT_STREAMED}")
         for table in dataset.cache_files:
             folders.refuse_outside(table["filename"])
         self.dataset = dataset

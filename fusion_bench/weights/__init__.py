@@ -12,7 +12,7 @@ from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, everywhere, merge
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, without_prefix
-from fusion_bench.weights.write import write_checkpoint
+from fusion_bench.weights.write import check_size, write_checkpoint
 
 __all__ = [
     "AdapterConfig",
@@ -29,6 +29,7 @@ __all__ = [
     "TensorWeights",
     "Weights",
     "align",
+    "check_size",
     "everywhere",
     "in_memory",
     "into_module",

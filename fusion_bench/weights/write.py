@@ -163,15 +163,28 @@ class _Shard:
         return json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
 
 
+def check_size(key: str, size: int | str) -> None:
+    """Refuse what is no size of a file; ``key`` is its place in the config.
+
+    Raises:
+        FusionBenchError: it is none.
+    """
+    if not _SIZE.fullmatch(str(size).strip()):
+        raise _no_size(key, size)
+
+
+def _no_size(key: str, size: int | str) -> FusionBenchError:
+    return FusionBenchError(f"{key}: '{size}' is no size. Write it like '5GB' or '500MB'.")
+
+
 def _split(
     specs: Mapping[str, TensorSpec], max_shard_size: int | str
 ) -> tuple[dict[str, object] | None, dict[str, list[str]]]:
     """Return the index, where there is more than one file, and each file's keys."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    check_size("max_shard_size", max_shard_size)
     try:
-        if not _SIZE.fullmatch(str(max_shard_size).strip()):
-            raise ValueError(max_shard_size)
         plan = split_state_dict_into_shards_factory(
             dict(specs),
             get_storage_size=lambda spec: spec.nbytes,
@@ -179,9 +192,7 @@ def _split(
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise FusionBenchError(
-            f"max_shard_size: '{max_shard_size}' is no size. Write it like '5GB' or '500MB'."
-        ) from error
+        raise _no_size("max_shard_size", max_shard_size) from error
     files = plan.filename_to_tensors or {"model.safetensors": []}
     if not plan.is_sharded:
         return None, files

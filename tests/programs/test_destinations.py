@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.errors import ConfigError, WorldError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs import fabric_model_fusion
 from fusion_bench.programs.destinations import Destinations
@@ -134,3 +134,45 @@ def test_what_is_not_this_runs_stays_whatever_it_is(tmp_path: Path) -> None:
 def test_a_report_is_a_json_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"report_save_path: 'a\.html' does not end in"):
         Destinations({}, tmp_path, overwrite=False).put_report("a.html")
+
+
+@pytest.mark.parametrize("key", ["output_dir", "report_save_path", "merged_model_save_path"])
+def test_a_second_run_is_refused_before_it_computes(
+    program_config: dict[str, Any],
+    tmp_path: Path,
+    key: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named = {"output_dir": "out", "report_save_path": "r.json", "merged_model_save_path": "m"}
+    (tmp_path / "out").mkdir()
+    config = {**program_config, key: str(tmp_path / named[key])}
+    del config["taskpool"]
+    first, second = instantiate(config), instantiate(config)
+    places: list[WorldError] = []
+
+    def fuse(*arguments: Any, **more: Any) -> Any:
+        with pytest.raises(WorldError, match=f"'{tmp_path / named[key]}' is in use by") as refused:
+            second.run()
+        places.append(refused.value)
+        with pytest.raises(WorldError, match="is in use by"):
+            instantiate({**config, "dry_run": True}).run()
+        return real(*arguments, **more)
+
+    real = fabric_model_fusion.fuse
+    monkeypatch.setattr(fabric_model_fusion, "fuse", fuse)
+    first.run()
+    assert len(places) == 1 and places[0].exit_code == 3
+    assert not list(tmp_path.rglob("*.claimed"))
+    monkeypatch.undo()
+    instantiate({**config, "overwrite": True}).run()  # and the next one may
+
+
+def test_what_lies_in_another_place_is_held_with_it(
+    program_config: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tmp_path / "m"
+    config = {**program_config, "merged_model_save_path": str(model)}
+    config["report_save_path"] = str(model / "r.json")
+    del config["taskpool"]
+    instantiate(config).run()
+    assert (model / "r.json").exists() and (model / "config.json").exists()

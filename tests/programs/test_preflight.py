@@ -405,7 +405,7 @@ def test_the_console_script_lists_everything_and_ends_with_2(
         assert {path.rpartition("/")[2] for path in hub.downloads()} == {"README.md"}
     assert done.returncode == 2
     lines = done.stderr.removeprefix("fusion_bench: ").splitlines()
-    keys = [line.partition(": ")[0] for line in lines]
+    keys = [line.strip().partition(": ")[0] for line in lines]
     assert keys == ["seed", "modelpool.models.a", "taskpool.test_datasets.b"]
     assert "the plan" in done.stdout and "org/a" in done.stdout
     assert not [file for place in ("hf", "cache") for file in (tmp_path / place).rglob("*")]

@@ -62,6 +62,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ({"job_logging": {"handlers": {"file": {"filename": b"/a/.profile"}}}}, "file.filename"),
         ({"job_logging": {"handlers": {"file": {"filename": ["a.log", "/b"]}}}}, "file.filename"),
         ({"job_logging": {"formatters": {"simple": {"format": "${evil}"}}}}, "simple.format"),
+        ({"job_logging": {"formatters": {"simple": {"format": "\x1b]0;x\x07"}}}}, "simple.format"),
         ({"job_logging": {"root": {"handlers": ["cfg://handlers"]}}}, "job_logging.root.handlers"),
         ({"job_logging": "${evil}"}, "hydra.job_logging"),
         ({"hydra_logging": "${evil}"}, "hydra.hydra_logging"),

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,10 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from commandline import fusion_bench
+from commandline import SCRIPT, fusion_bench
 
 from fusion_bench.report import Report
 from fusion_bench.scripts import cli
+from fusion_bench.storage import claimed
 
 HEAVY = ("torch", "transformers", "datasets", "lightning", "sklearn", "skimage", "matplotlib")
 
@@ -247,3 +250,49 @@ def test_a_token_is_refused_before_anything_is_written(conf: Path) -> None:
     assert done.returncode == 2 and "modelpool.token: looks like a token" in done.stderr
     assert token not in done.stdout + done.stderr
     assert {path.name for path in conf.parent.iterdir()} == {"conf"}
+
+
+@pytest.mark.parametrize("behind", ["| head -1", "> /dev/full", "> /dev/full 2> /dev/full"])
+def test_the_report_is_written_though_nobody_listens(conf: Path, behind: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has none")
+    command = f"{SCRIPT} --config-path {conf} --config-name small report_save_path=r.json"
+    script = f"{command} {behind}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=conf.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    (out,) = (conf.parent / "outputs").glob("*/*")
+    assert Report.load(out / "report.json") == Report.load(conf.parent / "r.json")
+    assert "Report: " in (out / "cli.log").read_text()
+
+
+def test_a_strangers_model_writes_no_control_characters(conf: Path, tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\x1b[31mx\u202e\u2028\r\nfusion_bench: all is well"
+    config = yaml.safe_load((conf / "small.yaml").read_text())
+    name = f"m\x1b[2J{evil[:9]}"
+    model = tmp_path / "model"
+    shutil.copytree(config["modelpool"]["models"]["a"], model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "model_type": evil}))
+    config["modelpool"]["models"] = {name: f"{model}", "_pretrained_": f"{tmp_path}/no\x1b[1m"}
+    config["modelpool"]["model_class"] = evil
+    (conf / "small.yaml").write_text(yaml.safe_dump(config))
+    for words in ((), ("--cfg", "job"), (f"+{name}=1",), (f"method.{name}=1",)):
+        done = small(conf, *words)
+        logs = "".join(log.read_text() for log in conf.parent.glob("outputs/*/*/*.log"))
+        for text in (done.stdout, done.stderr, logs):
+            assert all(c.isprintable() or c in "\n\t" for c in text), ascii(text)
+            assert not [line for line in text.splitlines()[1:] if line.startswith("fusion_bench:")]
+
+
+def test_a_folder_that_another_run_has_claimed(conf: Path) -> None:
+    place = conf.parent / "here"
+    with claimed(place, "hydra.run.dir", inside=True):
+        done = small(conf, f"hydra.run.dir={place}")
+        assert done.returncode == 3
+        assert f"hydra.run.dir: '{place}' is in use by another run (process " in done.stderr
+    with claimed(place, "hydra.sweep.dir", inside=True):
+        done = small(conf, "-m", "seed=1,2", f"hydra.sweep.dir={place}")
+        assert done.returncode == 3 and "hydra.sweep.dir: " in done.stderr
+    assert not list(place.glob("seed*"))

@@ -1,0 +1,128 @@
+"""What a run would find out late, when much was computed: it is refused before."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion_bench.errors import FusionBenchError
+from fusion_bench.instantiate import instantiate
+
+Config = dict[str, Any]
+
+ENSEMBLE = {"_target_": "fusion_bench.method.SimpleEnsembleAlgorithm"}
+ARITHMETIC = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
+#: What a run found out late, or never; each is refused before it begins.
+LATE: list[tuple[str, Any, str]] = [
+    ("method", {}, "method: has no _target_"),
+    ("method", "simple_average", "method: 'simple_average' is no config node"),
+    ("method", ["a"], "method: .* is no config node"),
+    ("modelpool", {"models": {}}, "modelpool: has no _target_"),
+    ("modelpool", "x", "modelpool: 'x' is no config node"),
+    ("taskpool", {"test_datasets": {}}, "taskpool: has no _target_"),
+    ("taskpool", "x", "taskpool: 'x' is no config node"),
+    ("search", {"space": {"a": [1]}}, "search: has no _target_"),
+    ("search", "grid", "search: 'grid' is no config node"),
+    ("fabric", "cpu", "fabric: 'cpu' is no mapping"),
+    ("taskpool.test_datasets.a", {"path": "x"}, r"test_datasets\.a: has no _target_"),
+    ("taskpool.test_datasets.a", "x", r"test_datasets\.a: 'x' is no config node"),
+    ("taskpool.processor", {"a": 1}, r"taskpool\.processor: has no _target_.*CLIPProcessor"),
+    ("modelpool.models.a", {"path": "x"}, r"modelpool\.models\.a: has no _target_"),
+    ("taskpool.test_datasets.a.streaming", True, r"streaming: a stream can be neither"),
+    ("modelpool.max_shard_size", "abc", r"modelpool\.max_shard_size: 'abc' is no size"),
+    ("modelpool.max_shard_size", 0, r"modelpool\.max_shard_size: '0' is no size"),
+    ("modelpool.max_shard_size", -5, r"modelpool\.max_shard_size: '-5' is no size"),
+    ("seed", -1, "seed: -1 is not a number from 0"),
+    ("seed", 2**40, "seed: .* is not a number from 0"),
+    ("taskpool.dataloader_kwargs.batch_size", 0, "batch_size: '0' is not 1 or more"),
+    ("taskpool.dataloader_kwargs.num_workers", -1, "num_workers: '-1' is not 0 or more"),
+    ("taskpool.dataloader_kwargs.prefetch_factor", -2, "prefetch_factor: '-2' is not 1"),
+    ("taskpool.dataloader_kwargs.foo", 1, "foo: there is no such argument"),
+    ("taskpool.dataloader_kwargs.drop_last", True, "drop_last: would leave samples"),
+    ("method", {**ARITHMETIC, "scaling_factor": float("nan")}, r"scaling_factor: NaN"),
+    ("modelpool.models.a", "/a\udc80b", r"modelpool\.models\.a: .* no valid UTF-8"),
+    ("merged_model_save_path", "", "merged_model_save_path: '' can be no path"),
+    ("merged_model_save_path", "a\0b", "merged_model_save_path: .* can be no path"),
+    ("merged_model_save_path", "a\udc80b", "merged_model_save_path: .* can be no path"),
+    ("merged_model_save_path", "x" * 300, "merged_model_save_path: .* can be no path"),
+    ("merged_model_save_path", "/", "merged_model_save_path: '/' is the root"),
+    ("report_save_path", "x" * 300 + ".json", "report_save_path: .* can be no path"),
+]
+
+
+def changed(config: Config, key: str, value: Any) -> Config:
+    config = deepcopy(config)
+    *above, last = key.split(".")
+    node = config
+    for name in above:
+        node = node[name]
+    node[last] = value
+    return config
+
+
+@pytest.mark.parametrize(("key", "value", "told"), LATE, ids=lambda v: ascii(v)[:40])
+def test_what_runs_found_late_is_found_before(
+    program_config: Config, key: str, value: Any, told: str
+) -> None:
+    config = changed(program_config, key, value)
+    with pytest.raises(FusionBenchError, match=told):
+        instantiate({**config, "dry_run": True}).run()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x" * 300, "\u00e9" * 60, "a\udc80"], ids=ascii)
+def test_names_that_no_file_can_have(program_config: Config, name: str) -> None:
+    config = deepcopy(program_config)
+    config["modelpool"]["models"][name] = config["modelpool"]["models"]["a"]
+    test = config["taskpool"]["test_datasets"]
+    test[name] = test["a"]
+    with pytest.raises(FusionBenchError) as refused:
+        instantiate({**config, "dry_run": True})
+    keys = [line.partition(": no file can be called")[0] for line in str(refused.value).split("\n")]
+    assert keys == [f"modelpool.models.{name}", f"taskpool.test_datasets.{name}"]
+
+
+@pytest.mark.parametrize("name", ["...", ".a", "a b ", "a/b", "A"])
+def test_names_that_files_can_have(program_config: Config, tmp_path: Path, name: str) -> None:
+    config = deepcopy(program_config)
+    del config["taskpool"]
+    config["modelpool"]["models"][name] = config["modelpool"]["models"]["a"]
+    config |= {"method": ENSEMBLE, "merged_model_save_path": str(tmp_path / "m")}
+    instantiate(config).run()
+    described = json.loads((tmp_path / "m" / "ensemble.json").read_text())
+    assert described["models"] == ["a", "b", name]
+    assert len([place for place in (tmp_path / "m").iterdir() if place.is_dir()]) == 3
+
+
+def test_places_that_are_in_each_others_way(program_config: Config, tmp_path: Path) -> None:
+    place = str(tmp_path / "x.json")
+    for model in (place, f"{place}/m"):
+        with pytest.raises(FusionBenchError, match=r"merged_model_save_path: .* the report's file"):
+            instantiate(program_config, report_save_path=place, merged_model_save_path=model)
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(FusionBenchError, match=r"report_save_path: .* is a directory"):
+        instantiate(program_config, report_save_path=place, overwrite=True)
+
+
+def test_a_stream_of_the_users_own_is_refused(family: Path) -> None:
+    import datasets
+
+    from fusion_bench.taskpool.images import LabelledImages
+    from fusion_bench.tasks import Task
+
+    stream = datasets.load_dataset(str(family / "datasets" / "a"), split="test", streaming=True)
+    with pytest.raises(FusionBenchError, match=r"test_datasets\.a: a stream can be neither"):
+        LabelledImages("a", stream, Task())
+
+
+def test_markup_in_a_path_stays_text(program_config: Config, tmp_path: Path) -> None:
+    place = tmp_path / "[red]x[/blue]\x1b]8;;http://x\x07"
+    config = {**program_config, "dry_run": True, "merged_model_save_path": str(place)}
+    out = io.StringIO()
+    with redirect_stdout(out):
+        instantiate(config).run()
+    assert "\x1b" not in out.getvalue() and "\x07" not in out.getvalue()
+    assert "[red]x[/blue]\\x1b]8;;http://x\\x07" in "".join(out.getvalue().split())
