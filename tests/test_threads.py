@@ -96,6 +96,12 @@ def test_what_is_fitted_does_not_depend_on_the_threads(solver: str) -> None:
         assert_same(other, found[0])
 
 
+def test_on_another_device_nothing_is_changed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    with threads(3), fixed_threads(LARGE, torch.device("cuda")):
+        assert torch.get_num_threads() == 3
+
+
 @pytest.mark.parametrize("mine", COUNTS)
 def test_the_size_of_the_work_decides_and_not_the_caller(mine: int) -> None:
     with threads(mine):

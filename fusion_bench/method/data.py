@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from fusion_bench.method.base import ModelPool, refuse_disagreeing
 from fusion_bench.tasks import canonical_name
 from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import MergeTensor, Weights, merge
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -70,15 +73,18 @@ def check_sampling(key: str, count: int | None, batch_size: int) -> None:
 
 
 def the_same_everywhere(
-    run: Callable[Concatenate[M, TrainablePool, P], Weights],
-) -> Callable[Concatenate[M, TrainablePool, P], Weights]:
+    run: Callable[Concatenate[M, TrainablePool, "Fabric", P], Weights],
+) -> Callable[Concatenate[M, TrainablePool, "Fabric", P], Weights]:
     """Let a method's ``run`` learn the same on a processor of any number of cores."""
 
     @wraps(run)
-    def fixed(method: M, modelpool: TrainablePool, *args: P.args, **kwargs: P.kwargs) -> Weights:
+    def fixed(
+        method: M, modelpool: TrainablePool, fabric: "Fabric", *args: P.args, **kwargs: P.kwargs
+    ) -> Weights:
         first = [modelpool.weights(name) for name in modelpool.model_names[:1]]
-        with fixed_threads(sum(weights.spec(key).numel for weights in first for key in weights)):
-            return run(method, modelpool, *args, **kwargs)
+        elements = sum(weights.spec(key).numel for weights in first for key in weights)
+        with fixed_threads(elements, fabric.device):
+            return run(method, modelpool, fabric, *args, **kwargs)
 
     return fixed
 

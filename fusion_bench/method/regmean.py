@@ -156,7 +156,7 @@ class NormalEquations:
         """
         left = self._left[key]
         diagonal = left.diagonal()
-        with fixed_threads(left.numel()):
+        with fixed_threads(left.numel(), left.device):
             for power in range(-9, 0):
                 pull = 10.0**power * torch.where(diagonal == 0, 1, diagonal)
                 factor, failed = torch.linalg.cholesky_ex(left.diagonal_scatter(diagonal + pull))

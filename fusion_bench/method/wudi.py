@@ -70,7 +70,7 @@ class WUDIMerging(TensorwiseAlgorithm):
             merged += vector
         if not fitted:
             return merged.div_(len(tensors)).add_(base)
-        with fixed_threads(merged.numel()):
+        with fixed_threads(merged.numel(), merged.device):
             gram, pull = self._equations(key, tensors, base, merged)
             if pull.any():  # else the sum is the minimum
                 merged += self._solution(gram, pull, like=merged)

@@ -55,6 +55,7 @@ class Reference(_Strict):
         overrides: of all rows, as on the command line.
         tasks: in the order of the figures.
         tolerance: how far a figure may be off, in points.
+        average_tolerance: how far an average may be, where that is less.
         rows: a method's name to its figures; ``pretrained`` and ``individual`` are the baselines.
     """
 
@@ -66,6 +67,7 @@ class Reference(_Strict):
     overrides: list[str] = []
     tasks: Annotated[list[str], Field(min_length=1)]
     tolerance: Annotated[float, Field(ge=0)]
+    average_tolerance: Annotated[float, Field(ge=0)] | None = None
     rows: Annotated[dict[str, Row], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -87,6 +89,8 @@ class Reference(_Strict):
         for task, published in zip(self.tasks, row.accuracy or [], strict=False):
             yield task, published, tolerance
         if row.average is not None:
+            if row.tolerance is None and self.average_tolerance is not None:
+                tolerance = self.average_tolerance
             yield AVERAGE, row.average, tolerance
 
     @classmethod

@@ -47,6 +47,18 @@ def test_each_figure_is_compared_with_its_own_column() -> None:
     )
 
 
+def test_averages_may_have_a_tolerance_of_their_own() -> None:
+    rows = {"pretrained": {"accuracy": [20.0, 41.0], "average": 31.0}}
+    rows |= {"mine": {"overrides": ["x=1"], "accuracy": [60.0, 69.0], "average": 64.0}}
+    published = reference(**rows).model_copy(update={"average_tolerance": 0.5})
+    published.rows["mine"].tolerance = 2.0
+    figures = check(published, ["pretrained", "mine"], {"mine": FOUND})
+    assert [(f.column, f.tolerance, f.passed) for f in figures] == [
+        *[("b", 1.0, True), ("a", 1.0, True), ("average", 0.5, False)],
+        *[("b", 2.0, True), ("a", 2.0, True), ("average", 2.0, True)],
+    ]
+
+
 def test_a_row_has_one_model() -> None:
     both = report({"merged/x": model("merged", a=1, b=2), "merged/y": model("merged", a=1, b=2)})
     published = reference(mine={"overrides": ["x=1"], "average": 1.0})
