@@ -8,10 +8,12 @@ stranger's YAML. What runs commands must come from the command line.
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -96,8 +98,21 @@ _HARMLESS = re.compile(
 )
 
 
+class _Repository(ConfigRepository):
+    """The places of configs; Hydra copies them for each group that it lists, some 300 times."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Repository":
+        twin = copy(self)  # only the list of places is ever changed, not what is in them
+        twin.sources = list(self.sources)
+        return twin
+
+
 class CheckedConfigLoader(ConfigLoaderImpl):
     """Composes as Hydra does, and refuses what a config may not ask for."""
+
+    def __init__(self, config_search_path: ConfigSearchPath):
+        super().__init__(config_search_path)
+        self.repository = _Repository(config_search_path)
 
     def load_configuration(
         self,
