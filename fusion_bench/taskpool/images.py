@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -352,7 +353,8 @@ class LabelledImages:
         from pyarrow import compute, types
 
         for file in files:
-            with file.open("rb") as stream:
+            # What cannot be read is refused where its picture is used.
+            with suppress(OSError), file.open("rb") as stream:
                 head = stream.read(HEAD)
                 stream.seek(0)
                 if is_deep(head, stream):

@@ -328,3 +328,16 @@ def test_names_of_labels_go_with_names_of_classes() -> None:
     with pytest.raises(FusionBenchError, match="2 label_names, but 3 class_names"):
         Task.from_mapping({"class_names": ["a", "b", "c"], "label_names": ["x", "y"]})
     assert Task.from_mapping({"class_names": ["a"]}, base=load_task("eurosat")).label_names is None
+
+
+def test_a_file_that_cannot_be_read_is_refused_where_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(np.zeros((4, 4, 3), np.uint8)))
+    found = images(stored({"bytes": None, "path": str(tmp_path / "a.png")}))
+
+    def refuse(self: Path, *args: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert not found.fingerprint.endswith("-deep")
