@@ -439,6 +439,15 @@ def test_of_a_metadata_file(tmp_path: Path, name: str, kind: str) -> None:
     assert "data" in refusal(loads(data), class_names=["cat"])
 
 
+@pytest.mark.parametrize("text", ["null", " null\n{}", '{"file_name": "cat.png"}\nnull\n'])
+def test_a_line_at_which_pyarrow_crashes(tmp_path: Path, text: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "cat.png").write_bytes(PNG)
+    (data / "metadata.jsonl").write_text(text)
+    assert "metadata.jsonl' is 'null'" in refusal(loads(data))
+
+
 def test_a_column_of_labels_opens_nothing(tmp_path: Path) -> None:
     table(tmp_path / "data" / "train.parquet", {"bytes": None, "path": f"{EVIL}/x.png"})
     refusal(loads(tmp_path / "data"), label_column="image", class_names=["a"])
