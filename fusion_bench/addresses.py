@@ -167,6 +167,10 @@ class Folders:
         known = [Path(os.path.realpath(place)) for place in known] if real else known
         return any(path.is_relative_to(place) for place in known)
 
+    def holds(self, name: str) -> bool:
+        """Tell whether a picture of that name would lie in the data set's folders."""
+        return self.own is None or self._hold(_absolute(Path(name)))
+
     def picture(self, name: str) -> bytes:
         """Return the content of a picture that a row names.
 
@@ -183,7 +187,7 @@ class Folders:
                 f"it names the address '{name}', and what rows name is not fetched. Use a copy of "
                 "the data set that holds its pictures"
             )
-        if not self._hold(_absolute(Path(name))) and self.own is not None:
+        if not self.holds(name):
             raise AddressError(f"it names '{name}', which lies outside of the data set's folder")
         with _opened(name) as file:
             return file.read()

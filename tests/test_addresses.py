@@ -390,6 +390,20 @@ def test_of_a_row(tmp_path: Path, path: str) -> None:
     assert "data: sample 0 holds no readable image" in text
 
 
+def test_what_tells_data_apart_looks_at_no_other_file(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(PNG)
+    data = tmp_path / "data"
+    node = loads("parquet", data_files={"train": str(data / "train.parquet")})
+    table(data / "train.parquet", {"bytes": None, "path": str(secret)})
+    images = LabelledImages("t", load("dataset", node, "x"), Task(), "x", Folders.of(node))
+    before = images.fingerprint
+    assert not any(event.startswith("read") for event in WATCH.seen)
+    secret.write_bytes(b"other")
+    del images.fingerprint
+    assert images.fingerprint == before
+
+
 def test_a_row_without_a_picture(tmp_path: Path) -> None:
     table(tmp_path / "data" / "train.parquet", {"bytes": None, "path": "x"}, {"bytes": PNG})
     import pyarrow as pa
