@@ -387,7 +387,7 @@ def test_of_a_row(tmp_path: Path, path: str) -> None:
             archive.writestr("x.png", PNG)
     (data / "secret.zip").symlink_to("../secret.zip")
     text = refusal(loads("parquet", data_files={"train": str(data / "train.parquet")}))
-    assert "data: sample 0 holds no readable image" in text
+    assert "data: sample 0" in text and "holds no readable image" in text
 
 
 def test_what_tells_data_apart_looks_at_no_other_file(tmp_path: Path) -> None:
@@ -397,6 +397,7 @@ def test_what_tells_data_apart_looks_at_no_other_file(tmp_path: Path) -> None:
     node = loads("parquet", data_files={"train": str(data / "train.parquet")})
     table(data / "train.parquet", {"bytes": None, "path": str(secret)})
     images = LabelledImages("t", load("dataset", node, "x"), Task(), "x", Folders.of(node))
+    WATCH.seen.clear()
     before = images.fingerprint
     assert not any(event.startswith("read") for event in WATCH.seen)
     secret.write_bytes(b"other")
