@@ -35,6 +35,7 @@ _ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 #: Files in which a folder of data describes itself to ``datasets``.
 _CARDS = ("README.md", ".huggingface.yaml")
+_LINES_OF_JSON = (".jsonl", ".ndjson", ".json")
 _MOST_OF_A_CARD = 10 * 2**20
 _MOST_OF_A_PICTURE = 2**30
 _LOCK = RLock()
@@ -166,6 +167,10 @@ class Folders:
         known = [Path(os.path.realpath(place)) for place in known] if real else known
         return any(path.is_relative_to(place) for place in known)
 
+    def holds(self, name: str) -> bool:
+        """Tell whether a picture of that name would lie in the data set's folders."""
+        return self.own is None or self._hold(_absolute(Path(name)))
+
     def picture(self, name: str) -> bytes:
         """Return the content of a picture that a row names.
 
@@ -182,7 +187,7 @@ class Folders:
                 f"it names the address '{name}', and what rows name is not fetched. Use a copy of "
                 "the data set that holds its pictures"
             )
-        if not self._hold(_absolute(Path(name))) and self.own is not None:
+        if not self.holds(name):
             raise AddressError(f"it names '{name}', which lies outside of the data set's folder")
         with _opened(name) as file:
             return file.read()
@@ -313,6 +318,8 @@ def _fenced(folders: Folders) -> "type[AbstractFileSystem]":
             found = super().glob(path, maxdepth, **kwargs)
             for file in filter(os.path.isfile, found):
                 folders.refuse_outside(file)
+                if file.lower().endswith(_LINES_OF_JSON):
+                    _refuse_null(file)
             return found
 
         def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:
@@ -324,6 +331,21 @@ def _fenced(folders: Folders) -> "type[AbstractFileSystem]":
             return LocalFileSystem, (self.auto_mkdir,)  # for another process, which writes its part
 
     return Fenced
+
+
+def _refuse_null(file: str) -> None:
+    """Raise for lines of JSON of which one is ``null``: pyarrow ends the whole process at it.
+
+    Raises:
+        AddressError: there is such a line.
+    """
+    with open(file, "rb") as lines:  # noqa: PTH123, as it is named by fsspec
+        for number, line in enumerate(lines, start=1):
+            text = line.lstrip()
+            if number == 1 and text.startswith(b"["):
+                return  # one list, which is read otherwise
+            if text.startswith(b"null"):
+                raise AddressError(f"line {number} of '{file}' is 'null'. Remove it.")
 
 
 def _check_card(node: Mapping[str, Any], folders: Folders) -> None:

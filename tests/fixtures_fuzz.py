@@ -7,6 +7,7 @@ may reach.
 
 import io
 import json
+import os
 import pickle
 import string
 import zipfile
@@ -149,7 +150,8 @@ class Watch:
             path, _, flags = arguments
             name = path.decode(errors="replace") if isinstance(path, bytes) else path
             writes = isinstance(flags, int) and flags & 3
-            if "secret." in name or name.startswith("/etc/passwd"):
+            own = os.path.normpath(name).startswith(f"{self._inside}/")
+            if ("secret." in name and not own) or name.startswith("/etc/passwd"):
                 self.seen.append(f"read {name}")
             if writes and not name.startswith((str(self._inside.parent), "/dev/null")):
                 self.seen.append(f"wrote {name}")

@@ -387,7 +387,22 @@ def test_of_a_row(tmp_path: Path, path: str) -> None:
             archive.writestr("x.png", PNG)
     (data / "secret.zip").symlink_to("../secret.zip")
     text = refusal(loads("parquet", data_files={"train": str(data / "train.parquet")}))
-    assert "data: sample 0 holds no readable image" in text
+    assert "data: sample 0" in text and "holds no readable image" in text
+
+
+def test_what_tells_data_apart_looks_at_no_other_file(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(PNG)
+    data = tmp_path / "data"
+    node = loads("parquet", data_files={"train": str(data / "train.parquet")})
+    table(data / "train.parquet", {"bytes": None, "path": str(secret)})
+    images = LabelledImages("t", load("dataset", node, "x"), Task(), "x", Folders.of(node))
+    WATCH.seen.clear()
+    before = images.fingerprint
+    assert not any(event.startswith("read") for event in WATCH.seen)
+    secret.write_bytes(b"other")
+    del images.fingerprint
+    assert images.fingerprint == before
 
 
 def test_a_row_without_a_picture(tmp_path: Path) -> None:
@@ -437,6 +452,15 @@ def test_of_a_metadata_file(tmp_path: Path, name: str, kind: str) -> None:
     text = f"file_name,label\n{name},0\n" if kind == "csv" else row
     (data / f"metadata.{kind}").write_text(text)
     assert "data" in refusal(loads(data), class_names=["cat"])
+
+
+@pytest.mark.parametrize("text", ["null", " null\n{}", '{"file_name": "cat.png"}\nnull\n'])
+def test_a_line_at_which_pyarrow_crashes(tmp_path: Path, text: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "cat.png").write_bytes(PNG)
+    (data / "metadata.jsonl").write_text(text)
+    assert "metadata.jsonl' is 'null'" in refusal(loads(data))
 
 
 def test_a_column_of_labels_opens_nothing(tmp_path: Path) -> None:

@@ -392,7 +392,9 @@ class LabelledImages:
                 outside := chunk.field("bytes").is_null()
             ).true_count:
                 files.update(chunk.field("path").filter(outside).drop_null().to_pylist())
-        return [Path(file) for file in sorted(files) if Path(file).is_file()]
+        # Others are refused where they are used; of those not even the first bytes are read.
+        own = filter(self._folders.holds, sorted(files))
+        return [Path(file) for file in own if Path(file).is_file()]
 
     @property
     def labels_sha256(self) -> str:
