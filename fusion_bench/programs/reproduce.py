@@ -107,7 +107,7 @@ class ReproduceProgram:
         if result.failed:
             raise ResultError(
                 f"reproduce: {result.sentence()}.\n"
-                + "\n".join(f"  {figure.sentence()}" for figure in result.failed)
+                + "\n".join(figure.sentence() for figure in result.failed)
             )
         log.info("%s.", result.sentence().capitalize())
         return result

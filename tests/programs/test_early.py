@@ -119,10 +119,10 @@ def test_a_stream_of_the_users_own_is_refused(family: Path) -> None:
 
 
 def test_markup_in_a_path_stays_text(program_config: Config, tmp_path: Path) -> None:
-    place = tmp_path / "[red]x[/blue]\x1b]8;;http://x\x07"
+    place = tmp_path / "[red]x[/blue]\x1b]8;;x\x07"
     config = {**program_config, "dry_run": True, "merged_model_save_path": str(place)}
     out = io.StringIO()
     with redirect_stdout(out):
         instantiate(config).run()
     assert "\x1b" not in out.getvalue() and "\x07" not in out.getvalue()
-    assert "[red]x[/blue]\\x1b]8;;http://x\\x07" in "".join(out.getvalue().split())
+    assert "[red]x[/blue]\\x1b]8;;x\\x07" in "".join(out.getvalue().split())
