@@ -95,8 +95,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _ONE_FILE = ("model.safetensors", "pytorch_model.bin")
 #: No tokenizer is larger; the largest that is known has a tenth of it.
 _LARGEST = 256 * 2**20
-#: Where the Hub's client keeps files: those of a repository, and those of several.
-_BLOB = re.compile(r"/models--[^/]+/blobs/[^/]+$|/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")
+#: Where in its cache the Hub's client keeps files: those of a repository, and those of several.
+_BLOB = re.compile(r"models--[^/]+/blobs/[^/]+|blobs/[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def own_file(directory: Path, name: str) -> Path:
@@ -116,7 +116,7 @@ def own_file(directory: Path, name: str) -> Path:
         if "\0" not in name and file.is_symlink():
             raise ConfigError(f"'{file}' is a link that leads nowhere. Remove it.") from error
         raise ConfigError(f"There is no '{name}' in '{directory}'.") from error
-    if not (_is_inside(real, home) or _BLOB.search(real.as_posix())):
+    if not (_is_inside(real, home) or _is_blob(real, home)):
         instead = f", or name '{real}' itself" if name in _ONE_FILE else ""
         raise ConfigError(
             f"'{file}' is a link to '{real}', which is no file of the model's folder. It is not "
@@ -185,6 +185,28 @@ def _is_inside(real: Path, home: Path) -> bool:
     if not real.is_relative_to(home):
         return False
     return not any(part.startswith(".") for part in real.relative_to(home).parts)
+
+
+def _is_blob(real: Path, home: Path) -> bool:
+    """Tell whether a file lies where the Hub's client keeps what a folder's links lead to.
+
+    That is the cache that the folder is in, or else the user's: earlier clients filled a folder of
+    the user's choice with links. Names there are hashes of the contents, so that nobody can name a
+    file that he does not know.
+    """
+    from huggingface_hub import constants
+
+    caches = [Path(constants.HF_HUB_CACHE).resolve()]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        repository = home.parents[1]
+        if real.parent == repository / "blobs":
+            return True
+        caches.append(repository.parent / "blobs")
+    for cache in caches:
+        place = cache.parent if cache.name == "blobs" else cache
+        if real.is_relative_to(cache) and _BLOB.fullmatch(real.relative_to(place).as_posix()):
+            return True
+    return False
 
 
 def _size(file: Path, real: Path) -> int:

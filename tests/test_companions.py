@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 from fusion_bench.companions import CONFIGS, KNOWN, check_folder, module_folders, own_file
@@ -70,7 +71,9 @@ def test_a_hard_link_is_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     "blob", [f"models--o--n/blobs/{'0a' * 20}", f"models--o--n/blobs/{'0a' * 32}"]
 )
-def test_the_layout_of_the_hubs_cache(tmp_path: Path, blob: str) -> None:
+def test_the_layout_of_the_hubs_cache(
+    tmp_path: Path, blob: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshot = tmp_path / "models--o--n" / "snapshots" / "main"
     for place in (snapshot, (tmp_path / blob).parent):
         place.mkdir(parents=True)
@@ -79,7 +82,21 @@ def test_the_layout_of_the_hubs_cache(tmp_path: Path, blob: str) -> None:
     check_folder(snapshot)
     (tmp_path / "old").mkdir()  # as older clients laid out a local directory
     (tmp_path / "old" / "config.json").symlink_to(tmp_path / blob)
+    with pytest.raises(ConfigError, match="is a link"):  # it only looks like the user's cache
+        check_folder(tmp_path / "old")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     check_folder(tmp_path / "old")
+
+
+def test_files_of_another_repository_are_not_the_models(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--o--n" / "snapshots" / "main"
+    secret = tmp_path / "models--me--private" / "blobs" / "x"
+    for place in (snapshot, secret.parent):
+        place.mkdir(parents=True)
+    secret.write_text("{}")
+    (snapshot / "config.json").symlink_to(secret)
+    with pytest.raises(ConfigError, match="is a link"):
+        check_folder(snapshot)
 
 
 def test_the_store_that_repositories_in_the_hubs_cache_share(tmp_path: Path) -> None:

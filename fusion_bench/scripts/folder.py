@@ -41,6 +41,11 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
             raise ConfigError(f"{key}: '{path}' is a link, and is not written to. Remove it.")
     if "overwrite=true" in {word.lstrip("+") for word in sys.argv[1:]}:
         return
+    if record and record != ".hydra" and files[0].exists() and not _is_record(files[0]):
+        raise ConfigError(
+            f"{key}: '{folder}' holds '{record}', which no run has left. Name a new folder or "
+            "another hydra.output_subdir, or type overwrite=true."
+        )
     left = ("multirun.yaml", "report.json", ".hydra/hydra.yaml", f"{record or '.hydra'}/hydra.yaml")
     if any(_names_us(folder / name) for name in left):
         return
@@ -104,6 +109,14 @@ def _results(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not path.name.startswith(".") and (path.suffix != ".log" or path.is_dir()):
             yield path
+
+
+def _is_record(folder: Path) -> bool:
+    """Tell whether a folder holds what Hydra keeps of a run of ours, and nothing else."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != set(_RECORD):
+        return False
+    settings = folder / "hydra.yaml"
+    return _names_us(settings) and settings.read_text(encoding="utf-8").startswith("hydra:")
 
 
 def _names_us(path: Path) -> bool:

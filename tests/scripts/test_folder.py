@@ -101,6 +101,17 @@ def test_a_folder_of_the_users_is_left_alone(
     assert here() == before
 
 
+@pytest.mark.parametrize("files", [("hydra.yaml",), ("hydra.yaml", "config.yaml", "more.yaml")])
+def test_what_only_looks_like_a_record_is_left_alone(job: Any, files: tuple[str, ...]) -> None:
+    Path("settings").mkdir()
+    for name in files:
+        Path("settings", name).write_text("hydra: notes on fusion_bench")
+    before = here()
+    with pytest.raises(ConfigError, match="'settings', which no run has left"):
+        job({"hydra": {"run": {"dir": "."}, "output_subdir": "settings"}, "overwrite": True})
+    assert here() == before
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
