@@ -157,7 +157,14 @@ class Watch:
                 self.seen.append(f"wrote {name}")
 
 
-_FAMILIES = ("subprocess.", "socket.connect", "socket.get", "socket.sendto", "pty.")
+_FAMILIES = (
+    "subprocess.",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.gethostby",
+    "socket.sendto",
+    "pty.",
+)
 _FORBIDDEN = {
     "os.system",
     "os.exec",

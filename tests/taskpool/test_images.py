@@ -7,6 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
+from fusion_bench.addresses import Folders
 from fusion_bench.errors import FusionBenchError
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.tasks import Task, load_task
@@ -25,7 +26,7 @@ def dataset(labels: list[Any], label: Any = None, **more: Any) -> Dataset:
 
 
 def images(data: Any, **task: Any) -> LabelledImages:
-    return LabelledImages("t", data, Task.from_mapping(task))
+    return LabelledImages("t", data, Task.from_mapping(task), folders=Folders(None))
 
 
 def test_columns_are_found_by_type() -> None:
