@@ -254,6 +254,8 @@ def _pool_problems(node: Mapping[Any, Any], key: str) -> Iterator[str]:
     for group, texts in _NODES_BY_NAME.items():
         nodes = node.get(group)
         for name, child in nodes.items() if isinstance(nodes, Mapping) else ():
+            if group == "models" and isinstance(child, Mapping):
+                continue  # the pool tells what else a model may be: an adapter with its base
             yield from _part_problems(child, f"{key}.{group}.{name}", texts=texts)
 
 

@@ -93,7 +93,11 @@ class Found:
 
 
 def compare_configs(
-    configs: Mapping[str, Config], *, warn: bool = False, part: str | None = None
+    configs: Mapping[str, Config],
+    *,
+    warn: bool = False,
+    part: str | None = None,
+    heads: bool = False,
 ) -> Found:
     """Compare models' configs with that of the first, the reference.
 
@@ -101,11 +105,13 @@ def compare_configs(
         configs: by the models' names.
         warn: merge models whatever differs.
         part: the key of the part of a config that is merged, for configs that have it.
+        heads: classifiers are merged with their heads, so that the order of classes counts.
     """
     (name, reference), *others = configs.items()
     found: dict[Difference, list[str]] = {}
     for model, config in others:
-        for difference in differences(config, reference, part):
+        other_order = _other_order(config, reference) if heads else []
+        for difference in [*other_order, *differences(config, reference, part)]:
             found.setdefault(difference, []).append(model)
     much, notes = [], []
     for each, models in found.items():
@@ -260,6 +266,16 @@ def differences(own: Config, reference: Config, part: str | None = None) -> list
         return [_difference("model_type", *kinds, much=None not in kinds)]
     stretched = _stretched(first) or _stretched(second)
     return [*_compared(first, second, "", known, stretched)]
+
+
+def _other_order(own: Config, reference: Config) -> list[Difference]:
+    """Return what differs where two classifiers have the same classes in another order."""
+    names, expected = own.get("id2label"), reference.get("id2label")
+    if not isinstance(names, Mapping) or not isinstance(expected, Mapping) or names == expected:
+        return []
+    if sorted(map(str, names.values())) != sorted(map(str, expected.values())):
+        return []
+    return [_difference("id2label", names, expected, much=True)]
 
 
 def holds(outer: Config, inner: Config) -> bool:

@@ -305,7 +305,8 @@ class HFModelPool:
         configs = {name: config for name in names if (config := self._config(name))}
         if configs:
             warn = self.policy.on_config == "warn"
-            found += compare_configs(configs, warn=warn, part=self._part)
+            heads = self.model_class != "AutoModel"  # of a classifier it takes the backbone
+            found += compare_configs(configs, warn=warn, part=self._part, heads=heads)
         vocabularies = {name: own for name in names if (own := self._vocabulary(name))}
         if further := self._processors_vocabulary():
             vocabularies[f"the tokenizer of '{self._processor}'"] = further

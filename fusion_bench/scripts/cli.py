@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 _PROGRAM_KEY = re.compile(
     r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
     r"fabric\.\w+|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
-    r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile))="
+    r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
 #: Exceptions whose message is enough.
 FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)

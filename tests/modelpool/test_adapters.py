@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from commandline import fusion_bench
 from fixtures_llm import metadata, rewrite, tensors, write_llama, write_lora
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import save_file
@@ -87,6 +88,17 @@ def test_its_own_base_makes_a_whole_model_that_is_merged_with_the_rest(root: Pat
     assert "base" not in recipe["sources"]["other"]
     card = (root / "m" / "README.md").read_text()
     assert f"| `x` | `{root / 'x'}` on `{root / 'other'}` |" in card
+
+
+def test_the_command_line_takes_an_adapter_with_its_base(root: Path) -> None:
+    places = [f"_pretrained_={root / 'base'}", f"x={{path: {root / 'x'}, base: {root / 'other'}}}"]
+    words = [f"modelpool.models.{place}" for place in places]
+    done = fusion_bench(
+        *("--config-name", "merge_llm", *words, "merged_model_save_path=m"), cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    expected = pool(root, x={"path": str(root / "x"), "base": str(root / "other")}).weights("x")
+    assert torch.allclose(tensors(root / "m")[KEY], expected[KEY], atol=1e-6)
 
 
 def test_a_base_may_be_a_model_of_the_pool_or_one_that_takes_no_part(root: Path) -> None:

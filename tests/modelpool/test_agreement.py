@@ -118,6 +118,17 @@ def test_what_changes_nothing_is_left_out(change: dict[str, Any]) -> None:
     assert found({**LLAMA, **change}, LLAMA) == {}
 
 
+def test_classes_in_another_order_are_not_merged_with_their_heads() -> None:
+    reference = {**LLAMA, "id2label": {"0": "no", "1": "yes"}}
+    other = {**reference, "id2label": {"0": "yes", "1": "no"}}
+    configs = {"a": reference, "b": other}
+    (refused,) = compare_configs(configs, heads=True).refused
+    assert "b: 'id2label'" in refused
+    assert compare_configs(configs) == compare_configs({"a": reference, "b": reference}, heads=True)
+    further = {**reference, "id2label": {"0": "cat", "1": "dog"}}  # of another task
+    assert not compare_configs({"a": reference, "b": further}, heads=True).refused
+
+
 def test_a_default_may_be_written_or_not() -> None:
     written = {
         **LLAMA,

@@ -31,7 +31,7 @@ LATE: list[tuple[str, Any, str]] = [
     ("taskpool.test_datasets.a", {"path": "x"}, r"test_datasets\.a: has no _target_"),
     ("taskpool.test_datasets.a", "x", r"test_datasets\.a: 'x' is no config node"),
     ("taskpool.processor", {"a": 1}, r"taskpool\.processor: has no _target_.*CLIPProcessor"),
-    ("modelpool.models.a", {"path": "x"}, r"modelpool\.models\.a: has no _target_"),
+    ("modelpool.models.a", {"paht": "x"}, r"models\.a\.paht: there is no such key"),
     ("taskpool.test_datasets.a.streaming", True, r"streaming: a stream can be neither"),
     ("modelpool.max_shard_size", "abc", r"modelpool\.max_shard_size: 'abc' is no size"),
     ("modelpool.max_shard_size", 0, r"modelpool\.max_shard_size: '0' is no size"),
