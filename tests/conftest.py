@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Processes that share the cores are no faster with more threads; torch reads it at import.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    # The models are built with two threads, which else wait for each other at full speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
