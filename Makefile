@@ -9,7 +9,8 @@ demo: .venv/installed ## fuse and judge the embedded models
 	$(BIN)/fusion_bench
 
 test: .venv/installed-dev ## run the tests
-	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m zoo
+	$(BIN)/pytest -m "not zoo" --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev ## lint and type-check
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--count", type=int, help="how many trials, where they are random")
+    parser.add_argument("--kind", action="append", default=[], help="of files; by default all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, help="kept files; by default a temporary directory")
     parser.add_argument(
@@ -27,7 +28,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     part = import_module(f"faults_{arguments.part}")
-    part.run(arguments.count, arguments.seed, arguments.workdir, arguments.results)
+    more = [arguments.kind] if arguments.part == "fuzz" else []
+    part.run(arguments.count, arguments.seed, arguments.workdir, arguments.results, *more)
 
 
 if __name__ == "__main__":

@@ -133,10 +133,9 @@ class Folders:
                 named = _home(text)
                 for base in [Path()] if named.is_absolute() else bases:
                     place = _fixed(_absolute(base / named))
-                    if place.is_dir():
-                        own.append(place)
-                    elif place.exists():
-                        own += [place.parent, Path(os.path.realpath(place))]
+                    if place.exists():  # what the user names may be a link itself
+                        own += [place if place.is_dir() else place.parent]
+                        own += [Path(os.path.realpath(place))]
         return cls(tuple(dict.fromkeys(own)))
 
     def refuse_outside(self, path: str) -> None:

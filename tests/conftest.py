@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from selenium import webdriver
 
 #: What takes longest, begun first, so that no process is left with it at the end.
-FIRST = ("end_to_end/test_default.py", "method/test_contract.py", "scripts/test_sweep.py")
+FIRST = ("method/test_contract.py", "scripts/test_sweep.py")
 CLASSES = {"a": ["abbey", "airplane_cabin", "beach"], "b": ["cat", "dog", "emu", "fox", "gnu"]}
 
 

@@ -159,7 +159,7 @@ def test_shown_python_runs(code):
 
 def test_each_row_of_what_was_tried_is_a_test():
     text = (ROOT / "tests" / "tried.md").read_text(encoding="utf-8")
-    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text)
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", text)
     assert len(named) > 150
     for file, function in set(named):
         code = (ROOT / "tests" / file).read_text(encoding="utf-8")

@@ -10,7 +10,10 @@ from hub import client_environment, closed_endpoint
 
 from fusion_bench.report import Report
 
-pytestmark = pytest.mark.timeout(1500)  # the build takes minutes, and more on a busy machine
+pytestmark = [
+    pytest.mark.zoo,
+    pytest.mark.timeout(1500),
+]  # the build takes minutes, and more on a busy machine
 
 
 @pytest.fixture(scope="module")

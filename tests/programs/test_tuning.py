@@ -273,7 +273,9 @@ def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
 
 
 def test_a_method_without_data_needs_none(config: Config) -> None:
-    config["modelpool"]["train_datasets"] = {"nobody": "looks"}
+    config["modelpool"]["train_datasets"] = {
+        "nobody": {"_target_": "datasets.load_dataset", "path": "never/looked-at"}
+    }
     assert run(config, method=method("SimpleAverageAlgorithm")).run.tuning is None
 
 
