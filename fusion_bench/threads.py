@@ -1,8 +1,9 @@
 """How many threads torch computes with where their number shows in the result."""
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -12,6 +13,7 @@ _SMALL = 2**21  # elements
 _FEW = 2  # more of them slow small models down; the embedded models' figures are those of two
 _SEVERAL = 8
 _CPU = torch.device("cpu")
+_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5
 
 
 @contextmanager
@@ -40,6 +42,16 @@ def fixed_threads(elements: int, device: torch.device = _CPU) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def end_threads() -> None:
+    """End the threads that torch computes with, so that this process may be forked.
+
+    GNU's OpenMP keeps them for the next computation. A child has none of them but does not know it,
+    and would wait for them for ever. Here and in the child they are started again when needed.
+    """
+    with suppress(AttributeError):  # another OpenMP, which sees to it by itself
+        ctypes.CDLL(None).omp_pause_resource_all(_PAUSE_HARD)
 
 
 def _refuse_fewer(count: int) -> None:

@@ -26,6 +26,7 @@ from fusion_bench.memory import out_of_memory
 from fusion_bench.report import Run, Search, Seconds, Tuning
 from fusion_bench.shown import are_set_up, set_up_streams
 from fusion_bench.storage import disk_failures
+from fusion_bench.threads import end_threads
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
     if not isinstance(launcher, _MultiProcessingLauncher):
         with plain_failures():
             return cast(T, fabric.launch(work))
+    end_threads()
     # A process that was started by ours could else only tell its traceback.
     told = multiprocessing.get_context(launcher._start_method).SimpleQueue()
     try:

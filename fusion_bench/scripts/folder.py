@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.errors import ConfigError
-from fusion_bench.storage import is_first_process
+from fusion_bench.storage import check_unclaimed, is_first_process
 
 #: What Hydra keeps of a run, in a folder within its own.
 _RECORD = ("config.yaml", "hydra.yaml", "overrides.yaml")
@@ -64,6 +64,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
 
     Raises:
         ConfigError: the folder is not this run's to write to.
+        WorldError: another run is writing to it.
     """
     if not HydraConfig.initialized():  # a launcher's own messages, before its jobs
         _configure_log(log_config, verbose_config)
@@ -73,6 +74,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
     if is_first_process():
         key = "hydra.sweep.subdir" if sweep else "hydra.run.dir"
         check_folder(folder, key, hydra.output_subdir)
+        check_unclaimed(folder, key, inside=True)
         _check_record(folder, key)
     places = (folder, Path(hydra.sweep.dir).absolute()) if sweep else (folder,)
     config: Any = OmegaConf.to_container(log_config, resolve=True)

@@ -14,6 +14,7 @@ from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.environment import launch, make_fabric
 from fusion_bench.report import Report
+from fusion_bench.threads import fixed_threads
 
 
 def refuse_the_config(fabric: Fabric) -> None:
@@ -67,6 +68,20 @@ def test_failures_in_one_of_two_processes(
 ) -> None:
     with pytest.raises(kind, match=message):
         launch(make_fabric({"accelerator": "cpu", "devices": 2}), work)
+
+
+def compute(fabric: Fabric) -> float:
+    with fixed_threads(1_000):
+        return float(torch.ones(1_000, 1_000).sum())
+
+
+@pytest.mark.timeout(60)
+def test_processes_compute_where_their_parent_did() -> None:
+    """OpenMP's threads do not follow into a fork, which would wait for them."""
+    fabric = {"accelerator": "cpu", "devices": 1}
+    for devices in (1, 2, 2):
+        found = launch(make_fabric(fabric | {"devices": devices}), compute)
+        assert found == 1_000_000
 
 
 def test_other_errors_are_not_disguised() -> None:

@@ -14,8 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job
 from hydra.types import HydraContext
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.errors import ConfigError, WorldError
 from fusion_bench.scripts import cli
+from fusion_bench.storage import claimed
 
 TARGET = {"_target_": "fusion_bench.programs.FabricModelFusionProgram"}
 
@@ -131,6 +132,18 @@ def test_logs_go_into_the_runs_folder(job: Any, settings: dict[str, Any], name: 
     assert folder.parent.parent.name == "outputs"
     assert "first" in (folder / name).read_text()
     assert Path("training.log").read_text() == "mine"
+
+
+def test_the_record_of_a_run_under_way_is_left_alone(job: Any) -> None:
+    """Its results are not there yet, so that only its claim tells that it runs."""
+    folder = job({"hydra": {"run": {"dir": "out"}}, "seed": 1})
+    record = (folder / ".hydra" / "config.yaml").read_text()
+    with (
+        claimed(folder, "hydra.run.dir", inside=True),
+        pytest.raises(WorldError, match="is in use by another run"),
+    ):
+        job({"hydra": {"run": {"dir": "out"}}, "seed": 2})
+    assert (folder / ".hydra" / "config.yaml").read_text() == record
 
 
 def test_logs_are_appended(job: Any) -> None:
