@@ -34,7 +34,7 @@ TOKEN = "hf_" + "secretsecret" * 3
 
 READ = """
 import hashlib, json, sys, time
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import locate
 from fusion_bench.sources import load
 

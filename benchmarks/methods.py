@@ -29,9 +29,9 @@ from measure import alternate, peak, publish, ratio, summary
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.report import comparison
 from fusion_bench.scripts.cli import CONFIG_DIR

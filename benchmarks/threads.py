@@ -26,7 +26,7 @@ import hashlib, json, sys
 from pathlib import Path
 import torch
 from fusion_bench import threads, zoo
-from fusion_bench.errors import ResultError
+from fusion_bench.problems import ResultError
 from fusion_bench.programs import ReproduceProgram
 
 mine, threads._FEW = int(sys.argv[1]), int(sys.argv[2])

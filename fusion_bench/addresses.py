@@ -20,7 +20,7 @@ from zipfile import BadZipFile, ZipFile
 import yaml
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

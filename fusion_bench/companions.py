@@ -10,7 +10,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 
 #: A model's configs.
 CONFIGS = ("config.json", "generation_config.json")

@@ -2,24 +2,20 @@
 
 import inspect
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import isnan
 from typing import Any, TypeVar, get_type_hints
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import ConfigError, did_you_mean
 from fusion_bench.pretrained import checked_node
+from fusion_bench.problems import ConfigError, Place, Problem, Problems, did_you_mean, within
 from fusion_bench.resolving import to_container
 from fusion_bench.trust import argument_problems, find, is_users
 
 T = TypeVar("T")
-
-logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it also raises
 
 #: What pydantic misses, in plain words.
 _WANTED = {
@@ -70,33 +66,62 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
 
-def instantiate(node: Any, key: str = "", **arguments: Any) -> Any:
+def instantiate(node: Any, section: str = "", **arguments: Any) -> Any:
     """Call what ``node`` names in ``_target_`` with the node's other keys and ``arguments``.
 
     Anything that is not a mapping with ``_target_`` is returned as it is, so that sections may
-    also be given as objects. ``key`` is the node's place in the config, for messages.
+    also be given as objects. Nodes inside the node are called before it, unless it says
+    ``_recursive_: false``.
+
+    Args:
+        node: of the config.
+        section: whether it has to make a ``method``, a ``modelpool`` …
+        arguments: beside those of the node.
 
     Raises:
         ConfigError: a target that may not be called or cannot be found, or keys that its signature
-            does not take; all such problems of the node and of the nodes inside it are listed at
+            does not take; all such problems of the node and of the nodes inside it are told at
             once.
     """
     plain = _resolved(node)
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
-    if gathered := _gathered(plain, key, arguments):
+    if gathered := _gathered(plain, section, arguments):
         plain, arguments = gathered
     else:
-        check(plain, key, **arguments)
-    guarded = _guarded({**plain, **{k: v for k, v in arguments.items() if k == "_recursive_"}})
-    try:
-        return hydra_instantiate(guarded, _convert_="all", **arguments)
-    except InstantiationException as error:
-        # Hydra wraps what the target raised in a message of its own; the cause is the plain fact.
-        cause = error.__cause__
-        if cause is None:
-            raise
-        raise cause from cause.__cause__
+        check(plain, section, **arguments)
+    recursive = arguments.pop("_recursive_", plain.get("_recursive_", True))
+    return _called(_guarded({**plain, "_recursive_": recursive}), arguments)
+
+
+def _called(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a node's target; where something is wrong inside it, say where."""
+    inside = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
+    positional = node.get("_args_") or ()
+    if node.get("_recursive_", True):
+        inside = _made(inside)
+        with within("_args_"):
+            positional = _made(list(positional))
+    target = node["_target_"]
+    function = target if callable(target) else find(target)
+    wanted = partial(function, *positional, **{**inside, **arguments})
+    return wanted if node.get("_partial_") else wanted()
+
+
+def _made(value: Any) -> Any:
+    """Return a value with the nodes in it called."""
+    if isinstance(value, list):
+        return [_made_at(index, item) for index, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    if "_target_" in value:
+        return _called(value, {})
+    return {name: _made_at(name, item) for name, item in value.items()}
+
+
+def _made_at(place: str | int, value: Any) -> Any:
+    with within(place):
+        return _made(value)
 
 
 def _guarded(node: Any) -> Any:
@@ -164,41 +189,37 @@ def parameters(target: Any) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def check(node: Any, key: str = "", **arguments: Any) -> None:
+def check(node: Any, section: str = "", **arguments: Any) -> None:
     """Compare every ``_target_`` in a resolved ``node`` with the keys that it is given.
 
     Raises:
-        ConfigError: with a line for each that cannot work, or may not be called.
+        ConfigError: with a problem for each that cannot work, or may not be called.
     """
-    if problems := list(_problems(node, key, arguments)):
-        raise ConfigError("\n".join(problems))
+    Problems(_problems(node, section, (), arguments)).raise_all()
 
 
-def check_part(node: Any, key: str) -> None:
+def check_part(node: Any, section: str) -> None:
     """Refuse what can be made no object of: a text, a number, a list, or no ``_target_``.
 
     Raises:
         ConfigError: it is one of these.
     """
-    if problems := list(_part_problems(node, key, texts=False)):
-        raise ConfigError("\n".join(problems))
+    Problems(_part_problems(node, _EXAMPLES[section], texts=False)).raise_all()
 
 
-def _part_problems(node: Any, key: str, *, texts: bool) -> Iterator[str]:
+def _part_problems(node: Any, example: str, *, texts: bool) -> Iterator[Problem]:
     if isinstance(node, Mapping):
         wrong = "_target_" not in node
     else:
         wrong = isinstance(node, bool | int | float | list) or (isinstance(node, str) and not texts)
     if not wrong:
         return
-    last = key.rpartition(".")[2]
-    kind = "datasets" if "_datasets." in key else last if last in _EXAMPLES else "models"
     what = "has no _target_" if isinstance(node, Mapping) else f"'{node}' is no config node"
-    yield f"{key}: {what}. Give it one, such as '_target_: {_EXAMPLES[kind]}'."
+    yield Problem((), f"{what}.", f"Give it one, such as '_target_: {example}'.")
 
 
 def _gathered(
-    node: Mapping[Any, Any], key: str, arguments: Mapping[str, Any]
+    node: Mapping[Any, Any], section: str, arguments: Mapping[str, Any]
 ) -> tuple[Mapping[Any, Any], dict[str, Any]] | None:
     """Return node and arguments for a target that tells all problems at once, its parts' too.
 
@@ -212,11 +233,9 @@ def _gathered(
         return None
     if not getattr(function, "tells_all_problems", False):
         return None
-    prefix = f"{key}." if key else ""
-    wrong = {
-        problem.partition(": ")[0].removeprefix(prefix): problem
-        for problem in _signature_problems(node, key, arguments)
-    }
+    wrong: dict[Any, Problem] = {}
+    for problem in _signature_problems(node, section, arguments):
+        wrong.setdefault(problem.place[0], problem)
     if wrong.keys() - node.keys():
         return None
     sound = {name: value for name, value in node.items() if name not in wrong}
@@ -224,56 +243,62 @@ def _gathered(
     return sound, {**arguments, "problems": list(wrong.values())}
 
 
-def _problems(node: Any, key: str, arguments: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for each target or key in ``node``, at any depth, that cannot work."""
+def _problems(
+    node: Any, section: str, place: Place, arguments: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Yield a problem for each target or key in ``node``, at any depth, that cannot work."""
     if isinstance(node, Mapping):
         if "_target_" in node:
-            yield from _signature_problems(node, key, arguments)
-            if not is_users(str(node["_target_"])):
-                yield from _pool_problems(node, key)
+            here = section if not place else str(place[-1])
+            found = [*_signature_problems(node, section, arguments)]
+            if here in ("modelpool", "taskpool") and not is_users(str(node["_target_"])):
+                found += _pool_problems(node)
+            yield from (problem.inside(*place) for problem in found)
         for name, child in node.items():
-            yield from _problems(child, f"{key}.{name}" if key else str(name), {})
+            yield from _problems(child, "", (*place, str(name)), {})
     elif isinstance(node, list):
         for index, child in enumerate(node):
-            yield from _problems(child, f"{key}[{index}]", {})
+            yield from _problems(child, "", (*place, index), {})
     elif _is_open(node):
-        # Hydra would resolve it once more, to something that nobody has looked at.
-        yield f"{key}: '{node}' holds an interpolation within another. Write it out."
+        # It would be resolved once more, to something that nobody has looked at.
+        yield Problem(place, f"'{node}' holds an interpolation within another.", "Write it out.")
     elif isinstance(node, float) and isnan(node):
-        yield f"{key}: NaN is no number to calculate with. Give another."
+        yield Problem(place, "NaN is no number to calculate with.", "Give another.")
     elif isinstance(node, str) and _SURROGATE.search(node):
-        yield f"{key}: '{node}' is no valid UTF-8, which a report could not tell. Rename it."
+        reason = f"'{node}' is no valid UTF-8, which a report could not tell."
+        yield Problem(place, reason, "Rename it.")
 
 
-def _pool_problems(node: Mapping[Any, Any], key: str) -> Iterator[str]:
-    """Yield one line for each thing in a pool that should be a node and is none."""
-    if key not in ("modelpool", "taskpool") and not key.endswith((".modelpool", ".taskpool")):
-        return
+def _pool_problems(node: Mapping[Any, Any]) -> Iterator[Problem]:
+    """Yield a problem for each thing in a pool that should be a node and is none."""
     for name in _NODES:
-        yield from _part_problems(node.get(name), f"{key}.{name}", texts=True)
+        for problem in _part_problems(node.get(name), _EXAMPLES[name], texts=True):
+            yield problem.inside(name)
     for group, texts in _NODES_BY_NAME.items():
         nodes = node.get(group)
+        example = _EXAMPLES["datasets" if group.endswith("_datasets") else "models"]
         for name, child in nodes.items() if isinstance(nodes, Mapping) else ():
             if group == "models" and isinstance(child, Mapping):
                 continue  # the pool tells what else a model may be: an adapter with its base
-            yield from _part_problems(child, f"{key}.{group}.{name}", texts=texts)
+            for problem in _part_problems(child, example, texts=texts):
+                yield problem.inside(group, name)
 
 
 def _signature_problems(
-    node: Mapping[str, Any], key: str, arguments: Mapping[str, Any]
-) -> Iterator[str]:
-    prefix = f"{key}." if key else ""
+    node: Mapping[str, Any], section: str, arguments: Mapping[str, Any]
+) -> Iterator[Problem]:
     target = node["_target_"]
     try:
         function = target if callable(target) else find(target)
     except ConfigError as error:
-        yield f"{prefix}_target_: {error}"
+        yield from (problem.inside("_target_") for problem in error.problems)
         return
-    if isinstance(target, str) and not is_users(target) and not _is_of_kind(target, key):
-        yield f"{prefix}_target_: '{target}' is no {key}."
+    wanted = _SECTIONS.get(section, "")
+    if isinstance(target, str) and not is_users(target) and not target.startswith(wanted):
+        yield Problem(("_target_",), f"'{target}' is no {section}.")
         return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
-        yield f"{prefix}{name}: {mistake}"
+        yield Problem((name,), mistake)
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # some builtins do not tell their signature
@@ -282,24 +307,19 @@ def _signature_problems(
     given -= _BESIDE.get(str(target), set())
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given - set(parameters)):
-            yield f"{prefix}{name}: {_short(target)} takes no such key. " + did_you_mean(
-                name, parameters
-            )
-    yield from _type_problems(function, {k: v for k, v in node.items() if k in parameters}, prefix)
+            reason = f"{_short(target)} takes no such key."
+            yield Problem((name,), reason, did_you_mean(name, parameters))
+    yield from _type_problems(function, {k: v for k, v in node.items() if k in parameters})
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if named and parameter.default is parameter.empty and name not in given:
-            yield f"{prefix}{name}: missing; {_short(target)} needs it."
+            yield Problem((name,), f"missing; {_short(target)} needs it.")
 
 
-def _is_of_kind(target: str, key: str) -> bool:
-    return target.startswith(_SECTIONS.get(key, ""))
-
-
-def _type_problems(function: Any, given: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """Yield one line for each value that is not of the type that our signature says.
+def _type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each value that is not of the type that our signature says.
 
     Only plain values are looked at: a node becomes an object later.
     """
@@ -322,8 +342,8 @@ def _type_problems(function: Any, given: Mapping[str, Any], prefix: str) -> Iter
         except ValidationError as error:
             kinds = [problem["type"] for problem in error.errors()]
             if "literal_error" not in kinds:  # the constructor tells the choices, and the nearest
-                wanted = dict.fromkeys(_WANTED.get(kind, kind) for kind in kinds)
-                yield f"{prefix}{name}: '{value}' is not {' or '.join(wanted)}."
+                types = dict.fromkeys(_WANTED.get(kind, kind) for kind in kinds)
+                yield Problem((name,), f"'{value}' is not {' or '.join(types)}.")
 
 
 def _has_target(value: Any) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, TypeVar
 
-from fusion_bench.errors import chain
+from fusion_bench.problems import chain
 from fusion_bench.storage import file_sha256
 
 if TYPE_CHECKING:

@@ -1,20 +1,17 @@
 """What a run is going to do and what stands in its way, known before any weight is loaded."""
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
+from fusion_bench.problems import Problems
 from fusion_bench.repository import Repository
 
 if TYPE_CHECKING:
     from fusion_bench.weights import Weights
 
-#: How a message begins that names its key.
-_KEY = re.compile(r"[a-z_]+((\.[^\s:]+)|(\[\d+\]))*: ")
 #: What the embedded zoo takes on disk, rounded up.
 _ZOO_BYTES = 150_000_000
 
@@ -50,30 +47,22 @@ class Plan:
 
     Attributes:
         steps: what it does.
-        problems: why it cannot; each names its key and the mend.
+        problems: why it cannot; places are relative to the part.
         weights: the models that could be opened by their headers alone, by name.
         notes: what is done all the same and people should know, each once.
     """
 
     steps: list[Step] = field(default_factory=list)
-    problems: list[FusionBenchError] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
     weights: "dict[str, Weights]" = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _files: dict[tuple[str, str], int | None] = field(default_factory=dict)
 
     @contextmanager
-    def noting(self, key: str = "") -> Iterator[None]:
-        """Keep what is raised as a problem, with ``key`` before it where it names none."""
-        try:
+    def collect(self, *place: str | int) -> Iterator[None]:
+        """Keep what is raised in the context as problems, with ``place`` put before theirs."""
+        with self.problems.collect(*place):
             yield
-        except FusionBenchError as error:
-            text = str(error)
-            if key and key not in text and not _KEY.match(text):
-                named = type(error)(f"{key}: {text}")
-                named.__cause__ = error.__cause__
-                error = named
-            if text not in map(str, self.problems):
-                self.problems.append(error)
 
     def add(self, step: Step) -> None:
         """Add a step, once."""
@@ -90,12 +79,11 @@ class Plan:
             if not repository.has(file):
                 self._files[repository.name, file] = repository.sizes.get(file)
 
-    def take(self, other: "Plan") -> None:
-        """Add what another part has to say."""
+    def take(self, other: "Plan", *place: str | int) -> None:
+        """Add what another part has to say, which stands at ``place`` in the config."""
         for step in other.steps:
             self.add(step)
-        known = set(map(str, self.problems))
-        self.problems += [problem for problem in other.problems if str(problem) not in known]
+        self.problems.add(problem.inside(*place) for problem in other.problems)
         self.weights |= other.weights
         self.note(*other.notes)
         self._files |= other._files
@@ -110,29 +98,3 @@ class Plan:
             if step.verb == "download":
                 total[step.what] = step.nbytes
         return total
-
-    def raise_problems(self) -> None:
-        """Raise all problems as one error.
-
-        Raises:
-            WorldError: all of them are of the network, a disk or a device, and may pass.
-            ConfigError: any others.
-        """
-        if not self.problems:
-            return
-        passing = all(isinstance(problem, WorldError) for problem in self.problems)
-        kind = WorldError if passing else ConfigError
-        first = self.problems[0]
-        raise kind("\n".join(_told(self.problems))) from (first.__cause__ or first)
-
-
-def _told(problems: Iterable[FusionBenchError]) -> Iterator[str]:
-    """Yield a line for each problem; one for all that have the same fault of the world."""
-    alike: dict[str, list[str]] = {}
-    for problem in problems:
-        text = str(problem)
-        fault = text.partition("': ")[2] if isinstance(problem, WorldError) else ""
-        alike.setdefault(fault or text, []).append(text)
-    for first, *others in alike.values():
-        keys = dict.fromkeys(text.partition(": ")[0] for text in others)
-        yield f"{first} Likewise: {', '.join(keys)}." if keys else first

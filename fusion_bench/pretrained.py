@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_bench.companions import check_folder, own_file
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.storage import read_json
 from fusion_bench.trust import fetches_code, trusts_remote_code
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusion_bench.companions import KNOWN, check_folder, own_file, refuse_size
-from fusion_bench.errors import ConfigError
 from fusion_bench.network import blob_of, may_pass, patiently, refuse_damaged
+from fusion_bench.problems import ConfigError
 from fusion_bench.sources import read, reading, resolve
 from fusion_bench.trust import trusts_remote_code
 
@@ -81,7 +81,8 @@ class Repository:
         Raises:
             ConfigError: files that the repository does not have, or that may not be read, such as
                 links to elsewhere.
-            WorldError: a download that failed, or brought other content than the Hub states.
+            EnvironmentProblem: a download that failed, or brought other content than the Hub
+                states.
         """
         if lacking := self._lacks(files):
             raise ConfigError(f"There is no '{lacking[0]}' in '{self.name}'.")
@@ -123,7 +124,7 @@ def locate(name: str, scratch: Path | None = None) -> Repository:
 
     Raises:
         ConfigError: nothing of that name.
-        WorldError: a Hub that cannot be reached, or fails.
+        EnvironmentProblem: a Hub that cannot be reached, or fails.
     """
     named = "@" not in name or Path(name).expanduser().exists()
     repo_id, _, revision = (name, "", "") if named else name.partition("@")

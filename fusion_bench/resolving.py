@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.base import Container, Node
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 
 #: So many references may be followed, and so many more for each that is written: a chain of paths,
 #: each of which begins with the one before, needs fewer.

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from fusion_bench.addresses import AddressError, fence, refuse_addresses
-from fusion_bench.errors import ConfigError, FusionBenchError, WorldError, chain, did_you_mean
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
     DamagedError,
@@ -30,6 +29,14 @@ from fusion_bench.network import (
     patiently,
     refuse_damaged,
     status,
+)
+from fusion_bench.problems import (
+    ConfigError,
+    EnvironmentProblem,
+    FusionBenchError,
+    chain,
+    did_you_mean,
+    within,
 )
 from fusion_bench.storage import cache_dir
 from fusion_bench.trust import TRUST_REMOTE_CODE
@@ -107,7 +114,7 @@ def reading(kind: str, name: str) -> Iterator[None]:
     Raises:
         ConfigError: what was read is not there, is broken, or is not for us; the library's
             exception is its cause. Exceptions that speak of the program pass through unchanged.
-        WorldError: the network, the Hub or the disk failed.
+        EnvironmentProblem: the network, the Hub or the disk failed.
     """
     refuse_missing_path(name)
     offline = _why_offline() if _on_hub(name) else None
@@ -116,7 +123,7 @@ def reading(kind: str, name: str) -> Iterator[None]:
             yield
         except Exception as error:
             if isinstance(error, OSError) and _is_in_cache(error.filename):
-                raise WorldError(
+                raise EnvironmentProblem(
                     f"Cannot read the {kind} '{name}': the cache '{cache_dir()}' cannot be written "
                     f"to ({error.strerror}). Set FUSION_BENCH_CACHE to a directory that can."
                 ) from error
@@ -124,7 +131,7 @@ def reading(kind: str, name: str) -> Iterator[None]:
                 raise AddressError(f"Cannot read the {kind} '{name}': {refusal}") from error
             if kind_and_reason := _reason(kind, name, error, offline):
                 refused, reason = kind_and_reason
-                raise refused(f"Cannot read the {kind} '{name}': {reason}") from error
+                raise refused(f"Cannot read the {kind} '{name}':", reason) from error
             raise
     if offline:
         log.info("Read the %s '%s' from the local cache alone.", kind, name)
@@ -165,8 +172,9 @@ def load(kind: str, node: Any, key: str) -> Any:
         wanted = node
         if isinstance(pretrained, str):
             wanted = {**named, _PRETRAINED: resolve(pretrained)}
-        with fence(node) if kind == "dataset" else nullcontext():
-            return instantiate(wanted, key)
+        fenced = fence(node) if kind == "dataset" else nullcontext()
+        with fenced, within(*key.split("."), whole=True):
+            return instantiate(wanted)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
 
@@ -326,11 +334,11 @@ def _reason(
 ) -> tuple[type[FusionBenchError], str] | None:
     """Return what is wrong with the source, or None where the error does not speak of it."""
     if reason := _reason_of_the_world(error, offline):
-        return WorldError, reason
+        return EnvironmentProblem, reason
     if reason := _reason_of_the_source(kind, name, error):
         return ConfigError, reason
     if isinstance(error, OSError) and error.errno is not None:  # the disk
-        return WorldError, " ".join(str(error).split())
+        return EnvironmentProblem, " ".join(str(error).split())
     text = " ".join(str(error).split())
     if _is_read_from_elsewhere(error):
         return FusionBenchError, text or type(error).__name__

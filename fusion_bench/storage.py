@@ -22,7 +22,7 @@ from urllib.parse import quote
 import platformdirs
 from filelock import FileLock, Timeout
 
-from fusion_bench.errors import ConfigError, WorldError
+from fusion_bench.problems import ConfigError, EnvironmentProblem
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def disk_failures() -> Iterator[None]:
     """Say in one line that a disk is full, fails or may not be written to.
 
     Raises:
-        WorldError: that is so.
+        EnvironmentProblem: that is so.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def disk_failures() -> Iterator[None]:
         if error.errno not in DISK:
             raise
         place = f": '{error.filename}'" if error.filename else ""
-        raise WorldError(
+        raise EnvironmentProblem(
             f"The disk fails the run: {error.strerror}{place}. Make room, or choose another place."
         ) from error
 
@@ -167,8 +167,8 @@ def _aside(path: Path) -> Iterator[tuple[Path, int]]:
             os.close(file)
 
 
-def check_file_name(key: str, name: str) -> None:
-    """Refuse a name of which no file's name can be made; ``key`` is its place in the config.
+def check_file_name(name: str) -> None:
+    """Refuse a name of which no file's name can be made.
 
     Raises:
         ConfigError: it is such a name.
@@ -179,8 +179,8 @@ def check_file_name(key: str, name: str) -> None:
         usable = False
     if not usable:
         raise ConfigError(
-            f"{key}: no file can be called '{name}', and files of that name may be written. "
-            "Choose another name."
+            f"no file can be called '{name}', and files of that name may be written.",
+            "Choose another name.",
         )
 
 
@@ -299,7 +299,7 @@ def claimed(path: Path | None, key: str, *, inside: bool = False) -> Iterator[No
         inside: the hidden file lies in ``path``, a directory that is not replaced.
 
     Raises:
-        WorldError: another run holds it.
+        EnvironmentProblem: another run holds it.
     """
     if path is None or not is_first_process():
         yield
@@ -335,7 +335,7 @@ def check_unclaimed(path: Path, key: str, *, inside: bool = False) -> None:
     """Look whether a place could be claimed, and leave nothing there.
 
     Raises:
-        WorldError: another run holds it.
+        EnvironmentProblem: another run holds it.
     """
     if not is_first_process():
         return
@@ -363,7 +363,7 @@ def _lock(file: int, path: Path, key: str) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(file, 200, 0).decode(errors="replace") or "which has just begun"
-        raise WorldError(
+        raise EnvironmentProblem(
             f"{key}: '{path}' is in use by another run ({holder}). Wait until it has ended, or "
             "choose another path."
         ) from error

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 
 _SMALL = 2**21  # elements
 _FEW = 2  # more of them slow small models down; the embedded models' figures are those of two

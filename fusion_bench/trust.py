@@ -18,7 +18,7 @@ from typing import Any
 from hydra.utils import get_object
 
 from fusion_bench.addresses import address_problems
-from fusion_bench.errors import ConfigError, did_you_mean
+from fusion_bench.problems import ConfigError, did_you_mean
 
 #: Names packages whose classes and functions a config may call, separated by commas.
 ALLOW = "FUSION_BENCH_ALLOW"

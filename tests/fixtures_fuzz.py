@@ -36,9 +36,9 @@ from safetensors.torch import save
 
 from fusion_bench.addresses import Folders
 from fusion_bench.configs import CONFIG_DIR
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import HFModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import CompareProgram
 from fusion_bench.report import Answers, Report, markdown
 from fusion_bench.report.page import page

@@ -23,8 +23,8 @@ from hub import Hub, hub_stand_in
 from PIL import Image as PILImage
 
 from fusion_bench.addresses import AddressError, Folders, fence
-from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.instantiate import check
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.sources import load
 from fusion_bench.taskpool.described import describe
 from fusion_bench.taskpool.images import LabelledImages
@@ -143,7 +143,7 @@ def test_of_a_config(address: str) -> None:
     ):
         with pytest.raises(ConfigError, match="not opened") as error:
             check(node, "data")
-        assert f"data.{key}: '{address}'" in str(error.value)
+        assert f"{key}: '{address}'" in str(error.value)
         with pytest.raises(FusionBenchError, match="not opened"):  # a dry run
             describe(node, "data")
         with pytest.raises(FusionBenchError, match=r"not opened|no such directory"):
@@ -292,7 +292,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 READ_ALL = """
 import sys
 from fusion_bench.addresses import Folders
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.sources import load
 from fusion_bench.taskpool.described import describe
 from fusion_bench.taskpool.images import LabelledImages

@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 
 from fusion_bench.companions import CONFIGS, KNOWN, check_folder, module_folders, own_file
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
 
 AVERAGE = "fusion_bench.method.SimpleAverageAlgorithm"
 
@@ -32,12 +32,12 @@ def test_what_is_no_node_stays_as_it_is(thing: Any) -> None:
 
 def test_an_unknown_key_names_the_nearest() -> None:
     text = message({"_target_": AVERAGE, "inplce": True}, "method")
-    assert "method.inplce" in text and "Did you mean 'inplace'?" in text
+    assert text.startswith("inplce: ") and "Did you mean 'inplace'?" in text
 
 
 def test_an_unknown_target_names_the_nearest() -> None:
     text = message({"_target_": "fusion_bench.method.SimpleAverageAlgoritm"}, "method")
-    assert "method._target_" in text and "Did you mean 'SimpleAverageAlgorithm'?" in text
+    assert text.startswith("_target_: ") and "Did you mean 'SimpleAverageAlgorithm'?" in text
 
 
 def test_a_module_that_does_not_exist_is_named() -> None:
@@ -46,7 +46,7 @@ def test_a_module_that_does_not_exist_is_named() -> None:
 
 def test_a_missing_argument_is_named() -> None:
     text = message({"_target_": "fusion_bench.modelpool.CLIPVisionModelPool"}, "modelpool")
-    assert "modelpool.models: missing" in text
+    assert "models: missing" in text
 
 
 def test_all_problems_are_listed_at_every_depth() -> None:
@@ -84,7 +84,7 @@ def test_what_the_target_raises_is_raised_plainly() -> None:
 def test_a_value_of_another_type_is_named(target: str, given: dict[str, Any], said: str) -> None:
     with pytest.raises(FusionBenchError) as caught:
         instantiate({"_target_": f"fusion_bench.method.{target}", **given}, "method")
-    assert f"method.{said}" in str(caught.value)
+    assert said in str(caught.value)
 
 
 def test_whole_numbers_are_numbers() -> None:
@@ -93,5 +93,5 @@ def test_whole_numbers_are_numbers() -> None:
 
 
 def test_what_cannot_be_called_is_no_target() -> None:
-    with pytest.raises(FusionBenchError, match=r"a\._target_: 'torch\.float32' may not be called"):
-        instantiate({"_target_": "torch.float32"}, "a")
+    with pytest.raises(FusionBenchError, match=r"^_target_: 'torch\.float32' may not be called"):
+        instantiate({"_target_": "torch.float32"})

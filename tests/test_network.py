@@ -17,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
 from fusion_bench import network, sources
-from fusion_bench.errors import ConfigError, WorldError
 from fusion_bench.network import DamagedError, patiently, refuse_damaged
+from fusion_bench.problems import ConfigError, EnvironmentProblem
 from fusion_bench.repository import locate
 from fusion_bench.weights import open_repository, sha256
 
@@ -161,14 +161,16 @@ def test_headers_and_descriptions_come_in_the_end(how: int | str, hub: Hub) -> N
 def test_what_does_not_pass_is_said_in_a_line(how: int | str, words: str, hub: Hub) -> None:
     hub.spoil(Fault("resolve/", how))
     for file in ("config.json", "model.safetensors"):
-        with pytest.raises(WorldError, match=rf"Cannot read the model '{NAME}': .*{words}"):
+        with pytest.raises(EnvironmentProblem, match=rf"Cannot read the model '{NAME}': .*{words}"):
             fetched(file)
     assert not blobs(hub)
 
 
 def test_a_hub_that_wants_to_be_left_alone_is_not_waited_for(hub: Hub) -> None:
     hub.spoil(Fault(WEIGHTS, 429, headers={"Retry-After": "3600"}))
-    with pytest.raises(WorldError, match=r"status 429\)\. It asks to wait for 3600 seconds"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"status 429\)\. It asks to wait for 3600 seconds"
+    ):
         fetched()
 
 
@@ -180,13 +182,13 @@ def test_nobody_waits_for_ever(
         monkeypatch.setattr(constants, limit, 0.25)
     monkeypatch.setattr(network, "PATIENCE", 0.01)
     hub.spoil(Fault("/api/models/", how))  # for this the client has no limit of its own
-    with pytest.raises(WorldError, match=words):
+    with pytest.raises(EnvironmentProblem, match=words):
         locate(NAME)
 
 
 def test_an_answer_that_is_no_answer(hub: Hub) -> None:
     hub.spoil(Fault("/api/models/", "shorter"))
-    with pytest.raises(WorldError, match="an answer cannot be understood"):
+    with pytest.raises(EnvironmentProblem, match="an answer cannot be understood"):
         locate(NAME)
 
 
@@ -200,7 +202,9 @@ def test_the_address_is_told_without_its_password(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://user:password@no-such-host.invalid")
-    with pytest.raises(WorldError, match=r"the Hub \(http://no-such-host\.invalid\) cannot"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"the Hub \(http://no-such-host\.invalid\) cannot"
+    ):
         locate(NAME)
 
 
@@ -217,7 +221,7 @@ def test_a_damaged_copy_is_fetched_again(
     blob.write_bytes(damage(blob.read_bytes()))
     with monkeypatch.context() as offline:
         offline.setattr(sources, "_hub_answers", lambda endpoint, minute: False)
-        with pytest.raises(WorldError, match="its copy in the local cache was damaged"):
+        with pytest.raises(EnvironmentProblem, match="its copy in the local cache was damaged"):
             fetched(file)
     assert fetched(file) == on_hub(hub, file)
 

@@ -13,10 +13,10 @@ import transformers
 from fixtures_llm import rewrite, write_llama, write_tokenizer
 
 from fusion_bench import trust
-from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CausalLMPool, HFModelPool
 from fusion_bench.pretrained import from_pretrained, quantisation
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.sources import load
 
 CODE = """

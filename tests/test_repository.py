@@ -6,7 +6,7 @@ import pytest
 from hub import Hub, Repository, hub_stand_in
 
 from fusion_bench import zoo
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import locate
 
 

@@ -18,7 +18,7 @@ from hub import Fault, Hub, client_environment, closed_endpoint, hub_stand_in
 from huggingface_hub import HfApi
 
 from fusion_bench import sources, zoo
-from fusion_bench.errors import FusionBenchError, WorldError
+from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.sources import load, reading, resolve
 
 SUN = "tanganke/clip-vit-base-patch32_sun397"
@@ -186,7 +186,7 @@ import json, sys
 from datasets import load_dataset
 from transformers import CLIPImageProcessorPil, CLIPTokenizer, CLIPVisionModel
 from fusion_bench import network
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.sources import load, reading, resolve
 
 network.PATIENCE = 0
@@ -391,6 +391,6 @@ def test_a_cache_that_cannot_be_written_to_is_named(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "file" / "cache"))
     node = {"_target_": "fusion_bench.zoo.load_dataset", "name": "digits"}
-    with pytest.raises(WorldError, match=r"FUSION_BENCH_CACHE") as caught:
+    with pytest.raises(EnvironmentProblem, match=r"FUSION_BENCH_CACHE") as caught:
         load("dataset", node, "taskpool.test_datasets.digits")
     assert str(tmp_path / "file" / "cache") in str(caught.value)

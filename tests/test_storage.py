@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fusion_bench import storage
-from fusion_bench.errors import ConfigError, WorldError
+from fusion_bench.problems import ConfigError, EnvironmentProblem
 from fusion_bench.storage import (
     cache_dir,
     check_unclaimed,
@@ -158,7 +158,7 @@ import os, signal, sys
 from pathlib import Path
 import shutil
 from fusion_bench import storage
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 
 path, moment = Path(sys.argv[1]), int(sys.argv[2])
 count = 0
@@ -376,9 +376,12 @@ def test_a_place_is_claimed_by_one(tmp_path: Path) -> None:
         place = tmp_path / "place"
         with claimed(place, "some.key", inside=inside):
             again = claimed(place, "some.key", inside=inside)
-            with pytest.raises(WorldError, match=r"some\.key: .*in use .*process \d+"), again:
+            with (
+                pytest.raises(EnvironmentProblem, match=r"some\.key: .*in use .*process \d+"),
+                again,
+            ):
                 raise AssertionError
-            with pytest.raises(WorldError, match=r"some\.key: .*in use"):
+            with pytest.raises(EnvironmentProblem, match=r"some\.key: .*in use"):
                 check_unclaimed(place, "some.key", inside=inside)
         check_unclaimed(place, "some.key", inside=inside)
         with claimed(place, "some.key", inside=inside), claimed(tmp_path / "other", "x"):
@@ -401,7 +404,7 @@ def test_a_killed_run_claims_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(place)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(WorldError, match=f"process {holder.pid} on "):
+        with pytest.raises(EnvironmentProblem, match=f"process {holder.pid} on "):
             check_unclaimed(place, "some.key")
         holder.kill()
         holder.wait()
@@ -421,7 +424,7 @@ def test_processes_of_one_run_claim_once(
         with claimed(tmp_path / "x", "key"):
             pass
         monkeypatch.setenv(rank, "0")
-        with pytest.raises(WorldError):
+        with pytest.raises(EnvironmentProblem):
             check_unclaimed(tmp_path / "x", "key")
 
 

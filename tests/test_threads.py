@@ -19,7 +19,7 @@ from fixtures_contract import (
 from fixtures_tuning import CPU, Images
 from torch import Tensor, nn
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.threads import fixed_threads
 
 SMALL, LARGE = 1_000_000, 86_000_000

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from fusion_bench.errors import ConfigError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import ConfigError
 from fusion_bench.trust import environment_variable, find
 
 AVERAGE = "fusion_bench.method.SimpleAverageAlgorithm"
@@ -143,7 +143,7 @@ def test_refused_at_every_depth(node: dict[str, Any]) -> None:
 
 def test_a_section_is_made_of_what_it_is_for() -> None:
     node = {"_target_": "lightning.fabric.loggers.CSVLogger", "root_dir": "/nowhere"}
-    with pytest.raises(ConfigError, match=r"method\._target_: '.*CSVLogger' is no method"):
+    with pytest.raises(ConfigError, match=r"_target_: '.*CSVLogger' is no method"):
         instantiate(node, "method")
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import ConfigError, FusionBenchError, check_between, check_choice
 from fusion_bench.method.base import aligned, refuse_without_pretrained
 from fusion_bench.method.data import (
     Data,
@@ -25,6 +24,7 @@ from fusion_bench.method.data import (
     the_same_everywhere,
 )
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
+from fusion_bench.problems import ConfigError, FusionBenchError, check_between, check_choice
 from fusion_bench.progress import bar
 from fusion_bench.storage import read_json, write_text
 from fusion_bench.weights import Weights
@@ -77,20 +77,20 @@ class AdaMergingAlgorithm:
         split: Split = "train",
         seed: int | None = None,
     ):
-        check_choice("method.granularity", granularity, Granularity)
-        check_choice("method.split", split, Split)
-        check_between("method.batch_size", batch_size, 1, math.inf)
-        check_between("method.max_steps", max_steps, 0, math.inf)
+        check_choice("granularity", granularity, Granularity)
+        check_choice("split", split, Split)
+        check_between("batch_size", batch_size, 1, math.inf)
+        check_between("max_steps", max_steps, 0, math.inf)
         self.granularity = granularity
         self.init_values = init_values
         self.weights = weights
-        check_between("method.lr", lr, 0, 1e6)
+        check_between("lr", lr, 0, 1e6)
         self.lr = lr
         self.max_steps = max_steps
         self.batch_size = batch_size
         self.clamp_weights = clamp_weights
         self.plusplus = plusplus
-        check_between("method.threshold", threshold, 0, 100)
+        check_between("threshold", threshold, 0, 100)
         self.threshold = threshold
         self.save_merging_weights = save_merging_weights
         self.split = split
@@ -146,12 +146,12 @@ class AdaMergingAlgorithm:
             fits &= columns == 1 or known["keys"] == keys
         except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
             raise FusionBenchError(
-                f"method.weights: '{self.weights}' is no file of coefficients ({error})."
+                f"'{self.weights}' is no file of coefficients ({error}).", place=("weights",)
             ) from error
         if not fits:
             raise FusionBenchError(
-                f"method.weights: '{self.weights}' holds coefficients of other models, tensors or "
-                "granularity."
+                f"'{self.weights}' holds coefficients of other models, tensors or granularity.",
+                place=("weights",),
             )
         return found
 
@@ -161,7 +161,7 @@ class AdaMergingAlgorithm:
             write_text(Path(self.save_merging_weights), json.dumps(coefficients))
         except OSError as error:
             raise FusionBenchError(
-                f"method.save_merging_weights: cannot write it: {error}"
+                f"cannot write it: {error}", place=("save_merging_weights",)
             ) from error
 
     def _clamped(self, coefficients: Tensor) -> Tensor:

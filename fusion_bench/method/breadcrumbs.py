@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights.ops import add_scaled, keep_largest, ranks, task_vectors
 
 Scope = Literal["tensor", "row"]
@@ -38,9 +38,9 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
         gamma: float = 0.01,
         scope: Scope = "tensor",
     ):
-        check_between("method.density", density, 0, 1)
-        check_between("method.gamma", gamma, 0, 1)
-        check_choice("method.scope", scope, Scope)
+        check_between("density", density, 0, 1)
+        check_between("gamma", gamma, 0, 1)
+        check_choice("scope", scope, Scope)
         self.scaling_factor = scaling_factor
         self.density = density
         self.gamma = gamma

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import Keep, Scope, TiesMergingAlgorithm, ZeroSign
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import (
     MergeFunc,
@@ -34,9 +34,9 @@ class _Dropping:
     seed: int | None
 
     def __post_init__(self) -> None:
-        check_between("method.sparsity_ratio", self.sparsity_ratio, 0, 1)
+        check_between("sparsity_ratio", self.sparsity_ratio, 0, 1)
         if not isinstance(self.rescale, bool):
-            check_choice("method.rescale", self.rescale, Rescale)
+            check_choice("rescale", self.rescale, Rescale)
 
     @property
     def way(self) -> Rescale:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import ModelPool, refuse_disagreeing
+from fusion_bench.problems import FusionBenchError, check_between
 from fusion_bench.tasks import canonical_name
 from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import MergeTensor, Weights, merge
@@ -61,15 +61,15 @@ class TaskData(Protocol):
 Data = Mapping[str, TaskData]
 
 
-def check_sampling(key: str, count: int | None, batch_size: int) -> None:
-    """Refuse fewer than one sample, whose number is at ``key``, or less than one a batch.
+def check_sampling(name: str, count: int | None, batch_size: int) -> None:
+    """Refuse fewer than one sample, whose number is called ``name``, or less than one a batch.
 
     Raises:
         FusionBenchError: there is less.
     """
     if count is not None:
-        check_between(key, count, 1, math.inf)
-    check_between("method.batch_size", batch_size, 1, math.inf)
+        check_between(name, count, 1, math.inf)
+    check_between("batch_size", batch_size, 1, math.inf)
 
 
 def the_same_everywhere(
@@ -155,8 +155,8 @@ def merged(
     )
 
 
-def check_patterns(where: str, patterns: Iterable[str]) -> None:
-    """Refuse what is no regular expression.
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """Refuse what is no regular expression; ``name`` is the patterns' own key.
 
     Raises:
         FusionBenchError: one that is none.
@@ -165,7 +165,7 @@ def check_patterns(where: str, patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise FusionBenchError(f"{where}: '{pattern}' is no pattern: {error}.") from error
+            raise FusionBenchError(f"'{pattern}' is no pattern: {error}.", place=(name,)) from error
 
 
 def excluded(key: str, patterns: Iterable[str]) -> bool:

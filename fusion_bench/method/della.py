@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
+from fusion_bench.problems import FusionBenchError, check_between, check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import (
     MergeFunc,
@@ -59,21 +59,22 @@ class DellaMerging(TensorwiseAlgorithm):
         merge_func: MergeFunc = "mean",
         seed: int | None = None,
     ):
-        check_between("method.density", density, 0, 1)
-        check_between("method.epsilon", epsilon, 0, 1)
-        check_choice("method.window", window, Window)
-        check_choice("method.rescale", rescale, Rescale)
-        check_choice("method.merge", merge, Merge)
-        check_choice("method.merge_func", merge_func, MergeFunc)
+        check_between("density", density, 0, 1)
+        check_between("epsilon", epsilon, 0, 1)
+        check_choice("window", window, Window)
+        check_choice("rescale", rescale, Rescale)
+        check_choice("merge", merge, Merge)
+        check_choice("merge_func", merge_func, MergeFunc)
         self._half = epsilon / 2 if window == "full" else epsilon
         if not 0 < density - self._half <= density + self._half <= 1:
             raise FusionBenchError(
-                f"method.epsilon: with density {density} elements would be kept with the "
+                f"with density {density} elements would be kept with the "
                 f"probabilities {density - self._half:g} to {density + self._half:g}, which must "
-                "lie above 0 and not above 1."
+                "lie above 0 and not above 1.",
+                place=("epsilon",),
             )
         if merge == "linear" and merge_func == "max":
-            raise FusionBenchError("method.merge_func: 'max' is only for merge=elect.")
+            raise FusionBenchError("'max' is only for merge=elect.", place=("merge_func",))
         self.scaling_factor = scaling_factor
         self.density = density
         self.rescale = rescale

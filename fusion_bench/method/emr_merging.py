@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from fusion_bench.errors import check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import disjoint_merge, task_vectors
 from fusion_bench.weights.statistics import sums, total
@@ -32,7 +32,7 @@ class EMRMerging(TensorwiseAlgorithm):
     elementwise = True
 
     def __init__(self, rescale: Rescale = "paper"):
-        check_choice("method.rescale", rescale, Rescale)
+        check_choice("rescale", rescale, Rescale)
         self.rescale = rescale
 
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:

@@ -10,8 +10,8 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.method.data import TrainablePool
+from fusion_bench.problems import FusionBenchError, check_choice
 from fusion_bench.storage import read_json, whole_directory, write_text
 from fusion_bench.weights import is_special
 
@@ -100,8 +100,9 @@ class LogitEnsemble(Ensemble):
         logits = [getattr(output, "logits", output) for output in outputs]
         if not all(isinstance(own, Tensor) for own in logits):
             raise FusionBenchError(
-                f"method.of: a {type(self.models[0]).__name__} returns no logits. Let a task pool "
-                "judge the ensemble, or give method.of=outputs."
+                f"a {type(self.models[0]).__name__} returns no logits.",
+                "Let a task pool judge the ensemble, or give {here}of=outputs.",
+                place=("of",),
             )
         return self.combine(logits)
 
@@ -147,7 +148,7 @@ class SimpleEnsembleAlgorithm:
     """
 
     def __init__(self, of: Of = "outputs"):
-        check_choice("method.of", of, Of)
+        check_choice("of", of, Of)
         self.of = of
 
     def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:
@@ -172,7 +173,7 @@ class WeightedEnsembleAlgorithm:
     def __init__(
         self, weights: Sequence[float] | None = None, normalize: bool = True, of: Of = "outputs"
     ):
-        check_choice("method.of", of, Of)
+        check_choice("of", of, Of)
         self.weights = None if weights is None else list(weights)
         self.normalize = normalize
         self.of = of
@@ -183,22 +184,25 @@ class WeightedEnsembleAlgorithm:
         weights = self.weights if self.weights is not None else [1.0] * len(models)
         if len(weights) != len(models):
             raise FusionBenchError(
-                f"method.weights: {len(weights)} weights for {len(models)} models "
-                f"({', '.join(models)}). Give one for each."
+                f"{len(weights)} weights for {len(models)} models "
+                f"({', '.join(models)}). Give one for each.",
+                place=("weights",),
             )
         total = sum(weights) if self.normalize else 1.0
         if not math.isfinite(sum(weights)):
-            raise FusionBenchError("method.weights: they are not all finite.")
+            raise FusionBenchError("they are not all finite.", place=("weights",))
         if total == 0:
             raise FusionBenchError(
-                "method.weights: the weights add up to zero and cannot be normalised. "
-                "Give method.normalize=false."
+                "the weights add up to zero and cannot be normalised.",
+                "Give {here}normalize=false.",
+                place=("weights",),
             )
         shares = [weight / total for weight in weights]
         if self.of == "probabilities" and min(shares) < 0:
             raise FusionBenchError(
-                "method.weights: negative ones would make negative probabilities. Give others, or "
-                "another method.of."
+                "negative ones would make negative probabilities.",
+                "Give others, or another {here}of.",
+                place=("weights",),
             )
         return ensemble_of(models, shares, self.of)
 
@@ -214,7 +218,7 @@ class MaxModelPredictorAlgorithm:
     """
 
     def __init__(self, of: Of = "logits"):
-        check_choice("method.of", of, Of)
+        check_choice("of", of, Of)
         self.of = of
 
     def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:

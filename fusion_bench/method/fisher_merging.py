@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.data import (
     Data,
     Split,
@@ -29,6 +28,7 @@ from fusion_bench.method.data import (
     wide,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
 
@@ -76,14 +76,14 @@ class FisherMergingAlgorithm:
         seed: int | None = None,
         dataloader_kwargs: Mapping[str, Any] | None = None,
     ):
-        check_choice("method.estimator", estimator, Estimator)
-        check_choice("method.split", split, Split)
-        check_between("method.minimal_fisher_weight", minimal_fisher_weight, 0, 1)
+        check_choice("estimator", estimator, Estimator)
+        check_choice("split", split, Split)
+        check_between("minimal_fisher_weight", minimal_fisher_weight, 0, 1)
         for key, value in (dataloader_kwargs or {}).items():
-            check_choice("method.dataloader_kwargs", key, Literal["batch_size", "num_workers"])
+            check_choice("dataloader_kwargs", key, Literal["batch_size", "num_workers"])
             batch_size = value if key == "batch_size" else batch_size
-        check_sampling("method.num_fisher_examples", num_fisher_examples, batch_size)
-        check_patterns("method.exclude_param_names_regex", exclude_param_names_regex)
+        check_sampling("num_fisher_examples", num_fisher_examples, batch_size)
+        check_patterns("exclude_param_names_regex", exclude_param_names_regex)
         self.exclude_param_names_regex = list(exclude_param_names_regex)
         self.normalize_fisher_weight = normalize_fisher_weight
         self.minimal_fisher_weight = minimal_fisher_weight

@@ -12,8 +12,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_between
 from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd, wide
 from fusion_bench.weights.ops import add_scaled, task_vectors
 
@@ -59,7 +59,7 @@ class ISO_C_Merge(_Isotropic):  # noqa: N801
         exclude_keys: Sequence[str] | None = None,
         rank_tol: float = 0.0,
     ):
-        check_between("method.rank_tol", rank_tol, 0, 1)
+        check_between("rank_tol", rank_tol, 0, 1)
         super().__init__(scaling_factor, exclude_keys)
         self.rank_tol = rank_tol
 
@@ -84,7 +84,7 @@ class ISO_CTS_Merge(_Isotropic):  # noqa: N801
         common_space_fraction: float = 0.8,
         exclude_keys: Sequence[str] | None = None,
     ):
-        check_between("method.common_space_fraction", common_space_fraction, 0, 1)
+        check_between("common_space_fraction", common_space_fraction, 0, 1)
         super().__init__(scaling_factor, exclude_keys)
         self.common_space_fraction = common_space_fraction
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import combined, directions, themselves
+from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.statistics import products
 
@@ -39,8 +39,8 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
         show_pbar: bool = True,
         inplace: bool = False,
     ):
-        check_between("method.max_iter", max_iter, 0, math.inf)
-        check_between("method.tol", tol, 0, math.inf)
+        check_between("max_iter", max_iter, 0, math.inf)
+        check_between("tol", tol, 0, math.inf)
         self.max_iter = max_iter
         self.tol = tol
         self.show_pbar = show_pbar

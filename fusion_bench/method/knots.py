@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
+from fusion_bench.problems import FusionBenchError, check_between, within
 from fusion_bench.weights import Inputs, MergePiece, MergePolicy, TensorSpec, Weights
 from fusion_bench.weights.matrices import column_space, is_matrix
 from fusion_bench.weights.ops import task_vectors
@@ -49,23 +49,31 @@ class KnOTSMerging(TensorwiseAlgorithm):
         exclude_keys: Sequence[str] | None = None,
         rank_tol: float = 1e-5,
     ):
-        check_between("method.rank_tol", rank_tol, 0, 1)
-        method = instantiate(base_method, "method.base_method")
+        check_between("rank_tol", rank_tol, 0, 1)
+        with within("base_method"):
+            method = instantiate(base_method, "method")
         self.base_method = TiesMergingAlgorithm() if method is None else method
         needs_data = getattr(self.base_method, "needs_data", False)
         if needs_data or not isinstance(self.base_method, TensorwiseAlgorithm):
             raise FusionBenchError(
-                f"method.base_method: {type(self.base_method).__name__} does not merge weights "
-                "alone, tensor by tensor. Choose another method."
+                f"{type(self.base_method).__name__} does not merge weights "
+                "alone, tensor by tensor. Choose another method.",
+                place=("base_method",),
             )
         self.scaling_factor = scaling_factor
         self.exclude_keys = list(exclude_keys or ())
         self.rank_tol = rank_tol
 
+    def check(self, inputs: Inputs) -> None:
+        """Refuse what the base method cannot merge."""
+        with within("base_method"):
+            self.base_method.check(inputs)
+
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Let the base method merge the aligned task vectors, and turn back what it makes."""
         alignment = _Alignment(inputs, self.exclude_keys, self.rank_tol)
-        fused = self.base_method.run(_AlignedPool(alignment))
+        with within("base_method", keyed_only=True):
+            fused = self.base_method.run(_AlignedPool(alignment))
         if isinstance(fused, Weights):
             return self._turned_back(alignment, fused)
         return {

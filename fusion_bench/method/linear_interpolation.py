@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import lerp, refuse_all_but_two, two_ends
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Inputs
 
 
@@ -28,7 +28,7 @@ class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
 
     def __init__(self, t: float = 0.5, show_pbar: bool = True, inplace: bool = False):
         if not 0 <= t <= 1:
-            raise FusionBenchError(f"method.t: {t} is not between 0 and 1.")
+            raise FusionBenchError(f"{t} is not between 0 and 1.", place=("t",))
         self.t = t
         self.show_pbar = show_pbar
         self.inplace = inplace

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.base import (
     Fused,
@@ -22,6 +21,7 @@ from fusion_bench.method.base import (
     TensorwiseAlgorithm,
     refuse_without_pretrained,
 )
+from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.weights import (
     Inputs,
     MergedWeights,
@@ -59,12 +59,14 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         beta: float | None = 1.0,
     ):
         if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
-            raise FusionBenchError(f"method.alpha: {alpha!r} is neither a number nor 'auto'.")
-        self.base_method = instantiate(base_method, "method.base_method")
+            raise FusionBenchError(f"{alpha!r} is neither a number nor 'auto'.", place=("alpha",))
+        with within("base_method"):
+            self.base_method = instantiate(base_method, "method")
         if not hasattr(self.base_method, "run"):
             raise FusionBenchError(
-                f"method.base_method: {base_method!r} is no method. From the command line choose "
-                "one with 'method@method.base_method=ties_merging'."
+                f"{base_method!r} is no method.",
+                "From the command line choose one with 'method@{here}base_method=ties_merging'.",
+                place=("base_method",),
             )
         self.alpha = alpha
         self.beta = beta
@@ -73,6 +75,12 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         self.needs_own_data = getattr(self.base_method, "needs_own_data", False)
         self.uses_labels = getattr(self.base_method, "uses_labels", False)
         self.split = getattr(self.base_method, "split", None)
+
+    def check(self, inputs: Inputs) -> None:
+        """Refuse what the base method cannot merge."""
+        if isinstance(self.base_method, TensorwiseAlgorithm):
+            with within("base_method"):
+                self.base_method.check(inputs)
 
     def run(
         self,
@@ -96,11 +104,13 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
         refuse_without_pretrained(self, pool)
         known = {"data": data} if self.needs_data else {}
-        fused = self.base_method.run(pool, fabric, **known)
+        with within("base_method", keyed_only=True):
+            fused = self.base_method.run(pool, fabric, **known)
         if not isinstance(fused, Mapping):
             raise FusionBenchError(
-                f"method.base_method: {type(self.base_method).__name__} makes a module, and no "
-                "weights that could be scaled. Choose another method."
+                f"{type(self.base_method).__name__} makes a module, and no "
+                "weights that could be scaled. Choose another method.",
+                place=("base_method",),
             )
         several = not isinstance(fused, Weights) and all(
             isinstance(part, Mapping) for part in fused.values()

@@ -11,8 +11,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import largest
@@ -31,7 +31,7 @@ class LocalizeAndStitch(TensorwiseAlgorithm):
     elementwise = True
 
     def __init__(self, density: float = 0.1):
-        check_between("method.density", density, 0, 1)
+        check_between("density", density, 0, 1)
         self.density = density
 
     def merger(self, inputs: Inputs) -> MergePiece:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.adamerging import Mixture, per_key
 from fusion_bench.method.base import aligned
 from fusion_bench.method.data import (
@@ -26,6 +25,7 @@ from fusion_bench.method.data import (
     the_same_everywhere,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
 
@@ -51,7 +51,7 @@ class GreedySoupAlgorithm:
     uses_labels = True
 
     def __init__(self, accept_equal: bool = False, split: Split = "validation"):
-        check_choice("method.split", split, Split)
+        check_choice("split", split, Split)
         self.accept_equal = accept_equal
         self.split = split
 
@@ -106,12 +106,12 @@ class LearnedSoupAlgorithm:
         split: Split = "validation",
         seed: int | None = None,
     ):
-        check_choice("method.granularity", granularity, Granularity)
-        check_choice("method.split", split, Split)
-        check_between("method.batch_size", batch_size, 1, math.inf)
-        check_between("method.max_steps", max_steps, 0, math.inf)
+        check_choice("granularity", granularity, Granularity)
+        check_choice("split", split, Split)
+        check_between("batch_size", batch_size, 1, math.inf)
+        check_between("max_steps", max_steps, 0, math.inf)
         self.granularity = granularity
-        check_between("method.lr", lr, 0, 1e6)
+        check_between("lr", lr, 0, 1e6)
         self.lr = lr
         self.max_steps = max_steps
         self.batch_size = batch_size

@@ -13,9 +13,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import directions
+from fusion_bench.problems import FusionBenchError, check_choice
 from fusion_bench.weights import Inputs, MergePiece, matches
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import products
@@ -50,7 +50,7 @@ class ModelStock(TensorwiseAlgorithm):
         show_pbar: bool = True,
         inplace: bool = False,
     ):
-        check_choice("method.average", average, Average)
+        check_choice("average", average, Average)
         self.ignore_keys = list(ignore_keys)
         self.average = average
         self.clamp = clamp
@@ -73,7 +73,7 @@ class ModelStock(TensorwiseAlgorithm):
         if any(not 0 <= share <= 1 for share in shares.values()):
             log.warning(
                 "Model Stock: some task vectors point away from each other, and the result lies "
-                "beyond the models or far off. Give method.clamp=true to keep it between them."
+                "beyond the models or far off. Give clamp=true to keep it between them."
             )
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import combined, directions, themselves
+from fusion_bench.problems import FusionBenchError, check_between
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import products
@@ -50,7 +50,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
     ):
         self.weights = None if weights is None else list(weights)
         self.normalize_weights = normalize_weights
-        check_between("method.eps", eps, 0, math.inf)
+        check_between("eps", eps, 0, math.inf)
         self.eps = eps
         self.show_pbar = show_pbar
         self.inplace = inplace
@@ -60,11 +60,12 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
         models = inputs.names
         if self.weights is not None and len(self.weights) != len(models):
             raise FusionBenchError(
-                f"method.weights: {len(self.weights)} weights for {len(models)} models "
-                f"({', '.join(models)}). Give one for each."
+                f"{len(self.weights)} weights for {len(models)} models "
+                f"({', '.join(models)}). Give one for each.",
+                place=("weights",),
             )
         if self.weights is not None and self.normalize_weights and sum(self.weights) == 0:
-            raise FusionBenchError("method.weights: they add up to zero.")
+            raise FusionBenchError("they add up to zero.", place=("weights",))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find each entry's weights: of the tensors, or of the task vectors."""

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import along_arcs
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Inputs
 
 
@@ -29,7 +29,7 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
 
     def __init__(self, weights: Sequence[float] | None = None, axis: int | None = None):
         if axis not in (None, 0, -1):
-            raise FusionBenchError(f"method.axis: {axis!r} is none of null, 0 and -1.")
+            raise FusionBenchError(f"{axis!r} is none of null, 0 and -1.", place=("axis",))
         self.weights = None if weights is None else list(weights)
         self.axis = axis
 
@@ -38,8 +38,9 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
         models = inputs.names
         if self.weights is not None and len(self.weights) != len(models):
             raise FusionBenchError(
-                f"method.weights: {len(self.weights)} weights for {len(models)} models "
-                f"({', '.join(models)}). Give one for each."
+                f"{len(self.weights)} weights for {len(models)} models "
+                f"({', '.join(models)}). Give one for each.",
+                place=("weights",),
             )
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

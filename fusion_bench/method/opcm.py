@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.matrices import svd, wide
 from fusion_bench.weights.ops import is_linear_weight, uniform
@@ -51,8 +51,8 @@ class OPCM(TensorwiseAlgorithm):
         evaluate_on_every_step: bool = False,
         rho: Rho = "paper",
     ):
-        check_between("method.alpha", alpha, 0, 1)
-        check_choice("method.rho", rho, Rho)
+        check_between("alpha", alpha, 0, 1)
+        check_choice("rho", rho, Rho)
         self.alpha = alpha
         self.shuffle_order = shuffle_order
         self.seed = seed

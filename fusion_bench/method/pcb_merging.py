@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import extremes, largest, sums, total
@@ -39,8 +39,8 @@ class PCBMerging(TensorwiseAlgorithm):
     def __init__(
         self, density: float = 0.1, scaling_factor: float = 1.0, variant: Variant = "paper"
     ):
-        check_between("method.density", density, 0, 1)
-        check_choice("method.variant", variant, Variant)
+        check_between("density", density, 0, 1)
+        check_choice("variant", variant, Variant)
         self.density = density
         self.scaling_factor = scaling_factor
         self.variant = variant

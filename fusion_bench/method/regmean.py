@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError, check_between, check_choice
 from fusion_bench.method.data import (
     Data,
     Split,
@@ -28,6 +27,7 @@ from fusion_bench.method.data import (
     wide,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
+from fusion_bench.problems import FusionBenchError, check_between, check_choice
 from fusion_bench.progress import bar
 from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import Weights
@@ -67,16 +67,17 @@ class RegMeanAlgorithm:
         weight_transpose: bool = True,
         num_workers: int | None = None,
     ):
-        check_choice("method.split", split, Split)
-        check_between("method.reduce_non_diagonal_ratio", reduce_non_diagonal_ratio, 0, 1)
-        check_sampling("method.num_regmean_examples", num_regmean_examples, batch_size)
+        check_choice("split", split, Split)
+        check_between("reduce_non_diagonal_ratio", reduce_non_diagonal_ratio, 0, 1)
+        check_sampling("num_regmean_examples", num_regmean_examples, batch_size)
         if not weight_transpose:
             raise FusionBenchError(
-                "method.weight_transpose: false is for layers that keep their weights inputs "
-                "first; only nn.Linear is merged here. Leave it out."
+                "false is for layers that keep their weights inputs "
+                "first; only nn.Linear is merged here. Leave it out.",
+                place=("weight_transpose",),
             )
         self.num_regmean_examples = num_regmean_examples
-        check_patterns("method.exclude_param_names_regex", exclude_param_names_regex)
+        check_patterns("exclude_param_names_regex", exclude_param_names_regex)
         self.exclude_param_names_regex = list(exclude_param_names_regex)
         self.reduce_non_diagonal_ratio = reduce_non_diagonal_ratio
         self.batch_size = batch_size

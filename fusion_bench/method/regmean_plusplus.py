@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.data import (
     Data,
     TaskData,
@@ -18,6 +17,7 @@ from fusion_bench.method.data import (
     the_same_everywhere,
 )
 from fusion_bench.method.regmean import NormalEquations, RegMeanAlgorithm, collected_grams
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
 

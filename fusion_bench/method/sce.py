@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs, MergePiece, everywhere
 from fusion_bench.weights.matrices import inner_products
 from fusion_bench.weights.ops import task_vectors
@@ -30,7 +30,7 @@ class SCEAlgorithm(TensorwiseAlgorithm):
     needs_pretrained = True
 
     def __init__(self, select_topk: float = 1.0, show_pbar: bool = True, inplace: bool = False):
-        check_between("method.select_topk", select_topk, 0, 1)
+        check_between("select_topk", select_topk, 0, 1)
         self.select_topk = select_topk
         self.elementwise = select_topk == 1
         self.show_pbar = show_pbar

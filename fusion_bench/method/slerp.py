@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fusion_bench.errors import check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import cosine, lerp, refuse_all_but_two, slerp, two_ends
+from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs
 
 
@@ -35,7 +35,7 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
         show_pbar: bool = True,
         inplace: bool = False,
     ):
-        check_between("method.t", t, 0, 1)
+        check_between("t", t, 0, 1)
         self.t = t
         self.DOT_THRESHOLD = DOT_THRESHOLD
         self.epsilon = epsilon

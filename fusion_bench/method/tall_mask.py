@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, check_between
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import FusionBenchError, check_between
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 
@@ -33,7 +33,7 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
     elementwise = True
 
     def __init__(self, tall_mask_lambda: float = 0.6, debug: int = 0, verbose: int = 0):
-        check_between("method.tall_mask_lambda", tall_mask_lambda, 0, math.inf)
+        check_between("tall_mask_lambda", tall_mask_lambda, 0, math.inf)
         self.tall_mask_lambda = tall_mask_lambda
 
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
@@ -66,8 +66,8 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
     elementwise = True
 
     def __init__(self, scaling_factor: float = 0.3, tall_mask_lambda: float = 0.6, k: int = 2):
-        check_between("method.tall_mask_lambda", tall_mask_lambda, 0, math.inf)
-        check_between("method.k", k, 0, math.inf)
+        check_between("tall_mask_lambda", tall_mask_lambda, 0, math.inf)
+        check_between("k", k, 0, math.inf)
         self.scaling_factor = scaling_factor
         self.tall_mask_lambda = tall_mask_lambda
         self.k = math.ceil(k)
@@ -76,8 +76,9 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
         """Refuse a consensus of more tasks than there are."""
         if self.k > len(inputs.names):
             raise FusionBenchError(
-                f"method.k: {self.k} of {len(inputs.names)} models cannot agree. "
-                "Give more models or a smaller k."
+                f"{self.k} of {len(inputs.names)} models cannot agree. "
+                "Give more models or a smaller k.",
+                place=("k",),
             )
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

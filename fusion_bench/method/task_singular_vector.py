@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Inputs, MergePiece, everywhere
 from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd
 from fusion_bench.weights.ops import add_scaled, task_vectors
@@ -47,8 +47,9 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
         """Refuse a list of factors that are not as many as the models."""
         if isinstance(self.alpha, Sequence) and len(self.alpha) != len(inputs.names):
             raise FusionBenchError(
-                f"method.alpha: {len(self.alpha)} factors for {len(inputs.names)} models: "
-                f"{', '.join(inputs.names)}."
+                f"{len(self.alpha)} factors for {len(inputs.names)} models: "
+                f"{', '.join(inputs.names)}.",
+                place=("alpha",),
             )
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import ModelPool, TensorwiseAlgorithm, aligned
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
 from fusion_bench.weights.ops import (
     MergeFunc,
@@ -57,11 +57,11 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         keep: Keep = "exact_topk",
         zero_sign: ZeroSign = "global_majority",
     ):
-        check_between("method.threshold", threshold, 0, 100)
-        check_choice("method.merge_func", merge_func, MergeFunc)
-        check_choice("method.scope", scope, Scope)
-        check_choice("method.keep", keep, Keep)
-        check_choice("method.zero_sign", zero_sign, ZeroSign)
+        check_between("threshold", threshold, 0, 100)
+        check_choice("merge_func", merge_func, MergeFunc)
+        check_choice("scope", scope, Scope)
+        check_choice("keep", keep, Keep)
+        check_choice("zero_sign", zero_sign, ZeroSign)
         self.scaling_factor = scaling_factor
         self.threshold = threshold
         self.remove_keys = list(remove_keys)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Inputs, matches
 
 
@@ -54,13 +54,15 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
         for name, weights in named.items():
             if len(weights) != len(inputs.names):
                 raise FusionBenchError(
-                    f"method.{name}: {len(weights)} weights for {len(inputs.names)} models "
-                    f"({', '.join(inputs.names)}). Give one for each."
+                    f"{len(weights)} weights for {len(inputs.names)} models "
+                    f"({', '.join(inputs.names)}). Give one for each.",
+                    place=(name,),
                 )
             if self.normalize and sum(weights) == 0:
                 raise FusionBenchError(
-                    f"method.{name}: the weights add up to zero and cannot be normalised. "
-                    "Give method.normalize=false."
+                    "the weights add up to zero and cannot be normalised.",
+                    "Give {here}normalize=false.",
+                    place=(name,),
                 )
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import check_between, check_choice
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.problems import check_between, check_choice
 from fusion_bench.threads import fixed_threads
 from fusion_bench.weights.matrices import is_matrix
 from fusion_bench.weights.ops import task_vectors
@@ -49,10 +49,10 @@ class WUDIMerging(TensorwiseAlgorithm):
         divisor: Divisor = "squared",
         rest: Rest = "mean",
     ):
-        check_between("method.iter_num", iter_num, 0, 1_000_000)
-        check_choice("method.solver", solver, Solver)
-        check_choice("method.divisor", divisor, Divisor)
-        check_choice("method.rest", rest, Rest)
+        check_between("iter_num", iter_num, 0, 1_000_000)
+        check_choice("solver", solver, Solver)
+        check_choice("divisor", divisor, Divisor)
+        check_choice("rest", rest, Rest)
         self.iter_num = iter_num
         self.exclude_keys = list(exclude_keys or ())
         self.solver = solver

@@ -10,7 +10,7 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from fusion_bench.errors import ConfigError, did_you_mean
+from fusion_bench.problems import ConfigError, did_you_mean
 from fusion_bench.repository import Repository
 from fusion_bench.sources import plain_source
 from fusion_bench.weights import AdapterConfig, is_special, weight_files
@@ -46,18 +46,19 @@ def with_bases(models: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
     for name, model in models.items():
         source = plain_source(model)
         if isinstance(source, Mapping) and "_target_" not in source:
-            place = f"modelpool.models.{name}"
             if unknown := [str(key) for key in source if key not in ("path", "base")]:
                 raise ConfigError(
-                    f"{place}.{unknown[0]}: there is no such key. A model is a name, a mapping "
-                    f"with '_target_', or an adapter's 'path' and 'base'."
+                    "there is no such key.",
+                    "A model is a name, a mapping with '_target_', or an adapter's 'path' and "
+                    "'base'.",
+                    place=("models", name, unknown[0]),
                 )
             named = {key: os.fspath(s) if isinstance(s, Path) else s for key, s in source.items()}
             for key in ("path", "base"):
                 value = named.get(key)
                 needed = key == "path" or value is not None
                 if needed and not (isinstance(value, str) and value):
-                    raise ConfigError(f"{place}.{key}: name a model, got '{value}'.")
+                    raise ConfigError(f"name a model, got '{value}'.", place=("models", name, key))
             if named.get("base") is not None:
                 bases[str(name)] = named["base"]
             source = named["path"]

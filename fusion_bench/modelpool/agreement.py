@@ -141,7 +141,7 @@ def compare_vocabularies(vocabularies: Mapping[str, Vocabulary], *, warn: bool =
 
     Raises:
         ConfigError: a damaged file.
-        WorldError: a file that could not be fetched.
+        EnvironmentProblem: a file that could not be fetched.
     """
     (name, reference), *others = vocabularies.items()
     much, notes = [], []

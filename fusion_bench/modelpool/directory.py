@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from fusion_bench.companions import (
     TEMPLATES,
     module_folders,
 )
-from fusion_bench.errors import FusionBenchError, WorldError
 from fusion_bench.modelpool.card import Source, model_card, recipe
+from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
 from fusion_bench.weights import Weights, in_memory, open_checkpoint, write_checkpoint
@@ -155,6 +156,10 @@ def _plain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FusionBenchError as error:
-        raise type(error)(aside.sub(lambda _: str(path), str(error))) from error
+        error.problems = tuple(
+            replace(problem, reason=aside.sub(lambda _: str(path), problem.reason))
+            for problem in error.problems
+        )
+        raise
     except OSError as error:
-        raise WorldError(f"Cannot write '{path}': {error.strerror or error}.") from error
+        raise EnvironmentProblem(f"Cannot write '{path}': {error.strerror or error}.") from error

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.companions import CONFIGS
-from fusion_bench.errors import ConfigError, FusionBenchError, did_you_mean
 from fusion_bench.modelpool.adapters import (
     Base,
     is_same_model,
@@ -48,6 +47,7 @@ from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.pretrained import from_config, from_pretrained, quantisation
+from fusion_bench.problems import ConfigError, FusionBenchError, Problems, did_you_mean
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import check_file_name, read_json, write_text
@@ -126,12 +126,16 @@ class HFModelPool:
         test_datasets: Mapping[str, Any] | None = None,
     ):
         self._models, self._bases = with_bases(models or {})
+        problems = Problems()
         for name in self._models:
-            check_file_name(f"modelpool.models.{name}", name)
-        check_size("modelpool.max_shard_size", max_shard_size)
+            with problems.collect("models", name):
+                check_file_name(name)
+        with problems.collect():
+            check_size(max_shard_size)
+        with problems.collect("policy"):
+            self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})
         self.model_class = model_class
         self._processor = plain_source(processor)
-        self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})
         self.max_shard_size = max_shard_size
         self.train_datasets = dict(train_datasets or {})
         self.val_datasets = dict(val_datasets or {})
@@ -145,11 +149,14 @@ class HFModelPool:
         self._node_configs: dict[str, Config] = {}
         self._found: dict[tuple[str, ...], Found] = {}
         self.notes: list[str] = []
-        if not self.model_names:
-            raise FusionBenchError(
-                "modelpool.models: the pool is empty. Name at least one model besides special "
-                "ones such as '_pretrained_', for example 'sun397: path/to/model'."
-            )
+        with problems.collect("models"):
+            if not self.model_names:
+                raise FusionBenchError(
+                    "the pool is empty.",
+                    "Name at least one model besides special ones such as '_pretrained_', for "
+                    "example 'sun397: path/to/model'.",
+                )
+        problems.raise_all()
 
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
         """Find all models, and open those whose headers are enough; no weight is read.
@@ -162,31 +169,31 @@ class HFModelPool:
         self._scratch = scratch
         plan = Plan()
         if built:
-            with plan.noting("modelpool.model_class"):
+            with plan.collect("model_class"):
                 self._transformers_class()
         known = []
         for name in self._models:
-            with plan.noting(f"modelpool.models.{name}"):
+            with plan.collect("models", name):
                 if self._find(name, plan):
                     known.append(name)
         known = [name for name in known if self._can_be_read(name, known)]
         if self._reference in known:
-            with plan.noting(f"modelpool.models.{self._reference}"):
+            with plan.collect("models", self._reference):
                 plan.weights[self._reference] = self.weights(self._reference)
         for name in known:
             if name == self._reference:
                 continue
-            with plan.noting(f"modelpool.models.{name}"):
+            with plan.collect("models", name):
                 if self._reference in plan.weights:
                     plan.weights[name] = self.weights(name)
                     self._refuse_untied(name)
                 elif not self._is_adapter(name):  # nothing to compare with, but it can be damaged
                     self._weights(name)
         for name in known:
-            with plan.noting(f"modelpool.models.{name}"):
+            with plan.collect("models", name):
                 self._plan_comparison(name, plan)
         if isinstance(self._processor, str) and unbuilt(self._processor) is None:
-            with plan.noting("modelpool.processor"):
+            with plan.collect("processor"):
                 processor = self._located(self._processor)
                 plan.download(processor, *processors(processor))
         return plan
@@ -865,7 +872,7 @@ def _policy(section: Mapping[str, Any]) -> MergePolicy:
     for name in section:
         if name not in known:
             hint = did_you_mean(name, known)
-            raise FusionBenchError(f"modelpool.policy: there is no '{name}'. {hint}")
+            raise FusionBenchError("there is no such key.", hint, place=(name,))
     return MergePolicy(**section)
 
 

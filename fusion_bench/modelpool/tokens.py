@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import read_json
 
@@ -98,7 +98,7 @@ def compare_tokens(own: Vocabulary, reference: Vocabulary) -> Comparison | None:
 
     Raises:
         ConfigError: a damaged file, or one that is too large for a tokenizer's.
-        WorldError: a file that could not be fetched.
+        EnvironmentProblem: a file that could not be fetched.
     """
     name = own.common(reference)
     if name is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_bench import __version__
-from fusion_bench.errors import ConfigError, FusionBenchError
+from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
@@ -135,13 +135,11 @@ def _file(path: Path) -> Path:
 
 
 def _read(path: Path) -> Judged:
-    try:
+    with within("reports"):
         report = Report.load(path)
         answers = Answers.load(path, report)
-    except ConfigError as error:
-        raise ConfigError(f"reports: {error}") from error
-    if not report.tasks:
-        raise FusionBenchError(f"reports: nothing was judged in '{path}'.")
+        if not report.tasks:
+            raise FusionBenchError(f"nothing was evaluated in '{path}'.")
     return Judged(report, answers)
 
 

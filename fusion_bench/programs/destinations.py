@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fusion_bench.companions import KNOWN, TEMPLATES
-from fusion_bench.errors import ConfigError, did_you_mean
+from fusion_bench.problems import ConfigError, did_you_mean
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.storage import check_unclaimed, claimed, write_text
 
@@ -165,7 +165,7 @@ class Destinations:
         """Hold all these places, against other runs.
 
         Raises:
-            WorldError: another run holds one of them.
+            EnvironmentProblem: another run holds one of them.
         """
         with ExitStack() as claims:
             for path, key, inside in self._claims():
@@ -176,7 +176,7 @@ class Destinations:
         """Look whether another run holds one of them.
 
         Raises:
-            WorldError: likewise.
+            EnvironmentProblem: likewise.
         """
         for path, key, inside in self._claims():
             check_unclaimed(path, key, inside=inside)

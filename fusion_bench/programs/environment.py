@@ -20,9 +20,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from fusion_bench import __version__
-from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.memory import out_of_memory
+from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError, within
 from fusion_bench.report import Run, Search, Seconds, Tuning
 from fusion_bench.shown import are_set_up, set_up_streams
 from fusion_bench.storage import disk_failures
@@ -42,17 +42,20 @@ def make_fabric(section: Any) -> Fabric:
     if isinstance(section, Fabric):
         return section
     if section is not None and not isinstance(section, Mapping):
-        raise ConfigError(f"fabric: '{section}' is no mapping. Give fabric.accelerator=… instead.")
+        raise ConfigError(
+            f"'{section}' is no mapping.", "Give fabric.accelerator=… instead.", place=("fabric",)
+        )
     defaults = {"_target_": "lightning.Fabric", "accelerator": "auto", "devices": 1}
     node = {**defaults, **(section or {})}
     try:
-        fabric = instantiate(node, "fabric")
+        with within("fabric"):
+            fabric = instantiate(node, "fabric")
         reruns_command = isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher)
         if node.get("strategy", "auto") == "auto" and reruns_command:
             fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        mend = "Give fabric.accelerator=auto and fabric.devices=1 to take what is here."
-        raise ConfigError(f"fabric: {error} {mend}") from error
+        fix = "Give fabric.accelerator=auto and fabric.devices=1 to take what is here."
+        raise ConfigError(str(error), fix, place=("fabric",)) from error
     return fabric
 
 
@@ -61,7 +64,7 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
 
     Raises:
         FusionBenchError: what one of the processes raised.
-        WorldError: a process was killed, memory ran out, or a disk cannot be written to.
+        EnvironmentProblem: a process was killed, memory ran out, or a disk cannot be written to.
     """
     launcher = fabric.strategy.launcher
     if not isinstance(launcher, _MultiProcessingLauncher):
@@ -77,7 +80,7 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
             raise
         raise told.get() from error
     except ProcessExitedException as error:
-        raise WorldError(
+        raise EnvironmentProblem(
             f"fabric.devices: process {error.error_index} was ended from outside "
             f"({error.signal_name or f'exit code {error.exit_code}'}), maybe for want of memory. "
             "Start the command again; it goes on from here."
@@ -97,7 +100,7 @@ def _telling(
         with plain_failures():
             return work(fabric)
     except FusionBenchError as error:
-        told.put(type(error)(str(error)))
+        told.put(error)
         raise
 
 
@@ -106,7 +109,7 @@ def plain_failures() -> Iterator[None]:
     """Say in one line that memory ran out, or that a disk fails.
 
     Raises:
-        WorldError: that is so.
+        EnvironmentProblem: that is so.
     """
     try:
         with disk_failures():
@@ -115,7 +118,7 @@ def plain_failures() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         reason = str(error).partition(". ")[0] or "the machine has no more"
-        raise WorldError(
+        raise EnvironmentProblem(
             f"Out of memory: {reason}. Choose a device with more of it, or end what else uses it."
         ) from error
 

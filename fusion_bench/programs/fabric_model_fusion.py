@@ -14,9 +14,17 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.errors import ConfigError, WorldError, check_between, check_choice
 from fusion_bench.instantiate import Parts, check_part, instantiate
 from fusion_bench.plan import Plan
+from fusion_bench.problems import (
+    ConfigError,
+    EnvironmentProblem,
+    Problem,
+    Problems,
+    check_between,
+    check_choice,
+    within,
+)
 from fusion_bench.programs.destinations import Destinations
 from fusion_bench.programs.environment import describe_run, launch, make_fabric, plain_failures
 from fusion_bench.programs.fusing import (
@@ -104,7 +112,7 @@ class FabricModelFusionProgram:
         fast_dev_run: bool = False,
         dry_run: bool = False,
         parts: Parts | None = None,
-        problems: Sequence[str] = (),
+        problems: Sequence[Problem] = (),
     ):
         self.config: dict[str, Any] = {
             "_target_": f"fusion_bench.programs.{type(self).__name__}",
@@ -140,50 +148,51 @@ class FabricModelFusionProgram:
         self.taskpool: Any = None
         self.settings: list[Setting] = []
         self._notes: list[str] = []
-        plan = Plan(problems=[ConfigError(problem) for problem in problems])
-        with plan.noting("baselines"):
+        plan = Plan(problems=Problems(problems))
+        with plan.collect():
             check_choice("baselines", baselines, Baselines)
-        with plan.noting("seed"):
+        with plan.collect():
             if seed is not None and not isinstance(seed, int):
-                raise ConfigError(f"seed: '{seed}' is not a whole number.")
+                raise ConfigError(f"'{seed}' is not a whole number.", place=("seed",))
             if seed is not None:
                 check_between("seed", seed, 0, _LARGEST_SEED)
-        with plan.noting("search"):
+        with plan.collect("search"):
             check_part(search, "search")
             self.search = instantiate(_lazily(search), "search")
-        with plan.noting("method"):
+        with plan.collect("method"):
             check_part(method, "method")
             if self.search is None:
                 self.method = instantiate(seeded(method, seed), "method")
-            else:
+        with plan.collect():
+            if self.search is not None:
                 self.settings = self.search.settings(_plain(seeded(method, seed)))
                 self.method = self.settings[0].method
-        with plan.noting("modelpool"):
+        with plan.collect("modelpool"):
             self.modelpool = self._pool(modelpool, "modelpool")
-        with plan.noting("taskpool"):
+        with plan.collect("taskpool"):
             self.taskpool = self._pool(taskpool, "taskpool")
             if search is not None and taskpool is None:
                 raise ConfigError("search: needs a task pool that judges the settings.")
             if output_dir is None and getattr(self.taskpool, "save_predictions", False):
                 raise ConfigError("taskpool.save_predictions: needs an output_dir.")
         self.places = Destinations(self.config, self.output_dir, overwrite)
-        with plan.noting("report_save_path"):
+        with plan.collect("report_save_path"):
             self.places.put_report(report_save_path)
-        with plan.noting("merged_model_save_path"):
+        with plan.collect("merged_model_save_path"):
             self.places.put_model(merged_model_save_path)
         self._previous = Previous.find(self.places.reports, self.config)
         for check in (self.places.check_reports, self.places.check_model):
-            with plan.noting():
+            with plan.collect():
                 check(done=self._previous is not None)
         if plan.problems:
             self._look_ahead(plan)
 
-    def _pool(self, section: Any, key: str) -> Any:
-        check_part(section, key)
-        node = _plain(section)
-        if not isinstance(node, Mapping):
-            return section
-        return self._parts.get([key, node], lambda: instantiate(_lazily(node), key))
+    def _pool(self, node: Any, section: str) -> Any:
+        check_part(node, section)
+        plain = _plain(node)
+        if not isinstance(plain, Mapping):
+            return node
+        return self._parts.get([section, plain], lambda: instantiate(_lazily(plain), section))
 
     def run(self) -> Report | None:
         """Fuse, judge, save and print; returns the report, or ``None`` after a dry run."""
@@ -223,16 +232,16 @@ class FabricModelFusionProgram:
         """
         self._quiet_libraries()
         fabric = None
-        with plan.noting("fabric"):
+        with plan.collect():
             fabric = make_fabric(self.fabric_config)
-        with plan.noting():
+        with plan.collect():
             self.places.check_unclaimed()
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
             with TemporaryDirectory() if self.dry_run else nullcontext() as scratch:
                 preflight(plan, self, fabric, None if scratch is None else Path(scratch))
             if self.dry_run:
                 show(plan, wide_console())
-        plan.raise_problems()
+        plan.problems.raise_all()
         announce(plan)
         assert fabric is not None
         return fabric
@@ -360,7 +369,8 @@ class FabricModelFusionProgram:
         to be judged or to be thrown away.
         """
         path = self.places.model_path
-        merged = fuse(method, self.modelpool, fabric, data)
+        with within("method", keyed_only=True):
+            merged = fuse(method, self.modelpool, fabric, data)
         if self.taskpool is not None or path is None:
             merged = held(merged)
         if path is None:
@@ -389,7 +399,9 @@ class FabricModelFusionProgram:
             else:
                 self.modelpool.save_model(model, place, config)
         except OSError as error:
-            raise WorldError(f"merged_model_save_path: cannot write it: {error}") from error
+            raise EnvironmentProblem(
+                f"Cannot write it: {error}", place=("merged_model_save_path",)
+            ) from error
 
     def _done_before(
         self,

@@ -8,8 +8,8 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import accepts
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Tuning, TuningTask
 from fusion_bench.weights import TensorWeights, Weights, in_memory
 

@@ -3,9 +3,10 @@
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fusion_bench.errors import ConfigError
 from fusion_bench.method.base import Comparing, aligned, refuse_without_pretrained
 from fusion_bench.method.data import own_data
 from fusion_bench.plan import Plan, Step
+from fusion_bench.problems import ConfigError, Problem, within
 from fusion_bench.programs.fusing import (
     learner,
     named_datasets,
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 #: A download that people want to know of before it begins.
 _LARGE = 1_000_000_000
 _TAKES_ROOM = ("build", "download", "prepare", "write")
+#: A context that says where in the config a method's options stand.
+Located = Callable[[], AbstractContextManager[None]]
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -62,13 +65,16 @@ def preflight(
     """
     modelpool, taskpool = program.modelpool, program.taskpool
     if hasattr(modelpool, "plan"):
-        plan.take(modelpool.plan(scratch, built=taskpool is not None))
+        plan.take(modelpool.plan(scratch, built=taskpool is not None), "modelpool")
     if hasattr(taskpool, "plan"):
-        plan.take(taskpool.plan(scratch))
+        plan.take(taskpool.plan(scratch), "taskpool")
     _look_at_nodes(plan, program, scratch)
     methods = [setting.method for setting in program.settings] or [program.method]
     if modelpool is not None:
-        _compare(plan, modelpool, [method for method in methods if method is not None])
+        chosen: list[tuple[Any, Located]] = [(s.method, s.located) for s in program.settings]
+        if not chosen and program.method is not None:
+            chosen = [(program.method, partial(within, "method"))]
+        _compare(plan, modelpool, chosen)
         _compare_data(plan, program, methods, scratch)
     _add_steps(plan, program, methods, fabric)
     _check_room(plan)
@@ -112,15 +118,15 @@ def _look_at_nodes(plan: Plan, program: "FabricModelFusionProgram", scratch: Pat
         return found if isinstance(found, Mapping) else {}
 
     for name, source in named(program.modelpool, "modelpool", "models").items():
-        with plan.noting(f"modelpool.models.{name}"):
+        with plan.collect("modelpool", "models", name):
             if isinstance(source, str) and unbuilt(source) is None and not Path(source).is_file():
                 locate(source, scratch)
     for name, node in named(program.taskpool, "taskpool", "test_datasets").items():
         key = f"taskpool.test_datasets.{name}"
-        with plan.noting(key):
+        with plan.collect("taskpool", "test_datasets", name):
             from fusion_bench.taskpool.described import describe
 
-            if not any(str(problem).startswith(f"{key}.") for problem in plan.problems):
+            if not any(problem.key.startswith(f"{key}.") for problem in plan.problems):
                 describe(node, key, scratch)
 
 
@@ -151,27 +157,27 @@ class _Opened:
         return self.opened[name]
 
 
-def _compare(plan: Plan, modelpool: Any, methods: Sequence[Any]) -> None:
+def _compare(plan: Plan, modelpool: Any, methods: Sequence[tuple[Any, Located]]) -> None:
     """Compare keys, shapes, types and tying by headers, and models with methods."""
-    for method in methods:
-        with plan.noting("method"):
+    for method, located in methods:
+        with plan.collect(), located():
             refuse_without_pretrained(method, modelpool)
     pool = _Opened(modelpool, plan.weights)
-    merging = [method for method in methods if _merges_weights(method)]
+    merging = [(method, located) for method, located in methods if _merges_weights(method)]
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     if not merging or not pool.model_names or needed[0] not in plan.weights:
         return
     before = len(plan.problems)
-    with plan.noting("modelpool.models"):
+    with plan.collect("modelpool", "models"):
         plan.note(*aligned(pool).notes)
     if isinstance(modelpool, Comparing):
-        with plan.noting("modelpool.models"):
+        with plan.collect("modelpool", "models"):
             plan.note(*modelpool.compare(list(plan.weights)))
     if len(plan.problems) > before or any(name not in plan.weights for name in needed):
         return
-    for method in merging:
+    for method, located in merging:
         if hasattr(method, "inputs") and not _lacks_pretrained(method, modelpool):
-            with plan.noting("method"):
+            with plan.collect(), located():
                 method.inputs(pool)
 
 
@@ -194,25 +200,25 @@ def _compare_data(
         if getattr(method, "needs_data", False)
     }
     for method in uses.values():
-        with plan.noting("taskpool"):
+        with plan.collect("taskpool"):
             refuse_without_taskpool(method, program.taskpool)
     if hasattr(program.search, "split"):
         uses[program.search.split, "the search judges on", "search.split"] = None
     if program.taskpool is None:
         return
     for split, user, key in uses:
-        with plan.noting(key):
+        with plan.collect(*key.split(".")):
             datasets, where = named_datasets(split, program.modelpool, program.taskpool, user, key)
             if key == "method.split" and any(
                 getattr(method, "needs_own_data", False) and method.split == split
                 for method in methods
             ):
-                with plan.noting(where):
+                with plan.collect(*where.split(".")):
                     own_data(program.modelpool.model_names, datasets)
             if hasattr(program.taskpool, "plan_tuning"):
-                plan.take(program.taskpool.plan_tuning(datasets, where, scratch))
+                plan.take(program.taskpool.plan_tuning(datasets, where, scratch), *where.split("."))
             for name, node in datasets.items():
-                with plan.noting(f"{where}.{name}"):
+                with plan.collect(*where.split("."), name):
                     _refuse_named_test_split(program, node, f"{where}.{name}", key)
 
 
@@ -293,16 +299,13 @@ def _check_room(plan: Plan) -> None:
         assert step.place is not None
         # What is written takes the place of another only when it is whole, beside it.
         there = _existing(step.place.parent if step.verb == "write" else step.place)
-        with plan.noting(step.key):
+        with plan.collect(step.key):
             if not there.is_dir():
                 raise ConfigError(
-                    f"{step.key}: '{step.place}' cannot be: '{there}' is no directory. Choose "
-                    "another path."
+                    f"'{step.place}' cannot be: '{there}' is no directory. Choose another path."
                 )
             if not os.access(there, os.W_OK):
-                raise ConfigError(
-                    f"{step.key}: '{there}' cannot be written to. Choose another path."
-                )
+                raise ConfigError(f"'{there}' cannot be written to. Choose another path.")
             disks.setdefault(there.stat().st_dev, []).append(step)
     for own in disks.values():
         assert own[0].place is not None
@@ -313,9 +316,10 @@ def _check_room(plan: Plan) -> None:
             each = ", ".join(f"{decimal(step.nbytes or 0)} in '{step.place}'" for step in wanted)
             keys = ", ".join(dict.fromkeys(step.key for step in wanted))
             plan.problems.append(
-                ConfigError(
-                    f"{keys}: the disk has {decimal(free)} left, and {decimal(needed)} are needed: "
-                    f"{each}. Free some, or choose a place on another disk."
+                Problem(
+                    (keys,),
+                    f"the disk has {decimal(free)} left, and {decimal(needed)} are needed: "
+                    f"{each}. Free some, or choose a place on another disk.",
                 )
             )
 
@@ -330,10 +334,11 @@ def _check_memory(plan: Plan, program: "FabricModelFusionProgram", fabric: Fabri
         return
     if free is not None and needed > free:
         plan.problems.append(
-            ConfigError(
-                f"modelpool.models: a merged model takes {decimal(needed)} of memory, and "
+            Problem(
+                ("modelpool", "models"),
+                f"a merged model takes {decimal(needed)} of memory, and "
                 f"{decimal(free)} are free. Give modelpool.policy.dtype=bfloat16, or taskpool=null "
-                "with a merged_model_save_path, to write it to the disk entry by entry."
+                "with a merged_model_save_path, to write it to the disk entry by entry.",
             )
         )
     # Asking a GPU sets it up, after which processes cannot be forked.
@@ -342,10 +347,11 @@ def _check_memory(plan: Plan, program: "FabricModelFusionProgram", fabric: Fabri
     free = torch.cuda.mem_get_info(fabric.device)[0]
     if needed > free:
         plan.problems.append(
-            ConfigError(
-                f"fabric.accelerator: a merged model takes {decimal(needed)} on {fabric.device}, "
+            Problem(
+                ("fabric", "accelerator"),
+                f"a merged model takes {decimal(needed)} on {fabric.device}, "
                 f"where {decimal(free)} are free. Give modelpool.policy.dtype=bfloat16 or "
-                "fabric.accelerator=cpu."
+                "fabric.accelerator=cpu.",
             )
         )
 

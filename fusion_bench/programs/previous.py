@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fusion_bench import __version__
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.fusing import TuningData, describe_data
 from fusion_bench.report import Answers, Report, Similarity

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import WorldError
+from fusion_bench.problems import EnvironmentProblem
 from fusion_bench.report import Answers, Report, markdown, print_comparison
 from fusion_bench.report.page import page
 from fusion_bench.report.table import wide_console
@@ -20,7 +20,7 @@ def publish(
     """Write the report's files, ``report.json`` last, and then print the comparison.
 
     Raises:
-        WorldError: ``report_path`` cannot be written.
+        EnvironmentProblem: ``report_path`` cannot be written.
     """
     if output_dir is not None:
         write_text(output_dir / "config.yaml", OmegaConf.to_yaml(report.run.config))
@@ -31,7 +31,7 @@ def publish(
         try:
             save(report, answers, report_path)
         except OSError as error:
-            raise WorldError(f"report_save_path: cannot write it: {error}") from error
+            raise EnvironmentProblem(f"report_save_path: cannot write it: {error}") from error
     if report.tasks:
         print_comparison(report, wide_console())
     for comparison in report.main_comparisons():

@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from fusion_bench import __version__
 from fusion_bench.configs import composed
-from fusion_bench.errors import FusionBenchError, ResultError, did_you_mean
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError, ResultError, did_you_mean, within
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.report.reference import BASELINES, Reference
 from fusion_bench.report.reproduction import Reproduction, check
@@ -56,7 +56,8 @@ class ReproduceProgram:
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.dry_run = dry_run
         for row in self.rows:
-            check_file_name(f"methods: {row}", row)
+            with within("methods"):
+                check_file_name(row)
             if row not in self.reference.rows:
                 raise FusionBenchError(
                     f"methods: '{reference}' has no '{row}'. "
@@ -75,15 +76,13 @@ class ReproduceProgram:
     ) -> FabricModelFusionProgram:
         reference = self.reference
         pools = [f"modelpool={reference.modelpool}", f"taskpool={reference.taskpool}"]
-        try:
+        with within("reference", "rows", row):
             config = composed(*pools, *reference.overrides, *overrides)
             node = config | {"similarity": False, "seed": seed}
             if fabric is not None:
                 node["fabric"] = fabric
             place = self.output_dir and self.output_dir / "rows" / quote(row, safe="")
             program: FabricModelFusionProgram = instantiate(node, output_dir=place)
-        except FusionBenchError as error:
-            raise FusionBenchError(f"reference: rows.{row}: {error}") from error
         for task in reference.tasks:
             if task not in program.taskpool.task_names:
                 raise FusionBenchError(

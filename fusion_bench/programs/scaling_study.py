@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from fusion_bench import __version__
 from fusion_bench.configs import composed
-from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError, check_choice, did_you_mean, within
 from fusion_bench.programs.environment import describe_run, launch, make_fabric
 from fusion_bench.programs.fusing import MERGED, describe_tuning, fuse, held, seeded, tuning_data
 from fusion_bench.programs.judging import Judge
@@ -240,17 +240,20 @@ class _Source:
     """A base of the config: a pool of which parts are merged, and the tasks."""
 
     def __init__(self, name: str, node: Any):
-        key = f"bases.{name}"
+        place = ("bases", name)
         for part in ("modelpool", "taskpool"):
             if not isinstance(node, Mapping) or not isinstance(node.get(part), Mapping):
-                raise FusionBenchError(f"{key}.{part}: missing; give it as a config node.")
-        self._key = f"{key}.modelpool"
+                raise FusionBenchError("missing; give it as a config node.", place=(*place, part))
         self._node = {"_recursive_": False, **node["modelpool"]}
-        whole = instantiate(self._node, self._key)
+        with within("bases", name, "modelpool"):
+            whole = instantiate(self._node, "modelpool")
         self.experts: list[str] = whole.model_names
         if not whole.has_pretrained:
-            raise FusionBenchError(f"{key}.modelpool.models: add '_pretrained_', the base.")
-        self.taskpool = instantiate({"_recursive_": False, **node["taskpool"]}, f"{key}.taskpool")
+            raise FusionBenchError(
+                "add '_pretrained_', the base.", place=(*place, "modelpool", "models")
+            )
+        with within("bases", name, "taskpool"):
+            self.taskpool = instantiate({"_recursive_": False, **node["taskpool"]}, "taskpool")
 
     def pool(self, experts: Sequence[str]) -> Any:
         """Return a model pool of some experts, with their data."""
@@ -260,7 +263,7 @@ class _Source:
         for key in ("train_datasets", "val_datasets", "test_datasets"):
             if node.get(key):
                 node[key] = {k: v for k, v in node[key].items() if canonical_name(k) in own}
-        return instantiate(node, self._key)
+        return instantiate(node, "modelpool")
 
 
 def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, ...]]:
@@ -286,8 +289,9 @@ def _method(method: Any, seed: int) -> tuple[str, Any]:
 def _named(methods: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return the methods by name; those of one name are numbered."""
     found: dict[str, Any] = {}
-    for name, node in methods:
-        instantiate(node, "methods")
+    for index, (name, node) in enumerate(methods):
+        with within("methods", index):
+            instantiate(node, "method")
         same = sum(known.partition(" ")[0] == name for known in found)
         found[f"{name} {same + 1}" if same else name] = node
     return found

@@ -1,7 +1,8 @@
 """Finds a method's options on a validation split."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import product
 from math import hypot
 from statistics import fmean
@@ -9,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric import Fabric
 
-from fusion_bench.errors import FusionBenchError, check_choice, did_you_mean
 from fusion_bench.instantiate import check, instantiate, parameters
+from fusion_bench.problems import (
+    FusionBenchError,
+    Place,
+    Problem,
+    check_choice,
+    did_you_mean,
+    within,
+)
 from fusion_bench.programs.fusing import (
     describe_data,
     fuse,
@@ -35,6 +43,32 @@ class Setting:
     options: dict[str, Any]
     node: dict[str, Any]
     method: Any
+    places: dict[str, Place]
+
+    @contextmanager
+    def located(self, *, keyed_only: bool = False) -> Iterator[None]:
+        """Name, for each problem that the method raises, where its option comes from."""
+        with _located(self.places, keyed_only):
+            yield
+
+
+@contextmanager
+def _located(places: Mapping[str, Place], keyed_only: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except FusionBenchError as error:
+        error.problems = tuple(
+            problem if keyed_only and not problem.place else _from_space(problem, places)
+            for problem in error.problems
+        )
+        raise
+
+
+def _from_space(problem: Problem, places: Mapping[str, Place]) -> Problem:
+    first, *rest = problem.place or ("",)
+    if problem.whole or first not in places:
+        return problem.inside("method")
+    return replace(problem, place=(*places[str(first)], *rest))
 
 
 class GridSearch:
@@ -62,21 +96,26 @@ class GridSearch:
         metric: Metric | None = None,
         judge_test: bool = True,
     ):
-        check_choice("search.split", split, Split)
+        check_choice("split", split, Split)
         if metric is not None:
-            check_choice("search.metric", metric, Metric)
+            check_choice("metric", metric, Metric)
         for option, values in space.items():
             if isinstance(values, str) or not isinstance(values, Sequence):
                 raise FusionBenchError(
-                    f"search.space.{option}: '{values}' is not a list. Write it like '[0.1, 0.2]'."
+                    f"'{values}' is not a list.",
+                    "Write it like '[0.1, 0.2]'.",
+                    place=("space", option),
                 )
             if not values:
                 raise FusionBenchError(
-                    f"search.space.{option}: the list is empty. Name a value, or leave the option "
-                    f"out: '~search.space.{option}'."
+                    "the list is empty.",
+                    f"Name a value, or leave the option out: '~{{here}}{option}'.",
+                    place=("space", option),
                 )
         if judge_test and not space:
-            raise FusionBenchError("search.space: is empty. Name an option of the method to try.")
+            raise FusionBenchError(
+                "is empty.", "Name an option of the method to try.", place=("space",)
+            )
         self.space = {option: list(values) for option, values in space.items()}
         self.split = split
         self.metric = metric
@@ -92,32 +131,42 @@ class GridSearch:
             FusionBenchError: no node, an option that the method does not take, or takes no such
                 value of, or data that it learns from and would be judged on.
         """
-        if not isinstance(method, Mapping) or "_target_" not in method:
-            raise FusionBenchError("search: needs the method as a config node with '_target_'.")
-        self._refuse_unknown_options(method)
+        with within("search"):
+            if not isinstance(method, Mapping) or "_target_" not in method:
+                raise FusionBenchError("needs the method as a config node with '_target_'.")
+        with within("method"):
+            check({"_target_": method["_target_"], "_partial_": True}, "method")
+        with within("search"):
+            self._refuse_unknown_options(method)
         settings = []
-        for values in product(*self.space.values()):
-            options = dict(zip(self.space, values, strict=True))
+        for numbered in product(*(enumerate(values) for values in self.space.values())):
+            tried = dict(zip(self.space, numbered, strict=True))
+            options = {option: value for option, (_, value) in tried.items()}
+            places: dict[str, Place] = {
+                option: ("search", "space", option, index) for option, (index, _) in tried.items()
+            }
             node = {**method, **options}
-            made = instantiate(node, "method")
+            with _located(places):
+                made = instantiate(node, "method")
             if getattr(made, "needs_data", False) and made.split == self.split:
                 raise FusionBenchError(
-                    f"search.split: {type(made).__name__} learns from the {self.split} split "
-                    "itself, so that it tells nothing of the options. Choose another method.split "
-                    "or another search.split."
+                    f"{type(made).__name__} learns from the {self.split} split itself, so that it "
+                    "tells nothing of the options.",
+                    "Choose another method.split or another {here}split.",
+                    place=("search", "split"),
                 )
-            settings.append(Setting(options, node, made))
+            settings.append(Setting(options, node, made, places))
         return settings
 
     def _refuse_unknown_options(self, method: Mapping[str, Any]) -> None:
-        check({"_target_": method["_target_"], "_partial_": True}, "method")
         known = list(parameters(method["_target_"]))
         for option in self.space:
             if option not in known:
                 name = str(method["_target_"]).rpartition(".")[2]
                 raise FusionBenchError(
-                    f"search.space.{option}: {name} takes no such key. "
-                    f"{did_you_mean(option, known)} To leave it out: '~search.space.{option}'."
+                    f"{name} takes no such key.",
+                    f"{did_you_mean(option, known)} To leave it out: '~{{here}}{option}'.",
+                    place=("space", option),
                 )
 
     def data(
@@ -164,7 +213,8 @@ class GridSearch:
         judge = Judge(modelpool, pool, fabric, "own_task", fast_dev_run)
         if baselines != "none":
             judge.judge_individuals()
-        metric = self._metric(judge)
+        with within("search"):
+            metric = self._metric(judge)
         individuals = dict(judge.models)
         learned: dict[str, Any] = {}
         candidates = []
@@ -175,7 +225,9 @@ class GridSearch:
             if source not in learned:
                 learned[source] = tuning_data(method, modelpool, taskpool, fabric, allow_test_split)
             judge.models = dict(individuals)
-            judge.judge_merged(held(fuse(method, modelpool, fabric, learned[source])))
+            with setting.located(keyed_only=True):
+                merged = fuse(method, modelpool, fabric, learned[source])
+            judge.judge_merged(held(merged))
             judge.summarise()
             candidates.append(_candidate(setting, judge, metric))
         scores = [candidate.score for candidate in candidates]
@@ -200,9 +252,10 @@ class GridSearch:
         ]
         if self.metric == "normalized_accuracy" and without:
             raise FusionBenchError(
-                f"search.metric: there is no normalised accuracy on '{without[0]}', for no "
-                "individual model was judged there, or it is never right. Give "
-                "search.metric=accuracy."
+                f"there is no normalised accuracy on '{without[0]}', for no individual model was "
+                "evaluated there, or it is never right.",
+                "Give {here}metric=accuracy.",
+                place=("metric",),
             )
         return self.metric or ("accuracy" if without else "normalized_accuracy")
 

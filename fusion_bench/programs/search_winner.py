@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric import Fabric
 
-from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.fusing import describe_data, uses_test_split
 from fusion_bench.programs.search import GridSearch, Setting
@@ -88,7 +88,7 @@ class SweptSearch:
     def settings(self, method: Any) -> list[Setting]:
         """Return the jobs' settings, whatever ``method`` is."""
         return [
-            Setting(self._options(search), search.method, instantiate(search.method, "method"))
+            Setting(self._options(search), search.method, instantiate(search.method, "method"), {})
             for search in self._found
         ]
 

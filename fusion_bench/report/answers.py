@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.report.schema import Report
 from fusion_bench.storage import write_bytes
 

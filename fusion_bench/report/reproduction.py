@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report.page import render
 from fusion_bench.report.reference import AVERAGE, BASELINES, Reference
 from fusion_bench.report.schema import Report, read_model

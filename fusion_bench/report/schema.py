@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
 

@@ -9,7 +9,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.plugins import Plugins
 from hydra.plugins.completion_plugin import CompletionPlugin
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, did_you_mean
 
 _COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")
 _COMPLETION = ("install", "uninstall", "query")

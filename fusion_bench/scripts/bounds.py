@@ -14,7 +14,7 @@ from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins import file_config_source
 from hydra.plugins.config_source import ConfigResult
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.resolving import CHARACTERS
 
 #: Of one file. A sweep over thousands of values, or a pool of a thousand models, is far below.

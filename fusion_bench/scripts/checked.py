@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.configs import CONFIG_DIR
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import bounded as bounded_interpolations
 from fusion_bench.resolving import resolve_all

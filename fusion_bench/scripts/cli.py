@@ -33,8 +33,8 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from fusion_bench.configs import CONFIG_DIR, register
-from fusion_bench.errors import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.instantiate import Parts, accepts, instantiate
+from fusion_bench.problems import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
 from fusion_bench.scripts.arguments import arguments_parser
@@ -298,7 +298,7 @@ def _where(logs: list[str]) -> str:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, FusionBenchError):
         return error.exit_code
-    return FusionBenchError.exit_code if isinstance(error, FORESEEN) else 1
+    return ConfigError.exit_code if isinstance(error, FORESEEN) else 1
 
 
 def _explain(error: Exception) -> str:

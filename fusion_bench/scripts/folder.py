@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.storage import check_unclaimed, is_first_process
 
 #: What Hydra keeps of a run, in a folder within its own.
@@ -64,7 +64,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
 
     Raises:
         ConfigError: the folder is not this run's to write to.
-        WorldError: another run is writing to it.
+        EnvironmentProblem: another run is writing to it.
     """
     if not HydraConfig.initialized():  # a launcher's own messages, before its jobs
         _configure_log(log_config, verbose_config)

@@ -27,7 +27,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
+from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
 from fusion_bench.scripts.folder import check_folder
 from fusion_bench.shown import Stream, message
 from fusion_bench.storage import claimed, write_text
@@ -107,12 +107,12 @@ def lost_workers() -> Iterator[None]:
     """Say in one line that a process which a launcher had started was killed.
 
     Raises:
-        WorldError: that is so.
+        EnvironmentProblem: that is so.
     """
     try:
         yield
     except BrokenExecutor as error:
-        raise WorldError(
+        raise EnvironmentProblem(
             "A process of the sweep was ended from outside, maybe for want of memory. Start the "
             "same command again, with fewer at once (hydra.launcher.n_jobs): it goes on from here."
         ) from error

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.addresses import Folders
-from fusion_bench.errors import FusionBenchError, did_you_mean
 from fusion_bench.plan import Plan, Step
+from fusion_bench.problems import FusionBenchError, did_you_mean, within
 from fusion_bench.repository import hub_cache
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.classes import some
@@ -95,32 +95,35 @@ class ImageTaskPool(ABC):
     ):
         if not test_datasets:
             raise FusionBenchError(
-                "taskpool.test_datasets: there is no task. Name at least one dataset, for example "
-                "'mnist: {_target_: datasets.load_dataset, path: ylecun/mnist, split: test}'."
+                "there is no task.",
+                "Name at least one dataset, for example "
+                "'mnist: {_target_: datasets.load_dataset, path: ylecun/mnist, split: test}'.",
+                place=("test_datasets",),
             )
         for name in tasks or {}:
             if name not in test_datasets:
                 raise FusionBenchError(
-                    f"taskpool.tasks.{name}: there is no such task. "
-                    + did_you_mean(name, test_datasets)
-                    + f" To take its settings away too: '~taskpool.tasks.{name}'."
+                    "there is no such task.",
+                    f"{did_you_mean(name, test_datasets)} To take its settings away too: "
+                    f"'~{{here}}{name}'.",
+                    place=("tasks", name),
                 )
         if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
-            raise FusionBenchError(f"taskpool.max_samples: '{max_samples}' is not 1 or more.")
+            raise FusionBenchError(f"'{max_samples}' is not 1 or more.", place=("max_samples",))
         for name in test_datasets:
-            check_file_name(f"taskpool.test_datasets.{name}", name)
+            with within("test_datasets", name):
+                check_file_name(name)
         check_loading(dataloader_kwargs or {})
         self.task_names: list[str] = list(test_datasets)
         self.per_class = per_class
         self.save_predictions = save_predictions
         self.test_datasets = dict(test_datasets)
         self._dataloader_kwargs = dict(dataloader_kwargs or {})
-        self._tasks: dict[str, Task] = {
-            name: Task.from_mapping(
-                (tasks or {}).get(name, {}), where=f"taskpool.tasks.{name}", base=load_task(name)
-            )
-            for name in self.test_datasets
-        }
+        self._tasks: dict[str, Task] = {}
+        for name in self.test_datasets:
+            with within("tasks", name):
+                own = (tasks or {}).get(name, {})
+                self._tasks[name] = Task.from_mapping(own, base=load_task(name))
         self._max_samples = max_samples
         self._cache_bytes = _bytes(cache_size) if cache else 0
         self._results = ResultStore() if cache else None
@@ -172,7 +175,7 @@ class ImageTaskPool(ABC):
         plan = Plan()
         for name, node in self.test_datasets.items():
             key = f"taskpool.test_datasets.{name}"
-            with plan.noting(key):
+            with plan.collect("test_datasets", name):
                 self._described[name] = self._describe(plan, name, node, key, scratch)
         self.find_models(plan, scratch)
         return plan
@@ -184,7 +187,7 @@ class ImageTaskPool(ABC):
         plan = Plan()
         for name, node in datasets.items():
             own = f"{key}.{name}"
-            with plan.noting(own):
+            with plan.collect(name):
                 task = self._task_of(name, node, key)
                 columns = self._describe(plan, task, node, own, scratch)
                 judged = self._described.get(task)
@@ -470,6 +473,6 @@ def differing_sizes(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 def _bytes(size: int | str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
     if not found:
-        raise FusionBenchError(f"taskpool.cache_size: '{size}' is no size. Write it like '50GB'.")
+        raise FusionBenchError(f"'{size}' is no size. Write it like '50GB'.", place=("cache_size",))
     power = " KMGT".index(found[2].upper() or " ")
     return int(float(found[1]) * 1000**power)

@@ -10,9 +10,9 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.pretrained import from_pretrained
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import file_sha256
@@ -84,8 +84,9 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         )
         if clip_model is None and base_model is None:
             raise FusionBenchError(
-                "taskpool.clip_model: missing; it gives the text tower, for example "
-                "'clip_model: openai/clip-vit-base-patch32'."
+                "missing; it gives the text tower, for example "
+                "'clip_model: openai/clip-vit-base-patch32'.",
+                place=("clip_model",),
             )
         self._clip_source = plain_source(base_model if clip_model is None else clip_model)
         self._processor_source = self._clip_source if processor is None else plain_source(processor)
@@ -98,19 +99,19 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
     def find_models(self, plan: Plan, scratch: Path | None) -> None:
         """Find the CLIP model, the tokenizer and the image processor."""
         self._scratch = scratch
-        with plan.noting("taskpool.clip_model"):
+        with plan.collect("clip_model"):
             if self._is_here_or_on_hub(self._clip_source, plan):
                 files = weight_files(self._clip_repository)
                 plan.download(self._clip_repository, "config.json", *files)
                 _ = self._clip_config  # refuses what is no CLIP model
-        with plan.noting("taskpool.processor"):
+        with plan.collect("processor"):
             if self._is_here_or_on_hub(self._processor_source, plan):
                 processor = self._located(self._processor_source)
                 plan.download(processor, *_tokenizer_files(processor))
-        source, key = self._image_processor_source, "taskpool.data_processor"
+        source, key = self._image_processor_source, "data_processor"
         if source is None:
-            source, key = self._processor_source, "taskpool.processor"
-        with plan.noting(key):
+            source, key = self._processor_source, "processor"
+        with plan.collect(key):
             if self._is_here_or_on_hub(source, plan):
                 plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
 

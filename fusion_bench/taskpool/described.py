@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench.addresses import fence, refuse_addresses
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.sources import load, reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
 from fusion_bench.zoo import load_dataset as load_from_zoo

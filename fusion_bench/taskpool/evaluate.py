@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fusion_bench.errors import FusionBenchError, WorldError, did_you_mean
 from fusion_bench.memory import out_of_memory
+from fusion_bench.problems import EnvironmentProblem, FusionBenchError, did_you_mean
 from fusion_bench.progress import bar
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.results import Score
@@ -96,12 +96,13 @@ def check_loading(given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in (*_USED, *_IGNORED):
             raise FusionBenchError(
-                f"taskpool.dataloader_kwargs.{name}: there is no such argument. "
-                + did_you_mean(name, (*_USED, *_IGNORED))
+                "there is no such argument.",
+                did_you_mean(name, (*_USED, *_IGNORED)),
+                place=("dataloader_kwargs", name),
             )
     if given.get("drop_last"):
         raise FusionBenchError(
-            "taskpool.dataloader_kwargs.drop_last: would leave samples unjudged. Remove it."
+            "would leave samples unjudged. Remove it.", place=("dataloader_kwargs", "drop_last")
         )
     for name, least in {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1}.items():
         value = given.get(name, least)
@@ -109,7 +110,7 @@ def check_loading(given: Mapping[str, Any]) -> None:
             continue
         if type(value) is not int or value < least:
             raise FusionBenchError(
-                f"taskpool.dataloader_kwargs.{name}: '{value}' is not {least} or more."
+                f"'{value}' is not {least} or more.", place=("dataloader_kwargs", name)
             )
 
 
@@ -131,10 +132,10 @@ class Room:
         """Take half as many as were tried in vain.
 
         Raises:
-            WorldError: it was a single one.
+            EnvironmentProblem: it was a single one.
         """
         if tried == 1:
-            raise WorldError(
+            raise EnvironmentProblem(
                 f"Out of memory while {description}, one image at a time. Choose another device "
                 "(fabric.accelerator=cpu) or a smaller number format "
                 "(fabric.precision=bf16-true), or end what else uses it."
@@ -168,7 +169,7 @@ def judge(
     bits, in which a batch's composition may show. All return the same score.
 
     Raises:
-        WorldError: there is not even memory for one image.
+        EnvironmentProblem: there is not even memory for one image.
     """
     room = room or Room()
     labels = images.labels[samples]

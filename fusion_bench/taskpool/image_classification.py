@@ -9,9 +9,9 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.pretrained import from_pretrained
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import read_json
@@ -75,8 +75,10 @@ class ImageClassificationTaskPool(ImageTaskPool):
         for name in self.task_names:
             if name not in classifiers:
                 raise FusionBenchError(
-                    f"taskpool.classifiers.{name}: missing. Name the model whose head judges "
-                    f"'{name}', for example '{name}: path/to/classifier'."
+                    "missing.",
+                    f"Name the model whose head classifies '{name}', for example "
+                    f"'{name}: path/to/classifier'.",
+                    place=("classifiers", name),
                 )
         self._classifiers = {name: plain_source(source) for name, source in classifiers.items()}
         self._processor_source = plain_source(processor)
@@ -90,7 +92,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
         for task, source in self._classifiers.items():
             if task not in self.task_names or not isinstance(source, str):
                 continue
-            with plan.noting(f"taskpool.classifiers.{task}"):
+            with plan.collect("classifiers", task):
                 if place := unbuilt(source):
                     plan.add(zoo_step(place))
                     continue
@@ -104,7 +106,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
                     _order(task, labels, columns.names)
         source = self._processor_source
         if isinstance(source, str) and unbuilt(source) is None:
-            with plan.noting("taskpool.processor"):
+            with plan.collect("processor"):
                 self._repositories[source] = locate(source, scratch)
                 plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
 

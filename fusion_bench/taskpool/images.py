@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_bench.addresses import AddressError, Folders
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.taskpool.classes import by_name, name_splits, some, sorted_by_number
 from fusion_bench.taskpool.classes import places as class_places
 from fusion_bench.taskpool.described import WHY_NOT_STREAMED, names_no_split

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, did_you_mean, within
 
 __all__ = ["Task", "canonical_name", "known_tasks", "load_task", "readable"]
 
@@ -38,16 +38,13 @@ class Task:
     """``None``: found by feature type."""
 
     @classmethod
-    def from_mapping(
-        cls, mapping: Mapping[str, Any], where: str = "task", base: Task | None = None
-    ) -> Task:
+    def from_mapping(cls, mapping: Mapping[str, Any], base: Task | None = None) -> Task:
         """Check the fields in ``mapping`` and lay them over ``base`` (default: the defaults).
 
         Class names that come without ``num_classes`` set it, whatever ``base`` says.
 
         Args:
             mapping: field names to plain values, as YAML gives them.
-            where: the file or key that the values come from, for messages.
             base: the task that supplies the fields that ``mapping`` leaves out.
 
         Raises:
@@ -56,8 +53,12 @@ class Task:
         known = [field.name for field in fields(cls) if field.name != "by_name"]
         for key in mapping:
             if key not in known:
-                raise FusionBenchError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
-        values = {key: _check(key, value, where) for key, value in mapping.items()}
+                hint = did_you_mean(key, known)
+                raise FusionBenchError("there is no such key.", hint, place=(key,))
+        values = {}
+        for key, value in mapping.items():
+            with within(key):
+                values[key] = _checked(key, value)
         if values.get("class_names") is not None:
             values.setdefault("num_classes", len(values["class_names"]))
         if "class_names" in values:
@@ -65,13 +66,14 @@ class Task:
         task = replace(base or cls(), **values)
         if task.class_names is not None and task.num_classes not in (None, len(task.class_names)):
             raise FusionBenchError(
-                f"{where}: {len(task.class_names)} class_names, but num_classes is "
-                f"{task.num_classes}."
+                f"{len(task.class_names)} class_names, but num_classes is {task.num_classes}.",
+                place=("class_names",),
             )
         if task.label_names and len(task.label_names) != len(task.class_names or ()):
             raise FusionBenchError(
-                f"{where}: {len(task.label_names)} label_names, but "
-                f"{len(task.class_names or ())} class_names."
+                f"{len(task.label_names)} label_names, but "
+                f"{len(task.class_names or ())} class_names.",
+                place=("label_names",),
             )
         return task
 
@@ -89,7 +91,8 @@ def load_task(name: str) -> Task:
     for path in _data_files():
         if canonical_name(path.stem) == canonical_name(name):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return replace(Task.from_mapping(content, where=path.name), by_name=True)
+            with within(path.name):
+                return replace(Task.from_mapping(content), by_name=True)
     return Task()
 
 
@@ -107,41 +110,40 @@ def canonical_name(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _check(key: str, value: Any, where: str) -> Any:
+def _checked(key: str, value: Any) -> Any:
     """Return ``value`` in the type of the field ``key``, or refuse it."""
     if key == "templates":
-        templates = _strings(value, f"{where}: templates")
+        templates = _strings(value)
         for template in templates:
             # a second brace of any kind would break str.format
             if template.count("{}") != 1 or set(template.replace("{}", "")) & {"{", "}"}:
                 raise FusionBenchError(
-                    f"{where}: the template '{template}' needs exactly one {{}}, "
-                    "where the class name goes."
+                    f"the template '{template}' needs exactly one {{}}, where the class name goes."
                 )
         return templates
     if value is None:
         return None
     if key in ("class_names", "label_names"):
-        names = _strings(value, f"{where}: {key}")
+        names = _strings(value)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise FusionBenchError(f"{where}: {key} repeats {', '.join(map(repr, repeated))}")
+            raise FusionBenchError(f"{', '.join(map(repr, repeated))} repeat.")
         return names
     if key == "num_classes":
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise FusionBenchError(f"{where}: num_classes is {value!r}, not a positive integer.")
+            raise FusionBenchError(f"{value!r} is not a positive integer.")
         return value
     if not isinstance(value, str):
-        raise FusionBenchError(f"{where}: {key} is {value!r}, not a column's name.")
+        raise FusionBenchError(f"{value!r} is not a column's name.")
     return value
 
 
-def _strings(value: Any, where: str) -> tuple[str, ...]:
+def _strings(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise FusionBenchError(f"{where} is {value!r}, not a list of strings.")
+        raise FusionBenchError(f"{value!r} is not a list of strings.")
     for item in value:
         # YAML reads an unquoted 7 as a number and an unquoted no as false
         if not isinstance(item, str):
-            raise FusionBenchError(f"{where} holds {item!r}, not a string: put it in quotes.")
+            raise FusionBenchError(f"{item!r} is not a string: put it in quotes.")
         if not item.strip():
-            raise FusionBenchError(f"{where} holds an empty string.")
+            raise FusionBenchError("an empty string is no name.")
     return tuple(value)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.storage import read_json
 from fusion_bench.weights.align import shortened
 from fusion_bench.weights.formats import foreign_adapter

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.weights.computed import is_computed
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
@@ -62,7 +62,7 @@ class MergePolicy:
             value, choices = getattr(self, field.name), get_args(hints[field.name])
             if field.name.startswith("on_") and value not in choices:
                 hint = did_you_mean(str(value), choices)
-                raise FusionBenchError(f"policy.{field.name}: '{value}' is unknown. {hint}")
+                raise FusionBenchError(f"'{value}' is unknown.", hint, place=(field.name,))
         _refuse_device(self.device)
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", _short(self.dtype))
@@ -71,8 +71,9 @@ class MergePolicy:
             if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 names = ["float64", "float32", "bfloat16", "float16"]
                 raise FusionBenchError(
-                    f"policy.dtype: '{self.dtype}' is no floating-point type. "
-                    + did_you_mean(str(self.dtype), names)
+                    f"'{self.dtype}' is no floating-point type.",
+                    did_you_mean(str(self.dtype), names),
+                    place=("dtype",),
                 )
 
     @property
@@ -88,7 +89,7 @@ def _refuse_device(name: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         raise FusionBenchError(
-            f"policy.device: '{name}' cannot be used here. {did_you_mean(str(name), here)}"
+            f"'{name}' cannot be used here.", did_you_mean(str(name), here), place=("device",)
         ) from error
 
 

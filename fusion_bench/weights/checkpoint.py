@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusion_bench.companions import own_file
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.sources import reading
 from fusion_bench.storage import read_json, refuse_huge
 from fusion_bench.weights.align import shortened

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fusion_bench.errors import ConfigError, WorldError
 from fusion_bench.network import patiently
+from fusion_bench.problems import ConfigError, EnvironmentProblem
 from fusion_bench.repository import Repository
 from fusion_bench.sources import reading
 from fusion_bench.weights.checkpoint import WEIGHT_FILES, open_checkpoint, shards
@@ -25,7 +25,7 @@ def open_repository(repository: Repository) -> Weights:
 
     Raises:
         ConfigError: no weights, or damaged ones.
-        WorldError: a download that failed.
+        EnvironmentProblem: a download that failed.
     """
     files = weight_files(repository)
     if repository.directory is not None:
@@ -85,7 +85,7 @@ class HubWeights(Weights):
         local = open_checkpoint(self._repository.fetch(*self._names) / self._names[0])
         # No hash is known of a header alone.
         if {key: local.spec(key) for key in local} != self._specs:
-            raise WorldError(
+            raise EnvironmentProblem(
                 f"'{self._repository.name}': the headers that came first are not those of the "
                 "files. Try again."
             )

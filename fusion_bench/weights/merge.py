@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights.align import MergePolicy, align, shortened
 from fusion_bench.weights.inputs import Inputs
 from fusion_bench.weights.mapping import TensorSpec, Weights

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError, WorldError
+from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.weights.mapping import TensorSpec, Weights
 from fusion_bench.weights.stream import stream
 
@@ -67,7 +67,7 @@ def write_checkpoint(
             ``metadata``.
 
     Raises:
-        WorldError: a disk that is full or fails.
+        EnvironmentProblem: a disk that is full or fails.
         FusionBenchError: an impossible ``max_shard_size``, a dtype that safetensors do not know,
             or what is wrong with ``weights``.
     """
@@ -97,7 +97,7 @@ def write_checkpoint(
         if index is not None:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     except OSError as error:
-        raise WorldError(_explain(error, directory, specs.values())) from error
+        raise EnvironmentProblem(_explain(error, directory, specs.values())) from error
 
 
 class _Shard:
@@ -163,18 +163,20 @@ class _Shard:
         return json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
 
 
-def check_size(key: str, size: int | str) -> None:
-    """Refuse what is no size of a file; ``key`` is its place in the config.
+def check_size(size: int | str) -> None:
+    """Refuse what is no size of a file.
 
     Raises:
         FusionBenchError: it is none.
     """
     if not _SIZE.fullmatch(str(size).strip()):
-        raise _no_size(key, size)
+        raise _no_size(size)
 
 
-def _no_size(key: str, size: int | str) -> FusionBenchError:
-    return FusionBenchError(f"{key}: '{size}' is no size. Write it like '5GB' or '500MB'.")
+def _no_size(size: int | str) -> FusionBenchError:
+    return FusionBenchError(
+        f"'{size}' is no size.", "Write it like '5GB' or '500MB'.", place=("max_shard_size",)
+    )
 
 
 def _split(
@@ -183,7 +185,7 @@ def _split(
     """Return the index, where there is more than one file, and each file's keys."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    check_size("max_shard_size", max_shard_size)
+    check_size(max_shard_size)
     try:
         plan = split_state_dict_into_shards_factory(
             dict(specs),
@@ -192,7 +194,7 @@ def _split(
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise _no_size("max_shard_size", max_shard_size) from error
+        raise _no_size(max_shard_size) from error
     files = plan.filename_to_tensors or {"model.safetensors": []}
     if not plan.is_sharded:
         return None, files

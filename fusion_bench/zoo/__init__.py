@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusion_bench.errors import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.zoo.recipe import Recipe
 from fusion_bench.zoo.tasks import CLASS_NAMES, SPLITS, TASKS, TEMPLATES
 

@@ -14,7 +14,6 @@ from fixtures_tuning import CPU, Images, fused, learned, linear, linear_data, li
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import (
     AdaMergingAlgorithm,
     SimpleAverageAlgorithm,
@@ -22,6 +21,7 @@ from fusion_bench.method import (
     TiesMergingAlgorithm,
 )
 from fusion_bench.method.adamerging import Mixture, entropies
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, in_memory
 
 LAYERS, TASKS = "layer", "task"
@@ -197,16 +197,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         "granularity": write(tmp_path / "3", ["a", "b"], KEYS, [[1], [1]]),
     }
     for file in others.values():
-        with pytest.raises(FusionBenchError, match=r"method\.weights: '.*' holds coefficients of"):
+        with pytest.raises(FusionBenchError, match=r"weights: '.*' holds coefficients of"):
             learned(AdaMergingAlgorithm(weights=file), models, data)
     (tmp_path / "4").write_text("no JSON")
     (tmp_path / "5").write_text("[1]")
     (tmp_path / "6").write_text("{}")
     for name in "4567":
-        with pytest.raises(FusionBenchError, match=r"method\.weights: '.*' is no file of coeff"):
+        with pytest.raises(FusionBenchError, match=r"weights: '.*' is no file of coeff"):
             learned(AdaMergingAlgorithm(weights=str(tmp_path / name)), models, data)
     blocked = str(tmp_path / "4" / "found.json")
-    with pytest.raises(FusionBenchError, match=r"method\.save_merging_weights: cannot write"):
+    with pytest.raises(FusionBenchError, match=r"save_merging_weights: cannot write"):
         learned(AdaMergingAlgorithm(max_steps=0, save_merging_weights=blocked), models, data)
 
 
@@ -343,11 +343,11 @@ def test_models_and_data_belong_together_by_name() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.granularity: 'layers' is unknown\. Did"):
+    with pytest.raises(FusionBenchError, match=r"granularity: 'layers' is unknown\. Did"):
         AdaMergingAlgorithm("layers")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.split: 'val' is unknown"):
+    with pytest.raises(FusionBenchError, match=r"split: 'val' is unknown"):
         AdaMergingAlgorithm(split="val")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.batch_size: 0"):
+    with pytest.raises(FusionBenchError, match=r"batch_size: 0"):
         AdaMergingAlgorithm(batch_size=0)
-    with pytest.raises(FusionBenchError, match=r"method\.max_steps: -1"):
+    with pytest.raises(FusionBenchError, match=r"max_steps: -1"):
         AdaMergingAlgorithm(max_steps=-1)

@@ -7,8 +7,8 @@ from fixtures_method import merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import ModelBreadcrumbs, TaskArithmeticAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 TEN = [4.0, -10, 2, 9, -1, 5, 6, -3, 8, 7]
 
@@ -82,9 +82,9 @@ def test_nothing_changed() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.density: 2 is not"):
+    with pytest.raises(FusionBenchError, match=r"density: 2 is not"):
         ModelBreadcrumbs(density=2)
-    with pytest.raises(FusionBenchError, match=r"method\.gamma: -1 is not"):
+    with pytest.raises(FusionBenchError, match=r"gamma: -1 is not"):
         ModelBreadcrumbs(gamma=-1)
-    with pytest.raises(FusionBenchError, match=r"method\.scope.*Did you mean 'row'"):
+    with pytest.raises(FusionBenchError, match=r"scope.*Did you mean 'row'"):
         ModelBreadcrumbs(scope="rows")  # type: ignore[arg-type]

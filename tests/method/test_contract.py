@@ -46,7 +46,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 import fusion_bench.method
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory, write_checkpoint
 
 METHODS = list(nodes())

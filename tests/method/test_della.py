@@ -5,8 +5,8 @@ import pytest
 import torch
 from fixtures_method import merged
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import DellaMerging, TaskArithmeticAlgorithm, TiesMergingAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 ROW = [1.0, -5, 3, -2, 4]
 ZERO = [0.0] * 5
@@ -107,15 +107,15 @@ def test_nothing_changed() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.epsilon.* 0\.63 to 1\.07"):
+    with pytest.raises(FusionBenchError, match=r"epsilon.* 0\.63 to 1\.07"):
         DellaMerging(density=0.85, epsilon=0.44)
-    with pytest.raises(FusionBenchError, match=r"method\.epsilon.* 0 to 0\.2"):
+    with pytest.raises(FusionBenchError, match=r"epsilon.* 0 to 0\.2"):
         DellaMerging(density=0.1, epsilon=0.1, window="half")
-    with pytest.raises(FusionBenchError, match=r"method\.density: 3 is not"):
+    with pytest.raises(FusionBenchError, match=r"density: 3 is not"):
         DellaMerging(density=3)
     with pytest.raises(FusionBenchError, match="only for merge=elect"):
         DellaMerging(merge="linear", merge_func="max")
     wrong: dict[str, Any]
     for wrong in ({"window": "ful"}, {"rescale": "l2"}, {"merge": "elekt"}, {"merge_func": "su"}):
-        with pytest.raises(FusionBenchError, match=f"method.{next(iter(wrong))}: .* is unknown"):
+        with pytest.raises(FusionBenchError, match=f"{next(iter(wrong))}: .* is unknown"):
             DellaMerging(**wrong)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import EMRMerging
+from fusion_bench.problems import FusionBenchError
 
 
 def each(models: Mapping[str, Any], base: Any, rescale: Any = "paper") -> dict[str, list[float]]:
@@ -106,5 +106,5 @@ def test_models_without_floats_are_copied() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.rescale.*Did you mean 'paper'"):
+    with pytest.raises(FusionBenchError, match=r"rescale.*Did you mean 'paper'"):
         EMRMerging("papers")  # type: ignore[arg-type]

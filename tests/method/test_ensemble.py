@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import (
     MaxModelPredictorAlgorithm,
     SimpleAverageAlgorithm,
@@ -24,6 +23,7 @@ from fusion_bench.method import (
 )
 from fusion_bench.method.ensemble import Ensemble, LogitEnsemble, load_ensemble
 from fusion_bench.modelpool import HFModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.taskpool.base import Committee
 
 KINDS = ["logits", "probabilities", "log_probabilities"]
@@ -196,7 +196,7 @@ def test_logits_are_taken_out_of_what_classifiers_return() -> None:
     outputs = [ImageClassifierOutput(logits=torch.tensor([[x, 1.0]])) for x in (1.0, 2.0)]
     assert SimpleEnsembleAlgorithm("logits").run(saying(*outputs))().tolist() == [[1.5, 1]]
     features = [BaseModelOutputWithPooling(pooler_output=torch.ones(1, 2))] * 2
-    with pytest.raises(FusionBenchError, match=r"method\.of: a Says returns no logits"):
+    with pytest.raises(FusionBenchError, match=r"of: a Says returns no logits"):
         SimpleEnsembleAlgorithm("logits").run(saying(*features))()
 
 
@@ -265,13 +265,13 @@ def test_a_saved_ensemble_is_the_same_again(build: Callable[[], Any], tmp_path: 
 
 def test_bad_arguments() -> None:
     for method in (SimpleEnsembleAlgorithm, WeightedEnsembleAlgorithm, MaxModelPredictorAlgorithm):
-        with pytest.raises(FusionBenchError, match=r"method\.of: 'logit' is unknown\. Did you"):
+        with pytest.raises(FusionBenchError, match=r"of: 'logit' is unknown\. Did you"):
             method(of="logit")  # type: ignore[arg-type]
     models = of([1], [2])
-    with pytest.raises(FusionBenchError, match=r"method\.weights: 3 weights for 2 models \(a, b"):
+    with pytest.raises(FusionBenchError, match=r"weights: 3 weights for 2 models \(a, b"):
         WeightedEnsembleAlgorithm([1, 2, 3]).run(models)
-    with pytest.raises(FusionBenchError, match=r"method\.weights: the weights add up to zero"):
+    with pytest.raises(FusionBenchError, match=r"weights: the weights add up to zero"):
         WeightedEnsembleAlgorithm([1, -1]).run(models)
     assert WeightedEnsembleAlgorithm([1, -1], normalize=False).run(models)().tolist() == [-1]
-    with pytest.raises(FusionBenchError, match=r"method\.weights: negative ones would"):
+    with pytest.raises(FusionBenchError, match=r"weights: negative ones would"):
         WeightedEnsembleAlgorithm([2, -1], of="probabilities").run(models)

@@ -11,9 +11,9 @@ from fixtures_weights import all_bits
 from torch import Tensor, nn
 
 import fusion_bench.method
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import FisherMergingAlgorithm, fisher_merging
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import in_memory
 
 
@@ -292,12 +292,12 @@ def test_only_empirical_looks_at_labels() -> None:
 
 def test_bad_arguments() -> None:
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"estimator": "exakt"}, r"method\.estimator.*Did you mean 'exact'"),
-        ({"split": "val"}, r"method\.split: 'val' is unknown"),
-        ({"minimal_fisher_weight": -1}, r"method\.minimal_fisher_weight: -1"),
-        ({"num_fisher_examples": 0}, r"method\.num_fisher_examples: 0"),
-        ({"batch_size": 0}, r"method\.batch_size: 0"),
-        ({"dataloader_kwargs": {"shuffel": 1}}, r"method\.dataloader_kwargs: 'shuffel'"),
+        ({"estimator": "exakt"}, r"estimator.*Did you mean 'exact'"),
+        ({"split": "val"}, r"split: 'val' is unknown"),
+        ({"minimal_fisher_weight": -1}, r"minimal_fisher_weight: -1"),
+        ({"num_fisher_examples": 0}, r"num_fisher_examples: 0"),
+        ({"batch_size": 0}, r"batch_size: 0"),
+        ({"dataloader_kwargs": {"shuffel": 1}}, r"dataloader_kwargs: 'shuffel'"),
     ]
     for options, message in bad:
         with pytest.raises(FusionBenchError, match=message):

@@ -7,8 +7,8 @@ from fixtures_method import merged
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import ISO_C_Merge, ISO_CTS_Merge
+from fusion_bench.problems import FusionBenchError
 
 Array = np.ndarray[Any, Any]
 SHAPES = st.tuples(st.integers(3, 12), st.integers(3, 12))
@@ -169,7 +169,7 @@ def test_scaling_factor(method: Any) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.common_space_fraction: 2 is not"):
+    with pytest.raises(FusionBenchError, match=r"common_space_fraction: 2 is not"):
         ISO_CTS_Merge(common_space_fraction=2)
-    with pytest.raises(FusionBenchError, match=r"method\.rank_tol: -1 is not"):
+    with pytest.raises(FusionBenchError, match=r"rank_tol: -1 is not"):
         ISO_C_Merge(rank_tol=-1)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import (
     DareTiesMerging,
@@ -24,6 +23,7 @@ from fusion_bench.method import (
     TiesMergingAlgorithm,
     knots,
 )
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -252,8 +252,8 @@ def test_the_base_method_is_chosen_by_its_config(override: str | None, base_meth
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.rank_tol: 2 is not"):
+    with pytest.raises(FusionBenchError, match=r"rank_tol: 2 is not"):
         KnOTSMerging(rank_tol=2)
     for method in (GreedySoupAlgorithm(), torch.nn.Identity()):
-        with pytest.raises(FusionBenchError, match=r"method\.base_method: .*Choose another"):
+        with pytest.raises(FusionBenchError, match=r"base_method: .*Choose another"):
             KnOTSMerging(method)

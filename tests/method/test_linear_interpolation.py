@@ -1,8 +1,8 @@
 import pytest
 from fixtures_method import merged
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import LinearInterpolationAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 ENDS = [[0.1, 0.7], [0.3, -5.3]]
 

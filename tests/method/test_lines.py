@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.configs import composed
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import (
     LiNeSAlgorithm,
@@ -19,6 +17,7 @@ from fusion_bench.method import (
     TensorwiseAlgorithm,
     TiesMergingAlgorithm,
 )
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Inputs, MergePiece, MergePolicy, TensorWeights, Weights, in_memory
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -221,7 +220,7 @@ def test_a_module_cannot_be_scaled() -> None:
         def run(self, modelpool: Any, fabric: Any = None) -> nn.Module:
             return nn.Linear(1, 1)
 
-    with pytest.raises(FusionBenchError, match=r"method\.base_method: Ensemble makes a module"):
+    with pytest.raises(FusionBenchError, match=r"base_method: Ensemble makes a module"):
         LiNeSAlgorithm(Ensemble()).run(TWO)
 
 
@@ -245,7 +244,7 @@ def test_the_model_that_is_not_finite_is_named() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.alpha: 'aut' is neither"):
+    with pytest.raises(FusionBenchError, match=r"alpha: 'aut' is neither"):
         LiNeSAlgorithm(StateDict(), "aut")  # type: ignore[arg-type]
     with pytest.raises(FusionBenchError, match="add '_pretrained_'"):
         LiNeSAlgorithm(SimpleAverageAlgorithm()).run(Pool(a=state(*[1.0] * 6)))
@@ -263,10 +262,8 @@ def test_bad_arguments() -> None:
     ],
 )
 def test_the_base_method_is_chosen_in_the_config(overrides: list[str], expected: type) -> None:
-    with initialize_config_dir(str(CONFIG), version_base="1.3"):
-        config = compose("fabric_model_fusion", overrides=["method=lines/lines", *overrides])
+    node = composed("method=lines/lines", *overrides)["method"]
     for recursive in (True, False):
-        node: Any = OmegaConf.to_container(config.method, resolve=True)
         method = instantiate({"_recursive_": recursive, **node})
         assert type(method) is LiNeSAlgorithm and type(method.base_method) is expected
         for override in overrides:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import LocalizeAndStitch, SimpleAverageAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 
 def test_by_hand() -> None:
@@ -73,5 +73,5 @@ def test_one_model_and_a_number_alone() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.density: 10 is not a number from 0 to 1"):
+    with pytest.raises(FusionBenchError, match=r"density: 10 is not a number from 0 to 1"):
         LocalizeAndStitch(10)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import GreedySoupAlgorithm, LearnedSoupAlgorithm, SimpleAverageAlgorithm
 from fusion_bench.method.adamerging import Mixture
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, in_memory
 
 both = pytest.mark.parametrize("granularity", ["model", "layer"])
@@ -282,13 +282,13 @@ def test_a_module_that_names_its_parameters_otherwise_is_refused() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.granularity: 'task' is unknown"):
+    with pytest.raises(FusionBenchError, match=r"granularity: 'task' is unknown"):
         LearnedSoupAlgorithm("task")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.split: 'val' is unknown"):
+    with pytest.raises(FusionBenchError, match=r"split: 'val' is unknown"):
         LearnedSoupAlgorithm(split="val")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.split: 'val' is unknown"):
+    with pytest.raises(FusionBenchError, match=r"split: 'val' is unknown"):
         GreedySoupAlgorithm(split="val")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.batch_size: 0"):
+    with pytest.raises(FusionBenchError, match=r"batch_size: 0"):
         LearnedSoupAlgorithm(batch_size=0)
-    with pytest.raises(FusionBenchError, match=r"method\.max_steps: -1"):
+    with pytest.raises(FusionBenchError, match=r"max_steps: -1"):
         LearnedSoupAlgorithm(max_steps=-1)

@@ -3,8 +3,8 @@ import math
 import pytest
 from fixtures_method import merged
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import ModelStock
+from fusion_bench.problems import FusionBenchError
 
 ZERO = [0.0, 0.0]
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from fixtures_method import merged
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import MultiSlerpAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 
 def test_equal_models_give_themselves() -> None:

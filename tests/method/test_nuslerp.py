@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import NuSlerpAlgorithm, SlerpMergeAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 A, B = [1.0, 0.0], [0.0, 2.0]
 Array = np.ndarray[Any, Any]
@@ -99,7 +99,7 @@ def test_a_single_model_stays() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.axis: 1 is none"):
+    with pytest.raises(FusionBenchError, match=r"axis: 1 is none"):
         NuSlerpAlgorithm(axis=1)
-    with pytest.raises(FusionBenchError, match=r"method\.weights: 3 weights for 2 models \(a, b\)"):
+    with pytest.raises(FusionBenchError, match=r"weights: 3 weights for 2 models \(a, b\)"):
         merged(NuSlerpAlgorithm([1, 2, 3]), [A, B])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import OPCM, OPCMForCLIP, opcm
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights.matrices import svd
 
 Array = NDArray[np.float64]
@@ -230,7 +230,7 @@ def test_the_name_for_clip_is_the_same() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.alpha"):
+    with pytest.raises(FusionBenchError, match=r"alpha"):
         OPCM(alpha=1.5)
-    with pytest.raises(FusionBenchError, match=r"method\.rho.*Did you mean 'paper'"):
+    with pytest.raises(FusionBenchError, match=r"rho.*Did you mean 'paper'"):
         OPCM(rho="papr")  # type: ignore[arg-type]

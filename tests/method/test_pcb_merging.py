@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import PCBMerging
+from fusion_bench.problems import FusionBenchError
 
 VARIANTS: list[Any] = ["paper", "released"]
 Array = NDArray[Any]
@@ -154,7 +154,7 @@ def test_models_without_floats_are_copied(variant: Any) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.density: 20 is not a number from 0 to 1"):
+    with pytest.raises(FusionBenchError, match=r"density: 20 is not a number from 0 to 1"):
         PCBMerging(density=20)
-    with pytest.raises(FusionBenchError, match=r"method\.variant.*Did you mean 'released'"):
+    with pytest.raises(FusionBenchError, match=r"variant.*Did you mean 'released'"):
         PCBMerging(variant="release")  # type: ignore[arg-type]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusion_bench.method
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import RegMeanAlgorithm
 from fusion_bench.method import regmean as under_test
 from fusion_bench.method.regmean import collected_grams
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import in_memory
 
 ROOT = 2**0.5  # two rows, so that the mean of the squares is the square
@@ -296,11 +296,11 @@ def test_fusion_bench_s_config_is_taken() -> None:
 
 def test_bad_arguments() -> None:
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"split": "val"}, r"method\.split: 'val' is unknown"),
-        ({"reduce_non_diagonal_ratio": 1.1}, r"method\.reduce_non_diagonal_ratio: 1\.1"),
-        ({"num_regmean_examples": 0}, r"method\.num_regmean_examples: 0"),
-        ({"batch_size": 0}, r"method\.batch_size: 0"),
-        ({"weight_transpose": False}, r"method\.weight_transpose: false"),
+        ({"split": "val"}, r"split: 'val' is unknown"),
+        ({"reduce_non_diagonal_ratio": 1.1}, r"reduce_non_diagonal_ratio: 1\.1"),
+        ({"num_regmean_examples": 0}, r"num_regmean_examples: 0"),
+        ({"batch_size": 0}, r"batch_size: 0"),
+        ({"weight_transpose": False}, r"weight_transpose: false"),
     ]
     for options, message in bad:
         with pytest.raises(FusionBenchError, match=message):

@@ -11,9 +11,9 @@ from fixtures_weights import all_bits
 from torch import Tensor, nn
 
 import fusion_bench.method
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import RegMeanAlgorithm, RegMeanAlgorithmPlusPlus
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import in_memory
 
 

@@ -1,8 +1,8 @@
 import pytest
 from fixtures_method import merged
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SCEAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 ZERO = [0.0, 0.0, 0.0]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from fixtures_method import merged
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SlerpMergeAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 A, B = [1.0, 0.0], [0.0, 2.0]
 

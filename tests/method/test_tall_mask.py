@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import (
     ConsensusTaskArithmetic,
     TallMaskTaskArithmeticAlgorithm,
     TaskArithmeticAlgorithm,
 )
+from fusion_bench.problems import FusionBenchError
 
 MODELS = {"a": [1.0, 0.0], "b": [1.0, 2.0]}
 ZERO = [0.0, 0.0]
@@ -105,11 +105,11 @@ def test_numbers_alone_are_merged_too() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.tall_mask_lambda: -1"):
+    with pytest.raises(FusionBenchError, match=r"tall_mask_lambda: -1"):
         TallMaskTaskArithmeticAlgorithm(-1)
-    with pytest.raises(FusionBenchError, match=r"method\.tall_mask_lambda: 'x'"):
+    with pytest.raises(FusionBenchError, match=r"tall_mask_lambda: 'x'"):
         ConsensusTaskArithmetic(tall_mask_lambda="x")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.k: -1"):
+    with pytest.raises(FusionBenchError, match=r"k: -1"):
         ConsensusTaskArithmetic(k=-1)
-    with pytest.raises(FusionBenchError, match=r"method\.k: 3 of 2 models"):
+    with pytest.raises(FusionBenchError, match=r"k: 3 of 2 models"):
         merged(ConsensusTaskArithmetic(k=3), [[1.0], [2.0]], [0.0])

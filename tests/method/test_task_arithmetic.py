@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 
 def layer(values: list[list[float]]) -> nn.Linear:

@@ -8,8 +8,8 @@ from fixtures_method import merged, module
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import TaskSingularVectorMerging
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights
 
 Array = np.ndarray[Any, Any]
@@ -159,5 +159,5 @@ def test_nan_in_a_model_is_named() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.alpha: 3 factors for 2 models: a, b"):
+    with pytest.raises(FusionBenchError, match=r"alpha: 3 factors for 2 models: a, b"):
         merged(TaskSingularVectorMerging([1, 2, 3]), [[1.0], [2.0]], [0.0])

@@ -8,8 +8,8 @@ from fixtures_method import merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import TiesMergingAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 MODELS = [[5, -1, 0.5, 3, -2], [-4, -2, 0.1, 1, 6], [1, -3, 0.2, -7, 0.3]]
 BASE = [0.0] * 5
@@ -100,5 +100,5 @@ def test_against_the_formula(models: list[list[float]], percent: int, func: Any,
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.merge_func.*Did you mean 'sum'"):
+    with pytest.raises(FusionBenchError, match=r"merge_func.*Did you mean 'sum'"):
         TiesMergingAlgorithm(merge_func="summ")  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 import pytest
 from fixtures_method import merged
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import WeightedAverageAlgorithm
+from fusion_bench.problems import FusionBenchError
 
 
 def test_weights_are_divided_by_their_sum() -> None:
@@ -25,7 +25,7 @@ def test_weights_may_differ_by_key() -> None:
 
 
 def test_other_numbers_of_weights_are_refused() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.weights: 3 weights for 2 models \(a, b\)"):
+    with pytest.raises(FusionBenchError, match=r"weights: 3 weights for 2 models \(a, b\)"):
         merged(WeightedAverageAlgorithm([1, 1, 1]), [[0.0], [4.0]])
     with pytest.raises(FusionBenchError, match=r"layer_weights\.x: 1 weights for 2 models"):
         merged(WeightedAverageAlgorithm([1, 1], layer_weights={"x": [1]}), [[0.0], [4.0]])

@@ -6,8 +6,8 @@ import torch
 from fixtures_method import merged
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import WUDIMerging
+from fusion_bench.problems import FusionBenchError
 
 
 def pool(vectors: list[Tensor], base: Tensor) -> dict[str, nn.Module]:
@@ -155,11 +155,11 @@ def test_nan_is_named(solver: Any) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"method\.solver.*Did you mean 'adam'"):
+    with pytest.raises(FusionBenchError, match=r"solver.*Did you mean 'adam'"):
         WUDIMerging(solver="adm")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.divisor"):
+    with pytest.raises(FusionBenchError, match=r"divisor"):
         WUDIMerging(divisor="square")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.rest"):
+    with pytest.raises(FusionBenchError, match=r"rest"):
         WUDIMerging(rest="sum")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"method\.iter_num"):
+    with pytest.raises(FusionBenchError, match=r"iter_num"):
         WUDIMerging(iter_num=-1)

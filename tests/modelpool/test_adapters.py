@@ -15,10 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CausalLMPool
 from fusion_bench.modelpool.adapters import is_same_model
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.weights import AdapterConfig
 

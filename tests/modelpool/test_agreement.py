@@ -13,7 +13,6 @@ from fixtures_clip import write_base, write_vision_encoder
 from fixtures_llm import VOCABULARY, rewrite, write_bert, write_llama
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm, SimpleEnsembleAlgorithm
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool, HFModelPool
 from fusion_bench.modelpool.agreement import (
@@ -23,6 +22,7 @@ from fusion_bench.modelpool.agreement import (
     decides,
     differences,
 )
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Weights, in_memory
 
 LLAMA = {

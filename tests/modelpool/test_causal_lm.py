@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CausalLMPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Weights, in_memory
 
 IDS = torch.arange(VOCABULARY)[None]

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.problems import FusionBenchError
 
 
 @pytest.fixture

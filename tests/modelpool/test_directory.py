@@ -14,8 +14,8 @@ from fixtures_llm import rewrite, tensors, write_bert, write_lora, write_tokeniz
 from safetensors.torch import load_file, save_file
 
 from fusion_bench.companions import KNOWN
-from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.modelpool import CLIPVisionModelPool, HFModelPool
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.programs.destinations import Destinations
 
 OURS = "sentence_transformers.models"

@@ -12,9 +12,9 @@ from fixtures_llm import metadata, rewrite, tensors, write_llama, write_lora
 from hub import Hub, Repository, closed_endpoint, hub_stand_in
 from huggingface_hub import ModelCard
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from fusion_bench.modelpool import CausalLMPool
+from fusion_bench.problems import FusionBenchError
 
 NAMES = {"_pretrained_": "org/base", "a": "org/a", "b": "org/b"}
 FUSE = SimpleAverageAlgorithm(show_pbar=False)

@@ -11,9 +11,9 @@ from fixtures_llm import TEXT, VOCABULARY, metadata, rewrite, tensors, write_ber
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import HFModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Weights
 
 CLASSIFIER = "BertForSequenceClassification"

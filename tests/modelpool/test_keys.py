@@ -14,11 +14,11 @@ from fixtures_llm import seeded, tensors, write_bert, write_llama, write_lora
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.method.base import aligned
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.modelpool.keys import under_keys_of
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import TensorWeights, Weights, align, in_memory
 
 IDS = torch.arange(12)[None]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from fixtures_llm import WORDS, rewrite, write_bert, write_llama, write_lora, write_tokenizer
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CausalLMPool, HFModelPool
 from fusion_bench.modelpool.agreement import compare_vocabularies
 from fusion_bench.modelpool.tokens import Comparison, Vocabulary, compare_tokens
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import locate
 
 Write = Callable[[Path, list[str]], None]

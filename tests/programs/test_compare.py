@@ -11,8 +11,8 @@ import pytest
 from commandline import fusion_bench
 from fixtures_report import model, report
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import CompareProgram
 from fusion_bench.report import Answers, Report, TaskAnswers, TaskResult, summarise
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fusion_bench.errors import ConfigError, WorldError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import ConfigError, EnvironmentProblem
 from fusion_bench.programs import fabric_model_fusion
 from fusion_bench.programs.destinations import Destinations
 from fusion_bench.report import Report
@@ -148,13 +148,15 @@ def test_a_second_run_is_refused_before_it_computes(
     config = {**program_config, key: str(tmp_path / named[key])}
     del config["taskpool"]
     first, second = instantiate(config), instantiate(config)
-    places: list[WorldError] = []
+    places: list[EnvironmentProblem] = []
 
     def fuse(*arguments: Any, **more: Any) -> Any:
-        with pytest.raises(WorldError, match=f"'{tmp_path / named[key]}' is in use by") as refused:
+        with pytest.raises(
+            EnvironmentProblem, match=f"'{tmp_path / named[key]}' is in use by"
+        ) as refused:
             second.run()
         places.append(refused.value)
-        with pytest.raises(WorldError, match="is in use by"):
+        with pytest.raises(EnvironmentProblem, match="is in use by"):
             instantiate({**config, "dry_run": True}).run()
         return real(*arguments, **more)
 

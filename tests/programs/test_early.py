@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
 
 Config = dict[str, Any]
 

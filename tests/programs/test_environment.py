@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
 from fusion_bench.programs.environment import launch, make_fabric
 from fusion_bench.report import Report
 from fusion_bench.threads import fixed_threads
@@ -42,8 +42,12 @@ def err(fabric: Fabric) -> None:
 
 
 FAILURES: list[tuple[Callable[[Fabric], None], type[FusionBenchError], str]] = [
-    (run_out_of_memory, WorldError, "^Out of memory: CUDA out of memory. Choose"),
-    (fill_the_disk, WorldError, "^The disk fails the run: No space left on device: '/data/file'"),
+    (run_out_of_memory, EnvironmentProblem, "^Out of memory: CUDA out of memory. Choose"),
+    (
+        fill_the_disk,
+        EnvironmentProblem,
+        "^The disk fails the run: No space left on device: '/data/file'",
+    ),
 ]
 
 
@@ -60,7 +64,7 @@ def test_failures_of_the_machine(
     [
         *FAILURES,
         (refuse_the_config, ConfigError, r"^method\.scaling_factor: 'much' is no number\.$"),
-        (be_killed, WorldError, r"process 1 was ended from outside \(SIGKILL\)"),
+        (be_killed, EnvironmentProblem, r"process 1 was ended from outside \(SIGKILL\)"),
     ],
 )
 def test_failures_in_one_of_two_processes(

@@ -8,9 +8,9 @@ import pytest
 from conftest import CLASSES
 from datasets import load_dataset
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Report
 from fusion_bench.taskpool import base
 from fusion_bench.taskpool.images import LabelledImages

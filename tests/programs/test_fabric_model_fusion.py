@@ -10,10 +10,10 @@ from fixtures_llm import rewrite, write_llama
 from lightning.fabric import Fabric
 from transformers import CLIPVisionModel
 
-from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.programs import FabricModelFusionProgram
 from fusion_bench.report import Answers, Report
 from fusion_bench.report.page import page

@@ -16,9 +16,9 @@ from fixtures_llm import rewrite, write_llama
 from hub import hub_stand_in
 from safetensors.torch import load_file, save_file
 
-from fusion_bench.errors import ConfigError, FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CausalLMPool
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.programs import FabricModelFusionProgram, preflight
 
 Config = dict[str, Any]

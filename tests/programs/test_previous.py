@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Report
 
 

@@ -9,8 +9,8 @@ import yaml
 from commandline import fusion_bench
 from conftest import CLASSES
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import ReproduceProgram
 from fusion_bench.report import Report
 from fusion_bench.report.reference import Reference

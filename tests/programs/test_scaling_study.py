@@ -10,8 +10,8 @@ from commandline import fusion_bench
 from conftest import CLASSES
 from fixtures_clip import write_dataset
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import FabricModelFusionProgram, ScalingStudy, scaling_study
 from fusion_bench.programs.scaling_study import choices
 from fusion_bench.report.scaling import Study

@@ -12,8 +12,8 @@ from commandline import fusion_bench
 from conftest import CLASSES
 from fixtures_clip import write_dataset
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Candidate, Report, Search, TaskResult
 from fusion_bench.taskpool import base
 
@@ -314,7 +314,7 @@ def test_mistakes_give_one_clear_message_and_load_nothing(
         "search.space.scaling_factor: '0.5' is not a list. Write it like '[0.1, 0.2]'."
     )
     assert message(space={"scaling_factor": [0.5, "much"]}) == (
-        "method.scaling_factor: 'much' is not a number."
+        "search.space.scaling_factor[1]: 'much' is not a number."
     )
     assert message(space={"scaling_factor": [1]}, split="valid") == (
         "search.split: 'valid' is unknown. Did you mean 'validation'?"

@@ -16,10 +16,10 @@ from transformers import (
     ResNetModel,
 )
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.ensemble import load_ensemble
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Report, comparison
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 

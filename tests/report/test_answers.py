@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Answers, TaskAnswers
 
 NAMES = st.text(min_size=1, max_size=8)

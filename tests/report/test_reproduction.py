@@ -7,7 +7,7 @@ from browser import console, open_page, requests
 from fixtures_report import model, report
 from selenium.webdriver import Chrome
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report.reference import Reference
 from fusion_bench.report.reproduction import Figure, Reproduction, check
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.scripts.arguments import arguments_parser
 
 BAD = [

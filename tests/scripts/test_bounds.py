@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from fusion_bench.errors import ConfigError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import ConfigError
 from fusion_bench.scripts import cli
 from fusion_bench.scripts.bounds import check_text
 

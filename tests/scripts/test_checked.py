@@ -10,7 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from fusion_bench.errors import ConfigError
+from fusion_bench.problems import ConfigError
 from fusion_bench.scripts import cli
 
 CALL = {"_target_": "os.system", "_args_": ["touch canary"]}

@@ -193,7 +193,7 @@ def test_the_traceback_is_there_for_who_asks(conf: Path, monkeypatch: pytest.Mon
         [*command, "--config-name", "small", "baselines=all"], capture_output=True, text=True
     )
     assert done.returncode == 1  # Python's own
-    assert "Traceback" in done.stderr and "FusionBenchError: baselines" in done.stderr
+    assert "Traceback" in done.stderr and "ConfigError: baselines" in done.stderr
 
 
 OWN = """

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job
 from hydra.types import HydraContext
 
-from fusion_bench.errors import ConfigError, WorldError
+from fusion_bench.problems import ConfigError, EnvironmentProblem
 from fusion_bench.scripts import cli
 from fusion_bench.storage import claimed
 
@@ -140,7 +140,7 @@ def test_the_record_of_a_run_under_way_is_left_alone(job: Any) -> None:
     record = (folder / ".hydra" / "config.yaml").read_text()
     with (
         claimed(folder, "hydra.run.dir", inside=True),
-        pytest.raises(WorldError, match="is in use by another run"),
+        pytest.raises(EnvironmentProblem, match="is in use by another run"),
     ):
         job({"hydra": {"run": {"dir": "out"}}, "seed": 2})
     assert (folder / ".hydra" / "config.yaml").read_text() == record

@@ -13,7 +13,7 @@ import yaml
 from commandline import SCRIPT, fusion_bench, python
 from omegaconf import OmegaConf
 
-from fusion_bench.errors import ConfigError, FusionBenchError, WorldError
+from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
 from fusion_bench.report import Report
 from fusion_bench.report.leaderboard import Leaderboard
 from fusion_bench.scripts.sweep import check_grid, check_strategy, directory_name, lost_workers
@@ -343,5 +343,5 @@ def test_slurm_is_asked_for_what_the_config_says(
 
 
 def test_a_worker_that_is_killed_is_named_in_one_line() -> None:
-    with pytest.raises(WorldError, match="ended from outside"), lost_workers():
+    with pytest.raises(EnvironmentProblem, match="ended from outside"), lost_workers():
         raise BrokenProcessPool("A worker process managed by the executor was terminated")

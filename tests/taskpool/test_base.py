@@ -21,8 +21,8 @@ from PIL import Image as PILImage
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, results
 

@@ -17,7 +17,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, clip_vision
 from fusion_bench.taskpool.evaluate import Loading

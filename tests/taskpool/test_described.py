@@ -5,7 +5,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSpl
 from fixtures_clip import write_dataset
 from PIL import Image as PILImage
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.taskpool.described import describe, load_split, split_names
 
 LOAD = "datasets.load_dataset"

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
-from fusion_bench.errors import FusionBenchError, WorldError
+from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.taskpool import Score
 from fusion_bench.taskpool.evaluate import Loading, Room, judge
 from fusion_bench.taskpool.images import LabelledImages
@@ -178,7 +178,7 @@ def test_without_memory_for_one_image_it_ends(images: PreparedImages) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     loading = Loading(6, workers=1, ahead=0, pin_memory=False)
-    with pytest.raises(WorldError, match="judging a on b, one image at a time"):
+    with pytest.raises(EnvironmentProblem, match="judging a on b, one image at a time"):
         judge(CPU, classify, images, np.arange(7), loading, "judging a on b")
 
 

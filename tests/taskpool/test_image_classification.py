@@ -20,9 +20,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import HFModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.taskpool import ImageClassificationTaskPool, Score
 from fusion_bench.weights import sha256
 
@@ -312,4 +312,4 @@ def test_classes_are_held_against_the_datasets_before_a_weight_is_read(
     (problem,) = tasks(family, places | {"a": places["b"]}).plan().problems
     assert str(problem) == ("taskpool.classifiers.a: it tells 5 classes apart, the dataset has 3.")
     (problem,) = tasks(family, places | {"a": "/no/such"}).plan().problems
-    assert str(problem).startswith("taskpool.classifiers.a: There is no such directory")
+    assert str(problem).startswith("classifiers.a: There is no such directory")

@@ -10,7 +10,7 @@ from fixtures_data import CPU, clip_family
 from lightning.fabric import Fabric
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, TuningImages
 
 

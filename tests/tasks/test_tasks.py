@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fusion_bench import tasks
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.tasks import Task, known_tasks, load_task, readable
 
 NUM_CLASSES = {

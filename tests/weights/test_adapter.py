@@ -9,7 +9,7 @@ import torch
 from fixtures_weights import all_bits, bits, total, weights
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import AdapterConfig, AdapterWeights, TensorWeights, in_memory, merge
 
 PEFT = "base_model.model."

@@ -17,7 +17,7 @@ from fixtures_weights import (
 )
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, align, in_memory, merge, shortened
 
 

@@ -10,7 +10,7 @@ from fixtures_weights import FLOATS, OTHERS, all_bits, total, weights, written
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import TensorWeights, merge, open_checkpoint
 
 

@@ -11,9 +11,9 @@ from fixtures_weights import weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import HFModelPool
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import locate
 from fusion_bench.weights import open_checkpoint, open_repository, quantised
 from fusion_bench.weights.adapter import AdapterConfig

@@ -11,7 +11,7 @@ from hub import Hub, closed_endpoint, hub_stand_in
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository, locate
 from fusion_bench.weights import (
     TensorWeights,

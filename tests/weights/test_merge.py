@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory, merge, stream
 
 Family = dict[str, dict[str, Tensor]]

@@ -6,7 +6,7 @@ import torch
 from fixtures_weights import all_bits, total, weights
 from torch import Tensor, nn
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import TensorWeights, in_memory, into_module, merge, stream
 
 

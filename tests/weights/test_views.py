@@ -2,7 +2,7 @@ import pytest
 import torch
 from fixtures_weights import all_bits, total, weights
 
-from fusion_bench.errors import FusionBenchError
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Renamed, TensorWeights, in_memory, merge, without_prefix
 
 

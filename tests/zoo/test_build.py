@@ -15,7 +15,7 @@ import torch
 from fixtures_contract import threads
 
 from fusion_bench import zoo
-from fusion_bench.errors import ConfigError, FusionBenchError
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.zoo import build
 from fusion_bench.zoo.recipe import Recipe
 

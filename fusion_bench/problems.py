@@ -1,0 +1,246 @@
+"""What is wrong, as data until it is shown: problems, and the exceptions that carry them.
+
+Whoever raises names the place relative to itself. Each caller that knows more puts its own part in
+front, with ``within`` or ``Problems.collect``. So nested methods, sweeps and studies name true
+keys, and one run can tell every problem.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, get_args
+
+#: The way to a value in a config: ``("method", "base_method", "threshold")``.
+Place = tuple[str | int, ...]
+#: Whose fault it is, which decides the exit code. ``config``: the user's config or files.
+#: ``result``: the work was done, and its result is not what was asked for. ``world``: network,
+#: disk, memory or a device failed, and the same command may work later.
+Kind = Literal["config", "result", "world"]
+
+#: The command line ends with it after Ctrl-C.
+INTERRUPTED = 130
+
+#: How a message begins that names its whole key itself.
+_KEY = re.compile(r"([a-z_]+(?:(?:\.[^\s:]+)|(?:\[\d+\]))*): (.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        place: where in the config, relative to whoever says so; empty where no key is to blame.
+        reason: what is wrong, as a sentence that names the culprit.
+        remedy: how to fix it, as a sentence; what it tells to type works when typed. A key beside
+            the last of ``place`` is written ``{here}key``.
+        kind: whose fault it is.
+        details: lines of evidence, such as the keys that two models do not share.
+    """
+
+    place: Place
+    reason: str
+    remedy: str = ""
+    kind: Kind = "config"
+    details: tuple[str, ...] = ()
+    whole: bool = False
+
+    def inside(self, *place: str | int) -> "Problem":
+        """Return the same problem, seen from further out."""
+        if self.whole:
+            return self
+        return replace(self, place=(*place, *self.place))
+
+    def __str__(self) -> str:
+        return text_of((self,))
+
+    @property
+    def key(self) -> str:
+        """The place as it is typed: ``search.space.sparsity_ratio[1]``."""
+        return key_of(self.place)
+
+
+class FusionBenchError(Exception):
+    """What people are to read, as a message without a traceback.
+
+    Args:
+        reason: what is wrong, as a sentence that names the culprit.
+        remedy: how to fix it, as a sentence.
+        place: where in the config, relative to whoever raises.
+        details: lines of evidence.
+
+    Attributes:
+        problems: one; more where they were collected.
+        kind: that of the problems.
+        exit_code: what the command line ends with.
+    """
+
+    kind: ClassVar[Kind] = "config"
+    exit_code: ClassVar[int] = 2
+
+    def __init__(
+        self, reason: str, remedy: str = "", *, place: Place = (), details: Iterable[str] = ()
+    ):
+        super().__init__(reason)
+        if not place and (named := _KEY.fullmatch(reason)):
+            problem = Problem((named[1],), named[2], remedy, self.kind, tuple(details), whole=True)
+            self.problems: tuple[Problem, ...] = (problem,)
+            return
+        self.problems = (Problem(place, reason, remedy, self.kind, tuple(details)),)
+
+    def __str__(self) -> str:
+        return text_of(self.problems)
+
+    def __reduce__(self) -> Any:
+        return error_of, (self.problems,)
+
+
+class ConfigError(FusionBenchError):
+    """A key of the config asks for what cannot be, or may not be; found before the work starts."""
+
+
+class ResultError(FusionBenchError):
+    """The work was done, and its result is not what was asked for."""
+
+    kind = "result"
+    exit_code = 1
+
+
+class EnvironmentProblem(FusionBenchError):  # noqa: N818 (it is no fault of the user)
+    """The network, a disk, memory or a device failed; the same command may work later."""
+
+    kind = "world"
+    exit_code = 3
+
+
+def error_of(problems: Iterable[Problem]) -> FusionBenchError:
+    """Return one error with all ``problems``, of their kind; a config's comes before the others."""
+    problems = tuple(problems)
+    kinds = {problem.kind for problem in problems}
+    classes = (ResultError, EnvironmentProblem)
+    found = next((cls for cls in classes if kinds == {cls.kind}), ConfigError)
+    error = found(problems[0].reason)
+    error.problems = problems
+    return error
+
+
+class Problems(list[Problem]):
+    """Problems that are told together."""
+
+    def __init__(self, problems: Iterable[Problem] = ()):
+        super().__init__(problems)
+        self._cause: BaseException | None = None
+
+    @contextmanager
+    def collect(self, *place: str | int) -> Iterator[None]:
+        """Keep the problems that are raised in the context, with ``place`` put before theirs."""
+        try:
+            with within(*place):
+                yield
+        except FusionBenchError as error:
+            self._cause = self._cause or error.__cause__ or error
+            self.add(error.problems)
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        """Keep those that are not among them yet."""
+        self += [problem for problem in dict.fromkeys(problems) if problem not in self]
+
+    def raise_all(self) -> None:
+        """Raise them as one error, if there are any.
+
+        Raises:
+            FusionBenchError: there are.
+        """
+        if self:
+            raise error_of(self) from self._cause
+
+
+@contextmanager
+def within(*place: str | int, keyed_only: bool = False, whole: bool = False) -> Iterator[None]:
+    """Put ``place`` before that of each problem that is raised in the context.
+
+    With ``keyed_only`` those that name no place stay without: a file that is damaged, for one.
+    """
+    try:
+        yield
+    except FusionBenchError as error:
+        inside = (
+            problem if keyed_only and not problem.place else problem.inside(*place)
+            for problem in error.problems
+        )
+        error.problems = tuple(replace(p, whole=whole or p.whole) for p in inside)
+        raise
+
+
+def key_of(place: Iterable[str | int]) -> str:
+    """Return a place as it is typed on the command line."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    return "".join(parts).removeprefix(".")
+
+
+def text_of(problems: Iterable[Problem]) -> str:
+    """Return what people read: a line for each problem, and its details below it.
+
+    What fails in the world for one cause is one line.
+    """
+    alike: dict[Problem | str, list[Problem]] = {}
+    for problem in problems:
+        # What fails in the world, and is helped alike, has failed once.
+        same = problem.kind == "world" and problem.remedy
+        alike.setdefault(same or problem, []).append(problem)
+    lines = []
+    for problem, *others in alike.values():
+        here = key_of(problem.place[:-1])
+        remedy = problem.remedy.replace("{here}", f"{here}." if here else "")
+        said = " ".join(filter(None, [problem.reason, remedy]))
+        line = f"{problem.key}: {said}" if problem.place else said
+        keys = dict.fromkeys(other.key for other in others)
+        if also := [key for key in keys if key not in ("", problem.key)]:
+            line += f" Likewise: {', '.join(also)}."
+        lines += [line, *(f"  {detail}" for detail in problem.details)]
+    return "\n".join(lines)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and those that led to it."""
+    seen: set[int] = set()  # a re-raised exception may stand in its own context
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return a sentence that points from ``name`` to the nearest of ``choices``.
+
+    Falls back to listing all choices, and to an empty string when there are none.
+    """
+    known = sorted(set(choices))
+    begun = [choice for choice in known if name and choice.startswith(name)]
+    if close := begun or get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"Did you mean '{close[0]}'?"
+    return f"Known: {', '.join(known)}." if known else ""
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a ``value`` that is not among a ``Literal``'s choices; ``name`` is its own key.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    known = get_args(choices)
+    if value not in known:
+        hint = did_you_mean(str(value), known)
+        raise ConfigError(f"'{value}' is unknown.", hint, place=(name,))
+
+
+def check_between(name: str, value: float, least: float, most: float) -> None:
+    """Refuse a ``value`` that is no number from ``least`` to ``most``; ``name`` is its own key.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        reason = f"{value!r} is not a number from {least} to {most}."
+        raise ConfigError(reason, place=(name,))

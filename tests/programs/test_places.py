@@ -1,0 +1,129 @@
+"""A problem names the key that is to be changed, wherever in a config a part stands."""
+
+from typing import Any
+
+import pytest
+
+from fusion_bench.instantiate import instantiate
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.programs import ScalingStudy
+
+Config = dict[str, Any]
+METHOD = "fusion_bench.method."
+TIES: Config = {"_target_": f"{METHOD}TiesMergingAlgorithm"}
+
+
+def lines(config: Config, **changes: Any) -> list[str]:
+    """Return what a dry run says of a config."""
+    with pytest.raises(FusionBenchError) as caught:
+        instantiate(config | changes | {"dry_run": True}).run()
+    return str(caught.value).splitlines()
+
+
+def starts(found: list[str], *expected: str) -> bool:
+    return len(found) == len(expected) and all(map(str.startswith, found, expected))
+
+
+def over(outer: str, base_method: Config) -> Config:
+    return {"_target_": f"{METHOD}{outer}", "base_method": base_method}
+
+
+@pytest.mark.parametrize("outer", ["LiNeSAlgorithm", "KnOTSMerging"])
+def test_options_of_a_method_in_a_method(program_config: Config, outer: str) -> None:
+    high, weighed = TIES | {"threshold": 200}, f"{METHOD}WeightedAverageAlgorithm"
+    assert lines(program_config, method=over(outer, high)) == [
+        "method.base_method.threshold: 200 is not a number from 0 to 100."
+    ]
+    typed = TIES | {"threshold": "high"}
+    assert lines(program_config, method=over(outer, typed)) == [
+        "method.base_method.threshold: 'high' is not a number."
+    ]
+    one = {"_target_": weighed, "weights": [1.0]}
+    assert lines(program_config, method=over(outer, one)) == [
+        "method.base_method.weights: 1 weights for 2 models (a, b). Give one for each."
+    ]
+    none = {"_target_": weighed, "weights": [1.0, -1.0]}
+    assert lines(program_config, method=over(outer, none)) == [
+        "method.base_method.weights: the weights add up to zero and cannot be normalised. "
+        "Give method.base_method.normalize=false."
+    ]
+    remedied = lines(program_config, seed=-1, method=over(outer, none | {"normalize": False}))
+    assert starts(remedied, "seed: ")  # nothing is said of the method
+
+
+def test_two_methods_deep(program_config: Config) -> None:
+    inner = over("KnOTSMerging", TIES | {"threshold": -1})
+    assert starts(
+        lines(program_config, method=over("LiNeSAlgorithm", inner)),
+        "method.base_method.base_method.threshold: -1 is not",
+    )
+
+
+def test_what_a_nested_method_says_when_it_runs(program_config: Config) -> None:
+    soup = {"_target_": f"{METHOD}SimpleEnsembleAlgorithm"}
+    with pytest.raises(FusionBenchError, match=r"^method\.base_method: .* makes a module"):
+        instantiate(program_config | {"method": over("LiNeSAlgorithm", soup)}).run()
+
+
+def test_parts_of_pools(program_config: Config) -> None:
+    modelpool, taskpool = program_config["modelpool"], program_config["taskpool"]
+    policy = {"on_missing": "guess", "dtype": "int8"}
+    found = lines(program_config, modelpool=modelpool | {"policy": policy})
+    assert starts(found, "modelpool.policy.on_missing: 'guess' is unknown.")
+    found = lines(program_config, modelpool=modelpool | {"max_shard_size": "abc"})
+    assert starts(found, "modelpool.max_shard_size: 'abc' is no size.")
+    known = {"a": {"templates": ["no braces"]}}
+    found = lines(program_config, taskpool=taskpool | {"tasks": known})
+    assert starts(found, "taskpool.tasks.a.templates: the template 'no braces' needs")
+    found = lines(program_config, taskpool=taskpool | {"tasks": {"z": {}}})
+    assert starts(found, "taskpool.tasks.z: there is no such task.")
+    assert found[0].endswith("To take its settings away too: '~taskpool.tasks.z'.")
+    found = lines(program_config, taskpool=taskpool | {"dataloader_kwargs": {"batch_size": 0}})
+    assert starts(found, "taskpool.dataloader_kwargs.batch_size: '0' is not 1 or more.")
+
+
+def test_all_mistakes_are_told_in_a_line_each(program_config: Config) -> None:
+    modelpool, taskpool = program_config["modelpool"], program_config["taskpool"]
+    found = lines(
+        program_config,
+        method=over("LiNeSAlgorithm", TIES | {"threshold": 200}),
+        modelpool=modelpool | {"policy": {"on_missing": "guess"}, "max_shard_size": "abc"},
+        taskpool=taskpool | {"max_samples": 0},
+    )
+    assert starts(
+        found,
+        "method.base_method.threshold: 200",
+        "modelpool.max_shard_size: 'abc'",
+        "modelpool.policy.on_missing: 'guess'",
+        "taskpool.max_samples: '0'",
+    )
+
+
+def search(**space: Any) -> Config:
+    return {"_target_": "fusion_bench.programs.GridSearch", "space": space, "split": "train"}
+
+
+def test_values_that_a_search_tries(program_config: Config) -> None:
+    dare = {"_target_": f"{METHOD}DareTaskArithmetic"}
+    found = lines(program_config, method=dare, search=search(sparsity_ratio=[0.5, 2]))
+    assert "search.space.sparsity_ratio[1]: 2 is not a number from 0 to 1." in found
+    weighed = {"_target_": f"{METHOD}WeightedAverageAlgorithm", "weights": [1, 1]}
+    found = lines(program_config, method=weighed, search=search(weights=[[1, 2], [1]]))
+    assert "search.space.weights[1]: 1 weights for 2 models (a, b). Give one for each." in found
+
+
+def test_methods_of_a_study(program_config: Config) -> None:
+    base = {name: program_config[name] for name in ("modelpool", "taskpool")}
+    study = {"bases": {"tiny": base}, "counts": [2], "fabric": {"accelerator": "cpu"}}
+    wrong = TIES | {"threshold": 200}
+    with pytest.raises(FusionBenchError, match=r"^methods\[0\]\.threshold: 200 is not a number"):
+        ScalingStudy(**study, methods=[wrong])
+    with pytest.raises(FusionBenchError, match=r"^methods\[1\]\.base_method\.threshold: 200"):
+        ScalingStudy(**study, methods=["simple_average", over("LiNeSAlgorithm", wrong)])
+
+
+def test_in_python_a_place_begins_at_the_object() -> None:
+    from fusion_bench.method import TiesMergingAlgorithm
+
+    with pytest.raises(FusionBenchError, match=r"^threshold: 200 is not a number from 0 to 100\.$"):
+        TiesMergingAlgorithm(threshold=200)
