@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 
 .PHONY: demo test check docs clean
 
-demo: .venv/installed ## fuse and judge the embedded models
+demo: .venv/installed ## fuse and evaluate the embedded models
 	$(BIN)/fusion_bench
 
 test: .venv/installed-dev ## run the tests

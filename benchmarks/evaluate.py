@@ -1,4 +1,4 @@
-"""How fast a model is judged, beside its bare forward pass and the obvious loop.
+"""How fast a model is evaluated, beside its bare forward pass and the obvious loop.
 
     python benchmarks/evaluate.py            # some minutes on two cores
     python benchmarks/evaluate.py --small    # the same with a tiny model, to try it out
@@ -49,7 +49,7 @@ def main() -> None:
         write_files(root, arguments.images, small=arguments.small)
         results: dict[str, Any] = {}
         for precision in ("32-true", "bf16-true"):
-            results[f"judging, {precision}"] = passes(root, precision, arguments.rounds)
+            results[f"evaluating, {precision}"] = passes(root, precision, arguments.rounds)
         results["starting"] = starting(root, arguments.rounds)
         results["the whole command"] = commands(root)
     publish(results, "evaluate.py", arguments.rounds, arguments.json, arguments.markdown)

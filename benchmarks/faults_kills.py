@@ -131,7 +131,7 @@ def _scenarios(place: Path) -> list[Scenario]:
     scenarios = [
         Scenario("building the zoo (a shortened recipe)", 10, []),
         Scenario("merging language models to disk, in shards", 36, llm),
-        Scenario("fusing and judging CLIP, empty caches", 14, clip, cold),
+        Scenario("fusing and evaluating CLIP, empty caches", 14, clip, cold),
         Scenario("the same, caches filled", 20, clip, warm),
         Scenario("writing the reports", 20, clip, warm, from_publishing=True),
     ]

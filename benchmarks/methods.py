@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py cost                # every method without data, on ViT-B/32 sizes
     python benchmarks/methods.py cost --only ties_merging dare/task_arithmetic
-    python benchmarks/methods.py zoo                 # every method with its defaults, judged
+    python benchmarks/methods.py zoo                 # every method with its defaults, evaluated
 
 `cost` makes nine checkpoints on the spot, a base and eight models that differ from it by noise.
 Quick methods take turns with the simple average, so that a busy moment meets both alike; a method

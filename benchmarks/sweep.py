@@ -4,8 +4,8 @@
     python benchmarks/sweep.py --small    # three coefficients, to try it out
 
 Task arithmetic with many coefficients over the zoo's tasks, in one process. Prepared images are
-there; results are not, so that every round judges all models anew. All is measured in one run, one
-round after the other; ratios are of one round.
+there; results are not, so that every round evaluates all models anew. All is measured in one run,
+one round after the other; ratios are of one round.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def profile(words: list[str], root: Path) -> None:
 
 
 def _forget(root: Path) -> None:
-    """Remove what earlier rounds have judged."""
+    """Remove what earlier rounds have evaluated."""
     shutil.rmtree(cache_dir() / "results", ignore_errors=True)
     shutil.rmtree(root / "multirun", ignore_errors=True)
 

@@ -153,7 +153,7 @@ def _is_open(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
-class Parts:
+class SharedObjects:
     """What several runs of one process have in common, made once.
 
     A sweep's jobs differ in little, so that most of them need the same models and datasets.
@@ -169,7 +169,7 @@ class Parts:
             self._made[name] = make()
         return self._made[name]
 
-    def __deepcopy__(self, memo: Any) -> "Parts":
+    def __deepcopy__(self, memo: Any) -> "SharedObjects":
         return self  # Hydra copies what it calls a function with
 
     def __getstate__(self) -> dict[str, Any]:

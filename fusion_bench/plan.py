@@ -21,7 +21,8 @@ class Step:
     """One thing that a run does.
 
     Attributes:
-        verb: ``build``, ``download``, ``prepare``, ``read``, ``compute``, ``judge`` or ``write``.
+        verb: ``build``, ``download``, ``prepare``, ``read``, ``compute``, ``evaluate`` or
+            ``write``.
         what: of what it is.
         nbytes: how much is moved, where that is known.
         place: the directory or file that takes up the bytes.

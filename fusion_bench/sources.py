@@ -279,13 +279,13 @@ def _why_offline() -> str | None:
     from huggingface_hub import constants, is_offline_mode
 
     if is_offline_mode():
-        fact, mend = "HF_HUB_OFFLINE is set", "Unset it"
+        fact, fix = "HF_HUB_OFFLINE is set", "Unset it"
     elif not _hub_answers(constants.ENDPOINT, int(time.monotonic() // 60)):
-        fact, mend = f"the Hub ({_endpoint()}) cannot be reached", "Check the network"
+        fact, fix = f"the Hub ({_endpoint()}) cannot be reached", "Check the network"
     else:
         return None
     return (
-        f"{fact}, and the local cache does not hold all of it. {mend}, or run 'fusion_bench' "
+        f"{fact}, and the local cache does not hold all of it. {fix}, or run 'fusion_bench' "
         "without arguments, which needs no network."
     )
 

@@ -331,7 +331,7 @@ class Task:
         for turn in count():
             yield from self.batches(self.sample(None, seed + turn), batch_size)
 
-    def judge(self, model: nn.Module) -> SimpleNamespace:
+    def evaluate(self, model: nn.Module) -> SimpleNamespace:
         with torch.no_grad():
             right = int((model(self._images).argmax(1) == self._labels).sum())
         return SimpleNamespace(num_correct=right, num_samples=12)

@@ -51,7 +51,7 @@ class Task:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(turn))
             yield from self.batches(order, batch_size)
 
-    def judge(self, model: nn.Module) -> SimpleNamespace:
+    def evaluate(self, model: nn.Module) -> SimpleNamespace:
         with torch.no_grad():
             right = int((model(self.inputs).argmax(dim=1) == self.labels).sum())
         return SimpleNamespace(num_correct=right, num_samples=len(self))

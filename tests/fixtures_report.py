@@ -65,10 +65,10 @@ def synthetic(
     Args:
         tasks: their names and numbers of classes; models bear the same names.
         samples: of each task.
-        merged: the merged models; ``merged/<task>`` is judged on that task alone.
+        merged: the merged models; ``merged/<task>`` is evaluated on that task alone.
         pretrained: whether there is a pretrained model.
-        individual: whether the individual models are judged.
-        full: judge each model on every task.
+        individual: whether the individual models are evaluated.
+        full: evaluate each model on every task.
         per_class: name the classes.
         parts: of the network; without any there is no similarity.
     """
@@ -85,9 +85,9 @@ def synthetic(
     models: dict[str, ModelResult] = {}
     labels = {t: random.integers(0, n, samples, dtype=np.int32) for t, n in tasks.items()}
     where = np.arange(samples, dtype=np.int32)
-    for name, (role, share, judged) in plan.items():
+    for name, (role, share, evaluated) in plan.items():
         results = {}
-        for task in judged:
+        for task in evaluated:
             other = random.integers(0, tasks[task], samples, dtype=np.int32)
             predictions = np.where(random.random(samples) < share, labels[task], other)
             right = int((predictions == labels[task]).sum())

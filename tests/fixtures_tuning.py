@@ -42,7 +42,7 @@ class Images:
         for turn in count():
             yield from self.batches(self.sample(None, 1000 * seed + turn), batch_size)
 
-    def judge(self, model: nn.Module) -> SimpleNamespace:
+    def evaluate(self, model: nn.Module) -> SimpleNamespace:
         with torch.no_grad():
             answers = self.classify(model)(self.images).argmax(dim=-1)
         right = int((answers == self.labels).sum())

@@ -44,7 +44,7 @@ def test_the_wheel_carries_the_configs(python: Path, tmp_path: Path) -> None:
     assert "tanganke/clip-vit-base-patch32_sun397" in done.stdout
 
 
-def test_the_wheel_fuses_and_judges(
+def test_the_wheel_fuses_and_evaluates(
     python: Path, tmp_path: Path, program_config: dict[str, object]
 ) -> None:
     import yaml

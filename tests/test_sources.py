@@ -373,14 +373,14 @@ def test_the_hub_is_not_there(where: str, online: dict[str, Any]) -> None:
     said, stderr = read_all(CACHED + NOT_CACHED, environment)
     assert "Retrying" not in stderr
     assert said[: len(CACHED)] == [None] * len(CACHED)
-    fact, mend = (
+    fact, fix = (
         ("HF_HUB_OFFLINE is set", "Unset it")
         if where == "HF_HUB_OFFLINE"
         else (f"the Hub ({endpoint}) cannot be reached", "Check the network")
     )
     assert said[len(CACHED) :] == [
         f"Cannot read the {kind} '{name}': {fact}, and the local cache does not hold all of it. "
-        f"{mend}, or run 'fusion_bench' without arguments, which needs no network."
+        f"{fix}, or run 'fusion_bench' without arguments, which needs no network."
         for kind, name, _ in NOT_CACHED
     ]
 

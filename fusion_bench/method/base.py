@@ -17,9 +17,9 @@ from fusion_bench.weights import (
     TensorWeights,
     Weights,
     align,
-    everywhere,
     in_memory,
     is_special,
+    same_for_all,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class TensorwiseAlgorithm:
         whole model. What is found is kept in what is returned, never in ``self``: the weights are
         computed later, when they are read.
         """
-        return everywhere(self.merge_tensor)
+        return same_for_all(self.merge_tensor)
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the merged entry ``key``.

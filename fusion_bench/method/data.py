@@ -54,7 +54,7 @@ class TaskData(Protocol):
     def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches for ever, in a new order each time round."""
 
-    def judge(self, model: nn.Module) -> Any:
+    def evaluate(self, model: nn.Module) -> Any:
         """Return the model's answers on all images: ``num_correct`` of ``num_samples``."""
 
 

@@ -101,7 +101,7 @@ class LogitEnsemble(Ensemble):
         if not all(isinstance(own, Tensor) for own in logits):
             raise FusionBenchError(
                 f"a {type(self.models[0]).__name__} returns no logits.",
-                "Let a task pool judge the ensemble, or give {here}of=outputs.",
+                "Let a task pool evaluate the ensemble, or give {here}of=outputs.",
                 place=("of",),
             )
         return self.combine(logits)

@@ -44,7 +44,7 @@ class GreedySoupAlgorithm:
 
     Args:
         accept_equal: a model also joins where the average stays as good.
-        split: what part of the datasets judges, with its labels.
+        split: what part of the datasets evaluates, with its labels.
     """
 
     needs_data = True
@@ -57,7 +57,7 @@ class GreedySoupAlgorithm:
 
     @the_same_everywhere
     def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
-        """Judge every model, then add one after the other."""
+        """Evaluate every model, then add one after the other."""
 
         def soup(names: list[str]) -> Weights:
             models = {name: modelpool.weights(name) for name in names}
@@ -65,7 +65,7 @@ class GreedySoupAlgorithm:
 
         def score(weights: Weights) -> float:
             module = fabric.to_device(modelpool.build_model(weights))
-            scores = [task.judge(module) for task in data.values()]
+            scores = [task.evaluate(module) for task in data.values()]
             return sum(s.num_correct / s.num_samples for s in scores) / len(scores)
 
         names = list(modelpool.model_names)

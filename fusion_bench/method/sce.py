@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between
-from fusion_bench.weights import Inputs, MergePiece, everywhere
+from fusion_bench.weights import Inputs, MergePiece, same_for_all
 from fusion_bench.weights.matrices import inner_products
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import products
@@ -39,7 +39,7 @@ class SCEAlgorithm(TensorwiseAlgorithm):
     def merger(self, inputs: Inputs) -> MergePiece:
         """Weigh the models in each entry; where elements are selected, entry by entry."""
         if self.select_topk < 1:
-            return everywhere(self.merge_tensor)
+            return same_for_all(self.merge_tensor)
         energies = {k: own.diagonal() for k, own in products(inputs, task_vectors).items()}
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

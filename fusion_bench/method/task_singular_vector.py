@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Inputs, MergePiece, everywhere
+from fusion_bench.weights import Inputs, MergePiece, same_for_all
 from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd
 from fusion_bench.weights.ops import add_scaled, task_vectors
 
@@ -54,11 +54,11 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Return what merges, or by name also what truncates each model."""
-        merge = everywhere(self.merge_tensor)
+        merge = same_for_all(self.merge_tensor)
         if not self.return_single_task_models:
             return merge
         singles = {
-            name: everywhere(partial(self._truncated, model))
+            name: same_for_all(partial(self._truncated, model))
             for model, name in enumerate(inputs.names)
         }
         return {"merged": merge, **singles}

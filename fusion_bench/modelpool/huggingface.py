@@ -83,7 +83,7 @@ class HFModelPool:
     """Named models: ``_pretrained_``, the common base, and the models to fuse.
 
     Weights are read from the checkpoints' files, tensor by tensor; a module is only built to be
-    judged.
+    evaluated.
 
     Args:
         models: name to model: a Hub repository (``owner/name`` or ``owner/name@revision``), a local

@@ -15,7 +15,7 @@ from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
 from fusion_bench.report.side_by_side import (
-    Judged,
+    Evaluated,
     common_tasks,
     models_side_by_side,
     obstacles,
@@ -82,23 +82,26 @@ class CompareProgram:
             raise FusionBenchError("reports: there is no task that all of them have.")
         left_out = {t: None for run in runs.values() for t in run.report.tasks if t not in tasks}
         if left_out:
-            log.warning("Not all runs have judged %s; left out.", ", ".join(left_out))
+            log.warning("Not all runs have evaluated %s; left out.", ", ".join(left_out))
         found = obstacles(runs)
         if found and self.strict:
             raise FusionBenchError(
                 "reports: these runs are not comparable:\n  "
                 + "\n  ".join(found)
-                + "\nJudge them alike, or give strict=false to lay them side by side all the same."
+                + "\nEvaluate them alike, or give strict=false to lay them side by side all the "
+                "same."
             )
         for obstacle in found:
             log.warning("Not comparable: %s.", obstacle)
         models, answers = models_side_by_side(runs)
         first = next(iter(runs.values())).report
-        judged = {t: result.num_samples for m in models.values() for t, result in m.tasks.items()}
+        evaluated = {
+            t: result.num_samples for m in models.values() for t, result in m.tasks.items()
+        }
         report = Report(
             run=self._described(runs, time.perf_counter() - start, found),
             tasks={
-                task: first.tasks[task].model_copy(update={"num_samples": judged[task]})
+                task: first.tasks[task].model_copy(update={"num_samples": evaluated[task]})
                 for task in tasks
             },
             models=models,
@@ -109,9 +112,11 @@ class CompareProgram:
         print_differences(report, wide_console())
         return report
 
-    def _described(self, runs: Mapping[str, Judged], seconds: float, found: Sequence[str]) -> Run:
+    def _described(
+        self, runs: Mapping[str, Evaluated], seconds: float, found: Sequence[str]
+    ) -> Run:
         """Return the account of this comparison; what the runs differ in is listed."""
-        described = [judged.report.run for judged in runs.values()]
+        described = [evaluated.report.run for evaluated in runs.values()]
         return Run(
             version=__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -134,13 +139,13 @@ def _file(path: Path) -> Path:
     return place / "report.json" if place.is_dir() else place
 
 
-def _read(path: Path) -> Judged:
+def _read(path: Path) -> Evaluated:
     with within("reports"):
         report = Report.load(path)
         answers = Answers.load(path, report)
         if not report.tasks:
             raise FusionBenchError(f"nothing was evaluated in '{path}'.")
-    return Judged(report, answers)
+    return Evaluated(report, answers)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench.instantiate import Parts, check_part, instantiate
+from fusion_bench.instantiate import SharedObjects, check_part, instantiate
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
     ConfigError,
@@ -25,18 +25,18 @@ from fusion_bench.problems import (
     check_choice,
     within,
 )
-from fusion_bench.programs.destinations import Destinations
 from fusion_bench.programs.environment import describe_run, launch, make_fabric, plain_failures
+from fusion_bench.programs.evaluating import Baselines, Evaluator
 from fusion_bench.programs.fusing import (
     MERGED,
     TuningData,
     describe_tuning,
     fuse,
-    held,
+    materialize,
     seeded,
     tuning_data,
 )
-from fusion_bench.programs.judging import Baselines, Judge
+from fusion_bench.programs.output_paths import OutputPaths
 from fusion_bench.programs.preflight import announce, preflight, show
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
@@ -64,25 +64,25 @@ class Savable(Protocol):
 
 
 class FabricModelFusionProgram:
-    """Fuses a model pool with a method and judges the result beside the models it came from.
+    """Fuses a model pool with a method and evaluates the result beside the models it came from.
 
     Args:
         method: the fusion method, as config node or object; so are the next four.
         modelpool: the models.
-        taskpool: the tasks; without it nothing is judged.
+        taskpool: the tasks; without it nothing is evaluated.
         fabric: ``lightning.Fabric``'s arguments; by default one process on the best device.
         search: finds the method's options first, such as ``GridSearch``; the method must be a node.
         output_dir: where the report and the config go; ``None`` writes none.
         seed: seeds every random number generator.
-        baselines: what is judged beside the merged model: the pretrained model on every task and
+        baselines: what is evaluated beside the merged model: the pretrained model on every task and
             each individual model on its ``own_task``, on ``all_tasks``, or ``none`` of them.
         report_save_path: one more place for the report's JSON; ``{log_dir}`` in it is
             ``output_dir``.
         merged_model_save_path: directory for the merged model; likewise.
         overwrite: replace what another run left at these two paths, or in ``output_dir``.
-        allow_test_split: let the method learn from data that the models are judged on.
+        allow_test_split: let the method learn from data that the models are evaluated on.
         similarity: measure how the task vectors lie to each other, which reads the weights once.
-        fast_dev_run: judge only the first batch of each task.
+        fast_dev_run: evaluate only the first batch of each task.
         dry_run: print the plan and all problems, and stop before anything is loaded.
         parts: what other runs of this process have made, for those that follow.
         problems: what is known to be wrong with the config, to be said with the rest.
@@ -111,7 +111,7 @@ class FabricModelFusionProgram:
         similarity: bool = True,
         fast_dev_run: bool = False,
         dry_run: bool = False,
-        parts: Parts | None = None,
+        parts: SharedObjects | None = None,
         problems: Sequence[Problem] = (),
     ):
         self.config: dict[str, Any] = {
@@ -133,7 +133,7 @@ class FabricModelFusionProgram:
             "dry_run": dry_run,
         }
         # In a dry run a pool keeps what it fetches in a place of its own.
-        self._parts = Parts() if parts is None or dry_run else parts
+        self._shared = SharedObjects() if parts is None or dry_run else parts
         self.fabric_config = fabric
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.seed = seed
@@ -172,16 +172,16 @@ class FabricModelFusionProgram:
         with plan.collect("taskpool"):
             self.taskpool = self._pool(taskpool, "taskpool")
             if search is not None and taskpool is None:
-                raise ConfigError("search: needs a task pool that judges the settings.")
+                raise ConfigError("search: needs a task pool that evaluates the settings.")
             if output_dir is None and getattr(self.taskpool, "save_predictions", False):
                 raise ConfigError("taskpool.save_predictions: needs an output_dir.")
-        self.places = Destinations(self.config, self.output_dir, overwrite)
+        self.output_paths = OutputPaths(self.config, self.output_dir, overwrite)
         with plan.collect("report_save_path"):
-            self.places.put_report(report_save_path)
+            self.output_paths.put_report(report_save_path)
         with plan.collect("merged_model_save_path"):
-            self.places.put_model(merged_model_save_path)
-        self._previous = Previous.find(self.places.reports, self.config)
-        for check in (self.places.check_reports, self.places.check_model):
+            self.output_paths.put_model(merged_model_save_path)
+        self._previous = Previous.find(self.output_paths.reports, self.config)
+        for check in (self.output_paths.check_reports, self.output_paths.check_model):
             with plan.collect():
                 check(done=self._previous is not None)
         if plan.problems:
@@ -192,10 +192,10 @@ class FabricModelFusionProgram:
         plain = _plain(node)
         if not isinstance(plain, Mapping):
             return node
-        return self._parts.get([section, plain], lambda: instantiate(_lazily(plain), section))
+        return self._shared.get([section, plain], lambda: instantiate(_lazily(plain), section))
 
     def run(self) -> Report | None:
-        """Fuse, judge, save and print; returns the report, or ``None`` after a dry run."""
+        """Fuse, evaluate, save and print; returns the report, or ``None`` after a dry run."""
         plan = Plan()
         fabric = self._look_ahead(plan)
         if self.dry_run:
@@ -208,18 +208,18 @@ class FabricModelFusionProgram:
         log.info(
             "Fusing %s with %s", ", ".join(self.modelpool.model_names), type(self.method).__name__
         )
-        with self.places.claimed():
-            report, answers = launch(fabric, self._fuse_and_judge)
+        with self.output_paths.claimed():
+            report, answers = launch(fabric, self._fuse_and_evaluate)
             # Where processes were started by us, this one is their parent.
             if fabric.global_rank == 0:
                 with plain_failures():
-                    publish(report, answers, self.output_dir, self.places.report_path)
-                self.places.finished()
-                if self.places.model_path is not None:
-                    log.info("Merged model: %s", self.places.model_path)
+                    publish(report, answers, self.output_dir, self.output_paths.report_path)
+                self.output_paths.finished()
+                if self.output_paths.model_path is not None:
+                    log.info("Merged model: %s", self.output_paths.model_path)
                 elif not report.tasks and report.run.search is None:
                     log.warning(
-                        "The merged model was neither judged nor saved; give a task pool or %s.",
+                        "The merged model was neither evaluated nor saved; give a task pool or %s.",
                         "merged_model_save_path",
                     )
         return report
@@ -235,7 +235,7 @@ class FabricModelFusionProgram:
         with plan.collect():
             fabric = make_fabric(self.fabric_config)
         with plan.collect():
-            self.places.check_unclaimed()
+            self.output_paths.check_unclaimed()
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
             with TemporaryDirectory() if self.dry_run else nullcontext() as scratch:
                 preflight(plan, self, fabric, None if scratch is None else Path(scratch))
@@ -246,12 +246,12 @@ class FabricModelFusionProgram:
         assert fabric is not None
         return fabric
 
-    def _fuse_and_judge(self, fabric: Fabric) -> tuple[Report, Answers]:
+    def _fuse_and_evaluate(self, fabric: Fabric) -> tuple[Report, Answers]:
         """Do the work; called in every process, with the same result in each."""
         self._quiet_libraries()  # again, for a process that was spawned
-        self._sow(fabric)
+        self._seed_everything(fabric)
         clock = _Clock()
-        judge = self._judge(fabric)
+        evaluator = self._evaluate(fabric)
         with clock.measure("load"):
             if self.taskpool is not None:
                 self.taskpool.prepare(fabric)
@@ -264,22 +264,22 @@ class FabricModelFusionProgram:
             data = self._data(self.method, fabric)
             if (done := self._done_before(inputs, data, searched, fabric)) is not None:
                 return done
-        self._sow(fabric)  # again: what was loaded before need not have been loaded now
+        self._seed_everything(fabric)  # again: what was loaded before need not have been loaded now
         method, search = self.method, None
         if self.search is not None and searched is not None:
             with clock.measure("search"):
                 search = self._search(searched, fabric)
             method = self.settings[search.winner].method
             data = self._data(method, fabric)
-        judged = search is None or search.judge_test
+        evaluated = search is None or search.judge_test
         with clock.measure("fuse"):
-            wanted = judged or self.places.model_path is not None
+            wanted = evaluated or self.output_paths.model_path is not None
             merged = self._fuse(fabric, method, data, search) if wanted else {}
         with clock.measure("evaluate"):
-            if judged:
-                judge.take(self._judged_baselines(fabric, inputs))
-                judge.judge_merged(merged)
-                judge.summarise()
+            if evaluated:
+                evaluator.take(self._evaluated_baselines(fabric, inputs))
+                evaluator.evaluate_merged(merged)
+                evaluator.summarise()
         similarity = None
         if self.similarity and fabric.global_rank == 0:
             similarity = known_similarity(self.modelpool, inputs)
@@ -295,20 +295,20 @@ class FabricModelFusionProgram:
                 search,
                 self._all_notes(),
             ),
-            tasks=judge.task_infos(),
-            models=judge.models,
+            tasks=evaluator.task_infos(),
+            models=evaluator.models,
             similarity=similarity,
         )
-        report.comparisons = compare_contenders(report, judge.answers)
-        return report, judge.answers
+        report.comparisons = compare_contenders(report, evaluator.answers)
+        return report, evaluator.answers
 
     def _all_notes(self) -> list[str]:
-        """Return what the report is to say of the models and of how they were judged."""
+        """Return what the report is to say of the models and of how they were evaluated."""
         pools = (getattr(pool, "notes", ()) for pool in (self.modelpool, self.taskpool))
         return list(dict.fromkeys(note for notes in (self._notes, *pools) for note in notes))
 
-    def _judge(self, fabric: Fabric) -> Judge:
-        return Judge(
+    def _evaluate(self, fabric: Fabric) -> Evaluator:
+        return Evaluator(
             self.modelpool,
             self.taskpool,
             fabric,
@@ -317,22 +317,22 @@ class FabricModelFusionProgram:
             self.output_dir,
         )
 
-    def _judged_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Judge:
-        """Return one that has judged the models to compare with, maybe in an earlier run."""
+    def _evaluated_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Evaluator:
+        """Return one that has evaluated the models to compare with, maybe in an earlier run."""
 
-        def judged() -> Judge:
-            judge = self._judge(fabric)
-            judge.judge_baselines()
-            return judge
+        def evaluated() -> Evaluator:
+            evaluator = self._evaluate(fabric)
+            evaluator.evaluate_baselines()
+            return evaluator
 
         if getattr(self.taskpool, "save_predictions", False):  # they go into each run's directory
-            return judged()
+            return evaluated()
         pools = [id(self.modelpool), id(self.taskpool)]  # the same for the same config
         how = [str(fabric.strategy.precision.precision), str(fabric.device), fabric.world_size]
         about = ["baselines", pools, how, self.baselines, self.fast_dev_run, dict(inputs)]
-        return self._parts.get(about, judged)
+        return self._shared.get(about, evaluated)
 
-    def _sow(self, fabric: Fabric) -> None:
+    def _seed_everything(self, fabric: Fabric) -> None:
         if self.seed is not None:
             fabric.seed_everything(self.seed, verbose=False)
 
@@ -366,13 +366,13 @@ class FabricModelFusionProgram:
         """Return what the method makes, by name; saved, where a path is given.
 
         Merged weights are computed as they are written; they are held in memory only if they are
-        to be judged or to be thrown away.
+        to be evaluated or to be thrown away.
         """
-        path = self.places.model_path
+        path = self.output_paths.model_path
         with within("method", keyed_only=True):
             merged = fuse(method, self.modelpool, fabric, data)
         if self.taskpool is not None or path is None:
-            merged = held(merged)
+            merged = materialize(merged)
         if path is None:
             return merged
         places = {
@@ -380,7 +380,7 @@ class FabricModelFusionProgram:
         }
         config = self.config if search is None else {**self.config, "method": search.method}
         if fabric.global_rank == 0:
-            self.places.begin_model()
+            self.output_paths.begin_model()
             with _whole(path, several=list(merged) != [MERGED]) as whole:
                 for name, place in places.items():
                     self._save(merged[name], whole / place.relative_to(path), config)
@@ -412,15 +412,15 @@ class FabricModelFusionProgram:
     ) -> tuple[Report, Answers] | None:
         """Return the result that this very run had left here, if nothing has changed since."""
         found = None
-        path = self.places.model_path
+        path = self.output_paths.model_path
         model_is_there = path is None or path.exists()
         if self._previous is not None and model_is_there and fabric.global_rank == 0:
             found = self._previous.still_true(inputs, self.taskpool, data, searched)
         if fabric.world_size > 1:
             found = fabric.broadcast(found)
         if found is None:
-            self.places.check_reports()
-            self.places.check_model()
+            self.output_paths.check_reports()
+            self.output_paths.check_model()
             return None
         log.info("This run was done before; its report stands.")
         return found

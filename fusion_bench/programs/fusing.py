@@ -39,7 +39,7 @@ def fuse(
     return _named(method.run(modelpool, **wanted), MERGED)
 
 
-def held(merged: Mapping[str, nn.Module | Weights]) -> dict[str, nn.Module | Weights]:
+def materialize(merged: Mapping[str, nn.Module | Weights]) -> dict[str, nn.Module | Weights]:
     """Return the same with all weights computed and in memory."""
     return {
         name: TensorWeights(in_memory(model)) if isinstance(model, Weights) else model
@@ -107,7 +107,7 @@ def split_data(
         modelpool: names the datasets; those of the test split may be the task pool's.
         taskpool: knows the tasks.
         fabric: gives the device.
-        allow_test_split: whether it may be what models are judged on.
+        allow_test_split: whether it may be what models are evaluated on.
         user: who uses the split, and how; for messages.
         key: where the split is chosen; likewise.
 
@@ -123,9 +123,9 @@ def split_data(
 
 
 def refuse_test_split(where: str, key: str) -> FusionBenchError:
-    """Return what to say where models would learn from what they are judged on."""
+    """Return what to say where models would learn from what they are evaluated on."""
     return FusionBenchError(
-        f"{where}: the models are judged on this very split. Choose another "
+        f"{where}: the models are evaluated on this very split. Choose another "
         f"({key}=train or validation), or give allow_test_split=true; the report "
         "will say so."
     )
@@ -165,7 +165,7 @@ def describe_tuning(method: Any, taskpool: Any, data: TuningData) -> Tuning | No
 
 
 def uses_test_split(data: "Mapping[str, TuningImages]", taskpool: Any) -> bool:
-    """Tell whether some of the data is what models are judged on."""
+    """Tell whether some of the data is what models are evaluated on."""
     return any(images.is_test(taskpool.data(images.task)) for images in data.values())
 
 

@@ -193,7 +193,7 @@ def _lacks_pretrained(method: Any, modelpool: Any) -> bool:
 def _compare_data(
     plan: Plan, program: "FabricModelFusionProgram", methods: Sequence[Any], scratch: Path | None
 ) -> None:
-    """Look at the datasets that methods learn from and a search judges on."""
+    """Look at the datasets that methods learn from and a search evaluates on."""
     uses = {
         (method.split, learner(method), "method.split"): method
         for method in methods
@@ -203,7 +203,7 @@ def _compare_data(
         with plan.collect("taskpool"):
             refuse_without_taskpool(method, program.taskpool)
     if hasattr(program.search, "split"):
-        uses[program.search.split, "the search judges on", "search.split"] = None
+        uses[program.search.split, "the search evaluates on", "search.split"] = None
     if program.taskpool is None:
         return
     for split, user, key in uses:
@@ -249,23 +249,23 @@ def _add_steps(
         device = "" if fabric is None else f", on {fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
     if taskpool is not None:
-        judged = "the merged model"
+        evaluated = "the merged model"
         if program.baselines != "none":
-            judged += " and those it is made of"
-        plan.add(Step("judge", f"{judged}, on {_count(len(taskpool.task_names), 'task')}"))
-    if program.places.model_path is not None:
+            evaluated += " and those it is made of"
+        plan.add(Step("evaluate", f"{evaluated}, on {_count(len(taskpool.task_names), 'task')}"))
+    if program.output_paths.model_path is not None:
         size = None if modelpool is None else _merged_bytes(plan, modelpool)
         plan.add(
             Step(
                 "write",
                 "the merged model",
                 size,
-                program.places.model_path,
+                program.output_paths.model_path,
                 "merged_model_save_path",
             )
         )
     for key, place in (
-        ("report_save_path", program.places.report_path),
+        ("report_save_path", program.output_paths.report_path),
         ("output_dir", program.output_dir and program.output_dir / "report.json"),
     ):
         if place is not None:
@@ -327,7 +327,11 @@ def _check_room(plan: Plan) -> None:
 def _check_memory(plan: Plan, program: "FabricModelFusionProgram", fabric: Fabric | None) -> None:
     """Look whether a merged model that is to be held fits; what is less than that is not known."""
     modelpool, taskpool = program.modelpool, program.taskpool
-    if modelpool is None or not plan.weights or (taskpool is None and program.places.model_path):
+    if (
+        modelpool is None
+        or not plan.weights
+        or (taskpool is None and program.output_paths.model_path)
+    ):
         return  # entry by entry it goes to the disk
     needed, free = _merged_bytes(plan, modelpool), _free_memory()
     if needed is None:

@@ -42,7 +42,7 @@ def publish(
         level = logging.WARNING if report.run.search.test_split else logging.INFO
         log.log(level, "Search: %s.", report.run.search.sentence())
     if report.run.config.get("fast_dev_run") and report.tasks:
-        log.warning("Only the first batch of each task was judged (fast_dev_run).")
+        log.warning("Only the first batch of each task was evaluated (fast_dev_run).")
     for place in (output_dir and output_dir / "report.html", report_path):
         if place is not None:
             log.info("Report: %s", place)

@@ -22,8 +22,15 @@ from fusion_bench.configs import composed
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError, check_choice, did_you_mean, within
 from fusion_bench.programs.environment import describe_run, launch, make_fabric
-from fusion_bench.programs.fusing import MERGED, describe_tuning, fuse, held, seeded, tuning_data
-from fusion_bench.programs.judging import Judge
+from fusion_bench.programs.evaluating import Evaluator
+from fusion_bench.programs.fusing import (
+    MERGED,
+    describe_tuning,
+    fuse,
+    materialize,
+    seeded,
+    tuning_data,
+)
 from fusion_bench.programs.previous import identities
 from fusion_bench.progress import bar, quiet_libraries
 from fusion_bench.report import Seconds
@@ -39,9 +46,9 @@ log = logging.getLogger(__name__)
 class ScalingStudy:
     """Tells how merging fares with the number of experts and with the size of the models.
 
-    Each merge is judged on all tasks of its base: held-in are those of the merged experts, held-out
-    the others. What was merged and judged before is not done again, so that a study that was
-    stopped goes on.
+    Each merge is evaluated on all tasks of its base: held-in are those of the merged experts,
+    held-out the others. What was merged and evaluated before is not done again, so that a study
+    that was stopped goes on.
 
     Args:
         bases: a name to the config nodes ``modelpool`` and ``taskpool`` of a pretrained model and
@@ -55,7 +62,7 @@ class ScalingStudy:
         categories: a name to tasks that weigh as one.
         fabric: as in ``FabricModelFusionProgram``; so are the next two.
         seed: draws the subsets too.
-        allow_test_split: let the methods learn from data that the models are judged on.
+        allow_test_split: let the methods learn from data that the models are evaluated on.
         output_dir: where the study goes; ``None`` writes none.
         dry_run: check the config and stop before anything is loaded.
 
@@ -143,14 +150,14 @@ class ScalingStudy:
                     )
 
     def run(self) -> Study | None:
-        """Merge, judge, save and print; returns the study, or ``None`` after a dry run."""
+        """Merge, evaluate, save and print; returns the study, or ``None`` after a dry run."""
         if self.dry_run:
             log.info("Dry run: the config is sound; nothing was loaded.")
             return None
         quiet_libraries()
         fabric = make_fabric(self.fabric_config)
         with claimed(self.output_dir, "hydra.run.dir", inside=True):
-            study: Study = launch(fabric, self._merge_and_judge)
+            study: Study = launch(fabric, self._merge_and_evaluate)
             if fabric.global_rank == 0 and self.output_dir is not None:
                 study.save(self.output_dir)
                 log.info("Study: %s", self.output_dir / "study.html")
@@ -158,11 +165,11 @@ class ScalingStudy:
             study.print(wide_console())
         return study
 
-    def _merge_and_judge(self, fabric: Fabric) -> Study:
+    def _merge_and_evaluate(self, fabric: Fabric) -> Study:
         """Do the work; called in every process, with the same result in each."""
         quiet_libraries()
         start = time.perf_counter()
-        judged = {name: self._judged(base, fabric) for name, base in self.bases.items()}
+        evaluated = {name: self._evaluated(base, fabric) for name, base in self.bases.items()}
         jobs = list(self._jobs())
         log.info("Merges: %d", len(jobs))
         merges = []
@@ -175,18 +182,18 @@ class ScalingStudy:
             held_in=self.held_in,
             held_out=self.held_out,
             categories=self.categories,
-            bases=judged,
+            bases=evaluated,
             merges=merges,
         )
         study.summarise()
         return study
 
-    def _judged(self, base: "_Source", fabric: Fabric) -> Base:
-        """Judge a base and its experts, which no later merge needs to do again."""
-        judge = Judge(base.pool(base.experts), base.taskpool, fabric, "own_task")
-        judge.judge_baselines()
-        pretrained = judge.models["_pretrained_"]
-        experts = [judge.models[model].tasks for model in base.experts]
+    def _evaluated(self, base: "_Source", fabric: Fabric) -> Base:
+        """Evaluate a base and its experts, which no later merge needs to do again."""
+        evaluator = Evaluator(base.pool(base.experts), base.taskpool, fabric, "own_task")
+        evaluator.evaluate_baselines()
+        pretrained = evaluator.models["_pretrained_"]
+        experts = [evaluator.models[model].tasks for model in base.experts]
         return Base(
             num_parameters=pretrained.num_parameters,
             pretrained=pretrained.tasks,
@@ -214,21 +221,21 @@ class ScalingStudy:
         merge = _known(path, fabric)
         if merge is None:
             fabric.seed_everything(self.seed, verbose=False)
-            fused = held(fuse(made, pool, fabric, data))
+            fused = materialize(fuse(made, pool, fabric, data))
             if list(fused) != [MERGED]:
                 raise FusionBenchError(
                     f"methods: {method} makes several models, {', '.join(fused)}, none of which "
                     "is for all tasks. Leave it out."
                 )
-            judge = Judge(pool, source.taskpool, fabric, "none")
-            judge.judge_merged(fused)
+            evaluator = Evaluator(pool, source.taskpool, fabric, "none")
+            evaluator.evaluate_merged(fused)
             merge = Merge(
                 base=base,
                 method=method,
                 count=count,
                 subset=subset,
                 models=models,
-                tasks=judge.models[MERGED].tasks,
+                tasks=evaluator.models[MERGED].tasks,
             )
             if path is not None and fabric.global_rank == 0:
                 with suppress(OSError):  # it is only to save time

@@ -19,15 +19,15 @@ from fusion_bench.problems import (
     did_you_mean,
     within,
 )
+from fusion_bench.programs.evaluating import Baselines, Evaluator
 from fusion_bench.programs.fusing import (
     describe_data,
     fuse,
-    held,
+    materialize,
     split_data,
     tuning_data,
     uses_test_split,
 )
-from fusion_bench.programs.judging import Baselines, Judge
 from fusion_bench.progress import bar
 from fusion_bench.report import Candidate, Search, TaskResult
 from fusion_bench.report.schema import Metric, Split
@@ -72,18 +72,18 @@ def _from_space(problem: Problem, places: Mapping[str, Place]) -> Problem:
 
 
 class GridSearch:
-    """Judges a method with every combination of options, on a split that is not the test split.
+    """Evaluates a method with every combination of options, on a split that is not the test split.
 
-    The best average wins; of equal ones the first. Nothing that was judged before is judged again,
-    so that a search that was interrupted goes on where it stopped.
+    The best average wins; of equal ones the first. Nothing is evaluated twice, so that a search
+    that was interrupted goes on where it stopped.
 
     Args:
         space: option of the method to the values to try; the last option changes fastest. An
-            empty space, without ``judge_test``, judges the method as it is.
-        split: the datasets of the model pool to judge on: ``train``, ``validation`` or ``test``.
+            empty space, without ``judge_test``, evaluates the method as it is.
+        split: the datasets of the model pool to evaluate on: ``train``, ``validation`` or ``test``.
         metric: ``normalized_accuracy``, which needs an individual model for each task, or
             ``accuracy``; by default the first where it can be.
-        judge_test: judge the winner on the test split, once.
+        judge_test: evaluate the winner on the test split, once.
 
     Raises:
         FusionBenchError: values that are no list, an empty list, an unknown split or metric.
@@ -129,7 +129,7 @@ class GridSearch:
 
         Raises:
             FusionBenchError: no node, an option that the method does not take, or takes no such
-                value of, or data that it learns from and would be judged on.
+                value of, or data that it learns from and would be evaluated on.
         """
         with within("search"):
             if not isinstance(method, Mapping) or "_target_" not in method:
@@ -172,7 +172,7 @@ class GridSearch:
     def data(
         self, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
     ) -> "dict[str, TuningImages]":
-        """Return what settings are judged on.
+        """Return what settings are evaluated on.
 
         Raises:
             FusionBenchError: there is none, or it is the test split, and that is not allowed.
@@ -183,7 +183,7 @@ class GridSearch:
             taskpool,
             fabric,
             allow_test_split,
-            "the search judges on",
+            "the search evaluates on",
             "search.split",
         )
 
@@ -200,7 +200,7 @@ class GridSearch:
         seed: int | None = None,
         fast_dev_run: bool = False,
     ) -> Search:
-        """Judge each of ``settings`` on ``data``, and return all figures with the winner.
+        """Evaluate each of ``settings`` on ``data``, and return all figures with the winner.
 
         Every process of ``fabric`` must call it.
 
@@ -208,14 +208,14 @@ class GridSearch:
             FusionBenchError: a metric that cannot be had, or a method that makes several models for
                 one task.
         """
-        pool = taskpool.judging(data)
+        pool = taskpool.evaluating(data)
         pool.per_class = pool.save_predictions = False
-        judge = Judge(modelpool, pool, fabric, "own_task", fast_dev_run)
+        evaluator = Evaluator(modelpool, pool, fabric, "own_task", fast_dev_run)
         if baselines != "none":
-            judge.judge_individuals()
+            evaluator.evaluate_individuals()
         with within("search"):
-            metric = self._metric(judge)
-        individuals = dict(judge.models)
+            metric = self._metric(evaluator)
+        individuals = dict(evaluator.models)
         learned: dict[str, Any] = {}
         candidates = []
         for setting in bar(settings, f"searching on the {self.split} split", unit="setting"):
@@ -224,12 +224,12 @@ class GridSearch:
             method, source = setting.method, getattr(setting.method, "split", "")
             if source not in learned:
                 learned[source] = tuning_data(method, modelpool, taskpool, fabric, allow_test_split)
-            judge.models = dict(individuals)
+            evaluator.models = dict(individuals)
             with setting.located(keyed_only=True):
                 merged = fuse(method, modelpool, fabric, learned[source])
-            judge.judge_merged(held(merged))
-            judge.summarise()
-            candidates.append(_candidate(setting, judge, metric))
+            evaluator.evaluate_merged(materialize(merged))
+            evaluator.summarise()
+            candidates.append(_candidate(setting, evaluator, metric))
         scores = [candidate.score for candidate in candidates]
         winner = scores.index(max(scores))
         return Search(
@@ -244,11 +244,13 @@ class GridSearch:
             method=settings[winner].node,
         )
 
-    def _metric(self, judge: Judge) -> Metric:
+    def _metric(self, evaluator: Evaluator) -> Metric:
         """Return what settings are compared by."""
-        own = {task: r for model in judge.models.values() for task, r in model.tasks.items()}
+        own = {task: r for model in evaluator.models.values() for task, r in model.tasks.items()}
         without = [
-            task for task in judge.taskpool.task_names if task not in own or not own[task].accuracy
+            task
+            for task in evaluator.taskpool.task_names
+            if task not in own or not own[task].accuracy
         ]
         if self.metric == "normalized_accuracy" and without:
             raise FusionBenchError(
@@ -260,8 +262,8 @@ class GridSearch:
         return self.metric or ("accuracy" if without else "normalized_accuracy")
 
 
-def _candidate(setting: Setting, judge: Judge, metric: Metric) -> Candidate:
-    merged = {name: model for name, model in judge.models.items() if model.role == "merged"}
+def _candidate(setting: Setting, evaluator: Evaluator, metric: Metric) -> Candidate:
+    merged = {name: model for name, model in evaluator.models.items() if model.role == "merged"}
     results = [(task, r) for model in merged.values() for task, r in model.tasks.items()]
     tasks = dict(results)
     if len(results) > len(tasks):

@@ -1,4 +1,4 @@
-"""Ends a search whose settings were judged by the jobs of a sweep."""
+"""Ends a search whose settings were evaluated by the jobs of a sweep."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class SearchWinner:
-    """Judges the best job of a sweep on the test split, once.
+    """Evaluates the best job of a sweep on the test split, once.
 
     Args:
         sweep: the sweep's directory. Its jobs had ``search.judge_test=false``, so that they were
-            judged on another split, and differ in the method's config alone.
+            evaluated on another split, and differ in the method's config alone.
         output_dir: where the report goes; ``None`` writes none.
         report_save_path: as in ``FabricModelFusionProgram``; so are the next two.
         merged_model_save_path: directory for the winner.
@@ -51,7 +51,7 @@ class SearchWinner:
         }
 
     def run(self) -> Report | None:
-        """Judge the winner; returns its report, or ``None`` after a dry run.
+        """Evaluate the winner; returns its report, or ``None`` after a dry run.
 
         Raises:
             FusionBenchError: no such jobs there, or jobs that differ in more than the method.
@@ -64,7 +64,7 @@ class SearchWinner:
 
 
 class SweptSearch:
-    """The settings that a sweep's jobs have judged; the best of them is the winner.
+    """The settings that a sweep's jobs have evaluated; the best of them is the winner.
 
     Args:
         sweep: the sweep's directory.
@@ -95,7 +95,7 @@ class SweptSearch:
     def data(
         self, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
     ) -> "dict[str, TuningImages]":
-        """Return what the settings were judged on."""
+        """Return what the settings were evaluated on."""
         return self._grid.data(modelpool, taskpool, fabric, allow_test_split)
 
     def run(
@@ -110,13 +110,13 @@ class SweptSearch:
         """Return the jobs' figures with the winner.
 
         Raises:
-            FusionBenchError: they were judged on other data than there is now.
+            FusionBenchError: they were evaluated on other data than there is now.
         """
         now = describe_data(data)
         if any(search.tasks != now for search in self._found):
             raise FusionBenchError(
-                f"sweep: the jobs in '{self.sweep}' were judged on other data than there is now. "
-                "Sweep again."
+                f"sweep: the jobs in '{self.sweep}' were evaluated on other data than there is "
+                "now. Sweep again."
             )
         candidates = [
             search.best.model_copy(update={"options": setting.options})

@@ -21,7 +21,7 @@ class TaskAnswers:
     """One task's samples, and what models made of them.
 
     Attributes:
-        samples: which of the dataset's samples were judged, in ascending order; int32.
+        samples: which of the dataset's samples were evaluated, in ascending order; int32.
         labels: their classes.
         predictions: a model's name to the classes that it chose.
     """
@@ -110,7 +110,7 @@ class Answers:
         return answers
 
     def _refuse_others(self, report: Report) -> None:
-        """Raise ``ValueError`` where an answer of a judged model is missing, or is no class."""
+        """Raise ``ValueError`` where an answer of a evaluated model is missing, or is no class."""
         for name, model in report.models.items():
             for task in model.tasks:
                 found, classes = self.tasks[task], report.tasks[task].num_classes

@@ -76,13 +76,13 @@ class Line(_Strict):
 
 
 class Standings(_Strict):
-    """Models that may be compared: judged on the same samples in the same way.
+    """Models that may be compared: evaluated on the same samples in the same way.
 
     Attributes:
         facts: what tells this table from the others, if there are several.
         ranked_by: the accuracy itself where a model has no normalised one, or where the individual
             models differ from job to job.
-        tasks: what the models were judged on.
+        tasks: what the models were evaluated on.
         lines: the ranked models, then the others.
     """
 

@@ -84,7 +84,7 @@ def class_losses(
     Args:
         names: the classes, in the order of their labels.
         found: the task's answers.
-        merged: the model that was judged.
+        merged: the model that was evaluated.
         individual: the task's own model, if there is one.
     """
     samples = _counts(found.labels, len(names))

@@ -186,8 +186,8 @@ class _Matrix:
 
 def _focus(report: Report) -> Contender | None:
     """Return the merged model that the page looks at closely: the most accurate one."""
-    judged = [c for c in report.contenders() if c.role == "merged" and c.models]
-    return max(judged, key=lambda c: _average(report, c).accuracy, default=None)
+    evaluated = [c for c in report.contenders() if c.role == "merged" and c.models]
+    return max(evaluated, key=lambda c: _average(report, c).accuracy, default=None)
 
 
 def _average(report: Report, contender: Contender) -> Average:

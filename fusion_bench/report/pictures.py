@@ -65,8 +65,8 @@ def accuracies(
 
     Args:
         tasks: their names.
-        series: a model's name to a fraction for each task, ``None`` where it was not judged; three
-            models at most.
+        series: a model's name to a fraction for each task, ``None`` where it was not evaluated;
+            three models at most.
         title: what the figures are.
         whole: what the line at 100 % stands for; without it there is none.
     """

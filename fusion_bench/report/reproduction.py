@@ -149,7 +149,7 @@ def check(reference: Reference, rows: Sequence[str], reports: Mapping[str, Repor
     The baselines are in any of the reports.
 
     Raises:
-        FusionBenchError: a row that made no one model, or a task that was not judged.
+        FusionBenchError: a row that made no one model, or a task that was not evaluated.
     """
     figures = []
     for row in rows:

@@ -63,7 +63,7 @@ class TuningTask(_Strict):
 class Tuning(_Strict):
     """What the method learned from.
 
-    ``test_split`` tells that it is the very part that the models are judged on.
+    ``test_split`` tells that it is the very part that the models are evaluated on.
     """
 
     split: str
@@ -82,7 +82,7 @@ class Tuning(_Strict):
 
 
 class TaskInfo(_Strict):
-    """A dataset that models were judged on.
+    """A dataset that models were evaluated on.
 
     The hashes tell what else the figures depend on: the classifier's part that is no model's, such
     as prompts and text tower, and how images are prepared.
@@ -132,7 +132,7 @@ class TaskResult(_Strict):
 
 
 class Average(_Strict):
-    """The mean over the tasks that a model was judged on, each task weighing the same."""
+    """The mean over the tasks that a model was evaluated on, each task weighing the same."""
 
     accuracy: float
     accuracy_stderr: float
@@ -171,9 +171,9 @@ class Candidate(_Strict):
 class Search(_Strict):
     """How the method's options were found.
 
-    ``test_split`` tells that it was on the very part that the models are judged on, ``judge_test``
-    whether the winner was judged there at all. ``winner`` is its place in ``candidates``, and
-    ``method`` the whole config of the method with its options.
+    ``test_split`` tells that it was on the very part that the models are evaluated on,
+    ``judge_test`` whether the winner was evaluated there at all. ``winner`` is its place in
+    ``candidates``, and ``method`` the whole config of the method with its options.
     """
 
     split: Split
@@ -203,15 +203,15 @@ class Search(_Strict):
         found = (
             f"{self.best.text()} is the best of {len(self.candidates)} settings"
             if len(self.candidates) > 1
-            else f"one setting, {self.best.text()}, was judged"
+            else f"one setting, {self.best.text()}, was evaluated"
         )
         found += f" on the {self.split} split"
         found += f" ({metric} {100 * self.best.score:.1f} ± {100 * self.best.score_stderr:.1f})"
         if self.test_split:
-            return f"{found}, where the models are judged: the figures say nothing of new data"
+            return f"{found}, where the models are evaluated: the figures say nothing of new data"
         if not self.judge_test:
             return f"{found}; the test split was not looked at"
-        return f"{found}; it alone was judged on the test split, once"
+        return f"{found}; it alone was evaluated on the test split, once"
 
 
 class Run(_Strict):
@@ -313,7 +313,7 @@ class Contender(NamedTuple):
     Attributes:
         name: what people read.
         role: the models'.
-        models: each task that it was judged on, to the model that was judged.
+        models: each task that it was evaluated on, to the model that was evaluated.
     """
 
     name: str
@@ -335,7 +335,7 @@ class Report(_Strict):
     def _fits(self) -> "Report":
         for name, model in self.models.items():
             if unknown := model.tasks.keys() - self.tasks.keys():
-                raise ValueError(f"'{name}' was judged on '{min(unknown)}', which is no task")
+                raise ValueError(f"'{name}' was evaluated on '{min(unknown)}', which is no task")
         for comparison in self.comparisons:
             if unknown := comparison.tasks.keys() - self.tasks.keys():
                 raise ValueError(f"a comparison is of '{min(unknown)}', which is no task")
@@ -349,7 +349,7 @@ class Report(_Strict):
     def contenders(self) -> list[Contender]:
         """Return what stands beside each other: pretrained, individual, merged.
 
-        Individual models that were each judged on their own task alone are one contender, which
+        Individual models that were each evaluated on their own task alone are one contender, which
         has each task's own model; in the full matrix each model is one. So it is with merged
         models, such as ``merged/a`` and ``merged/b``, that have the same name before the slash.
         """
@@ -365,7 +365,7 @@ class Report(_Strict):
         return found
 
     def results(self, contender: Contender) -> dict[str, TaskResult]:
-        """Return how a contender did on each task that it was judged on."""
+        """Return how a contender did on each task that it was evaluated on."""
         return {task: self.models[name].tasks[task] for task, name in contender.models.items()}
 
     def main_comparisons(self) -> list[Comparison]:
@@ -379,7 +379,7 @@ class Report(_Strict):
         return [comparison for comparison in self.comparisons if comparison.other in others]
 
     def own_models(self) -> dict[str, str]:
-        """Return each task's individual model, where one was judged on it."""
+        """Return each task's individual model, where one was evaluated on it."""
         return {
             task: name
             for name, model in self.models.items()
@@ -404,8 +404,8 @@ class Report(_Strict):
 
 def _contenders(family: str, role: Role, models: Mapping[str, list[str]]) -> list[Contender]:
     """Return one contender for models that have a task each, none twice; else one a model."""
-    judged = [task for tasks in models.values() for task in tasks]
-    if len(judged) == len(models) == len(set(judged)) and role != "pretrained" and judged:
+    evaluated = [task for tasks in models.values() for task in tasks]
+    if len(evaluated) == len(models) == len(set(evaluated)) and role != "pretrained" and evaluated:
         return [Contender(family, role, {tasks[0]: name for name, tasks in models.items()})]
     return [
         Contender(role if name == "_pretrained_" else name, role, dict.fromkeys(tasks, name))
@@ -417,7 +417,7 @@ def summarise(models: Mapping[str, ModelResult], own_model: Mapping[str, str]) -
     """Fill in normalised accuracies and averages.
 
     ``own_model`` names the individual model of each task. The normalised accuracy is the accuracy
-    divided by the individual model's on the same task; it stays empty where none was judged.
+    divided by the individual model's on the same task; it stays empty where none was evaluated.
     """
     for model in models.values():
         for task, result in model.tasks.items():

@@ -12,20 +12,20 @@ from fusion_bench.report.schema import ModelResult, Report, TaskResult, summaris
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """A run's result: its report, and what the models answered."""
 
     report: Report
     answers: Answers
 
 
-def common_tasks(runs: Mapping[str, Judged]) -> list[str]:
-    """Return the tasks that all runs have judged, in the first run's order."""
+def common_tasks(runs: Mapping[str, Evaluated]) -> list[str]:
+    """Return the tasks that all runs have evaluated, in the first run's order."""
     first, *others = runs.values()
     return [t for t in first.report.tasks if all(t in run.report.tasks for run in others)]
 
 
-def obstacles(runs: Mapping[str, Judged]) -> list[str]:
+def obstacles(runs: Mapping[str, Evaluated]) -> list[str]:
     """Return, in words, in what the runs differ besides their models, so that figures mislead."""
     (name, first), *others = runs.items()
     found = []
@@ -43,7 +43,7 @@ def obstacles(runs: Mapping[str, Judged]) -> list[str]:
     return found
 
 
-def _facts(task: str, first: Judged, other: Judged) -> Iterator[tuple[str, object, object]]:
+def _facts(task: str, first: Evaluated, other: Evaluated) -> Iterator[tuple[str, object, object]]:
     """Yield what must be the same of a task in both runs: its name and both values."""
     one, two = first.report.tasks[task], other.report.tasks[task]
     yield f"{task}: dataset", one.fingerprint, two.fingerprint
@@ -65,8 +65,8 @@ def _short(sha256: str | None) -> str:
     return "unknown" if sha256 is None else sha256[:8]
 
 
-def models_side_by_side(runs: Mapping[str, Judged]) -> tuple[dict[str, ModelResult], Answers]:
-    """Return all runs' models, judged on the samples that all runs have, and their answers.
+def models_side_by_side(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResult], Answers]:
+    """Return all runs' models, evaluated on the samples that all runs have, and their answers.
 
     A merged model bears its run's name. A baseline that did the same in several runs is there
     once. Only tasks that all runs have are looked at. Where the runs have no samples in common, or
@@ -77,12 +77,12 @@ def models_side_by_side(runs: Mapping[str, Judged]) -> tuple[dict[str, ModelResu
     answers = Answers()
     chosen = {task: _common_samples(task, runs) for task in tasks}
     for label, run in runs.items():
-        judged = {
+        evaluated = {
             name: _on(name, model, tasks, run.answers, chosen)
             for name, model in run.report.models.items()
         }
-        summarise(judged, run.report.own_models())
-        for name, own in judged.items():
+        summarise(evaluated, run.report.own_models())
+        for name, own in evaluated.items():
             model = run.report.models[name]
             shown = name if model.role != "merged" else _labelled(label, name)
             if shown in models:
@@ -112,8 +112,8 @@ def _labelled(label: str, name: str) -> str:
     return f"{label}{slash}{own}" if family == "merged" else f"{label} {name}"
 
 
-def _common_samples(task: str, runs: Mapping[str, Judged]) -> NDArray[np.int32]:
-    """Return the samples that all runs judged; none where they have other labels somewhere."""
+def _common_samples(task: str, runs: Mapping[str, Evaluated]) -> NDArray[np.int32]:
+    """Return the samples that all runs evaluated; none where they have other labels somewhere."""
     found = [run.answers.tasks[task] for run in runs.values()]
     samples = reduce(np.intersect1d, (answers.samples for answers in found))
     labels = [answers.labels[np.isin(answers.samples, samples)] for answers in found]

@@ -1,4 +1,4 @@
-r"""What a finite test set can tell of two models that were judged on the same samples.
+r"""What a finite test set can tell of two models that were evaluated on the same samples.
 
 The samples of a task are drawn anew, with replacement, as often as there are: the paired bootstrap
 (Efron and Tibshirani, An introduction to the bootstrap, 1993). Only how often each pattern of right

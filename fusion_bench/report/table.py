@@ -20,7 +20,7 @@ _ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", "*": "\\*", "`": "\
 
 @dataclass(frozen=True)
 class Row:
-    """A model's accuracies in percent, one per task; ``None`` where it was not judged.
+    """A model's accuracies in percent, one per task; ``None`` where it was not evaluated.
 
     ``stderrs`` are the standard errors of these, and last that of the average.
     """
@@ -147,9 +147,9 @@ def markdown(report: Report) -> str:
         lines += [*markdown_table(*settings(report.run.search)), ""]
     lines += [f"{markdown_text(note)}\n" for note in report.run.notes]
     if report.run.config.get("fast_dev_run"):
-        lines += ["Only the first batch of each task was judged (`fast_dev_run`).", ""]
+        lines += ["Only the first batch of each task was evaluated (`fast_dev_run`).", ""]
     if not report.tasks:
-        return "\n".join([*lines, "Nothing was judged."]) + "\n"
+        return "\n".join([*lines, "Nothing was evaluated."]) + "\n"
     lines += markdown_table(header, body)
     lines += ["", "Accuracy ± its standard error. Normalised: the accuracy divided by that of the"]
     lines += ["task's individual model."]

@@ -33,7 +33,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from fusion_bench.configs import CONFIG_DIR, register
-from fusion_bench.instantiate import Parts, accepts, instantiate
+from fusion_bench.instantiate import SharedObjects, accepts, instantiate
 from fusion_bench.problems import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
@@ -78,7 +78,7 @@ def main() -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     set_up_streams()
-    parts = Parts()
+    parts = SharedObjects()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
     def run(config: DictConfig) -> float | Failed | None:
@@ -234,7 +234,7 @@ def _directory(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _run_program(config: DictConfig, parts: Parts) -> float | None:
+def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
     """Run the program; returns what a sweeper may optimise, if the result has it."""
     settings = to_container(config, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:

@@ -381,7 +381,7 @@ def _line(record: Record, directory: Path, begun: float) -> str:
 
 
 def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> None:
-    """Write and print the leaderboard of the jobs that have judged something."""
+    """Write and print the leaderboard of the jobs that have evaluated something."""
     from fusion_bench.report import Answers, Report
     from fusion_bench.report.leaderboard import Failure, Job, leaderboard
     from fusion_bench.report.leaderboard_files import print_leaderboard, save
@@ -395,7 +395,7 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
         elif report.exists() and (found := Report.load(report)).tasks:
             finished.append(Job(place, job.overrides, found, Answers.load(report, found)))
     if not finished and not failures:
-        log.info("Nothing was judged, so that there is no leaderboard.")
+        log.info("Nothing was evaluated, so that there is no leaderboard.")
         return
     board = leaderboard(name, finished, failures)
     save(board, directory)

@@ -1,4 +1,4 @@
-"""Ends a sweep whose jobs were judged on the validation split alone."""
+"""Ends a sweep whose jobs were evaluated on the validation split alone."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from fusion_bench.scripts.sweep import give_up
 
 
 class JudgeWinner(Callback):
-    """Judges the best job on the test split, once; its report goes to ``winner/`` in the sweep."""
+    """Evaluates a sweep's best job on the test split, once; the report goes to ``winner/``."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Run ``SearchWinner``; the process fails where it does."""

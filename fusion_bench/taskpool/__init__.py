@@ -1,4 +1,4 @@
-"""How a model is judged."""
+"""How a model is evaluated."""
 
 from fusion_bench.taskpool.clip_vision import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.image_classification import ImageClassificationTaskPool

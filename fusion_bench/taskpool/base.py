@@ -26,7 +26,7 @@ from fusion_bench.repository import hub_cache
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.classes import some
 from fusion_bench.taskpool.described import datasets_cache, describe, load_split
-from fusion_bench.taskpool.evaluate import Loading, Room, check_loading, judge
+from fusion_bench.taskpool.evaluate import BatchLimit, Loading, check_loading, evaluate
 from fusion_bench.taskpool.images import Columns, LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
@@ -47,8 +47,8 @@ Classify = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
-class Committee(Protocol):
-    """A module whose members are each judged, and whose logits are put together."""
+class EnsembleClassifier(Protocol):
+    """A module whose members are each evaluated, and whose logits are put together."""
 
     @property
     def members(self) -> Sequence[nn.Module]:
@@ -67,7 +67,7 @@ class ImageTaskPool(ABC):
             not given.
         tasks: task name to what differs from the known data: ``class_names``, ``templates``,
             ``image_column``, ``label_column``.
-        max_samples: judge no more than so many samples of each task, a random subset that is the
+        max_samples: evaluate no more than so many samples of each task, a random subset that is the
             same in every run.
         per_class: report each class's accuracy too.
         save_predictions: leave each model's answers as parquet files beside the report.
@@ -129,17 +129,17 @@ class ImageTaskPool(ABC):
         self._results = ResultStore() if cache else None
         self._compile = compile
         self._described: dict[str, Columns | None] = {}
-        self._room = Room()
+        self._room = BatchLimit()
         self._data: dict[str, LabelledImages] = {}
         self._images: dict[str, PreparedImages] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
 
     @property
     def notes(self) -> list[str]:
-        """What the report is to say of how models were judged."""
+        """What the report is to say of how models were evaluated."""
         if self._room.most is None:
             return []
-        return [f"Memory ran out: {self._room.most} images were judged at a time."]
+        return [f"Memory ran out: {self._room.most} images were evaluated at a time."]
 
     @abstractmethod
     def image_processor(self, task: str) -> Any:
@@ -190,8 +190,8 @@ class ImageTaskPool(ABC):
             with plan.collect(name):
                 task = self._task_of(name, node, key)
                 columns = self._describe(plan, task, node, own, scratch)
-                judged = self._described.get(task)
-                names = columns and columns.class_names, judged and judged.class_names
+                evaluated = self._described.get(task)
+                names = columns and columns.class_names, evaluated and evaluated.class_names
                 if names[0] and names[1]:
                     _refuse_other_classes(own, task, names[0], names[1])
         return plan
@@ -286,8 +286,8 @@ class ImageTaskPool(ABC):
             )
         return task
 
-    def judging(self, data: Mapping[str, TuningImages]) -> Self:
-        """Return a pool that judges on what ``tuning`` gave, and is like this one otherwise."""
+    def evaluating(self, data: Mapping[str, TuningImages]) -> Self:
+        """Return a pool that evaluates on what ``tuning`` gave, and is like this one otherwise."""
         pool = copy(self)
         images = {own.task: own.images for own in data.values()}
         pool.task_names = [task for task in self.task_names if task in images]
@@ -303,7 +303,7 @@ class ImageTaskPool(ABC):
 
     def _classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
         """Return the classifier that a model makes, or that its members make together."""
-        if not isinstance(model, Committee):
+        if not isinstance(model, EnsembleClassifier):
             return self.classifier(task, model, name, fabric)
         members = [self.classifier(task, member, name, fabric) for member in model.members]
         return lambda images: model.combine([member(images) for member in members])
@@ -323,7 +323,7 @@ class ImageTaskPool(ABC):
         weights_sha256: str | None = None,
         architecture: str = "",
     ) -> dict[str, Score]:
-        """Judge a model on ``tasks``, by default all.
+        """Evaluate a model on ``tasks``, by default all.
 
         Args:
             model: a module, moved to Fabric's device, or what makes one when it is needed.
@@ -341,7 +341,7 @@ class ImageTaskPool(ABC):
         known: list[str] = []
         scores: dict[str, Score] = {}
         wanted = self.task_names if tasks is None else tasks
-        # What another process is judging just now is left for later: both get on meanwhile.
+        # What another process is evaluating just now is left for later: both get on meanwhile.
         patience = -1 if fabric.world_size == 1 else _PATIENCE
         for timeout, task in product((0, patience), wanted):
             if task in scores:
@@ -360,25 +360,25 @@ class ImageTaskPool(ABC):
                 else:
                     if module is None:
                         module = self._on_device(model, fabric)
-                    score = judge(
+                    score = evaluate(
                         fabric,
                         self._classifier(task, module, name, fabric),
                         self._prepared(task),
                         samples,
                         replace(loading, full_batches=self._compile),
-                        f"judging {name} on {task}",
+                        f"evaluating {name} on {task}",
                         self._room,
                     )
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, score)
             scores[task] = score
         if known:
-            log.info("'%s' was judged before on %s.", name, ", ".join(known))
+            log.info("'%s' was evaluated before on %s.", name, ", ".join(known))
         return {task: scores[task] for task in wanted}
 
     @contextmanager
     def _alone(self, key: dict[str, Any] | None, fabric: Fabric, timeout: float) -> Iterator[bool]:
-        """Let the first process keep others from judging the same; tell all whether it does."""
+        """Let the first process keep others from evaluating the same; tell all whether it does."""
         with ExitStack() as held:
             mine = True
             if key is None or self._results is None:
@@ -397,7 +397,7 @@ class ImageTaskPool(ABC):
         return module
 
     def _samples(self, task: str, first: int | None) -> NDArray[np.int64]:
-        """Return which samples are judged: all, a fixed random subset, or the first few."""
+        """Return which samples are evaluated: all, a fixed random subset, or the first few."""
         count = len(self._data[task])
         samples = np.arange(count, dtype=np.int64)
         if self._max_samples is not None and self._max_samples < count:

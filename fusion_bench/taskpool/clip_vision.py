@@ -1,4 +1,4 @@
-"""Judging CLIP vision encoders by zero-shot image classification."""
+"""Evaluating CLIP vision encoders by zero-shot image classification."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         dataloader_kwargs: as in ``ImageTaskPool``; so are the next arguments.
         tasks: task name to what differs from the known data: ``class_names``, ``templates``,
             ``image_column``, ``label_column``.
-        max_samples: judge no more than so many samples of each task, the same ones in every run.
+        max_samples: evaluate no more than so many samples of each task, the same ones in every run.
         per_class: report each class's accuracy too.
         save_predictions: leave each model's answers as parquet files beside the report.
         cache: keep prepared images, text heads and results on disk and use what is there.

@@ -45,7 +45,8 @@ class Described:
 
 #: Why a dataset without a length is refused.
 WHY_NOT_STREAMED = (
-    "a stream can be neither counted nor read again, which judging needs. Remove 'streaming: true'."
+    "a stream can be neither counted nor read again, which an evaluation needs. Remove "
+    "'streaming: true'."
 )
 
 

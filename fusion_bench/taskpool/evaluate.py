@@ -1,4 +1,4 @@
-"""The loop that judges an image classifier: the same answers on any number of processes."""
+"""The loop that evaluates an image classifier: the same answers on any number of processes."""
 
 import logging
 import os
@@ -91,7 +91,7 @@ def check_loading(given: Mapping[str, Any]) -> None:
 
     Raises:
         FusionBenchError: an unknown argument, an impossible number, or ``drop_last``, which would
-            leave samples unjudged.
+            leave samples unevaluated.
     """
     for name in given:
         if name not in (*_USED, *_IGNORED):
@@ -102,7 +102,7 @@ def check_loading(given: Mapping[str, Any]) -> None:
             )
     if given.get("drop_last"):
         raise FusionBenchError(
-            "would leave samples unjudged. Remove it.", place=("dataloader_kwargs", "drop_last")
+            "would leave samples unevaluated. Remove it.", place=("dataloader_kwargs", "drop_last")
         )
     for name, least in {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1}.items():
         value = given.get(name, least)
@@ -114,7 +114,7 @@ def check_loading(given: Mapping[str, Any]) -> None:
             )
 
 
-class Room:
+class BatchLimit:
     """How many images fit into memory at once: fewer, each time that it runs out.
 
     Attributes:
@@ -153,14 +153,14 @@ class Room:
             self.most = None if least == 2**31 else least
 
 
-def judge(
+def evaluate(
     fabric: Fabric,
     classify: Callable[[Tensor], Tensor],
     images: PreparedImages,
     samples: NDArray[np.int64],
     loading: Loading,
     description: str,
-    room: Room | None = None,
+    room: BatchLimit | None = None,
 ) -> Score:
     """Return the answers of ``classify``, images to logits, on some of the samples.
 
@@ -171,7 +171,7 @@ def judge(
     Raises:
         EnvironmentProblem: there is not even memory for one image.
     """
-    room = room or Room()
+    room = room or BatchLimit()
     labels = images.labels[samples]
     mine = np.arange(fabric.global_rank, len(samples), fabric.world_size)
     predictions = torch.zeros(len(samples), dtype=torch.int64, device=fabric.device)

@@ -1,4 +1,4 @@
-"""Judging models by the classifiers that they were fine-tuned with."""
+"""Evaluating models by the classifiers that they were fine-tuned with."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,8 +25,8 @@ _IMAGE_PROCESSOR = "preprocessor_config.json"
 class ImageClassificationTaskPool(ImageTaskPool):
     """Image-classification tasks, each with the head of a fine-tuned classifier.
 
-    A model's backbone takes the place of the classifier's own: so a merged backbone is judged with
-    every task's head.
+    A model's backbone takes the place of the classifier's own: so a merged backbone is evaluated
+    with every task's head.
 
     Args:
         test_datasets: task name to dataset node.
@@ -36,7 +36,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
         processor: one image processor for all tasks, in place of the classifiers' own.
         dataloader_kwargs: as in ``ImageTaskPool``; so are the next arguments.
         tasks: task name to what differs: ``class_names``, ``image_column``, ``label_column``.
-        max_samples: judge no more than so many samples of each task, the same ones in every run.
+        max_samples: evaluate no more than so many samples of each task, the same ones in every run.
         per_class: report each class's accuracy too.
         save_predictions: leave each model's answers as parquet files beside the report.
         cache: keep prepared images and results on disk and use what is there.

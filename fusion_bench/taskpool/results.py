@@ -1,4 +1,4 @@
-"""What a model answered on a task, kept by content: nothing is judged twice."""
+"""What a model answered on a task, kept by content: nothing is evaluated twice."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class Score:
     """How a model did on a task: an answer a sample, from which every figure follows.
 
     Attributes:
-        samples: which of the dataset's samples were judged, in ascending order.
+        samples: which of the dataset's samples were evaluated, in ascending order.
         labels: their classes.
         predictions: the model's.
         losses: the cross entropy of each, in nats, float32.
@@ -40,7 +40,7 @@ class Score:
 
     @property
     def num_samples(self) -> int:
-        """How many samples were judged."""
+        """How many samples were evaluated."""
         return len(self.samples)
 
     @property
@@ -98,17 +98,17 @@ class ResultStore:
 
     @contextmanager
     def alone(self, key: Mapping[str, Any], timeout: float) -> Iterator[bool]:
-        """Keep other processes from judging what this one is about to; tell whether it may.
+        """Keep other processes from evaluating what this one is about to; tell whether it may.
 
         Where there is no lock to be had, on a disk that cannot be written to for one, or not in
-        time, the same is judged twice: a waste, but no harm.
+        time, the same is evaluated twice: a waste, but no harm.
 
         Args:
             key: of the result.
-            timeout: seconds to wait for another process that judges it, negative for as long as
+            timeout: seconds to wait for another process that evaluates it, negative for as long as
                 that lives. With 0 there is no waiting, and it yields false.
         """
-        lock = locked(cache_dir() / "judging" / self._path(key).name[:3], timeout)
+        lock = locked(cache_dir() / "evaluating" / self._path(key).name[:3], timeout)
         with ExitStack() as held:
             try:
                 held.enter_context(lock)
@@ -117,7 +117,7 @@ class ResultStore:
                     yield False
                     return
             except (OSError, NotImplementedError) as error:
-                log.debug("Judging without a lock: %s", error)
+                log.debug("Evaluating without a lock: %s", error)
             yield True
 
     def _path(self, key: Mapping[str, Any]) -> Path:

@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.taskpool.described import split_names
-from fusion_bench.taskpool.evaluate import Loading, Room, batches, judge
+from fusion_bench.taskpool.evaluate import BatchLimit, Loading, batches, evaluate
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.results import Score
 
-#: As a share, how many images may be judged as well as learned from.
+#: As a share, how many images may be evaluated as well as learned from.
 _TOLERATED = 0.05
 
 
 def is_test_split(split: str) -> bool:
-    """Tell whether a split's name says that models are judged on it, or on a part of it."""
+    """Tell whether a split's name says that models are evaluated on it, or on a part of it."""
     return any(name.startswith("test") for name in split_names(split))
 
 
@@ -42,7 +42,7 @@ class TuningImages:
     classify: Callable[[nn.Module], Callable[[Tensor], Tensor]]
     fabric: Fabric
     loading: Loading
-    room: Room
+    room: BatchLimit
 
     @property
     def data(self) -> LabelledImages:
@@ -52,14 +52,14 @@ class TuningImages:
     def __len__(self) -> int:
         return len(self.data)
 
-    def is_test(self, judged: LabelledImages) -> bool:
-        """Tell whether models are judged on such images: by the split's name, or by content.
+    def is_test(self, evaluated: LabelledImages) -> bool:
+        """Tell whether models are evaluated on such images: by the split's name, or by content.
 
         A few images that a dataset has in both of its splits are none of our doing.
         """
         named = is_test_split(self.split)
-        same = self.data.fingerprint == judged.fingerprint
-        return named or same or self.data.share_within(judged) > _TOLERATED
+        same = self.data.fingerprint == evaluated.fingerprint
+        return named or same or self.data.share_within(evaluated) > _TOLERATED
 
     def sample(self, count: int | None, seed: int = 0) -> NDArray[np.int64]:
         """Draw ``count`` samples, none twice; all, in order, where there are no more or ``None``.
@@ -88,9 +88,9 @@ class TuningImages:
         while True:
             yield from self.batches(random.permutation(len(self)), batch_size)
 
-    def judge(self, model: nn.Module) -> Score:
+    def evaluate(self, model: nn.Module) -> Score:
         """Return the model's answers on all images."""
         samples = np.arange(len(self), dtype=np.int64)
         classify = self.classify(model)
         what = f"tuning on {self.task}"
-        return judge(self.fabric, classify, self.images, samples, self.loading, what, self.room)
+        return evaluate(self.fabric, classify, self.images, samples, self.loading, what, self.room)

@@ -9,7 +9,7 @@ from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
-from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, everywhere, merge
+from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
@@ -30,7 +30,6 @@ __all__ = [
     "Weights",
     "align",
     "check_size",
-    "everywhere",
     "in_memory",
     "into_module",
     "is_special",
@@ -40,6 +39,7 @@ __all__ = [
     "open_checkpoint",
     "open_repository",
     "quantised",
+    "same_for_all",
     "sha256",
     "shortened",
     "stream",

@@ -160,7 +160,7 @@ class _Comparison:
         self.computed: dict[str, dict[str, None]] = {}
         self.cast: dict[tuple[str, str, str], int] = {}  # model and both types: how many entries
         self.problems: list[str] = []
-        self.mends: dict[str, None] = {}  # an ordered set
+        self.fixes: dict[str, None] = {}  # an ordered set
 
     def aligned(self, model: str, weights: Weights) -> Weights:
         """Return ``weights`` with the reference's keys, if the policy allows."""
@@ -245,10 +245,10 @@ class _Comparison:
         alike = len(spec.shape) == len(expected.shape) and spec.shape[1:] == expected.shape[1:]
         return alike and expected.shape[:1] == (self.vocabulary,)
 
-    def _problem(self, mend: str | None, *lines: str) -> None:
+    def _problem(self, fix: str | None, *lines: str) -> None:
         self.problems += lines
-        if mend is not None:
-            self.mends[f"modelpool.policy.{mend}"] = None
+        if fix is not None:
+            self.fixes[f"modelpool.policy.{fix}"] = None
 
     def raise_problems(self) -> None:
         if not self.problems:
@@ -256,7 +256,7 @@ class _Comparison:
         raise FusionBenchError(
             f"These models cannot be merged: their weights are not like those of '{self.name}'. "
             "Use models that were fine-tuned from the same base"
-            + (f", or give {' '.join(self.mends)}" if self.mends else "")
+            + (f", or give {' '.join(self.fixes)}" if self.fixes else "")
             + ".\n  "
             + "\n  ".join(self.problems)
         )

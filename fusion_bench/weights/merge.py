@@ -20,7 +20,7 @@ MergeTensor = Callable[[str, Sequence[Tensor], Tensor | None], Tensor]
 MergePiece = Callable[[str, int, Sequence[Tensor], Tensor | None], Tensor]
 
 
-def everywhere(merge_tensor: MergeTensor) -> MergePiece:
+def same_for_all(merge_tensor: MergeTensor) -> MergePiece:
     """Return ``merge_tensor`` for pieces: what it does is the same at each place of an entry."""
     return lambda key, start, tensors, base: merge_tensor(key, tensors, base)
 
@@ -56,7 +56,7 @@ def merge(
     policy = policy or MergePolicy()
     aligned = align(models, base, policy, vocabulary)
     inputs = Inputs(aligned, policy, elementwise, not shows_nonfinite, show_progress)
-    return MergedWeights(inputs, everywhere(merge_tensor))
+    return MergedWeights(inputs, same_for_all(merge_tensor))
 
 
 class MergedWeights(Weights):

@@ -128,7 +128,7 @@ def finetune(
     generator: torch.Generator,
     advance: Advance,
 ) -> None:
-    """Train ``encoder`` in place to be judged well by the fixed zero-shot ``head``.
+    """Train ``encoder`` in place to be evaluated well by the fixed zero-shot ``head``.
 
     ``images`` and ``labels`` are as for :func:`pretrain`; labels are the head's classes.
     """

@@ -24,7 +24,7 @@ from fusion_bench.method import (
 from fusion_bench.method.ensemble import Ensemble, LogitEnsemble, load_ensemble
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.taskpool.base import Committee
+from fusion_bench.taskpool.base import EnsembleClassifier
 
 KINDS = ["logits", "probabilities", "log_probabilities"]
 
@@ -214,7 +214,7 @@ def test_who_is_a_committee() -> None:
         for kind in ("outputs", *KINDS):
             ensemble = method(of=kind).run(models)  # type: ignore[arg-type]
             assert isinstance(ensemble, LogitEnsemble) == (kind != "outputs")
-            assert isinstance(ensemble, Committee) == (kind != "outputs")
+            assert isinstance(ensemble, EnsembleClassifier) == (kind != "outputs")
     assert MaxModelPredictorAlgorithm().of == "logits"
     assert type(SimpleEnsembleAlgorithm().run(models)) is Ensemble
 

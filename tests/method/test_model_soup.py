@@ -23,14 +23,14 @@ from fusion_bench.weights import MergePolicy, TensorWeights, in_memory
 both = pytest.mark.parametrize("granularity", ["model", "layer"])
 
 
-class Judged:
+class Evaluated:
     """A task whose score is a function of the weight; ``seen`` lists the weights."""
 
     def __init__(self, score: Callable[[float], float]):
         self._score = score
         self.seen: list[float] = []
 
-    def judge(self, model: nn.Module) -> SimpleNamespace:
+    def evaluate(self, model: nn.Module) -> SimpleNamespace:
         self.seen.append(model.get_parameter("weight").item())
         return SimpleNamespace(num_correct=self._score(self.seen[-1]), num_samples=1)
 
@@ -38,8 +38,8 @@ class Judged:
 def greedy(
     values: Mapping[str, float], *scores: Callable[[float], float], accept_equal: bool = False
 ) -> tuple[float, list[float]]:
-    """Return the soup of scalars, and the scalars that were judged."""
-    tasks = {str(i): Judged(score) for i, score in enumerate(scores)}
+    """Return the soup of scalars, and the scalars that were evaluated."""
+    tasks = {str(i): Evaluated(score) for i, score in enumerate(scores)}
     models = {name: module(value) for name, value in values.items()}
     state = learned(GreedySoupAlgorithm(accept_equal), models, tasks)
     return float(state["weight"]), tasks["0"].seen
@@ -113,7 +113,7 @@ def test_soups_of_every_kind_of_entry() -> None:
     average = fused(SimpleAverageAlgorithm(), modules)
     stay: Any
     for stay in (GreedySoupAlgorithm(accept_equal=True), LearnedSoupAlgorithm(max_steps=0)):
-        images.judge = lambda model: SimpleNamespace(num_correct=1, num_samples=1)  # type: ignore[method-assign]
+        images.evaluate = lambda model: SimpleNamespace(num_correct=1, num_samples=1)  # type: ignore[method-assign]
         found = learned(stay, modules, {"a": images})
         assert_close(found, average, 1e-6)  # running statistics and counters too
         assert found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fusion_bench.companions import KNOWN
 from fusion_bench.modelpool import CLIPVisionModelPool, HFModelPool
 from fusion_bench.problems import ConfigError, FusionBenchError
-from fusion_bench.programs.destinations import Destinations
+from fusion_bench.programs.output_paths import OutputPaths
 
 OURS = "sentence_transformers.models"
 
@@ -179,7 +179,7 @@ def test_a_sentence_transformer_stays_one(model: Path, caplog: pytest.LogCapture
         *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
     }
     assert any("copied, not merged: 2_Dense/model.safetensors" in text for text in caplog.messages)
-    places = Destinations({}, None, overwrite=True)
+    places = OutputPaths({}, None, overwrite=True)
     places.put_model(str(model.parent / "merged"))
     places.check_model()  # such a folder may be replaced by the next
 

@@ -74,7 +74,7 @@ def test_processes_share_one_cache(program_config: dict[str, Any]) -> None:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Count what costs time."""
-    counts = {"judge": 0, "image": 0, "load_model": 0, "build_model": 0}
+    counts = {"evaluate": 0, "image": 0, "load_model": 0, "build_model": 0}
 
     def count(owner: Any, name: str) -> None:
         original = getattr(owner, name)
@@ -85,7 +85,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(base, "judge")
+    count(base, "evaluate")
     count(LabelledImages, "image")
     count(CLIPVisionModelPool, "load_model")
     count(CLIPVisionModelPool, "build_model")
@@ -96,7 +96,7 @@ def test_the_same_run_again_does_nothing(
     program_config: dict[str, Any], work: dict[str, int]
 ) -> None:
     first = run(program_config)
-    assert work["judge"] == 6 and work["image"] == 2 * 23
+    assert work["evaluate"] == 6 and work["image"] == 2 * 23
     assert work["load_model"] == 3 and work["build_model"] >= 1
     work.update(dict.fromkeys(work, 0))
     second = run(program_config)
@@ -104,14 +104,14 @@ def test_the_same_run_again_does_nothing(
     assert second.models == first.models and second.tasks == first.tasks
 
 
-def test_another_method_judges_its_own_model_alone(
+def test_another_method_evaluates_its_own_model_alone(
     program_config: dict[str, Any], work: dict[str, int]
 ) -> None:
     first = run(program_config)
     work.update(dict.fromkeys(work, 0))
     other = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.3}
     second = run(program_config, method=other)
-    assert (work["judge"], work["load_model"]) == (2, 0)
+    assert (work["evaluate"], work["load_model"]) == (2, 0)
     assert work["image"] == 2  # one a task, to see that the processor still does the same
     for name in ("_pretrained_", "a", "b"):
         assert second.models[name] == first.models[name]

@@ -40,7 +40,7 @@ def test_the_report_compares_merged_with_where_it_came_from(
     assert list(report.models["merged"].tasks) == ["a", "b"]
     assert report.tasks["b"].num_classes == 5 and report.tasks["b"].num_samples == 23
 
-    # the merged model, made and judged by hand
+    # the merged model, made and evaluated by hand
     a, b = (CLIPVisionModel.from_pretrained(family / "models" / n).state_dict() for n in "ab")
     mean = CLIPVisionModel.from_pretrained(family / "models" / "a")
     mean.load_state_dict({key: (a[key].double() + b[key].double()) / 2 for key in a})

@@ -262,7 +262,7 @@ def test_datasets_are_held_against_their_tasks(program_config: Config, tmp_path:
         "taskpool.tasks.b.label_column: the dataset has no column 'lable'. Did you mean 'label'?",
         "modelpool.train_datasets.a: its classes are not those of 'a'. It alone has 'cat', 'dog'. "
         "It lacks 'abbey', 'airplane cabin', 'beach'.",
-        "modelpool.train_datasets.b: the models are judged on this very split. Choose another "
+        "modelpool.train_datasets.b: the models are evaluated on this very split. Choose another "
         "(method.split=train or validation), or give allow_test_split=true; the report will say "
         "so.",
     ]
@@ -278,7 +278,7 @@ def test_a_search_is_looked_at_too(program_config: Config) -> None:
         "space": {"scaling_factor": [0.1, 0.2]},
     }
     (line,) = problems(config)
-    assert line.startswith("modelpool.val_datasets: missing; the search judges on")
+    assert line.startswith("modelpool.val_datasets: missing; the search evaluates on")
 
 
 DISK = namedtuple("DISK", "total used free")

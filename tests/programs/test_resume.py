@@ -70,11 +70,11 @@ def test_a_killed_run_goes_on(
     assert num_kept() == done
     assert not (tmp_path / "killed" / "report.json").exists()
 
-    judged = []
-    judge = base.judge
-    monkeypatch.setattr(base, "judge", lambda *args: judged.append(1) or judge(*args))
+    evaluated = []
+    evaluate = base.evaluate
+    monkeypatch.setattr(base, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
     resumed = run(killed)
-    assert len(judged) == 6 - done  # of two baselines' tasks, two models' own, and the merged's
+    assert len(evaluated) == 6 - done  # of two baselines' tasks, two models' own, and the merged's
     assert Report.load(tmp_path / "killed" / "report.json") == resumed
 
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "empty"))

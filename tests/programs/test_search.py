@@ -1,4 +1,4 @@
-"""A search finds a method's options on the validation split, and judges the winner once."""
+"""A search finds a method's options on the validation split, and evaluates the winner once."""
 
 import logging
 import math
@@ -76,7 +76,7 @@ def refused(config: Config, **changes: Any) -> str:
     return str(caught.value)
 
 
-def judged_by_hand(config: Config, factor: float, datasets: Config) -> Report:
+def evaluated_by_hand(config: Config, factor: float, datasets: Config) -> Report:
     """Run one setting as an ordinary run whose task pool has other datasets."""
     return run(
         config,
@@ -96,7 +96,7 @@ def test_each_setting_has_the_figures_of_an_ordinary_run(config: Config) -> None
         False,
     )
     for candidate in found.candidates[:2]:
-        alone = judged_by_hand(
+        alone = evaluated_by_hand(
             config, candidate.options["scaling_factor"], config["modelpool"]["val_datasets"]
         ).models
         merged = alone["merged"]
@@ -117,7 +117,7 @@ def test_each_setting_has_the_figures_of_an_ordinary_run(config: Config) -> None
     assert found.winner == scores.index(max(scores))
     best = found.best.options["scaling_factor"]
     assert found.method == config["method"] | {"scaling_factor": best}
-    by_hand = judged_by_hand(config, best, config["taskpool"]["test_datasets"])
+    by_hand = evaluated_by_hand(config, best, config["taskpool"]["test_datasets"])
     assert report.models == by_hand.models and report.tasks == by_hand.tasks
     assert report.objective == max(scores) and by_hand.objective is None
 
@@ -135,22 +135,22 @@ def test_the_grid_is_the_full_product_and_the_first_of_equals_wins(config: Confi
     assert found.winner == scores.index(max(scores))
 
 
-def test_the_winner_alone_is_judged_on_the_test_split(
+def test_the_winner_alone_is_evaluated_on_the_test_split(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    judge = base.judge
+    evaluate = base.evaluate
 
     def counted(fabric: Any, classify: Any, images: Any, *more: Any) -> Any:
         seen.append((len(images.data), more[2]))
-        return judge(fabric, classify, images, *more)
+        return evaluate(fabric, classify, images, *more)
 
-    monkeypatch.setattr(base, "judge", counted)
+    monkeypatch.setattr(base, "evaluate", counted)
     run(config)
     tested = [what for size, what in seen if size == 23]
-    assert sum(what.startswith("judging merged") for what in tested) == len(CLASSES)
+    assert sum(what.startswith("evaluating merged") for what in tested) == len(CLASSES)
     searched = [what for size, what in seen if size == 31]
-    # Equal weights are judged once, and each individual model once.
+    # Equal weights are evaluated once, and each individual model once.
     assert len(searched) == 2 * len(set(FACTORS)) + 2
     seen.clear()
     assert len(search(run(config, seed=5)).candidates) == len(FACTORS)
@@ -160,20 +160,20 @@ def test_the_winner_alone_is_judged_on_the_test_split(
 def test_a_search_that_was_interrupted_goes_on(
     config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    judge, done = base.judge, []
+    evaluate, done = base.evaluate, []
 
     def interrupted(*args: Any) -> Any:
         if len(done) == 7:
             raise KeyboardInterrupt
         done.append(1)
-        return judge(*args)
+        return evaluate(*args)
 
-    monkeypatch.setattr(base, "judge", interrupted)
+    monkeypatch.setattr(base, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     again: list[int] = []
-    monkeypatch.setattr(base, "judge", lambda *args: again.append(1) or judge(*args))
+    monkeypatch.setattr(base, "evaluate", lambda *args: again.append(1) or evaluate(*args))
     resumed = run(config, output_dir=tmp_path / "out")
     # Three different settings and two individual models, each on its split; then the test split.
     assert len(again) == (2 * 3 + 2) + (2 + 2 + 2) - 7
@@ -191,7 +191,7 @@ def test_it_is_told_where_people_look(
     sentence = (
         f"scaling_factor={best.options['scaling_factor']} is the best of 4 settings on the "
         f"validation split (normalised accuracy {100 * best.score:.1f} ± "
-        f"{100 * best.score_stderr:.1f}); it alone was judged on the test split, once"
+        f"{100 * best.score_stderr:.1f}); it alone was evaluated on the test split, once"
     )
     assert f"Search: {sentence}." in caplog.messages
     assert f"- search: {sentence}" in (tmp_path / "out" / "report.md").read_text().splitlines()
@@ -207,14 +207,14 @@ def test_the_test_split_is_refused_and_owned_up_to(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     on_test = grid(space={"scaling_factor": [0.1, 0.2]}, split="test")
-    mend = (
-        "the models are judged on this very split. Choose another (search.split=train or "
+    fix = (
+        "the models are evaluated on this very split. Choose another (search.split=train or "
         "validation), or give allow_test_split=true; the report will say so."
     )
-    lines = [f"taskpool.test_datasets.{task}: {mend}" for task in ("a", "b")]
+    lines = [f"taskpool.test_datasets.{task}: {fix}" for task in ("a", "b")]
     assert refused(config, search=on_test) == "\n".join(lines)
     config["modelpool"]["val_datasets"]["b"] = config["taskpool"]["test_datasets"]["b"]
-    assert refused(config) == f"modelpool.val_datasets.b: {mend}"
+    assert refused(config) == f"modelpool.val_datasets.b: {fix}"
     for changes in ({"search": on_test}, {}):
         caplog.clear()
         report = run(config, allow_test_split=True, **changes)
@@ -239,7 +239,7 @@ def test_a_method_may_learn_from_another_split(config: Config) -> None:
     )
 
 
-def test_a_model_for_each_task_is_judged_on_its_own(config: Config) -> None:
+def test_a_model_for_each_task_is_evaluated_on_its_own(config: Config) -> None:
     tall = method("TallMaskTaskArithmeticAlgorithm")
     report = run(config, method=tall, search=grid(space={"tall_mask_lambda": [0.1, 0.9]}))
     for candidate in search(report).candidates:
@@ -263,7 +263,7 @@ def test_without_individual_models_accuracy_is_the_metric(config: Config) -> Non
     assert search(run(config)).metric == "accuracy"
 
 
-def test_without_the_test_split_nothing_else_is_judged(config: Config, tmp_path: Path) -> None:
+def test_without_the_test_split_nothing_else_is_evaluated(config: Config, tmp_path: Path) -> None:
     alone = grid(space={}, judge_test=False)
     report = run(config, search=alone, output_dir=tmp_path / "out")
     assert report.tasks == report.models == {}
@@ -324,11 +324,13 @@ def test_mistakes_give_one_clear_message_and_load_nothing(
     )
     assert message(space={}, trials=3).startswith("search.trials: GridSearch takes no such key.")
     assert message(space={}) == "search.space: is empty. Name an option of the method to try."
-    assert refused(config, taskpool=None) == "search: needs a task pool that judges the settings."
+    assert (
+        refused(config, taskpool=None) == "search: needs a task pool that evaluates the settings."
+    )
     assert refused(
         config, modelpool={k: v for k, v in config["modelpool"].items() if "val" not in k}
     ) == (
-        "modelpool.val_datasets: missing; the search judges on the validation split. Name a "
+        "modelpool.val_datasets: missing; the search evaluates on the validation split. Name a "
         "dataset for each model there, or choose another search.split."
     )
     made = instantiate(config["method"])

@@ -1,4 +1,4 @@
-"""The jobs of a sweep are the settings of a search; the best of them is judged once."""
+"""The jobs of a sweep are the settings of a search; the best of them is evaluated once."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ FACTORS = (-1.0, 0.3, 1.5)
 
 @pytest.fixture
 def config(program_config: Config, family: Path) -> Config:
-    """Return what a job of a sweep runs: one setting, judged on the validation split alone."""
+    """Return what a job of a sweep runs: one setting, evaluated on the validation split alone."""
     program_config["modelpool"]["val_datasets"] = {
         task: {
             "_target_": "datasets.load_dataset",
@@ -52,7 +52,7 @@ def sweep(config: Config, place: Path) -> dict[float, float]:
     return scores
 
 
-def test_the_best_job_is_judged_on_the_test_split(config: Config, tmp_path: Path) -> None:
+def test_the_best_job_is_evaluated_on_the_test_split(config: Config, tmp_path: Path) -> None:
     scores = sweep(config, tmp_path / "sweep")
     best = max(scores, key=lambda factor: scores[factor])
     report = SearchWinner(str(tmp_path / "sweep"), output_dir=tmp_path / "winner").run()
@@ -91,7 +91,7 @@ def test_changed_data_is_noticed(config: Config, family: Path, tmp_path: Path) -
     moved.mkdir()
     for file in (family / "datasets" / "a").rglob("train*"):
         (moved / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(FusionBenchError, match="were judged on other data than there is now"):
+    with pytest.raises(FusionBenchError, match="were evaluated on other data than there is now"):
         SearchWinner(str(tmp_path / "sweep")).run()
 
 

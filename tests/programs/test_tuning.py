@@ -92,8 +92,8 @@ def test_a_method_learns_from_the_training_data(name: str, config: Config, tmp_p
     assert tuning is not None
     assert (tuning.split, tuning.labels) == ("train", name in LABELLED) and not tuning.test_split
     assert {task: used.num_samples for task, used in tuning.tasks.items()} == {"a": 4, "b": 4}
-    judged = {info.fingerprint for info in report.tasks.values()}
-    assert not judged & {used.fingerprint for used in tuning.tasks.values()}
+    evaluated = {info.fingerprint for info in report.tasks.values()}
+    assert not evaluated & {used.fingerprint for used in tuning.tasks.values()}
     labels = "with their labels" if name in LABELLED else "without labels"
     lines = (tmp_path / "out" / "report.md").read_text().splitlines()
     assert f"- tuned on the train split, {labels}" in lines
@@ -124,7 +124,7 @@ def test_without_a_step_adamerging_is_task_arithmetic(config: Config) -> None:
 
 
 def test_adamerging_makes_the_answers_surer(config: Config) -> None:
-    """Judged with what it learned from, by the loss of the answers themselves."""
+    """Evaluated with what it learned from, by the loss of the answers themselves."""
     pool, tasks = instantiate(_lazy(config["modelpool"])), instantiate(_lazy(config["taskpool"]))
     fabric = Fabric(accelerator="cpu", devices=1)
     data = tasks.tuning(pool.train_datasets, fabric, "modelpool.train_datasets")
@@ -175,7 +175,7 @@ def test_the_test_split_is_refused_by_its_name(
     config["modelpool"]["train_datasets"]["b"] = dataset(family, "b", split)
     message = refused(config)
     assert message == (
-        "modelpool.train_datasets.b: the models are judged on this very split. Choose another "
+        "modelpool.train_datasets.b: the models are evaluated on this very split. Choose another "
         "(method.split=train or validation), or give allow_test_split=true; the report will say so."
     )
     report = run(config, allow_test_split=True)
@@ -184,11 +184,13 @@ def test_the_test_split_is_refused_by_its_name(
     assert f"The merged model was {TEST_TIME}." in caplog.messages
 
 
-def test_the_judged_images_are_refused_under_any_name(config: Config) -> None:
-    judged = config["modelpool"]["train_datasets"]
-    taskpool = config["taskpool"] | {"test_datasets": judged}
+def test_the_evaluated_images_are_refused_under_any_name(config: Config) -> None:
+    evaluated = config["modelpool"]["train_datasets"]
+    taskpool = config["taskpool"] | {"test_datasets": evaluated}
     message = refused(config, taskpool=taskpool)
-    assert message.startswith("modelpool.train_datasets.a: the models are judged on this very spl")
+    assert message.startswith(
+        "modelpool.train_datasets.a: the models are evaluated on this very spl"
+    )
     report = run(config, taskpool=taskpool, allow_test_split=True)
     assert report.run.tuning is not None and report.run.tuning.test_split
 
@@ -222,11 +224,11 @@ def test_the_report_owns_up_to_the_test_split(
 def test_names_match_whatever_the_spelling(config: Config) -> None:
     expected = run(config).models["merged"].weights_sha256
     models, train = config["modelpool"]["models"], config["modelpool"]["train_datasets"]
-    judged = config["taskpool"]["test_datasets"]
-    models["My_Task"], train["my-task"], judged["MY_TASK"] = (
-        section.pop("a") for section in (models, train, judged)
+    evaluated = config["taskpool"]["test_datasets"]
+    models["My_Task"], train["my-task"], evaluated["MY_TASK"] = (
+        section.pop("a") for section in (models, train, evaluated)
     )
-    for section in (models, train, judged):
+    for section in (models, train, evaluated):
         section["b"] = section.pop("b")
     assert run(config).models["merged"].weights_sha256 == expected
 
@@ -323,7 +325,7 @@ def test_a_family_has_a_model_for_each_task(
     for task in CLASSES:
         saved = CLIPVisionModelPool({"m": str(place / task)}).weights("m")
         merged = report.models[f"merged/{task}"]
-        judged = run(
+        evaluated = run(
             config,
             modelpool={
                 "_target_": config["modelpool"]["_target_"],
@@ -332,11 +334,11 @@ def test_a_family_has_a_model_for_each_task(
             method=method("SimpleAverageAlgorithm"),
             baselines="none",
         ).models["merged"]
-        assert len(saved) and judged.weights_sha256 == merged.weights_sha256
-        assert judged.tasks[task].loss == pytest.approx(merged.tasks[task].loss)
+        assert len(saved) and evaluated.weights_sha256 == merged.weights_sha256
+        assert evaluated.tasks[task].loss == pytest.approx(merged.tasks[task].loss)
 
 
-def test_a_family_may_be_judged_on_all_tasks(config: Config) -> None:
+def test_a_family_may_be_evaluated_on_all_tasks(config: Config) -> None:
     report = run(config, method=FAMILIES["EMR"], baselines="all_tasks")
     for model in report.models.values():
         assert list(model.tasks) == ["a", "b"]
@@ -357,13 +359,13 @@ def test_a_family_with_odd_names(config: Config, tmp_path: Path) -> None:
     report = run(config, method=FAMILIES["EMR"], merged_model_save_path=str(place), taskpool=None)
     assert "merged/Other/../one" in report.models
     assert sorted(file.name for file in place.iterdir()) == ["Other%2F..%2Fone", "a"]
-    # one that bears no task's name is judged on all
+    # one that bears no task's name is evaluated on all
     report = run(config, method=FAMILIES["EMR"])
     assert list(report.models["merged/Other/../one"].tasks) == ["a", "b"]
     assert list(report.models["merged/a"].tasks) == ["a"]
 
 
-def test_a_task_without_a_model_is_not_judged_by_a_family(config: Config) -> None:
+def test_a_task_without_a_model_is_not_evaluated_by_a_family(config: Config) -> None:
     del config["modelpool"]["models"]["b"]
     report = run(config, method=FAMILIES["EMR"], baselines="none")
     assert list(report.models) == ["merged/a"] and list(report.tasks) == ["a"]
@@ -398,7 +400,7 @@ ENSEMBLES = {
 
 
 @pytest.mark.parametrize("name", ENSEMBLES)
-def test_an_ensemble_is_judged_and_saved_and_loaded_back(
+def test_an_ensemble_is_evaluated_and_saved_and_loaded_back(
     name: str, config: Config, tmp_path: Path
 ) -> None:
     place = tmp_path / "ensemble"
@@ -441,7 +443,7 @@ def test_an_ensemble_needs_no_task_pool_to_be_saved(config: Config, tmp_path: Pa
     assert sorted(file.name for file in place.iterdir()) == ["a", "b", "ensemble.json"]
 
 
-def test_two_processes_judge_an_ensemble_as_one(config: Config) -> None:
+def test_two_processes_evaluate_an_ensemble_as_one(config: Config) -> None:
     config["taskpool"] = config["taskpool"] | {"cache": False}
     alone = run(config, method=ENSEMBLES["probabilities"])
     two = {"accelerator": "cpu", "devices": 2}

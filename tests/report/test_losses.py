@@ -22,7 +22,7 @@ ANSWERS = TaskAnswers(
 NAMES = ["cat", "dog", "emu"]
 
 
-def judged() -> Report:
+def evaluated() -> Report:
     models = {
         "a": model("individual", a=80),
         "b": model("individual", b=60),
@@ -33,7 +33,7 @@ def judged() -> Report:
 
 
 def test_the_task_that_loses_most_comes_first() -> None:
-    found = judged()
+    found = evaluated()
     (merged,) = (c for c in found.contenders() if c.role == "merged")
     losses = task_losses(found, merged)
     assert [loss.task for loss in losses] == ["b", "a"]

@@ -64,7 +64,7 @@ def read(found: Report, answers: Answers | None = None) -> Reader:
     return Reader(page(found, answers or Answers()))
 
 
-def judged() -> Report:
+def evaluated() -> Report:
     models = {
         "_pretrained_": model("pretrained", a=40, b=30),
         "a": model("individual", a=80),
@@ -76,7 +76,7 @@ def judged() -> Report:
 
 
 def test_the_comparison_in_percent_with_standard_errors() -> None:
-    found = read(judged())
+    found = read(evaluated())
     assert found.tables["Accuracy in percent, ± its standard error"] == [
         ["model", "a", "b", "average", "normalised"],
         ["pretrained", "40.0 ±4.9", "30.0 ±4.6", "35.0 ±3.4", "50.0"],
@@ -87,7 +87,7 @@ def test_the_comparison_in_percent_with_standard_errors() -> None:
 
 
 def test_where_it_loses_and_what_it_keeps() -> None:
-    found = read(judged())
+    found = read(evaluated())
     assert found.tables["Accuracy in percent, beside the task's individual model"][1:] == [
         ["a", "80.0", "60.0", "−20.0", "–", "75.0"],
         ["b", "60.0", "45.0", "−15.0", "–", "75.0"],
@@ -120,7 +120,7 @@ def test_sentences_and_intervals() -> None:
     shown = read(found, answers)
     for comparison in found.main_comparisons():
         assert comparison.sentence() in shown.words.replace("\u00a0", " ")
-    rows = shown.tables["Average over the tasks that both were judged on"][1:]
+    rows = shown.tables["Average over the tasks that both were evaluated on"][1:]
     assert [row[:2] for row in rows] == [["merged", "pretrained"], ["merged", "individual"]]
     difference = found.comparisons[0].accuracy
     assert rows[0][2] == points(difference.estimate)
@@ -150,7 +150,7 @@ def tuning(labels: bool, test_split: bool) -> Tuning:
     [(True, False, "note"), (False, True, "alarm"), (True, True, "alarm")],
 )
 def test_what_a_method_learned_from_is_told(labels: bool, test_split: bool, kind: str) -> None:
-    found = judged()
+    found = evaluated()
     found.run.tuning = tuning(labels, test_split)
     text = page(found, Answers())
     assert f'class="{kind}"' in text and "a</bdi> (7 samples)" in text
@@ -158,14 +158,14 @@ def test_what_a_method_learned_from_is_told(labels: bool, test_split: bool, kind
 
 
 def test_a_trial_run_is_called_one() -> None:
-    found = judged()
+    found = evaluated()
     assert 'class="note"' not in page(found, Answers())
     found.run.config["fast_dev_run"] = True
     assert "A trial run." in page(found, Answers())
 
 
 def test_what_was_run() -> None:
-    found = judged()
+    found = evaluated()
     found.run.config |= {
         "method": {
             "_target_": "fusion_bench.method.TiesMergingAlgorithm",
@@ -283,8 +283,8 @@ def nothing_right() -> tuple[Report, Answers]:
 
 
 DEGENERATE = {
-    "nothing judged": no_tasks,
-    "nothing judged nor described": lambda: (
+    "nothing evaluated": no_tasks,
+    "nothing evaluated nor described": lambda: (
         report({}).model_copy(update={"tasks": {}}),
         Answers(),
     ),
@@ -310,7 +310,7 @@ def test_what_a_report_lacks_the_page_leaves_out(case: str) -> None:
     shown = read(found, answers)
     for word in ("nan", "None", "Undefined", "inf"):
         assert not re.search(rf"\b{word}\b", shown.words), word
-    assert ("Nothing was judged." in shown.words) == (not found.tasks)
+    assert ("Nothing was evaluated." in shown.words) == (not found.tasks)
     assert ("task vectors" in shown.words) == (found.similarity is not None)
     figures = bool(found.similarity) + any(
         m.role == "merged" and m.tasks for m in found.models.values()

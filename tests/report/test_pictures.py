@@ -35,7 +35,7 @@ def test_a_radar_for_some_tasks_and_bars_for_few_or_many(count: int, as_bars: bo
     assert set(tasks) <= set(texts(svg))
 
 
-def test_a_task_that_a_model_was_not_judged_on_has_no_place_in_a_radar() -> None:
+def test_a_task_that_a_model_was_not_evaluated_on_has_no_place_in_a_radar() -> None:
     assert bars(accuracies(TASKS, SERIES | {"pretrained": [0.5, None, 0.3, 0.2, 0.1]}, "Accuracy"))
 
 

@@ -8,7 +8,7 @@ from fusion_bench.report import Report, comparison, markdown, print_comparison, 
 OWN = {"a": "a", "b": "b"}
 
 
-def judged() -> Report:
+def evaluated() -> Report:
     models = {
         "_pretrained_": model("pretrained", a=40, b=30),
         "a": model("individual", a=80),
@@ -21,12 +21,12 @@ def judged() -> Report:
 
 def printed(width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    print_comparison(judged(), console)
+    print_comparison(evaluated(), console)
     return console.file.getvalue()
 
 
 def test_individual_models_share_a_row() -> None:
-    rows = comparison(judged())
+    rows = comparison(evaluated())
     assert [row.name for row in rows] == ["pretrained", "individual", "merged"]
     assert rows[1].cells == [80, 60]
     assert rows[1].average == 70 and rows[1].normalized == 100
@@ -45,7 +45,7 @@ def test_the_full_matrix_has_a_row_a_model() -> None:
     assert rows[0].cells == [80, 10]
 
 
-def test_models_judged_on_the_same_single_task_do_not_share_a_row() -> None:
+def test_models_evaluated_on_the_same_single_task_do_not_share_a_row() -> None:
     models = {"a": model("individual", a=80), "b": model("individual", a=20)}
     summarise(models, OWN)
     assert [row.name for row in comparison(report(models))] == ["a", "b"]

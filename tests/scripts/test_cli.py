@@ -175,13 +175,13 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "culprit", "mend"), BAD, ids=lambda v: str(v)[:40])
 def test_bad_input_ends_with_one_message(
-    conf: Path, arguments: list[str], culprit: str, mend: str
+    conf: Path, arguments: list[str], culprit: str, fix: str
 ) -> None:
     done = small(conf, *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("fusion_bench: ") and done.stderr.count("fusion_bench: ") == 1
-    assert culprit in done.stderr and mend in done.stderr
+    assert culprit in done.stderr and fix in done.stderr
     written = {path.name for path in conf.parent.glob("outputs/*/*/*")}
     assert written <= {".hydra", "cli.log"}  # what Hydra itself keeps of a run
 

@@ -18,8 +18,8 @@ from fusion_bench.report import Report
 from fusion_bench.report.leaderboard import Leaderboard
 from fusion_bench.scripts.sweep import check_grid, check_strategy, directory_name, lost_workers
 
-#: Runs the command line, and writes a line for each model that is judged on a task, and for each
-#: that is fused; once enough are judged it kills itself.
+#: Runs the command line, and writes a line for each model that is evaluated on a task, and for each
+#: that is fused; once enough are evaluated it kills itself.
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
@@ -28,16 +28,16 @@ import fusion_bench.taskpool.base as base
 from fusion_bench.scripts.cli import main
 
 log, times = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-judge, fuse = base.judge, program.fuse
+evaluate, fuse = base.evaluate, program.fuse
 
 def note(what):
     with log.open("a") as file:
         file.write(what + chr(10))
 
-def judged(*args):
-    result = judge(*args)
+def evaluated(*args):
+    result = evaluate(*args)
     note(args[5])
-    if log.read_text().count("judging merged") == times:
+    if log.read_text().count("evaluating merged") == times:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 
@@ -45,7 +45,7 @@ def fused(*args):
     note("fusing")
     return fuse(*args)
 
-base.judge, program.fuse = judged, fused
+base.evaluate, program.fuse = evaluated, fused
 main()
 """
 
@@ -192,10 +192,10 @@ def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
     assert code == 0
     # The first job is whole, the second lacks a task; of the third there is nothing.
     assert resumed.count("fusing") == 2
-    assert [line for line in resumed if "judging" in line] == [
-        "judging merged on b",
-        "judging merged on a",
-        "judging merged on b",
+    assert [line for line in resumed if "evaluating" in line] == [
+        "evaluating merged on b",
+        "evaluating merged on a",
+        "evaluating merged on b",
     ]
     found = board(conf)
 

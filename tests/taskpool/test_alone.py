@@ -1,4 +1,4 @@
-"""Several processes that need the same result: one judges, the others wait for it."""
+"""Several processes that need the same result: one evaluates, the others wait for it."""
 
 import json
 import signal
@@ -11,22 +11,22 @@ from typing import Any
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool.results import ResultStore
 
-#: Runs a config and notes each model that it judges on a task, which it does at leisure.
+#: Runs a config and notes each model that it evaluates on a task, which it does at leisure.
 DRIVER = """
 import json, sys, time
 from pathlib import Path
 import fusion_bench.taskpool.base as base
 from fusion_bench.instantiate import instantiate
 
-judge = base.judge
+evaluate = base.evaluate
 
-def judged(*args):
+def evaluated(*args):
     with Path(sys.argv[2]).open("a") as file:
         file.write(args[5] + chr(10))
     time.sleep(0.2)
-    return judge(*args)
+    return evaluate(*args)
 
-base.judge = judged
+base.evaluate = evaluated
 node = json.loads(sys.argv[1])
 start, end = Path(sys.argv[2] + ".go"), time.time() + 100
 from fusion_bench.programs import FabricModelFusionProgram
@@ -52,8 +52,10 @@ def test_two_processes_share_the_work(program_config: dict[str, Any], tmp_path: 
     for run in runs:
         _, errors = run.communicate(timeout=120)
         assert run.returncode == 0, errors.decode()
-    judged = log.read_text().splitlines()
-    assert len(judged) == len(set(judged)) == 6  # pretrained and merged on both, each on its own
+    evaluated = log.read_text().splitlines()
+    assert (
+        len(evaluated) == len(set(evaluated)) == 6
+    )  # pretrained and merged on both, each on its own
     reports = [json.loads((tmp_path / str(n) / "report.json").read_text()) for n in range(2)]
     assert reports[0]["models"] == reports[1]["models"]
 
@@ -73,7 +75,7 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     with ResultStore().alone({"weights": "another"}, 0) as mine:
         assert mine
     with ResultStore().alone(key, 0.05) as mine:
-        assert mine  # out of patience: judged twice
+        assert mine  # out of patience: evaluated twice
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     end = time.time() + 60
@@ -83,6 +85,6 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
 
 def test_a_cache_that_takes_no_lock_is_no_obstacle(tmp_path: Path) -> None:
     cache_dir().mkdir(exist_ok=True)
-    (cache_dir() / "judging").write_text("a file where the locks would be")
+    (cache_dir() / "evaluating").write_text("a file where the locks would be")
     with ResultStore().alone({"weights": "w"}, -1) as mine:
         assert mine

@@ -39,8 +39,8 @@ def data(family: Path) -> Dataset:
     return rows.add_column("picture", files[::-1], feature=Image())
 
 
-class Judge:
-    """Judges model `a`, and counts how often it is built."""
+class Evaluator:
+    """Evaluates model `a`, and counts how often it is built."""
 
     def __init__(self, family: Path, config: dict[str, Any], data: Dataset):
         self._path = family / "models" / "a"
@@ -73,8 +73,8 @@ class Judge:
 
 
 @pytest.fixture
-def judge(family: Path, program_config: dict[str, Any], data: Dataset) -> Judge:
-    return Judge(family, program_config, data)
+def evaluate(family: Path, program_config: dict[str, Any], data: Dataset) -> Evaluator:
+    return Evaluator(family, program_config, data)
 
 
 def answers(score: Score) -> list[Any]:
@@ -86,15 +86,15 @@ def kept(kind: str) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in files if file.is_file()}
 
 
-def test_what_was_judged_is_not_judged_again(
-    judge: Judge, caplog: pytest.LogCaptureFixture
+def test_what_was_evaluated_is_not_evaluated_again(
+    evaluate: Evaluator, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    first = judge()
-    second = judge()
-    assert judge.built == 1
-    assert answers(first) == answers(second) == answers(judge(cache=False))
-    assert "'model' was judged before on a" in caplog.text
+    first = evaluate()
+    second = evaluate()
+    assert evaluate.built == 1
+    assert answers(first) == answers(second) == answers(evaluate(cache=False))
+    assert "'model' was evaluated before on a" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,12 @@ def test_what_was_judged_is_not_judged_again(
         {"max_samples": 1000},
     ],
 )
-def test_what_changes_no_figure_is_no_reason_to_judge(judge: Judge, same: dict[str, Any]) -> None:
-    judge()
-    judge(**same)
-    assert judge.built == 1
+def test_what_changes_no_figure_is_no_reason_to_evaluate(
+    evaluate: Evaluator, same: dict[str, Any]
+) -> None:
+    evaluate()
+    evaluate(**same)
+    assert evaluate.built == 1
 
 
 @pytest.mark.parametrize(
@@ -129,101 +131,105 @@ def test_what_changes_no_figure_is_no_reason_to_judge(judge: Judge, same: dict[s
     ],
     ids=str,
 )
-def test_what_changes_a_figure_is_judged(judge: Judge, change: dict[str, Any]) -> None:
-    plain = answers(judge())
-    changed = answers(judge(**change))
-    assert judge.built == 2
-    assert changed == answers(judge(**change, cache=False))
+def test_what_changes_a_figure_is_evaluated(evaluate: Evaluator, change: dict[str, Any]) -> None:
+    plain = answers(evaluate())
+    changed = answers(evaluate(**change))
+    assert evaluate.built == 2
+    assert changed == answers(evaluate(**change, cache=False))
     assert (changed != plain) == (change.get("weights", "") == "")
-    judge()
-    judge(**change)
-    assert judge.built == (4 if "weights" in change and change["weights"] is None else 3)
+    evaluate()
+    evaluate(**change)
+    assert evaluate.built == (4 if "weights" in change and change["weights"] is None else 3)
 
 
-def test_other_preprocessing_is_judged(judge: Judge, family: Path) -> None:
-    judge()
+def test_other_preprocessing_is_evaluated(evaluate: Evaluator, family: Path) -> None:
+    evaluate()
     processor = CLIPImageProcessorPil.from_pretrained(family / "models" / "base")
-    judge(data_processor=processor)
-    assert judge.built == 1
-    judge(data_processor=CLIPImageProcessorPil(**(processor.to_dict() | {"resample": 2})))
-    assert judge.built == 2
+    evaluate(data_processor=processor)
+    assert evaluate.built == 1
+    evaluate(data_processor=CLIPImageProcessorPil(**(processor.to_dict() | {"resample": 2})))
+    assert evaluate.built == 2
 
 
-def test_another_dataset_is_judged(judge: Judge, data: Dataset) -> None:
-    judge()
-    judge(test_datasets={"a": data.select(range(22))})
-    judge(test_datasets={"a": data.select([1, 0, *range(2, 23)])})
-    assert judge.built == 3
+def test_another_dataset_is_evaluated(evaluate: Evaluator, data: Dataset) -> None:
+    evaluate()
+    evaluate(test_datasets={"a": data.select(range(22))})
+    evaluate(test_datasets={"a": data.select([1, 0, *range(2, 23)])})
+    assert evaluate.built == 3
 
 
-def test_other_weights_in_the_text_tower_are_judged(
-    judge: Judge, family: Path, data: Dataset
+def test_other_weights_in_the_text_tower_are_evaluated(
+    evaluate: Evaluator, family: Path, data: Dataset
 ) -> None:
     from transformers import CLIPModel
 
-    judge()
+    evaluate()
     clip = CLIPModel.from_pretrained(family / "models" / "base")
     with torch.no_grad():
         clip.logit_scale += 1
-    judge(clip_model=clip)
-    assert judge.built == 2
+    evaluate(clip_model=clip)
+    assert evaluate.built == 2
 
 
-def test_a_newer_evaluation_judges_anew(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge()
+def test_a_newer_evaluation_evaluates_anew(
+    evaluate: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate()
     monkeypatch.setattr(results, "EVALUATION_VERSION", results.EVALUATION_VERSION + 1)
-    judge()
-    assert judge.built == 2
+    evaluate()
+    assert evaluate.built == 2
 
 
-def test_without_the_cache_nothing_is_read_or_written(judge: Judge) -> None:
-    judge(cache=False)
+def test_without_the_cache_nothing_is_read_or_written(evaluate: Evaluator) -> None:
+    evaluate(cache=False)
     for kind in ("results", "images", "heads"):
         assert not (cache_dir() / kind).exists()
-    judge()
+    evaluate()
     before = kept("results")
-    judge(cache=False)
-    assert judge.built == 3 and kept("results") == before
+    evaluate(cache=False)
+    assert evaluate.built == 3 and kept("results") == before
 
 
 @pytest.mark.parametrize(
     "damage", [lambda c: c[:50], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""]
 )
-def test_a_damaged_result_is_judged_again(judge: Judge, damage: Any) -> None:
-    first = judge()
+def test_a_damaged_result_is_evaluated_again(evaluate: Evaluator, damage: Any) -> None:
+    first = evaluate()
     ((file, content),) = kept("results").items()
     file.write_bytes(damage(content))
-    assert answers(judge()) == answers(first)
-    assert judge.built == 2 and kept("results") == {file: content}
+    assert answers(evaluate()) == answers(first)
+    assert evaluate.built == 2 and kept("results") == {file: content}
 
 
-def test_the_model_is_built_once_for_the_tasks_that_need_it(judge: Judge, data: Dataset) -> None:
-    first = judge()
+def test_the_model_is_built_once_for_the_tasks_that_need_it(
+    evaluate: Evaluator, data: Dataset
+) -> None:
+    first = evaluate()
     three = {"a": data, "b": data.select(range(7)), "c": data.select(range(9))}
-    pool = CLIPVisionModelTaskPool(**(judge._arguments | {"test_datasets": three}))
+    pool = CLIPVisionModelTaskPool(**(evaluate._arguments | {"test_datasets": three}))
     for _ in range(2):
-        scores = pool.evaluate(judge.build, CPU, weights_sha256="w")
-        assert judge.built == 2
+        scores = pool.evaluate(evaluate.build, CPU, weights_sha256="w")
+        assert evaluate.built == 2
         assert [score.num_samples for score in scores.values()] == [23, 7, 9]
         assert answers(scores["a"]) == answers(first)
         assert scores["b"].predictions.tolist() == first.predictions[:7].tolist()
 
 
-def test_what_cannot_be_prepared_is_refused_each_time(judge: Judge, family: Path) -> None:
-    arguments = judge._arguments | {"clip_model": str(family / "models" / "a")}
+def test_what_cannot_be_prepared_is_refused_each_time(evaluate: Evaluator, family: Path) -> None:
+    arguments = evaluate._arguments | {"clip_model": str(family / "models" / "a")}
     pool = CLIPVisionModelTaskPool(**arguments)
     for _ in range(2):
         with pytest.raises(FusionBenchError, match="not a full CLIP model"):
             pool.prepare(CPU)
 
 
-def test_samples_are_drawn_once_for_all_runs(judge: Judge) -> None:
-    some = judge(max_samples=6)
+def test_samples_are_drawn_once_for_all_runs(evaluate: Evaluator) -> None:
+    some = evaluate(max_samples=6)
     assert some.num_samples == 6
     assert some.samples.tolist() == sorted(set(some.samples.tolist()))
     assert some.samples.tolist() != list(range(6))
-    assert answers(judge(max_samples=6, cache=False)) == answers(some)
-    whole = judge()
+    assert answers(evaluate(max_samples=6, cache=False)) == answers(some)
+    whole = evaluate()
     assert some.predictions.tolist() == whole.predictions[some.samples].tolist()
 
 
@@ -234,49 +240,49 @@ def test_max_samples_holds_for_each_task(family: Path, program_config: dict[str,
     assert [score.num_samples for score in pool.evaluate(model, CPU).values()] == [4, 4]
 
 
-def test_a_fast_run_takes_the_first_of_the_samples(judge: Judge) -> None:
+def test_a_fast_run_takes_the_first_of_the_samples(evaluate: Evaluator) -> None:
     settings = {"max_samples": 6, "dataloader_kwargs": {"batch_size": 2}}
-    fast = judge(fast_dev_run=True, **settings)
-    assert fast.samples.tolist() == judge(**settings).samples[:2].tolist()
+    fast = evaluate(fast_dev_run=True, **settings)
+    assert fast.samples.tolist() == evaluate(**settings).samples[:2].tolist()
 
 
 @pytest.mark.parametrize("number", [0, -1])
-def test_max_samples_is_positive(judge: Judge, number: int) -> None:
+def test_max_samples_is_positive(evaluate: Evaluator, number: int) -> None:
     with pytest.raises(FusionBenchError, match=r"taskpool\.max_samples"):
-        judge(max_samples=number)
+        evaluate(max_samples=number)
 
 
 @pytest.mark.parametrize("size", ["50 GB", "50GB", "1.5tb", "700", 1000, "0", 0])
-def test_sizes(judge: Judge, size: int | str) -> None:
-    judge(cache_size=size, weights=None)
+def test_sizes(evaluate: Evaluator, size: int | str) -> None:
+    evaluate(cache_size=size, weights=None)
     assert (cache_dir() / "images").exists() == (size not in ("0", 0))
 
 
-def test_what_is_no_size(judge: Judge) -> None:
+def test_what_is_no_size(evaluate: Evaluator) -> None:
     with pytest.raises(FusionBenchError, match=r"taskpool\.cache_size: 'much' is no size"):
-        judge(cache_size="much")
+        evaluate(cache_size="much")
 
 
-def test_a_compiled_model_is_judged_in_full_batches(
-    judge: Judge, monkeypatch: pytest.MonkeyPatch
+def test_a_compiled_model_is_evaluated_in_full_batches(
+    evaluate: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = judge()
+    plain = evaluate()
     compiled = []
     # To compile in earnest takes half a minute.
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self)))
-    score = judge(compile=True, dataloader_kwargs={"batch_size": 5})
-    assert compiled == [CLIPVisionModel] and judge.built == 2
+    score = evaluate(compile=True, dataloader_kwargs={"batch_size": 5})
+    assert compiled == [CLIPVisionModel] and evaluate.built == 2
     assert score.predictions.tolist() == plain.predictions.tolist()
     assert score.losses.tolist() == pytest.approx(plain.losses.tolist(), rel=1e-4)
 
 
-def planned(judge: Judge, node: dict[str, Any], **task: Any) -> list[str]:
-    arguments = judge._arguments | {"test_datasets": {"a": node}, "tasks": {"a": task}}
+def planned(evaluate: Evaluator, node: dict[str, Any], **task: Any) -> list[str]:
+    arguments = evaluate._arguments | {"test_datasets": {"a": node}, "tasks": {"a": task}}
     return [str(problem) for problem in CLIPVisionModelTaskPool(**arguments).plan().problems]
 
 
-def prepared(judge: Judge, node: dict[str, Any], **task: Any) -> str:
-    arguments = judge._arguments | {"test_datasets": {"a": node}, "tasks": {"a": task}}
+def prepared(evaluate: Evaluator, node: dict[str, Any], **task: Any) -> str:
+    arguments = evaluate._arguments | {"test_datasets": {"a": node}, "tasks": {"a": task}}
     with pytest.raises(FusionBenchError) as error:
         CLIPVisionModelTaskPool(**arguments).prepare(CPU)
     return str(error.value)
@@ -316,25 +322,25 @@ FORMS = [f"{kind}{where}" for kind in ("classes", "numbers", "text") for where i
 
 @pytest.mark.parametrize("form", ["folder", *FORMS])
 def test_a_plan_refuses_what_a_run_refuses(
-    judge: Judge, forms: dict[str, dict[str, Any]], form: str
+    evaluate: Evaluator, forms: dict[str, dict[str, Any]], form: str
 ) -> None:
     """Fewer class names than the data have classes."""
     names = ["abbey", "airplane cabin", "beach"]
-    assert planned(judge, forms[form], class_names=names) == []
-    (problem,) = planned(judge, forms[form], class_names=names[:2])
-    assert problem == prepared(judge, forms[form], class_names=names[:2])
+    assert planned(evaluate, forms[form], class_names=names) == []
+    (problem,) = planned(evaluate, forms[form], class_names=names[:2])
+    assert problem == prepared(evaluate, forms[form], class_names=names[:2])
     assert "taskpool.tasks.a.class_names" in problem
 
 
 def test_the_same_data_in_any_form_give_the_same_answers(
-    judge: Judge, forms: dict[str, dict[str, Any]]
+    evaluate: Evaluator, forms: dict[str, dict[str, Any]]
 ) -> None:
     def found(node: Any, names: list[str]) -> dict[str, tuple[int, int]]:
         """Return of each class, by name, how many samples there are, and how many are right."""
         told = {"a": {"class_names": names}}
-        arguments = judge._arguments | {"test_datasets": {"a": node}, "tasks": told}
+        arguments = evaluate._arguments | {"test_datasets": {"a": node}, "tasks": told}
         pool = CLIPVisionModelTaskPool(**arguments)
-        score = pool.evaluate(judge.build, CPU)["a"]
+        score = pool.evaluate(evaluate.build, CPU)["a"]
         right = score.predictions == score.labels
         return {
             name: (int((score.labels == label).sum()), int(right[score.labels == label].sum()))
@@ -350,12 +356,12 @@ def test_the_same_data_in_any_form_give_the_same_answers(
 
 
 def test_tuning_data_of_other_classes_say_which(
-    judge: Judge, forms: dict[str, dict[str, Any]], tmp_path: Path
+    evaluate: Evaluator, forms: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     rows = load_from_disk(tmp_path / "text")["test"]
     rows.filter(lambda row: row["label"] != "beach").to_parquet(tmp_path / "few.parquet")
     few = forms["text"] | {"data_files": {"test": str(tmp_path / "few.parquet")}}
-    arguments = judge._arguments | {"test_datasets": {"a": forms["text"]}, "tasks": {}}
+    arguments = evaluate._arguments | {"test_datasets": {"a": forms["text"]}, "tasks": {}}
     pool = CLIPVisionModelTaskPool(**arguments)
     assert pool.plan().problems == []
     (problem,) = pool.plan_tuning({"a": few}, "method.data").problems
@@ -388,20 +394,20 @@ def grey(data: Dataset, make: Any, kind: str) -> Dataset:
     ],
 )
 def test_deep_pictures_are_answered_like_others(
-    judge: Judge, data: Dataset, make: Any, kind: str
+    evaluate: Evaluator, data: Dataset, make: Any, kind: str
 ) -> None:
-    plain = judge(test_datasets={"a": grey(data, lambda shades: shades, "PNG")})
-    deep = judge(test_datasets={"a": grey(data, make, kind)})
-    assert answers(deep) == answers(plain) and judge.built == 2
+    plain = evaluate(test_datasets={"a": grey(data, lambda shades: shades, "PNG")})
+    deep = evaluate(test_datasets={"a": grey(data, make, kind)})
+    assert answers(deep) == answers(plain) and evaluate.built == 2
 
 
-def test_a_picture_that_is_none_ends_the_evaluation(judge: Judge, data: Dataset) -> None:
+def test_a_picture_that_is_none_ends_the_evaluation(evaluate: Evaluator, data: Dataset) -> None:
     rows = data.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
     content = [*rows.select(range(5)), {"image": {"bytes": b"%!PS-Adobe-3.0", "path": "a.eps"}}]
     content[-1]["label"] = 0
     features = Features({"image": Image(), "label": data.features["label"]})
     with pytest.raises(FusionBenchError, match=r"datasets\.a: sample 5, 'a\.eps', holds") as error:
-        judge(test_datasets={"a": Dataset.from_list(content, features=features)})
+        evaluate(test_datasets={"a": Dataset.from_list(content, features=features)})
     assert error.value.exit_code == 2
 
 

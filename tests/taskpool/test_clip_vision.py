@@ -42,7 +42,7 @@ def sums(scores: dict[str, Score]) -> dict[str, tuple[int, float]]:
 
 
 def one_by_one(family: Path, task: str) -> tuple[int, float]:
-    """Judge model `a` with transformers alone, an image at a time, in float64."""
+    """Evaluate model `a` with transformers alone, an image at a time, in float64."""
     path = family / "models" / "base"
     clip = CLIPModel.from_pretrained(path).double().eval()
     encoder = model(family).double().eval()
@@ -101,7 +101,7 @@ def test_other_precisions(family: Path, program_config: dict[str, Any], precisio
     assert rounded.loss_sum == pytest.approx(exact.loss_sum, rel=0.05)
 
 
-def test_fast_dev_run_judges_one_batch(family: Path, program_config: dict[str, Any]) -> None:
+def test_fast_dev_run_evaluates_one_batch(family: Path, program_config: dict[str, Any]) -> None:
     tasks = pool(program_config, dataloader_kwargs={"num_workers": 0, "batch_size": 5})
     scores = tasks.evaluate(model(family), cpu(), fast_dev_run=True)
     assert [score.num_samples for score in scores.values()] == [5, 5]
@@ -177,16 +177,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return Counted(monkeypatch)
 
 
-def judged(family: Path, program_config: dict[str, Any], **changes: Any) -> Score:
+def evaluated(family: Path, program_config: dict[str, Any], **changes: Any) -> Score:
     return pool(program_config, **changes).evaluate(model(family), cpu(), ["a"])["a"]
 
 
 def test_a_text_head_is_made_once_ever(
     family: Path, program_config: dict[str, Any], counted: Counted
 ) -> None:
-    first = judged(family, program_config)
+    first = evaluated(family, program_config)
     assert (counted.heads, counted.towers) == (1, 1)
-    second = judged(family, program_config)
+    second = evaluated(family, program_config)
     assert (counted.heads, counted.towers) == (1, 1)  # not even the text tower is read
     assert second.losses.tolist() == first.losses.tolist()
 
@@ -195,7 +195,7 @@ def test_without_the_cache_heads_are_made_each_time(
     family: Path, program_config: dict[str, Any], counted: Counted
 ) -> None:
     for _ in range(2):
-        judged(family, program_config, cache=False)
+        evaluated(family, program_config, cache=False)
     assert counted.heads == 2
 
 
@@ -221,20 +221,20 @@ def test_a_head_serves_all_models_of_a_pool(
 def test_other_texts_make_another_head(
     family: Path, program_config: dict[str, Any], counted: Counted, change: dict[str, Any]
 ) -> None:
-    plain = judged(family, program_config)
-    changed = judged(family, program_config, tasks={"a": change})
+    plain = evaluated(family, program_config)
+    changed = evaluated(family, program_config, tasks={"a": change})
     assert counted.heads == 2 and changed.loss_sum != plain.loss_sum
 
 
 def test_another_text_weight_makes_another_head(
     family: Path, program_config: dict[str, Any], counted: Counted, tmp_path: Path
 ) -> None:
-    judged(family, program_config)
+    evaluated(family, program_config)
     path = shutil.copytree(family / "models" / "base", tmp_path / "base") / "model.safetensors"
     weights = load_file(path)
     weights["text_projection.weight"][0, 0] += 1
     save_file(weights, path, metadata={"format": "pt"})
-    judged(family, program_config, clip_model=str(path.parent))
+    evaluated(family, program_config, clip_model=str(path.parent))
     assert (counted.heads, counted.towers) == (2, 2)
 
 
@@ -247,8 +247,8 @@ def test_another_tokenizer_makes_another_head(
     def processor() -> Any:
         return str(base) if kind == "directory" else CLIPProcessor.from_pretrained(base)
 
-    judged(family, program_config, processor=processor())
-    judged(family, program_config, processor=processor())
+    evaluated(family, program_config, processor=processor())
+    evaluated(family, program_config, processor=processor())
     assert counted.heads == 1
     for file in ("vocab.json", "tokenizer.json"):
         if (base / file).exists():
@@ -256,27 +256,27 @@ def test_another_tokenizer_makes_another_head(
             swapped = re.sub(r'"b</w>": (\d+)', '"@@": \\1', text)
             swapped = swapped.replace('"c</w>"', '"b</w>"').replace('"@@"', '"c</w>"')
             (base / file).write_text(swapped, encoding="utf-8")
-    judged(family, program_config, processor=processor())
+    evaluated(family, program_config, processor=processor())
     assert counted.heads == 2
 
 
 def test_the_same_files_elsewhere_make_the_same_head(
     family: Path, program_config: dict[str, Any], counted: Counted, tmp_path: Path
 ) -> None:
-    judged(family, program_config)
+    evaluated(family, program_config)
     copy = str(shutil.copytree(family / "models" / "base", tmp_path / "base"))
-    judged(family, program_config, clip_model=copy, processor=copy)
+    evaluated(family, program_config, clip_model=copy, processor=copy)
     assert counted.heads == 1
 
 
 def test_a_damaged_head_is_made_again(
     family: Path, program_config: dict[str, Any], counted: Counted
 ) -> None:
-    first = judged(family, program_config)
+    first = evaluated(family, program_config)
     (file,) = (cache_dir() / "heads").iterdir()
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert judged(family, program_config).losses.tolist() == first.losses.tolist()
+    assert evaluated(family, program_config).losses.tolist() == first.losses.tolist()
     assert counted.heads == 2 and file.read_bytes() == content
 
 

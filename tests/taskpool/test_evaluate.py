@@ -12,7 +12,7 @@ from transformers import ViTImageProcessorPil
 
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.taskpool import Score
-from fusion_bench.taskpool.evaluate import Loading, Room, judge
+from fusion_bench.taskpool.evaluate import BatchLimit, Loading, evaluate
 from fusion_bench.taskpool.images import LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
@@ -40,13 +40,13 @@ def thirds(pixels: Tensor) -> Tensor:
     return 2 * torch.nn.functional.one_hot(answer, 3).float()
 
 
-def judged(images: PreparedImages, samples: list[int] | None = None, **loading: Any) -> Score:
+def evaluated(images: PreparedImages, samples: list[int] | None = None, **loading: Any) -> Score:
     chosen = np.arange(len(LABELS)) if samples is None else np.array(samples)
-    return judge(CPU, thirds, images, chosen, Loading.for_device(loading, CPU), "judging")
+    return evaluate(CPU, thirds, images, chosen, Loading.for_device(loading, CPU), "evaluating")
 
 
 def test_answers_by_hand(images: PreparedImages) -> None:
-    score = judged(images)
+    score = evaluated(images)
     assert score.labels.tolist() == LABELS
     assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert (score.num_correct, score.num_samples) == (4, 7)
@@ -61,13 +61,13 @@ def test_answers_are_in_the_datasets_order(
     images: PreparedImages, batch_size: int, ahead: int
 ) -> None:
     loading = Loading(batch_size, workers=3, ahead=ahead, pin_memory=False)
-    score = judge(CPU, thirds, images, np.arange(7), loading, "judging")
+    score = evaluate(CPU, thirds, images, np.arange(7), loading, "evaluating")
     assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert score.losses.tolist() == judged(images).losses.tolist()
+    assert score.losses.tolist() == evaluated(images).losses.tolist()
 
 
 def test_only_the_samples_asked_for(images: PreparedImages) -> None:
-    score = judged(images, [2, 3, 5], batch_size=2)
+    score = evaluated(images, [2, 3, 5], batch_size=2)
     assert score.samples.tolist() == [2, 3, 5]
     assert score.labels.tolist() == [2, 1, 2]
     assert score.predictions.tolist() == [2, 0, 2]
@@ -81,7 +81,7 @@ def test_full_batches_are_cut_again(images: PreparedImages) -> None:
         return thirds(pixels)
 
     loading = Loading(4, workers=1, ahead=0, pin_memory=False, full_batches=True)
-    score = judge(CPU, classify, images, np.arange(7), loading, "judging")
+    score = evaluate(CPU, classify, images, np.arange(7), loading, "evaluating")
     assert sizes == [4, 4]
     assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
 
@@ -94,7 +94,7 @@ def test_what_goes_wrong_in_a_thread_is_told(
 
     monkeypatch.setattr(images, "pixels", broken)
     with pytest.raises(FusionBenchError, match="sample 0"):
-        judged(images)
+        evaluated(images)
 
 
 def test_arguments_of_a_data_loader_are_accepted(images: PreparedImages) -> None:
@@ -108,7 +108,7 @@ def test_arguments_of_a_data_loader_are_accepted(images: PreparedImages) -> None
         "prefetch_factor": 4,
         "timeout": 60,
     }
-    assert judged(images, **usual).predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert evaluated(images, **usual).predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_what_is_not_given_suits_the_device() -> None:
@@ -133,7 +133,7 @@ def test_a_batch_size_is_a_positive_number(size: Any) -> None:
 
 
 def test_no_sample_may_be_dropped() -> None:
-    with pytest.raises(FusionBenchError, match="would leave samples unjudged"):
+    with pytest.raises(FusionBenchError, match="would leave samples unevaluated"):
         Loading.for_device({"drop_last": True}, CPU)
 
 
@@ -159,17 +159,17 @@ def test_where_memory_runs_out_the_batch_is_halved(
             raise error
         return thirds(pixels)
 
-    room = Room()
+    room = BatchLimit()
     loading = Loading(6, workers=1, ahead=0, pin_memory=False, full_batches=full_batches)
-    score = judge(CPU, classify, images, np.arange(7), loading, "judging", room)
+    score = evaluate(CPU, classify, images, np.arange(7), loading, "evaluating", room)
     assert tried == ([6, 3, 1, 1, 1, 1, 1, 1, 1])
     assert room.most == 1
     assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert score.losses.tolist() == judged(images).losses.tolist()
+    assert score.losses.tolist() == evaluated(images).losses.tolist()
 
     tried.clear()  # what was learnt is remembered
     room.most = 2
-    judge(CPU, classify, images, np.arange(7), loading, "judging", room)
+    evaluate(CPU, classify, images, np.arange(7), loading, "evaluating", room)
     assert tried == ([2] * 4 if full_batches else [2, 2, 2, 1])
 
 
@@ -178,8 +178,8 @@ def test_without_memory_for_one_image_it_ends(images: PreparedImages) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     loading = Loading(6, workers=1, ahead=0, pin_memory=False)
-    with pytest.raises(EnvironmentProblem, match="judging a on b, one image at a time"):
-        judge(CPU, classify, images, np.arange(7), loading, "judging a on b")
+    with pytest.raises(EnvironmentProblem, match="evaluating a on b, one image at a time"):
+        evaluate(CPU, classify, images, np.arange(7), loading, "evaluating a on b")
 
 
 def test_another_error_is_not_taken_for_want_of_memory(images: PreparedImages) -> None:
@@ -188,4 +188,4 @@ def test_another_error_is_not_taken_for_want_of_memory(images: PreparedImages) -
 
     loading = Loading(6, workers=1, ahead=0, pin_memory=False)
     with pytest.raises(RuntimeError, match="shapes"):
-        judge(CPU, classify, images, np.arange(7), loading, "judging")
+        evaluate(CPU, classify, images, np.arange(7), loading, "evaluating")

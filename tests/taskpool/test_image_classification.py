@@ -106,7 +106,7 @@ def answers(scores: dict[str, Score]) -> dict[str, Any]:
 
 
 def by_hand(path: Path, family: Path, task: str, backbone: Any = None) -> tuple[Any, Any]:
-    """Judge with transformers alone, an image at a time."""
+    """Evaluate with transformers alone, an image at a time."""
     model = AutoModelForImageClassification.from_pretrained(path).eval()
     if backbone is not None:
         model.base_model.load_state_dict(backbone)
@@ -123,16 +123,16 @@ def by_hand(path: Path, family: Path, task: str, backbone: Any = None) -> tuple[
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_individual_model_answers_as_by_hand(zoo: Path, family: Path, kind: str) -> None:
-    judged = of(zoo, kind, family).evaluate(models(zoo, kind).load_model("b"), CPU, ["b"])["b"]
+    evaluated = of(zoo, kind, family).evaluate(models(zoo, kind).load_model("b"), CPU, ["b"])["b"]
     predictions, losses = by_hand(zoo / kind / "b", family, "b")
     assert len(set(losses)) > 9  # or the comparison would say little
-    assert judged.predictions.tolist() == predictions
-    assert judged.losses.tolist() == pytest.approx(losses, rel=1e-4, abs=1e-5)
+    assert evaluated.predictions.tolist() == predictions
+    assert evaluated.losses.tolist() == pytest.approx(losses, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("base", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_backbone_is_judged_with_each_tasks_head(
+def test_a_merged_backbone_is_evaluated_with_each_tasks_head(
     zoo: Path, family: Path, kind: str, base: bool, tmp_path: Path
 ) -> None:
     pool = models(zoo, kind, base=base)
@@ -159,7 +159,7 @@ def test_a_pretrained_model_with_more_than_its_backbone(zoo: Path, tmp_path: Pat
         SimpleAverageAlgorithm(show_pbar=False).run(HFModelPool(named))
 
 
-def test_the_order_of_judging_does_not_matter(zoo: Path, family: Path) -> None:
+def test_the_order_of_evaluating_does_not_matter(zoo: Path, family: Path) -> None:
     pool = models(zoo, "vit")
     before = {name: sha256(pool.weights(name)) for name in CLASSES}
     both = of(zoo, "vit", family)
@@ -200,14 +200,14 @@ def test_results_are_kept_by_head(zoo: Path, family: Path, tmp_path: Path) -> No
         built.append(1)
         return models(zoo, "vit").load_model("a")
 
-    def judge(classifier: Path) -> Score:
+    def evaluate(classifier: Path) -> Score:
         pool = tasks(family, {"a": str(classifier)})
         return pool.evaluate(build, CPU, weights_sha256="w")["a"]
 
-    first = judge(zoo / "vit" / "a")
-    assert judge(zoo / "vit" / "a").losses.tolist() == first.losses.tolist() and len(built) == 1
+    first = evaluate(zoo / "vit" / "a")
+    assert evaluate(zoo / "vit" / "a").losses.tolist() == first.losses.tolist() and len(built) == 1
     other = write(tmp_path / "other", "vit", CLASSES["a"], seed=9)
-    assert judge(other).losses.tolist() != first.losses.tolist() and len(built) == 2
+    assert evaluate(other).losses.tolist() != first.losses.tolist() and len(built) == 2
 
 
 def refused(zoo: Path, family: Path, classifier: Any, **more: Any) -> str:

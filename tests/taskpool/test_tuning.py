@@ -109,11 +109,11 @@ def test_a_classifier_takes_images_as_they_come(
     torch.testing.assert_close(found, exact, rtol=0, atol=0.3)
 
 
-def test_answers_are_those_that_the_task_pool_judges(
+def test_answers_are_those_that_the_task_pool_evaluates(
     family: Path, program_config: dict[str, Any], images: TuningImages
 ) -> None:
     expected = tasks(program_config).evaluate(model(family), CPU, ["a"])["a"]
-    score = images.judge(model(family))
+    score = images.evaluate(model(family))
     assert (score.num_correct, score.num_samples) == (expected.num_correct, 23)
     assert score.losses.tolist() == expected.losses.tolist()
     pixels, labels = next(images.batches(images.sample(None), 23))
@@ -123,13 +123,13 @@ def test_answers_are_those_that_the_task_pool_judges(
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_judging_in_other_precisions(
+def test_evaluating_in_other_precisions(
     family: Path, program_config: dict[str, Any], images: TuningImages, precision: Any
 ) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     data = tasks(program_config).tuning({"a": node(family, split="test")}, fabric, "here")
-    exact = images.judge(model(family))
-    assert data["a"].judge(model(family)).loss_sum == pytest.approx(exact.loss_sum, rel=0.05)
+    exact = images.evaluate(model(family))
+    assert data["a"].evaluate(model(family)).loss_sum == pytest.approx(exact.loss_sum, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_the_test_split_is_known_by_its_name(
 def test_the_test_split_is_known_by_its_content(
     family: Path, program_config: dict[str, Any]
 ) -> None:
-    judged = tasks(program_config, test_datasets={"a": node(family)})
+    evaluated = tasks(program_config, test_datasets={"a": node(family)})
     for split in ("train", "train[:2]", "train[1:]"):
-        data = judged.tuning({"a": node(family, split=split)}, CPU, "here")["a"]
-        assert data.is_test(judged.data("a"))
+        data = evaluated.tuning({"a": node(family, split=split)}, CPU, "here")["a"]
+        assert data.is_test(evaluated.data("a"))
 
 
 def test_a_copy_of_the_test_split_is_known_by_its_images(

@@ -9,7 +9,7 @@ import pytest
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import ConfigError, EnvironmentProblem
 from fusion_bench.programs import fabric_model_fusion
-from fusion_bench.programs.destinations import Destinations
+from fusion_bench.programs.output_paths import OutputPaths
 from fusion_bench.report import Report
 
 
@@ -61,12 +61,12 @@ def test_a_model_that_was_taken_away_is_made_again(
     assert own.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.parametrize("evaluated", [True, False])
 def test_a_run_that_stopped_after_its_model_goes_on(
-    program_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: bool
+    program_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool
 ) -> None:
     model = {"merged_model_save_path": str(tmp_path / "model")}
-    if not judged:
+    if not evaluated:
         program_config["taskpool"] = None
     with monkeypatch.context() as patch:
         patch.setattr(fabric_model_fusion, "publish", lambda *_: 1 / 0)
@@ -86,7 +86,7 @@ def test_a_run_that_stopped_after_its_model_goes_on(
 @pytest.mark.parametrize("foreign", [".git/config", "notes.txt", "task/thesis.tex", "model.py"])
 def test_what_is_no_model_is_never_replaced(foreign: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    places = Destinations({}, None, overwrite=True)
+    places = OutputPaths({}, None, overwrite=True)
     places.put_model(str(model))
     places.check_model()
     for name in ("config.json", "model-00001-of-00002.safetensors", "README.md", "a/vocab.json"):
@@ -104,14 +104,14 @@ def test_what_is_no_directory_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "file").touch()
     for name in ("link", "file"):
-        places = Destinations({}, None, overwrite=True)
+        places = OutputPaths({}, None, overwrite=True)
         places.put_model(str(tmp_path / name))
         with pytest.raises(ConfigError, match="is not replaced"):
             places.check_model()
 
 
 def test_what_is_not_this_runs_stays_whatever_it_is(tmp_path: Path) -> None:
-    places = Destinations({"a": 1}, tmp_path, overwrite=False)
+    places = OutputPaths({"a": 1}, tmp_path, overwrite=False)
     places.check_reports()
     for name, text in [
         ("report.json", "{"),
@@ -123,7 +123,7 @@ def test_what_is_not_this_runs_stays_whatever_it_is(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .* overwrite=true"):
             places.check_reports()
-        Destinations({"a": 1}, tmp_path, overwrite=True).check_reports()
+        OutputPaths({"a": 1}, tmp_path, overwrite=True).check_reports()
         (tmp_path / name).unlink()
     # What this run had begun when it was killed.
     (tmp_path / "config.yaml").write_text("a: 1\n")
@@ -133,7 +133,7 @@ def test_what_is_not_this_runs_stays_whatever_it_is(tmp_path: Path) -> None:
 
 def test_a_report_is_a_json_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"report_save_path: 'a\.html' does not end in"):
-        Destinations({}, tmp_path, overwrite=False).put_report("a.html")
+        OutputPaths({}, tmp_path, overwrite=False).put_report("a.html")
 
 
 @pytest.mark.parametrize("key", ["output_dir", "report_save_path", "merged_model_save_path"])

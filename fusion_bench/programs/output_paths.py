@@ -31,7 +31,7 @@ _REPORT_FILES = (
 )
 
 
-class Destinations:
+class OutputPaths:
     """The places that a run writes to.
 
     Args:

@@ -1,4 +1,4 @@
-"""Judges the models of a run, each on its tasks."""
+"""Evaluates the models of a run, each on its tasks."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 Baselines = Literal["own_task", "all_tasks", "none"]
 
 
-class Judge:
-    """Has a task pool judge models, and keeps what comes out.
+class Evaluator:
+    """Has a task pool evaluate models, and keeps what comes out.
 
     Args:
         modelpool: the models; each is loaded when its turn comes.
         taskpool: the tasks; without it models are only described.
         fabric: gives device, precision and processes; all of them must make the same calls.
-        baselines: which of the pool's models are judged, and on which tasks.
-        fast_dev_run: judge only the first batch of each task.
+        baselines: which of the pool's models are evaluated, and on which tasks.
+        fast_dev_run: evaluate only the first batch of each task.
         output_dir: where the answers go as parquet files, if the task pool is to save them.
 
     Attributes:
@@ -59,32 +59,32 @@ class Judge:
         self.models: dict[str, ModelResult] = {}
         self.answers = Answers()
 
-    def judge_baselines(self) -> None:
-        """Judge the pretrained model and the individual ones, as far as they are asked for."""
+    def evaluate_baselines(self) -> None:
+        """Evaluate the pretrained model and the individual ones, as far as they are asked for."""
         if self.baselines == "none" or self.taskpool is None:
             return
         if self.modelpool.has_pretrained:
-            self._judge_baseline("_pretrained_", "pretrained")
-        self.judge_individuals()
+            self._evaluate_baseline("_pretrained_", "pretrained")
+        self.evaluate_individuals()
 
-    def judge_individuals(self) -> None:
-        """Judge each of the pool's models on its own task, or on all."""
+    def evaluate_individuals(self) -> None:
+        """Evaluate each of the pool's models on its own task, or on all."""
         for name in self.modelpool.model_names:
             tasks = self.own_tasks(name) if self.baselines == "own_task" else None
             if tasks == []:
-                log.info("'%s' is judged on no task: none bears its name.", name)
+                log.info("'%s' is evaluated on no task: none bears its name.", name)
                 continue
-            self._judge_baseline(name, "individual", tasks)
+            self._evaluate_baseline(name, "individual", tasks)
 
-    def take(self, other: "Judge") -> None:
+    def take(self, other: "Evaluator") -> None:
         """Add what another has found; both may go on."""
         self.models |= {name: model.model_copy(deep=True) for name, model in other.models.items()}
         for task, found in other.answers.tasks.items():
             for model in found.predictions:
                 self.answers.add(task, model, found)
 
-    def judge_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
-        """Judge what a method made."""
+    def evaluate_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
+        """Evaluate what a method made."""
         for name, model in merged.items():
             # One of several that bears a task's name is made for that task.
             tasks = self.own_tasks(name.removeprefix(f"{MERGED}/")) or None
@@ -93,13 +93,13 @@ class Judge:
             if isinstance(model, Weights):
                 build = partial(self.modelpool.build_model, model)
                 known = self.modelpool.architecture()
-                self._judge(name, "merged", model, build, known, tasks)
+                self._evaluate(name, "merged", model, build, known, tasks)
             else:  # what it computes is not told by its weights, so that nothing is kept of it
                 weights = TensorWeights(model.state_dict())
-                self._judge(name, "merged", weights, model, None, tasks)
+                self._evaluate(name, "merged", weights, model, None, tasks)
 
     def summarise(self) -> None:
-        """Fill in normalised accuracies and averages, once all models are judged."""
+        """Fill in normalised accuracies and averages, once all models are evaluated."""
         summarise(self.models, {t: name for name in self.models for t in self.own_tasks(name)})
 
     def own_tasks(self, model: str) -> list[str]:
@@ -108,14 +108,14 @@ class Judge:
         return [task for task in names if canonical_name(task) == canonical_name(model)]
 
     def task_infos(self) -> dict[str, TaskInfo]:
-        """Describe the tasks that models were judged on."""
+        """Describe the tasks that models were evaluated on."""
         if self.taskpool is None:
             return {}
-        judged = {t: r.num_samples for m in self.models.values() for t, r in m.tasks.items()}
+        evaluated = {t: r.num_samples for m in self.models.values() for t, r in m.tasks.items()}
         return {
             task: TaskInfo(
                 num_classes=len(self.taskpool.data(task).class_names),
-                num_samples=judged[task],
+                num_samples=evaluated[task],
                 fingerprint=self.taskpool.data(task).fingerprint,
                 head_sha256=self.taskpool.head_sha256(task),
                 images_sha256=self.taskpool.images_sha256(task),
@@ -124,15 +124,15 @@ class Judge:
                 ),
             )
             for task in self.taskpool.task_names
-            if task in judged
+            if task in evaluated
         }
 
-    def _judge_baseline(self, name: str, role: Role, tasks: list[str] | None = None) -> None:
+    def _evaluate_baseline(self, name: str, role: Role, tasks: list[str] | None = None) -> None:
         pool = self.modelpool
         build = partial(pool.load_model, name)
-        self._judge(name, role, pool.weights(name), build, pool.architecture(name), tasks)
+        self._evaluate(name, role, pool.weights(name), build, pool.architecture(name), tasks)
 
-    def _judge(
+    def _evaluate(
         self,
         name: str,
         role: Role,
@@ -141,7 +141,7 @@ class Judge:
         architecture: str | None,
         tasks: list[str] | None,
     ) -> None:
-        """Judge a model, which is only built if its results are not known.
+        """Evaluate a model, which is only built if its results are not known.
 
         ``architecture`` tells, with the weights, what the model computes.
         """
