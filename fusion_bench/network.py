@@ -56,7 +56,7 @@ def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
         briefly: for ``BRIEFLY`` instead of ``PATIENCE``.
 
     Raises:
-        Exception: the last attempt's, or whatever another attempt would not mend.
+        Exception: the last attempt's, or whatever another attempt would not fix.
     """
     from huggingface_hub import is_offline_mode
 

@@ -43,7 +43,7 @@ from fusion_bench.programs import CompareProgram
 from fusion_bench.report import Answers, Report, markdown
 from fusion_bench.report.page import page
 from fusion_bench.repository import locate
-from fusion_bench.scripts.cli import FORESEEN, set_up_hydra
+from fusion_bench.scripts.cli import EXPECTED, set_up_hydra
 from fusion_bench.sources import load as load_source
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.described import describe
@@ -91,13 +91,13 @@ class Kind:
         name: what the table calls it.
         files: makes them.
         read: reads what is in a directory.
-        foreseen: what it may raise; the command line says no more of these than their message.
+        expected: what it may raise; the command line says no more of these than their message.
     """
 
     name: str
     files: st.SearchStrategy[Files]
     read: Callable[[Path], object]
-    foreseen: tuple[type[Exception], ...] = (FusionBenchError,)
+    expected: tuple[type[Exception], ...] = (FusionBenchError,)
 
 
 def _picture(kind: str, **options: Any) -> bytes:
@@ -187,7 +187,7 @@ def attempt(kind: Kind, files: Files, directory: Path, watch: Watch) -> str:
 
     Raises:
         AssertionError: what was read did what no reading does.
-        Exception: whatever was not foreseen.
+        Exception: whatever is unexpected.
     """
     for name, content in files.items():
         file = directory / name
@@ -200,7 +200,7 @@ def attempt(kind: Kind, files: Files, directory: Path, watch: Watch) -> str:
     with redirect_stdout(io.StringIO()), watch.on(directory):
         try:
             kind.read(directory)
-        except kind.foreseen as error:
+        except kind.expected as error:
             assert str(error).strip(), "an error without words"
             outcome = type(error).__name__
     assert not watch.seen, watch.seen
@@ -1168,7 +1168,7 @@ KINDS = {
         Kind("pickled weights", _pickle_files(), _read_checkpoint),
         Kind("report and answers, shown as a page", runs(), _read_run),
         Kind("report and answers, compared", runs(), _read_comparison),
-        Kind("config", configs(), _read_config, FORESEEN),
+        Kind("config", configs(), _read_config, EXPECTED),
         Kind("dataset card", cards(), _read_data),
         Kind("metadata file", metadata_files(), _read_data),
         Kind("image bytes", pictures(), _read_picture),

@@ -55,7 +55,7 @@ _PROGRAM_KEY = re.compile(
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
 #: Exceptions whose message is enough.
-FORESEEN = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
+EXPECTED = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
 _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 
@@ -274,7 +274,7 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
         logs = _log_traceback()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             told = message(_explain(error))
-            if not isinstance(error, FORESEEN):
+            if not isinstance(error, EXPECTED):
                 told = f"{told}\n  {_where(logs)}"
             print(f"fusion_bench: {told}", file=sys.stderr)
         sys.exit(_exit_code(error))
@@ -292,18 +292,18 @@ def _log_traceback() -> list[str]:
 
 def _where(logs: list[str]) -> str:
     traces = f"The traceback is in {logs[0]}." if logs else "HYDRA_FULL_ERROR=1 shows where."
-    return f"This was not foreseen, so please report it. {traces}"
+    return f"This is unexpected, so please report it. {traces}"
 
 
 def _exit_code(error: Exception) -> int:
     if isinstance(error, FusionBenchError):
         return error.exit_code
-    return ConfigError.exit_code if isinstance(error, FORESEEN) else 1
+    return ConfigError.exit_code if isinstance(error, EXPECTED) else 1
 
 
 def _explain(error: Exception) -> str:
     """Return the message for the user, with the likely intended name where there is one."""
-    if not isinstance(error, FORESEEN):
+    if not isinstance(error, EXPECTED):
         return f"{type(error).__name__}: {error}"
     first_line = str(error).partition("\n")[0]
     if isinstance(error, YAMLError):

@@ -35,37 +35,37 @@ def interruptible() -> Iterator[None]:
     operation of torch or a large file that is being read would hold the process up. So a thread
     watches the signals too. To be used once in a process, around all that it does.
     """
-    heeded = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
     noticed, notice = os.pipe()
     os.set_blocking(notice, False)
     signal.set_wakeup_fd(notice, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(noticed, heeded), daemon=True, name="signals").start()
+    threading.Thread(target=_watch, args=(noticed, handled), daemon=True, name="signals").start()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        for each in heeded:  # one is enough: what follows is not to be interrupted again
+        for each in handled:  # one is enough: what follows is not to be interrupted again
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted(signum)
 
     def in_child() -> None:
         # A child's signals are its own; it ends at them as Python and the system have it.
         signal.set_wakeup_fd(-1)
-        for each in heeded:
+        for each in handled:
             if signal.getsignal(each) is interrupt:
                 plain = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
                 signal.signal(each, plain)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
 
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, heeded),
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded),
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, handled),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, handled),
         after_in_child=in_child,
     )
-    for each in heeded:
+    for each in handled:
         signal.signal(each, interrupt)
     try:
         yield
     finally:
-        if any(signal.getsignal(each) == signal.SIG_IGN for each in heeded):  # there was one
+        if any(signal.getsignal(each) == signal.SIG_IGN for each in handled):  # there was one
             end_children()
 
 
@@ -77,9 +77,9 @@ def end_children() -> None:
                 os.kill(child.pid, signal.SIGKILL)  # joblib's have no method for it
 
 
-def _watch(noticed: int, heeded: list[signal.Signals]) -> None:
+def _watch(noticed: int, handled: list[signal.Signals]) -> None:
     """End the process some time after a signal, if it is still there."""
-    while (signum := os.read(noticed, 1)[0]) not in heeded:
+    while (signum := os.read(noticed, 1)[0]) not in handled:
         pass
     time.sleep(PATIENCE)
     end_children()

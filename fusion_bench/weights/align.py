@@ -120,7 +120,7 @@ def align(
     policy: MergePolicy | None = None,
     vocabulary: int | None = None,
 ) -> Aligned:
-    """Compare keys, shapes and types of all models, and mend what the policy allows.
+    """Compare keys, shapes and types of all models, and fix what the policy allows.
 
     Args:
         models: name to weights.

@@ -25,7 +25,7 @@ Values = Callable[[str, int, Sequence[Tensor], Tensor | None], Iterable[Tensor]]
 _COARSE, _FINE = 2**16, 2**21
 #: An estimate looks at one piece of ``_SAMPLE_PIECE`` elements in so many.
 _SAMPLED, _SAMPLE_PIECE = 128, 2**11
-#: How many places of elements near the cutoffs are remembered, lest another look be needed.
+#: How many places of elements near the cutoffs are remembered, so that no other look is needed.
 _REMEMBERED = 2**24
 #: Elements that are summed at once, in one thread.
 _ROW = 2**14

@@ -230,14 +230,14 @@ def test_a_method_of_the_users_own(own: Path) -> None:
     assert "my_methods.Mine" in next(own.parent.glob("outputs/*/*/config.yaml")).read_text()
 
 
-def test_what_was_not_foreseen_is_a_line_and_a_traceback_in_the_log(own: Path) -> None:
+def test_what_is_unexpected_is_a_line_and_a_traceback_in_the_log(own: Path) -> None:
     word = "method._target_=my_methods.Broken"
     done = small(own, "--allow=my_methods", word)
     (log,) = own.parent.glob("outputs/*/*/cli.log")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-2:] == [
         "fusion_bench: ZeroDivisionError: of mine, with ***",
-        f"  This was not foreseen, so please report it. The traceback is in {log}.",
+        f"  This is unexpected, so please report it. The traceback is in {log}.",
     ]
     written = log.read_text()
     assert "Traceback" in written and "ZeroDivisionError: of mine, with ***" in written

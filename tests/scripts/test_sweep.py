@@ -130,7 +130,7 @@ def test_one_job_that_fails_does_not_lose_the_others(conf: Path) -> None:
     assert names == {"method.scaling_factor=0.3", "method.scaling_factor=0.2"}
 
 
-def test_an_unforeseen_failure_is_in_the_jobs_log(conf: Path) -> None:
+def test_an_unexpected_failure_is_in_the_jobs_log(conf: Path) -> None:
     done = sweep(conf, "baselines=none", "merged_model_save_path=/dev/null/x")
     assert done.returncode == 1 and "1 of 1 jobs failed" in done.stderr
     (log,) = (conf.parent / "multirun").glob("*/*/cli.log")
