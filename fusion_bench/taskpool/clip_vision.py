@@ -17,8 +17,9 @@ from fusion_bench.repository import Repository, locate
 from fusion_bench.sources import load, plain_source, reading, unbuilt
 from fusion_bench.storage import file_sha256
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
-from fusion_bench.taskpool.zero_shot import HeadStore, ZeroShotHead, text_head
+from fusion_bench.taskpool.heads import HeadStore
 from fusion_bench.weights import TensorWeights, sha256, weight_files
+from fusion_bench.zero_shot import ZeroShotHead, text_head
 
 #: Where a repository lacks the tokenizer's files, transformers makes one of special tokens alone.
 _SMALLEST_VOCABULARY = 10

@@ -126,7 +126,7 @@ def _checked(key: str, value: Any) -> Any:
     if key in ("class_names", "label_names"):
         names = _strings(value)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise FusionBenchError(f"{', '.join(map(repr, repeated))} repeat.")
+            raise FusionBenchError(f"repeats {', '.join(map(repr, repeated))}.")
         return names
     if key == "num_classes":
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

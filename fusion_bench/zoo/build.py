@@ -149,7 +149,7 @@ def _finetune(
     """Fine-tune and save the vision encoder of the model at ``base``."""
     from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModel
 
-    from fusion_bench.taskpool.zero_shot import ZeroShotHead, text_head
+    from fusion_bench.zero_shot import ZeroShotHead, text_head
 
     clip = CLIPModel.from_pretrained(base)
     classes = text_head(clip, CLIPTokenizer.from_pretrained(base), CLASS_NAMES[task], TEMPLATES)

@@ -23,7 +23,7 @@ from fusion_bench.zoo.tokenizer import MAX_LENGTH
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModel
 
-    from fusion_bench.taskpool.zero_shot import ZeroShotHead
+    from fusion_bench.zero_shot import ZeroShotHead
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

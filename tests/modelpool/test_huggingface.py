@@ -249,7 +249,7 @@ def test_a_dtype_is_in_the_weights_and_in_the_config(family: Path, tmp_path: Pat
 
 
 def test_an_unknown_policy_names_the_nearest(family: Path) -> None:
-    with pytest.raises(FusionBenchError, match=r"modelpool\.policy.*Did you mean 'on_extra'"):
+    with pytest.raises(FusionBenchError, match=r"policy\.on_extr: .*Did you mean 'on_extra'"):
         pool(family, "a", policy={"on_extr": "drop"})
     with pytest.raises(FusionBenchError, match=r"policy\.on_extra.*'dorp'.*Did you mean 'drop'"):
         pool(family, "a", policy={"on_extra": "dorp"})

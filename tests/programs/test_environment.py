@@ -110,7 +110,7 @@ def test_the_report_tells_that_memory_ran_out(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return classify(tensor, **options)
 
-    monkeypatch.setattr("fusion_bench.taskpool.zero_shot.normalize", full)
+    monkeypatch.setattr("fusion_bench.zero_shot.normalize", full)
     program_config["taskpool"]["cache"] = False
     report = instantiate(program_config).run()
     assert isinstance(report, Report)

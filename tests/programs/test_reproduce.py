@@ -169,7 +169,7 @@ def test_mistakes_give_one_clear_message(tmp_path: Path) -> None:
         path, with_row() | {"tasks": ["digit", *good["tasks"][1:]]}
     )
     assert refused(path, with_row(overrides=["method=simple_avrage"])).startswith(
-        "reference: rows.simple_average: "
+        "reference.rows.simple_average: "
     )
     assert "method.scale" in refused(path, with_row(overrides=["+method.scale=1"]))
     assert refused(path, good, methods=["simple_averag"]) == (

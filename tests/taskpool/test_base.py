@@ -248,7 +248,7 @@ def test_a_fast_run_takes_the_first_of_the_samples(evaluate: Evaluator) -> None:
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_max_samples_is_positive(evaluate: Evaluator, number: int) -> None:
-    with pytest.raises(FusionBenchError, match=r"taskpool\.max_samples"):
+    with pytest.raises(FusionBenchError, match=r"max_samples"):
         evaluate(max_samples=number)
 
 
@@ -259,7 +259,7 @@ def test_sizes(evaluate: Evaluator, size: int | str) -> None:
 
 
 def test_what_is_no_size(evaluate: Evaluator) -> None:
-    with pytest.raises(FusionBenchError, match=r"taskpool\.cache_size: 'much' is no size"):
+    with pytest.raises(FusionBenchError, match=r"cache_size: 'much' is no size"):
         evaluate(cache_size="much")
 
 

@@ -137,7 +137,7 @@ def test_overrides_change_the_head(family: Path, program_config: dict[str, Any])
 def test_bad_arguments(family: Path, program_config: dict[str, Any]) -> None:
     with pytest.raises(FusionBenchError, match="there is no task"):
         pool(program_config, test_datasets={})
-    with pytest.raises(FusionBenchError, match=r"taskpool\.clip_model: missing"):
+    with pytest.raises(FusionBenchError, match=r"clip_model: missing"):
         pool(program_config, clip_model=None)
     with pytest.raises(FusionBenchError, match=r"taskpool\.tasks\.c: there is no such task"):
         pool(program_config, tasks={"c": {}})

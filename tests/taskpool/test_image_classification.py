@@ -291,7 +291,7 @@ def test_a_backbone_is_no_classifier(zoo: Path, family: Path, tmp_path: Path) ->
 
 def test_a_missing_classifier(family: Path) -> None:
     node = {"_target_": "datasets.load_dataset", "path": "p", "split": "test"}
-    with pytest.raises(FusionBenchError, match=r"taskpool\.classifiers\.b: missing"):
+    with pytest.raises(FusionBenchError, match=r"classifiers\.b: missing"):
         ImageClassificationTaskPool({"b": node}, {})
 
 

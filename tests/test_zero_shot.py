@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from fusion_bench.storage import cache_dir
-from fusion_bench.taskpool.zero_shot import HeadStore, ZeroShotHead, text_head
+from fusion_bench.zero_shot import ZeroShotHead, text_head
 
 NAMES = ["abbey", "beach", "cat"]
 TEMPLATES = ["a photo of a {}.", "a blurry photo of the {}.", "{}"]
@@ -61,48 +60,3 @@ def test_the_head_counts_in_float32(family: Path, precision: torch.dtype) -> Non
         expected = head(pooled.float())
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(head(pooled), expected)
-
-
-def made() -> ZeroShotHead:
-    random = torch.Generator().manual_seed(0)
-    return ZeroShotHead(torch.randn(4, 6, generator=random), torch.randn(3, 4, generator=random))
-
-
-def kept() -> Path:
-    (file,) = (f for f in (cache_dir() / "heads").rglob("*") if f.is_file())
-    return file
-
-
-def test_a_head_is_found_again() -> None:
-    assert HeadStore().load("name") is None
-    HeadStore().save("name", made())
-    found = HeadStore().load("name")
-    assert found is not None
-    assert torch.equal(found.projection, made().projection)
-    assert torch.equal(found.classes, made().classes)
-    assert HeadStore().load("other") is None
-
-
-@pytest.mark.parametrize("place", [0, 40, -1])
-def test_a_damaged_head_counts_as_none(place: int) -> None:
-    HeadStore().save("name", made())
-    content = bytearray(kept().read_bytes())
-    content[place] ^= 1
-    kept().write_bytes(content)
-    assert HeadStore().load("name") is None
-
-
-@pytest.mark.parametrize("length", [0, 8, 100])
-def test_a_cut_head_counts_as_none(length: int) -> None:
-    HeadStore().save("name", made())
-    kept().write_bytes(kept().read_bytes()[:length])
-    assert HeadStore().load("name") is None
-
-
-def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "file"))
-    HeadStore().save("name", made())
-    assert "goes on without" in caplog.text
