@@ -4,13 +4,14 @@ The site's strict build finds broken links between pages, anchors, snippets and 
 what it lets pass.
 """
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from commandline import fusion_bench as command_line
+from commandline import python
 
 import fusion_bench.method
 from fusion_bench.instantiate import instantiate
@@ -50,11 +51,52 @@ def commands() -> list[str]:
     return sorted(found)
 
 
-def composed(arguments: list[str]) -> str:
-    """Return the config that the command line prints; nothing is loaded or written."""
-    done = command_line(*arguments, "--cfg", "job", cwd=ROOT)
+#: Runs the command line once for each list of words, and prints what each printed and ended with.
+_COMPOSE = """
+import contextlib, io, json, sys
+from hydra.core.global_hydra import GlobalHydra
+from fusion_bench.scripts.cli import main
+
+path, printed = sys.argv[1], []
+for words in json.load(open(path)):
+    sys.argv[1:] = [*words, "--cfg", "job"]
+    out, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    GlobalHydra.instance().clear()
+    printed.append([code, out.getvalue()])
+json.dump(printed, open(path, "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Return what the command line composes of all that is shown; nothing is loaded or written.
+
+    One process does it for all, which saves the half of the time.
+    """
+    root = tmp_path_factory.mktemp("composed")
+    words = {command: words_of(command) for command in commands()}
+    for number, block in enumerate(blocks("yaml")):
+        (root / f"shown{number}.yaml").write_text(block.values[0], encoding="utf-8")
+        name = ["--config-path", str(root), "--config-name", f"shown{number}"]
+        words[str(block.values[0])] = name
+    (root / "words.json").write_text(json.dumps(list(words.values())))
+    done = python(_COMPOSE, str(root / "words.json"), cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    printed = json.loads((root / "words.json").read_text())
+    return {key: tuple(each) for key, each in zip(words, printed, strict=True)}
+
+
+def words_of(command: str) -> list[str]:
+    """Return a command's words, of a sweep with the first of its values."""
+    words = shlex.split(command.replace("$PWD", str(ROOT)), comments=True)
+    assert words[0] == "fusion_bench"
+    # a sweep is composed when it runs; its values are put in one at a time
+    return [re.sub(r"(=[^,\[{]+),.*", r"\1", word) for word in words[1:] if word != "-m"]
 
 
 def nav_pages(node: object) -> list[str]:
@@ -133,18 +175,17 @@ def test_annotations_match_the_comments_in_the_yaml():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_shown_commands_compose(command):
-    words = shlex.split(command.replace("$PWD", str(ROOT)), comments=True)
-    assert words[0] == "fusion_bench"
-    # a sweep is composed when it runs; its values are put in one at a time
-    words = [re.sub(r"(=[^,\[{]+),.*", r"\1", word) for word in words[1:] if word != "-m"]
-    assert "_target_" in composed(words)
+def test_shown_commands_compose(command, composed):
+    code, printed = composed[command]
+    assert code == 0, printed
+    assert "_target_" in printed
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))
-def test_shown_yaml_fits_the_classes(code, tmp_path):
-    (tmp_path / "shown.yaml").write_text(code, encoding="utf-8")
-    config = yaml.safe_load(composed(["--config-path", str(tmp_path), "--config-name", "shown"]))
+def test_shown_yaml_fits_the_classes(code, composed):
+    ended, printed = composed[code]
+    assert ended == 0, printed
+    config = yaml.safe_load(printed)
     for name in {"method", "modelpool", "taskpool"} & set(config):
         instantiate({"_recursive_": False, **config[name]}, name)
 

@@ -173,7 +173,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "culprit", "mend"), BAD, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("arguments", "culprit", "fix"), BAD, ids=lambda v: str(v)[:40])
 def test_bad_input_ends_with_one_message(
     conf: Path, arguments: list[str], culprit: str, fix: str
 ) -> None:

@@ -139,7 +139,7 @@ def test_bad_arguments(family: Path, program_config: dict[str, Any]) -> None:
         pool(program_config, test_datasets={})
     with pytest.raises(FusionBenchError, match=r"clip_model: missing"):
         pool(program_config, clip_model=None)
-    with pytest.raises(FusionBenchError, match=r"taskpool\.tasks\.c: there is no such task"):
+    with pytest.raises(FusionBenchError, match=r"tasks\.c: there is no such task"):
         pool(program_config, tasks={"c": {}})
     with pytest.raises(FusionBenchError, match="Did you mean 'templates'"):
         pool(program_config, tasks={"a": {"template": []}})

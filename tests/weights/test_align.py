@@ -44,7 +44,9 @@ def test_every_difference_is_listed_by_name_in_one_error() -> None:
         "y: has an extra 'e'",
     ):
         assert line in message
-    assert "on_dtype=cast modelpool.on_missing=base modelpool.policy.on_extra=drop" in message
+    assert (
+        "on_dtype=cast modelpool.policy.on_missing=base modelpool.policy.on_extra=drop" in message
+    )
 
 
 def test_the_first_model_is_named_where_there_is_no_base() -> None:
