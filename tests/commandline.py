@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,25 @@ _READ_AT_IMPORT = re.compile(
     r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
     re.I,
 )
+#: Runs the command line once for each list of words in a file, and puts there what came of it.
+_COMPOSE = """
+import contextlib, io, json, sys
+from hydra.core.global_hydra import GlobalHydra
+from fusion_bench.scripts.cli import main
+
+path, printed = sys.argv[1], []
+for words in json.load(open(path)):
+    sys.argv[1:] = [*words, "--cfg", "job"]
+    out, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    GlobalHydra.instance().clear()
+    printed.append([code, out.getvalue()])
+json.dump(printed, open(path, "w"))
+"""
 
 
 def fusion_bench(
@@ -60,6 +79,19 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """Run code as ``python -c`` does."""
     return _warm(["-c", *arguments], code, "", cwd or Path.cwd(), dict(env or os.environ), timeout)
+
+
+def compose(commands: Iterable[Sequence[str]], cwd: Path) -> list[tuple[int, str]]:
+    """Return the exit code and the output of ``--cfg job`` for each command's words.
+
+    One process does it for all, which takes a fifth of the time.
+    """
+    with tempfile.NamedTemporaryFile("w+") as file:
+        json.dump([list(words) for words in commands], file)
+        file.flush()
+        done = python(_COMPOSE, file.name, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return [(code, text) for code, text in json.loads(Path(file.name).read_text())]
 
 
 def _warm(

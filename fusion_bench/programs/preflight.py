@@ -340,9 +340,9 @@ def _check_memory(plan: Plan, program: "FabricModelFusionProgram", fabric: Fabri
         plan.problems.append(
             Problem(
                 ("modelpool", "models"),
-                f"a merged model takes {decimal(needed)} of memory, and "
-                f"{decimal(free)} are free. Give modelpool.policy.dtype=bfloat16, or taskpool=null "
-                "with a merged_model_save_path, to write it to the disk entry by entry.",
+                f"a merged model takes {decimal(needed)} of memory, and {decimal(free)} are free.",
+                "Give modelpool.policy.dtype=bfloat16, or '~taskpool' with a "
+                "merged_model_save_path, to write it to the disk entry by entry.",
             )
         )
     # Asking a GPU sets it up, after which processes cannot be forked.
@@ -353,9 +353,9 @@ def _check_memory(plan: Plan, program: "FabricModelFusionProgram", fabric: Fabri
         plan.problems.append(
             Problem(
                 ("fabric", "accelerator"),
-                f"a merged model takes {decimal(needed)} on {fabric.device}, "
-                f"where {decimal(free)} are free. Give modelpool.policy.dtype=bfloat16 or "
-                "fabric.accelerator=cpu.",
+                f"a merged model takes {decimal(needed)} on {fabric.device}, where "
+                f"{decimal(free)} are free.",
+                "Give modelpool.policy.dtype=bfloat16 or fabric.accelerator=cpu.",
             )
         )
 

@@ -4,14 +4,13 @@ The site's strict build finds broken links between pages, anchors, snippets and 
 what it lets pass.
 """
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from commandline import python
+from commandline import compose
 
 import fusion_bench.method
 from fusion_bench.instantiate import instantiate
@@ -51,44 +50,16 @@ def commands() -> list[str]:
     return sorted(found)
 
 
-#: Runs the command line once for each list of words, and prints what each printed and ended with.
-_COMPOSE = """
-import contextlib, io, json, sys
-from hydra.core.global_hydra import GlobalHydra
-from fusion_bench.scripts.cli import main
-
-path, printed = sys.argv[1], []
-for words in json.load(open(path)):
-    sys.argv[1:] = [*words, "--cfg", "job"]
-    out, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-    GlobalHydra.instance().clear()
-    printed.append([code, out.getvalue()])
-json.dump(printed, open(path, "w"))
-"""
-
-
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Return what the command line composes of all that is shown; nothing is loaded or written.
-
-    One process does it for all, which saves the half of the time.
-    """
+    """Return what the command line composes of all that is shown; nothing is loaded or written."""
     root = tmp_path_factory.mktemp("composed")
     words = {command: words_of(command) for command in commands()}
     for number, block in enumerate(blocks("yaml")):
         (root / f"shown{number}.yaml").write_text(block.values[0], encoding="utf-8")
         name = ["--config-path", str(root), "--config-name", f"shown{number}"]
         words[str(block.values[0])] = name
-    (root / "words.json").write_text(json.dumps(list(words.values())))
-    done = python(_COMPOSE, str(root / "words.json"), cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    printed = json.loads((root / "words.json").read_text())
-    return {key: tuple(each) for key, each in zip(words, printed, strict=True)}
+    return dict(zip(words, compose(words.values(), cwd=ROOT), strict=True))
 
 
 def words_of(command: str) -> list[str]:

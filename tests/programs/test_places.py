@@ -1,8 +1,10 @@
 """A problem names the key that is to be changed, wherever in a config a part stands."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import compose
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
@@ -120,6 +122,32 @@ def test_methods_of_a_study(program_config: Config) -> None:
         ScalingStudy(**study, methods=[wrong])
     with pytest.raises(FusionBenchError, match=r"^methods\[1\]\.base_method\.threshold: 200"):
         ScalingStudy(**study, methods=["simple_average", over("LiNeSAlgorithm", wrong)])
+
+
+#: What messages tell people to type, of each kind once.
+REMEDIES = [
+    "modelpool.policy.dtype=bfloat16 ~taskpool merged_model_save_path=m",
+    "modelpool.policy.on_dtype=cast modelpool.policy.on_missing=base",
+    "modelpool.policy.on_extra=drop modelpool.policy.on_vocabulary=common",
+    "modelpool.policy.on_config=warn modelpool.policy.on_tokenizer=warn",
+    "fabric.accelerator=auto fabric.devices=1",
+    "fabric.accelerator=cpu",
+    "method=ensemble/weighted_ensemble method.normalize=false method.of=outputs",
+    "method=lines/lines method@method.base_method=ties_merging",
+    "method=lines/lines method@method.base_method=linear/weighted_average "
+    "method.base_method.normalize=false",
+    "allow_test_split=true overwrite=true",
+    "taskpool.tasks.faces.class_names=[a,b]",
+    "taskpool.tasks.faces.class_names=null",
+    "--config-name search ~search.space.scaling_factor search.metric=accuracy",
+]
+
+
+def test_what_is_told_to_be_typed_is_taken(tmp_path: Path) -> None:
+    found = compose((words.split() for words in REMEDIES), cwd=tmp_path)
+    refused = {words: text for words, (code, text) in zip(REMEDIES, found, strict=True) if code}
+    assert not refused
+    assert "scaling_factor" not in found[-1][1].partition("search:")[2]
 
 
 def test_in_python_a_place_begins_at_the_object() -> None:
