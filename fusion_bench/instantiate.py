@@ -140,7 +140,16 @@ def _resolved(node: Any) -> Any:
     """Return a node as plain data; it is this that is checked, and made an object of."""
     if isinstance(node, Mapping) and not OmegaConf.is_config(node) and _interpolates(node):
         node = OmegaConf.create(dict(node), flags={"allow_objects": True})
-    return to_container(node) if OmegaConf.is_config(node) else node
+    return _plain(node)
+
+
+def _plain(node: Any) -> Any:
+    """Return a node in which no config is left, however deep; objects stay the same."""
+    if OmegaConf.is_config(node):
+        return to_container(node)
+    if isinstance(node, Mapping):
+        return {name: _plain(value) for name, value in node.items()}
+    return [_plain(item) for item in node] if isinstance(node, list) else node
 
 
 def _interpolates(node: Any) -> bool:

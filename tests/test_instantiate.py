@@ -30,6 +30,15 @@ def test_what_is_no_node_stays_as_it_is(thing: Any) -> None:
     assert instantiate(thing) == thing
 
 
+def test_configs_within_plain_nodes_become_plain() -> None:
+    weights = OmegaConf.create([1, 2.5])
+    node = {"_target_": "fusion_bench.method.WeightedAverageAlgorithm", "weights": weights}
+    assert type(instantiate(node).weights) is list
+    options = OmegaConf.create({"inner": {"_target_": AVERAGE, "inplace": True}})
+    made = instantiate({"deep": [options]})  # without a target nothing is called
+    assert made == {"deep": [{"inner": {"_target_": AVERAGE, "inplace": True}}]}
+
+
 def test_an_unknown_key_names_the_nearest() -> None:
     text = message({"_target_": AVERAGE, "inplce": True}, "method")
     assert text.startswith("inplce: ") and "Did you mean 'inplace'?" in text
