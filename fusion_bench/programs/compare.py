@@ -88,8 +88,8 @@ class CompareProgram:
             raise FusionBenchError(
                 "reports: these runs are not comparable:\n  "
                 + "\n  ".join(found)
-                + "\nEvaluate them alike, or give strict=false to lay them side by side all the "
-                "same."
+                + "\nEvaluate them in the same way, or give strict=false to lay them side by side "
+                "all the same."
             )
         for obstacle in found:
             log.warning("Not comparable: %s.", obstacle)

@@ -172,7 +172,7 @@ class FabricModelFusionProgram:
         with plan.collect("taskpool"):
             self.taskpool = self._pool(taskpool, "taskpool")
             if search is not None and taskpool is None:
-                raise ConfigError("search: needs a task pool that evaluates the settings.")
+                raise ConfigError("search: needs a task pool to evaluate the settings on.")
             if output_dir is None and getattr(self.taskpool, "save_predictions", False):
                 raise ConfigError("taskpool.save_predictions: needs an output_dir.")
         self.output_paths = OutputPaths(self.config, self.output_dir, overwrite)

@@ -91,7 +91,7 @@ def check_loading(given: Mapping[str, Any]) -> None:
 
     Raises:
         FusionBenchError: an unknown argument, an impossible number, or ``drop_last``, which would
-            leave samples unevaluated.
+            leave samples out.
     """
     for name in given:
         if name not in (*_USED, *_IGNORED):
@@ -102,7 +102,7 @@ def check_loading(given: Mapping[str, Any]) -> None:
             )
     if given.get("drop_last"):
         raise FusionBenchError(
-            "would leave samples unevaluated. Remove it.", place=("dataloader_kwargs", "drop_last")
+            "would leave samples out. Remove it.", place=("dataloader_kwargs", "drop_last")
         )
     for name, least in {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1}.items():
         value = given.get(name, least)

@@ -325,7 +325,7 @@ def test_mistakes_give_one_clear_message_and_load_nothing(
     assert message(space={}, trials=3).startswith("search.trials: GridSearch takes no such key.")
     assert message(space={}) == "search.space: is empty. Name an option of the method to try."
     assert (
-        refused(config, taskpool=None) == "search: needs a task pool that evaluates the settings."
+        refused(config, taskpool=None) == "search: needs a task pool to evaluate the settings on."
     )
     assert refused(
         config, modelpool={k: v for k, v in config["modelpool"].items() if "val" not in k}

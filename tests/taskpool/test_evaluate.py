@@ -133,7 +133,7 @@ def test_a_batch_size_is_a_positive_number(size: Any) -> None:
 
 
 def test_no_sample_may_be_dropped() -> None:
-    with pytest.raises(FusionBenchError, match="would leave samples unevaluated"):
+    with pytest.raises(FusionBenchError, match="would leave samples out"):
         Loading.for_device({"drop_last": True}, CPU)
 
 
