@@ -160,16 +160,18 @@ class Problems(list[Problem]):
 def within(*place: str | int, keyed_only: bool = False, whole: bool = False) -> Iterator[None]:
     """Put ``place`` before that of each problem that is raised in the context.
 
-    With ``keyed_only`` those that name no place stay without: a file that is damaged, for one.
+    With ``keyed_only`` those that name no place stay as they are: a file that is damaged, for one.
+    With ``whole`` nobody further out puts anything before it.
     """
     try:
         yield
     except FusionBenchError as error:
-        inside = (
-            problem if keyed_only and not problem.place else problem.inside(*place)
+        error.problems = tuple(
+            problem
+            if keyed_only and not problem.place
+            else replace(problem.inside(*place), whole=whole or problem.whole)
             for problem in error.problems
         )
-        error.problems = tuple(replace(p, whole=whole or p.whole) for p in inside)
         raise
 
 

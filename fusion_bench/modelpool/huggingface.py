@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -868,7 +868,7 @@ def _refuse_scales(name: str, source: str, weights: Weights) -> None:
 
 
 def _policy(section: Mapping[str, Any]) -> MergePolicy:
-    known = [field.name for field in fields(MergePolicy)]
+    known = MergePolicy.options()
     for name in section:
         if name not in known:
             hint = did_you_mean(name, known)

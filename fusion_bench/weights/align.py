@@ -1,14 +1,14 @@
 """Which entries of which models are merged together, settled before any work."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fusion_bench.problems import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, Place, did_you_mean, key_of
 from fusion_bench.weights.computed import is_computed
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
@@ -41,6 +41,7 @@ class MergePolicy:
         dtype: the merged floating-point entries' type, ``bfloat16`` for one; by default the
             reference's, entry by entry.
         device: where the mathematics happens.
+        place: where the policy itself stands in the config, which is no option of it.
 
     Raises:
         FusionBenchError: a value that is not among the choices.
@@ -55,14 +56,15 @@ class MergePolicy:
     on_nonfinite: Literal["error", "warn"] = "error"
     dtype: str | None = None
     device: str = "cpu"
+    place: Place = field(default=("policy",), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, choices = getattr(self, field.name), get_args(hints[field.name])
-            if field.name.startswith("on_") and value not in choices:
+        for option in self.options():
+            value, choices = getattr(self, option), get_args(hints[option])
+            if option.startswith("on_") and value not in choices:
                 hint = did_you_mean(str(value), choices)
-                raise FusionBenchError(f"'{value}' is unknown.", hint, place=(field.name,))
+                raise FusionBenchError(f"'{value}' is unknown.", hint, place=(option,))
         _refuse_device(self.device)
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", _short(self.dtype))
@@ -80,6 +82,15 @@ class MergePolicy:
     def torch_dtype(self) -> torch.dtype | None:
         """The merged entries' type as torch knows it."""
         return None if self.dtype is None else getattr(torch, self.dtype)
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Return the names of what may be chosen."""
+        return [own.name for own in fields(cls) if own.compare]
+
+    def typed(self, option: str, value: str) -> str:
+        """Return what is typed to choose a value."""
+        return f"{key_of((*self.place, option))}={value}"
 
 
 def _refuse_device(name: str) -> None:
@@ -179,11 +190,13 @@ class _Comparison:
         missing = self._without_computed(model, missing, self.reference)
         extra = self._without_computed(model, extra, weights)
         if missing and self.policy.on_missing == "error":
-            self._problem("on_missing=base", *(f"{model}: lacks '{key}'" for key in missing))
+            self._problem(("on_missing", "base"), *(f"{model}: lacks '{key}'" for key in missing))
         elif self.policy.on_missing == "skip":
             self.skipped.update(missing)
         if extra and self.policy.on_extra == "error":
-            self._problem("on_extra=drop", *(f"{model}: has an extra '{key}'" for key in extra))
+            self._problem(
+                ("on_extra", "drop"), *(f"{model}: has an extra '{key}'" for key in extra)
+            )
         for key in self.reference:
             if key in weights:
                 self._compare(model, key, weights.spec(key))
@@ -207,7 +220,7 @@ class _Comparison:
             if not self._is_vocabulary(spec, expected):
                 self._problem(None, line)
             elif self.policy.on_vocabulary == "error":
-                self._problem("on_vocabulary=common", f"{line}: another vocabulary")
+                self._problem(("on_vocabulary", "common"), f"{line}: another vocabulary")
             else:
                 known = self.common_rows.get(key, expected.shape[0])
                 self.common_rows[key] = min(known, spec.shape[0])
@@ -217,7 +230,7 @@ class _Comparison:
             if not {spec.dtype, expected.dtype} <= _PLAIN:
                 self._problem(None, line)
             elif self.policy.on_dtype == "error":
-                self._problem("on_dtype=cast", line)
+                self._problem(("on_dtype", "cast"), line)
             else:
                 types = (model, _short(spec.dtype), _short(expected.dtype))
                 self.cast[types] = self.cast.get(types, 0) + 1
@@ -230,7 +243,7 @@ class _Comparison:
             yield (
                 f"{model}: {entries} {own}, and {expected} in {self.name}; they are merged in "
                 f"{wide} and written in {self.policy.dtype or expected}. "
-                "modelpool.policy.on_dtype=error refuses that."
+                f"{self.policy.typed('on_dtype', 'error')} refuses that."
             )
         for model, keys in self.computed.items():
             if keys:
@@ -245,10 +258,10 @@ class _Comparison:
         alike = len(spec.shape) == len(expected.shape) and spec.shape[1:] == expected.shape[1:]
         return alike and expected.shape[:1] == (self.vocabulary,)
 
-    def _problem(self, fix: str | None, *lines: str) -> None:
+    def _problem(self, fix: tuple[str, str] | None, *lines: str) -> None:
         self.problems += lines
         if fix is not None:
-            self.fixes[f"modelpool.policy.{fix}"] = None
+            self.fixes[self.policy.typed(*fix)] = None
 
     def raise_problems(self) -> None:
         if not self.problems:

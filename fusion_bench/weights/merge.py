@@ -140,7 +140,7 @@ class MergedWeights(Weights):
             return
         raise FusionBenchError(
             f"{message}\nUse sound checkpoints, a wider policy.dtype where the result alone is "
-            "named, or give modelpool.policy.on_nonfinite=warn."
+            f"named, or give {self._inputs.policy.typed('on_nonfinite', 'warn')}."
         )
 
     def _merged(self, key: str, start: int, stop: int) -> Tensor:

@@ -50,7 +50,7 @@ def test_another_vocabulary_is_named_with_both_shapes_and_the_mend(family: Path)
     for table in TABLES:
         fact = f"wide: '{table}' is [{LARGER}, 12], in a [{VOCABULARY}, 12]: another vocabulary"
         assert fact in message
-    assert "modelpool.policy.on_vocabulary=common" in message
+    assert "policy.on_vocabulary=common" in message
     assert "mlp" not in message
 
 

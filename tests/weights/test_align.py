@@ -44,9 +44,7 @@ def test_every_difference_is_listed_by_name_in_one_error() -> None:
         "y: has an extra 'e'",
     ):
         assert line in message
-    assert (
-        "on_dtype=cast modelpool.policy.on_missing=base modelpool.policy.on_extra=drop" in message
-    )
+    assert "on_dtype=cast policy.on_missing=base policy.on_extra=drop" in message
 
 
 def test_the_first_model_is_named_where_there_is_no_base() -> None:
@@ -54,7 +52,7 @@ def test_the_first_model_is_named_where_there_is_no_base() -> None:
 
 
 def test_what_the_policy_cannot_mend_is_not_promised() -> None:
-    assert "modelpool.policy" not in refusal({"x": weights(a=1.0), "y": weights(a=1)})
+    assert "policy" not in refusal({"x": weights(a=1.0), "y": weights(a=1)})
 
 
 @pytest.mark.parametrize(("on_missing", "expected"), [("base", 3.0), ("skip", 1.0)])
@@ -121,7 +119,7 @@ def test_what_is_cast_is_said_and_how_to_refuse_it() -> None:
     models = {"x": weights(a=half, b=half), "y": weights(a=torch.ones(2), b=half)}
     base = weights(a=torch.ones(2), b=torch.ones(2))
     cast = "they are merged in float32 and written in float32. "
-    cast += "modelpool.policy.on_dtype=error refuses that."
+    cast += "policy.on_dtype=error refuses that."
     assert align(models, base).notes == (
         f"x: 2 entries are bfloat16, and float32 in _pretrained_; {cast}",
         f"y: 1 entry is bfloat16, and float32 in _pretrained_; {cast}",
@@ -194,7 +192,7 @@ def test_another_vocabulary_is_an_error_unless_the_policy_allows_it() -> None:
     base, model = models_of(7, 5)
     message = refusal({"x": model}, base, vocabulary=7)
     assert "x: 'embed' is [5, 3], in _pretrained_ [7, 3]: another vocabulary" in message
-    assert "modelpool.policy.on_vocabulary=common" in message
+    assert "policy.on_vocabulary=common" in message
 
 
 @pytest.mark.parametrize("vocabulary", [None, 5, 3])

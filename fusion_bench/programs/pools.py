@@ -1,0 +1,256 @@
+"""A model pool as programs see it: what any may be asked, and where in the config it stands."""
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from fusion_bench.plan import Plan
+from fusion_bench.problems import FusionBenchError, within
+from fusion_bench.weights import MergePolicy, TensorWeights, Weights
+
+#: Where every program's config has its pool.
+_SECTION = "modelpool"
+#: A name to a dataset's node.
+Nodes = Mapping[str, Any]
+
+
+@runtime_checkable
+class ModelPool(Protocol):
+    """What programs ask of a model pool; places in what it raises are relative to the pool."""
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """The models to fuse; special names such as ``_pretrained_`` are not among them."""
+
+    @property
+    def has_pretrained(self) -> bool:
+        """Whether there is a ``_pretrained_`` model."""
+
+    @property
+    def policy(self) -> MergePolicy:
+        """What to do where the models differ."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the reference has; None where it has none, or that is not known."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What differs in models that were compared and are merged all the same."""
+
+    @property
+    def train_datasets(self) -> Nodes:
+        """What methods learn from."""
+
+    @property
+    def val_datasets(self) -> Nodes:
+        """What methods are tuned on."""
+
+    @property
+    def test_datasets(self) -> Nodes:
+        """What methods adapt to, without labels."""
+
+    def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
+        """Return what the pool will do and what stands in its way; no weight is read."""
+
+    def compare(self, names: Collection[str] | None = None) -> list[str]:
+        """Return in sentences what differs in some models, by default in all."""
+
+    def weights(self, name: str) -> Weights:
+        """Return a model's weights, which the caller must not write to."""
+
+    def architecture(self, name: str | None = None) -> str | None:
+        """Return a hash of what a model computes, weights aside; None where that is not known."""
+
+    def load_model(self, name: str) -> nn.Module:
+        """Load a model afresh, in eval mode, on the CPU."""
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a module with these weights."""
+
+    def open_saved(self, path: Path) -> Weights:
+        """Return the weights that ``save_model`` wrote."""
+
+    def save_model(
+        self,
+        model: nn.Module | Weights,
+        path: str | Path,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a model as a directory, with the run's config in its recipe."""
+
+
+def placed(pool: object) -> "PlacedModelPool":
+    """Return a pool whose problems have their whole key; it may be any object of a user's."""
+    return PlacedModelPool(pool if isinstance(pool, ModelPool) else _PlainPool(pool))
+
+
+class PlacedModelPool:
+    """A pool that stands under ``modelpool`` in a config.
+
+    What its calls raise has that put before its place, once and for all: a method may call them.
+    The places in a plan stay relative, for whoever takes it up. A problem that names no key, such
+    as a damaged file, stays without.
+    """
+
+    def __init__(self, pool: ModelPool):
+        self._pool = pool
+
+    @property
+    def model_names(self) -> list[str]:
+        """As in ``ModelPool``."""
+        return list(self._pool.model_names)
+
+    @property
+    def has_pretrained(self) -> bool:
+        """As in ``ModelPool``."""
+        return self._pool.has_pretrained
+
+    @property
+    def policy(self) -> MergePolicy:
+        """The pool's, which knows its whole key."""
+        return replace(self._pool.policy, place=(_SECTION, "policy"))
+
+    @property
+    def vocabulary(self) -> int | None:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.vocabulary
+
+    @property
+    def notes(self) -> list[str]:
+        """As in ``ModelPool``."""
+        return list(self._pool.notes)
+
+    @property
+    def train_datasets(self) -> Nodes:
+        """As in ``ModelPool``."""
+        return self._pool.train_datasets
+
+    @property
+    def val_datasets(self) -> Nodes:
+        """As in ``ModelPool``."""
+        return self._pool.val_datasets
+
+    @property
+    def test_datasets(self) -> Nodes:
+        """As in ``ModelPool``."""
+        return self._pool.test_datasets
+
+    def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.plan(scratch, built=built)
+
+    def compare(self, names: Collection[str] | None = None) -> list[str]:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.compare(names)
+
+    def weights(self, name: str) -> Weights:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.weights(name)
+
+    def architecture(self, name: str | None = None) -> str | None:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.architecture(name)
+
+    def load_model(self, name: str) -> nn.Module:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.load_model(name)
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.build_model(weights)
+
+    def open_saved(self, path: Path) -> Weights:
+        """As in ``ModelPool``."""
+        with _here():
+            return self._pool.open_saved(path)
+
+    def save_model(
+        self,
+        model: nn.Module | Weights,
+        path: str | Path,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """As in ``ModelPool``."""
+        with _here():
+            self._pool.save_model(model, path, config)
+
+
+def _here() -> AbstractContextManager[None]:
+    return within(_SECTION, keyed_only=True, whole=True)
+
+
+class _PlainPool:
+    """A user's own object as a pool: of what it lacks, it has none, or says so when asked."""
+
+    def __init__(self, pool: object):
+        self._pool = pool
+        self.model_names: Sequence[str] = getattr(pool, "model_names", ())
+        self.has_pretrained = bool(getattr(pool, "has_pretrained", False))
+        self.policy: MergePolicy = getattr(pool, "policy", MergePolicy())
+        self.vocabulary: int | None = getattr(pool, "vocabulary", None)
+        self.train_datasets: Nodes = getattr(pool, "train_datasets", {})
+        self.val_datasets: Nodes = getattr(pool, "val_datasets", {})
+        self.test_datasets: Nodes = getattr(pool, "test_datasets", {})
+
+    @property
+    def notes(self) -> list[str]:
+        return list(getattr(self._pool, "notes", ()))
+
+    def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
+        plan: Plan = self._call("plan", scratch, built=built) if self._has("plan") else Plan()
+        return plan
+
+    def compare(self, names: Collection[str] | None = None) -> list[str]:
+        return list(self._call("compare", names)) if self._has("compare") else []
+
+    def weights(self, name: str) -> Weights:
+        if not self._has("weights"):
+            return TensorWeights(self.load_model(name).state_dict())
+        weights: Weights = self._call("weights", name)
+        return weights
+
+    def architecture(self, name: str | None = None) -> str | None:
+        known = self._call("architecture", name) if self._has("architecture") else None
+        return None if known is None else str(known)
+
+    def load_model(self, name: str) -> nn.Module:
+        model: nn.Module = self._call("load_model", name)
+        return model
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        model: nn.Module = self._call("build_model", weights)
+        return model
+
+    def open_saved(self, path: Path) -> Weights:
+        weights: Weights = self._call("open_saved", path)
+        return weights
+
+    def save_model(
+        self,
+        model: nn.Module | Weights,
+        path: str | Path,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._call("save_model", model, path, config)
+
+    def _has(self, name: str) -> bool:
+        return hasattr(self._pool, name)
+
+    def _call(self, name: str, *args: object, **options: object) -> Any:
+        if not self._has(name):
+            raise FusionBenchError(
+                f"a {type(self._pool).__name__} has no '{name}', which is needed."
+            )
+        return getattr(self._pool, name)(*args, **options)
