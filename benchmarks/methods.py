@@ -150,7 +150,7 @@ def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[st
     table, rounds = known(arguments.json, COSTS), arguments.rounds
     for name in names:
         method = method_of(name)
-        if name in table or getattr(method, "needs_data", False) or "ensemble/" in name:
+        if name in table or method.needs.split or "ensemble/" in name:
             continue
         once = alone(name, root)
         if once is None:

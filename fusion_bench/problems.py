@@ -6,7 +6,7 @@ keys, and one run can tell every problem.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -235,6 +235,20 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     if value not in known:
         hint = did_you_mean(str(value), known)
         raise ConfigError(f"'{value}' is unknown.", hint, place=(name,))
+
+
+def check_one_each(name: str, values: Collection[object], models: Collection[str]) -> None:
+    """Refuse another number of an option's values than there are models.
+
+    Raises:
+        FusionBenchError: there is another number.
+    """
+    if len(values) != len(models):
+        few = "1 value" if len(values) == 1 else f"{len(values)} values"
+        many = "1 model" if len(models) == 1 else f"{len(models)} models"
+        raise FusionBenchError(
+            f"{few} for {many} ({', '.join(models)}).", "Give one for each.", place=(name,)
+        )
 
 
 def check_between(name: str, value: float, least: float, most: float) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import TensorwiseAlgorithm
+from fusion_bench.method.data import LearningAlgorithm
+from fusion_bench.method.ensemble import EnsembleAlgorithm
 from fusion_bench.modelpool import CausalLMPool, HFModelPool
 from fusion_bench.weights import (
     MergePolicy,
@@ -125,12 +127,11 @@ def kind(name: str) -> str | None:
         own = method_class(name)
     except ImportError:  # a test says so; the others can still be run
         return None
-    if getattr(own, "needs_data", False):
+    if issubclass(own, LearningAlgorithm):
         return "data"
     if issubclass(own, TensorwiseAlgorithm):
         return "weights"
-    made = inspect.signature(own.run).return_annotation
-    return "module" if isinstance(made, type) and issubclass(made, nn.Module) else None
+    return "module" if issubclass(own, EnsembleAlgorithm) else None
 
 
 def takes(name: str, option: str) -> bool:

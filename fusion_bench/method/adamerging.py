@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.method.base import aligned, refuse_without_pretrained
+from fusion_bench.method.base import aligned
+from fusion_bench.method.contract import Data, ModelPool, Split
 from fusion_bench.method.data import (
-    Data,
-    Split,
-    TrainablePool,
+    LearningAlgorithm,
     merged,
     own_data,
     parameter_keys,
-    the_same_everywhere,
 )
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.problems import ConfigError, FusionBenchError, check_between, check_choice
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 Granularity = Literal["layer", "task"]
 
 
-class AdaMergingAlgorithm:
+class AdaMergingAlgorithm(LearningAlgorithm):
     """Task arithmetic whose coefficients are learned without labels.
 
     Args:
@@ -57,10 +55,8 @@ class AdaMergingAlgorithm:
         seed: draws with another seed are others.
     """
 
-    needs_data = True
     needs_own_data = True
     needs_pretrained = True
-    uses_labels = False
 
     def __init__(
         self,
@@ -96,20 +92,18 @@ class AdaMergingAlgorithm:
         self.split = split
         self.seed = seed or 0
 
-    @the_same_everywhere
-    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+    def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
         """Learn the coefficients and merge; what is no parameter stays the pretrained model's.
 
         Raises:
             FusionBenchError: no pretrained model, models that differ in keys, shapes or dtypes, a
                 model without data, or a file of coefficients that does not fit.
         """
-        refuse_without_pretrained(self, modelpool)
-        names = list(modelpool.model_names)
+        names = list(pool.model_names)
         own = own_data(names, data)
-        base, models = modelpool.weights("_pretrained_"), self._models(modelpool)
-        inputs = aligned(modelpool, models=models)
-        module = fabric.to_device(modelpool.build_model(base)).requires_grad_(True)
+        base, models = pool.weights("_pretrained_"), self._models(pool)
+        inputs = aligned(pool, models=models)
+        module = fabric.to_device(pool.build_model(base)).requires_grad_(True)
         keys = parameter_keys(module, base)
         mixture = Mixture(module, keys, base, inputs.models)
         coefficients = nn.Parameter(self._initial(names, keys).to(fabric.device))
@@ -126,9 +120,9 @@ class AdaMergingAlgorithm:
                 total.add_(vector, alpha=weight)
             return total
 
-        return merged(modelpool, models, merge_tensor)
+        return merged(pool, models, merge_tensor)
 
-    def _models(self, pool: TrainablePool) -> Mapping[str, Weights]:
+    def _models(self, pool: ModelPool) -> Mapping[str, Weights]:
         if self.plusplus:
             return TiesMergingAlgorithm(1.0, self.threshold).agreeing(pool)
         return {name: pool.weights(name) for name in pool.model_names}

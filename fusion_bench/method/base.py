@@ -1,13 +1,21 @@
-"""What a fusion method is: the smallest file that can say its mathematics."""
+"""What tensorwise fusion methods are made of: the smallest file that can say its mathematics."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.method.contract import (
+    Comparing,
+    Data,
+    FusionMethod,
+    ModelPool,
+    Needs,
+)
+from fusion_bench.method.plain import refuse_without_pretrained
 from fusion_bench.weights import (
     Aligned,
     Inputs,
@@ -27,50 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What a method makes of a pool: one set of weights, or several by name.
-Fused = Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]
-
-
-class ModelPool(Protocol):
-    """What a method sees of a model pool: names, and the weights behind them."""
-
-    @property
-    def model_names(self) -> Sequence[str]:
-        """The models to fuse; special names such as ``_pretrained_`` are not among them."""
-
-    @property
-    def has_pretrained(self) -> bool:
-        """Whether there is a ``_pretrained_`` model."""
-
-    @property
-    def policy(self) -> MergePolicy:
-        """What to do where the models differ."""
-
-    @property
-    def vocabulary(self) -> int | None:
-        """How many tokens the pretrained model, or without one the first, has; if it has any."""
-
-    def weights(self, name: str) -> Weights:
-        """Return a model's weights, which the caller must not write to."""
-
-
-@runtime_checkable
-class Comparing(Protocol):
-    """A pool that knows what besides weights its models compute with.
-
-    Attributes:
-        notes: what it has found to differ, so far.
-    """
-
-    notes: list[str]
-
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
-        """Return in sentences what differs in some models, by default in all.
-
-        Raises:
-            FusionBenchError: what the policy does not allow.
-        """
-
 
 class ModuleDict:
     """A plain dict of modules, ``{"_pretrained_": m0, "a": m1}``, seen as a model pool."""
@@ -86,6 +50,17 @@ class ModuleDict:
     def weights(self, name: str) -> Weights:
         """Return a view of the module's state dict."""
         return TensorWeights(self._modules[name].state_dict())
+
+    def load_model(self, name: str) -> nn.Module:
+        """Return the module itself."""
+        return self._modules[name]
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a copy of the pretrained module, or else of the first, with these weights."""
+        name = "_pretrained_" if self.has_pretrained else self.model_names[0]
+        module = deepcopy(self._modules[name])
+        module.load_state_dict(dict(weights))
+        return module.eval()
 
 
 class TensorwiseAlgorithm:
@@ -105,6 +80,11 @@ class TensorwiseAlgorithm:
     shows_nonfinite = False
     show_pbar = True
     inplace = False
+
+    @property
+    def needs(self) -> Needs:
+        """What the method asks for."""
+        return Needs(base=self.needs_pretrained)
 
     def check(self, inputs: Inputs) -> None:
         """Refuse models that the method cannot merge."""
@@ -132,47 +112,60 @@ class TensorwiseAlgorithm:
         """
         raise NotImplementedError(f"{type(self).__name__} has neither merge_tensor nor merger.")
 
-    def run(
-        self, modelpool: ModelPool | Mapping[str, nn.Module], fabric: "Fabric | None" = None
-    ) -> Fused:
-        """Merge the pool's models.
-
-        Args:
-            modelpool: the models.
-            fabric: whose device ``heavy`` methods use, if the pool's policy names no other.
-
-        Returns:
-            For a pool, weights whose entries are computed when they are read. For a dict of
-            modules a state dict. The modules stay as they are, unless ``inplace`` is set: then the
-            merged values are written to the pretrained model's tensors, or without one to the
-            first model's. A method that makes several models returns either by name.
+    def check_pool(self, pool: ModelPool) -> None:
+        """Refuse models that cannot be merged; of no weight more than its shape is read.
 
         Raises:
             FusionBenchError: an empty pool, a missing pretrained model, weights that differ in
                 keys, shapes or dtypes.
         """
-        pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
+        self.inputs(pool)
+
+    def fuse(
+        self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
+    ) -> Weights | Mapping[str, Weights]:
+        """Return the merged weights, whose entries are computed when they are read.
+
+        Args:
+            pool: the models.
+            fabric: whose device ``heavy`` methods use, if the pool's policy names no other.
+            data: is not looked at.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
         inputs = self.inputs(pool, fabric)
         merger = self.merger(inputs)
         if isinstance(merger, Mapping):
-            family = {name: MergedWeights(inputs, own) for name, own in merger.items()}
-            if not isinstance(modelpool, Mapping):
-                return family
-            return {name: in_memory(weights) for name, weights in family.items()}
-        lazy = MergedWeights(inputs, merger)
-        if not isinstance(modelpool, Mapping):
-            return lazy
-        merged = in_memory(lazy)
-        if self.inplace:
-            target = inputs.aligned.reference
-            merged = {key: target[key].copy_(tensor) for key, tensor in merged.items()}
-        return merged
+            return {name: MergedWeights(inputs, own) for name, own in merger.items()}
+        return MergedWeights(inputs, merger)
+
+    def run(
+        self,
+        modelpool: ModelPool | Mapping[str, nn.Module],
+        fabric: "Fabric | None" = None,
+        data: Data | None = None,
+    ) -> Any:
+        """Merge a pool's models, or a dict's.
+
+        Returns:
+            For a pool what ``fuse`` does. For a dict of modules a state dict, or several by name.
+            The modules stay as they are, unless ``inplace`` is set: then the merged values are
+            written to the pretrained model's tensors, or without one to the first model's.
+        """
+        fused = run(self, modelpool, fabric, data)
+        if self.inplace and isinstance(modelpool, Mapping) and _is_state_dict(fused):
+            pool = ModuleDict(modelpool)
+            name = "_pretrained_" if pool.has_pretrained else pool.model_names[0]
+            target = pool.weights(name)
+            return {key: target[key].copy_(tensor) for key, tensor in fused.items()}
+        return fused
 
     def inputs(self, pool: ModelPool, fabric: "Fabric | None" = None) -> Inputs:
         """Return the pool's models, aligned and checked; of no weight more than its shape is read.
 
         Raises:
-            FusionBenchError: as ``run``.
+            FusionBenchError: as ``check_pool``.
         """
         refuse_without_pretrained(self, pool)
         policy = pool.policy
@@ -187,6 +180,29 @@ class TensorwiseAlgorithm:
         )
         self.check(inputs)
         return inputs
+
+
+def run(
+    method: FusionMethod,
+    modelpool: ModelPool | Mapping[str, nn.Module],
+    fabric: "Fabric | None" = None,
+    data: Data | None = None,
+) -> Any:
+    """Fuse a pool's models; of a dict of modules merged weights become plain state dicts."""
+    if not isinstance(modelpool, Mapping):
+        return method.fuse(modelpool, fabric, data)
+    fused = method.fuse(ModuleDict(modelpool), fabric, data)
+    if isinstance(fused, Weights):
+        return in_memory(fused)
+    if isinstance(fused, nn.Module):
+        return fused
+    return {
+        name: in_memory(part) if isinstance(part, Weights) else part for name, part in fused.items()
+    }
+
+
+def _is_state_dict(fused: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in fused.values())
 
 
 def aligned(
@@ -218,16 +234,3 @@ def refuse_disagreeing(pool: ModelPool) -> None:
         for note in pool.compare():
             if note not in told:
                 log.warning("%s", note)
-
-
-def refuse_without_pretrained(method: object, pool: ModelPool) -> None:
-    """Refuse a pool without the pretrained model where the method needs it.
-
-    Raises:
-        FusionBenchError: there is none.
-    """
-    if getattr(method, "needs_pretrained", False) and not pool.has_pretrained:
-        raise FusionBenchError(
-            f"{type(method).__name__} needs the pretrained model: "
-            "add '_pretrained_' to modelpool.models."
-        )

@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.method.base import ModelPool, refuse_disagreeing
+from fusion_bench.method.base import aligned, refuse_disagreeing, run
+from fusion_bench.method.contract import Data, ModelPool, Needs, Split
+from fusion_bench.method.plain import refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_between
 from fusion_bench.tasks import canonical_name
 from fusion_bench.threads import fixed_threads
@@ -19,46 +20,6 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 T = TypeVar("T")
-M = TypeVar("M")
-P = ParamSpec("P")
-
-#: The part of the datasets that a method learns from. The test split is that of the task pool.
-Split = Literal["train", "validation", "test"]
-
-
-class TrainablePool(ModelPool, Protocol):
-    """A model pool that makes modules, which a method may run and change."""
-
-    def load_model(self, name: str) -> nn.Module:
-        """Load a model afresh, in eval mode, on the CPU."""
-
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return a module with these weights."""
-
-
-class TaskData(Protocol):
-    """A task's images for a method to learn from; all on Fabric's device."""
-
-    @property
-    def classify(self) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
-        """Gives the function from images to logits that a model makes for the task."""
-
-    def __len__(self) -> int: ...
-
-    def sample(self, count: int | None, seed: int = 0) -> Any:
-        """Draw so many samples, none twice; all where there are no more, or for ``None``."""
-
-    def batches(self, samples: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images and labels."""
-
-    def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches for ever, in a new order each time round."""
-
-    def evaluate(self, model: nn.Module) -> Any:
-        """Return the model's answers on all images: ``num_correct`` of ``num_samples``."""
-
-
-Data = Mapping[str, TaskData]
 
 
 def check_sampling(name: str, count: int | None, batch_size: int) -> None:
@@ -72,21 +33,72 @@ def check_sampling(name: str, count: int | None, batch_size: int) -> None:
     check_between("batch_size", batch_size, 1, math.inf)
 
 
-def the_same_everywhere(
-    run: Callable[Concatenate[M, TrainablePool, "Fabric", P], Weights],
-) -> Callable[Concatenate[M, TrainablePool, "Fabric", P], Weights]:
-    """Let a method's ``run`` learn the same on a processor of any number of cores."""
+class LearningAlgorithm:
+    """A method that learns from the datasets' images before it merges.
 
-    @wraps(run)
-    def fixed(
-        method: M, modelpool: TrainablePool, fabric: "Fabric", *args: P.args, **kwargs: P.kwargs
+    Subclasses implement ``learn`` and have a ``split``; their classes say whether they need the
+    pretrained model, a dataset for each model, and labels.
+    """
+
+    needs_pretrained = False
+    needs_own_data = False
+    uses_labels = False
+    split: Split
+
+    @property
+    def needs(self) -> Needs:
+        """What the method asks for."""
+        return Needs(
+            base=self.needs_pretrained,
+            split=self.split,
+            own_data=self.needs_own_data,
+            labels=self.uses_labels,
+        )
+
+    def check_pool(self, pool: ModelPool) -> None:
+        """Refuse models that cannot be merged.
+
+        Raises:
+            FusionBenchError: a missing pretrained model, or weights that differ in keys, shapes or
+                dtypes.
+        """
+        refuse_without_pretrained(self, pool)
+        aligned(pool)
+
+    def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
+        """Learn from ``data`` and return what merges the models by it.
+
+        Raises:
+            FusionBenchError: a model without data, or as the method says.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no learn.")
+
+    def fuse(
+        self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> Weights:
-        first = [modelpool.weights(name) for name in modelpool.model_names[:1]]
+        """Learn, the same on a processor of any number of cores, and return the merged weights.
+
+        Raises:
+            FusionBenchError: no data, or as ``check_pool`` and ``learn``.
+        """
+        refuse_without_pretrained(self, pool)
+        if fabric is None or data is None:
+            raise FusionBenchError(
+                f"{type(self).__name__} learns from data.", "Give run() a fabric and data."
+            )
+        first = [pool.weights(name) for name in pool.model_names[:1]]
         elements = sum(weights.spec(key).numel for weights in first for key in weights)
         with fixed_threads(elements, fabric.device):
-            return run(method, modelpool, fabric, *args, **kwargs)
+            return self.learn(pool, fabric, data)
 
-    return fixed
+    def run(
+        self,
+        modelpool: ModelPool | Mapping[str, nn.Module],
+        fabric: "Fabric | None" = None,
+        data: Data | None = None,
+    ) -> Any:
+        """Learn and merge a pool's models, or those of a dict, which become a state dict."""
+        return run(self, modelpool, fabric, data)
 
 
 def own_data(names: Sequence[str], data: Mapping[str, T]) -> dict[str, T]:

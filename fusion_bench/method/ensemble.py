@@ -10,17 +10,16 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.method.data import TrainablePool
-from fusion_bench.problems import FusionBenchError, check_choice
+from fusion_bench.method.base import ModuleDict
+from fusion_bench.method.contract import Data, ModelPool, Needs
+from fusion_bench.problems import FusionBenchError, check_choice, check_one_each
 from fusion_bench.storage import read_json, whole_directory, write_text
-from fusion_bench.weights import is_special
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 #: What is put together: whatever the models return, or what their classifiers make of it.
 Of = Literal["outputs", "logits", "probabilities", "log_probabilities"]
-Models = TrainablePool | Mapping[str, nn.Module]
 #: The file that says how a saved ensemble's members belong together.
 _FILE = "ensemble.json"
 
@@ -139,7 +138,62 @@ def ensemble_of(
     return Ensemble(models, weights) if of == "outputs" else LogitEnsemble(models, weights, of)
 
 
-class SimpleEnsembleAlgorithm:
+class EnsembleAlgorithm:
+    """A method that keeps the models and puts together what they answer.
+
+    Subclasses say in ``shares`` what each model's answer counts; by default none is weighed, and
+    the largest is taken.
+    """
+
+    needs = Needs(weights=False)
+
+    def __init__(self, of: Of = "outputs"):
+        check_choice("of", of, Of)
+        self.of = of
+
+    def shares(self, names: Sequence[str]) -> list[float] | None:
+        """Return each model's weight.
+
+        Raises:
+            FusionBenchError: weights that do not serve.
+        """
+        return None
+
+    def check_pool(self, pool: ModelPool) -> None:
+        """Refuse no models, and another number of weights than models.
+
+        Raises:
+            FusionBenchError: one of these.
+        """
+        if not pool.model_names:
+            raise FusionBenchError("There is nothing to fuse: the pool names no model.")
+        self.shares(pool.model_names)
+
+    def fuse(
+        self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
+    ) -> Ensemble:
+        """Load the models.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        self.check_pool(pool)
+        models = {name: pool.load_model(name) for name in pool.model_names}
+        shares = self.shares(list(models))
+        return ensemble_of(models, shares, self.of)
+
+    def run(
+        self,
+        modelpool: ModelPool | Mapping[str, nn.Module],
+        fabric: "Fabric | None" = None,
+        data: Data | None = None,
+    ) -> Ensemble:
+        """Load a pool's models; a dict of modules is an ensemble of just these."""
+        pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
+        return self.fuse(pool, fabric, data)
+
+
+class SimpleEnsembleAlgorithm(EnsembleAlgorithm):
     """The mean of what all models answer; the pretrained model is not one of them.
 
     Args:
@@ -148,46 +202,38 @@ class SimpleEnsembleAlgorithm:
     """
 
     def __init__(self, of: Of = "outputs"):
-        check_choice("of", of, Of)
-        self.of = of
+        super().__init__(of)
 
-    def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:
-        """Load the models; a dict of modules is an ensemble of just these."""
-        models = loaded(modelpool)
-        return ensemble_of(models, [1 / len(models)] * len(models), self.of)
+    def shares(self, names: Sequence[str]) -> list[float]:
+        """Return the same for each."""
+        return [1 / len(names)] * len(names)
 
 
-class WeightedEnsembleAlgorithm:
+class WeightedEnsembleAlgorithm(EnsembleAlgorithm):
     """The weighted sum of what all models answer.
 
     Args:
         weights: one a model, in the pool's order; ``null`` weighs all alike.
         normalize: divide the weights by their sum.
         of: as in ``SimpleEnsembleAlgorithm``.
-
-    Raises:
-        FusionBenchError: from ``run``: another number of weights than models, weights whose sum is
-            zero with ``normalize``, or negative ones for probabilities.
     """
 
     def __init__(
         self, weights: Sequence[float] | None = None, normalize: bool = True, of: Of = "outputs"
     ):
-        check_choice("of", of, Of)
+        super().__init__(of)
         self.weights = None if weights is None else list(weights)
         self.normalize = normalize
-        self.of = of
 
-    def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:
-        """Load the models."""
-        models = loaded(modelpool)
-        weights = self.weights if self.weights is not None else [1.0] * len(models)
-        if len(weights) != len(models):
-            raise FusionBenchError(
-                f"{len(weights)} weights for {len(models)} models "
-                f"({', '.join(models)}). Give one for each.",
-                place=("weights",),
-            )
+    def shares(self, names: Sequence[str]) -> list[float]:
+        """Return each model's weight.
+
+        Raises:
+            FusionBenchError: another number of weights than models, weights whose sum is zero with
+                ``normalize``, or negative ones for probabilities.
+        """
+        weights = self.weights if self.weights is not None else [1.0] * len(names)
+        check_one_each("weights", weights, names)
         total = sum(weights) if self.normalize else 1.0
         if not math.isfinite(sum(weights)):
             raise FusionBenchError("they are not all finite.", place=("weights",))
@@ -204,10 +250,10 @@ class WeightedEnsembleAlgorithm:
                 "Give others, or another {here}of.",
                 place=("weights",),
             )
-        return ensemble_of(models, shares, self.of)
+        return shares
 
 
-class MaxModelPredictorAlgorithm:
+class MaxModelPredictorAlgorithm(EnsembleAlgorithm):
     """The largest of what all models answer, element by element: the most confident one's.
 
     Wu et al., Heterogeneous model reuse, https://icml.cc/virtual/2019/poster/4036
@@ -218,18 +264,4 @@ class MaxModelPredictorAlgorithm:
     """
 
     def __init__(self, of: Of = "logits"):
-        check_choice("of", of, Of)
-        self.of = of
-
-    def run(self, modelpool: Models, fabric: "Fabric | None" = None) -> Ensemble:
-        """Load the models."""
-        return ensemble_of(loaded(modelpool), None, self.of)
-
-
-def loaded(modelpool: Models) -> dict[str, nn.Module]:
-    """Return the models to fuse, of a pool or of a plain dict."""
-    if isinstance(modelpool, Mapping):
-        if not any(not is_special(name) for name in modelpool):
-            raise FusionBenchError("There is nothing to fuse: the pool names no model.")
-        return {name: module for name, module in modelpool.items() if not is_special(name)}
-    return {name: modelpool.load_model(name) for name in modelpool.model_names}
+        super().__init__(of)

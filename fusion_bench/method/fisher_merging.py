@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.method.contract import Data, ModelPool, Split, TaskData
 from fusion_bench.method.data import (
-    Data,
-    Split,
-    TaskData,
-    TrainablePool,
+    LearningAlgorithm,
     check_patterns,
     check_sampling,
     excluded,
     merged,
     own_data,
     parameter_keys,
-    the_same_everywhere,
     wide,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
@@ -42,7 +39,7 @@ Estimator = Literal["exact", "sampled", "empirical", "batch_sqrt"]
 _FLOATS = 2**26
 
 
-class FisherMergingAlgorithm:
+class FisherMergingAlgorithm(LearningAlgorithm):
     """The average of all models, each parameter weighted by its Fisher information.
 
     Args:
@@ -61,7 +58,6 @@ class FisherMergingAlgorithm:
             for the task pool's own are used.
     """
 
-    needs_data = True
     needs_own_data = True
 
     def __init__(
@@ -89,28 +85,23 @@ class FisherMergingAlgorithm:
         self.minimal_fisher_weight = minimal_fisher_weight
         self.num_fisher_examples = num_fisher_examples
         self.estimator = estimator
+        self.uses_labels = estimator == "empirical"
         self.batch_size = batch_size
         self.split = split
         self.seed = seed or 0
 
-    @property
-    def uses_labels(self) -> bool:
-        """Whether the true labels are looked at."""
-        return self.estimator == "empirical"
-
-    @the_same_everywhere
-    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+    def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
         """Estimate the Fisher information of each model and merge.
 
         Raises:
             FusionBenchError: a model without data.
         """
-        names = modelpool.model_names
+        names = pool.model_names
         own = own_data(names, data)
         fishers = []
         for name in names:
-            module = fabric.to_device(modelpool.load_model(name)).requires_grad_(True)
-            parameter_keys(module, modelpool.weights(name))
+            module = fabric.to_device(pool.load_model(name)).requires_grad_(True)
+            parameter_keys(module, pool.weights(name))
             fishers.append(self.fisher(module, name, own[name]))
         coefficients = self._coefficients(fishers)
 
@@ -128,8 +119,8 @@ class FisherMergingAlgorithm:
             # Where no model has anything to say; NaN must not be taken for that.
             return torch.where(total == 0, average, weighted / total)
 
-        models = {name: modelpool.weights(name) for name in names}
-        return merged(modelpool, models, merge_tensor, weighted_sum=False)
+        models = {name: pool.weights(name) for name in names}
+        return merged(pool, models, merge_tensor, weighted_sum=False)
 
     @torch.enable_grad()
     def fisher(self, module: nn.Module, name: str, data: TaskData) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.base import TensorwiseAlgorithm
@@ -51,15 +51,13 @@ class KnOTSMerging(TensorwiseAlgorithm):
     ):
         check_between("rank_tol", rank_tol, 0, 1)
         with within("base_method"):
-            method = instantiate(base_method, "method")
-        self.base_method = TiesMergingAlgorithm() if method is None else method
-        needs_data = getattr(self.base_method, "needs_data", False)
-        if needs_data or not isinstance(self.base_method, TensorwiseAlgorithm):
-            raise FusionBenchError(
-                f"{type(self.base_method).__name__} does not merge weights "
-                "alone, tensor by tensor. Choose another method.",
-                place=("base_method",),
-            )
+            made = instantiate(base_method, "method") or TiesMergingAlgorithm()
+            if not isinstance(made, TensorwiseAlgorithm) or made.needs.split is not None:
+                raise FusionBenchError(
+                    f"{type(made).__name__} does not merge weights alone, tensor by tensor.",
+                    "Choose another method.",
+                )
+        self.base_method = made
         self.scaling_factor = scaling_factor
         self.exclude_keys = list(exclude_keys or ())
         self.rank_tol = rank_tol
@@ -73,14 +71,10 @@ class KnOTSMerging(TensorwiseAlgorithm):
         """Let the base method merge the aligned task vectors, and turn back what it makes."""
         alignment = _Alignment(inputs, self.exclude_keys, self.rank_tol)
         with within("base_method", keyed_only=True):
-            fused = self.base_method.run(_AlignedPool(alignment))
+            fused = self.base_method.fuse(_AlignedPool(alignment))
         if isinstance(fused, Weights):
             return self._turned_back(alignment, fused)
-        return {
-            name: self._turned_back(alignment, own)
-            for name, own in fused.items()
-            if isinstance(own, Weights)
-        }
+        return {name: self._turned_back(alignment, own) for name, own in fused.items()}
 
     def _turned_back(self, alignment: "_Alignment", fused: Weights) -> MergePiece:
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
@@ -180,6 +174,14 @@ class _AlignedPool:
         """Return what is computed when it is read."""
         model = None if name == "_pretrained_" else self.model_names.index(name)
         return _Aligned(self._alignment, model)
+
+    def load_model(self, name: str) -> nn.Module:
+        """Refuse: aligned task vectors are no module's weights."""
+        raise FusionBenchError("This method needs modules, and aligned task vectors have none.")
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Refuse likewise."""
+        return self.load_model("")
 
 
 class _Aligned(Weights):

@@ -14,22 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method.base import (
-    Fused,
-    ModelPool,
-    ModuleDict,
-    TensorwiseAlgorithm,
-    refuse_without_pretrained,
-)
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.contract import Data, ModelPool, Needs
+from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.weights import (
     Inputs,
     MergedWeights,
     MergePiece,
-    TensorWeights,
     Weights,
     align,
-    in_memory,
 )
 from fusion_bench.weights.ops import block, task_vectors
 from fusion_bench.weights.statistics import sums, total
@@ -61,69 +55,57 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
             raise FusionBenchError(f"{alpha!r} is neither a number nor 'auto'.", place=("alpha",))
         with within("base_method"):
-            self.base_method = instantiate(base_method, "method")
-        if not hasattr(self.base_method, "run"):
+            made = instantiate(base_method, "method")
+        if not isinstance(made, Runs):
             raise FusionBenchError(
                 f"{base_method!r} is no method.",
                 "From the command line choose one with 'method@{here}base_method=ties_merging'.",
                 place=("base_method",),
             )
+        self.base_method = as_method(made)
         self.alpha = alpha
         self.beta = beta
-        # Where the base method learns from data, it says from which.
-        self.needs_data = getattr(self.base_method, "needs_data", False)
-        self.needs_own_data = getattr(self.base_method, "needs_own_data", False)
-        self.uses_labels = getattr(self.base_method, "uses_labels", False)
-        self.split = getattr(self.base_method, "split", None)
 
-    def check(self, inputs: Inputs) -> None:
+    @property
+    def needs(self) -> Needs:
+        """What the base method asks for, and the pretrained model."""
+        return replace(self.base_method.needs, base=True)
+
+    def check_pool(self, pool: ModelPool) -> None:
         """Refuse what the base method cannot merge."""
-        if isinstance(self.base_method, TensorwiseAlgorithm):
-            with within("base_method"):
-                self.base_method.check(inputs)
+        refuse_without_pretrained(self, pool)
+        with within("base_method"):
+            self.base_method.check_pool(pool)
 
-    def run(
-        self,
-        modelpool: ModelPool | Mapping[str, nn.Module],
-        fabric: "Fabric | None" = None,
-        data: Any = None,
-    ) -> Fused:
-        """Let the base method merge, and scale what it changed.
+    def fuse(
+        self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
+    ) -> Weights | Mapping[str, Weights]:
+        """Let the base method merge, and return what scales what it changed.
 
         Args:
-            modelpool: the models.
+            pool: the models.
             fabric: for the base method.
             data: likewise, where it learns from data.
-
-        Returns:
-            As ``TensorwiseAlgorithm``; several models where the base method makes several.
 
         Raises:
             FusionBenchError: no pretrained model; a base method that does not return weights.
         """
-        pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
         refuse_without_pretrained(self, pool)
-        known = {"data": data} if self.needs_data else {}
         with within("base_method", keyed_only=True):
-            fused = self.base_method.run(pool, fabric, **known)
-        if not isinstance(fused, Mapping):
+            fused = self.base_method.fuse(pool, fabric, data)
+        if isinstance(fused, Weights | nn.Module):
+            return self._scaled(pool, fused)
+        return {name: self._scaled(pool, own) for name, own in fused.items()}
+
+    def _scaled(self, pool: ModelPool, merged: Weights | nn.Module) -> Weights:
+        """Return what scales ``merged`` when it is read."""
+        if not isinstance(merged, Weights):
             raise FusionBenchError(
-                f"{type(self.base_method).__name__} makes a module, and no "
-                "weights that could be scaled. Choose another method.",
+                f"{class_name(self.base_method)} makes a module, and no weights that could be "
+                "scaled.",
+                "Choose another method.",
                 place=("base_method",),
             )
-        several = not isinstance(fused, Weights) and all(
-            isinstance(part, Mapping) for part in fused.values()
-        )
-        family: Mapping[str, Any] = fused if several else {"": fused}
-        scaled: dict[str, Any] = {name: self._scaled(pool, own) for name, own in family.items()}
-        if isinstance(modelpool, Mapping):
-            scaled = {name: in_memory(weights) for name, weights in scaled.items()}
-        return scaled if several else scaled[""]
-
-    def _scaled(self, pool: ModelPool, fused: Mapping[str, Tensor]) -> Weights:
-        """Return what scales ``fused`` when it is read."""
-        merged = fused if isinstance(fused, Weights) else TensorWeights(fused)
         base = pool.weights("_pretrained_")
         # What was merged may be stored in another type than the models.
         policy = replace(pool.policy, on_dtype="cast")

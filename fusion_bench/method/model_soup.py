@@ -16,13 +16,11 @@ from torch.nn.functional import cross_entropy
 
 from fusion_bench.method.adamerging import Mixture, per_key
 from fusion_bench.method.base import aligned
+from fusion_bench.method.contract import Data, ModelPool, Split
 from fusion_bench.method.data import (
-    Data,
-    Split,
-    TrainablePool,
+    LearningAlgorithm,
     merged,
     parameter_keys,
-    the_same_everywhere,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.problems import check_between, check_choice
@@ -37,7 +35,7 @@ log = logging.getLogger(__name__)
 Granularity = Literal["layer", "model"]
 
 
-class GreedySoupAlgorithm:
+class GreedySoupAlgorithm(LearningAlgorithm):
     """The average of those models that make it better; equal ones keep the pool's order.
 
     The score is the mean accuracy over all tasks.
@@ -47,7 +45,6 @@ class GreedySoupAlgorithm:
         split: what part of the datasets evaluates, with its labels.
     """
 
-    needs_data = True
     uses_labels = True
 
     def __init__(self, accept_equal: bool = False, split: Split = "validation"):
@@ -55,20 +52,19 @@ class GreedySoupAlgorithm:
         self.accept_equal = accept_equal
         self.split = split
 
-    @the_same_everywhere
-    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+    def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
         """Evaluate every model, then add one after the other."""
 
         def soup(names: list[str]) -> Weights:
-            models = {name: modelpool.weights(name) for name in names}
-            return merged(modelpool, models, SimpleAverageAlgorithm().merge_tensor)
+            models = {name: pool.weights(name) for name in names}
+            return merged(pool, models, SimpleAverageAlgorithm().merge_tensor)
 
         def score(weights: Weights) -> float:
-            module = fabric.to_device(modelpool.build_model(weights))
+            module = fabric.to_device(pool.build_model(weights))
             scores = [task.evaluate(module) for task in data.values()]
             return sum(s.num_correct / s.num_samples for s in scores) / len(scores)
 
-        names = list(modelpool.model_names)
+        names = list(pool.model_names)
         alone = {
             name: score(soup([name])) for name in bar(names, "soup", total=len(names), unit="model")
         }
@@ -82,7 +78,7 @@ class GreedySoupAlgorithm:
         return soup(chosen)
 
 
-class LearnedSoupAlgorithm:
+class LearnedSoupAlgorithm(LearningAlgorithm):
     """The weighted average of all models whose weights, which add up to 1, are learned.
 
     Args:
@@ -94,7 +90,6 @@ class LearnedSoupAlgorithm:
         seed: draws with another seed are others.
     """
 
-    needs_data = True
     uses_labels = True
 
     def __init__(
@@ -118,12 +113,11 @@ class LearnedSoupAlgorithm:
         self.split = split
         self.seed = seed or 0
 
-    @the_same_everywhere
-    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+    def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
         """Learn the weights, and with them a temperature of the answers, and merge."""
-        models = {name: modelpool.weights(name) for name in modelpool.model_names}
-        inputs = aligned(modelpool, models=models)
-        module = fabric.to_device(modelpool.build_model(inputs.reference)).requires_grad_(True)
+        models = {name: pool.weights(name) for name in pool.model_names}
+        inputs = aligned(pool, models=models)
+        module = fabric.to_device(pool.build_model(inputs.reference)).requires_grad_(True)
         keys = parameter_keys(module, inputs.reference)
         keys += [  # running statistics are averaged too
             key
@@ -163,4 +157,4 @@ class LearnedSoupAlgorithm:
                 total.add_(tensor, alpha=weight)
             return total
 
-        return merged(modelpool, models, merge_tensor)
+        return merged(pool, models, merge_tensor)

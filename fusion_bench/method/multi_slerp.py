@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import combined, directions, themselves
-from fusion_bench.problems import FusionBenchError, check_between
+from fusion_bench.problems import FusionBenchError, check_between, check_one_each
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import products
@@ -57,14 +57,10 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
 
     def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""
-        models = inputs.names
-        if self.weights is not None and len(self.weights) != len(models):
-            raise FusionBenchError(
-                f"{len(self.weights)} weights for {len(models)} models "
-                f"({', '.join(models)}). Give one for each.",
-                place=("weights",),
-            )
-        if self.weights is not None and self.normalize_weights and sum(self.weights) == 0:
+        if self.weights is None:
+            return
+        check_one_each("weights", self.weights, inputs.names)
+        if self.normalize_weights and sum(self.weights) == 0:
             raise FusionBenchError("they add up to zero.", place=("weights",))
 
     def merger(self, inputs: Inputs) -> MergePiece:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import along_arcs
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.problems import FusionBenchError, check_one_each
 from fusion_bench.weights import Inputs
 
 
@@ -35,13 +35,8 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
 
     def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""
-        models = inputs.names
-        if self.weights is not None and len(self.weights) != len(models):
-            raise FusionBenchError(
-                f"{len(self.weights)} weights for {len(models)} models "
-                f"({', '.join(models)}). Give one for each.",
-                place=("weights",),
-            )
+        if self.weights is not None:
+            check_one_each("weights", self.weights, inputs.names)
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return where the arcs lead."""

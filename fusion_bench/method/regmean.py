@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.method.contract import Data, ModelPool, Split, TaskData
 from fusion_bench.method.data import (
-    Data,
-    Split,
-    TaskData,
-    TrainablePool,
+    LearningAlgorithm,
     check_patterns,
     check_sampling,
     excluded,
     merged,
     own_data,
     parameter_keys,
-    the_same_everywhere,
     wide,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-class RegMeanAlgorithm:
+class RegMeanAlgorithm(LearningAlgorithm):
     """The average of all models, but for linear layers, which are solved for.
 
     Args:
@@ -52,9 +49,7 @@ class RegMeanAlgorithm:
         num_workers: ignored, for the task pool's own are used.
     """
 
-    needs_data = True
     needs_own_data = True
-    uses_labels = False
 
     def __init__(
         self,
@@ -84,24 +79,23 @@ class RegMeanAlgorithm:
         self.split = split
         self.seed = seed or 0
 
-    @the_same_everywhere
     @torch.no_grad()
-    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+    def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
         """Collect the Gram matrices, model by model, and merge.
 
         Raises:
             FusionBenchError: a model without data.
         """
         normal = NormalEquations(self.reduce_non_diagonal_ratio)
-        for name, task in own_data(modelpool.model_names, data).items():
-            module = fabric.to_device(modelpool.load_model(name))
-            parameter_keys(module, modelpool.weights(name))
+        for name, task in own_data(pool.model_names, data).items():
+            module = fabric.to_device(pool.load_model(name))
+            parameter_keys(module, pool.weights(name))
             classify = task.classify(module)
             with collected_grams(module) as grams:
                 for images in self.batches(name, task):
                     classify(images)
             normal.add(module, grams)
-        return self.solved(modelpool, normal)
+        return self.solved(pool, normal)
 
     def batches(self, name: str, task: TaskData) -> Iterator[Tensor]:
         """Yield the images whose way through a model is followed."""
@@ -111,7 +105,7 @@ class RegMeanAlgorithm:
         for images, _ in bar(batches, f"layer inputs of {name}", total=steps):
             yield images
 
-    def solved(self, pool: TrainablePool, normal: "NormalEquations") -> Weights:
+    def solved(self, pool: ModelPool, normal: "NormalEquations") -> Weights:
         """Return the models' average, but for the linear layers that ``normal`` solves."""
 
         def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

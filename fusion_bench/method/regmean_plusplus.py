@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.method.contract import Data, ModelPool, TaskData
 from fusion_bench.method.data import (
-    Data,
-    TaskData,
-    TrainablePool,
     own_data,
     parameter_keys,
-    the_same_everywhere,
 )
 from fusion_bench.method.regmean import NormalEquations, RegMeanAlgorithm, collected_grams
 from fusion_bench.problems import FusionBenchError
@@ -32,21 +29,20 @@ class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
     takes.
     """
 
-    @the_same_everywhere
     @torch.no_grad()
-    def run(self, modelpool: TrainablePool, fabric: "Fabric", data: Data) -> Weights:
+    def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
         """Merge block by block.
 
         Raises:
             FusionBenchError: a model without data, or without a list of blocks.
         """
-        own = own_data(modelpool.model_names, data)
+        own = own_data(pool.model_names, data)
         normal = NormalEquations(self.reduce_non_diagonal_ratio)
-        weights = self.solved(modelpool, normal)
-        merged = fabric.to_device(modelpool.build_model(weights))  # all is averaged so far
+        weights = self.solved(pool, normal)
+        merged = fabric.to_device(pool.build_model(weights))  # all is averaged so far
         parameter_keys(merged, weights)
         prefix, blocks = blocks_of(merged)
-        models = {name: fabric.to_device(modelpool.load_model(name)) for name in own}
+        models = {name: fabric.to_device(pool.load_model(name)) for name in own}
         calls = {name: self._calls(merged, blocks[0], name, task) for name, task in own.items()}
         for index, block in enumerate(bar(blocks, "blocks", total=len(blocks), unit="block")):
             place = f"{prefix}{index}."

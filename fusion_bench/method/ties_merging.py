@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from fusion_bench.method.base import ModelPool, TensorwiseAlgorithm, aligned
+from fusion_bench.method.base import TensorwiseAlgorithm, aligned
+from fusion_bench.method.contract import ModelPool
 from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
 from fusion_bench.weights.ops import (

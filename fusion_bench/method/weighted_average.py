@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.problems import FusionBenchError, check_one_each
 from fusion_bench.weights import Inputs, matches
 
 
@@ -52,12 +52,7 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
             f"layer_weights.{key}": own for key, own in self.layer_weights.items()
         }
         for name, weights in named.items():
-            if len(weights) != len(inputs.names):
-                raise FusionBenchError(
-                    f"{len(weights)} weights for {len(inputs.names)} models "
-                    f"({', '.join(inputs.names)}). Give one for each.",
-                    place=(name,),
-                )
+            check_one_each(name, weights, inputs.names)
             if self.normalize and sum(weights) == 0:
                 raise FusionBenchError(
                     "the weights add up to zero and cannot be normalised.",

@@ -4,13 +4,16 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from lightning.fabric import Fabric
 from torch import nn
 
+from fusion_bench.problems import within
 from fusion_bench.programs.fusing import MERGED
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool
+from fusion_bench.programs.spec import Baselines
 from fusion_bench.report import Answers, ModelResult, TaskAnswers, TaskInfo, TaskResult, summarise
 from fusion_bench.report.schema import Role
 from fusion_bench.storage import write_bytes
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
     from fusion_bench.taskpool import Score
 
 log = logging.getLogger(__name__)
-
-Baselines = Literal["own_task", "all_tasks", "none"]
 
 
 class Evaluator:
@@ -43,8 +44,8 @@ class Evaluator:
 
     def __init__(
         self,
-        modelpool: Any,
-        taskpool: Any,
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool | None,
         fabric: Fabric,
         baselines: Baselines,
         fast_dev_run: bool = False,
@@ -58,6 +59,11 @@ class Evaluator:
         self.output_dir = output_dir
         self.models: dict[str, ModelResult] = {}
         self.answers = Answers()
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks; none without a task pool."""
+        return [] if self.taskpool is None else self.taskpool.task_names
 
     def evaluate_baselines(self) -> None:
         """Evaluate the pretrained model and the individual ones, as far as they are asked for."""
@@ -104,8 +110,8 @@ class Evaluator:
 
     def own_tasks(self, model: str) -> list[str]:
         """Return the tasks that bear a model's name."""
-        names = [] if self.taskpool is None else self.taskpool.task_names
-        return [task for task in names if canonical_name(task) == canonical_name(model)]
+        own = canonical_name(model)
+        return [task for task in self.task_names if canonical_name(task) == own]
 
     def task_infos(self) -> dict[str, TaskInfo]:
         """Describe the tasks that models were evaluated on."""
@@ -149,15 +155,16 @@ class Evaluator:
         own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
         scores: dict[str, Score] = {}
         if self.taskpool is not None:
-            scores = self.taskpool.evaluate(
-                model,
-                self.fabric,
-                tasks,
-                name=name,
-                fast_dev_run=self.fast_dev_run,
-                weights_sha256=None if architecture is None else identity,
-                architecture=architecture or "",
-            )
+            with within("taskpool", keyed_only=True):
+                scores = self.taskpool.evaluate(
+                    model,
+                    self.fabric,
+                    tasks,
+                    name=name,
+                    fast_dev_run=self.fast_dev_run,
+                    weights_sha256=None if architecture is None else identity,
+                    architecture=architecture or "",
+                )
             if self.taskpool.save_predictions and self.fabric.global_rank == 0:
                 self._save_predictions(name, scores)
         for task, score in scores.items():
@@ -173,7 +180,7 @@ class Evaluator:
 
     def _task_result(self, task: str, score: "Score") -> TaskResult:
         per_class = None
-        if self.taskpool.per_class:
+        if self.taskpool is not None and self.taskpool.per_class:
             per_class = score.per_class(len(self.taskpool.data(task).class_names))
         return TaskResult.from_counts(
             score.num_correct, score.loss_sum, score.num_samples, per_class

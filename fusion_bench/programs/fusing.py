@@ -1,15 +1,18 @@
 """Lets a method fuse a pool: with the data that it learns from, and under common names."""
 
 from collections.abc import Mapping
-from inspect import signature
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from fusion_bench.instantiate import accepts
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.method.contract import FusionMethod, ModelPool, Split
+from fusion_bench.method.plain import class_name
+from fusion_bench.problems import ConfigError, FusionBenchError, Place
+from fusion_bench.programs.pools import Nodes, PlacedModelPool, TaskPool
 from fusion_bench.report import Tuning, TuningTask
 from fusion_bench.weights import TensorWeights, Weights, in_memory
 
@@ -31,12 +34,13 @@ def seeded(method: Any, seed: int | None) -> Any:
 
 
 def fuse(
-    method: Any, modelpool: Any, fabric: Fabric, data: TuningData
+    method: FusionMethod, modelpool: ModelPool, fabric: Fabric, data: TuningData
 ) -> dict[str, nn.Module | Weights]:
     """Return what the method makes, by name; merged weights are computed when they are read."""
-    offered = {"fabric": fabric, "data": data}
-    wanted = {k: v for k, v in offered.items() if k in signature(method.run).parameters}
-    return _named(method.run(modelpool, **wanted), MERGED)
+    fused = method.fuse(modelpool, fabric, data)
+    if isinstance(fused, nn.Module | Weights):
+        return {MERGED: fused}
+    return {f"{MERGED}/{name}": model for name, model in fused.items()}
 
 
 def materialize(merged: Mapping[str, nn.Module | Weights]) -> dict[str, nn.Module | Weights]:
@@ -47,124 +51,139 @@ def materialize(merged: Mapping[str, nn.Module | Weights]) -> dict[str, nn.Modul
     }
 
 
-def _named(result: Any, name: str) -> dict[str, nn.Module | Weights]:
-    """Return by name what a method returned: weights, a module, or a family of either."""
-    if isinstance(result, nn.Module | Weights):
-        return {name: result}
-    if all(isinstance(value, Tensor) for value in result.values()):
-        return {name: TensorWeights(result)}
-    parts = [_named(part, f"{name}/{own}") for own, part in result.items()]
-    return {key: model for part in parts for key, model in part.items()}
-
-
 def tuning_data(
-    method: Any, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
+    method: FusionMethod,
+    modelpool: PlacedModelPool,
+    taskpool: TaskPool | None,
+    fabric: Fabric,
+    allow_test_split: bool,
 ) -> TuningData:
     """Return what the method learns from; ``None`` where it learns from no data.
 
     Raises:
         FusionBenchError: no such data, or the test split without leave.
     """
-    if not getattr(method, "needs_data", False):
+    if method.needs.split is None:
         return None
-    refuse_without_taskpool(method, taskpool)
-    return split_data(
-        method.split, modelpool, taskpool, fabric, allow_test_split, learner(method), "method.split"
-    )
+    split = LearnedSplit.of(method)
+    return split.data(modelpool, require_taskpool(method, taskpool), fabric, allow_test_split)
 
 
-def refuse_without_taskpool(method: Any, taskpool: Any) -> None:
-    """Refuse to let a method learn where nothing says what models are to answer.
+def require_taskpool(method: FusionMethod, taskpool: TaskPool | None) -> TaskPool:
+    """Return the task pool, without which nothing says what models are to answer.
 
     Raises:
-        FusionBenchError: there is no task pool.
+        FusionBenchError: there is none.
     """
     if taskpool is None:
         raise FusionBenchError(
-            f"{type(method).__name__} learns from data; give the task pool that its "
-            "classifiers are from."
+            f"{class_name(method)} learns from data.",
+            "Give the task pool that its classifiers are from.",
+            place=("taskpool",),
         )
+    return taskpool
 
 
-def learner(method: Any) -> str:
-    """Return how messages call a method that learns."""
-    return f"{type(method).__name__} learns from"
+@dataclass(frozen=True)
+class LearnedSplit:
+    """A split of the pools' datasets that something uses beside the evaluation.
 
-
-def split_data(
-    split: str,
-    modelpool: Any,
-    taskpool: Any,
-    fabric: Fabric,
-    allow_test_split: bool,
-    user: str,
-    key: str,
-) -> "dict[str, TuningImages]":
-    """Return a split of the pools' datasets, with the tasks that they belong to.
-
-    Args:
+    Attributes:
         split: train, validation or test.
-        modelpool: names the datasets; those of the test split may be the task pool's.
-        taskpool: knows the tasks.
-        fabric: gives the device.
-        allow_test_split: whether it may be what models are evaluated on.
-        user: who uses the split, and how; for messages.
-        key: where the split is chosen; likewise.
-
-    Raises:
-        FusionBenchError: no such data, or the test split without leave.
+        user: who uses it, and how; for messages.
+        place: where the split is chosen; likewise.
     """
-    datasets, where = named_datasets(split, modelpool, taskpool, user, key)
-    data: dict[str, TuningImages] = taskpool.tuning(datasets, fabric, where)
-    for name, images in data.items():
-        if not allow_test_split and images.is_test(taskpool.data(images.task)):
-            raise refuse_test_split(f"{where}.{name}", key)
-    return data
 
+    split: Split
+    user: str
+    place: Place
 
-def refuse_test_split(where: str, key: str) -> FusionBenchError:
-    """Return what to say where models would learn from what they are evaluated on."""
-    return FusionBenchError(
-        f"{where}: the models are evaluated on this very split. Choose another "
-        f"({key}=train or validation), or give allow_test_split=true; the report "
-        "will say so."
-    )
+    @classmethod
+    def of(cls, method: FusionMethod) -> "LearnedSplit":
+        """Return what a method learns from, which must be some split."""
+        assert method.needs.split is not None
+        return cls(method.needs.split, f"{class_name(method)} learns from", ("method", "split"))
 
+    @property
+    def key(self) -> str:
+        """Where the split is chosen, as it is typed."""
+        return ".".join(map(str, self.place))
 
-def named_datasets(
-    split: str, modelpool: Any, taskpool: Any, user: str, key: str
-) -> tuple[Mapping[str, Any], str]:
-    """Return the dataset nodes of a split, and their place in the config.
+    def data(
+        self,
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool,
+        fabric: Fabric,
+        allow_test_split: bool,
+    ) -> "dict[str, TuningImages]":
+        """Return the datasets, with the tasks that they belong to.
 
-    Raises:
-        FusionBenchError: there are none.
-    """
-    name = {"validation": "val_datasets"}.get(split, f"{split}_datasets")
-    where = f"modelpool.{name}"
-    datasets = getattr(modelpool, name, None)
-    if split == "test" and not datasets:
-        datasets, where = taskpool.test_datasets, "taskpool.test_datasets"
-    if not datasets:
+        Args:
+            modelpool: names the datasets; those of the test split may be the task pool's.
+            taskpool: knows the tasks.
+            fabric: gives the device.
+            allow_test_split: whether it may be what models are evaluated on.
+
+        Raises:
+            FusionBenchError: no such data, or the test split without leave.
+        """
+        datasets, place = self.named(modelpool, taskpool)
+        data = taskpool.tuning(datasets, fabric, ".".join(place))
+        for name, images in data.items():
+            if not allow_test_split and images.is_test(taskpool.data(images.task)):
+                raise self.refusal((*place, name))
+        return data
+
+    def named(
+        self, modelpool: PlacedModelPool, taskpool: TaskPool
+    ) -> tuple[Nodes, tuple[str, str]]:
+        """Return the dataset nodes, and their place in the config.
+
+        Raises:
+            FusionBenchError: there are none.
+        """
+        group = {"validation": "val_datasets"}.get(self.split, f"{self.split}_datasets")
+        nodes = {
+            "train": modelpool.train_datasets,
+            "validation": modelpool.val_datasets,
+            "test": modelpool.test_datasets,
+        }[self.split]
+        if nodes:
+            return nodes, ("modelpool", group)
+        if self.split == "test" and taskpool.test_datasets:
+            return taskpool.test_datasets, ("taskpool", group)
         raise FusionBenchError(
-            f"{where}: missing; {user} the {split} split. "
-            f"Name a dataset for each model there, or choose another {key}."
+            f"missing; {self.user} the {self.split} split.",
+            f"Name a dataset for each model there, or choose another {self.key}.",
+            place=("modelpool" if self.split != "test" else "taskpool", group),
         )
-    return datasets, where
+
+    def refusal(self, place: Place) -> ConfigError:
+        """Return what to say where a dataset is the one that models are evaluated on."""
+        return ConfigError(
+            "the models are evaluated on this very split.",
+            f"Choose another ({self.key}=train or validation), or give allow_test_split=true; the "
+            "report will say so.",
+            place=place,
+        )
 
 
-def describe_tuning(method: Any, taskpool: Any, data: TuningData) -> Tuning | None:
+def describe_tuning(
+    method: FusionMethod, taskpool: TaskPool | None, data: TuningData
+) -> Tuning | None:
     """Return what the report says of the data that the method learned from."""
-    if data is None:
+    needs = method.needs
+    if data is None or taskpool is None or needs.split is None:
         return None
     return Tuning(
-        split=method.split,
-        labels=method.uses_labels,
+        split=needs.split,
+        labels=needs.labels,
         test_split=uses_test_split(data, taskpool),
         tasks=describe_data(data),
     )
 
 
-def uses_test_split(data: "Mapping[str, TuningImages]", taskpool: Any) -> bool:
+def uses_test_split(data: "Mapping[str, TuningImages]", taskpool: TaskPool) -> bool:
     """Tell whether some of the data is what models are evaluated on."""
     return any(images.is_test(taskpool.data(images.task)) for images in data.values())
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fusion_bench.companions import KNOWN, TEMPLATES
-from fusion_bench.problems import ConfigError, did_you_mean
+from fusion_bench.problems import ConfigError, Place, did_you_mean, within
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.storage import check_unclaimed, claimed, write_text
 
@@ -64,7 +64,7 @@ class OutputPaths:
             ConfigError: it can be no such path.
         """
         if path is not None and not path.endswith(".json"):
-            raise ConfigError(f"report_save_path: '{path}' does not end in '.json'.")
+            raise ConfigError(f"'{path}' does not end in '.json'.", place=("report_save_path",))
         self.report_path = self._path("report_save_path", path)
 
     def put_model(self, path: str | None) -> None:
@@ -79,8 +79,9 @@ class OutputPaths:
             *self.model_path.parents,
         ):
             raise ConfigError(
-                f"merged_model_save_path: '{self.report_path}' is to be the report's file. Choose "
-                "another path."
+                f"'{self.report_path}' is to be the report's file.",
+                "Choose another path.",
+                place=("merged_model_save_path",),
             )
 
     @property
@@ -103,15 +104,16 @@ class OutputPaths:
         named = self.report_path
         if named is not None and named.is_dir():
             raise ConfigError(
-                f"report_save_path: '{named}' is a directory, and a file is to be written. Choose "
-                "another path."
+                f"'{named}' is a directory, and a file is to be written.",
+                "Choose another path.",
+                place=("report_save_path",),
             )
         if self._overwrite:
             return
         if named is not None and named.exists() and not (done and _config_of(named) == self._run):
-            raise self._refusal("report_save_path", named)
+            raise self._refusal(("report_save_path",), named)
         if self.output_dir is not None and not self._is_ours(self.output_dir):
-            raise self._refusal("hydra.run.dir", self.output_dir)
+            raise self._refusal(("hydra", "run", "dir"), self.output_dir)
 
     def _is_ours(self, directory: Path) -> bool:
         """Tell whether what is in the output directory is of this run, or was begun by it."""
@@ -128,10 +130,11 @@ class OutputPaths:
         return False
 
     @staticmethod
-    def _refusal(key: str, place: Path) -> ConfigError:
+    def _refusal(key: Place, path: Path) -> ConfigError:
         return ConfigError(
-            f"{key}: '{place}' exists already, and is of another run. Choose another path, or give "
-            "overwrite=true."
+            f"'{path}' exists already, and is of another run.",
+            "Choose another path, or give overwrite=true.",
+            place=key,
         )
 
     def check_model(self, *, done: bool = False) -> None:
@@ -148,16 +151,18 @@ class OutputPaths:
         """
         if self.model_path is None or not self.model_path.exists() or done:
             return
-        key = "merged_model_save_path"
+        key = ("merged_model_save_path",)
         if not (self._overwrite or self._was_left_unfinished()):
             raise ConfigError(
-                f"{key}: '{self.model_path}' exists already. Choose another path, or give "
-                "overwrite=true."
+                f"'{self.model_path}' exists already.",
+                "Choose another path, or give overwrite=true.",
+                place=key,
             )
         if (foreign := _foreign(self.model_path)) is not None:
             raise ConfigError(
-                f"{key}: '{self.model_path}' is not replaced, for '{foreign}' is no part of a "
-                "saved model. Choose another path."
+                f"'{self.model_path}' is not replaced: '{foreign}' is no part of a saved model.",
+                "Choose another path.",
+                place=key,
             )
 
     @contextmanager
@@ -216,20 +221,19 @@ class OutputPaths:
     def _path(self, key: str, path: str | None) -> Path | None:
         if path is None:
             return None
-        for placeholder in re.findall(r"\{(\w*)\}", path):
-            if placeholder != "log_dir":
-                raise ConfigError(
-                    f"{key}: '{{{placeholder}}}' is unknown. "
-                    + did_you_mean(placeholder, ["log_dir"])
-                )
-        if "{log_dir}" in path and self.output_dir is None:
-            raise ConfigError(f"{key}: '{{log_dir}}' needs an output_dir.")
-        if not path or "\0" in path or _names_no_file(path):
-            raise ConfigError(f"{key}: '{path}' can be no path. Choose another.")
-        place = Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
-        if not place.name:
-            raise ConfigError(f"{key}: '{path}' is the root of all. Choose another.")
-        return place
+        with within(key):
+            for placeholder in re.findall(r"\{(\w*)\}", path):
+                if placeholder != "log_dir":
+                    hint = did_you_mean(placeholder, ["log_dir"])
+                    raise ConfigError(f"'{{{placeholder}}}' is unknown.", hint)
+            if "{log_dir}" in path and self.output_dir is None:
+                raise ConfigError("'{log_dir}' needs an output_dir.")
+            if not path or "\0" in path or _names_no_file(path):
+                raise ConfigError(f"'{path}' can be no path.", "Choose another.")
+            place = Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
+            if not place.name:
+                raise ConfigError(f"'{path}' is the root of all.", "Choose another.")
+            return place
 
 
 def _names_no_file(path: str) -> bool:

@@ -1,16 +1,20 @@
-"""A model pool as programs see it: what any may be asked, and where in the config it stands."""
+"""Pools as programs see them: what any may be asked, and where in the config they stand."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool import LabelledImages, Score, TuningImages
 
 #: Where every program's config has its pool.
 _SECTION = "modelpool"
@@ -18,7 +22,6 @@ _SECTION = "modelpool"
 Nodes = Mapping[str, Any]
 
 
-@runtime_checkable
 class ModelPool(Protocol):
     """What programs ask of a model pool; places in what it raises are relative to the pool."""
 
@@ -84,9 +87,22 @@ class ModelPool(Protocol):
         """Write a model as a directory, with the run's config in its recipe."""
 
 
+@runtime_checkable
+class _Plans(Protocol):
+    """A pool of ours; to ask it for its other attributes would read its models' headers."""
+
+    def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan: ...
+
+    def open_saved(self, path: Path) -> Weights: ...
+
+
+def _is_whole(pool: object) -> TypeGuard[ModelPool]:
+    return isinstance(pool, _Plans)
+
+
 def placed(pool: object) -> "PlacedModelPool":
     """Return a pool whose problems have their whole key; it may be any object of a user's."""
-    return PlacedModelPool(pool if isinstance(pool, ModelPool) else _PlainPool(pool))
+    return PlacedModelPool(pool if _is_whole(pool) else _PlainPool(pool))
 
 
 class PlacedModelPool:
@@ -254,3 +270,74 @@ class _PlainPool:
                 f"a {type(self._pool).__name__} has no '{name}', which is needed."
             )
         return getattr(self._pool, name)(*args, **options)
+
+
+@runtime_checkable
+class TaskPool(Protocol):
+    """What programs ask of a task pool; places in a plan are relative to the pool."""
+
+    task_names: list[str]
+    per_class: bool
+    save_predictions: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report is to say of how models were evaluated."""
+
+    @property
+    def test_datasets(self) -> Nodes:
+        """What models are evaluated on."""
+
+    def plan(self, scratch: Path | None = None) -> Plan:
+        """Return what the pool will do and what stands in its way; no data is read."""
+
+    def plan_tuning(self, datasets: Nodes, key: str, scratch: Path | None = None) -> Plan:
+        """Likewise for the datasets that ``tuning`` is given, once ``plan`` has run."""
+
+    def prepare(self, fabric: Fabric) -> None:
+        """Load the datasets and what is needed to tell them apart; done once."""
+
+    def tuning(self, datasets: Nodes, fabric: Fabric, key: str) -> "dict[str, TuningImages]":
+        """Return what a method may learn from, by the datasets' names."""
+
+    def evaluating(self, data: "Mapping[str, TuningImages]") -> "TaskPool":
+        """Return a pool that evaluates on what ``tuning`` gave, and is like this one otherwise."""
+
+    def data(self, name: str) -> "LabelledImages":
+        """Return a task's images and labels, once ``prepare`` has run."""
+
+    def head_sha256(self, task: str) -> str:
+        """Return the hash of what makes a task's classifier, the model aside."""
+
+    def images_sha256(self, task: str) -> str:
+        """Return the hash of how a task's images are prepared, once ``prepare`` has run."""
+
+    def identity(self, task: str, fabric: Fabric) -> str | None:
+        """Return what tells a task's results, the model aside; ``None`` where none are kept."""
+
+    def evaluate(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        fabric: Fabric,
+        tasks: Sequence[str] | None = None,
+        *,
+        name: str = "model",
+        fast_dev_run: bool = False,
+        weights_sha256: str | None = None,
+        architecture: str = "",
+    ) -> "dict[str, Score]":
+        """Evaluate a model on ``tasks``, by default all."""
+
+
+def as_taskpool(made: object) -> TaskPool:
+    """Return an object as a task pool.
+
+    Raises:
+        FusionBenchError: it is none.
+    """
+    if isinstance(made, TaskPool):
+        return made
+    raise FusionBenchError(
+        f"a {type(made).__name__} is no task pool.",
+        "Give one such as fusion_bench.taskpool.CLIPVisionModelTaskPool.",
+    )

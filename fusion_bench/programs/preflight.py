@@ -3,82 +3,88 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor, nn
 
-from fusion_bench.method.base import Comparing, aligned, refuse_without_pretrained
+from fusion_bench.method.base import aligned
+from fusion_bench.method.contract import FusionMethod, ModelPool
 from fusion_bench.method.data import own_data
+from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.plan import Plan, Step
-from fusion_bench.problems import ConfigError, Problem, within
-from fusion_bench.programs.fusing import (
-    learner,
-    named_datasets,
-    refuse_test_split,
-    refuse_without_taskpool,
-)
+from fusion_bench.problems import ConfigError, Problem, Problems
+from fusion_bench.programs.fusing import LearnedSplit, require_taskpool
+from fusion_bench.programs.pools import PlacedModelPool
+from fusion_bench.programs.prepare import Prepared
+from fusion_bench.programs.search import Located
+from fusion_bench.progress import quiet_libraries
+from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache, locate
 from fusion_bench.shown import visible
 from fusion_bench.sources import unbuilt
-from fusion_bench.weights import Weights
-
-if TYPE_CHECKING:
-    from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.weights import MergePolicy, Weights
 
 log = logging.getLogger(__name__)
 
 #: A download that people want to know of before it begins.
 _LARGE = 1_000_000_000
 _TAKES_ROOM = ("build", "download", "prepare", "write")
-#: A context that says where in the config a method's options stand.
-Located = Callable[[], AbstractContextManager[None]]
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def preflight(
-    plan: Plan,
-    program: "FabricModelFusionProgram",
-    fabric: Fabric | None,
-    scratch: Path | None = None,
-) -> None:
-    """Add to ``plan`` what the program's parts know of themselves, and what does not fit.
+def preflight(prepared: Prepared) -> Plan:
+    """Find all that would stop the run, before it begins; a dry run prints what it will do.
 
-    Pools and methods that are plain objects, and know nothing ahead, are left alone.
+    Raises:
+        ConfigError: with every problem that there is.
+    """
+    spec = prepared.spec
+    if spec.taskpool is not None:
+        quiet_libraries()
+    plan = Plan(problems=Problems(prepared.problems))
+    with plan.collect():
+        prepared.paths.check_unclaimed()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
+        with TemporaryDirectory() if spec.dry_run else nullcontext() as scratch:
+            _look(plan, prepared, None if scratch is None else Path(scratch))
+        if spec.dry_run:
+            show(plan, wide_console())
+    plan.problems.raise_all()
+    announce(plan)
+    return plan
+
+
+def _look(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
+    """Add to ``plan`` what the run's parts know of themselves, and what does not fit.
 
     Args:
         plan: has the problems that are known already.
-        program: those of its parts that could not be made are None.
-        fabric: likewise.
+        prepared: the parts.
         scratch: where small files go that are not here, for a run that leaves nothing.
     """
-    modelpool, taskpool = program.modelpool, program.taskpool
-    if hasattr(modelpool, "plan"):
-        plan.take(modelpool.plan(scratch, built=taskpool is not None), "modelpool")
-    if hasattr(taskpool, "plan"):
-        plan.take(taskpool.plan(scratch), "taskpool")
-    _look_at_nodes(plan, program, scratch)
-    methods = [setting.method for setting in program.settings] or [program.method]
+    modelpool, taskpool = prepared.modelpool, prepared.taskpool
     if modelpool is not None:
-        chosen: list[tuple[Any, Located]] = [(s.method, s.located) for s in program.settings]
-        if not chosen and program.method is not None:
-            chosen = [(program.method, partial(within, "method"))]
-        _compare(plan, modelpool, chosen)
-        _compare_data(plan, program, methods, scratch)
-    _add_steps(plan, program, methods, fabric)
+        plan.take(modelpool.plan(scratch, built=taskpool is not None), "modelpool")
+    if taskpool is not None:
+        plan.take(taskpool.plan(scratch), "taskpool")
+    _look_at_nodes(plan, prepared, scratch)
+    if modelpool is not None:
+        _compare(plan, modelpool, prepared.methods())
+        _compare_data(plan, prepared, modelpool, scratch)
+    _add_steps(plan, prepared)
     _check_room(plan)
-    _check_memory(plan, program, fabric)
+    _check_memory(plan, prepared)
 
 
 def announce(plan: Plan) -> None:
@@ -109,19 +115,19 @@ def show(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _look_at_nodes(plan: Plan, program: "FabricModelFusionProgram", scratch: Path | None) -> None:
+def _look_at_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
     """Find what a pool's node names where the pool itself could not be made."""
 
-    def named(pool: Any, section: str, key: str) -> Mapping[str, Any]:
-        node = program.config[section] if pool is None else None
+    def named(pool: object, section: str, key: str) -> Mapping[str, Any]:
+        node = prepared.spec.config[section] if pool is None else None
         found = node.get(key) if isinstance(node, Mapping) else None
         return found if isinstance(found, Mapping) else {}
 
-    for name, source in named(program.modelpool, "modelpool", "models").items():
+    for name, source in named(prepared.modelpool, "modelpool", "models").items():
         with plan.collect("modelpool", "models", name):
             if isinstance(source, str) and unbuilt(source) is None and not Path(source).is_file():
                 locate(source, scratch)
-    for name, node in named(program.taskpool, "taskpool", "test_datasets").items():
+    for name, node in named(prepared.taskpool, "taskpool", "test_datasets").items():
         key = f"taskpool.test_datasets.{name}"
         with plan.collect("taskpool", "test_datasets", name):
             from fusion_bench.taskpool.described import describe
@@ -130,149 +136,134 @@ def _look_at_nodes(plan: Plan, program: "FabricModelFusionProgram", scratch: Pat
                 describe(node, key, scratch)
 
 
-@dataclass(frozen=True)
 class _Opened:
     """Those of a pool's models whose headers could be read, seen as a pool."""
 
-    pool: Any
-    opened: Mapping[str, Weights]
+    def __init__(self, pool: PlacedModelPool, opened: Mapping[str, Weights]):
+        self._pool = pool
+        self._opened = opened
 
     @property
     def model_names(self) -> Sequence[str]:
-        return [name for name in self.pool.model_names if name in self.opened]
+        return [name for name in self._pool.model_names if name in self._opened]
 
     @property
     def has_pretrained(self) -> bool:
-        return bool(self.pool.has_pretrained)
+        return self._pool.has_pretrained
 
     @property
-    def policy(self) -> Any:
-        return self.pool.policy
+    def policy(self) -> MergePolicy:
+        return self._pool.policy
 
     @property
     def vocabulary(self) -> int | None:
-        return self.pool.vocabulary
+        return self._pool.vocabulary
 
     def weights(self, name: str) -> Weights:
-        return self.opened[name]
+        return self._opened[name]
+
+    def load_model(self, name: str) -> nn.Module:
+        return self._pool.load_model(name)
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        return self._pool.build_model(weights)
 
 
-def _compare(plan: Plan, modelpool: Any, methods: Sequence[tuple[Any, Located]]) -> None:
+def _compare(
+    plan: Plan, modelpool: PlacedModelPool, methods: Sequence[tuple[FusionMethod, Located]]
+) -> None:
     """Compare keys, shapes, types and tying by headers, and models with methods."""
+    pool: ModelPool = _Opened(modelpool, plan.weights)
+    needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
+    merging = any(method.needs.weights for method, _ in methods)
+    sound = _agree(plan, modelpool, pool, needed) if merging else True
+    whole = sound and all(name in plan.weights for name in needed)
     for method, located in methods:
         with plan.collect(), located():
             refuse_without_pretrained(method, modelpool)
-    pool = _Opened(modelpool, plan.weights)
-    merging = [(method, located) for method, located in methods if _merges_weights(method)]
-    needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
-    if not merging or not pool.model_names or needed[0] not in plan.weights:
-        return
+            if not method.needs.weights:
+                method.check_pool(modelpool)
+            elif whole:
+                method.check_pool(pool)
+
+
+def _agree(
+    plan: Plan, modelpool: PlacedModelPool, opened: ModelPool, needed: Sequence[str]
+) -> bool:
+    """Tell whether those models that are opened can be merged, whatever the method."""
+    if not opened.model_names or needed[0] not in plan.weights:
+        return False
     before = len(plan.problems)
     with plan.collect("modelpool", "models"):
-        plan.note(*aligned(pool).notes)
-    if isinstance(modelpool, Comparing):
-        with plan.collect("modelpool", "models"):
-            plan.note(*modelpool.compare(list(plan.weights)))
-    if len(plan.problems) > before or any(name not in plan.weights for name in needed):
-        return
-    for method, located in merging:
-        if hasattr(method, "inputs") and not _lacks_pretrained(method, modelpool):
-            with plan.collect(), located():
-                method.inputs(pool)
-
-
-def _merges_weights(method: Any) -> bool:
-    """Tell whether models that differ cannot be for this method; an ensemble takes them."""
-    return hasattr(method, "inputs") or getattr(method, "needs_data", False)
-
-
-def _lacks_pretrained(method: Any, modelpool: Any) -> bool:
-    return getattr(method, "needs_pretrained", False) and not modelpool.has_pretrained
+        plan.note(*aligned(opened).notes)
+    with plan.collect("modelpool", "models"):
+        plan.note(*modelpool.compare(list(plan.weights)))
+    return len(plan.problems) == before
 
 
 def _compare_data(
-    plan: Plan, program: "FabricModelFusionProgram", methods: Sequence[Any], scratch: Path | None
+    plan: Plan, prepared: Prepared, modelpool: PlacedModelPool, scratch: Path | None
 ) -> None:
     """Look at the datasets that methods learn from and a search evaluates on."""
-    uses = {
-        (method.split, learner(method), "method.split"): method
-        for method in methods
-        if getattr(method, "needs_data", False)
-    }
-    for method in uses.values():
-        with plan.collect("taskpool"):
-            refuse_without_taskpool(method, program.taskpool)
-    if hasattr(program.search, "split"):
-        uses[program.search.split, "the search evaluates on", "search.split"] = None
-    if program.taskpool is None:
+    uses: dict[LearnedSplit, list[FusionMethod]] = {}
+    for method, _ in prepared.methods():
+        if method.needs.split is not None:
+            uses.setdefault(LearnedSplit.of(method), []).append(method)
+            with plan.collect():
+                require_taskpool(method, prepared.taskpool)
+    if prepared.search is not None:
+        uses[prepared.search.learned] = []
+    if prepared.taskpool is None:
         return
-    for split, user, key in uses:
-        with plan.collect(*key.split(".")):
-            datasets, where = named_datasets(split, program.modelpool, program.taskpool, user, key)
-            if key == "method.split" and any(
-                getattr(method, "needs_own_data", False) and method.split == split
-                for method in methods
-            ):
-                with plan.collect(*where.split(".")):
-                    own_data(program.modelpool.model_names, datasets)
-            if hasattr(program.taskpool, "plan_tuning"):
-                plan.take(program.taskpool.plan_tuning(datasets, where, scratch), *where.split("."))
+    for learned, methods in uses.items():
+        with plan.collect():
+            datasets, place = learned.named(modelpool, prepared.taskpool)
+            if any(method.needs.own_data for method in methods):
+                with plan.collect(*place):
+                    own_data(modelpool.model_names, datasets)
+            plan.take(prepared.taskpool.plan_tuning(datasets, ".".join(place), scratch), *place)
             for name, node in datasets.items():
-                with plan.collect(*where.split("."), name):
-                    _refuse_named_test_split(program, node, f"{where}.{name}", key)
+                if _is_test_split(node) and not prepared.spec.allow_test_split:
+                    with plan.collect():
+                        raise learned.refusal((*place, name))
 
 
-def _refuse_named_test_split(
-    program: "FabricModelFusionProgram", node: Any, where: str, key: str
-) -> None:
+def _is_test_split(node: object) -> bool:
     from fusion_bench.taskpool.tuning import is_test_split
 
     split = node.get("split") if isinstance(node, Mapping) else None
-    if isinstance(split, str) and is_test_split(split) and not program.allow_test_split:
-        raise refuse_test_split(where, key)
+    return isinstance(split, str) and is_test_split(split)
 
 
-def _add_steps(
-    plan: Plan,
-    program: "FabricModelFusionProgram",
-    methods: Sequence[Any],
-    fabric: Fabric | None,
-) -> None:
-    modelpool, taskpool = program.modelpool, program.taskpool
+def _add_steps(plan: Plan, prepared: Prepared) -> None:
+    modelpool, taskpool, methods = prepared.modelpool, prepared.taskpool, prepared.methods()
     if plan.weights:
         total = sum(sum(w.spec(key).nbytes for key in w) for w in plan.weights.values())
         plan.add(Step("read", f"{_count(len(plan.weights), 'model')}", total))
-    if modelpool is not None and program.method is not None:
-        what = f"{type(methods[0]).__name__} of {_count(len(modelpool.model_names), 'model')}"
-        if program.search is not None:
+    if modelpool is not None and methods:
+        what = f"{class_name(methods[0][0])} of {_count(len(modelpool.model_names), 'model')}"
+        if prepared.search is not None:
             what += f", with {_count(len(methods), 'setting')}"
-        device = "" if fabric is None else f", on {fabric.device}"
+        device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
     if taskpool is not None:
         evaluated = "the merged model"
-        if program.baselines != "none":
+        if prepared.spec.baselines != "none":
             evaluated += " and those it is made of"
         plan.add(Step("evaluate", f"{evaluated}, on {_count(len(taskpool.task_names), 'task')}"))
-    if program.output_paths.model_path is not None:
+    if (path := prepared.paths.model_path) is not None:
         size = None if modelpool is None else _merged_bytes(plan, modelpool)
-        plan.add(
-            Step(
-                "write",
-                "the merged model",
-                size,
-                program.output_paths.model_path,
-                "merged_model_save_path",
-            )
-        )
+        plan.add(Step("write", "the merged model", size, path, "merged_model_save_path"))
+    output_dir = prepared.spec.output_dir
     for key, place in (
-        ("report_save_path", program.output_paths.report_path),
-        ("output_dir", program.output_dir and program.output_dir / "report.json"),
+        ("report_save_path", prepared.paths.report_path),
+        ("output_dir", output_dir and output_dir / "report.json"),
     ):
         if place is not None:
             plan.add(Step("write", "the report", None, place, key))
 
 
-def _merged_bytes(plan: Plan, modelpool: Any) -> int | None:
+def _merged_bytes(plan: Plan, modelpool: PlacedModelPool) -> int | None:
     """Return how much a merged model takes, which is like the reference."""
     name = "_pretrained_" if modelpool.has_pretrained else modelpool.model_names[0]
     weights = plan.weights.get(name)
@@ -324,14 +315,10 @@ def _check_room(plan: Plan) -> None:
             )
 
 
-def _check_memory(plan: Plan, program: "FabricModelFusionProgram", fabric: Fabric | None) -> None:
+def _check_memory(plan: Plan, prepared: Prepared) -> None:
     """Look whether a merged model that is to be held fits; what is less than that is not known."""
-    modelpool, taskpool = program.modelpool, program.taskpool
-    if (
-        modelpool is None
-        or not plan.weights
-        or (taskpool is None and program.output_paths.model_path)
-    ):
+    modelpool, taskpool, fabric = prepared.modelpool, prepared.taskpool, prepared.fabric
+    if modelpool is None or not plan.weights or (taskpool is None and prepared.paths.model_path):
         return  # entry by entry it goes to the disk
     needed, free = _merged_bytes(plan, modelpool), _free_memory()
     if needed is None:

@@ -14,20 +14,21 @@ from fusion_bench import __version__
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.fusing import TuningData, describe_data
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.report import Answers, Report, Similarity
 from fusion_bench.storage import cache_dir, file_sha256, write_text
-from fusion_bench.weights import Inputs, align, sha256
+from fusion_bench.weights import Inputs, Weights, align, sha256
 from fusion_bench.weights.similarity import similarity
 
 
-def identities(modelpool: Any) -> dict[str, str]:
+def identities(modelpool: PlacedModelPool) -> dict[str, str]:
     """Return what tells each model's weights from any others: a hash of the files or values."""
     names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     opened = {name: modelpool.weights(name) for name in names}  # a mistake shows before any work
     return {name: _identity(weights) for name, weights in opened.items()}
 
 
-def _identity(weights: Any) -> str:
+def _identity(weights: Weights) -> str:
     if not weights.files:
         return sha256(weights)
     files = json.dumps(sorted(file_sha256(file) for file in weights.files))
@@ -56,7 +57,7 @@ class Previous:
     def still_true(
         self,
         inputs: Mapping[str, str],
-        taskpool: Any,
+        taskpool: TaskPool | None,
         data: TuningData = None,
         searched: TuningData = None,
     ) -> tuple[Report, Answers] | None:
@@ -66,6 +67,7 @@ class Previous:
         for used, now in ((run.tuning, data), (run.search, searched)):
             same = same and (used.tasks if used else {}) == describe_data(now or {})
         for task, known in self.report.tasks.items():
+            assert taskpool is not None  # the config is the same
             identity = (
                 taskpool.data(task).fingerprint,
                 taskpool.head_sha256(task),
@@ -75,7 +77,7 @@ class Previous:
         return (self.report, self.answers) if same else None
 
 
-def known_similarity(modelpool: Any, inputs: Mapping[str, str]) -> Similarity | None:
+def known_similarity(modelpool: PlacedModelPool, inputs: Mapping[str, str]) -> Similarity | None:
     """Return how the pool's task vectors lie to each other, from the cache if it is known.
 
     ``None`` where there is no pretrained model, or where the models cannot be aligned.

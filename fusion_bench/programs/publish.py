@@ -31,7 +31,9 @@ def publish(
         try:
             save(report, answers, report_path)
         except OSError as error:
-            raise EnvironmentProblem(f"report_save_path: cannot write it: {error}") from error
+            raise EnvironmentProblem(
+                f"cannot write it: {error}", place=("report_save_path",)
+            ) from error
     if report.tasks:
         print_comparison(report, wide_console())
     for comparison in report.main_comparisons():

@@ -83,11 +83,13 @@ class ReproduceProgram:
                 node["fabric"] = fabric
             place = self.output_dir and self.output_dir / "rows" / quote(row, safe="")
             program: FabricModelFusionProgram = instantiate(node, output_dir=place)
+        taskpool = program.prepared.taskpool
+        known = [] if taskpool is None else taskpool.task_names
         for task in reference.tasks:
-            if task not in program.taskpool.task_names:
+            if task not in known:
                 raise FusionBenchError(
                     f"reference: tasks: '{reference.taskpool}' has no '{task}'. "
-                    f"{did_you_mean(task, program.taskpool.task_names)}"
+                    f"{did_you_mean(task, known)}"
                 )
         return program
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from fusion_bench import __version__
 from fusion_bench.configs import composed
 from fusion_bench.instantiate import instantiate
+from fusion_bench.method.plain import as_method
 from fusion_bench.problems import FusionBenchError, check_choice, did_you_mean, within
 from fusion_bench.programs.environment import describe_run, launch, make_fabric
 from fusion_bench.programs.evaluating import Evaluator
@@ -31,9 +32,10 @@ from fusion_bench.programs.fusing import (
     seeded,
     tuning_data,
 )
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool, as_taskpool, placed
 from fusion_bench.programs.previous import identities
 from fusion_bench.progress import bar, quiet_libraries
-from fusion_bench.report import Seconds
+from fusion_bench.report import Seconds, Tuning
 from fusion_bench.report.scaling import Base, Merge, Normalizer, Study
 from fusion_bench.report.table import wide_console
 from fusion_bench.storage import cache_dir, claimed, write_text
@@ -213,7 +215,7 @@ class ScalingStudy:
         self, base: str, method: str, count: int, subset: int, models: list[str], fabric: Fabric
     ) -> Merge:
         source, node = self.bases[base], self.methods[method]
-        made = instantiate(node, "method")
+        made = as_method(instantiate(node, "method"))
         pool = source.pool(models)
         data = tuning_data(made, pool, source.taskpool, fabric, self.allow_test_split)
         learned = describe_tuning(made, source.taskpool, data)
@@ -253,16 +255,17 @@ class _Source:
                 raise FusionBenchError("missing; give it as a config node.", place=(*place, part))
         self._node = {"_recursive_": False, **node["modelpool"]}
         with within("bases", name, "modelpool"):
-            whole = instantiate(self._node, "modelpool")
-        self.experts: list[str] = whole.model_names
+            whole = placed(instantiate(self._node, "modelpool"))
+        self.experts = whole.model_names
         if not whole.has_pretrained:
             raise FusionBenchError(
                 "add '_pretrained_', the base.", place=(*place, "modelpool", "models")
             )
         with within("bases", name, "taskpool"):
-            self.taskpool = instantiate({"_recursive_": False, **node["taskpool"]}, "taskpool")
+            made = instantiate({"_recursive_": False, **node["taskpool"]}, "taskpool")
+            self.taskpool = as_taskpool(made)
 
-    def pool(self, experts: Sequence[str]) -> Any:
+    def pool(self, experts: Sequence[str]) -> PlacedModelPool:
         """Return a model pool of some experts, with their data."""
         own = {canonical_name(expert) for expert in experts}
         node = dict(self._node)
@@ -270,7 +273,7 @@ class _Source:
         for key in ("train_datasets", "val_datasets", "test_datasets"):
             if node.get(key):
                 node[key] = {k: v for k, v in node[key].items() if canonical_name(k) in own}
-        return instantiate(node, "modelpool")
+        return placed(instantiate(node, "modelpool"))
 
 
 def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, ...]]:
@@ -298,14 +301,19 @@ def _named(methods: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for index, (name, node) in enumerate(methods):
         with within("methods", index):
-            instantiate(node, "method")
+            as_method(instantiate(node, "method"))
         same = sum(known.partition(" ")[0] == name for known in found)
         found[f"{name} {same + 1}" if same else name] = node
     return found
 
 
 def _place(
-    pool: Any, taskpool: Any, node: Any, learned: Any, fabric: Fabric, seed: int
+    pool: PlacedModelPool,
+    taskpool: TaskPool,
+    node: Any,
+    learned: Tuning | None,
+    fabric: Fabric,
+    seed: int,
 ) -> Path | None:
     """Return where a merge's result is kept, if at all; the name tells all that it depends on."""
     tasks = {task: taskpool.identity(task, fabric) for task in taskpool.task_names}

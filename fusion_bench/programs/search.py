@@ -1,16 +1,18 @@
 """Finds a method's options on a validation split."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from math import hypot
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lightning.fabric import Fabric
 
 from fusion_bench.instantiate import check, instantiate, parameters
+from fusion_bench.method.contract import FusionMethod
+from fusion_bench.method.plain import as_method, class_name
 from fusion_bench.problems import (
     FusionBenchError,
     Place,
@@ -19,15 +21,18 @@ from fusion_bench.problems import (
     did_you_mean,
     within,
 )
-from fusion_bench.programs.evaluating import Baselines, Evaluator
+from fusion_bench.programs.evaluating import Evaluator
 from fusion_bench.programs.fusing import (
+    LearnedSplit,
+    TuningData,
     describe_data,
     fuse,
     materialize,
-    split_data,
     tuning_data,
     uses_test_split,
 )
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool
+from fusion_bench.programs.spec import Baselines
 from fusion_bench.progress import bar
 from fusion_bench.report import Candidate, Search, TaskResult
 from fusion_bench.report.schema import Metric, Split
@@ -36,13 +41,17 @@ if TYPE_CHECKING:
     from fusion_bench.taskpool import TuningImages
 
 
+#: A context that says where in the config a method's options stand.
+Located = Callable[[], AbstractContextManager[None]]
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method with options that were put in: the options, the whole node, the object."""
 
     options: dict[str, Any]
     node: dict[str, Any]
-    method: Any
+    method: FusionMethod
     places: dict[str, Place]
 
     @contextmanager
@@ -69,6 +78,56 @@ def _from_space(problem: Problem, places: Mapping[str, Place]) -> Problem:
     if problem.whole or first not in places:
         return problem.inside("method")
     return replace(problem, place=(*places[str(first)], *rest))
+
+
+@runtime_checkable
+class OptionSearch(Protocol):
+    """Finds a method's options before it fuses."""
+
+    @property
+    def learned(self) -> LearnedSplit:
+        """What settings are evaluated on."""
+
+    def settings(self, method: Any) -> list[Setting]:
+        """Return the method's config node with each combination of options; nothing is loaded."""
+
+    def data(
+        self,
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool,
+        fabric: Fabric,
+        allow_test_split: bool,
+    ) -> "dict[str, TuningImages]":
+        """Return what settings are evaluated on."""
+
+    def run(
+        self,
+        settings: Sequence[Setting],
+        data: "Mapping[str, TuningImages]",
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool,
+        fabric: Fabric,
+        *,
+        baselines: Baselines = "own_task",
+        allow_test_split: bool = False,
+        seed: int | None = None,
+        fast_dev_run: bool = False,
+    ) -> Search:
+        """Evaluate each of ``settings``, and return all figures with the winner."""
+
+
+def as_search(made: object) -> OptionSearch | None:
+    """Return an object as a search; ``None`` stays.
+
+    Raises:
+        FusionBenchError: it is none.
+    """
+    if made is None or isinstance(made, OptionSearch):
+        return made
+    raise FusionBenchError(
+        f"a {type(made).__name__} is no search.",
+        "Give one such as fusion_bench.programs.GridSearch.",
+    )
 
 
 class GridSearch:
@@ -147,10 +206,10 @@ class GridSearch:
             }
             node = {**method, **options}
             with _located(places):
-                made = instantiate(node, "method")
-            if getattr(made, "needs_data", False) and made.split == self.split:
+                made = as_method(instantiate(node, "method"))
+            if made.needs.split == self.split:
                 raise FusionBenchError(
-                    f"{type(made).__name__} learns from the {self.split} split itself, so that it "
+                    f"{class_name(made)} learns from the {self.split} split itself, so that it "
                     "tells nothing of the options.",
                     "Choose another method.split or another {here}split.",
                     place=("search", "split"),
@@ -169,30 +228,31 @@ class GridSearch:
                     place=("space", option),
                 )
 
+    @property
+    def learned(self) -> LearnedSplit:
+        """What settings are evaluated on."""
+        return LearnedSplit(self.split, "the search evaluates on", ("search", "split"))
+
     def data(
-        self, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
+        self,
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool,
+        fabric: Fabric,
+        allow_test_split: bool,
     ) -> "dict[str, TuningImages]":
         """Return what settings are evaluated on.
 
         Raises:
             FusionBenchError: there is none, or it is the test split, and that is not allowed.
         """
-        return split_data(
-            self.split,
-            modelpool,
-            taskpool,
-            fabric,
-            allow_test_split,
-            "the search evaluates on",
-            "search.split",
-        )
+        return self.learned.data(modelpool, taskpool, fabric, allow_test_split)
 
     def run(
         self,
         settings: Sequence[Setting],
         data: "Mapping[str, TuningImages]",
-        modelpool: Any,
-        taskpool: Any,
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool,
         fabric: Fabric,
         *,
         baselines: Baselines = "own_task",
@@ -216,12 +276,12 @@ class GridSearch:
         with within("search"):
             metric = self._metric(evaluator)
         individuals = dict(evaluator.models)
-        learned: dict[str, Any] = {}
+        learned: dict[str | None, TuningData] = {}
         candidates = []
         for setting in bar(settings, f"searching on the {self.split} split", unit="setting"):
             if seed is not None:  # so that a setting does not depend on those before it
                 fabric.seed_everything(seed, verbose=False)
-            method, source = setting.method, getattr(setting.method, "split", "")
+            method, source = setting.method, setting.method.needs.split
             if source not in learned:
                 learned[source] = tuning_data(method, modelpool, taskpool, fabric, allow_test_split)
             evaluator.models = dict(individuals)
@@ -248,9 +308,7 @@ class GridSearch:
         """Return what settings are compared by."""
         own = {task: r for model in evaluator.models.values() for task, r in model.tasks.items()}
         without = [
-            task
-            for task in evaluator.taskpool.task_names
-            if task not in own or not own[task].accuracy
+            task for task in evaluator.task_names if task not in own or not own[task].accuracy
         ]
         if self.metric == "normalized_accuracy" and without:
             raise FusionBenchError(
@@ -268,9 +326,10 @@ def _candidate(setting: Setting, evaluator: Evaluator, metric: Metric) -> Candid
     tasks = dict(results)
     if len(results) > len(tasks):
         raise FusionBenchError(
-            f"search: {type(setting.method).__name__} makes several models for each task, "
-            f"{', '.join(merged)}, and no one figure tells what they are worth. Choose another "
-            "method."
+            f"{class_name(setting.method)} makes several models for each task, "
+            f"{', '.join(merged)}, and no one figure tells what they are worth.",
+            "Choose another method.",
+            place=("search",),
         )
     scores, errors = zip(*(_score(result, metric) for result in tasks.values()), strict=True)
     return Candidate(

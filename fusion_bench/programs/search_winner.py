@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric import Fabric
 
 from fusion_bench.instantiate import instantiate
+from fusion_bench.method.plain import as_method
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
-from fusion_bench.programs.fusing import describe_data, uses_test_split
+from fusion_bench.programs.fusing import LearnedSplit, describe_data, uses_test_split
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.search import GridSearch, Setting
+from fusion_bench.programs.spec import Baselines
 from fusion_bench.report import Report, Search
 
 if TYPE_CHECKING:
@@ -85,15 +88,29 @@ class SweptSearch:
         keys = dict.fromkeys(key for method in methods for key in method)
         self._varying = [k for k in keys if len(_distinct(m.get(k) for m in methods)) > 1]
 
+    @property
+    def learned(self) -> LearnedSplit:
+        """What the settings were evaluated on."""
+        return self._grid.learned
+
     def settings(self, method: Any) -> list[Setting]:
         """Return the jobs' settings, whatever ``method`` is."""
         return [
-            Setting(self._options(search), search.method, instantiate(search.method, "method"), {})
+            Setting(
+                self._options(search),
+                search.method,
+                as_method(instantiate(search.method, "method")),
+                {},
+            )
             for search in self._found
         ]
 
     def data(
-        self, modelpool: Any, taskpool: Any, fabric: Fabric, allow_test_split: bool
+        self,
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool,
+        fabric: Fabric,
+        allow_test_split: bool,
     ) -> "dict[str, TuningImages]":
         """Return what the settings were evaluated on."""
         return self._grid.data(modelpool, taskpool, fabric, allow_test_split)
@@ -102,10 +119,14 @@ class SweptSearch:
         self,
         settings: Sequence[Setting],
         data: "Mapping[str, TuningImages]",
-        modelpool: Any,
-        taskpool: Any,
+        modelpool: PlacedModelPool,
+        taskpool: TaskPool,
         fabric: Fabric,
-        **_: Any,
+        *,
+        baselines: Baselines = "own_task",
+        allow_test_split: bool = False,
+        seed: int | None = None,
+        fast_dev_run: bool = False,
     ) -> Search:
         """Return the jobs' figures with the winner.
 

@@ -268,7 +268,7 @@ def test_bad_arguments() -> None:
         with pytest.raises(FusionBenchError, match=r"of: 'logit' is unknown\. Did you"):
             method(of="logit")  # type: ignore[arg-type]
     models = of([1], [2])
-    with pytest.raises(FusionBenchError, match=r"weights: 3 weights for 2 models \(a, b"):
+    with pytest.raises(FusionBenchError, match=r"weights: 3 values for 2 models \(a, b"):
         WeightedEnsembleAlgorithm([1, 2, 3]).run(models)
     with pytest.raises(FusionBenchError, match=r"weights: the weights add up to zero"):
         WeightedEnsembleAlgorithm([1, -1]).run(models)

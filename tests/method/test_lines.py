@@ -17,6 +17,7 @@ from fusion_bench.method import (
     TensorwiseAlgorithm,
     TiesMergingAlgorithm,
 )
+from fusion_bench.method.contract import Needs
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Inputs, MergePiece, MergePolicy, TensorWeights, Weights, in_memory
 
@@ -209,8 +210,8 @@ class Learner(StateDict):
 
 def test_a_base_method_may_learn_from_data() -> None:
     method = LiNeSAlgorithm(Learner(), 1, 0)
-    assert (method.needs_data, method.split, method.uses_labels) == (True, "validation", True)
-    assert not LiNeSAlgorithm(StateDict()).needs_data
+    assert method.needs == Needs(base=True, split="validation", labels=True)
+    assert LiNeSAlgorithm(StateDict()).needs.split is None
     result = method.run(TWO, None, {"a": "data"})
     assert [t.item() for t in result.values()] == [2, 3, 4, 5, 6, 7]  # type: ignore[union-attr]
 
@@ -246,7 +247,7 @@ def test_the_model_that_is_not_finite_is_named() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(FusionBenchError, match=r"alpha: 'aut' is neither"):
         LiNeSAlgorithm(StateDict(), "aut")  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match="add '_pretrained_'"):
+    with pytest.raises(FusionBenchError, match="Add '_pretrained_'"):
         LiNeSAlgorithm(SimpleAverageAlgorithm()).run(Pool(a=state(*[1.0] * 6)))
 
 

@@ -43,7 +43,7 @@ def test_opposite_directions() -> None:
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(FusionBenchError, match="1 weights for 2 models"):
+    with pytest.raises(FusionBenchError, match="1 value for 2 models"):
         merged(MultiSlerpAlgorithm([1]), [[2.0], [-1.0]])
     with pytest.raises(FusionBenchError, match="add up to zero"):
         merged(MultiSlerpAlgorithm([1, -1]), [[2.0], [-1.0]])

@@ -101,5 +101,5 @@ def test_a_single_model_stays() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(FusionBenchError, match=r"axis: 1 is none"):
         NuSlerpAlgorithm(axis=1)
-    with pytest.raises(FusionBenchError, match=r"weights: 3 weights for 2 models \(a, b\)"):
+    with pytest.raises(FusionBenchError, match=r"weights: 3 values for 2 models \(a, b\)"):
         merged(NuSlerpAlgorithm([1, 2, 3]), [A, B])

@@ -25,9 +25,9 @@ def test_weights_may_differ_by_key() -> None:
 
 
 def test_other_numbers_of_weights_are_refused() -> None:
-    with pytest.raises(FusionBenchError, match=r"weights: 3 weights for 2 models \(a, b\)"):
+    with pytest.raises(FusionBenchError, match=r"weights: 3 values for 2 models \(a, b\)"):
         merged(WeightedAverageAlgorithm([1, 1, 1]), [[0.0], [4.0]])
-    with pytest.raises(FusionBenchError, match=r"layer_weights\.x: 1 weights for 2 models"):
+    with pytest.raises(FusionBenchError, match=r"layer_weights\.x: 1 value for 2 models"):
         merged(WeightedAverageAlgorithm([1, 1], layer_weights={"x": [1]}), [[0.0], [4.0]])
 
 

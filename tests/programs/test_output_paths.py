@@ -8,7 +8,7 @@ import pytest
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import ConfigError, EnvironmentProblem
-from fusion_bench.programs import fabric_model_fusion
+from fusion_bench.programs import execute
 from fusion_bench.programs.output_paths import OutputPaths
 from fusion_bench.report import Report
 
@@ -69,7 +69,7 @@ def test_a_run_that_stopped_after_its_model_goes_on(
     if not evaluated:
         program_config["taskpool"] = None
     with monkeypatch.context() as patch:
-        patch.setattr(fabric_model_fusion, "publish", lambda *_: 1 / 0)
+        patch.setattr(execute, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(program_config, output_dir=tmp_path / "1", **model)
     assert (tmp_path / "model").is_dir()
@@ -160,8 +160,8 @@ def test_a_second_run_is_refused_before_it_computes(
             instantiate({**config, "dry_run": True}).run()
         return real(*arguments, **more)
 
-    real = fabric_model_fusion.fuse
-    monkeypatch.setattr(fabric_model_fusion, "fuse", fuse)
+    real = execute.fuse
+    monkeypatch.setattr(execute, "fuse", fuse)
     first.run()
     assert len(places) == 1 and places[0].exit_code == 3
     assert not list(tmp_path.rglob("*.claimed"))

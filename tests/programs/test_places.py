@@ -42,7 +42,7 @@ def test_options_of_a_method_in_a_method(program_config: Config, outer: str) -> 
     ]
     one = {"_target_": weighed, "weights": [1.0]}
     assert lines(program_config, method=over(outer, one)) == [
-        "method.base_method.weights: 1 weights for 2 models (a, b). Give one for each."
+        "method.base_method.weights: 1 value for 2 models (a, b). Give one for each."
     ]
     none = {"_target_": weighed, "weights": [1.0, -1.0]}
     assert lines(program_config, method=over(outer, none)) == [
@@ -111,7 +111,7 @@ def test_values_that_a_search_tries(program_config: Config) -> None:
     assert "search.space.sparsity_ratio[1]: 2 is not a number from 0 to 1." in found
     weighed = {"_target_": f"{METHOD}WeightedAverageAlgorithm", "weights": [1, 1]}
     found = lines(program_config, method=weighed, search=search(weights=[[1, 2], [1]]))
-    assert "search.space.weights[1]: 1 weights for 2 models (a, b). Give one for each." in found
+    assert "search.space.weights[1]: 1 value for 2 models (a, b). Give one for each." in found
 
 
 def test_methods_of_a_study(program_config: Config) -> None:

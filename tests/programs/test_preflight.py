@@ -218,7 +218,7 @@ def test_methods_and_pools_that_do_not_fit(program_config: Config) -> None:
     config = deepcopy(program_config)
     weights = {"_target_": TARGET + "WeightedAverageAlgorithm", "weights": [1, 2, 3]}
     (line,) = problems(config, method=weights)
-    assert line == "method.weights: 3 weights for 2 models (a, b). Give one for each."
+    assert line == "method.weights: 3 values for 2 models (a, b). Give one for each."
     del config["modelpool"]["models"]["_pretrained_"]
     arithmetic = {"_target_": TARGET + "TaskArithmeticAlgorithm", "scaling_factor": 1}
     (line,) = problems(config, method=arithmetic)

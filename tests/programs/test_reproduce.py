@@ -199,6 +199,8 @@ def test_published_tables_are_whole_and_can_be_run(name: str, tmp_path: Path) ->
     program = ReproduceProgram(name, dry_run=True, output_dir=tmp_path)
     assert program.run() is None and not list(tmp_path.iterdir())
     first = next(iter(program.programs.values()))
-    assert first.taskpool.task_names == reference.tasks == first.modelpool.model_names
-    learned = {r for r, p in program.programs.items() if p.allow_test_split}
+    made = first.prepared
+    assert made.taskpool is not None and made.modelpool is not None
+    assert made.taskpool.task_names == reference.tasks == made.modelpool.model_names
+    learned = {r for r, p in program.programs.items() if p.spec.allow_test_split}
     assert learned == {r for r in program.programs if r.startswith("adamerging")}

@@ -235,7 +235,7 @@ def test_names_match_whatever_the_spelling(config: Config) -> None:
 
 def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
     assert refused(config, taskpool=None) == (
-        "taskpool: AdaMergingAlgorithm learns from data; give the task pool that its classifiers "
+        "taskpool: AdaMergingAlgorithm learns from data. Give the task pool that its classifiers "
         "are from."
     )
     train = config["modelpool"]["train_datasets"]

@@ -23,7 +23,7 @@ from fusion_bench.scripts.sweep import check_grid, check_strategy, directory_nam
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-import fusion_bench.programs.fabric_model_fusion as program
+import fusion_bench.programs.execute as program
 import fusion_bench.taskpool.base as base
 from fusion_bench.scripts.cli import main
 

@@ -1,0 +1,151 @@
+"""What a fusion method is to those who call it, and what it sees of pools and tasks."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from fusion_bench.weights import MergePolicy, Weights
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+#: The part of the datasets that a method learns from. The test split is that of the task pool.
+Split = Literal["train", "validation", "test"]
+
+#: What a method makes of a pool: one model, or several by name.
+Fused = Weights | nn.Module | Mapping[str, Weights | nn.Module]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks for, known before anything is opened.
+
+    Attributes:
+        base: the ``_pretrained_`` model.
+        weights: models with the same tensors, which it merges; an ensemble takes any models.
+        split: the part of the datasets that it learns from; ``None`` where it learns from none.
+        own_data: a dataset for each model, not just some datasets.
+        labels: the datasets' labels.
+    """
+
+    base: bool = False
+    weights: bool = True
+    split: Split | None = None
+    own_data: bool = False
+    labels: bool = False
+
+
+class ModelPool(Protocol):
+    """What a method sees of a model pool: names, and the weights and modules behind them."""
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """The models to fuse; special names such as ``_pretrained_`` are not among them."""
+
+    @property
+    def has_pretrained(self) -> bool:
+        """Whether there is a ``_pretrained_`` model."""
+
+    @property
+    def policy(self) -> MergePolicy:
+        """What to do where the models differ."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the pretrained model, or without one the first, has; if it has any."""
+
+    def weights(self, name: str) -> Weights:
+        """Return a model's weights, which the caller must not write to."""
+
+    def load_model(self, name: str) -> nn.Module:
+        """Return a model as a module in eval mode, on the CPU, which the caller may change."""
+
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a module with these weights."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A pool that knows what besides weights its models compute with.
+
+    Attributes:
+        notes: what it has found to differ, so far.
+    """
+
+    notes: list[str]
+
+    def compare(self, names: Collection[str] | None = None) -> list[str]:
+        """Return in sentences what differs in some models, by default in all.
+
+        Raises:
+            FusionBenchError: what the policy does not allow.
+        """
+
+
+class TaskData(Protocol):
+    """A task's images for a method to learn from; all on Fabric's device."""
+
+    @property
+    def classify(self) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
+        """Gives the function from images to logits that a model makes for the task."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, count: int | None, seed: int = 0) -> Any:
+        """Draw so many samples, none twice; all where there are no more, or for ``None``."""
+
+    def batches(self, samples: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels."""
+
+    def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches for ever, in a new order each time round."""
+
+    def evaluate(self, model: nn.Module) -> Any:
+        """Return the model's answers on all images: ``num_correct`` of ``num_samples``."""
+
+
+Data = Mapping[str, TaskData]
+
+
+@runtime_checkable
+class FusionMethod(Protocol):
+    """A fusion method: it says what it needs, looks at headers, and fuses.
+
+    ``TensorwiseAlgorithm`` and ``LearningAlgorithm`` are two ways to write one.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks for."""
+
+    def check_pool(self, pool: ModelPool) -> None:
+        """Refuse models that it cannot fuse, by their names and headers; no weight is read.
+
+        Raises:
+            FusionBenchError: an empty pool, a missing pretrained model, or weights that differ in
+                keys, shapes or dtypes where it merges them.
+        """
+
+    def fuse(
+        self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
+    ) -> Fused:
+        """Return the fused model; merged weights are computed when they are read.
+
+        Args:
+            pool: the models.
+            fabric: where to compute.
+            data: a task's name to what the method learns from, if its needs name a split.
+
+        Raises:
+            FusionBenchError: as ``check_pool``, and data that do not serve.
+        """
+
+    def run(
+        self,
+        modelpool: ModelPool | Mapping[str, nn.Module],
+        fabric: "Fabric | None" = None,
+        data: Data | None = None,
+    ) -> Any:
+        """Fuse, for who calls it from Python: also a plain dict of modules by name."""

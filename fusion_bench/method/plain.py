@@ -1,0 +1,121 @@
+"""Anybody's object with a ``run``, seen as a fusion method."""
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from fusion_bench.method.contract import Data, Fused, FusionMethod, ModelPool, Needs
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.weights import TensorWeights, Weights
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+@runtime_checkable
+class Runs(Protocol):
+    """All that an object must have to be a method."""
+
+    def run(self, modelpool: ModelPool) -> Any:
+        """Return tensors by key, a module, or several of either by name."""
+
+
+class PlainMethod:
+    """An object whose ``run`` fuses a pool, and which may say in attributes what it needs.
+
+    Args:
+        method: may have ``needs_pretrained``, ``needs_data`` with ``split``, ``needs_own_data`` and
+            ``uses_labels``. Its ``run`` takes the pool, and ``fabric`` and ``data`` if it likes.
+    """
+
+    def __init__(self, method: Runs):
+        self.method = method
+
+    @property
+    def needs(self) -> Needs:
+        """What the object says; models that it has to see as weights are compared by itself."""
+
+        def said(name: str) -> Any:
+            return getattr(self.method, name, None)
+
+        learns = bool(said("needs_data"))
+        return Needs(
+            base=bool(said("needs_pretrained")),
+            weights=learns,
+            split=said("split") if learns else None,
+            own_data=bool(said("needs_own_data")),
+            labels=bool(said("uses_labels")),
+        )
+
+    def check_pool(self, pool: ModelPool) -> None:
+        """Refuse a pool without a pretrained model where there has to be one."""
+        refuse_without_pretrained(self, pool)
+
+    def fuse(
+        self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
+    ) -> Fused:
+        """Return what ``run`` does; state dicts become weights, and names within names one."""
+        offered = {"fabric": fabric, "data": data}
+        taken = signature(self.method.run).parameters
+        result = self.method.run(pool, **{k: v for k, v in offered.items() if k in taken})
+        models = _named(result)
+        return models[""] if list(models) == [""] else models
+
+    def run(
+        self,
+        modelpool: ModelPool | Mapping[str, nn.Module],
+        fabric: "Fabric | None" = None,
+        data: Data | None = None,
+    ) -> Any:
+        """Return what ``fuse`` does, for a pool."""
+        assert not isinstance(modelpool, Mapping)
+        return self.fuse(modelpool, fabric, data)
+
+
+def as_method(made: object) -> FusionMethod:
+    """Return an object as a fusion method.
+
+    Raises:
+        FusionBenchError: it cannot be run.
+    """
+    if isinstance(made, FusionMethod) and not _fuses_in_run(type(made)):
+        return made
+    if isinstance(made, Runs):
+        return PlainMethod(made)
+    raise FusionBenchError(f"{made!r} is no method.")
+
+
+def class_name(method: FusionMethod) -> str:
+    """Return how messages call a method."""
+    return type(method.method if isinstance(method, PlainMethod) else method).__name__
+
+
+def refuse_without_pretrained(method: FusionMethod, pool: ModelPool) -> None:
+    """Refuse a pool without the pretrained model where the method needs it.
+
+    Raises:
+        FusionBenchError: there is none.
+    """
+    if method.needs.base and not pool.has_pretrained:
+        raise FusionBenchError(
+            f"{class_name(method)} needs the pretrained model.",
+            "Add '_pretrained_' to the pool's models.",
+        )
+
+
+def _fuses_in_run(own: type) -> bool:
+    """Tell whether a class replaces ``run``, and leaves the ``fuse`` of the class it is made of."""
+    run, fuse = (next(c for c in own.__mro__ if name in vars(c)) for name in ("run", "fuse"))
+    return run is not fuse and issubclass(run, fuse)
+
+
+def _named(result: Any, name: str = "") -> dict[str, nn.Module | Weights]:
+    """Return by name what a ``run`` returned: weights, a module, or a family of either."""
+    if isinstance(result, nn.Module | Weights):
+        return {name: result}
+    if all(isinstance(value, Tensor) for value in result.values()):
+        return {name: TensorWeights(result)}
+    parts = [_named(part, f"{name}/{own}" if name else own) for own, part in result.items()]
+    return {key: model for part in parts for key, model in part.items()}

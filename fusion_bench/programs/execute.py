@@ -1,0 +1,334 @@
+"""Does what was planned: loads, fuses, evaluates and describes it in a report."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import quote
+
+from lightning.fabric import Fabric
+from torch import nn
+
+from fusion_bench.instantiate import SharedObjects
+from fusion_bench.method.contract import FusionMethod
+from fusion_bench.method.plain import class_name
+from fusion_bench.plan import Plan
+from fusion_bench.problems import EnvironmentProblem, within
+from fusion_bench.programs.environment import describe_run, launch, plain_failures
+from fusion_bench.programs.evaluating import Evaluator
+from fusion_bench.programs.fusing import (
+    MERGED,
+    TuningData,
+    describe_tuning,
+    fuse,
+    materialize,
+    tuning_data,
+)
+from fusion_bench.programs.output_paths import OutputPaths
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool
+from fusion_bench.programs.prepare import Prepared
+from fusion_bench.programs.previous import Previous, identities, known_similarity
+from fusion_bench.programs.publish import publish
+from fusion_bench.programs.search import OptionSearch, Setting
+from fusion_bench.programs.spec import FusionSpec
+from fusion_bench.progress import quiet_libraries
+from fusion_bench.report import Answers, Report, Search, Seconds, compare_contenders
+from fusion_bench.storage import whole_directory
+from fusion_bench.weights import Weights
+
+log = logging.getLogger(__name__)
+
+#: What the log says when a step is done.
+_DONE = {"load": "Loaded", "search": "Searched", "fuse": "Fused", "evaluate": "Evaluated"}
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """A module that is no plain checkpoint, and writes itself."""
+
+    def save(self, directory: Path, modelpool: Any, config: Mapping[str, Any]) -> None:
+        """Write the directory, whole or not at all."""
+
+
+def execute(prepared: Prepared, plan: Plan) -> Report:
+    """Fuse, evaluate, save and print.
+
+    Args:
+        prepared: with every object that its spec asks for.
+        plan: what was found about them, of which the notes go into the report.
+
+    Raises:
+        FusionBenchError: what shows only now: a damaged file, memory or a disk that is full.
+    """
+    run = _sound(prepared, plan)
+    run.quiet()
+    for note in run.notes:
+        log.warning("%s", note)
+    log.info("Fusing %s with %s", ", ".join(run.modelpool.model_names), class_name(run.method))
+    with run.paths.claimed():
+        report, answers = launch(run.fabric, run.fuse_and_evaluate)
+        # Where processes were started by us, this one is their parent.
+        if run.fabric.global_rank == 0:
+            with plain_failures():
+                publish(report, answers, run.spec.output_dir, run.paths.report_path)
+            run.paths.finished()
+            if run.paths.model_path is not None:
+                log.info("Merged model: %s", run.paths.model_path)
+            elif not report.tasks and report.run.search is None:
+                log.warning(
+                    "The merged model was neither evaluated nor saved; give a task pool or %s.",
+                    "merged_model_save_path",
+                )
+    return report
+
+
+def _sound(prepared: Prepared, plan: Plan) -> "_Run":
+    """Return what is prepared as a run, for which there is all that it needs."""
+    made = prepared
+    assert made.modelpool is not None and made.method is not None and made.fabric is not None
+    return _Run(
+        made.spec,
+        made.shared,
+        made.paths,
+        made.modelpool,
+        made.taskpool,
+        made.method,
+        made.search,
+        made.settings,
+        made.previous,
+        made.fabric,
+        plan.notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose objects are all there."""
+
+    spec: FusionSpec
+    shared: SharedObjects
+    paths: OutputPaths
+    modelpool: PlacedModelPool
+    taskpool: TaskPool | None
+    method: FusionMethod
+    search: OptionSearch | None
+    settings: list[Setting]
+    previous: Previous | None
+    fabric: Fabric
+    notes: list[str]
+
+    def fuse_and_evaluate(self, fabric: Fabric) -> tuple[Report, Answers]:
+        """Do the work; called in every process, with the same result in each."""
+        self.quiet()  # again, for a process that was spawned
+        self._seed_everything(fabric)
+        clock = _Clock(fabric.global_rank == 0)
+        evaluator = self._evaluator(fabric)
+        with clock.measure("load"):
+            if self.taskpool is not None:
+                with within("taskpool", keyed_only=True):
+                    self.taskpool.prepare(fabric)
+            inputs = identities(self.modelpool)
+            searched = None
+            if self.search is not None and self.taskpool is not None:
+                searched = self.search.data(
+                    self.modelpool, self.taskpool, fabric, self.spec.allow_test_split
+                )
+            data = self._data(self.method, fabric)
+        if (done := self._done_before(inputs, data, searched, fabric)) is not None:
+            return done
+        self._seed_everything(fabric)  # again: what was loaded before need not have been loaded now
+        method, search = self.method, None
+        if searched is not None:
+            with clock.measure("search"):
+                search = self._search(searched, fabric)
+            method = self.settings[search.winner].method
+            data = self._data(method, fabric)
+        evaluated = search is None or search.judge_test
+        with clock.measure("fuse"):
+            wanted = evaluated or self.paths.model_path is not None
+            merged = self._fuse(fabric, method, data, search) if wanted else {}
+        with clock.measure("evaluate"):
+            if evaluated:
+                evaluator.take(self._evaluated_baselines(fabric, inputs))
+                evaluator.evaluate_merged(merged)
+                evaluator.summarise()
+        similarity = None
+        if self.spec.similarity and fabric.global_rank == 0:
+            similarity = known_similarity(self.modelpool, inputs)
+        report = Report(
+            run=describe_run(
+                fabric,
+                self.spec.config,
+                self.spec.seed,
+                Seconds(**clock.seconds, total=clock.total()),
+                inputs,
+                describe_tuning(method, self.taskpool, data),
+                search,
+                self._all_notes(),
+            ),
+            tasks=evaluator.task_infos(),
+            models=evaluator.models,
+            similarity=similarity,
+        )
+        report.comparisons = compare_contenders(report, evaluator.answers)
+        return report, evaluator.answers
+
+    def quiet(self) -> None:
+        """Keep libraries from printing; a merge alone imports neither of the two."""
+        if self.taskpool is not None:
+            quiet_libraries()
+
+    def _all_notes(self) -> list[str]:
+        """Return what the report is to say of the models and of how they were evaluated."""
+        of_tasks = [] if self.taskpool is None else self.taskpool.notes
+        return list(dict.fromkeys([*self.notes, *self.modelpool.notes, *of_tasks]))
+
+    def _evaluator(self, fabric: Fabric) -> Evaluator:
+        return Evaluator(
+            self.modelpool,
+            self.taskpool,
+            fabric,
+            self.spec.baselines,
+            self.spec.fast_dev_run,
+            self.spec.output_dir,
+        )
+
+    def _evaluated_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Evaluator:
+        """Return one that has evaluated the models to compare with, maybe in an earlier run."""
+
+        def evaluated() -> Evaluator:
+            evaluator = self._evaluator(fabric)
+            evaluator.evaluate_baselines()
+            return evaluator
+
+        if self.taskpool is not None and self.taskpool.save_predictions:
+            return evaluated()  # they go into each run's directory
+        pools = [id(self.modelpool), id(self.taskpool)]  # the same for the same config
+        how = [str(fabric.strategy.precision.precision), str(fabric.device), fabric.world_size]
+        asked = [self.spec.baselines, self.spec.fast_dev_run]
+        return self.shared.get(["baselines", pools, how, *asked, dict(inputs)], evaluated)
+
+    def _seed_everything(self, fabric: Fabric) -> None:
+        if self.spec.seed is not None:
+            fabric.seed_everything(self.spec.seed, verbose=False)
+
+    def _data(self, method: FusionMethod, fabric: Fabric) -> TuningData:
+        allowed = self.spec.allow_test_split
+        return tuning_data(method, self.modelpool, self.taskpool, fabric, allowed)
+
+    def _search(self, data: TuningData, fabric: Fabric) -> Search:
+        """Find the method's options; leaves the random numbers as they were at first."""
+        assert self.search is not None and self.taskpool is not None and data is not None
+        found = self.search.run(
+            self.settings,
+            data,
+            self.modelpool,
+            self.taskpool,
+            fabric,
+            baselines=self.spec.baselines,
+            allow_test_split=self.spec.allow_test_split,
+            seed=self.spec.seed,
+            fast_dev_run=self.spec.fast_dev_run,
+        )
+        self._seed_everything(fabric)
+        return found
+
+    def _fuse(
+        self, fabric: Fabric, method: FusionMethod, data: TuningData, search: Search | None
+    ) -> dict[str, nn.Module | Weights]:
+        """Return what the method makes, by name; saved, where a path is given.
+
+        Merged weights are computed as they are written; they are held in memory only if they are
+        to be evaluated or to be thrown away.
+        """
+        path = self.paths.model_path
+        with within("method", keyed_only=True):
+            merged = fuse(method, self.modelpool, fabric, data)
+        if self.taskpool is not None or path is None:
+            merged = materialize(merged)
+        if path is None:
+            return merged
+        places = {
+            name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="") for name in merged
+        }
+        config = self.spec.config
+        if search is not None:
+            config = {**config, "method": search.method}
+        if fabric.global_rank == 0:
+            self.paths.begin_model()
+            with _whole(path, several=list(merged) != [MERGED]) as whole:
+                for name, place in places.items():
+                    self._save(merged[name], whole / place.relative_to(path), config)
+        fabric.barrier()
+        if self.taskpool is not None:
+            return merged
+        for name, place in places.items():
+            if isinstance(merged[name], Weights):
+                merged[name] = self.modelpool.open_saved(place)
+        return merged
+
+    def _save(self, model: nn.Module | Weights, place: Path, config: Mapping[str, Any]) -> None:
+        try:
+            if isinstance(model, Savable):
+                model.save(place, self.modelpool, config)
+            else:
+                self.modelpool.save_model(model, place, config)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"Cannot write it: {error}", place=("merged_model_save_path",)
+            ) from error
+
+    def _done_before(
+        self,
+        inputs: Mapping[str, str],
+        data: TuningData,
+        searched: TuningData,
+        fabric: Fabric,
+    ) -> tuple[Report, Answers] | None:
+        """Return the result that this very run had left here, if nothing has changed since."""
+        found = None
+        path = self.paths.model_path
+        model_is_there = path is None or path.exists()
+        if self.previous is not None and model_is_there and fabric.global_rank == 0:
+            found = self.previous.still_true(inputs, self.taskpool, data, searched)
+        if fabric.world_size > 1:
+            found = fabric.broadcast(found)
+        if found is None:
+            self.paths.check_reports()
+            self.paths.check_model()
+            return None
+        log.info("This run was done before; its report stands.")
+        return found
+
+
+class _Clock:
+    """Measures named steps, and says in the log how long each took."""
+
+    def __init__(self, says: bool) -> None:
+        self._says = says
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 3)
+        if self._says:
+            log.info("%s in %.1f s.", _DONE[step], self.seconds[step])
+
+    def total(self) -> float:
+        return round(time.perf_counter() - self._start, 3)
+
+
+@contextmanager
+def _whole(directory: Path, *, several: bool) -> Iterator[Path]:
+    """Yield where models go: several together take the place of what was in the directory."""
+    if not several:
+        yield directory  # a model alone sees to that itself
+        return
+    with whole_directory(directory) as place:
+        yield place

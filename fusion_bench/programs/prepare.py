@@ -1,0 +1,138 @@
+"""Makes the objects that a run works with, or finds why it cannot."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from lightning.fabric import Fabric
+
+from fusion_bench.instantiate import SharedObjects, check_part, instantiate
+from fusion_bench.method.contract import FusionMethod
+from fusion_bench.method.plain import as_method
+from fusion_bench.problems import (
+    ConfigError,
+    Problem,
+    Problems,
+    check_between,
+    check_choice,
+    within,
+)
+from fusion_bench.programs.environment import make_fabric
+from fusion_bench.programs.fusing import seeded
+from fusion_bench.programs.output_paths import OutputPaths
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool, as_taskpool, placed
+from fusion_bench.programs.previous import Previous
+from fusion_bench.programs.search import Located, OptionSearch, Setting, as_search
+from fusion_bench.programs.spec import Baselines, FusionSpec, plain
+
+P = TypeVar("P")
+
+_LARGEST_SEED = 2**32 - 1  # NumPy's
+
+
+@dataclass
+class Prepared:
+    """The objects of a run; those that could not be made are ``None``, and a problem says why.
+
+    Attributes:
+        spec: what they are made of.
+        shared: what other runs of this process have made, for those that follow.
+        paths: where the run writes.
+        problems: with their whole places in the config.
+        settings: the method with each combination of options that ``search`` tries.
+        method: without a search; with one, that of the first setting.
+        previous: what the same run has left there.
+    """
+
+    spec: FusionSpec
+    shared: SharedObjects
+    paths: OutputPaths
+    problems: Problems
+    search: OptionSearch | None = None
+    settings: list[Setting] = field(default_factory=list)
+    method: FusionMethod | None = None
+    modelpool: PlacedModelPool | None = None
+    taskpool: TaskPool | None = None
+    fabric: Fabric | None = None
+    previous: Previous | None = None
+
+    def methods(self) -> list[tuple[FusionMethod, Located]]:
+        """Return each method that is tried, with what says where its options stand."""
+        if self.settings:
+            return [(setting.method, setting.located) for setting in self.settings]
+        return [] if self.method is None else [(self.method, partial(within, "method"))]
+
+
+def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = ()) -> Prepared:
+    """Make what a run needs; nothing is downloaded or read that could be large.
+
+    Args:
+        spec: the config.
+        shared: what other runs of this process have made. A dry run takes nothing from it, for its
+            pools keep what they fetch in a place of its own.
+        known: problems that were found before.
+    """
+    shared = SharedObjects() if spec.dry_run else shared
+    paths = OutputPaths(spec.config, spec.output_dir, spec.overwrite)
+    made = Prepared(spec, shared, paths, Problems(known))
+    collect = made.problems.collect
+    with collect():
+        check_choice("baselines", spec.baselines, Baselines)
+    with collect():
+        _check_seed(spec.seed)
+    with collect("search"):
+        check_part(spec.search, "search")
+        made.search = as_search(instantiate(_lazily(spec.search), "search"))
+    with collect("method"):
+        check_part(spec.method, "method")
+        if made.search is None:
+            made.method = as_method(instantiate(seeded(spec.method, spec.seed), "method"))
+    with collect():
+        if made.search is not None:
+            made.settings = made.search.settings(plain(seeded(spec.method, spec.seed)))
+            made.method = made.settings[0].method
+    with collect("modelpool"):
+        made.modelpool = _shared(spec.modelpool, "modelpool", placed, shared)
+    with collect("taskpool"):
+        if spec.taskpool is not None:
+            made.taskpool = _shared(spec.taskpool, "taskpool", as_taskpool, shared)
+            if spec.output_dir is None and made.taskpool.save_predictions:
+                raise ConfigError("needs an output_dir.", place=("save_predictions",))
+    with collect("search"):
+        if spec.search is not None and spec.taskpool is None:
+            raise ConfigError("needs a task pool to evaluate the settings on.")
+    with collect():
+        paths.put_report(spec.report_save_path)
+    with collect():
+        paths.put_model(spec.merged_model_save_path)
+    made.previous = Previous.find(paths.reports, spec.config)
+    for check in (paths.check_reports, paths.check_model):
+        with collect():
+            check(done=made.previous is not None)
+    with collect():
+        made.fabric = make_fabric(spec.fabric)
+    return made
+
+
+def _check_seed(seed: object) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, int):
+        raise ConfigError(f"'{seed}' is not a whole number.", place=("seed",))
+    check_between("seed", seed, 0, _LARGEST_SEED)
+
+
+def _shared(section: Any, name: str, seen: Callable[[object], P], shared: SharedObjects) -> P:
+    """Return a pool, made once for the same config."""
+    check_part(section, name)
+    node = plain(section)
+    if not isinstance(node, Mapping):
+        return seen(section)
+    return shared.get([name, node], lambda: seen(instantiate(_lazily(node), name)))
+
+
+def _lazily(section: Any) -> Any:
+    # A pool's datasets and models are made when their turn comes, also where the YAML forgets
+    # to say so.
+    return {"_recursive_": False, **section} if isinstance(section, Mapping) else section
