@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_bench import __version__
+from fusion_bench.command import typed
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.publish import publish
@@ -120,7 +120,7 @@ class CompareProgram:
         return Run(
             version=__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=sys.argv,
+            command=typed(),
             config=self.config,
             config_sha256=config_sha256(self.config),
             seed=None,

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from fusion_bench import __version__
+from fusion_bench.command import typed
 from fusion_bench.instantiate import instantiate
 from fusion_bench.memory import out_of_memory
 from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError, within
@@ -137,7 +138,7 @@ def describe_run(
     return Run(
         version=__version__,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=sys.argv,
+        command=typed(),
         config=dict(config),
         config_sha256=config_sha256(config),
         seed=seed,

@@ -27,7 +27,6 @@ from fusion_bench.programs.fusing import LearnedSplit, require_taskpool
 from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Located
-from fusion_bench.progress import quiet_libraries
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache, locate
 from fusion_bench.shown import visible
@@ -50,8 +49,6 @@ def preflight(prepared: Prepared) -> Plan:
         ConfigError: with every problem that there is.
     """
     spec = prepared.spec
-    if spec.taskpool is not None:
-        quiet_libraries()
     plan = Plan(problems=Problems(prepared.problems))
     with plan.collect():
         prepared.paths.check_unclaimed()

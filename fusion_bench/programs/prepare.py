@@ -25,6 +25,7 @@ from fusion_bench.programs.pools import PlacedModelPool, TaskPool, as_taskpool, 
 from fusion_bench.programs.previous import Previous
 from fusion_bench.programs.search import Located, OptionSearch, Setting, as_search
 from fusion_bench.programs.spec import Baselines, FusionSpec, plain
+from fusion_bench.progress import quiet_libraries
 
 P = TypeVar("P")
 
@@ -73,6 +74,8 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
             pools keep what they fetch in a place of its own.
         known: problems that were found before.
     """
+    if spec.taskpool is not None:  # a merge alone imports neither transformers nor datasets
+        quiet_libraries()
     shared = SharedObjects() if spec.dry_run else shared
     paths = OutputPaths(spec.config, spec.output_dir, spec.overwrite)
     made = Prepared(spec, shared, paths, Problems(known))

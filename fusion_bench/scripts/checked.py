@@ -6,7 +6,6 @@ stranger's YAML. What runs commands must come from the command line.
 """
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -20,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from fusion_bench.command import overrides, typed
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.problems import ConfigError
 from fusion_bench.redact import secret_keys
@@ -163,7 +163,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
         """Let no package be imported for the sake of its configs alone."""
         for word in overrides:  # some of which a file may have given, to be swept
-            if word.lstrip("+").startswith("hydra.searchpath") and word not in sys.argv:
+            if word.lstrip("+").startswith("hydra.searchpath") and word not in typed():
                 raise ConfigError("hydra.searchpath: is not swept. Give it on the command line.")
         found = self.repository.load_config(config_name) if config_name else None
         main = found.config if found is not None else None
@@ -286,7 +286,6 @@ def _fits(value: Any, pattern: str) -> bool:
 
 def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each setting that must come from the command line, and does not."""
-    typed = {word.partition("=")[0].lstrip("+") for word in sys.argv[1:] if "=" in word}
     ours = [
         OmegaConf.to_container(OmegaConf.load(file))
         for file in (CONFIG_DIR / "launcher").glob("*.yaml")
@@ -299,7 +298,7 @@ def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
         )
         by_hand = any(
             f"hydra.{key}".startswith((word, f"{word}.", f"{word}["))
-            for word in typed
+            for word in overrides()
             if word.startswith("hydra.")
         )
         if value in (None, "", "auto") or own or by_hand:

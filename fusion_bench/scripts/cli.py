@@ -13,17 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal import hydra as hydra_internal
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.conf import HydraConf
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
@@ -32,14 +26,13 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from fusion_bench.configs import CONFIG_DIR, register
+from fusion_bench.command import option, replaced, typed
+from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import SharedObjects, accepts, instantiate
 from fusion_bench.problems import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
-from fusion_bench.scripts.arguments import arguments_parser
-from fusion_bench.scripts.bounds import FileConfigSource
-from fusion_bench.scripts.checked import CheckedConfigLoader
+from fusion_bench.scripts.hydra_patches import set_up_hydra
 from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.scripts.sweep import Failed, attempt, lost_workers
 from fusion_bench.shown import colour, message, set_up_streams
@@ -58,16 +51,6 @@ _PROGRAM_KEY = re.compile(
 EXPECTED = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
 _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
-
-
-class PackagedConfigs(SearchPathPlugin):
-    """Makes our config groups available to configs in a directory of the user's own."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append our config directory where it is not the primary one already."""
-        there = {str(entry.path).removeprefix("file://") for entry in search_path.get_path()}
-        if str(CONFIG_DIR) not in there:
-            search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
 
 
 def main() -> None:
@@ -98,8 +81,8 @@ def main() -> None:
     ):
         _leave_working_directory()
         set_up_hydra()
-        sys.argv[1:] = _prepared(sys.argv[1:])
-        run()
+        with replaced(_prepared(typed()[1:])):
+            run()
 
 
 @contextmanager
@@ -139,25 +122,6 @@ def unanswered() -> Iterator[None]:
             restore()
             if terminal is not None:
                 os.close(terminal)
-
-
-def set_up_hydra() -> None:
-    """Let every config have our groups, sweeps and launchers, and no more than it may."""
-    hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
-    sys.modules["hydra.main"].get_args_parser = arguments_parser  # type: ignore[attr-defined]
-    Plugins.instance().register(PackagedConfigs)
-    register()
-    SourcesRegistry.instance().types["file"] = FileConfigSource
-    store = ConfigStore.instance().store
-    ours = {"output": "by_name", "callbacks": "leaderboard", "sweeper": "grid"}
-    defaults = [
-        {group: ours.get(group, choice) for group, choice in entry.items()}
-        for entry in HydraConf().defaults
-    ]
-    store("config", HydraConf(defaults), "hydra", provider="fusion_bench")
-    # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
-    for file in (CONFIG_DIR / "launcher").glob("*.yaml"):
-        store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
 
 
 def _print_traceback(*error: Any) -> None:
@@ -363,7 +327,7 @@ def _config_names(missing: str) -> list[str]:
     """Return the names of the configs that a person might have meant by ``missing``."""
     group, slash, _ = missing.partition("/")
     names = set()
-    for directory in {CONFIG_DIR, *map(Path, filter(None, map(_argument, _DIRECTORY_FLAGS)))}:
+    for directory in {CONFIG_DIR, *map(Path, option(*_DIRECTORY_FLAGS))}:
         files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
         names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
     parent = missing.rpartition("/")[0]
@@ -371,15 +335,6 @@ def _config_names(missing: str) -> list[str]:
         stored = ConfigStore.instance().list(parent) if slash else []
         names |= {f"{parent}/{name.removesuffix('.yaml')}" for name in stored}
     return [name for name in names if not Path(name).name.startswith("_")]
-
-
-def _argument(flag: str) -> str | None:
-    """Return the value of a command-line option, given as ``flag value`` or ``flag=value``."""
-    for position, word in enumerate(sys.argv):
-        name, equals, value = word.partition("=")
-        if name == flag:
-            return value if equals else next(iter(sys.argv[position + 1 :]), None)
-    return None
 
 
 if __name__ == "__main__":

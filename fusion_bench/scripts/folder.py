@@ -3,7 +3,6 @@
 A config names the folder, and Hydra replaces what it finds there.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from fusion_bench.command import overrides
 from fusion_bench.problems import ConfigError
 from fusion_bench.storage import check_unclaimed, is_first_process
 
@@ -39,7 +39,7 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
     for path in files:
         if path.is_symlink():
             raise ConfigError(f"{key}: '{path}' is a link, and is not written to. Remove it.")
-    if "overwrite=true" in {word.lstrip("+") for word in sys.argv[1:]}:
+    if overrides().get("overwrite") == "true":
         return
     if record and record != ".hydra" and files[0].exists() and not _is_record(files[0]):
         raise ConfigError(
@@ -125,7 +125,3 @@ def _names_us(path: Path) -> bool:
     with suppress(OSError, ValueError):
         return "fusion_bench" in path.read_text(encoding="utf-8")
     return False
-
-
-# Where a job runs elsewhere this module comes along.
-utils.configure_log = configure_log

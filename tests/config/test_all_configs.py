@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from fusion_bench.configs import datasets, register, suites
 from fusion_bench.instantiate import check, instantiate
-from fusion_bench.scripts.cli import set_up_hydra
+from fusion_bench.scripts.hydra_patches import set_up_hydra
 
 CONFIG = Path(__file__).parents[2] / "config"
 #: Whoever types one of these is to get what it was: groups, and the choices in them.

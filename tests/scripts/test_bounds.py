@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import ConfigError
-from fusion_bench.scripts import cli
+from fusion_bench.scripts import hydra_patches
 from fusion_bench.scripts.bounds import check_text
 
 
@@ -22,7 +22,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(hydra_internal, "ConfigLoaderImpl", hydra_internal.ConfigLoaderImpl)
     monkeypatch.setattr(sys, "argv", ["fusion_bench"])
-    cli.set_up_hydra()
+    hydra_patches.set_up_hydra()
 
     def composed(text: str, *words: str) -> Any:
         (tmp_path / "main.yaml").write_text(text)

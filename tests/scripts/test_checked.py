@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from fusion_bench.problems import ConfigError
-from fusion_bench.scripts import cli
+from fusion_bench.scripts import hydra_patches
 
 CALL = {"_target_": "os.system", "_args_": ["touch canary"]}
 FILE = {"class": "logging.FileHandler"}
@@ -23,7 +23,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from hydra._internal import hydra as hydra_internal
 
     monkeypatch.setattr(hydra_internal, "ConfigLoaderImpl", hydra_internal.ConfigLoaderImpl)
-    cli.set_up_hydra()
+    hydra_patches.set_up_hydra()
 
     def composed(config: dict[str, Any], *words: str, typed: bool = True) -> Any:
         (tmp_path / "stranger.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

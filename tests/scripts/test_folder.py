@@ -15,7 +15,7 @@ from hydra.core.utils import run_job
 from hydra.types import HydraContext
 
 from fusion_bench.problems import ConfigError, EnvironmentProblem
-from fusion_bench.scripts import cli
+from fusion_bench.scripts import hydra_patches
 from fusion_bench.storage import claimed
 
 TARGET = {"_target_": "fusion_bench.programs.FabricModelFusionProgram"}
@@ -32,7 +32,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from hydra._internal import hydra as hydra_internal
 
     monkeypatch.setattr(hydra_internal, "ConfigLoaderImpl", hydra_internal.ConfigLoaderImpl)
-    cli.set_up_hydra()
+    hydra_patches.set_up_hydra()
     (tmp_path / "conf").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

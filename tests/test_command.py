@@ -1,0 +1,42 @@
+"""What was typed is read in one place, whatever libraries are given to read."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusion_bench
+from fusion_bench.command import option, overrides, replaced, typed
+
+
+@pytest.fixture(autouse=True)
+def command(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["method=ties", "++seed=1", "--config-path", "here", "--config-dir=there", "-cd"]
+    monkeypatch.setattr(sys, "argv", ["fusion_bench", *words])
+
+
+def test_overrides_and_options() -> None:
+    assert typed()[:2] == ["fusion_bench", "method=ties"]
+    assert overrides() == {"method": "ties", "seed": "1", "--config-dir": "there"}
+    assert option("--config-path", "--config-dir") == ["here", "there"]
+    assert option("-cd") == []
+
+
+def test_what_libraries_read_is_not_what_was_typed() -> None:
+    before = typed()
+    with replaced(["seed=2"]):
+        assert sys.argv == ["fusion_bench", "seed=2"]
+        assert typed() == before
+    assert sys.argv == before
+
+
+def test_nobody_else_reads_it() -> None:
+    package = Path(fusion_bench.__file__).parent
+    readers = [
+        path.name
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "argv"
+    ]
+    assert set(readers) == {"command.py"}
