@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class ModuleDict:
         return module.eval()
 
 
+@dataclass(eq=False, kw_only=True)
 class TensorwiseAlgorithm:
     """A method that makes each output tensor from the same tensor of every model.
 
@@ -71,15 +72,19 @@ class TensorwiseAlgorithm:
     each element depends on that element alone set ``elementwise``. Where NaN or infinity in a model
     always shows in the result, as in a weighted sum, ``shows_nonfinite`` saves looking for it
     twice. ``heavy`` ones, which factorise matrices or descend gradients, compute where Fabric
-    computes.
+    computes. As dataclasses they take the two options of every method besides their own.
+
+    Args:
+        show_pbar: show a progress bar.
+        inplace: of modules given as a dict, write to the pretrained one, or else to the first.
     """
 
     needs_pretrained = False
     elementwise = False
     heavy = False
     shows_nonfinite = False
-    show_pbar = True
-    inplace = False
+    show_pbar: bool = True
+    inplace: bool = False
 
     @property
     def needs(self) -> Needs:

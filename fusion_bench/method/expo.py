@@ -4,32 +4,27 @@ Zheng et al., Model extrapolation expedites alignment, https://arxiv.org/abs/240
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 
 
+@dataclass(eq=False)
 class ExPOAlgorithm(TensorwiseAlgorithm):
     """A step from the pretrained model through the aligned one and beyond it.
 
     Args:
         extrapolation_factor: how far beyond, in lengths of the way so far; 0 gives the aligned
             model, -1 the pretrained one.
-        show_pbar: show a progress bar.
-        inplace: write to the pretrained module, of modules given as a dict.
     """
 
     needs_pretrained = True
     elementwise = True
     shows_nonfinite = True
 
-    def __init__(
-        self, extrapolation_factor: float = 0.1, show_pbar: bool = True, inplace: bool = False
-    ):
-        self.extrapolation_factor = extrapolation_factor
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    extrapolation_factor: float = 0.1
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the extrapolated tensor; several aligned models are averaged first."""

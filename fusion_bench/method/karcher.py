@@ -7,6 +7,7 @@ https://doi.org/10.1002/cpa.3160300502
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.statistics import products
 
 
+@dataclass(eq=False)
 class KarcherMeanAlgorithm(TensorwiseAlgorithm):
     """The mean on the sphere of any number of models, tensor by tensor.
 
@@ -26,25 +28,16 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
     Args:
         max_iter: steps at most.
         tol: a step, an angle or a norm that counts as none.
-        show_pbar: show a progress bar.
-        inplace: write to the first module, of modules given as a dict.
     """
 
     elementwise = True
 
-    def __init__(
-        self,
-        max_iter: int = 10,
-        tol: float = 1e-5,
-        show_pbar: bool = True,
-        inplace: bool = False,
-    ):
-        check_between("max_iter", max_iter, 0, math.inf)
-        check_between("tol", tol, 0, math.inf)
-        self.max_iter = max_iter
-        self.tol = tol
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    max_iter: int = 10
+    tol: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_between("max_iter", self.max_iter, 0, math.inf)
+        check_between("tol", self.tol, 0, math.inf)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find each entry's weights; the pretrained model is not part of the mean."""

@@ -5,6 +5,7 @@ zero-shot models, https://arxiv.org/abs/2109.01903
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,24 +15,22 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Inputs
 
 
+@dataclass(eq=False)
 class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
     """A point on the line between two models; the pretrained one, where there is one, is its start.
 
     Args:
         t: how far to go, from 0 to 1.
-        show_pbar: show a progress bar.
-        inplace: write to the first module, of modules given as a dict.
     """
 
     elementwise = True
     shows_nonfinite = True
 
-    def __init__(self, t: float = 0.5, show_pbar: bool = True, inplace: bool = False):
-        if not 0 <= t <= 1:
-            raise FusionBenchError(f"{t} is not between 0 and 1.", place=("t",))
-        self.t = t
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    t: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t <= 1:
+            raise FusionBenchError(f"{self.t} is not between 0 and 1.", place=("t",))
 
     def check(self, inputs: Inputs) -> None:
         """Refuse all but two models."""

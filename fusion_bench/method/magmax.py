@@ -5,6 +5,7 @@ Marczak et al., MagMax, https://arxiv.org/abs/2407.06322
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,23 +14,19 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.weights.ops import task_vectors
 
 
+@dataclass(eq=False)
 class MagMaxAlgorithm(TensorwiseAlgorithm):
     """The pretrained model plus, at each element, the task vector's value of largest magnitude.
 
     Args:
         scaling_factor: scales what is added.
-        show_pbar: show a progress bar.
-        inplace: write to the pretrained module, of modules given as a dict.
     """
 
     needs_pretrained = True
     shows_nonfinite = True
     elementwise = True
 
-    def __init__(self, scaling_factor: float = 0.5, show_pbar: bool = True, inplace: bool = False):
-        self.scaling_factor = scaling_factor
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    scaling_factor: float = 0.5
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus the largest change; of equal ones the later model's."""

@@ -7,6 +7,7 @@ Jang et al., Model Stock, https://arxiv.org/abs/2403.19522
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 from typing import Literal
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 Average = Literal["cosine", "angle"]
 
 
+@dataclass(eq=False)
 class ModelStock(TensorwiseAlgorithm):
     """A point between the pretrained model and the average, tensor by tensor.
 
@@ -35,27 +37,17 @@ class ModelStock(TensorwiseAlgorithm):
         average: of more than two models, average the ``cosine`` or the ``angle`` between pairs.
         clamp: keep the share of the average between 0 and 1; without it, task vectors that point
             away from each other may give any number.
-        show_pbar: show a progress bar.
-        inplace: write to the pretrained module, of modules given as a dict.
     """
 
     needs_pretrained = True
     elementwise = True
 
-    def __init__(
-        self,
-        ignore_keys: Sequence[str] = (),
-        average: Average = "cosine",
-        clamp: bool = False,
-        show_pbar: bool = True,
-        inplace: bool = False,
-    ):
-        check_choice("average", average, Average)
-        self.ignore_keys = list(ignore_keys)
-        self.average = average
-        self.clamp = clamp
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    ignore_keys: Sequence[str] = ()
+    average: Average = "cosine"
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("average", self.average, Average)
 
     def check(self, inputs: Inputs) -> None:
         """Refuse a single model."""

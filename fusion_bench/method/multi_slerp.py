@@ -10,6 +10,7 @@ Goddard, Multi-SLERP, 2024, as published with mergekit.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from fusion_bench.weights.statistics import products
 _ROUNDING = 1e-7
 
 
+@dataclass(eq=False)
 class MultiSlerpAlgorithm(TensorwiseAlgorithm):
     """A mean of any number of models that keeps their norms, tensor by tensor.
 
@@ -34,26 +36,16 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
         weights: one a model, in the pool's order; equal where not given.
         normalize_weights: divide the weights by their sum.
         eps: what counts as no length.
-        show_pbar: show a progress bar.
-        inplace: write to the first module, of modules given as a dict.
     """
 
     elementwise = True
 
-    def __init__(
-        self,
-        weights: Sequence[float] | None = None,
-        normalize_weights: bool = True,
-        eps: float = 1e-8,
-        show_pbar: bool = True,
-        inplace: bool = False,
-    ):
-        self.weights = None if weights is None else list(weights)
-        self.normalize_weights = normalize_weights
-        check_between("eps", eps, 0, math.inf)
-        self.eps = eps
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    weights: Sequence[float] | None = None
+    normalize_weights: bool = True
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_between("eps", self.eps, 0, math.inf)
 
     def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""

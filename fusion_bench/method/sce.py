@@ -6,6 +6,7 @@ Wan et al., FuseChat, https://arxiv.org/abs/2408.07990
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,23 +19,21 @@ from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import products
 
 
+@dataclass(eq=False)
 class SCEAlgorithm(TensorwiseAlgorithm):
     """The pretrained model plus a mean of the task vectors that follows the larger changes.
 
     Args:
         select_topk: the share of the varying elements to keep, from 0 to 1.
-        show_pbar: show a progress bar.
-        inplace: write to the pretrained module, of modules given as a dict.
     """
 
     needs_pretrained = True
 
-    def __init__(self, select_topk: float = 1.0, show_pbar: bool = True, inplace: bool = False):
-        check_between("select_topk", select_topk, 0, 1)
-        self.select_topk = select_topk
-        self.elementwise = select_topk == 1
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    select_topk: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_between("select_topk", self.select_topk, 0, 1)
+        self.elementwise = self.select_topk == 1
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Weigh the models in each entry; where elements are selected, entry by entry."""

@@ -4,21 +4,19 @@ Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 
 
+@dataclass(eq=False)
 class SimpleAverageAlgorithm(TensorwiseAlgorithm):
     """The mean of all models; the pretrained model is not one of them."""
 
     elementwise = True
     shows_nonfinite = True
-
-    def __init__(self, show_pbar: bool = True, inplace: bool = False):
-        self.show_pbar = show_pbar
-        self.inplace = inplace
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the mean of ``tensors``."""

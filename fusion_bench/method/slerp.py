@@ -7,6 +7,7 @@ Shoemake, Animating rotation with quaternion curves, https://doi.org/10.1145/325
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs
 
 
+@dataclass(eq=False)
 class SlerpMergeAlgorithm(TensorwiseAlgorithm):
     """A point on the arc between two models; the pretrained one, where there is one, is its start.
 
@@ -23,24 +25,14 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
         t: how far to go, from 0 to 1.
         DOT_THRESHOLD: tensors whose cosine is beyond it, either way, are interpolated linearly.
         epsilon: a tensor whose norm is at most this has no direction.
-        show_pbar: show a progress bar.
-        inplace: write to the first module, of modules given as a dict.
     """
 
-    def __init__(
-        self,
-        t: float = 0.5,
-        DOT_THRESHOLD: float = 0.9995,  # noqa: N803 - the name that existing configs use
-        epsilon: float = 1e-8,
-        show_pbar: bool = True,
-        inplace: bool = False,
-    ):
-        check_between("t", t, 0, 1)
-        self.t = t
-        self.DOT_THRESHOLD = DOT_THRESHOLD
-        self.epsilon = epsilon
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    t: float = 0.5
+    DOT_THRESHOLD: float = 0.9995  # the name that existing configs use
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_between("t", self.t, 0, 1)
 
     def check(self, inputs: Inputs) -> None:
         """Refuse all but two models."""

@@ -4,12 +4,14 @@ Ilharco et al., Editing models with task arithmetic, https://arxiv.org/abs/2212.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 
 
+@dataclass(eq=False)
 class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     """The pretrained model plus the scaled sum of all task vectors.
 
@@ -20,10 +22,7 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     elementwise = True
     shows_nonfinite = True
 
-    def __init__(self, scaling_factor: float = 0.3, show_pbar: bool = True, inplace: bool = False):
-        self.scaling_factor = scaling_factor
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    scaling_factor: float = 0.3
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus ``scaling_factor`` times the sum of the differences to it."""

@@ -4,6 +4,7 @@ Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fusion_bench.problems import FusionBenchError, check_one_each
 from fusion_bench.weights import Inputs, matches
 
 
+@dataclass(eq=False)
 class WeightedAverageAlgorithm(TensorwiseAlgorithm):
     """The weighted sum of all models; the pretrained model is not one of them.
 
@@ -21,8 +23,6 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
         normalize: divide the weights by their sum.
         layer_weights: key pattern (``*`` stands for anything) to weights for the entries that it
             fits; the first that fits counts, and ``weights`` where none does.
-        show_pbar: show a progress bar.
-        inplace: write to the first module, of modules given as a dict.
 
     Raises:
         FusionBenchError: from ``run``: another number of weights than models, or weights whose sum
@@ -32,24 +32,14 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
     elementwise = True
     shows_nonfinite = True
 
-    def __init__(
-        self,
-        weights: Sequence[float],
-        normalize: bool = True,
-        layer_weights: Mapping[str, Sequence[float]] | None = None,
-        show_pbar: bool = True,
-        inplace: bool = False,
-    ):
-        self.weights = list(weights)
-        self.normalize = normalize
-        self.layer_weights = {key: list(own) for key, own in (layer_weights or {}).items()}
-        self.show_pbar = show_pbar
-        self.inplace = inplace
+    weights: Sequence[float]
+    normalize: bool = True
+    layer_weights: Mapping[str, Sequence[float]] | None = None
 
     def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""
         named = {"weights": self.weights} | {
-            f"layer_weights.{key}": own for key, own in self.layer_weights.items()
+            f"layer_weights.{key}": own for key, own in (self.layer_weights or {}).items()
         }
         for name, weights in named.items():
             check_one_each(name, weights, inputs.names)
@@ -63,7 +53,7 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return the weighted sum of ``tensors``."""
         weights = next(
-            (own for pattern, own in self.layer_weights.items() if matches(key, [pattern])),
+            (own for pattern, own in (self.layer_weights or {}).items() if matches(key, [pattern])),
             self.weights,
         )
         scale = sum(weights) if self.normalize else 1.0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from fusion_bench.configs import register
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import (
     DareTiesMerging,
@@ -245,6 +246,7 @@ def test_the_base_method_is_chosen_by_its_config(override: str | None, base_meth
     overrides = ["method=knots/knots", "method.rank_tol=0.001"]
     if override is not None:
         overrides.append(f"method@method.base_method={override}")
+    register()
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
         config = compose("fabric_model_fusion", overrides=overrides)
     method = instantiate(OmegaConf.to_container(config.method, resolve=True), "method")
