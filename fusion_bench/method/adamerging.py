@@ -5,7 +5,6 @@ answers on unlabelled images of all tasks. Yang et al., AdaMerging, https://arxi
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,13 +16,14 @@ from fusion_bench.method.base import aligned
 from fusion_bench.method.contract import Data, ModelPool, Split
 from fusion_bench.method.data import (
     LearningAlgorithm,
+    check_descent,
+    descent,
     merged,
     own_data,
     parameter_keys,
 )
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.problems import ConfigError, FusionBenchError, check_between, check_choice
-from fusion_bench.progress import bar
 from fusion_bench.storage import read_json, write_text
 from fusion_bench.weights import Weights
 from fusion_bench.weights.ops import task_vectors
@@ -75,12 +75,10 @@ class AdaMergingAlgorithm(LearningAlgorithm):
     ):
         check_choice("granularity", granularity, Granularity)
         check_choice("split", split, Split)
-        check_between("batch_size", batch_size, 1, math.inf)
-        check_between("max_steps", max_steps, 0, math.inf)
+        check_descent(max_steps, batch_size, lr)
         self.granularity = granularity
         self.init_values = init_values
         self.weights = weights
-        check_between("lr", lr, 0, 1e6)
         self.lr = lr
         self.max_steps = max_steps
         self.batch_size = batch_size
@@ -164,21 +162,21 @@ class AdaMergingAlgorithm(LearningAlgorithm):
     def _learn(self, mixture: "Mixture", coefficients: nn.Parameter, data: Data) -> None:
         """Minimise the entropy of the answers."""
         optimizer = torch.optim.Adam([coefficients], lr=self.lr)
-        batches = {name: task.endless(self.batch_size, self.seed) for name, task in data.items()}
-        classify = {name: task.classify(mixture.module) for name, task in data.items()}
-        steps = bar(range(self.max_steps), "adapting", total=self.max_steps, unit="step")
-        for _ in steps:
+        steps = descent(
+            data, mixture.module, self.max_steps, self.batch_size, self.seed, "adapting"
+        )
+        for shown, answers in steps:
             used = self._clamped(coefficients)
             mixture.set(used.detach())
             entropy = 0.0
-            for name, images in ((name, next(batches[name])[0]) for name in data):
-                loss = entropies(classify[name](images)).mean()
+            for logits, _ in answers:
+                loss = entropies(logits).mean()
                 loss.backward()
                 entropy += loss.item()
             optimizer.zero_grad()
             used.backward(mixture.gradient(used.shape[1]))
             optimizer.step()
-            steps.set_postfix(entropy=f"{entropy / len(data):.4f}", refresh=False)
+            shown.set_postfix(entropy=f"{entropy / len(data):.4f}", refresh=False)
 
 
 def entropies(logits: Tensor) -> Tensor:

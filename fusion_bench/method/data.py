@@ -2,22 +2,24 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fusion_bench.method.base import aligned, refuse_disagreeing, run
-from fusion_bench.method.contract import Data, ModelPool, Needs, Split
+from fusion_bench.method.contract import Data, ModelPool, Needs, Split, TaskData
 from fusion_bench.method.plain import refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_between
+from fusion_bench.progress import bar
 from fusion_bench.tasks import canonical_name
 from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import MergeTensor, Weights, merge
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -31,6 +33,46 @@ def check_sampling(name: str, count: int | None, batch_size: int) -> None:
     if count is not None:
         check_between(name, count, 1, math.inf)
     check_between("batch_size", batch_size, 1, math.inf)
+
+
+def check_descent(max_steps: int, batch_size: int, lr: float) -> None:
+    """Refuse options of a gradient descent that cannot be.
+
+    Raises:
+        FusionBenchError: fewer than no steps, less than one sample a batch, a learning rate that
+            is negative or beyond all measure.
+    """
+    check_between("max_steps", max_steps, 0, math.inf)
+    check_between("batch_size", batch_size, 1, math.inf)
+    check_between("lr", lr, 0, 1e6)
+
+
+def drawn_batches(
+    task: TaskData, count: int | None, batch_size: int, seed: int, title: str
+) -> tuple[int, Iterator[tuple[Tensor, Tensor]]]:
+    """Draw ``count`` samples of a task, all for ``None``; return how many, and their batches.
+
+    ``title`` is what the progress bar says.
+    """
+    samples = task.sample(count, seed)
+    steps = -(-len(samples) // batch_size)
+    return len(samples), iter(bar(task.batches(samples, batch_size), title, total=steps))
+
+
+def descent(
+    data: Data, module: nn.Module, max_steps: int, batch_size: int, seed: int, title: str
+) -> Iterator[tuple["tqdm[int]", Iterator[tuple[Tensor, Tensor]]]]:
+    """Yield the progress bar and each task's answers and labels, step by step.
+
+    The answers to a task's batch are computed when they are taken, so that the module may be
+    changed at the beginning of a step, and a task's gradients be taken before the next one's.
+    """
+    batches = {name: task.endless(batch_size, seed) for name, task in data.items()}
+    classify = {name: task.classify(module) for name, task in data.items()}
+    steps = bar(range(max_steps), title, total=max_steps, unit="step")
+    for _ in steps:
+        drawn = ((name, *next(batches[name])) for name in data)
+        yield steps, ((classify[name](images), labels) for name, images, labels in drawn)
 
 
 class LearningAlgorithm:

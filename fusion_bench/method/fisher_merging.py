@@ -18,6 +18,7 @@ from fusion_bench.method.data import (
     LearningAlgorithm,
     check_patterns,
     check_sampling,
+    drawn_batches,
     excluded,
     merged,
     own_data,
@@ -26,7 +27,6 @@ from fusion_bench.method.data import (
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.problems import check_between, check_choice
-from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
 
 if TYPE_CHECKING:
@@ -133,12 +133,13 @@ class FisherMergingAlgorithm(LearningAlgorithm):
         if not parameters:
             return {}
         classify = data.classify(module)
-        samples = data.sample(self.num_fisher_examples, self.seed)
         fisher = {key: wide(torch.zeros_like(p)) for key, p in parameters.items()}
         size = self.batch_size if self.estimator == "batch_sqrt" else 1
         random = torch.Generator().manual_seed(self.seed)
-        steps = -(-len(samples) // size)
-        for images, labels in bar(data.batches(samples, size), f"Fisher of {name}", total=steps):
+        count, batches = drawn_batches(
+            data, self.num_fisher_examples, size, self.seed, f"Fisher of {name}"
+        )
+        for images, labels in batches:
             log_probs = wide(classify(images)).log_softmax(dim=-1)
             rows = self._rows(log_probs.detach(), labels, random)
             at_once = max(1, _FLOATS // sum(p.numel() for p in parameters.values()))
@@ -156,7 +157,7 @@ class FisherMergingAlgorithm(LearningAlgorithm):
                     if gradient is not None:  # the answer does not depend on it
                         squares = wide(gradient).square()
                         total += squares.sum(dim=0) if several else squares
-        return {key: (total / len(samples)).cpu() for key, total in fisher.items()}
+        return {key: (total / count).cpu() for key, total in fisher.items()}
 
     def _rows(self, log_probs: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
         """Return weights of the log-probabilities; each row's gradient is squared by itself."""

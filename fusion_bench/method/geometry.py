@@ -28,16 +28,6 @@ def cosine(one: Tensor, other: Tensor, epsilon: float = 0.0) -> float:
     return max(-1.0, min(1.0, float((one / norms[0]) @ (other / norms[1]))))
 
 
-def directions(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and norms of vectors that have these inner products.
-
-    One that is zero has no direction: its cosines are 0.
-    """
-    norms = products.diagonal().sqrt()
-    length = torch.where(norms > 0, norms, 1)
-    return (products / length / length[:, None]).clamp_(-1, 1), norms
-
-
 def themselves(
     key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
 ) -> Sequence[Tensor]:
@@ -94,5 +84,5 @@ def refuse_all_but_two(inputs: Inputs, method: str) -> None:
     if len(names) != 2:
         raise FusionBenchError(
             f"{method} moves between exactly two models, the pretrained one counted; "
-            f"modelpool.models has {len(names)}: {', '.join(names)}."
+            f"there are {len(names)}: {', '.join(names)}."
         )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import combined, directions, themselves
+from fusion_bench.method.geometry import combined, themselves
 from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs, MergePiece
-from fusion_bench.weights.statistics import products
+from fusion_bench.weights.statistics import cosines_and_norms, products
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class KarcherMeanAlgorithm(TensorwiseAlgorithm):
 
     def _weights(self, products: Tensor) -> Tensor:
         """Return how much of each model is in the mean."""
-        cosines, norms = directions(products)
+        cosines, norms = cosines_and_norms(products)
         there = norms > self.tol
         weights = torch.zeros_like(norms)
         if there.any():

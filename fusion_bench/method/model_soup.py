@@ -6,7 +6,6 @@ Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -19,11 +18,13 @@ from fusion_bench.method.base import aligned
 from fusion_bench.method.contract import Data, ModelPool, Split
 from fusion_bench.method.data import (
     LearningAlgorithm,
+    check_descent,
+    descent,
     merged,
     parameter_keys,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
-from fusion_bench.problems import check_between, check_choice
+from fusion_bench.problems import check_choice
 from fusion_bench.progress import bar
 from fusion_bench.weights import Weights
 
@@ -103,10 +104,8 @@ class LearnedSoupAlgorithm(LearningAlgorithm):
     ):
         check_choice("granularity", granularity, Granularity)
         check_choice("split", split, Split)
-        check_between("batch_size", batch_size, 1, math.inf)
-        check_between("max_steps", max_steps, 0, math.inf)
+        check_descent(max_steps, batch_size, lr)
         self.granularity = granularity
-        check_between("lr", lr, 0, 1e6)
         self.lr = lr
         self.max_steps = max_steps
         self.batch_size = batch_size
@@ -129,23 +128,21 @@ class LearnedSoupAlgorithm(LearningAlgorithm):
         logits = nn.Parameter(torch.zeros(len(models), columns, device=fabric.device))
         temperature = nn.Parameter(torch.ones((), device=fabric.device))
         optimizer = torch.optim.AdamW([logits, temperature], lr=self.lr, weight_decay=0)
-        batches = {name: task.endless(self.batch_size, self.seed) for name, task in data.items()}
-        classify = {name: task.classify(module) for name, task in data.items()}
-        steps = bar(range(self.max_steps), "learning the soup", total=self.max_steps, unit="step")
-        for _ in steps:
+        steps = descent(
+            data, module, self.max_steps, self.batch_size, self.seed, "learning the soup"
+        )
+        for shown, tasks in steps:
             optimizer.zero_grad()
             weights = logits.softmax(dim=0)
             mixture.set(weights.detach())
             total = 0.0
-            for name in data:
-                images, labels = next(batches[name])
-                answers = classify[name](images).float()
-                loss = cross_entropy(temperature * answers, labels) / len(data)
+            for answers, labels in tasks:
+                loss = cross_entropy(temperature * answers.float(), labels) / len(data)
                 loss.backward()
                 total += loss.item()
             weights.backward(mixture.gradient(columns))
             optimizer.step()
-            steps.set_postfix(loss=f"{total:.4f}", refresh=False)
+            shown.set_postfix(loss=f"{total:.4f}", refresh=False)
         weights = logits.detach().softmax(dim=0)
         by_key, shares = per_key(weights, keys), weights.mean(dim=1).tolist()
         named = (f"{name} {share:.2f}" for name, share in zip(models, shares, strict=True))

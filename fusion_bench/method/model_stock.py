@@ -15,11 +15,10 @@ from typing import Literal
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import directions
 from fusion_bench.problems import FusionBenchError, check_choice
 from fusion_bench.weights import Inputs, MergePiece, matches
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import products
+from fusion_bench.weights.statistics import cosines_and_norms, products
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class ModelStock(TensorwiseAlgorithm):
         return merge
 
     def _share_of(self, products: Tensor) -> float:
-        found, _ = directions(products)
+        found, _ = cosines_and_norms(products)
         pairs = [float(found[i, j]) for i, j in combinations(range(len(found)), 2)]
         cos = fmean(pairs) if self.average == "cosine" else math.cos(fmean(map(math.acos, pairs)))
         return self._share(cos, len(found))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import combined, directions, themselves
+from fusion_bench.method.geometry import combined, themselves
 from fusion_bench.problems import FusionBenchError, check_between, check_one_each
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import products
+from fusion_bench.weights.statistics import cosines_and_norms, products
 
 #: What is left of a length of 0 that is computed from its square, in float64.
 _ROUNDING = 1e-7
@@ -71,7 +71,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
 
     def _weights(self, key: str, size: int, products: Tensor) -> Tensor:
         """Return how much of each tensor is in the mean."""
-        cosines, norms = directions(products)
+        cosines, norms = cosines_and_norms(products)
         weights = torch.tensor(self.weights or [1.0] * len(norms), dtype=torch.float64)
         if self.normalize_weights:
             weights = weights / weights.sum()

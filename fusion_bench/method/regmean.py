@@ -17,6 +17,7 @@ from fusion_bench.method.data import (
     LearningAlgorithm,
     check_patterns,
     check_sampling,
+    drawn_batches,
     excluded,
     merged,
     own_data,
@@ -25,7 +26,6 @@ from fusion_bench.method.data import (
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.problems import FusionBenchError, check_between, check_choice
-from fusion_bench.progress import bar
 from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import Weights
 
@@ -99,10 +99,8 @@ class RegMeanAlgorithm(LearningAlgorithm):
 
     def batches(self, name: str, task: TaskData) -> Iterator[Tensor]:
         """Yield the images whose way through a model is followed."""
-        samples = task.sample(self.num_regmean_examples, self.seed)
-        steps = -(-len(samples) // self.batch_size)
-        batches = task.batches(samples, self.batch_size)
-        for images, _ in bar(batches, f"layer inputs of {name}", total=steps):
+        count, title = self.num_regmean_examples, f"layer inputs of {name}"
+        for images, _ in drawn_batches(task, count, self.batch_size, self.seed, title)[1]:
             yield images
 
     def solved(self, pool: ModelPool, normal: "NormalEquations") -> Weights:

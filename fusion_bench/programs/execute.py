@@ -133,7 +133,7 @@ class _Run:
             inputs = identities(self.modelpool)
             searched = None
             if self.search is not None and self.taskpool is not None:
-                searched = self.search.data(
+                searched = self.search.learned.data(
                     self.modelpool, self.taskpool, fabric, self.spec.allow_test_split
                 )
             data = self._data(self.method, fabric)
@@ -223,15 +223,7 @@ class _Run:
         """Find the method's options; leaves the random numbers as they were at first."""
         assert self.search is not None and self.taskpool is not None and data is not None
         found = self.search.run(
-            self.settings,
-            data,
-            self.modelpool,
-            self.taskpool,
-            fabric,
-            baselines=self.spec.baselines,
-            allow_test_split=self.spec.allow_test_split,
-            seed=self.spec.seed,
-            fast_dev_run=self.spec.fast_dev_run,
+            self.settings, data, self.modelpool, self.taskpool, fabric, self.spec
         )
         self._seed_everything(fabric)
         return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from fusion_bench.method import contract
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights
@@ -22,24 +23,8 @@ _SECTION = "modelpool"
 Nodes = Mapping[str, Any]
 
 
-class ModelPool(Protocol):
+class ModelPool(contract.ModelPool, Protocol):
     """What programs ask of a model pool; places in what it raises are relative to the pool."""
-
-    @property
-    def model_names(self) -> Sequence[str]:
-        """The models to fuse; special names such as ``_pretrained_`` are not among them."""
-
-    @property
-    def has_pretrained(self) -> bool:
-        """Whether there is a ``_pretrained_`` model."""
-
-    @property
-    def policy(self) -> MergePolicy:
-        """What to do where the models differ."""
-
-    @property
-    def vocabulary(self) -> int | None:
-        """How many tokens the reference has; None where it has none, or that is not known."""
 
     @property
     def notes(self) -> list[str]:
@@ -63,17 +48,8 @@ class ModelPool(Protocol):
     def compare(self, names: Collection[str] | None = None) -> list[str]:
         """Return in sentences what differs in some models, by default in all."""
 
-    def weights(self, name: str) -> Weights:
-        """Return a model's weights, which the caller must not write to."""
-
     def architecture(self, name: str | None = None) -> str | None:
         """Return a hash of what a model computes, weights aside; None where that is not known."""
-
-    def load_model(self, name: str) -> nn.Module:
-        """Load a model afresh, in eval mode, on the CPU."""
-
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return a module with these weights."""
 
     def open_saved(self, path: Path) -> Weights:
         """Return the weights that ``save_model`` wrote."""

@@ -32,7 +32,7 @@ from fusion_bench.programs.fusing import (
     uses_test_split,
 )
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
-from fusion_bench.programs.spec import Baselines
+from fusion_bench.programs.spec import FusionSpec
 from fusion_bench.progress import bar
 from fusion_bench.report import Candidate, Search, TaskResult
 from fusion_bench.report.schema import Metric, Split
@@ -91,15 +91,6 @@ class OptionSearch(Protocol):
     def settings(self, method: Any) -> list[Setting]:
         """Return the method's config node with each combination of options; nothing is loaded."""
 
-    def data(
-        self,
-        modelpool: PlacedModelPool,
-        taskpool: TaskPool,
-        fabric: Fabric,
-        allow_test_split: bool,
-    ) -> "dict[str, TuningImages]":
-        """Return what settings are evaluated on."""
-
     def run(
         self,
         settings: Sequence[Setting],
@@ -107,11 +98,7 @@ class OptionSearch(Protocol):
         modelpool: PlacedModelPool,
         taskpool: TaskPool,
         fabric: Fabric,
-        *,
-        baselines: Baselines = "own_task",
-        allow_test_split: bool = False,
-        seed: int | None = None,
-        fast_dev_run: bool = False,
+        spec: FusionSpec,
     ) -> Search:
         """Evaluate each of ``settings``, and return all figures with the winner."""
 
@@ -233,20 +220,6 @@ class GridSearch:
         """What settings are evaluated on."""
         return LearnedSplit(self.split, "the search evaluates on", ("search", "split"))
 
-    def data(
-        self,
-        modelpool: PlacedModelPool,
-        taskpool: TaskPool,
-        fabric: Fabric,
-        allow_test_split: bool,
-    ) -> "dict[str, TuningImages]":
-        """Return what settings are evaluated on.
-
-        Raises:
-            FusionBenchError: there is none, or it is the test split, and that is not allowed.
-        """
-        return self.learned.data(modelpool, taskpool, fabric, allow_test_split)
-
     def run(
         self,
         settings: Sequence[Setting],
@@ -254,11 +227,7 @@ class GridSearch:
         modelpool: PlacedModelPool,
         taskpool: TaskPool,
         fabric: Fabric,
-        *,
-        baselines: Baselines = "own_task",
-        allow_test_split: bool = False,
-        seed: int | None = None,
-        fast_dev_run: bool = False,
+        spec: FusionSpec,
     ) -> Search:
         """Evaluate each of ``settings`` on ``data``, and return all figures with the winner.
 
@@ -270,8 +239,8 @@ class GridSearch:
         """
         pool = taskpool.evaluating(data)
         pool.per_class = pool.save_predictions = False
-        evaluator = Evaluator(modelpool, pool, fabric, "own_task", fast_dev_run)
-        if baselines != "none":
+        evaluator = Evaluator(modelpool, pool, fabric, "own_task", spec.fast_dev_run)
+        if spec.baselines != "none":
             evaluator.evaluate_individuals()
         with within("search"):
             metric = self._metric(evaluator)
@@ -279,11 +248,12 @@ class GridSearch:
         learned: dict[str | None, TuningData] = {}
         candidates = []
         for setting in bar(settings, f"searching on the {self.split} split", unit="setting"):
-            if seed is not None:  # so that a setting does not depend on those before it
-                fabric.seed_everything(seed, verbose=False)
+            if spec.seed is not None:  # so that a setting does not depend on those before it
+                fabric.seed_everything(spec.seed, verbose=False)
             method, source = setting.method, setting.method.needs.split
             if source not in learned:
-                learned[source] = tuning_data(method, modelpool, taskpool, fabric, allow_test_split)
+                allowed = spec.allow_test_split
+                learned[source] = tuning_data(method, modelpool, taskpool, fabric, allowed)
             evaluator.models = dict(individuals)
             with setting.located(keyed_only=True):
                 merged = fuse(method, modelpool, fabric, learned[source])

@@ -14,7 +14,7 @@ from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.fusing import LearnedSplit, describe_data, uses_test_split
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.search import GridSearch, Setting
-from fusion_bench.programs.spec import Baselines
+from fusion_bench.programs.spec import FusionSpec
 from fusion_bench.report import Report, Search
 
 if TYPE_CHECKING:
@@ -105,16 +105,6 @@ class SweptSearch:
             for search in self._found
         ]
 
-    def data(
-        self,
-        modelpool: PlacedModelPool,
-        taskpool: TaskPool,
-        fabric: Fabric,
-        allow_test_split: bool,
-    ) -> "dict[str, TuningImages]":
-        """Return what the settings were evaluated on."""
-        return self._grid.data(modelpool, taskpool, fabric, allow_test_split)
-
     def run(
         self,
         settings: Sequence[Setting],
@@ -122,11 +112,7 @@ class SweptSearch:
         modelpool: PlacedModelPool,
         taskpool: TaskPool,
         fabric: Fabric,
-        *,
-        baselines: Baselines = "own_task",
-        allow_test_split: bool = False,
-        seed: int | None = None,
-        fast_dev_run: bool = False,
+        spec: FusionSpec,
     ) -> Search:
         """Return the jobs' figures with the winner.
 

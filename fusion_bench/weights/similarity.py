@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusion_bench.weights.inputs import Inputs
 from fusion_bench.weights.ops import block, task_vectors
-from fusion_bench.weights.statistics import products
+from fusion_bench.weights.statistics import cosines_and_norms, products
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ def similarity(inputs: Inputs) -> list[Part]:
 
 
 def _part(name: str, products: Tensor) -> Part:
-    norms = products.diagonal().sqrt()
-    length = torch.where(norms > 0, norms, 1)
-    cosines = (products / length / length[:, None]).clamp(-1, 1)
-    return Part(name, norms.tolist(), cosines.tolist())
+    cosine, norms = cosines_and_norms(products)
+    return Part(name, norms.tolist(), cosine.tolist())
 
 
 def _parts(keys: Sequence[str]) -> dict[str, str]:

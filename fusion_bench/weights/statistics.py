@@ -73,6 +73,16 @@ def products(inputs: Inputs, vectors: Values) -> dict[str, Tensor]:
     }
 
 
+def cosines_and_norms(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and norms of vectors that have these inner products.
+
+    One that is zero has no direction: its cosines are 0.
+    """
+    norms = products.diagonal().sqrt()
+    length = torch.where(norms > 0, norms, 1)
+    return (products / length / length[:, None]).clamp_(-1, 1), norms
+
+
 def total(sums: dict[str, list[float]]) -> list[float]:
     """Return each quantity's sum over all entries."""
     return [fsum(column) for column in zip(*sums.values(), strict=True)]
