@@ -7,7 +7,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ def alternate(
     contestants: Mapping[str, Callable[[], object]],
     rounds: int,
     before: Callable[[], object] = lambda: None,
+    warm: bool = False,
 ) -> Times:
     """Time each contestant once a round; the first round warms up and does not count.
 
-    A contestant that returns a float has measured its seconds itself.
+    A contestant that returns a float has measured its seconds itself. Where all are ``warm``
+    already, the first round counts.
     """
     times: Times = {name: [] for name in contestants}
-    for number in range(rounds + 1):
+    for number in range(1 if warm else 0, rounds + 1):
         for name, work in contestants.items():
             before()
             start = time.perf_counter()
@@ -101,6 +104,7 @@ def publish(
     rounds: int | None,
     json_path: Path | None,
     markdown_path: Path | None,
+    libraries: Sequence[str] = ("torch",),
 ) -> None:
     """Print the tables, and write them where asked to.
 
@@ -110,15 +114,28 @@ def publish(
         rounds: over how many rounds; ``None`` where that differs, or nothing was timed.
         json_path: for the figures.
         markdown_path: for a piece of a page.
+        libraries: whose versions are told.
     """
-    where = f"{machine()}, with torch {torch.__version__}"
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(where)
+    console.print(_where(libraries))
     for title, columns, rows in _tables(results):
         table = Table(title, *columns)
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    save(results, script, rounds, json_path, markdown_path, libraries)
+
+
+def save(
+    results: Results,
+    script: str,
+    rounds: int | None,
+    json_path: Path | None,
+    markdown_path: Path | None,
+    libraries: Sequence[str] = ("torch",),
+) -> None:
+    """Write the tables, with arguments as ``publish`` has them."""
+    where = _where(libraries)
     if json_path:
         content = {"machine": where, "rounds": rounds, **results}
         json_path.write_text(json.dumps(content, indent=2) + "\n")
@@ -130,6 +147,11 @@ def publish(
             lines += ["| --- |" + " ---: |" * len(columns)]
             lines += ["| " + " | ".join(row) + " |" for row in rows]
         markdown_path.write_text("\n".join(lines) + "\n")
+
+
+def _where(libraries: Sequence[str]) -> str:
+    versions = (f"{name} {import_module(name).__version__}" for name in libraries)
+    return f"{machine()}, with {', '.join(versions)}"
 
 
 def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:

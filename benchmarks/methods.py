@@ -18,23 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from measure import alternate, peak, publish, ratio, summary
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from fusion_bench.configs import CONFIG_DIR, composed
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.report import comparison
-from fusion_bench.scripts.cli import CONFIG_DIR
 from fusion_bench.weights import Weights, in_memory
 
 AVERAGE = "simple_average"
@@ -80,19 +76,9 @@ def methods() -> list[str]:
     return [str(f.relative_to(root).with_suffix("")) for f in files if f.name[0] != "_"]
 
 
-@contextmanager
-def composed(*overrides: str) -> Iterator[dict[str, Any]]:
-    """Compose the default config with overrides."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("fabric_model_fusion", list(overrides))
-        node: Any = OmegaConf.to_container(config, resolve=True)
-        yield node
-
-
 def method_of(name: str) -> Any:
     """Return a method with its default settings."""
-    with composed(f"method={name}") as config:
-        return instantiate(config["method"], "method")
+    return instantiate(composed(f"method={name}")["method"], "method")
 
 
 # --- what it costs --------------------------------------------------------------------------------
@@ -209,9 +195,9 @@ def worth(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     for name in names:
         if name in TWO_MODELS or name in rows:
             continue
-        with tempfile.TemporaryDirectory() as place, composed(f"method={name}", "seed=0") as config:
+        with tempfile.TemporaryDirectory() as place:
             try:
-                report = instantiate(config, output_dir=place).run()
+                report = instantiate(composed(f"method={name}", "seed=0"), output_dir=place).run()
             except FusionBenchError as error:
                 print(f"{name} is left out: {error}", file=sys.stderr)
                 continue

@@ -27,7 +27,7 @@ from lightning.fabric import Fabric
 from measure import alternate, publish, ratio
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.programs.fusing import fuse, held
+from fusion_bench.programs.fusing import fuse, materialize
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.storage import cache_dir
 
@@ -71,14 +71,9 @@ def main() -> None:
 
 def parts(values: list[float]) -> tuple[Any, Any, Fabric]:
     """Return the zoo's pools, prepared, as the command has them."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
+    from fusion_bench.configs import composed
 
-    from fusion_bench.scripts.cli import CONFIG_DIR
-
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = OmegaConf.to_container(compose("fabric_model_fusion"), resolve=True)
-    assert isinstance(config, dict)
+    config = composed()
     fabric = Fabric(accelerator="auto", devices=1)
     modelpool = instantiate({"_recursive_": False, **config["modelpool"]})
     taskpool = instantiate({"_recursive_": False, **config["taskpool"]})
@@ -108,7 +103,7 @@ def sweep(words: list[str], values: list[float], root: Path, rounds: int) -> dic
         result.sum().item()
 
     methods = [TaskArithmeticAlgorithm(scaling_factor=value) for value in values]
-    merged = [held(fuse(method, modelpool, fabric, None))["merged"] for method in methods]
+    merged = [materialize(fuse(method, modelpool, fabric, None))["merged"] for method in methods]
     models = [(modelpool.build_model(weights), taskpool.task_names) for weights in merged]
     models.append((modelpool.load_model("_pretrained_"), taskpool.task_names))
     models += [(modelpool.load_model(name), [name]) for name in modelpool.model_names]
