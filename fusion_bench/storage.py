@@ -22,7 +22,7 @@ from urllib.parse import quote
 import platformdirs
 from filelock import FileLock, Timeout
 
-from fusion_bench.problems import ConfigError, EnvironmentProblem
+from fusion_bench.problems import ConfigError, EnvironmentProblem, Place
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +288,7 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(path: Path | None, key: str, *, inside: bool = False) -> Iterator[None]:
+def claimed(path: Path | None, key: Place, *, inside: bool = False) -> Iterator[None]:
     """Hold a place that is written to, against other runs; a run that is killed holds nothing.
 
     Of several processes of one run the first holds it for all.
@@ -331,7 +331,7 @@ def claimed(path: Path | None, key: str, *, inside: bool = False) -> Iterator[No
             os.close(file)
 
 
-def check_unclaimed(path: Path, key: str, *, inside: bool = False) -> None:
+def check_unclaimed(path: Path, key: Place, *, inside: bool = False) -> None:
     """Look whether a place could be claimed, and leave nothing there.
 
     Raises:
@@ -357,15 +357,16 @@ def _note(path: Path, inside: bool) -> Path:
     return path / ".claimed" if inside else path.with_name(f".{_shortened(path.name)}.claimed")
 
 
-def _lock(file: int, path: Path, key: str) -> bool:
+def _lock(file: int, path: Path, key: Place) -> bool:
     """Lock a claim's file; tell whether the file system can."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(file, 200, 0).decode(errors="replace") or "which has just begun"
         raise EnvironmentProblem(
-            f"{key}: '{path}' is in use by another run ({holder}). Wait until it has ended, or "
-            "choose another path."
+            f"'{path}' is in use by another run ({holder}).",
+            "Wait until it has ended, or choose another path.",
+            place=key,
         ) from error
     except OSError as error:
         log.warning(

@@ -49,13 +49,16 @@ class CompareProgram:
     ):
         if len(reports) < 2:
             raise FusionBenchError(
-                "reports: name at least two, for example 'reports=[a/report.json,b/report.json]'."
+                "name at least two, for example 'reports=[a/report.json,b/report.json]'.",
+                place=("reports",),
             )
         named = reports if isinstance(reports, Mapping) else _names([str(p) for p in reports])
         self.paths = {str(name): _file(Path(path)) for name, path in named.items()}
         for name in self.paths:
             if "/" in name:
-                raise FusionBenchError(f"reports: '{name}' has a '/'. Give it another name.")
+                raise FusionBenchError(
+                    f"'{name}' has a '/'. Give it another name.", place=("reports",)
+                )
         self.strict = strict
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.dry_run = dry_run
@@ -79,17 +82,17 @@ class CompareProgram:
         runs = {name: _read(path) for name, path in self.paths.items()}
         tasks = common_tasks(runs)
         if not tasks:
-            raise FusionBenchError("reports: there is no task that all of them have.")
+            raise FusionBenchError("there is no task that all of them have.", place=("reports",))
         left_out = {t: None for run in runs.values() for t in run.report.tasks if t not in tasks}
         if left_out:
             log.warning("Not all runs have evaluated %s; left out.", ", ".join(left_out))
         found = obstacles(runs)
         if found and self.strict:
             raise FusionBenchError(
-                "reports: these runs are not comparable:\n  "
-                + "\n  ".join(found)
-                + "\nEvaluate them in the same way, or give strict=false to lay them side by side "
-                "all the same."
+                "these runs are not comparable.",
+                "Evaluate them in the same way, or give strict=false to compare them all the same.",
+                details=found,
+                place=("reports",),
             )
         for obstacle in found:
             log.warning("Not comparable: %s.", obstacle)
@@ -107,7 +110,7 @@ class CompareProgram:
             models=models,
         )
         report.comparisons = compare_contenders(report, answers)
-        with claimed(self.output_dir, "hydra.run.dir", inside=True):
+        with claimed(self.output_dir, ("hydra", "run", "dir"), inside=True):
             publish(report, answers, self.output_dir, None)
         print_differences(report, wide_console())
         return report
@@ -160,4 +163,4 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
         if len(set(names)) == len(names):
             return dict(zip(names, paths, strict=True))
     twice = next(path for path in paths if paths.count(path) > 1)
-    raise FusionBenchError(f"reports: '{twice}' is named twice.")
+    raise FusionBenchError(f"'{twice}' is named twice.", place=("reports",))

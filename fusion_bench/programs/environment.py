@@ -82,9 +82,13 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
         raise told.get() from error
     except ProcessExitedException as error:
         raise EnvironmentProblem(
-            f"fabric.devices: process {error.error_index} was ended from outside "
+            f"process {error.error_index} was ended from outside "
             f"({error.signal_name or f'exit code {error.exit_code}'}), maybe for want of memory. "
-            "Start the command again; it goes on from here."
+            "Start the command again; it goes on from here.",
+            place=(
+                "fabric",
+                "devices",
+            ),
         ) from error
 
 

@@ -186,11 +186,11 @@ class OutputPaths:
         for path, key, inside in self._claims():
             check_unclaimed(path, key, inside=inside)
 
-    def _claims(self) -> Iterator[tuple[Path, str, bool]]:
+    def _claims(self) -> Iterator[tuple[Path, Place, bool]]:
         places = (
-            (self.output_dir, "hydra.run.dir"),
-            (self.report_path, "report_save_path"),
-            (self.model_path, "merged_model_save_path"),
+            (self.output_dir, ("hydra", "run", "dir")),
+            (self.report_path, ("report_save_path",)),
+            (self.model_path, ("merged_model_save_path",)),
         )
         claimed_too = {self.output_dir, self.model_path}
         for path, key in places:

@@ -60,11 +60,13 @@ class ReproduceProgram:
                 check_file_name(row)
             if row not in self.reference.rows:
                 raise FusionBenchError(
-                    f"methods: '{reference}' has no '{row}'. "
-                    f"{did_you_mean(row, self.reference.rows)}"
+                    f"'{reference}' has no '{row}'. {did_you_mean(row, self.reference.rows)}",
+                    place=("methods",),
                 )
         if not self.rows:
-            raise FusionBenchError("methods: is empty. Name a row, or leave it out to check all.")
+            raise FusionBenchError(
+                "is empty. Name a row, or leave it out to check all.", place=("methods",)
+            )
         runs = {r: self.reference.rows[r].overrides for r in self.rows if r not in BASELINES}
         self.programs = {
             row: self._program(row, overrides, fabric, seed)
@@ -88,8 +90,8 @@ class ReproduceProgram:
         for task in reference.tasks:
             if task not in known:
                 raise FusionBenchError(
-                    f"reference: tasks: '{reference.taskpool}' has no '{task}'. "
-                    f"{did_you_mean(task, known)}"
+                    f"tasks: '{reference.taskpool}' has no '{task}'. {did_you_mean(task, known)}",
+                    place=("reference",),
                 )
         return program
 
@@ -102,13 +104,14 @@ class ReproduceProgram:
         if self.dry_run:
             log.info("Dry run: the reference is sound; nothing was loaded.")
             return None
-        with claimed(self.output_dir, "hydra.run.dir", inside=True):
+        with claimed(self.output_dir, ("hydra", "run", "dir"), inside=True):
             result = self._run_rows()
         result.print(wide_console())
         if result.failed:
             raise ResultError(
-                f"reproduce: {result.sentence()}.\n"
-                + "\n".join(figure.sentence() for figure in result.failed)
+                f"{result.sentence()}.\n"
+                + "\n".join(figure.sentence() for figure in result.failed),
+                place=("reproduce",),
             )
         log.info("%s.", result.sentence().capitalize())
         return result

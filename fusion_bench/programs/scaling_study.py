@@ -105,9 +105,9 @@ class ScalingStudy:
         check_choice("held_out", held_out, Normalizer)
         for key, values in {"bases": bases, "methods": methods, "counts": counts}.items():
             if not values:
-                raise FusionBenchError(f"{key}: is empty. Name at least one.")
+                raise FusionBenchError("is empty.", "Name at least one.", place=(key,))
         if subsets < 1:
-            raise FusionBenchError(f"subsets: {subsets} is not 1 or more.")
+            raise FusionBenchError(f"{subsets} is not 1 or more.", place=("subsets",))
         self.bases = {name: _Source(name, node) for name, node in bases.items()}
         for name, base in self.bases.items():
             self._check_base(name, base, counts, categories or {})
@@ -134,21 +134,33 @@ class ScalingStudy:
         for model in base.experts:
             if canonical_name(model) not in tasks:
                 raise FusionBenchError(
-                    f"bases.{name}.modelpool.models.{model}: the task pool has no task of that "
-                    f"name. {did_you_mean(model, tasks.values())}"
+                    f"the task pool has no task of that "
+                    f"name. {did_you_mean(model, tasks.values())}",
+                    place=(
+                        "bases",
+                        name,
+                        "modelpool",
+                        "models",
+                        model,
+                    ),
                 )
         for count in counts:
             if not 1 <= count <= len(base.experts):
                 raise FusionBenchError(
-                    f"counts: {count} is not a number from 1 to {len(base.experts)}, the experts "
-                    f"of '{name}'."
+                    f"{count} is not a number from 1 to {len(base.experts)}, the experts "
+                    f"of '{name}'.",
+                    place=("counts",),
                 )
         for category, members in categories.items():
             for task in members:
                 if task not in base.taskpool.task_names:
                     raise FusionBenchError(
-                        f"categories.{category}: '{name}' has no task '{task}'. "
-                        f"{did_you_mean(task, base.taskpool.task_names)}"
+                        f"'{name}' has no task '{task}'. "
+                        f"{did_you_mean(task, base.taskpool.task_names)}",
+                        place=(
+                            "categories",
+                            category,
+                        ),
                     )
 
     def run(self) -> Study | None:
@@ -158,7 +170,7 @@ class ScalingStudy:
             return None
         quiet_libraries()
         fabric = make_fabric(self.fabric_config)
-        with claimed(self.output_dir, "hydra.run.dir", inside=True):
+        with claimed(self.output_dir, ("hydra", "run", "dir"), inside=True):
             study: Study = launch(fabric, self._merge_and_evaluate)
             if fabric.global_rank == 0 and self.output_dir is not None:
                 study.save(self.output_dir)
@@ -226,8 +238,9 @@ class ScalingStudy:
             fused = materialize(fuse(made, pool, fabric, data))
             if list(fused) != [MERGED]:
                 raise FusionBenchError(
-                    f"methods: {method} makes several models, {', '.join(fused)}, none of which "
-                    "is for all tasks. Leave it out."
+                    f"{method} makes several models, {', '.join(fused)}, none of which "
+                    "is for all tasks. Leave it out.",
+                    place=("methods",),
                 )
             evaluator = Evaluator(pool, source.taskpool, fabric, "none")
             evaluator.evaluate_merged(fused)
@@ -292,7 +305,9 @@ def _method(method: Any, seed: int) -> tuple[str, Any]:
     if isinstance(method, str):
         return method, composed(f"method={method}", f"seed={seed}")["method"]
     if not isinstance(method, Mapping) or "_target_" not in method:
-        raise FusionBenchError(f"methods: '{method}' is neither a config's name nor a config node.")
+        raise FusionBenchError(
+            f"'{method}' is neither a config's name nor a config node.", place=("methods",)
+        )
     return str(method["_target_"]).rpartition(".")[2], seeded(method, seed)
 
 

@@ -122,8 +122,9 @@ class SweptSearch:
         now = describe_data(data)
         if any(search.tasks != now for search in self._found):
             raise FusionBenchError(
-                f"sweep: the jobs in '{self.sweep}' were evaluated on other data than there is "
-                "now. Sweep again."
+                f"the jobs in '{self.sweep}' were evaluated on other data than there is "
+                "now. Sweep again.",
+                place=("sweep",),
             )
         candidates = [
             search.best.model_copy(update={"options": setting.options})
@@ -156,16 +157,18 @@ def _trials(sweep: Path) -> list[Report]:
                 trials.append(report)
     if not trials:
         raise FusionBenchError(
-            f"sweep: there is no job with search.judge_test=false in '{sweep}' that has a report. "
-            "Name the directory of such a sweep."
+            f"there is no job with search.judge_test=false in '{sweep}' that has a report. "
+            "Name the directory of such a sweep.",
+            place=("sweep",),
         )
     first = trials[0].run.config
     for trial in trials:
         for key in sorted({*first, *trial.run.config} - {"method"}):
             if trial.run.config.get(key) != first.get(key):
                 raise FusionBenchError(
-                    f"sweep: the jobs in '{sweep}' differ in '{key}' and not in the method alone. "
-                    "Sweep its options, and nothing else, for one winner."
+                    f"the jobs in '{sweep}' differ in '{key}' and not in the method alone. "
+                    "Sweep its options, and nothing else, for one winner.",
+                    place=("sweep",),
                 )
     return trials
 

@@ -104,16 +104,19 @@ class Reference(_Strict):
         if not path.is_file():
             known = [file.stem for file in _DIRECTORY.glob("*.yaml")]
             raise FusionBenchError(
-                f"reference: there is no '{name}'. {did_you_mean(name, known)} A file of your own "
-                "is named by its path, with '.yaml'."
+                f"there is no '{name}'. {did_you_mean(name, known)} A file of your own "
+                "is named by its path, with '.yaml'.",
+                place=("reference",),
             )
         try:
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except yaml.YAMLError as error:
             place = " ".join(str(error).split())
-            raise FusionBenchError(f"reference: '{name}' is not valid YAML: {place}") from error
+            raise FusionBenchError(
+                f"'{name}' is not valid YAML: {place}", place=("reference",)
+            ) from error
         except ValidationError as error:
-            raise FusionBenchError(f"reference: '{name}': {_problems(error)}") from error
+            raise FusionBenchError(f"'{name}': {_problems(error)}", place=("reference",)) from error
 
 
 def _problems(error: ValidationError) -> str:

@@ -176,7 +176,8 @@ def _accuracies(row: str, report: Report) -> dict[str, float]:
     contenders = [contender for contender in report.contenders() if contender.role == role]
     if len(contenders) != 1:
         raise FusionBenchError(
-            f"reference: rows.{row}: the run has {len(contenders)} {role} models instead of one."
+            f"rows.{row}: the run has {len(contenders)} {role} models instead of one.",
+            place=("reference",),
         )
     results = report.results(contenders[0])
     return {task: result.accuracy for task, result in results.items()}

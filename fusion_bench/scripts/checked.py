@@ -164,7 +164,13 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         """Let no package be imported for the sake of its configs alone."""
         for word in overrides:  # some of which a file may have given, to be swept
             if word.lstrip("+").startswith("hydra.searchpath") and word not in typed():
-                raise ConfigError("hydra.searchpath: is not swept. Give it on the command line.")
+                raise ConfigError(
+                    "is not swept. Give it on the command line.",
+                    place=(
+                        "hydra",
+                        "searchpath",
+                    ),
+                )
         found = self.repository.load_config(config_name) if config_name else None
         main = found.config if found is not None else None
         searched = OmegaConf.select(main, "hydra.searchpath") if isinstance(main, DictConfig) else 0
@@ -173,8 +179,12 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             ours = package in {"fusion_bench", "hydra"} | allowed_packages()
             if str(place).startswith("pkg://") and not ours:
                 raise ConfigError(
-                    f"hydra.searchpath: '{place}' would import a package. If you trust it, allow "
-                    f"it outside of the config: --allow {package}."
+                    f"'{place}' would import a package. If you trust it, allow "
+                    f"it outside of the config: --allow {package}.",
+                    place=(
+                        "hydra",
+                        "searchpath",
+                    ),
                 )
 
 

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.command import overrides
-from fusion_bench.problems import ConfigError
+from fusion_bench.problems import ConfigError, Place
 from fusion_bench.storage import check_unclaimed, is_first_process
 
 #: What Hydra keeps of a run, in a folder within its own.
@@ -22,7 +22,7 @@ _RECORD = ("config.yaml", "hydra.yaml", "overrides.yaml")
 _configure_log = utils.configure_log
 
 
-def check_folder(folder: Path, key: str, record: str | None = None) -> None:
+def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
     """Refuse a folder that holds what no run has left. Logs are left out: they are appended to.
 
     Args:
@@ -38,13 +38,16 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
     files += [files[0] / name for name in _RECORD]
     for path in files:
         if path.is_symlink():
-            raise ConfigError(f"{key}: '{path}' is a link, and is not written to. Remove it.")
+            raise ConfigError(
+                f"'{path}' is a link, and is not written to.", "Remove it.", place=key
+            )
     if overrides().get("overwrite") == "true":
         return
     if record and record != ".hydra" and files[0].exists() and not _is_record(files[0]):
         raise ConfigError(
-            f"{key}: '{folder}' holds '{record}', which no run has left. Name a new folder or "
-            "another hydra.output_subdir, or type overwrite=true."
+            f"'{folder}' holds '{record}', which no run has left.",
+            "Name a new folder or another hydra.output_subdir, or type overwrite=true.",
+            place=key,
         )
     left = ("multirun.yaml", "report.json", ".hydra/hydra.yaml", f"{record or '.hydra'}/hydra.yaml")
     if any(_names_us(folder / name) for name in left):
@@ -52,8 +55,9 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
     kept = [path for path in files[2:] if path.exists()]
     for path in (*_results(folder), *kept):
         raise ConfigError(
-            f"{key}: '{folder}' holds '{path.relative_to(folder)}', which no run has left. Name a "
-            "new folder, or type overwrite=true."
+            f"'{folder}' holds '{path.relative_to(folder)}', which no run has left.",
+            "Name a new folder, or type overwrite=true.",
+            place=key,
         )
 
 
@@ -72,7 +76,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
     hydra = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
     if is_first_process():
-        key = "hydra.sweep.subdir" if sweep else "hydra.run.dir"
+        key = ("hydra", "sweep", "subdir") if sweep else ("hydra", "run", "dir")
         check_folder(folder, key, hydra.output_subdir)
         check_unclaimed(folder, key, inside=True)
         _check_record(folder, key)
@@ -90,7 +94,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
     _configure_log(OmegaConf.create(config), verbose_config)
 
 
-def _check_record(folder: Path, key: str) -> None:
+def _check_record(folder: Path, key: Place) -> None:
     """Refuse to replace the record of another run whose results are there."""
     hydra = HydraConfig.get()
     whole: Any = hydra._get_root()  # type: ignore[attr-defined]
@@ -101,8 +105,9 @@ def _check_record(folder: Path, key: str) -> None:
         record = (folder / hydra.output_subdir / _RECORD[0]).read_text(encoding="utf-8")
         if record != OmegaConf.to_yaml(task):
             raise ConfigError(
-                f"{key}: '{folder}' exists already, and is of another run. Choose another path, "
-                "or give overwrite=true."
+                f"'{folder}' exists already, and is of another run.",
+                "Choose another path, or give overwrite=true.",
+                place=key,
             )
 
 

@@ -27,7 +27,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
+from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError, Place
 from fusion_bench.scripts.folder import check_folder
 from fusion_bench.shown import Stream, message
 from fusion_bench.storage import claimed, write_text
@@ -147,7 +147,7 @@ class SweepCallback(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the run's directory, or say why there can be none."""
         try:
-            _make(Path(config.hydra.run.dir), "hydra.run.dir")
+            _make(Path(config.hydra.run.dir), ("hydra", "run", "dir"))
         except FusionBenchError as error:
             give_up(error)
 
@@ -176,9 +176,10 @@ class SweepCallback(Callback):
         directory = Path(config.hydra.sweep.dir).absolute()
         self._set(config, "hydra.sweep.dir", str(directory))
         try:
-            check_folder(directory, "hydra.sweep.dir")
-            _make(directory, "hydra.sweep.dir")
-            self._claim.enter_context(claimed(directory, "hydra.sweep.dir", inside=True))
+            place = ("hydra", "sweep", "dir")
+            check_folder(directory, place)
+            _make(directory, place)
+            self._claim.enter_context(claimed(directory, place, inside=True))
         except FusionBenchError as error:
             give_up(error)
         write_text(directory / "multirun.yaml", OmegaConf.to_yaml(config))  # whose it is
@@ -259,18 +260,22 @@ def check_strategy(fabric: Mapping[str, Any] | None) -> None:
     started = "SLURM_NTASKS" in os.environ  # by SLURM, all of them
     if isinstance(strategy, str) and not (one or started or _FORKS.fullmatch(strategy)):
         raise FusionBenchError(
-            f"fabric.strategy: '{strategy}' runs the command line again for each device, and each "
+            f"'{strategy}' runs the command line again for each device, and each "
             "would start a sweep of its own. Give fabric.strategy=ddp_spawn, or one device a job "
-            "and a launcher."
+            "and a launcher.",
+            place=(
+                "fabric",
+                "strategy",
+            ),
         )
 
 
-def _make(directory: Path, key: str) -> None:
+def _make(directory: Path, key: Place) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{key}: '{directory}' cannot be made: {error.strerror}. Name another place."
+            f"'{directory}' cannot be made: {error.strerror}.", "Name another place.", place=key
         ) from error
 
 
