@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CausalLMPool
-from fusion_bench.modelpool.adapters import is_same_model
+from fusion_bench.modelpool.sources.adapter import is_same_model
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.weights import AdapterConfig
@@ -58,7 +58,7 @@ def rename_base(root: Path, **settings: Any) -> None:
 def test_an_adapter_of_another_base_is_refused_and_told_what_to_type(root: Path) -> None:
     message = both(pool(root, x=str(root / "x")))
     assert f"'{root / 'other'}'" in message and f"'_pretrained_' is '{root / 'base'}'" in message
-    first, second = re.findall(r"'modelpool\.models\.x=[^']*'", message)
+    first, second = re.findall(r"'models\.x=[^']*'", message)
     for typed, base in ((first, "base"), (second, "other")):
         (override,) = OverridesParser.create().parse_overrides(shlex.split(typed))
         models = pool(root, x=override.value())
@@ -209,7 +209,7 @@ def test_names_and_states_on_the_hub(
 ) -> None:
     config = AdapterConfig(declared, 1.0, False, False, {}, revision)
     place = Repository(source, frozenset(), repo_id=source.partition("@")[0], commit=commit)
-    assert is_same_model(config, source, place) == same
+    assert is_same_model(config, place) == same
 
 
 def test_a_place_in_the_hubs_cache_has_the_hubs_name(root: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_place_in_the_hubs_cache_has_the_hubs_name(root: Path) -> None:
     place = Repository(str(cached), frozenset(), directory=cached)
     for declared, same in (("Owner/Name", True), ("Owner/Other", False), (HUB, True)):
         config = AdapterConfig(declared, 1.0, False, False, {})
-        assert is_same_model(config, str(cached), place) == same
+        assert is_same_model(config, place) == same
 
 
 @pytest.mark.parametrize(
