@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_ADD_IT = "Add it as '_pretrained_', {here}_pretrained_"
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>.+))?")
 #: Where the Hub's client keeps a state of a repository, here or on the machine of the training.
 _SNAPSHOT = re.compile(
@@ -178,13 +179,13 @@ class Adapter:
         if settings.base is None:
             raise ConfigError(
                 "the adapter names no base model.",
-                "Add it as '_pretrained_', {here}_pretrained_, or give "
-                f"{{here}}{self.named.name}.path and {{here}}{self.named.name}.base.",
+                f"{_ADD_IT}, or give {{here}}{self.named.name}.path and "
+                f"{{here}}{self.named.name}.base.",
             )
         try:
             return self._outside(_trained_on(settings))
         except FusionBenchError as error:
-            more = "The adapter names it as its base model. Add it as '_pretrained_', {here}_pretrained_."
+            more = f"The adapter names it as its base model. {_ADD_IT}."
             error.problems = tuple(
                 replace(problem, remedy=f"{problem.remedy} {more}".strip())
                 for problem in error.problems

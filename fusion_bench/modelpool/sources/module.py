@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Module:
     """A module that is given as it is, in Python; it is never changed."""
 
     named: Named
-    module: nn.Module
     base: None = None
     home: None = None
     companions: tuple[Repository, ...] = ()
@@ -31,18 +30,25 @@ class Module:
     @classmethod
     def take(cls, named: Named) -> Optional["Module"]:
         """Take a module."""
-        return cls(named, named.node) if isinstance(named.node, nn.Module) else None
+        return cls(named) if isinstance(named.node, nn.Module) else None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        assert isinstance(self.named.node, nn.Module)
+        return self.named.node
 
     @property
     def at(self) -> Repository:
-        """What it was read from, as far as its config says so."""
-        name = str(getattr(self.config_for(), "name_or_path", ""))
+        """What it was read from, as far as that is said."""
+        name = self._read_from()
         directory = Path(name) if name and Path(name).is_dir() else None
-        return Repository(name or self.described().name, frozenset(), directory)
+        kind = type(self.named.node).__name__
+        return Repository(name or f"a {kind}", frozenset(), directory)
 
     @property
     def prefix(self) -> str | None:
-        """Return what its class says."""
+        """What its class says."""
         return getattr(self.module, "base_model_prefix", None) or None
 
     def plan(self, plan: Plan) -> bool:
@@ -51,11 +57,12 @@ class Module:
 
     def config(self) -> Config | None:
         """Return its config, if it has one as those of transformers have."""
-        return config_of(self.module)
+        return _config_of(self.module)
 
     def open(self, base: Model | None) -> Model:
         """Return its tensors as they are."""
-        return opened(self.module)
+        module = self.module
+        return Model(TensorWeights(module.state_dict()), _config_of(module), str(module))
 
     def architecture(self) -> str:
         """Return its config, and how it prints itself."""
@@ -78,13 +85,10 @@ class Module:
         if (config := self.config_for()) is not None:
             config.save_pretrained(directory)
 
+    def _read_from(self) -> str:
+        return str(getattr(self.config_for(), "name_or_path", ""))
 
-def config_of(module: nn.Module) -> Config | None:
-    """Return a module's config as plain data, if it has one as those of transformers have."""
+
+def _config_of(module: nn.Module) -> Config | None:
     to_dict = getattr(getattr(module, "config", None), "to_dict", None)
     return None if to_dict is None else plain(to_dict())
-
-
-def opened(module: nn.Module) -> Model:
-    """Return a module as a model, whose tensors are the module's."""
-    return Model(TensorWeights(module.state_dict()), config_of(module), str(module))
