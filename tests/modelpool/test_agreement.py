@@ -19,7 +19,6 @@ from fusion_bench.modelpool.agreement import (
     Difference,
     compare_configs,
     compare_pictures,
-    decides,
     differences,
 )
 from fusion_bench.problems import FusionBenchError
@@ -239,10 +238,6 @@ def test_a_strangers_text_is_shown_as_json() -> None:
     (each,) = differences(own, {"model_type": "x", "act\x1b[31m": "z"})
     assert isinstance(each, Difference)
     assert "\x1b" not in each.key + each.own and len(each.own) < 120
-
-
-def test_keys_of_generation_are_no_part_of_the_computation() -> None:
-    assert {decides(key) for key in ("top_k", "top_p", "num_beams", "max_length")} == {"nothing"}
 
 
 @pytest.fixture(scope="module")

@@ -116,11 +116,6 @@ def test_other_shapes_are_named(family: Path, tmp_path: Path) -> None:
         CLIPVisionModelPool({"x": path}).load_model("x")
 
 
-def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(FusionBenchError, match=r"^models\.x.*int"):
-        CLIPVisionModelPool({"x": 3}).load_model("x")
-
-
 def test_a_module_is_saved_without_changing_it(family: Path, tmp_path: Path) -> None:
     module = CLIPVisionModel.from_pretrained(family / "models" / "a")
     before = module.config.to_dict()
