@@ -154,8 +154,8 @@ class HFModelPool:
                     self._opened(self._source(name))
         for name in known:
             with plan.collect("models", name):
-                if vocabulary := self._vocabulary(name):
-                    plan.download(vocabulary.repository, *vocabulary.needed())
+                if own := self._vocabulary(self._source(name).companions):
+                    plan.download(own.repository, *own.needed())
                 if place := self._with_preprocessor(name):
                     plan.download(place, PREPROCESSOR)
         if self._processor is not None:
@@ -217,26 +217,25 @@ class HFModelPool:
             warn = self.policy.on_config == "warn"
             heads = self.model_class != "AutoModel"  # of a classifier it takes the backbone
             found += compare_configs(configs, warn=warn, part=self._part, heads=heads)
-        vocabularies = {name: own for name in names if (own := self._vocabulary(name))}
-        folder = None if self._processor is None else self._processor.folder
-        if folder is not None and (further := self._first_vocabulary([folder])):
-            vocabularies[f"the tokenizer of '{folder.name}'"] = further
+        folders = {name: self._source(name).companions for name in names}
+        if self._processor is not None and self._has_tokens and (place := self._processor.folder):
+            folders[f"the tokenizer of '{place.name}'"] = (place,)
+        vocabularies = {name: own for name in folders if (own := self._vocabulary(folders[name]))}
         if vocabularies:
             warn = self.policy.on_tokenizer == "warn"
             found += compare_vocabularies(vocabularies, warn=warn)
         pictures = {name: said for name in names if (said := self._preprocessor(name))}
         return found + compare_pictures(pictures) if pictures else found
 
-    def _vocabulary(self, name: str) -> Vocabulary | None:
-        """Return a model's tokenizer, as far as it lies beside it."""
-        return self._first_vocabulary(self._source(name).companions)
+    @property
+    def _has_tokens(self) -> bool:
+        return self._part is None and bool(self.vocabulary)
 
-    def _first_vocabulary(self, folders: Iterable[Repository]) -> Vocabulary | None:
-        """Return a tokenizer; None where there is none, or none of the models has tokens."""
-        if self._part or not self.vocabulary:
+    def _vocabulary(self, folders: Iterable[Repository]) -> Vocabulary | None:
+        """Return the tokenizer in the first folder with one; None where models have no tokens."""
+        if not self._has_tokens:
             return None
-        found = map(Vocabulary.of, folders)
-        return next((own for own in found if own is not None), None)
+        return next((own for own in map(Vocabulary.of, folders) if own is not None), None)
 
     def _with_preprocessor(self, name: str) -> Repository | None:
         """Return where it is said how a model's pictures are prepared, if it is."""
@@ -428,8 +427,9 @@ class HFModelPool:
 
     def _base(self, name: str) -> Source | None:
         """Return what an adapter is put on; None for a whole model."""
-        with within("models", name):
-            return self._source(name).base
+        source = self._source(name)
+        with within(*source.named.place):
+            return source.base
 
     def _opened(self, source: Source) -> Model:
         """Return a model, with the keys that the pool works with."""
