@@ -94,5 +94,5 @@ def refuse_all_but_two(inputs: Inputs, method: str) -> None:
     if len(names) != 2:
         raise FusionBenchError(
             f"{method} moves between exactly two models, the pretrained one counted; "
-            f"modelpool.models has {len(names)}: {', '.join(names)}."
+            f"there are {len(names)}: {', '.join(names)}."
         )

@@ -116,10 +116,10 @@ class Adapter:
         """Return its base with what it adds, also to the number of tokens."""
         assert base is not None
         weights = AdapterWeights(base.weights, self._weights(), self._settings)
-        config = base.config
-        tokens = {new for old, new in weights.resized() if old == vocabulary(config)}
-        if config is not None and "vocab_size" in config and tokens:
-            config = {**config, "vocab_size": tokens.pop()}
+        config, known = base.config, vocabulary(base.config)
+        tokens = next((new for old, new in weights.resized() if old == known), None)
+        if config is not None and "vocab_size" in config and tokens is not None:
+            config = {**config, "vocab_size": tokens}
         companions = (self.at, *base.companions)
         return replace(base, weights=weights, config=config, companions=companions)
 
