@@ -161,36 +161,6 @@ def test_beside_the_weights_are_the_references_files_and_a_card(
     assert (tmp_path / "m/config.json").read_text() == (family / "a/config.json").read_text()
 
 
-def test_another_processor_takes_the_place_of_the_references(family: Path, tmp_path: Path) -> None:
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "vocab.txt").write_text("words")
-    models = pool(family, "a", processor=str(tmp_path / "words"))
-    models.save_model(models.weights("a"), tmp_path / "m")
-    assert (tmp_path / "m" / "vocab.txt").read_text() == "words"
-    assert not (tmp_path / "m" / "tokenizer.json").exists()
-
-
-def test_a_processor_may_be_a_node(family: Path, tmp_path: Path) -> None:
-    node = {
-        "_target_": "transformers.AutoTokenizer.from_pretrained",
-        "pretrained_model_name_or_path": str(family / "b"),
-        "use_fast": True,
-    }
-    models = pool(family, "a", processor=node)
-    models.save_model(models.weights("a"), tmp_path / "m")
-    assert (tmp_path / "m" / "tokenizer.json").exists()
-
-
-def test_a_processor_that_is_not_there_is_noticed_before_the_work(
-    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr("fusion_bench.modelpool.directory.write_checkpoint")
-    models = pool(family, "a", processor=str(family / "aa"))
-    with pytest.raises(FusionBenchError, match=r"aa'.*Did you mean"):
-        models.save_model(models.weights("a"), tmp_path / "m")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_shards(family: Path, tmp_path: Path) -> None:
     models = pool(family, "a", "b", max_shard_size=4000)
     models.save_model(average(models), tmp_path / "m")
