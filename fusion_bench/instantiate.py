@@ -352,7 +352,8 @@ def _type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]
             kinds = [problem["type"] for problem in error.errors()]
             if "literal_error" not in kinds:  # the constructor tells the choices, and the nearest
                 types = dict.fromkeys(_WANTED.get(kind, kind) for kind in kinds)
-                yield Problem((name,), f"'{value}' is not {' or '.join(types)}.")
+                said = "null" if value is None else f"'{value}'"
+                yield Problem((name,), f"{said} is not {' or '.join(types)}.")
 
 
 def _has_target(value: Any) -> bool:

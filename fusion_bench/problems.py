@@ -34,7 +34,7 @@ class Problem:
         place: where in the config, relative to whoever says so; empty where no key is to blame.
         reason: what is wrong, as a sentence that names the culprit.
         remedy: how to fix it, as a sentence; what it tells to type works when typed. A key beside
-            the last of ``place`` is written ``{here}key``.
+            the last of ``place`` is written ``{here}key``, one further out ``{above}key``.
         kind: whose fault it is.
         details: lines of evidence, such as the keys that two models do not share.
     """
@@ -193,8 +193,9 @@ def text_of(problems: Iterable[Problem]) -> str:
         alike.setdefault(same or problem, []).append(problem)
     lines = []
     for problem, *others in alike.values():
-        here = key_of(problem.place[:-1])
-        remedy = problem.remedy.replace("{here}", f"{here}." if here else "")
+        remedy = problem.remedy
+        for name, key in (("here", problem.place[:-1]), ("above", problem.place[:-2])):
+            remedy = remedy.replace(f"{{{name}}}", f"{key_of(key)}." if key else "")
         said = " ".join(filter(None, [problem.reason, remedy]))
         line = f"{problem.key}: {said}" if problem.place else said
         keys = dict.fromkeys(other.key for other in others)

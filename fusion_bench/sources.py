@@ -7,7 +7,7 @@ import shutil
 import time
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 from errno import EINVAL
 from functools import lru_cache, partial
@@ -148,32 +148,51 @@ def read(kind: str, name: str, call: Callable[[], T]) -> T:
 
 
 def load(kind: str, node: Any, key: str) -> Any:
+    """Return what a config node asks for, as ``make``; ``key`` is its whole place in the config.
+
+    Raises:
+        FusionBenchError: as ``make``.
+    """
+    return make(kind, node, key, partial(within, *key.split("."), whole=True))
+
+
+def make(
+    kind: str,
+    node: Any,
+    called: str,
+    located: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Any:
     """Return what a config node asks for: a call of ``from_pretrained`` or ``load_dataset``.
 
-    A ``pretrained_model_name_or_path`` in it may be whatever ``resolve`` takes. ``key`` is the
-    node's place in the config.
+    A ``pretrained_model_name_or_path`` in it may be whatever ``resolve`` takes.
+
+    Args:
+        kind: ``model``, ``dataset`` or ``processor``.
+        node: places of problems are relative to it.
+        called: what messages call it where it names nothing.
+        located: a context that says where the node stands.
 
     Raises:
         FusionBenchError: as ``resolve`` and ``reading``.
     """
     named = node if isinstance(node, Mapping) else {}
-    refuse_addresses(named, key)
+    with located():
+        refuse_addresses(named)
+        # It would hold, and write beside a model, whatever is in a file of that name.
+        if kind == "processor" and str(named.get("_target_")).endswith("Config.from_pretrained"):
+            reason = "a config is no processor."
+            raise ConfigError(reason, "Name a tokenizer's or processor's class.")
     pretrained = named.get(_PRETRAINED)
     name = pretrained or named.get("path")
     if not isinstance(name, str):
-        name = key
-    if kind == "processor" and str(named.get("_target_")).endswith("Config.from_pretrained"):
-        # It would hold, and write beside a model, whatever is in a file of that name.
-        raise ConfigError(
-            f"{key}: a config is no processor. Name a tokenizer's or processor's class."
-        )
+        name = called
 
     def call() -> Any:
         wanted = node
         if isinstance(pretrained, str):
             wanted = {**named, _PRETRAINED: resolve(pretrained)}
         fenced = fence(node) if kind == "dataset" else nullcontext()
-        with fenced, within(*key.split("."), whole=True):
+        with fenced, located():
             return instantiate(wanted)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench.modelpool import HFModelPool
+from fusion_bench.weights import Weights
 
 WORDS = [
     *("<unk>", "<s>", "</s>", "the", "a", "cat", "dog", "bird"),
@@ -162,3 +166,33 @@ def rewrite(
     content = json.loads((folder / name).read_text())
     change(content)
     (folder / name).write_text(json.dumps(content))
+
+
+def average(pool: HFModelPool) -> Weights:
+    """Return the mean of a pool's models, computed when it is read."""
+    merged = SimpleAverageAlgorithm(show_pbar=False).run(pool)
+    assert isinstance(merged, Weights)
+    return merged
+
+
+def mean(*states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean of state dicts."""
+    return {
+        key: (sum(state[key].double() for state in states) / len(states)).to(value.dtype)
+        for key, value in states[0].items()
+    }
+
+
+def answers(model: nn.Module) -> Tensor:
+    """Return what a model makes of one text with every token."""
+    with torch.no_grad():
+        return model(torch.arange(VOCABULARY)[None])[0]
+
+
+def by_hand(family: Path, *names: str, model_class: str = "AutoModel") -> nn.Module:
+    """Return the mean of models that transformers has loaded."""
+    import transformers
+
+    models = [getattr(transformers, model_class).from_pretrained(family / n) for n in names]
+    models[0].load_state_dict(mean(*(model.state_dict() for model in models)))
+    return models[0].eval()

@@ -81,7 +81,7 @@ def test_what_the_target_raises_is_raised_plainly() -> None:
     ("target", "given", "said"),
     [
         ("TiesMergingAlgorithm", {"threshold": "abc"}, "threshold: 'abc' is not a number"),
-        ("TiesMergingAlgorithm", {"scaling_factor": None}, "scaling_factor: 'None' is not a num"),
+        ("TiesMergingAlgorithm", {"scaling_factor": None}, "scaling_factor: null is not a num"),
         ("TiesMergingAlgorithm", {"remove_keys": "a.*"}, "remove_keys: 'a.*' is not a list"),
         ("WeightedAverageAlgorithm", {"weights": 0.5}, "weights: '0.5' is not a list"),
         ("WeightedAverageAlgorithm", {"weights": ["a", 1]}, "weights: '['a', 1]' is not a number"),

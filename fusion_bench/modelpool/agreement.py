@@ -9,57 +9,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fusion_bench.modelpool.tokens import Comparison, Vocabulary, compare_tokens
-from fusion_bench.weights import shortened
+from fusion_bench.problems import Problem
+from fusion_bench.weights import first_of
+from fusion_bench.weights.config import Config, decides, deciding, plain
 
-#: A model's config, as ``config.json`` has it.
-Config = Mapping[str, Any]
-#: How much a key decides. What decides nothing changes no number, or is told by the weights' shapes
-#: and names as well. Weights that were trained with one value of what decides much are no good with
-#: another.
-Decides = Literal["nothing", "little", "much"]
-
-_NOTHING = re.compile(
-    # What a model is called, and how it is stored and loaded.
-    r"_?name_or_path|transformers_version|_commit_hash|architectures|(torch_)?dtype|use_bfloat16"
-    r"|torchscript|_?(attn|experts)_implementation\w*|gradient_checkpointing|quantization_config"
-    r"|disable_custom_kernels|reorder_and_upcast_attn|pretraining_tp|freeze_\w+"
-    # What it returns, and how it goes on with a text.
-    r"|output_(attentions|hidden_states|scores|past|router_logits)|(use_)?return_dict\w*|use_cache"
-    r"|chunk_size_feed_forward|task_specific_params|prefix|(min|max)_length|max_new_tokens|top_[kp]"
-    r"|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|typical_p"
-    r"|repetition_penalty|length_penalty|(encoder_)?no_repeat_ngram_size|bad_words_ids"
-    r"|num_return_sequences|remove_invalid_values|exponential_decay_length_penalty"
-    r"|(begin_)?suppress_tokens|forced_[a-z]+_token_id"
-    # Its classes.
-    r"|id2label|label2id|_?num_labels|num_classes|label_names|problem_type|finetuning_task|summary_\w+"
-    # What shapes and names tell, tied entries among them.
-    r"|tie_\w+|vocab_size|type_vocab_size|hidden_sizes|hidden_dim|\w*_bias|depths?"
-    r"|(\w+_)?(hidden|intermediate|output)_size"
-    r"|num_(hidden_|encoder_|decoder_)?layers|n_layers?|(encoder|decoder)_(layers|ffn_dim)|ffn_dim"
-    r"|n_embd|n_inner|d_model|d_ff|dim|embed_dim|embedding_size|projection_dim|mlp_(dim|ratio)"
-    r"|add_cross_attention"
-)
-_LITTLE = re.compile(
-    r"\w*eps(ilon)?|\w*drop\w*|\w*init\w*|\w+_token_(id|index)|\w*(loss|coef)\w*|mask_\w+"
-    r"|label_smoothing|apply_spec_augment|max_\w+|n_positions|n_ctx|seq_length|context_length"
-    r"|encoder_stride|layerscale_value"
-)
-_MUCH = re.compile(
-    # Activations and norms.
-    r"(^|_)act(_|$)|activation|gated|feed_forward_proj|act_fn|norm|softcap|scal|multiplier"
-    # Attention, and where a token stands.
-    r"|head|(^|_)[dn]?_?kv(_|$)|multi_query|qk_|parallel|decoder_architecture|attention_(types|layers)"
-    r"|window|sliding|layer_types|chunk|local|global|causal|bidirectional|is_decoder|is_encoder"
-    r"|rope|rotary|alibi|position|(abs|rel)_pos|relative|timescale"
-    # Pictures and sounds.
-    r"|image_size|patch|stride|kernel|channels|sampl|merge_size|pool|feature_layer|select_strategy"
-    # Experts.
-    r"|expert|topk|routed"
-    r"|^model_type$"
-)
 #: How many tokens a model may see, which matters where rotary embeddings are stretched to it.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 #: Numbers of which a class of transformers makes a list of that length; nobody's is so large.
@@ -81,11 +37,11 @@ class Found:
     """What was found to differ.
 
     Attributes:
-        refused: why the models cannot be merged, and how to fix it.
+        refused: why the models cannot be merged; places are relative to the pool.
         notes: what is merged all the same, in sentences.
     """
 
-    refused: tuple[str, ...] = ()
+    refused: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __add__(self, other: "Found") -> "Found":
@@ -123,11 +79,13 @@ def compare_configs(
             notes.append(f"{line}; the merged model has that of {name}{weighty}.")
     if not much:
         return Found(notes=tuple(notes))
-    refusal = (
-        "modelpool.models: the configs of these models differ in what decides the computation, "
-        f"and a merged model has but one, that of '{name}'. Use models that were fine-tuned from "
-        "the same base, or give modelpool.policy.on_config=warn to merge them all the same.\n  "
-        f"{shortened(much)}"
+    refusal = Problem(
+        ("models",),
+        "the configs of these models differ in what decides the computation, and a merged model "
+        f"has but one, that of '{name}'.",
+        "Use models that were fine-tuned from the same base, or give {here}policy.on_config=warn "
+        "to merge them all the same.",
+        details=tuple(first_of(much)),
     )
     return Found((refusal,), tuple(notes))
 
@@ -161,10 +119,13 @@ def compare_vocabularies(vocabularies: Mapping[str, Vocabulary], *, warn: bool =
         notes += further
     if not much:
         return Found(notes=tuple(notes))
-    refusal = (
-        "modelpool.models: the same token ids mean other strings in these models, so that rows of "
-        "different tokens would be merged into one. Use models with the same tokenizer, or give "
-        f"modelpool.policy.on_tokenizer=warn to merge them all the same.\n  {shortened(much)}"
+    refusal = Problem(
+        ("models",),
+        "the same token ids mean other strings in these models, so that rows of different tokens "
+        "would be merged into one.",
+        "Use models with the same tokenizer, or give {here}policy.on_tokenizer=warn to merge them "
+        "all the same.",
+        details=tuple(first_of(much)),
     )
     return Found((refusal,), tuple(notes))
 
@@ -249,12 +210,12 @@ def differences(own: Config, reference: Config, part: str | None = None) -> list
         part: the key of the part that is merged, for configs that have it.
     """
     own, reference = _named(own, reference), _named(reference, own)
-    if _alike(_deciding(own), _deciding(reference)):
+    if _alike(deciding(own), deciding(reference)):
         return []
     completed = _completed(own), _completed(reference)
     known = None not in completed
     first, second = (
-        _deciding(_part(full if known and full is not None else config, part))
+        deciding(_part(full if known and full is not None else config, part))
         for full, config in zip(completed, (own, reference), strict=True)
     )
     kinds = first.get("model_type"), second.get("model_type")
@@ -282,21 +243,6 @@ def holds(outer: Config, inner: Config) -> bool:
     """Tell whether a model of the one kind has one of the other inside."""
     kind = inner.get("model_type")
     return kind is not None and any(part.get("model_type") == kind for part in _inside(outer))
-
-
-def decides(key: str) -> Decides:
-    """Return how much a key decides, by its name; of one that is not known, little."""
-    if _NOTHING.fullmatch(key):
-        return "nothing"
-    if _LITTLE.fullmatch(key):
-        return "little"
-    return "much" if _MUCH.search(key) else "little"
-
-
-def plain(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a config as it would be read from a file."""
-    content: dict[str, Any] = json.loads(json.dumps(config, default=str, skipkeys=True))
-    return content
 
 
 def _named(config: Config, other: Config) -> Config:
@@ -341,15 +287,6 @@ def _given(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     return {key: own for key, own in value.items() if own is not None}
-
-
-def _deciding(config: Config) -> dict[str, Any]:
-    """Return the keys that decide anything, at any depth."""
-    return {
-        key: _deciding(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if decides(key) != "nothing"
-    }
 
 
 def _part(config: Config, key: str | None) -> Config:

@@ -13,7 +13,7 @@ from fusion_bench.shown import visible
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Where a model came from.
 
     Attributes:
@@ -26,12 +26,12 @@ class Source:
     name: str
     commit: str | None = None
     files: tuple[Path, ...] = ()
-    base: "Source | None" = None
+    base: "Origin | None" = None
 
 
 def recipe(
     config: Mapping[str, Any] | None,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Origin],
     sha256: Callable[[Path], str],
 ) -> dict[str, Any]:
     """Return all that is needed to make the model again, as plain data.
@@ -86,7 +86,7 @@ def model_card(title: str, recipe: Mapping[str, Any]) -> str:
             "",
             f"These weights were merged by FusionBench {recipe['version']} from the models below.",
             "",
-            "| Name | Source | Commit |",
+            "| Name | Origin | Commit |",
             "| --- | --- | --- |",
             *rows,
             "",
@@ -100,7 +100,7 @@ def model_card(title: str, recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _base(source: Source) -> dict[str, str]:
+def _base(source: Origin) -> dict[str, str]:
     commit = {"base_commit": source.commit} if source.commit else {}
     return {"base": source.name, **commit}
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from fusion_bench.modelpool.agreement import PREPROCESSOR
+from fusion_bench.modelpool.directory import tell_what_is_left
 from fusion_bench.modelpool.huggingface import HFModelPool
 from fusion_bench.pretrained import from_pretrained
-from fusion_bench.sources import load, reading
+from fusion_bench.sources import reading
 from fusion_bench.weights import MergePolicy, Renamed, Weights
 
 #: Every reader understands files with this prefix; a live module's keys are without it.
@@ -33,6 +35,7 @@ class CLIPVisionModelPool(HFModelPool):
     """
 
     _part = "vision_config"
+    _config_class = "CLIPVisionConfig"
 
     def __init__(
         self,
@@ -64,45 +67,33 @@ class CLIPVisionModelPool(HFModelPool):
     def _for_file(self, weights: Weights) -> Weights:
         return Renamed(weights, {_FILE_PREFIX + key: key for key in weights})
 
-    def _module(self, name: str) -> nn.Module:
-        module = super()._module(name)
-        return getattr(module, "vision_model", module)  # a full CLIP model holds one
-
-    def _model_config(self, name: str | None = None) -> Any:
-        name = name or self._reference
-        if not isinstance(self._models[name], str):
-            return super()._model_config(name)
-        from transformers import CLIPVisionConfig
-
-        repository = self._whole_model(name)
-        with reading("model", repository.name):
-            return from_pretrained(CLIPVisionConfig, repository.fetch("config.json"))
+    def load_model(self, name: str) -> nn.Module:
+        """Load a model's vision encoder afresh, as in ``HFModelPool``."""
+        module = super().load_model(name)
+        encoder: nn.Module = getattr(module, "vision_model", module)  # a full CLIP model holds one
+        return encoder
 
     def _write_companions(self, directory: Path) -> None:
-        config = deepcopy(self._model_config())
+        config = deepcopy(self._config_for(self._reference))
+        assert config is not None
         config.architectures = ["CLIPVisionModel"]
         if self.policy.dtype is not None:
             config.dtype = self.policy.dtype
         config.save_pretrained(directory)
         if (processor := self._image_processor()) is not None:
             processor.save_pretrained(directory)
-        self._tell_what_is_left(("config.json", "preprocessor_config.json"))
+        if (home := self._source(self._reference).home) is not None:
+            tell_what_is_left(home, ("config.json", PREPROCESSOR))
 
     def _image_processor(self) -> Any:
-        source = self._processor or self._models[self._reference]
-        if isinstance(source, nn.Module) or (
-            self._processor is None and isinstance(source, Mapping)
-        ):
-            return None
-        if not isinstance(source, str):
-            processor = load("processor", source, "modelpool.processor")
+        """Return what prepares pictures; None for a checkpoint without, as weights will do."""
+        place = self._with_preprocessor(self._reference)
+        if self._processor is not None and (place := self._processor.folder) is None:
+            processor = self._processor.made()
             return getattr(processor, "image_processor", processor)
+        if place is None or PREPROCESSOR not in place.files:
+            return None
         from transformers import CLIPImageProcessorPil
 
-        repository = self._located(source)
-        if "preprocessor_config.json" not in repository.files:
-            return None  # a checkpoint without one; the weights are what was asked for
-        with reading("processor", source):
-            return from_pretrained(
-                CLIPImageProcessorPil, repository.fetch("preprocessor_config.json"), model=False
-            )
+        with reading("processor", place.name):
+            return from_pretrained(CLIPImageProcessorPil, place.fetch(PREPROCESSOR), model=False)

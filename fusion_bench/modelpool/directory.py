@@ -22,7 +22,7 @@ from fusion_bench.companions import (
     TEMPLATES,
     module_folders,
 )
-from fusion_bench.modelpool.card import Source, model_card, recipe
+from fusion_bench.modelpool.card import Origin, model_card, recipe
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
@@ -40,7 +40,7 @@ def write_directory(
     path: Path,
     weights: Weights,
     *,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Origin],
     config: Mapping[str, Any] | None,
     max_shard_size: int | str,
     write_companions: Callable[[Path], None],
@@ -80,7 +80,7 @@ def write_directory(
             write_text(directory / "README.md", model_card(path.name, final()))
 
 
-def processors(repository: Repository) -> list[str]:
+def processor_files(repository: Repository) -> list[str]:
     """Return the names of a repository's files of tokenizers and processors."""
     templates = [n for n in repository.inside(TEMPLATES) if n.endswith(".jinja")]
     return sorted([*(repository.files & set(PROCESSORS)), *templates])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench.addresses import fence, refuse_addresses
-from fusion_bench.problems import FusionBenchError, did_you_mean
+from fusion_bench.problems import FusionBenchError, did_you_mean, within
 from fusion_bench.sources import load, reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
 from fusion_bench.zoo import load_dataset as load_from_zoo
@@ -66,7 +66,8 @@ def describe(node: Any, key: str, scratch: Path | None = None) -> Described | No
     """
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if target in (_LOADS, _READS):
-        refuse_addresses(node, key)
+        with within(*key.split("."), whole=True):
+            refuse_addresses(node)
     if target not in (_LOADS, _READS, _ZOO) or any(map(_is_node, node.values())):
         return None
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}

@@ -1,15 +1,17 @@
 """Parameters as data: read, merged and written without knowing what model they belong to."""
 
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
-from fusion_bench.weights.align import Aligned, MergePolicy, align, shortened
+from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
+from fusion_bench.weights.config import Config
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
+from fusion_bench.weights.model import Model
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
@@ -18,18 +20,21 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "Config",
     "HubWeights",
     "Inputs",
     "MergePiece",
     "MergePolicy",
     "MergeTensor",
     "MergedWeights",
+    "Model",
     "Renamed",
     "TensorSpec",
     "TensorWeights",
     "Weights",
     "align",
     "check_size",
+    "first_of",
     "in_memory",
     "into_module",
     "is_special",

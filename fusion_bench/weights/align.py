@@ -316,12 +316,17 @@ class _Completed(Weights):
         return self._weights if there else self._reference
 
 
-def shortened(lines: Collection[str], most: int = 50) -> str:
-    """Return indented lines, the first of them where there are many."""
+def first_of(lines: Collection[str], most: int = 50) -> list[str]:
+    """Return lines, the first of them where there are many."""
     shown = list(lines)[:most]
     if len(lines) > most:
         shown.append(f"… and {len(lines) - most} more")
-    return "\n  ".join(shown)
+    return shown
+
+
+def shortened(lines: Collection[str]) -> str:
+    """Return indented lines, the first of them where there are many."""
+    return "\n  ".join(first_of(lines))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -163,7 +163,7 @@ class _Shard:
         return json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
 
 
-def check_size(size: int | str) -> None:
+def check_size(size: int | str | None) -> None:
     """Refuse what is no size of a file.
 
     Raises:
@@ -173,9 +173,10 @@ def check_size(size: int | str) -> None:
         raise _no_size(size)
 
 
-def _no_size(size: int | str) -> FusionBenchError:
+def _no_size(size: int | str | None) -> FusionBenchError:
+    said = "null" if size is None else f"'{size}'"
     return FusionBenchError(
-        f"'{size}' is no size.", "Write it like '5GB' or '500MB'.", place=("max_shard_size",)
+        f"{said} is no size.", "Write it like '5GB' or '500MB'.", place=("max_shard_size",)
     )
 
 

@@ -43,5 +43,5 @@ def test_against_float64() -> None:
 
 
 def test_only_two_models() -> None:
-    with pytest.raises(FusionBenchError, match="has 1: a"):
+    with pytest.raises(FusionBenchError, match="there are 1: a"):
         merged(SlerpMergeAlgorithm(), [A])

@@ -13,18 +13,18 @@ from torch import nn
 import fusion_bench
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import HFModelPool
-from fusion_bench.modelpool.card import Source, model_card, recipe
+from fusion_bench.modelpool.card import Origin, model_card, recipe
 
 CONFIG: dict[str, Any] = {"method": {"scaling_factor": 0.3}, "seed": None, "list": [1, "zwei ´`"]}
 
 
-def made(**sources: Source) -> dict[str, Any]:
+def made(**sources: Origin) -> dict[str, Any]:
     return recipe(CONFIG, sources, lambda file: f"hash of {file}")
 
 
 def test_a_recipe_names_version_config_and_sources() -> None:
-    source = Source("o/n@v1", "abc", (Path("one.bin"), Path("two.bin")))
-    assert made(a=source, b=Source("here")) == {
+    source = Origin("o/n@v1", "abc", (Path("one.bin"), Path("two.bin")))
+    assert made(a=source, b=Origin("here")) == {
         "version": fusion_bench.__version__,
         "sources": {
             "a": {
@@ -39,7 +39,7 @@ def test_a_recipe_names_version_config_and_sources() -> None:
 
 
 def test_the_hub_reads_the_cards_header() -> None:
-    card = ModelCard(model_card("m", made(a=Source("o/n@v1", "abc"), b=Source("/here"))))
+    card = ModelCard(model_card("m", made(a=Origin("o/n@v1", "abc"), b=Origin("/here"))))
     assert card.data.to_dict() == {
         "base_model": ["o/n"],
         "base_model_relation": "merge",
@@ -50,21 +50,21 @@ def test_the_hub_reads_the_cards_header() -> None:
 
 
 def test_a_card_without_models_of_the_hub_names_no_base() -> None:
-    data = ModelCard(model_card("m", made(b=Source("/here")))).data
+    data = ModelCard(model_card("m", made(b=Origin("/here")))).data
     assert data.base_model is None and data.get("base_model_relation") is None
 
 
 @pytest.mark.parametrize("name", ["a|b", "a`b", "a\nb"])
 def test_a_strange_name_stays_in_its_cell(name: str) -> None:
-    card = model_card("m", made(**{name: Source(name)}))
+    card = model_card("m", made(**{name: Origin(name)}))
     (row,) = [line for line in card.splitlines() if line.startswith("| `a")]
     assert row.count("|") == 4 and row.count("`") == 4
 
 
 def test_the_recipe_in_the_card_is_yaml_that_says_the_same() -> None:
-    text = model_card("m", made(a=Source("``` fence")))
+    text = model_card("m", made(a=Origin("``` fence")))
     assert yaml.safe_load(text.split("````yaml\n")[1].split("\n````")[0]) == made(
-        a=Source("``` fence")
+        a=Origin("``` fence")
     )
 
 

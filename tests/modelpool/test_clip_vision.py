@@ -103,7 +103,7 @@ def test_a_directory_that_does_not_exist_names_the_nearest(family: Path) -> None
 
 def test_missing_weights_are_named(family: Path, tmp_path: Path) -> None:
     path = altered(family, tmp_path / "x", lambda t: t.pop("vision_model.post_layernorm.weight"))
-    with pytest.raises(FusionBenchError, match=r"modelpool\.models\.x.*\n.*post_layernorm\.weight"):
+    with pytest.raises(FusionBenchError, match=r"^models\.x.*\n.*post_layernorm\.weight"):
         CLIPVisionModelPool({"x": path}).load_model("x")
 
 
@@ -114,11 +114,6 @@ def test_other_shapes_are_named(family: Path, tmp_path: Path) -> None:
     path = altered(family, tmp_path / "x", shrink)
     with pytest.raises(FusionBenchError, match=r"post_layernorm\.weight' is \[3\]"):
         CLIPVisionModelPool({"x": path}).load_model("x")
-
-
-def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(FusionBenchError, match=r"modelpool\.models\.x.*int"):
-        CLIPVisionModelPool({"x": 3}).load_model("x")
 
 
 def test_a_module_is_saved_without_changing_it(family: Path, tmp_path: Path) -> None:

@@ -1,20 +1,26 @@
 import json
 import shutil
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from fixtures_llm import TEXT, VOCABULARY, metadata, rewrite, tensors, write_bert, write_llama
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from fixtures_llm import (
+    TEXT,
+    VOCABULARY,
+    answers,
+    average,
+    by_hand,
+    rewrite,
+    tensors,
+    write_bert,
+    write_llama,
+)
+from torch import nn
 
-from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Weights
 
 CLASSIFIER = "BertForSequenceClassification"
 AUTO_CLASSIFIER = "AutoModelForSequenceClassification"
@@ -35,41 +41,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pool(family: Path, *names: str, **more: Any) -> HFModelPool:
     return HFModelPool({name: str(family / name) for name in names}, **more)
-
-
-def average(pool: HFModelPool) -> Weights:
-    merged = SimpleAverageAlgorithm(show_pbar=False).run(pool)
-    assert isinstance(merged, Weights)
-    return merged
-
-
-def mean(*states: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        key: (sum(state[key].double() for state in states) / len(states)).to(value.dtype)
-        for key, value in states[0].items()
-    }
-
-
-def answers(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(torch.arange(VOCABULARY)[None])[0]
-
-
-def by_hand(family: Path, *names: str, model_class: str = "AutoModel") -> nn.Module:
-    models = [getattr(transformers, model_class).from_pretrained(family / n) for n in names]
-    models[0].load_state_dict(mean(*(model.state_dict() for model in models)))
-    return models[0].eval()
-
-
-def test_weights_are_the_files_and_no_module_is_built(
-    family: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(nn.Module, "__init__")
-    weights = pool(family, "a", "b").weights("b")
-    written = tensors(family / "b")
-    assert set(weights) == set(written)
-    assert all(torch.equal(weights[key], written[key]) for key in written)
-    assert weights.files == (family / "b" / "model.safetensors",)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +88,6 @@ def test_tied_weights_stay_tied(family: Path, tmp_path: Path) -> None:
     assert torch.allclose(answers(built), answers(expected), atol=1e-6)
     models.save_model(built, tmp_path / "m")
     assert set(tensors(tmp_path / "m")) == set(tensors(family / "masked"))
-
-
-def test_a_checkpoint_is_loaded_in_eval_mode(family: Path) -> None:
-    model = pool(family, "a", "b").load_model("b")
-    expected = transformers.AutoModel.from_pretrained(family / "b").eval()
-    assert not model.training and torch.equal(answers(model), answers(expected))
 
 
 def test_an_encoder_inside_a_classifier_is_merged_into_the_encoder(family: Path) -> None:
@@ -196,36 +161,6 @@ def test_beside_the_weights_are_the_references_files_and_a_card(
     assert (tmp_path / "m/config.json").read_text() == (family / "a/config.json").read_text()
 
 
-def test_another_processor_takes_the_place_of_the_references(family: Path, tmp_path: Path) -> None:
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "vocab.txt").write_text("words")
-    models = pool(family, "a", processor=str(tmp_path / "words"))
-    models.save_model(models.weights("a"), tmp_path / "m")
-    assert (tmp_path / "m" / "vocab.txt").read_text() == "words"
-    assert not (tmp_path / "m" / "tokenizer.json").exists()
-
-
-def test_a_processor_may_be_a_node(family: Path, tmp_path: Path) -> None:
-    node = {
-        "_target_": "transformers.AutoTokenizer.from_pretrained",
-        "pretrained_model_name_or_path": str(family / "b"),
-        "use_fast": True,
-    }
-    models = pool(family, "a", processor=node)
-    models.save_model(models.weights("a"), tmp_path / "m")
-    assert (tmp_path / "m" / "tokenizer.json").exists()
-
-
-def test_a_processor_that_is_not_there_is_noticed_before_the_work(
-    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr("fusion_bench.modelpool.directory.write_checkpoint")
-    models = pool(family, "a", processor=str(family / "aa"))
-    with pytest.raises(FusionBenchError, match=r"aa'.*Did you mean"):
-        models.save_model(models.weights("a"), tmp_path / "m")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_shards(family: Path, tmp_path: Path) -> None:
     models = pool(family, "a", "b", max_shard_size=4000)
     models.save_model(average(models), tmp_path / "m")
@@ -285,109 +220,12 @@ def test_an_architecture_that_transformers_does_not_know_is_merged_but_not_built
         models.build_model(average(models))
 
 
-@pytest.mark.parametrize("section", [{"quant_method": "gptq", "bits": 4}, {"bits": 4}])
-def test_quantised_checkpoints_are_refused(
-    family: Path, tmp_path: Path, section: dict[str, Any]
-) -> None:
-    shutil.copytree(family / "a", tmp_path / "q")
-    rewrite(tmp_path / "q", lambda config: config.update(quantization_config=section))
-    with pytest.raises(FusionBenchError, match=r"modelpool\.models\.q.*quantised"):
-        HFModelPool({"q": tmp_path / "q"}).weights("q")
-
-
-def test_an_empty_quantisation_is_none(family: Path, tmp_path: Path) -> None:
-    shutil.copytree(family / "a", tmp_path / "a")
-    rewrite(tmp_path / "a", lambda config: config.update(quantization_config=None))
-    assert HFModelPool({"a": tmp_path / "a"}).weights("a")
-
-
-def test_a_node_is_a_model(family: Path) -> None:
-    node = {
-        "_target_": "transformers.AutoModel.from_pretrained",
-        "pretrained_model_name_or_path": str(family / "a"),
-        "attn_implementation": "eager",
-    }
-    models = HFModelPool({"a": node, "b": str(family / "b")})
-    expected = answers(by_hand(family, "a", "b"))
-    assert torch.allclose(answers(models.build_model(average(models))), expected, atol=1e-6)
-    assert torch.allclose(answers(models.load_model("a")), answers(by_hand(family, "a")), atol=1e-6)
-
-
-def test_a_node_that_says_no_more_than_a_name_is_that_name(family: Path) -> None:
-    node = {
-        "_target_": "transformers.AutoModel.from_pretrained",
-        "pretrained_model_name_or_path": str(family / "a"),
-    }
-    assert HFModelPool({"a": node}).weights("a").files == (family / "a" / "model.safetensors",)
-
-
-def module(family: Path, name: str) -> nn.Module:
-    return transformers.AutoModel.from_pretrained(family / name).train()
-
-
-def test_a_module_is_a_model(family: Path, tmp_path: Path) -> None:
-    models = HFModelPool({"a": module(family, "a"), "b": str(family / "b")})
-    models.save_model(average(models), tmp_path / "m")
-    back, info = transformers.AutoModel.from_pretrained(tmp_path / "m", output_loading_info=True)
-    assert not any(info.values())
-    assert torch.allclose(answers(back), answers(by_hand(family, "a", "b")), atol=1e-6)
-
-
-def test_the_modules_given_are_never_changed(family: Path, tmp_path: Path) -> None:
-    a, b = module(family, "a"), module(family, "b")
-    before = deepcopy(a.state_dict()), deepcopy(b.state_dict())
-    config = a.config.to_dict()
-    models = HFModelPool({"a": a, "b": b}, policy={"dtype": "bfloat16"})
-    built = models.build_model(average(models))
-    models.save_model(built, tmp_path / "m")
-    for used in (built, models.load_model("a"), models.build_model(models.weights("b"))):
-        for parameter in used.parameters():
-            parameter.data.zero_()
-        used.to(torch.bfloat16)
-    for given, state in zip((a, b), before, strict=True):
-        assert given.training
-        assert all(torch.equal(v, state[k]) for k, v in given.state_dict().items())
-    assert a.config.to_dict() == config
-
-
-@pytest.mark.parametrize("name", ["other.safetensors", "step100.bin", "step100.pt"])
-def test_a_file_is_a_model(family: Path, tmp_path: Path, name: str) -> None:
-    state = tensors(family / "b")
-    if name.endswith(".safetensors"):
-        save_file(state, tmp_path / name)
-    else:
-        torch.save(state, tmp_path / name)
-    models = HFModelPool({"a": str(family / "a"), "b": str(tmp_path / name)})
-    built = models.build_model(average(models))
-    assert torch.allclose(answers(built), answers(by_hand(family, "a", "b")), atol=1e-6)
-    assert torch.equal(answers(models.load_model("b")), answers(by_hand(family, "b")))
-    models.save_model(average(models), tmp_path / "m")
-    source = json.loads(metadata(tmp_path / "m/model.safetensors")["fusion_bench"])["sources"]["b"]
-    assert source["source"] == str(tmp_path / name) and list(source["sha256"]) == [name]
-
-
-def test_the_config_of_a_file_is_beside_it(family: Path, tmp_path: Path) -> None:
-    models = HFModelPool({n: str(family / n / "model.safetensors") for n in "ab"})
-    assert models.vocabulary == VOCABULARY
-    models.save_model(average(models), tmp_path / "m")
-    assert (tmp_path / "m" / "tokenizer.json").exists()
-    built = models.build_model(average(models))
-    assert torch.allclose(answers(built), answers(by_hand(family, "a", "b")), atol=1e-6)
-
-
-def test_a_file_alone_is_merged_without_a_config(family: Path, tmp_path: Path) -> None:
-    for name in "ab":
-        save_file(tensors(family / name), tmp_path / f"{name}.safetensors")
-    models = HFModelPool({n: str(tmp_path / f"{n}.safetensors") for n in "ab"})
-    models.save_model(average(models), tmp_path / "m")
-    assert {p.name for p in (tmp_path / "m").iterdir()} == {"README.md", "model.safetensors"}
-    with pytest.raises(FusionBenchError, match=r"no 'config\.json'"):
-        models.load_model("a")
-
-
 def test_a_vocabulary_is_that_of_the_reference(family: Path, tmp_path: Path) -> None:
     assert pool(family, "a").vocabulary == VOCABULARY
-    assert HFModelPool({"a": module(family, "a")}).vocabulary == VOCABULARY
+    assert (
+        HFModelPool({"a": transformers.AutoModel.from_pretrained(family / "a")}).vocabulary
+        == VOCABULARY
+    )
     assert HFModelPool({"a": nn.Linear(2, 2)}).vocabulary is None
     rewrite(
         shutil.copytree(family / "a", tmp_path / "a"),
@@ -419,7 +257,7 @@ def test_a_whole_vision_model_is_saved_with_its_image_processor(tmp_path: Path) 
 
 def test_what_lacks_weights_is_no_whole_model(family: Path) -> None:
     models = pool(family, "a", model_class=f"AutoModel{CLASSIFIER[4:]}")
-    with pytest.raises(FusionBenchError, match=r"modelpool\.models\.a.*not a whole(.|\n)*classif"):
+    with pytest.raises(FusionBenchError, match=r"^models\.a.*not a whole(.|\n)*classif"):
         models.load_model("a")
     with pytest.raises(FusionBenchError, match=r"The merged model is not a whole"):
         models.build_model(models.weights("a"))

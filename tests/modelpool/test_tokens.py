@@ -173,7 +173,7 @@ def test_a_merge_of_other_tokens_is_refused_unless_the_policy_says_otherwise(fam
         'swapped: 2 token ids mean other strings than in a: 5 is "dog", in a "cat"; '
         '6 is "cat", in a "dog"'
     )
-    assert "modelpool.policy.on_tokenizer=warn" in str(error.value)
+    assert "policy.on_tokenizer=warn" in str(error.value)
     models = pool(family, "a", "swapped", on_tokenizer="warn")
     merge(models)
     (note,) = models.notes

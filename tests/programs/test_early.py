@@ -34,6 +34,11 @@ LATE: list[tuple[str, Any, str]] = [
     ("modelpool.models.a", {"paht": "x"}, r"models\.a\.paht: there is no such key"),
     ("taskpool.test_datasets.a.streaming", True, r"streaming: a stream can be neither"),
     ("modelpool.max_shard_size", "abc", r"modelpool\.max_shard_size: 'abc' is no size"),
+    (
+        "modelpool.max_shard_size",
+        None,
+        r"modelpool\.max_shard_size: null is not a whole number or a text",
+    ),
     ("modelpool.max_shard_size", 0, r"modelpool\.max_shard_size: '0' is no size"),
     ("modelpool.max_shard_size", -5, r"modelpool\.max_shard_size: '-5' is no size"),
     ("seed", -1, "seed: -1 is not a number from 0"),

@@ -10,21 +10,30 @@ from typing import Any
 import pytest
 import torch
 from commandline import fusion_bench
-from fixtures_llm import metadata, rewrite, tensors, write_llama, write_lora
+from fixtures_llm import (
+    VOCABULARY,
+    average,
+    metadata,
+    rewrite,
+    tensors,
+    write_llama,
+    write_lora,
+)
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CausalLMPool
-from fusion_bench.modelpool.adapters import is_same_model
+from fusion_bench.modelpool.sources.adapter import is_same_model
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.repository import Repository
-from fusion_bench.weights import AdapterConfig
+from fusion_bench.weights import AdapterConfig, in_memory
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 KEY = f"{MODULES[0]}.weight"
 ADAPTER = "adapter_config.json"
+IDS = torch.arange(VOCABULARY)[None]
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def rename_base(root: Path, **settings: Any) -> None:
 def test_an_adapter_of_another_base_is_refused_and_told_what_to_type(root: Path) -> None:
     message = both(pool(root, x=str(root / "x")))
     assert f"'{root / 'other'}'" in message and f"'_pretrained_' is '{root / 'base'}'" in message
-    first, second = re.findall(r"'modelpool\.models\.x=[^']*'", message)
+    first, second = re.findall(r"'models\.x=[^']*'", message)
     for typed, base in ((first, "base"), (second, "other")):
         (override,) = OverridesParser.create().parse_overrides(shlex.split(typed))
         models = pool(root, x=override.value())
@@ -209,7 +218,7 @@ def test_names_and_states_on_the_hub(
 ) -> None:
     config = AdapterConfig(declared, 1.0, False, False, {}, revision)
     place = Repository(source, frozenset(), repo_id=source.partition("@")[0], commit=commit)
-    assert is_same_model(config, source, place) == same
+    assert is_same_model(config, place) == same
 
 
 def test_a_place_in_the_hubs_cache_has_the_hubs_name(root: Path) -> None:
@@ -218,7 +227,7 @@ def test_a_place_in_the_hubs_cache_has_the_hubs_name(root: Path) -> None:
     place = Repository(str(cached), frozenset(), directory=cached)
     for declared, same in (("Owner/Name", True), ("Owner/Other", False), (HUB, True)):
         config = AdapterConfig(declared, 1.0, False, False, {})
-        assert is_same_model(config, str(cached), place) == same
+        assert is_same_model(config, place) == same
 
 
 @pytest.mark.parametrize(
@@ -281,3 +290,119 @@ def test_the_pretrained_model_may_be_an_adapter_itself(root: Path) -> None:
     rename_base(root, base_model_name_or_path=None)
     with pytest.raises(FusionBenchError, match=r"_pretrained_: the adapter names no base model"):
         CausalLMPool({"_pretrained_": root / "x", "other": root / "other"}).weights("_pretrained_")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write `base` and `a`, in float32."""
+    root = tmp_path_factory.mktemp("llama")
+    for seed, name in enumerate(("base", "a")):
+        write_llama(root / name, seed=seed, dtype=torch.float32)
+    return root
+
+
+@pytest.mark.parametrize("with_pretrained", [True, False])
+def test_two_adapters_are_averaged(family: Path, tmp_path: Path, with_pretrained: bool) -> None:
+    base = CausalLMPool({"base": family / "base"}).weights("base")
+    added = []
+    for seed, name in enumerate("xy"):
+        declared = "/gone" if with_pretrained else str(family / "base")
+        folder = tmp_path / name
+        added.append(write_lora(folder, dict(base), MODULES[seed:], base_name=declared, seed=seed))
+    models: dict[str, Any] = {name: tmp_path / name for name in "xy"}
+    if with_pretrained:  # the place of the training is gone, so that the config must confirm it
+        models = {n: {"path": place, "base": "_pretrained_"} for n, place in models.items()}
+        models["_pretrained_"] = family / "base"
+    merged = in_memory(average(CausalLMPool(models)))
+    assert set(merged) == set(base)
+    for key in base:
+        total = sum(part[key] for part in added if key in part)
+        expected = base[key].double() + total / 2
+        assert torch.allclose(merged[key].double(), expected, atol=1e-5)
+
+
+def test_an_adapter_is_loaded_and_saved_as_a_whole_model(family: Path, tmp_path: Path) -> None:
+    base = dict(CausalLMPool({"base": family / "base"}).weights("base"))
+    added = write_lora(tmp_path / "x", base, MODULES, base_name=str(family / "base"))
+    models = CausalLMPool({"x": tmp_path / "x"})
+    expected = AutoModelForCausalLM.from_pretrained(family / "base")
+    with torch.no_grad():
+        for key, value in added.items():
+            expected.state_dict()[key] += value
+        models.save_model(models.weights("x"), tmp_path / "m")
+        for model in (
+            models.load_model("x"),
+            AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+        ):
+            assert torch.allclose(
+                model(IDS).logits,
+                expected(IDS).logits,
+                atol=1e-4,
+            )
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert {"config.json", "tokenizer.json", "generation_config.json"} <= names
+    assert not any(name.startswith("adapter") for name in names)
+
+
+def test_an_adapter_is_merged_with_whole_models(family: Path, tmp_path: Path) -> None:
+    base = dict(CausalLMPool({"base": family / "base"}).weights("base"))
+    added = write_lora(tmp_path / "x", base, MODULES)
+    a = CausalLMPool({"a": family / "a"}).weights("a")
+    models = {"_pretrained_": family / "base", "a": family / "a", "x": tmp_path / "x"}
+    merged = in_memory(average(CausalLMPool(models)))
+    key = f"{MODULES[0]}.weight"
+    expected = (a[key].double() + base[key].double() + added[key]) / 2
+    assert torch.allclose(merged[key].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["module", "file"])
+def test_an_adapters_base_may_be_a_module_or_a_file(
+    family: Path, tmp_path: Path, kind: str
+) -> None:
+    base = dict(CausalLMPool({"base": family / "base"}).weights("base"))
+    added = write_lora(tmp_path / "x", base, MODULES)
+    source: Any = family / "base" / "model.safetensors"
+    if kind == "module":
+        source = AutoModelForCausalLM.from_pretrained(family / "base")
+    models = CausalLMPool({"_pretrained_": source, "x": tmp_path / "x"})
+    weights = in_memory(models.weights("x"))
+    for key, value in added.items():
+        assert torch.allclose(weights[key].double(), base[key].double() + value, atol=1e-5)
+    models.save_model(models.weights("x"), tmp_path / "m")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_an_adapter_without_a_base_says_how_to_name_one(family: Path, tmp_path: Path) -> None:
+    base = dict(CausalLMPool({"base": family / "base"}).weights("base"))
+    write_lora(tmp_path / "x", base, MODULES, base_name=str(family / "bsae"))
+    write_lora(tmp_path / "y", base, MODULES, base_name=None)
+    with pytest.raises(FusionBenchError, match=r"models\.x.*bsae.*Did you mean.*'_pretrained_'"):
+        CausalLMPool({"x": tmp_path / "x"}).weights("x")
+    with pytest.raises(FusionBenchError, match=r"models\.y.*names no base.*'_pretrained_'"):
+        CausalLMPool({"y": tmp_path / "y"}).weights("y")
+
+
+def test_an_adapter_of_another_base_is_refused(family: Path, tmp_path: Path) -> None:
+    other = {"model.layers.7.self_attn.q_proj.weight": torch.zeros(12, 12)}
+    write_lora(tmp_path / "x", other, ["model.layers.7.self_attn.q_proj"])
+    with pytest.raises(FusionBenchError, match=r"do not name so(.|\n)*layers\.7"):
+        CausalLMPool({"_pretrained_": family / "base", "x": tmp_path / "x"}).weights("x")
+
+
+def test_an_adapter_without_weights_is_refused(family: Path, tmp_path: Path) -> None:
+    write_lora(tmp_path / "x", {}, [])
+    (tmp_path / "x" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FusionBenchError, match=r"models\.x.*adapter_model\.safetensors"):
+        CausalLMPool({"_pretrained_": family / "base", "x": tmp_path / "x"}).weights("x")
+
+
+def test_an_adapters_own_copy_of_a_layer_is_what_it_changes(family: Path, tmp_path: Path) -> None:
+    base = dict(CausalLMPool({"base": family / "base"}).weights("base"))
+    added = write_lora(tmp_path / "x", base, MODULES)
+    file = tmp_path / "x" / "adapter_model.safetensors"
+    copy = torch.ones_like(base[f"{MODULES[0]}.weight"])
+    name = f"base_model.model.{MODULES[0]}.base_layer.weight"
+    save_file({**load_file(file), name: copy}, file)
+    models = CausalLMPool({"_pretrained_": family / "base", "x": tmp_path / "x"})
+    key = f"{MODULES[0]}.weight"
+    assert torch.allclose(models.weights("x")[key].double(), copy.double() + added[key])
