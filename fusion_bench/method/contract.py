@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from fusion_bench.weights import MergePolicy, Weights
 
 if TYPE_CHECKING:
+    import numpy as np
     from lightning.fabric import Fabric
+    from numpy.typing import NDArray
 
 #: The part of the datasets that a method learns from. The test split is that of the task pool.
 Split = Literal["train", "validation", "test"]
@@ -84,6 +87,30 @@ class Comparing(Protocol):
         """
 
 
+class Counts(Protocol):
+    """How many of a task's samples were answered correctly."""
+
+    @property
+    def num_correct(self) -> int:
+        """Those whose most likely class is the right one."""
+
+    @property
+    def num_samples(self) -> int:
+        """All of them."""
+
+
+class Saving(Protocol):
+    """A pool that writes models."""
+
+    def save_model(
+        self,
+        model: nn.Module | Weights,
+        path: str | Path,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a model as a directory, with the run's config in its recipe."""
+
+
 class TaskData(Protocol):
     """A task's images for a method to learn from; all on Fabric's device."""
 
@@ -93,17 +120,19 @@ class TaskData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def sample(self, count: int | None, seed: int = 0) -> Any:
+    def sample(self, count: int | None, seed: int = 0) -> "NDArray[np.int64]":
         """Draw so many samples, none twice; all where there are no more, or for ``None``."""
 
-    def batches(self, samples: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, samples: "NDArray[np.int64]", batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and labels."""
 
     def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches for ever, in a new order each time round."""
 
-    def evaluate(self, model: nn.Module) -> Any:
-        """Return the model's answers on all images: ``num_correct`` of ``num_samples``."""
+    def evaluate(self, model: nn.Module) -> Counts:
+        """Return how the model does on all images."""
 
 
 Data = Mapping[str, TaskData]

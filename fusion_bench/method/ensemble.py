@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.method.base import ModuleDict
-from fusion_bench.method.contract import Data, ModelPool, Needs
+from fusion_bench.method.contract import Data, ModelPool, Needs, Saving
 from fusion_bench.problems import FusionBenchError, check_choice, check_one_each
 from fusion_bench.storage import read_json, whole_directory, write_text
 
@@ -70,7 +70,7 @@ class Ensemble(nn.Module):
             total = total + tensor * weight
         return total
 
-    def save(self, directory: Path, modelpool: Any, config: Mapping[str, Any]) -> None:
+    def save(self, directory: Path, modelpool: Saving, config: Mapping[str, Any]) -> None:
         """Write each model into a directory of its name, and beside them what they make together.
 
         ``load_ensemble`` reads it back.

@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from fusion_bench.instantiate import SharedObjects
-from fusion_bench.method.contract import FusionMethod
+from fusion_bench.method.contract import FusionMethod, Saving
 from fusion_bench.method.plain import class_name
 from fusion_bench.plan import Plan
 from fusion_bench.problems import EnvironmentProblem, within
@@ -49,7 +49,7 @@ _DONE = {"load": "Loaded", "search": "Searched", "fuse": "Fused", "evaluate": "E
 class Savable(Protocol):
     """A module that is no plain checkpoint, and writes itself."""
 
-    def save(self, directory: Path, modelpool: Any, config: Mapping[str, Any]) -> None:
+    def save(self, directory: Path, modelpool: Saving, config: Mapping[str, Any]) -> None:
         """Write the directory, whole or not at all."""
 
 

@@ -23,7 +23,7 @@ _SECTION = "modelpool"
 Nodes = Mapping[str, Any]
 
 
-class ModelPool(contract.ModelPool, Protocol):
+class ModelPool(contract.ModelPool, contract.Saving, Protocol):
     """What programs ask of a model pool; places in what it raises are relative to the pool."""
 
     @property
@@ -53,14 +53,6 @@ class ModelPool(contract.ModelPool, Protocol):
 
     def open_saved(self, path: Path) -> Weights:
         """Return the weights that ``save_model`` wrote."""
-
-    def save_model(
-        self,
-        model: nn.Module | Weights,
-        path: str | Path,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write a model as a directory, with the run's config in its recipe."""
 
 
 @runtime_checkable
