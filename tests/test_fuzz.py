@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from drawn import examples
 from fixtures_fuzz import KINDS, Files, Watch, attempt, write_secrets
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -28,13 +29,14 @@ def test_all_kinds_are_tried() -> None:
     assert CASES.keys() == KINDS.keys()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_but_our_own_errors(name: str, tmp_path: Path) -> None:
     write_secrets(tmp_path)
     numbers = itertools.count()
 
     @settings(
-        max_examples=CASES[name],
+        max_examples=examples(CASES[name]),
         derandomize=True,
         deadline=None,
         phases=[Phase.generate],

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import merged, module
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -41,7 +42,7 @@ def reference(models: Any, base: Any) -> tuple[Array, Array, float]:
     return (polar(left) * values) @ polar(right).T, values, condition
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     models=st.integers(1, 4),
     shape=st.tuples(st.integers(4, 12), st.integers(4, 12)),
