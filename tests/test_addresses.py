@@ -324,6 +324,7 @@ print("asked", len(asked))
 """
 
 
+@pytest.mark.cold
 def test_of_a_card_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     good = ["good", "pictures"]
     bad = ["reference", "http", "absolute"]

@@ -30,6 +30,7 @@ def small(conf: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize(
     "code",
     [
@@ -104,6 +105,7 @@ def test_our_groups_serve_a_users_own_config(conf: Path) -> None:
     assert Report.load(conf.parent / "r.json").run.config["method"]["scaling_factor"] == 0.5
 
 
+@pytest.mark.cold
 def test_both_module_forms_work(tmp_path: Path) -> None:
     for module in ("fusion_bench", "fusion_bench.scripts.cli"):
         done = subprocess.run(
@@ -115,6 +117,7 @@ def test_both_module_forms_work(tmp_path: Path) -> None:
         assert done.returncode == 0 and "FabricModelFusionProgram" in done.stdout
 
 
+@pytest.mark.cold
 def test_nothing_is_imported_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,7 @@ def test_bad_input_ends_with_one_message(
     assert written <= {".hydra", "cli.log"}  # what Hydra itself keeps of a run
 
 
+@pytest.mark.cold
 def test_the_traceback_is_there_for_who_asks(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     command = [sys.executable, "-m", "fusion_bench", "--config-path", str(conf)]
@@ -252,6 +256,7 @@ def test_a_token_is_refused_before_anything_is_written(conf: Path) -> None:
     assert {path.name for path in conf.parent.iterdir()} == {"conf"}
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("behind", ["| head -1", "> /dev/full", "> /dev/full 2> /dev/full"])
 def test_the_report_is_written_though_nobody_listens(conf: Path, behind: str) -> None:
     if not Path("/dev/full").exists():

@@ -209,6 +209,7 @@ def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
     assert code == 0 and board(conf) == found
 
 
+@pytest.mark.cold
 def test_ctrl_c_ends_all(conf: Path) -> None:
     words = ["--config-path", str(conf), "--config-name", "small", "-m", "seed=range(40)"]
     process = subprocess.Popen(
@@ -272,6 +273,7 @@ def test_directories_are_readable_and_no_two_are_the_same() -> None:
     assert not any(name.startswith(".") for name in names)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("launcher", "package"),
     [

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool.results import ResultStore
 
@@ -43,6 +45,7 @@ def start(config: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_work(program_config: dict[str, Any], tmp_path: Path) -> None:
     log = tmp_path / "log"
     runs = [start({**program_config, "output_dir": str(tmp_path / str(n))}, log) for n in range(2)]
@@ -60,6 +63,7 @@ def test_two_processes_share_the_work(program_config: dict[str, Any], tmp_path: 
     assert reports[0]["models"] == reports[1]["models"]
 
 
+@pytest.mark.processes
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     key = {"weights": "w"}
     code = (

@@ -171,6 +171,7 @@ def test_a_failed_build_leaves_nothing(few_images: Path, monkeypatch: pytest.Mon
     assert zoo.model_path("clip-tiny_faces", SMALL).is_dir()
 
 
+@pytest.mark.processes
 def test_a_killed_build_leaves_nothing_that_counts(few_images: Path) -> None:
     process = _start(seconds=60)
     assert process.stdout is not None
@@ -183,6 +184,7 @@ def test_a_killed_build_leaves_nothing_that_counts(few_images: Path) -> None:
     assert _zoos(few_images) == [root]
 
 
+@pytest.mark.processes
 def test_two_processes_build_once(few_images: Path) -> None:
     processes = [_start(seconds=0.2) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
@@ -247,6 +249,7 @@ def test_without_a_terminal_it_logs_two_lines(
     assert "100%" not in capfd.readouterr().err
 
 
+@pytest.mark.cold
 def test_importing_is_light() -> None:
     code = (
         "import sys, fusion_bench.zoo; heavy = {'torch', 'transformers', 'datasets', 'sklearn', "
