@@ -49,24 +49,10 @@ def fusion_bench(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
-    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
-
-    ``cold`` starts the console script itself, for tests of how it starts.
-    """
+    """Run the command in ``cwd``; ``env`` is the whole environment, by default this one."""
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
     command = [str(SCRIPT), *arguments]
-    if cold:
-        return subprocess.run(
-            command,
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
     return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout)
 
 
