@@ -184,6 +184,7 @@ def test_a_killed_build_leaves_nothing_that_counts(few_images: Path) -> None:
     assert _zoos(few_images) == [root]
 
 
+# Takes 10 seconds: both processes import everything anew.
 @pytest.mark.processes
 def test_two_processes_build_once(few_images: Path) -> None:
     processes = [_start(seconds=0.2) for _ in range(2)]
