@@ -210,7 +210,7 @@ def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
     assert code == 0 and board(conf) == found
 
 
-# Takes up to 10 seconds: the process imports everything anew, so that the signal meets what it would.
+# Takes up to 10 seconds: the process imports everything anew, as it does for a person.
 @pytest.mark.cold
 def test_ctrl_c_ends_all(conf: Path) -> None:
     words = ["--config-path", str(conf), "--config-name", "small", "-m", "seed=range(40)"]
