@@ -49,11 +49,17 @@ def fusion_bench(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
+    stdout: Path | None = None,
+    stderr: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command in ``cwd``; ``env`` is the whole environment, by default this one."""
+    """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
+
+    What goes to a file of the caller's, ``stdout`` or ``stderr``, is not returned.
+    """
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
     command = [str(SCRIPT), *arguments]
-    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout)
+    to = (stdout, stderr)
+    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to)
 
 
 def python(
@@ -87,13 +93,14 @@ def _warm(
     cwd: Path,
     env: Mapping[str, str],
     timeout: float,
+    to: tuple[Path | None, Path | None] = (None, None),
 ) -> subprocess.CompletedProcess[str]:
     alike = _for_libraries(env) == _for_libraries(_environment())
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
     body = json.dumps(request).encode()
     with (
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as err,
+        to[0].open("wb") if to[0] else tempfile.TemporaryFile() as out,
+        to[1].open("wb") if to[1] else tempfile.TemporaryFile() as err,
         Path(os.devnull).open("rb") as nothing,
         socket.socket(socket.AF_UNIX) as connection,
     ):
@@ -110,7 +117,10 @@ def _warm(
             os.kill(pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired(argv, timeout) from None
         texts = []
-        for stream in (out, err):
+        for stream, own in zip((out, err), to, strict=True):
+            if own:
+                texts.append("")
+                continue
             stream.seek(0)
             texts.append(stream.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
     return subprocess.CompletedProcess(argv, code_of_end, *texts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commandline import SCRIPT, fusion_bench
+from commandline import SCRIPT, fusion_bench, python
 
 from fusion_bench.report import Report
 from fusion_bench.scripts import cli
@@ -189,13 +189,11 @@ def test_bad_input_ends_with_one_message(
     assert written <= {".hydra", "cli.log"}  # what Hydra itself keeps of a run
 
 
-@pytest.mark.cold
 def test_the_traceback_is_there_for_who_asks(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    command = [sys.executable, "-m", "fusion_bench", "--config-path", str(conf)]
-    done = subprocess.run(
-        [*command, "--config-name", "small", "baselines=all"], capture_output=True, text=True
-    )
+    main = "from fusion_bench.scripts.cli import main\nmain()"
+    words = ["--config-path", str(conf), "--config-name", "small", "baselines=all"]
+    done = python(main, *words, cwd=conf.parent)
     assert done.returncode == 1  # Python's own
     assert "Traceback" in done.stderr and "ConfigError: baselines" in done.stderr
 
@@ -257,15 +255,26 @@ def test_a_token_is_refused_before_anything_is_written(conf: Path) -> None:
 
 
 @pytest.mark.cold
-@pytest.mark.parametrize("behind", ["| head -1", "> /dev/full", "> /dev/full 2> /dev/full"])
-def test_the_report_is_written_though_nobody_listens(conf: Path, behind: str) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has none")
+def test_the_report_is_written_though_nobody_listens(conf: Path) -> None:
     command = f"{SCRIPT} --config-path {conf} --config-name small report_save_path=r.json"
-    script = f"{command} {behind}; exit ${{PIPESTATUS[0]}}"
+    script = f"{command} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", script], cwd=conf.parent, capture_output=True, text=True, check=False
     )
+    _is_written(conf, done)
+
+
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]])
+def test_the_report_is_written_though_the_disk_is_full(conf: Path, streams: list[str]) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has none")
+    words = ("--config-path", str(conf), "--config-name", "small", "report_save_path=r.json")
+    to = dict.fromkeys(streams, full)
+    _is_written(conf, fusion_bench(*words, cwd=conf.parent, **to))
+
+
+def _is_written(conf: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr
     (out,) = (conf.parent / "outputs").glob("*/*")
     assert Report.load(out / "report.json") == Report.load(conf.parent / "r.json")
