@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ _READ_AT_IMPORT = re.compile(
     r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
     re.I,
 )
+#: Held so that threads start one pair of servers.
+_STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
 _COMPOSE = """
 import contextlib, io, json, sys
@@ -104,7 +107,9 @@ def _warm(
         Path(os.devnull).open("rb") as nothing,
         socket.socket(socket.AF_UNIX) as connection,
     ):
-        connection.connect(_server()[alike])
+        with _STARTING:
+            server = _server()[alike]
+        connection.connect(server)
         streams = [nothing.fileno(), out.fileno(), err.fileno()]
         socket.send_fds(connection, [len(body).to_bytes(8)], streams)
         connection.sendall(body)
