@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -143,8 +144,13 @@ def fetches_code(kernel: Any) -> bool:
 def allowed_packages() -> frozenset[str]:
     """Return the packages that the user allows beside ours."""
     named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")}
-    installed = {point.value for point in entry_points(group="fusion_bench.allow")}
-    return frozenset(name for name in named | installed if _DOTTED.fullmatch(name))
+    return frozenset(name for name in named | _installed() if _DOTTED.fullmatch(name))
+
+
+@cache
+def _installed() -> frozenset[str]:
+    """Return what installed packages allow; to look through all of them takes a while."""
+    return frozenset(point.value for point in entry_points(group="fusion_bench.allow"))
 
 
 def environment_variable(name: str, default: Any = None) -> Any:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ _READ_AT_IMPORT = re.compile(
     r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
     re.I,
 )
+#: Held so that threads start one pair of servers.
+_STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
 _COMPOSE = """
 import contextlib, io, json, sys
@@ -49,25 +52,17 @@ def fusion_bench(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
-    cold: bool = False,
+    stdout: Path | None = None,
+    stderr: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
 
-    ``cold`` starts the console script itself, for tests of how it starts.
+    What goes to a file of the caller's, ``stdout`` or ``stderr``, is not returned.
     """
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
     command = [str(SCRIPT), *arguments]
-    if cold:
-        return subprocess.run(
-            command,
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout)
+    to = (stdout, stderr)
+    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to)
 
 
 def python(
@@ -101,17 +96,20 @@ def _warm(
     cwd: Path,
     env: Mapping[str, str],
     timeout: float,
+    to: tuple[Path | None, Path | None] = (None, None),
 ) -> subprocess.CompletedProcess[str]:
     alike = _for_libraries(env) == _for_libraries(_environment())
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
     body = json.dumps(request).encode()
     with (
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as err,
+        to[0].open("wb") if to[0] else tempfile.TemporaryFile() as out,
+        to[1].open("wb") if to[1] else tempfile.TemporaryFile() as err,
         Path(os.devnull).open("rb") as nothing,
         socket.socket(socket.AF_UNIX) as connection,
     ):
-        connection.connect(_server()[alike])
+        with _STARTING:
+            server = _server()[alike]
+        connection.connect(server)
         streams = [nothing.fileno(), out.fileno(), err.fileno()]
         socket.send_fds(connection, [len(body).to_bytes(8)], streams)
         connection.sendall(body)
@@ -124,7 +122,10 @@ def _warm(
             os.kill(pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired(argv, timeout) from None
         texts = []
-        for stream in (out, err):
+        for stream, own in zip((out, err), to, strict=True):
+            if own:
+                texts.append("")
+                continue
             stream.seek(0)
             texts.append(stream.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
     return subprocess.CompletedProcess(argv, code_of_end, *texts)

@@ -1,7 +1,7 @@
 """What several packages' tests share: a small family of CLIP models and tasks on disk."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import pytest
 import torch
+from drawn import examples, exhaustively
 from fixtures_clip import write_base, write_dataset, write_vision_encoder
+from hypothesis import settings
 from torch import Tensor
 
 from fusion_bench import network
@@ -22,18 +24,91 @@ if TYPE_CHECKING:
     from selenium import webdriver
 
 #: What takes longest, begun first, so that no process is left with it at the end.
-FIRST = ("method/test_contract.py", "scripts/test_sweep.py")
+FIRST = (
+    "end_to_end/test_default.py",
+    *("scripts/test_sweep.py", "method/test_contract.py", "programs/test_tuning.py"),
+    *("config/test_all_configs.py", "zoo/test_build.py", "programs/test_search.py"),
+    *("end_to_end/test_merge_llm.py", "end_to_end/test_seed.py"),
+)
 CLASSES = {"a": ["abbey", "airplane_cabin", "beach"], "b": ["cat", "dog", "emu", "fox", "gnu"]}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files of ``FIRST`` before all others."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let whoever runs the exhaustive tests write what the pages show of them."""
+    told = "write what the page on reliability shows of the exhaustive tests"
+    parser.addoption("--tables", action="store_true", help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw more cases where that is asked for; no test is imported yet."""
+    if _exhaustive(config):
+        exhaustively()
+    if config.getoption("tables") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Tables())
+    settings.register_profile("ours", max_examples=examples(settings.default.max_examples))
+    settings.load_profile("ours")
+
+
+def _exhaustive(config: pytest.Config) -> bool:
+    words: str = config.option.markexpr
+    return "exhaustive" in words and "not exhaustive" not in words
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what shows by itself, leave out what takes too long, and order the files.
+
+    A test looks at pages in Chromium where it takes ``browser``, and draws cases where hypothesis
+    runs it.
+    """
+    left_out = []
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+        if hasattr(getattr(item, "obj", None), "hypothesis"):
+            item.add_marker("exhaustive")
+        marked = item.get_closest_marker("exhaustive")
+        if marked and marked.kwargs.get("only") and not _exhaustive(config):
+            left_out.append(item)
+    if _exhaustive(config):
+        for item in items:
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(3600))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
     def place(item: pytest.Item) -> int:
         found = (n for n, file in enumerate(FIRST) if item.path.as_posix().endswith(file))
         return next(found, len(FIRST))
 
     items.sort(key=place)
+
+
+@pytest.fixture
+def row(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Return a function that keeps a row for a table of ``faults/tables.py``."""
+
+    def keep(table: str, **cells: Any) -> None:
+        record_property("row", [table, cells])
+
+    return keep
+
+
+class _Tables:
+    """Collects the rows, also those of other processes, and writes the tables in the end."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, dict[str, Any]]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self._rows += [value for name, value in report.user_properties if name == "row"]
+
+    def pytest_sessionfinish(self) -> None:
+        from faults.tables import write
+
+        write(self._rows)
 
 
 def scrambled(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

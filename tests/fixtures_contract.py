@@ -233,11 +233,23 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {"net": Net, "clip": clip, "llama
 DTYPES = {"net": torch.float32, "clip": torch.float32, "llama": torch.bfloat16}
 
 
+_drawn = 0
+
+
+def draw(number: int) -> None:
+    """Let what is asked for from now on be the families of this number."""
+    global _drawn
+    if number != _drawn:
+        _drawn = number
+        family.cache_clear()
+        widened.cache_clear()
+
+
 @cache
 def family(kind: str, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
     """Return a base and models fine-tuned from it, which nobody may change."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(_drawn)
         base = FAMILIES[kind]().to(dtype or DTYPES[kind])
         for value in base.parameters():
             value.data.add_(0.1 * torch.randn(value.shape))

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,11 +58,17 @@ def client_environment(endpoint: str, cache_dir: Path, *, offline: bool = False)
     }
 
 
+@cache
+def _kept() -> socket.socket:
+    """A port that is taken, so that no other process can come to listen there."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    return taken
+
+
 def closed_endpoint() -> str:
     """Return the URL of a port on loopback at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{_kept().getsockname()[1]}"
 
 
 @dataclass

@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from commandline import python
 from fixtures_fuzz import Watch
 from fsspec.registry import _registry
 from hub import Hub, hub_stand_in
@@ -327,13 +326,8 @@ print("asked", len(asked))
 def test_of_a_card_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     good = ["good", "pictures"]
     bad = ["reference", "http", "absolute"]
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", READ_ALL, *good, *bad],
-        env=hub.environment(tmp_path / "hf"),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    run = python(READ_ALL, *good, *bad, cwd=tmp_path, env=hub.environment(tmp_path / "hf"))
+    assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines == [
         *(f"{name} read" for name in good),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from commandline import REPOSITORY
 
+pytestmark = pytest.mark.cold
+
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -81,6 +81,7 @@ def test_what_can_be_no_repository(name: str) -> None:
         resolve(name)
 
 
+@pytest.mark.cold
 def test_importing_is_light() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules)"
     code = f"import sys, fusion_bench.sources; sys.exit(str({heavy} or 0) if {heavy} else 0)"

@@ -50,6 +50,7 @@ def test_text_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.processes
 def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")
@@ -239,6 +240,7 @@ def test_the_scratch_of_a_writer_that_lives_is_left_alone(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.processes
 def test_the_scratch_of_another_process_that_lives_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "model"
     code = """
@@ -399,6 +401,7 @@ with claimed(Path(sys.argv[1]), "some.key"):
 """
 
 
+@pytest.mark.processes
 def test_a_killed_run_claims_nothing(tmp_path: Path) -> None:
     place = tmp_path / "place"
     command = [sys.executable, "-c", HOLD, str(place)]

@@ -85,9 +85,15 @@ def test_every_name_that_was_ever_there_is_there() -> None:
     assert len(NAMES) > 250 and lost == []
 
 
+@pytest.fixture(scope="module")
+def registered() -> None:
+    """Give Hydra our choices once, which takes as long as to compose with them."""
+    register()
+
+
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("name", [name for name in FILES if name not in HYDRAS_OWN])
 def test_it_composes_and_binds(name: str, tmp_path: Path) -> None:
-    register()
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
         config = compose(name, overrides=NEEDS.get(name, []))
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

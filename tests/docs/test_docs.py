@@ -145,6 +145,7 @@ def test_annotations_match_the_comments_in_the_yaml():
     assert re.findall(r"# \((\d)\)!$", text, re.MULTILINE) == numbers == ["1", "2", "3", "4"]
 
 
+# The first takes 10 seconds: it composes what all pages show.
 @pytest.mark.parametrize("command", commands())
 def test_shown_commands_compose(command, composed):
     code, printed = composed[command]

@@ -18,7 +18,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run the default twice, over one cache; return the runs' directories."""
+    """Run the default twice, over one cache; return the runs' directories.
+
+    The first test that asks for it takes minutes: the zoo is built as a user's first run builds it.
+    """
     root = tmp_path_factory.mktemp("default")
     env = client_environment(closed_endpoint(), root / "hf")
     env["FUSION_BENCH_CACHE"] = str(root / "cache")

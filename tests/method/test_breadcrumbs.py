@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ def test_without_tails_it_is_task_arithmetic(scope: Any) -> None:
     assert torch.equal(ours, merged(TaskArithmeticAlgorithm(0.3), models, base))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     shape=st.sampled_from([(1,), (7,), (3, 5), (2, 3, 4)]),
     density=st.integers(0, 100),

@@ -5,7 +5,7 @@ A new YAML is covered without a change here; where it differs from the rest, ``S
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import examples
 from fixtures_contract import (
     BASE,
     LAYOUTS,
@@ -25,6 +26,7 @@ from fixtures_contract import (
     assert_close,
     assert_same,
     chosen,
+    draw,
     entries,
     family,
     in_small_pieces,
@@ -60,6 +62,23 @@ VARIANTS = [variant for name in PLAIN for variant in variants(name)]
 every = pytest.mark.parametrize("name", PLAIN)
 #: The tests that an option may break though the YAML's own choice does not.
 every_variant = pytest.mark.parametrize("name", PLAIN + VARIANTS)
+
+
+pytestmark = pytest.mark.exhaustive
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test with other models too, where that is asked for."""
+    if examples(1) > 1:
+        metafunc.parametrize("drawn", range(examples(1)), indirect=True, scope="module")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draw the models."""
+    draw(getattr(request, "param", 0))
+    yield
+    draw(0)
 
 
 def fuse(name: str, models: dict[str, Any], **options: Any) -> Any:
@@ -271,8 +290,10 @@ def test_pieces_and_threads_change_nothing(name: str) -> None:
         agree(name)(found, expected)
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, str]]:
+@pytest.fixture(scope="module")
+def checkpoints(
+    drawn: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], dict[str, str]]:
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         (models, layout): write_family(models, layout, root / models / layout)

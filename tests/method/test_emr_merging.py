@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import BASE, module
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ two_entries = st.lists(
 
 
 @given(two_entries, st.sampled_from(["paper", "released"]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 def test_against_the_formula(models: list[tuple[list[float], list[float]]], rescale: Any) -> None:
     def net(weight: Any, bias: Any) -> torch.nn.Module:
         own = torch.nn.Linear(3, 1)

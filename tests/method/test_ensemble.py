@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_contract import BASE, TrainablePool
 from fixtures_contract import family as small_models
 from fixtures_tuning import linear, linear_models
@@ -153,7 +154,7 @@ some_logits = st.integers(2, 4).flatmap(
 
 
 @given(some_logits, st.sampled_from(KINDS), st.booleans())
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(80))
 def test_against_float64(answers: list[list[float]], kind: Any, weighted: bool) -> None:
     weights = [i + 0.5 for i in range(len(answers))] if weighted else [1.0] * len(answers)
     shares = [weight / sum(weights) for weight in weights]

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import merged
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ def svd(matrix: Array) -> tuple[Array, Array, Array]:
     return np.linalg.svd(matrix, full_matrices=False)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(models=st.integers(1, 4), shape=SHAPES, seed=st.integers(0, 2**20))
 def test_iso_c_against_the_formula(models: int, shape: tuple[int, int], seed: int) -> None:
     tasks, base = random(models, shape, seed)
@@ -98,7 +99,7 @@ def iso_cts(models: Any, base: Any, fraction: float) -> tuple[Array, float, floa
     return value * polar(left) @ polar(right), value, condition
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     models=st.integers(1, 4),
     shape=SHAPES,

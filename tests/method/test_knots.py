@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import merged
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
@@ -99,7 +100,7 @@ def by_formula(models: Mapping[str, State], method: Any) -> dict[str, Any]:
     return result
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(models=st.integers(1, 4), seed=st.integers(0, 2**20), percent=st.integers(5, 100))
 def test_ties_trims_the_aligned_model_as_a_whole(models: int, seed: int, percent: int) -> None:
     tasks = family(models, seed, torch.float64)

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ def test_the_largest_are_sought_in_the_whole_model() -> None:
     assert result["weight"].tolist() == [[9, 5]] and result["bias"].tolist() == [3]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     taus=st.integers(1, 6).flatmap(
         lambda size: st.lists(

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import BASE, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,7 +80,7 @@ def run(method: PCBMerging, base: Array, tau: Array) -> Array:
     st.integers(3, 40),
     st.sampled_from([0, 0.1, 0.25, 0.5, 0.9, 1]),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 def test_against_the_formula(
     variant: Any, seed: int, tasks: int, size: int, density: float
 ) -> None:

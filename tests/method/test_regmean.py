@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_contract import BASE
 from fixtures_data import CPU, Array, Task, clip_family, learned, linear, normal, regmean
 from fixtures_weights import all_bits
@@ -58,7 +59,7 @@ def arrays(tensors: Any) -> list[Array]:
     return [tensor.detach().numpy().astype(np.float64) for tensor in tensors]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     seed=st.integers(0, 10**6),
     models=st.integers(1, 4),

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import BASE, merged, module
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,7 +61,7 @@ def masks(models: Sequence[Sequence[float]], weight: float) -> tuple[NDArray[Any
 
 
 @given(some_models, some_weights, st.integers(0, 4))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 def test_against_the_formula(models: list[list[float]], weight: float, k: int) -> None:
     total, own = masks(models, weight)
     base = np.arange(len(models[0])) / 4

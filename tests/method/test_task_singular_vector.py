@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from fixtures_method import merged, module
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -30,18 +31,20 @@ def reference(models: Any, base: Any) -> tuple[Array, Array, float]:
     """Return the merged task vector, its singular values, and how much it magnifies errors."""
     base = np.array(base, np.float64)
     rank = min(base.shape) // len(models)
-    us, ss, vs = [], [], []
+    us, ss, vs, gaps = [], [], [], []
     for model in models:
         u, s, vh = np.linalg.svd(np.array(model, np.float64) - base, full_matrices=False)
+        gaps.append((s[rank - 1] - s[rank]) / s[0] if rank < len(s) else 1.0)
         us.append(u[:, :rank])
         ss.append(s[:rank])
         vs.append(vh[:rank].T)
     left, values, right = np.hstack(us), np.hstack(ss), np.hstack(vs)
     condition = max(float(np.linalg.cond(side)) for side in (left, right))
+    condition = max(condition, 1 / max(min(gaps), 1e-9))  # what is cut off may take its place
     return (polar(left) * values) @ polar(right).T, values, condition
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     models=st.integers(1, 4),
     shape=st.tuples(st.integers(4, 12), st.integers(4, 12)),
@@ -52,7 +55,7 @@ def test_against_the_formula(models: int, shape: tuple[int, int], seed: int) -> 
     expected, values, condition = reference(tasks, base)
     assume(condition < 1e3)
     found = merged(TaskSingularVectorMerging(), tasks, base).double().numpy() - np.array(base)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, condition / 100))
+    np.testing.assert_allclose(found, expected, atol=2e-5 * max(1, condition / 100))
     kept = np.sort(values)[::-1]
     size = len(kept)
     np.testing.assert_allclose(np.linalg.svd(found)[1][:size], kept, rtol=1e-4, atol=1e-5)

@@ -281,6 +281,7 @@ def test_a_merge_is_refused_unless_the_policy_says_otherwise(
     assert caplog.messages == models.notes  # once
 
 
+@pytest.mark.cold
 def test_models_that_agree_have_no_notes_and_import_nothing(own: Path) -> None:
     rewrite(own / "b", lambda config: config.update(transformers_version="4.1", use_cache=False))
     code = (

@@ -229,6 +229,7 @@ def test_an_adapter_fits_a_base_of_old_names(tmp_path: Path) -> None:
         assert torch.allclose(weights[key].double(), held[key].double() + value, atol=1e-5)
 
 
+@pytest.mark.cold
 def test_usual_names_need_no_transformers(tmp_path: Path) -> None:
     llama(tmp_path / "a", 0)
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -59,6 +59,7 @@ def test_failures_of_the_machine(
         launch(make_fabric({"accelerator": "cpu"}), work)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("work", "kind", "message"),
     [

@@ -66,6 +66,7 @@ def test_more_processes_than_samples(program_config: dict[str, Any]) -> None:
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+@pytest.mark.processes
 def test_processes_share_one_cache(program_config: dict[str, Any]) -> None:
     together = run(program_config, fabric={"accelerator": "cpu", "devices": 2})
     assert run(program_config).models == together.models

@@ -351,6 +351,7 @@ def test_several_models_a_task_have_no_one_figure(
     assert "makes several models for each task, merged/low, merged/high," in refused(config)
 
 
+@pytest.mark.processes
 def test_two_processes_find_the_same(config: Config) -> None:
     config["taskpool"] = config["taskpool"] | {"cache": False}
     alone = run(config)

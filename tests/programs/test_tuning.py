@@ -281,6 +281,7 @@ def test_a_method_without_data_needs_none(config: Config) -> None:
     assert run(config, method=method("SimpleAverageAlgorithm")).run.tuning is None
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["adamerging", "learned soup", "greedy soup"])
 def test_two_processes_learn_the_same(name: str, config: Config) -> None:
     config["taskpool"] = config["taskpool"] | {"cache": False}
@@ -443,6 +444,7 @@ def test_an_ensemble_needs_no_task_pool_to_be_saved(config: Config, tmp_path: Pa
     assert sorted(file.name for file in place.iterdir()) == ["a", "b", "ensemble.json"]
 
 
+@pytest.mark.processes
 def test_two_processes_evaluate_an_ensemble_as_one(config: Config) -> None:
     config["taskpool"] = config["taskpool"] | {"cache": False}
     alone = run(config, method=ENSEMBLES["probabilities"])

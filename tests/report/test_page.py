@@ -372,6 +372,7 @@ def test_twenty_models_on_twenty_tasks_of_397_classes_stay_small(
     assert len(text.encode()) < 1_500_000
 
 
+@pytest.mark.cold
 def test_the_same_page_in_another_process() -> None:
     code = """if True:
         import hashlib, sys
@@ -388,6 +389,7 @@ def test_the_same_page_in_another_process() -> None:
     assert done[0].stdout == done[1].stdout != ""
 
 
+@pytest.mark.cold
 def test_what_draws_is_imported_when_it_is_needed() -> None:
     code = (
         "import sys, fusion_bench.report.page; print({'matplotlib', 'jinja2'} & set(sys.modules))"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commandline import SCRIPT, fusion_bench
+from commandline import SCRIPT, fusion_bench, python
 
 from fusion_bench.report import Report
 from fusion_bench.scripts import cli
@@ -30,6 +30,7 @@ def small(conf: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize(
     "code",
     [
@@ -104,6 +105,7 @@ def test_our_groups_serve_a_users_own_config(conf: Path) -> None:
     assert Report.load(conf.parent / "r.json").run.config["method"]["scaling_factor"] == 0.5
 
 
+@pytest.mark.cold
 def test_both_module_forms_work(tmp_path: Path) -> None:
     for module in ("fusion_bench", "fusion_bench.scripts.cli"):
         done = subprocess.run(
@@ -115,6 +117,7 @@ def test_both_module_forms_work(tmp_path: Path) -> None:
         assert done.returncode == 0 and "FabricModelFusionProgram" in done.stdout
 
 
+@pytest.mark.cold
 def test_nothing_is_imported_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +191,9 @@ def test_bad_input_ends_with_one_message(
 
 def test_the_traceback_is_there_for_who_asks(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    command = [sys.executable, "-m", "fusion_bench", "--config-path", str(conf)]
-    done = subprocess.run(
-        [*command, "--config-name", "small", "baselines=all"], capture_output=True, text=True
-    )
+    main = "from fusion_bench.scripts.cli import main\nmain()"
+    words = ["--config-path", str(conf), "--config-name", "small", "baselines=all"]
+    done = python(main, *words, cwd=conf.parent)
     assert done.returncode == 1  # Python's own
     assert "Traceback" in done.stderr and "ConfigError: baselines" in done.stderr
 
@@ -252,15 +254,27 @@ def test_a_token_is_refused_before_anything_is_written(conf: Path) -> None:
     assert {path.name for path in conf.parent.iterdir()} == {"conf"}
 
 
-@pytest.mark.parametrize("behind", ["| head -1", "> /dev/full", "> /dev/full 2> /dev/full"])
-def test_the_report_is_written_though_nobody_listens(conf: Path, behind: str) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has none")
+@pytest.mark.cold
+def test_the_report_is_written_though_nobody_listens(conf: Path) -> None:
     command = f"{SCRIPT} --config-path {conf} --config-name small report_save_path=r.json"
-    script = f"{command} {behind}; exit ${{PIPESTATUS[0]}}"
+    script = f"{command} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", script], cwd=conf.parent, capture_output=True, text=True, check=False
     )
+    _is_written(conf, done)
+
+
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]])
+def test_the_report_is_written_though_the_disk_is_full(conf: Path, streams: list[str]) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has none")
+    words = ("--config-path", str(conf), "--config-name", "small", "report_save_path=r.json")
+    to = dict.fromkeys(streams, full)
+    _is_written(conf, fusion_bench(*words, cwd=conf.parent, **to))
+
+
+def _is_written(conf: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr
     (out,) = (conf.parent / "outputs").glob("*/*")
     assert Report.load(out / "report.json") == Report.load(conf.parent / "r.json")

@@ -67,6 +67,7 @@ def begin(what: str, place: Path, *, ignored: bool = False) -> subprocess.Popen[
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "what",
     ["writing", "in_one_long_operation", "with_a_thread_that_goes_on", "with_a_child"],
@@ -87,6 +88,7 @@ def test_it_ends_and_leaves_nothing(
             os.kill(int((tmp_path / "child").read_text()), 0)
 
 
+@pytest.mark.processes
 def test_the_end_of_a_child_is_its_own(tmp_path: Path) -> None:
     out, err = begin("child_is_ended", tmp_path).communicate(timeout=60)
     assert (out, err) == (f"{-signal.SIGTERM}\ndone\n", "")

@@ -179,6 +179,7 @@ def test_a_large_grid_is_fine() -> None:
     check_grid(OmegaConf.create({"hydra": {"sweeper": sweeper, "overrides": {"task": words}}}))
 
 
+# Takes up to 10 seconds: eleven jobs in four sweeps, of which one is killed.
 def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
     conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,8 @@ def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
     assert code == 0 and board(conf) == found
 
 
+# Takes up to 10 seconds: the process imports everything anew, as it does for a person.
+@pytest.mark.cold
 def test_ctrl_c_ends_all(conf: Path) -> None:
     words = ["--config-path", str(conf), "--config-name", "small", "-m", "seed=range(40)"]
     process = subprocess.Popen(
@@ -272,6 +275,8 @@ def test_directories_are_readable_and_no_two_are_the_same() -> None:
     assert not any(name.startswith(".") for name in names)
 
 
+# Takes 15 seconds for each launcher: its processes import everything anew.
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("launcher", "package"),
     [

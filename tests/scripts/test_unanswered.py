@@ -50,6 +50,7 @@ def test_a_debugger_keeps_it() -> None:
     assert child(code, "mine\n") == ["mine"]
 
 
+@pytest.mark.cold
 def test_a_run_from_the_command_line_is_one(tmp_path: Path) -> None:
     """What a user's own class asks is not answered either."""
     (tmp_path / "asking.py").write_text("class Pool:\n    def __init__(self):\n        input()\n")

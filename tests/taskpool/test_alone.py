@@ -1,12 +1,15 @@
 """Several processes that need the same result: one evaluates, the others wait for it."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import pytest
+from commandline import python
 
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool.results import ResultStore
@@ -31,27 +34,32 @@ node = json.loads(sys.argv[1])
 start, end = Path(sys.argv[2] + ".go"), time.time() + 100
 from fusion_bench.programs import FabricModelFusionProgram
 import transformers, datasets
-print("ready", flush=True)
+Path(sys.argv[2] + sys.argv[3]).touch()
 while not start.exists() and time.time() < end:
     time.sleep(0.01)
 instantiate(node).run()
 """
 
 
-def start(config: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", DRIVER, json.dumps(config), str(log)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def wait_for(*files: Path) -> None:
+    end = time.time() + 100
+    while not all(file.exists() for file in files):
+        assert time.time() < end
+        time.sleep(0.01)
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_work(program_config: dict[str, Any], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    runs = [start({**program_config, "output_dir": str(tmp_path / str(n))}, log) for n in range(2)]
+    with ThreadPoolExecutor() as pool:
+        runs = []
+        for n in "01":
+            config = json.dumps({**program_config, "output_dir": str(tmp_path / n)})
+            runs.append(pool.submit(python, DRIVER, config, str(log), n))
+        wait_for(tmp_path / "log0", tmp_path / "log1")
+        (tmp_path / "log.go").touch()
     for run in runs:
-        assert run.stdout is not None and run.stdout.readline() == b"ready\n"
-    (tmp_path / "log.go").touch()
-    for run in runs:
-        _, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors.decode()
+        assert run.result().returncode == 0, run.result().stderr
     evaluated = log.read_text().splitlines()
     assert (
         len(evaluated) == len(set(evaluated)) == 6
@@ -60,24 +68,30 @@ def test_two_processes_share_the_work(program_config: dict[str, Any], tmp_path: 
     assert reports[0]["models"] == reports[1]["models"]
 
 
+@pytest.mark.processes
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     key = {"weights": "w"}
     code = (
-        "import json, sys, time\nfrom fusion_bench.taskpool.results import ResultStore\n"
+        "import json, os, sys, time\nfrom pathlib import Path\n"
+        "from fusion_bench.taskpool.results import ResultStore\n"
         "with ResultStore().alone(json.loads(sys.argv[1]), -1) as mine:\n"
-        "    print(mine, flush=True)\n    time.sleep(100)\n"
+        "    Path(sys.argv[2]).write_text(f'{os.getpid()} {mine}')\n"
+        "    Path(sys.argv[2]).rename(sys.argv[3])\n    time.sleep(100)\n"
     )
-    command = [sys.executable, "-c", code, json.dumps(key)]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
-    with ResultStore().alone(key, 0) as mine:
-        assert not mine
-    with ResultStore().alone({"weights": "another"}, 0) as mine:
-        assert mine
-    with ResultStore().alone(key, 0.05) as mine:
-        assert mine  # out of patience: evaluated twice
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    written, told = tmp_path / "written", tmp_path / "told"
+    with ThreadPoolExecutor() as pool:
+        holder = pool.submit(python, code, json.dumps(key), str(written), str(told))
+        wait_for(told)
+        pid, holds = told.read_text().split()
+        assert holds == "True"
+        with ResultStore().alone(key, 0) as mine:
+            assert not mine
+        with ResultStore().alone({"weights": "another"}, 0) as mine:
+            assert mine
+        with ResultStore().alone(key, 0.05) as mine:
+            assert mine  # out of patience: evaluated twice
+        os.kill(int(pid), signal.SIGKILL)
+    assert holder.result().returncode == -signal.SIGKILL
     end = time.time() + 60
     with ResultStore().alone(key, -1) as mine:
         assert mine and time.time() < end

@@ -209,6 +209,7 @@ def test_images_of_another_shape_are_not_kept() -> None:
     assert found.pixels(1).tolist() == np.asarray(data.image(1)).transpose(2, 0, 1).tolist()
 
 
+@pytest.mark.processes
 def test_two_processes_may_fill_a_store_at_once() -> None:
     count = 200
     workers = [fork.Process(target=fill, args=("a", count)) for _ in range(2)]
@@ -231,6 +232,7 @@ def test_several_threads_may_prepare_at_once() -> None:
     assert [pixels.tolist() for pixels in several] == expected(images(40)) * 3
 
 
+@pytest.mark.processes
 def test_a_writer_that_was_killed_leaves_a_usable_store() -> None:
     count = 20_000
     worker = fork.Process(target=fill, args=("a", count))
@@ -290,6 +292,7 @@ def hold(name: str, ready: Any) -> None:
     store.get(0)
 
 
+@pytest.mark.processes
 def test_a_store_in_use_by_a_living_process_stays() -> None:
     used, idle = made("used", 30), made("idle", 20)
     ready = fork.Event()

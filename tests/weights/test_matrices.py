@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,7 +43,7 @@ def test_what_is_a_matrix() -> None:
     assert not is_matrix("a.weight", (3, 2), ["*.weight"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(shape=SHAPES, seed=st.integers(0, 2**20), count=st.integers(0, 10))
 def test_the_largest_singular_triplets(shape: tuple[int, int], seed: int, count: int) -> None:
     matrix = random(shape, seed)
@@ -94,7 +95,7 @@ def test_a_gram_matrix_of_many_columns() -> None:
     torch.testing.assert_close(gram(matrix), matrix.double() @ matrix.double().T)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(shape=SHAPES, models=st.integers(1, 3), seed=st.integers(0, 2**20))
 def test_the_column_space_holds_all_matrices(
     shape: tuple[int, int], models: int, seed: int
@@ -126,7 +127,7 @@ def test_equal_columns_share_a_direction() -> None:
     assert not made[1:].any()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(shape=SHAPES, seed=st.integers(0, 2**20))
 def test_the_product_of_two_polar_factors(shape: tuple[int, int], seed: int) -> None:
     count = min(shape)

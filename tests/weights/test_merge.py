@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import examples
 from fixtures_weights import (
     FLOATS,
     METHODS,
@@ -27,7 +28,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory, merge, stream
 
 Family = dict[str, dict[str, Tensor]]
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=examples(40), deadline=None)
 inf, nan = torch.inf, torch.nan
 
 
@@ -55,7 +56,7 @@ def pieced(merged: Weights, piece: int) -> dict[str, Tensor]:
 @given(
     families(), st.sampled_from(sorted(METHODS)), st.booleans(), st.sampled_from([None, *FLOATS])
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 def test_the_formula_in_float64_rounded_once(
     family: Family, method: str, elementwise: bool, dtype: torch.dtype | None
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from fusion_bench.weights.ops import (
     uniform,
 )
 
-quick = settings(deadline=None, max_examples=80)
+quick = settings(deadline=None, max_examples=examples(80))
 #: They add up without rounding, and are often equal.
 quarters = st.integers(-8, 8).map(lambda n: n / 4)
 

@@ -6,6 +6,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from fusion_bench.weights import Inputs, MergePolicy, TensorWeights, align, stat
 from fusion_bench.weights.statistics import Cutoff, extremes, largest, once, sums, total
 
 State = dict[str, Tensor]
-quick = settings(deadline=None, max_examples=40)
+quick = settings(deadline=None, max_examples=examples(40))
 
 
 class Cut(Inputs):
@@ -235,7 +236,7 @@ def states(draw: st.DrawFn, dtypes: Sequence[torch.dtype]) -> State:
 
 
 @given(st.data(), st.integers(1, 13), st.sampled_from([torch.float32, torch.float64]))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(80))
 def test_largest_against_sorting(data: st.DataObject, piece: int, widest: torch.dtype) -> None:
     state = data.draw(states([widest]))
     size = sum(tensor.numel() for tensor in state.values())
@@ -362,7 +363,7 @@ def test_a_sample_of_nothing(samples: pytest.MonkeyPatch) -> None:
     st.floats(0, 1),
     st.sampled_from([0, 1, 4]),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 def test_whatever_the_sample_the_result_is_exact(
     seed: int,
     coarse: int,

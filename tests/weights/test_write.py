@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import python
+from drawn import examples
 from fixtures_weights import FLOATS, OTHERS, all_bits, families, first, weights, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ def header(file: Path) -> dict[str, dict[str, object]]:
 
 
 @given(families(), st.sampled_from([1, 30, 200, "1KB", "5GB"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_what_was_written_is_read_again(
     family: dict[str, dict[str, Tensor]], max_shard_size: int | str
 ) -> None:

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commandline import python
 from fixtures_contract import threads
 
 from fusion_bench import zoo
@@ -23,9 +25,10 @@ SMALL = Recipe(
     width=32, layers=1, pretrain_steps=2, pretrain_batch=16, finetune_steps=1, finetune_batch=8
 )
 
-# A process that builds, from far fewer images; it says when it is in the middle of it.
+# A process that builds, from far fewer images. It says when it is in the middle of it, and waits
+# there or is killed.
 SCRIPT = """
-import sys, time
+import os, signal, sys, time
 from fusion_bench.zoo import build
 from fusion_bench.zoo.recipe import Recipe
 
@@ -36,6 +39,8 @@ def few(task, make=build.make):
 
 def slow(*args, finetune=build.finetune):
     print("training", flush=True)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(float(sys.argv[1]))
     finetune(*args)
 
@@ -79,12 +84,6 @@ def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def _zoos(cache: Path) -> list[Path]:
     return [path for path in (cache / "zoo").iterdir() if path.is_dir()]
-
-
-def _start(seconds: float) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(seconds)], stdout=subprocess.PIPE, text=True
-    )
 
 
 def test_the_pretrained_model_is_a_whole_clip(cache: Path) -> None:
@@ -171,23 +170,21 @@ def test_a_failed_build_leaves_nothing(few_images: Path, monkeypatch: pytest.Mon
     assert zoo.model_path("clip-tiny_faces", SMALL).is_dir()
 
 
+@pytest.mark.processes
 def test_a_killed_build_leaves_nothing_that_counts(few_images: Path) -> None:
-    process = _start(seconds=60)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "training\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    done = python(SCRIPT, "killed")
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "training\n")
     assert [path.name[0] for path in _zoos(few_images)] == ["."]
     root = build.ensure(SMALL)
     assert _zoos(few_images) == [root]
 
 
+@pytest.mark.processes
 def test_two_processes_build_once(few_images: Path) -> None:
-    processes = [_start(seconds=0.2) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(output.count("training") for output in outputs) == [0, len(zoo.TASKS)]
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: python(SCRIPT, "0.2"), range(2)))
+    assert [process.returncode for process in done] == [0, 0]
+    assert sorted(process.stdout.count("training") for process in done) == [0, len(zoo.TASKS)]
     assert len(_zoos(few_images)) == 1
 
 
@@ -247,6 +244,7 @@ def test_without_a_terminal_it_logs_two_lines(
     assert "100%" not in capfd.readouterr().err
 
 
+@pytest.mark.cold
 def test_importing_is_light() -> None:
     code = (
         "import sys, fusion_bench.zoo; heavy = {'torch', 'transformers', 'datasets', 'sklearn', "

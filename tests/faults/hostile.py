@@ -5,19 +5,15 @@ whole command line in a process of its own. A hook of the interpreter listens fo
 opens and connects to.
 """
 
-import json
-import os
-import re
-import sys
-import tempfile
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import yaml
+from commandline import python
 
 _CANARY = "canary"
 _SECRET = "hf_" + "abcdefghijklmnop" * 2
@@ -346,8 +342,42 @@ class Outcome:
     noticed: list[str]
 
 
+#: Runs the command line, and writes down what is started, connected to, or written outside of the
+#: run's directory.
+_RUN = """
+import os, re, sys, tempfile
+
+root, secret = sys.argv[1:3]
+os.environ |= {"HF_TOKEN": secret, "AWS_SECRET_ACCESS_KEY": secret}
+sys.path[0] = root  # as a script in it would have it
+sys.argv = ["fusion_bench", "--config-path", root, "--config-name", "stranger", *sys.argv[3:]]
+heard = os.open(root + "/heard", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+starts = re.compile(r"os\\.(system|exec|spawn|posix_spawn|remove)|subprocess\\.|pty\\.")
+ours = (root, "/dev/null", "/dev/shm", "/proc/", tempfile.gettempdir())
+
+def hook(event, arguments):
+    if starts.match(event):
+        inside = event == "os.remove" and str(arguments[0]).startswith(ours)
+        note = "" if inside else f"{event} {arguments[:2]!r}"
+    elif event == "open" and isinstance(arguments[1], str) and set("wax+") & set(arguments[1]):
+        note = "" if str(arguments[0]).startswith(ours) else f"open {arguments[:2]!r}"
+        if isinstance(arguments[0], str) and not arguments[0].startswith("/"):
+            note = f"open {arguments[:2]!r}"
+    elif event == "socket.connect" or (event == "ctypes.dlopen" and "stranger" in str(arguments)):
+        note = f"{event} {arguments[1:]!r}"
+    else:
+        return
+    if note and "__pycache__" not in note:
+        os.write(heard, f"{note}\\n".encode())
+
+sys.addaudithook(hook)
+from fusion_bench.scripts.cli import main
+main()
+"""
+
+
 def attempt(case: Hostile, root: Path, seconds: float = 120) -> Outcome:
-    """Run one in ``root``, an empty directory, in a fork of this process."""
+    """Run one in ``root``, an empty directory."""
     files = {
         "stranger.yaml": yaml.safe_dump(
             {"defaults": ["fabric_model_fusion", "_self_"], **case.config}, sort_keys=False
@@ -357,127 +387,17 @@ def attempt(case: Hostile, root: Path, seconds: float = 120) -> Outcome:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    child = os.fork()
-    if child == 0:
-        _in_child(case, root)
-    code = _wait(child, seconds)
+    try:
+        done = python(_RUN, str(root), _SECRET, *case.words, cwd=root, timeout=seconds)
+    except TimeoutExpired:
+        return Outcome(case.name, False, None, "", [])
+    heard: list[str] = []
     with suppress(FileNotFoundError):
         heard = (root / "heard").read_text().splitlines()
-    message = (root / "stderr").read_text().strip()
+    message = done.stderr.strip()
     left = [str(p.relative_to(root)) for p in root.rglob(f"*{_CANARY}*")]
     plain = message.startswith("fusion_bench: ") and "Traceback" not in message
-    leaked = _SECRET in message or _SECRET in (root / "stdout").read_text()
+    leaked = _SECRET in message or _SECRET in done.stdout
     noticed = [*heard, *left, *(["the token is shown"] if leaked else [])]
-    return Outcome(case.name, code == 2 and plain and not noticed, code, message, noticed)
-
-
-def _wait(child: int, seconds: float) -> int | None:
-    import signal
-    import time
-
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def _in_child(case: Hostile, root: Path) -> None:
-    """Run the command line and leave; never returns."""
-    code = 99
-    try:
-        os.chdir(root)
-        os.environ |= {"HF_TOKEN": _SECRET, "AWS_SECRET_ACCESS_KEY": _SECRET}
-        sys.path.insert(0, str(root))
-        sys.argv = ["fusion_bench", "--config-path", str(root), "--config-name", "stranger"]
-        sys.argv += case.words
-        _listen(root)
-        with (
-            (root / "stdout").open("w") as out,
-            (root / "stderr").open("w") as err,
-            redirect_stdout(out),
-            redirect_stderr(err),
-        ):
-            try:
-                from fusion_bench.scripts.cli import main
-
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-            except BaseException:  # an uncaught exception is a finding too
-                traceback.print_exc()
-                code = 1
-    finally:
-        os._exit(code)
-
-
-def _listen(root: Path) -> None:
-    """Write down what is started, written outside of the run's directory, or connected to."""
-    heard = os.open(root / "heard", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    starts = re.compile(r"os\.(system|exec|spawn|posix_spawn|remove)|subprocess\.|pty\.")
-    ours = (str(root), "/dev/null", "/dev/shm", "/proc/", tempfile.gettempdir())
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if starts.match(event):
-            inside = event == "os.remove" and str(arguments[0]).startswith(ours)
-            note = "" if inside else f"{event} {arguments[:2]!r}"
-        elif event == "open" and isinstance(arguments[1], str) and set("wax+") & set(arguments[1]):
-            note = "" if str(arguments[0]).startswith(ours) else f"open {arguments[:2]!r}"
-            if isinstance(arguments[0], str) and not arguments[0].startswith("/"):
-                note = f"open {arguments[:2]!r}"
-        elif event == "socket.connect" or (
-            event == "ctypes.dlopen" and "stranger" in str(arguments)
-        ):
-            note = f"{event} {arguments[1:]!r}"
-        else:
-            return
-        if note and "__pycache__" not in note:
-            os.write(heard, f"{note}\n".encode())
-
-    sys.addaudithook(hook)
-
-
-def run(count: int | None, seed: int, workdir: Path | None, results: Path) -> None:
-    """Try all, or the first ``count``; the process fails where one is not refused."""
-    import fusion_bench.modelpool
-    import fusion_bench.programs
-    import fusion_bench.taskpool  # noqa: F401  # the forks have them
-
-    outcomes = []
-    for case in list(cases())[:count]:
-        with tempfile.TemporaryDirectory(dir=workdir) as directory:
-            outcomes.append(attempt(case, Path(directory)))
-        print("refused" if outcomes[-1].refused else "NOT REFUSED", case.name, flush=True)
-        if not outcomes[-1].refused:
-            print(f"  {outcomes[-1]}")
-    refused = [outcome for outcome in outcomes if outcome.refused]
-    lines = [
-        f"Tried by `benchmarks/faults.py hostile`: {len(refused)} of {len(outcomes)} refused, each "
-        "with exit code 2 and one message, before anything was started, written or connected to.",
-        "",
-        "| what it tries | what is said |",
-        "| --- | --- |",
-        *(f"| {_cell(o.case)} | {_cell(_short(o.message))} |" for o in outcomes),
-        "",
-    ]
-    (results / "faults_hostile.md").write_text("\n".join(lines), encoding="utf-8")
-    found = [{"case": o.case, "refused": o.refused, "exit_code": o.exit_code} for o in outcomes]
-    (results / "faults_hostile.json").write_text(json.dumps(found, indent=1) + "\n")
-    if len(refused) < len(outcomes):
-        sys.exit(f"{len(outcomes) - len(refused)} were not refused")
-
-
-def _short(message: str) -> str:
-    first = message.removeprefix("fusion_bench: ").partition("\n")[0]
-    return first if len(first) < 160 else f"{first[:157]}…"
-
-
-def _cell(text: str) -> str:
-    for mark in "\\`|<>_*$":
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("\n", " ")
+    refused = done.returncode == 2 and plain and not noticed
+    return Outcome(case.name, refused, done.returncode, message, noticed)

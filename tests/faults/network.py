@@ -8,23 +8,16 @@ dataset. What it has read is compared with what the stand-in has, byte by byte.
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
-from measure import machine
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from fixtures_clip import write_base, write_dataset, write_vision_encoder  # noqa: E402
-from hub import Fault, client_environment, closed_endpoint, hub_stand_in  # noqa: E402
+from commandline import python
+from fixtures_clip import write_base, write_dataset, write_vision_encoder
+from hub import Fault, client_environment, closed_endpoint, hub_stand_in
 
 #: As HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT; by default both are 10 seconds.
 TIMEOUT = 3
@@ -233,9 +226,11 @@ def write_repositories(root: Path) -> None:
     write_dataset(root / "datasets" / "owner" / "data", ["cat", "dog"], splits={"test": 9}, seed=1)
 
 
-def attempt(trial: Trial, root: Path, warm: Path, scratch: Path) -> dict[str, Any]:
-    """Run one trial; return what became of it."""
-    cache = Path(tempfile.mkdtemp(dir=scratch))
+def attempt(trial: Trial, root: Path, warm: Path, cache: Path) -> dict[str, Any]:
+    """Run one trial over the repositories at ``root``; return what became of it.
+
+    ``warm`` is a cache that holds all of them, and ``cache`` where an empty one may lie.
+    """
     if trial.prepare is not None:
         shutil.copytree(warm, cache, symlinks=True, dirs_exist_ok=True)
         trial.prepare(cache / "huggingface")
@@ -251,18 +246,13 @@ def attempt(trial: Trial, root: Path, warm: Path, scratch: Path) -> dict[str, An
             "HF_HUB_DOWNLOAD_TIMEOUT": str(TIMEOUT),
             "HF_HUB_ETAG_TIMEOUT": str(TIMEOUT),
             "HF_TOKEN": TOKEN,
-            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-c", READ, trial.subject]
         try:
-            process = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
-            )
-        except subprocess.TimeoutExpired:
+            process = python(READ, trial.subject, env=environment, timeout=LIMIT)
+        except TimeoutExpired:
             return {"outcome": "hung", "seconds": LIMIT, "said": ""}
         again = sum(f.met for f in hub.faults) if hub is not None else 0
-    shutil.rmtree(cache, ignore_errors=True)
     if process.returncode:
         return {"outcome": "traceback", "seconds": 0, "said": process.stderr[-4000:]}
     answer = json.loads(process.stdout.splitlines()[-1])
@@ -281,120 +271,16 @@ def attempt(trial: Trial, root: Path, warm: Path, scratch: Path) -> dict[str, An
     }
 
 
-def run(count: int | None, seed: int, workdir: Path | None, results: Path) -> None:
-    """Run all trials, some at a time, and write the tables.
-
-    Args:
-        count: how many trials at most, spread over all.
-        seed: not needed, for nothing is random.
-        workdir: where repositories and caches lie; a temporary directory by default.
-        results: where the tables go.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(workdir or temporary)
-        scratch.mkdir(parents=True, exist_ok=True)
-        root, warm = scratch / "hub", scratch / "warm"
-        write_repositories(root)
-        _fill(root, warm)
-        truth = {
-            subject: attempt(Trial("", subject, ()), root, warm, scratch)["result"]
-            for subject in SUBJECTS
-        }
-        chosen = list(trials())
-        if count is not None:
-            chosen = chosen[:: max(1, len(chosen) // count)][:count]
-        with ThreadPoolExecutor(WORKERS) as pool:
-            found = list(pool.map(lambda trial: attempt(trial, root, warm, scratch), chosen))
-    rows = []
-    for trial, outcome in zip(chosen, found, strict=True):
-        right = outcome.pop("result", None) == truth[trial.subject]
-        if outcome["outcome"] == READ_WHOLE and not right:
-            outcome["outcome"] = "read wrong"
-        as_expected = outcome["outcome"] in trial.expected
-        rows.append(
-            {
-                "fault": trial.fault,
-                "subject": trial.subject,
-                "expected": " or ".join(trial.expected),
-                **outcome,
-                "as expected": as_expected,
-            }
-        )
-    _write(rows, results)
-    wrong = [row for row in rows if not row["as expected"]]
-    for row in wrong:
-        print(json.dumps(row, indent=1))
-    print(f"{len(rows)} trials, {len(wrong)} not as expected")
-    if wrong:
-        sys.exit(1)
-
-
-WORKERS = 12
-
-
-def _fill(root: Path, warm: Path) -> None:
+def fill(root: Path, warm: Path) -> None:
     """Read everything once, so that there is a cache that holds all of it."""
     with hub_stand_in(root) as hub:
         environment = hub.environment(warm / "huggingface") | {
-            "FUSION_BENCH_CACHE": str(warm / "own"),
-            "PYTHONPATH": str(ROOT),
+            "FUSION_BENCH_CACHE": str(warm / "own")
         }
-        for subject in SUBJECTS:
-            command = [sys.executable, "-c", READ, subject]
-            subprocess.run(command, env=environment, check=True, capture_output=True)
-            if subject == "index":
-                code = READ + "\nopen_repository(locate('owner/sharded')).files"
-                code = code.replace(
-                    "import hashlib",
-                    "from fusion_bench.weights import open_repository\nimport hashlib",
-                )
-                subprocess.run(
-                    [sys.executable, "-c", code, subject],
-                    env=environment,
-                    check=True,
-                    capture_output=True,
-                )
+        whole = READ + "\nfrom fusion_bench.weights import open_repository\n"
+        whole += "open_repository(locate('owner/sharded')).files"
+        for code, subject in [*((READ, subject) for subject in SUBJECTS), (whole, "index")]:
+            done = python(code, subject, env=environment)
+            assert done.returncode == 0, done.stderr
     # The caches are copied to other places, and what is remembered of a file is not.
     shutil.rmtree(warm / "own", ignore_errors=True)
-
-
-def _write(rows: list[dict[str, Any]], results: Path) -> None:
-    where = machine()
-    content = {"machine": where, "timeout": TIMEOUT, "trials": rows}
-    (results / "faults_network.json").write_text(json.dumps(content, indent=1) + "\n")
-    faults = list(dict.fromkeys(row["fault"] for row in rows))
-    subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    cells = {(row["fault"], row["subject"]): row for row in rows}
-    lines = [
-        f"Measured by `benchmarks/faults.py network` on {where}: {len(rows)} trials, "
-        f"{sum(row['as expected'] for row in rows)} as expected. Timeouts of {TIMEOUT} seconds. "
-        f"{WORKERS} run at a time, so that seconds, in brackets, hold much waiting for the "
-        "processor.",
-        "",
-        "| fault | " + " | ".join(subjects) + " |",
-        "| --- |" + " --- |" * len(subjects),
-    ]
-    for fault in faults:
-        row = [_cell(cells.get((fault, subject))) for subject in subjects]
-        lines.append(f"| {fault} | " + " | ".join(row) + " |")
-    lines += [
-        "",
-        "What is said, and how often:",
-        "",
-        "| times | exit code | line |",
-        "| ---: | ---: | --- |",
-    ]
-    said: dict[tuple[str, str], int] = {}
-    for row in rows:
-        if row["outcome"].startswith("refused"):
-            key = row["outcome"].removeprefix("refused, "), row["said"].replace("|", "\\|")
-            said[key] = said.get(key, 0) + 1
-    lines += [f"| {times} | {code} | {text} |" for (code, text), times in sorted(said.items())]
-    (results / "faults_network.md").write_text("\n".join(lines) + "\n")
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    what = "read" if row["outcome"] == READ_WHOLE else row["outcome"]
-    return f"{what} ({row['seconds']:.0f} s)"
