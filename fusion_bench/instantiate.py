@@ -127,13 +127,18 @@ def _made_at(place: str | int, value: Any) -> Any:
 def _guarded(node: Any) -> Any:
     """Return a node in which whatever transformers will read runs no code, at any depth."""
     if isinstance(node, list):
-        return [_guarded(item) for item in node]
+        return [_guarded_at(index, item) for index, item in enumerate(node)]
     if not isinstance(node, Mapping):
         return node
     if node.get("_recursive_", True):
-        node = {key: _guarded(value) for key, value in node.items()}
+        node = {key: _guarded_at(key, value) for key, value in node.items()}
     named = str(node.get("_target_"))
     return checked_node(node) if named.startswith("transformers.") else node
+
+
+def _guarded_at(place: str | int, value: Any) -> Any:
+    with within(place):
+        return _guarded(value)
 
 
 def _resolved(node: Any) -> Any:

@@ -60,10 +60,8 @@ def checked_node(node: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key, value in node.items():
         if _FILE.fullmatch(str(key)) and isinstance(value, str) and re.search(r"[/\\]", value):
-            raise ConfigError(
-                f"{key}: '{value}' is refused; files are read from the model's own folder. "
-                "Remove the key."
-            )
+            reason = f"'{value}' is refused; files are read from the model's own folder."
+            raise ConfigError(reason, "Remove the key.", place=(str(key),))
     name = node.get("pretrained_model_name_or_path")
     if isinstance(name, str | os.PathLike):
         model = not _NO_MODEL.search(str(node["_target_"]))

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.command import overrides, typed
 from fusion_bench.configs import CONFIG_DIR
-from fusion_bench.problems import ConfigError
+from fusion_bench.problems import ConfigError, Place, Problem, Problems
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import bounded as bounded_interpolations
 from fusion_bench.resolving import resolve_all
@@ -144,8 +144,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             # What Hydra makes of no text, of trees without end, or of its own key set to null.
             raise ConfigError(f"'{config_name}' cannot be composed: {error}.") from error
-        if problems := list(_problems(config)):
-            raise ConfigError("\n".join(dict.fromkeys(problems)))
+        Problems(dict.fromkeys(_problems(config))).raise_all()
         if config.get("dry_run") is True:  # it leaves nothing but its log
             config.hydra.output_subdir = None
         with open_dict(config.hydra):  # it looks after the folders of a sweep, whatever a file says
@@ -188,99 +187,106 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 )
 
 
-def _problems(config: DictConfig) -> Iterator[str]:
+def _problems(config: DictConfig) -> Iterator[Problem]:
     whole: Any = OmegaConf.to_container(config, resolve=False)
     hydra = whole.pop("hydra")
     # An override is found where it has put its value; so Hydra's own key comes second.
     for key in [*secret_keys(whole)] or secret_keys(hydra, "hydra"):
-        yield (
-            f"{key}: looks like a token or a password, and configs are saved. Run 'hf auth login', "
-            "or set it in the environment."
+        yield Problem(
+            (key,),
+            "looks like a token or a password, and configs are saved.",
+            "Run 'hf auth login', or set it in the environment.",
         )
     for section in ("job_logging", "hydra_logging"):
-        yield from _logging_problems(hydra.get(section), f"hydra.{section}")
+        yield from _logging_problems(hydra.get(section), ("hydra", section))
     for name, handler in (_at(hydra, "hydra_logging.handlers") or {}).items():
         if isinstance(handler, Mapping) and handler.get("filename") is not None:
-            yield (
-                f"hydra.hydra_logging.handlers.{name}.filename: Hydra's own messages go to the "
-                "terminal. Name the file in hydra.job_logging."
+            yield Problem(
+                ("hydra", "hydra_logging", "handlers", name, "filename"),
+                "Hydra's own messages go to the terminal.",
+                "Name the file in hydra.job_logging.",
             )
     for key, value, pattern in (
         ("output_subdir", hydra.get("output_subdir"), r"\.?[\w-]+"),
         ("job.name", _at(hydra, "job.name"), r"\?\?\?|[\w-][\w.=,+-]*"),
     ):
         if value is not None and not _fits(value, pattern):
-            yield f"hydra.{key}: '{value}' is no plain name."
+            yield Problem(("hydra", key), f"'{value}' is no plain name.")
     yield from _value_problems(hydra)
     for key, value in _leaves(hydra):
         if isinstance(value, str) and "${" in _PLAIN.sub("", value) and _FREE.fullmatch(key):
-            yield f"hydra.{key}: '{value}' is no plain text; write it out."
-    yield from _call_problems(hydra, "hydra")
+            yield Problem(("hydra", key), f"'{value}' is no plain text; write it out.")
+    yield from _call_problems(hydra, ("hydra",))
     yield from _command_problems(hydra)
 
 
-def _value_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each setting whose value Hydra would stumble over."""
+def _value_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each setting whose value Hydra would stumble over."""
     for key in ("launcher", "sweeper"):
         if not isinstance(_at(hydra, f"{key}._target_"), str):
-            yield f"hydra.{key}: is none. Choose one: 'hydra/{key}=…', or leave it out."
+            remedy = f"Choose one: 'hydra/{key}=…', or leave it out."
+            yield Problem(("hydra", key), "is none.", remedy)
     size = _at(hydra, "sweeper.max_batch_size")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        yield f"hydra.sweeper.max_batch_size: '{size}' is no whole number from 1 on, and not null."
+        place = ("hydra", "sweeper", "max_batch_size")
+        yield Problem(place, f"'{size}' is no whole number from 1 on, and not null.")
     if not isinstance(verbose := hydra.get("verbose"), bool | str | list):
-        yield f"hydra.verbose: '{verbose}' is neither true or false nor the name of a logger."
+        reason = f"'{verbose}' is neither true or false nor the name of a logger."
+        yield Problem(("hydra", "verbose"), reason)
 
 
-def _call_problems(node: Any, key: str) -> Iterator[str]:
-    """Yield a line for each thing under Hydra's own key that may not be called."""
+def _call_problems(node: Any, place: Place) -> Iterator[Problem]:
+    """Yield a problem for each thing under Hydra's own key that may not be called."""
     if isinstance(node, Mapping):
         for name, child in node.items():
             if name == "_target_" and child is not None:
                 if not (_TARGETS.fullmatch(str(child)) or is_users(str(child))):
-                    yield f"{key}._target_: Hydra may not make '{child}' here."
+                    yield Problem((*place, name), f"Hydra may not make '{child}' here.")
             else:
-                yield from _call_problems(child, f"{key}.{name}")
+                yield from _call_problems(child, (*place, str(name)))
     elif isinstance(node, list):
         for index, child in enumerate(node):
-            yield from _call_problems(child, f"{key}[{index}]")
-    elif key.startswith("hydra.launcher") and re.search(r"[\0-\x1f]", str(node)):
-        yield f"{key}: holds a line break, which would start another command."
+            yield from _call_problems(child, (*place, index))
+    elif place[:2] == ("hydra", "launcher") and re.search(r"[\0-\x1f]", str(node)):
+        yield Problem(place, "holds a line break, which would start another command.")
 
 
-def _logging_problems(config: Any, key: str) -> Iterator[str]:
-    """Yield a line for each thing that logging may not call, open or set."""
+def _logging_problems(config: Any, place: Place) -> Iterator[Problem]:
+    """Yield a problem for each thing that logging may not call, open or set."""
     if not isinstance(config, Mapping):
         if config is not None:
-            yield f"{key}: '{config}' is no mapping."
+            yield Problem(place, f"'{config}' is no mapping.")
         return
     parts = {name: value for name, value in config.items() if name != "root"}
     for name, value in parts.items():
         if name in ("version", "disable_existing_loggers"):
             if not isinstance(value, bool | int):
-                yield f"{key}.{name}: '{value}' is neither a number nor true or false."
+                reason = f"'{value}' is neither a number nor true or false."
+                yield Problem((*place, name), reason)
         elif name not in _LOGGING:
-            yield f"{key}.{name}: may not be used from a file."
+            yield Problem((*place, name), "may not be used from a file.")
         else:
-            yield from _setting_problems(value, f"{key}.{name}", _LOGGING[name])
+            yield from _setting_problems(value, (*place, name), _LOGGING[name])
     root = {"root": config.get("root")}
-    yield from _setting_problems(root, key, _LOGGING["loggers"])
+    yield from _setting_problems(root, place, _LOGGING["loggers"])
 
 
-def _setting_problems(section: Any, key: str, known: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each setting, of things by their names, that is not of a known form."""
+def _setting_problems(section: Any, place: Place, known: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield a problem for each setting, of things by their names, that is not of a known form."""
     if section is not None and not isinstance(section, Mapping):
-        yield f"{key}: '{section}' is no mapping."
+        yield Problem(place, f"'{section}' is no mapping.")
         return
     for name, settings in (section or {}).items():
         if settings is not None and not isinstance(settings, Mapping):
-            yield f"{key}.{name}: '{settings}' is no mapping."
+            yield Problem((*place, name), f"'{settings}' is no mapping.")
             continue
         for setting, given in (settings or {}).items():
             # A mapping elsewhere is of no form at all.
             colours = setting == "log_colors" and isinstance(given, Mapping)
             values = list(given.values()) if colours else _values(given)
             if not all(_fits(value, known.get(str(setting), "(?!)")) for value in values):
-                yield f"{key}.{name}.{setting}: '{given}' may not be used from a file."
+                reason = f"'{given}' may not be used from a file."
+                yield Problem((*place, name, setting), reason)
 
 
 def _values(given: Any) -> Sequence[Any]:
@@ -294,8 +300,8 @@ def _fits(value: Any, pattern: str) -> bool:
     return re.fullmatch(pattern, str(value), re.DOTALL) is not None
 
 
-def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each setting that must come from the command line, and does not."""
+def _command_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each setting that must come from the command line, and does not."""
     ours = [
         OmegaConf.to_container(OmegaConf.load(file))
         for file in (CONFIG_DIR / "launcher").glob("*.yaml")
@@ -314,9 +320,10 @@ def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
         if value in (None, "", "auto") or own or by_hand:
             continue
         if _COMMANDS.fullmatch(key) and not _HARMLESS.fullmatch(key):
-            yield (
-                f"hydra.{key}: may run commands or carry secrets, so that it is not taken from a "
-                f"file. Give it on the command line: '++hydra.{key.partition('[')[0]}=…'."
+            yield Problem(
+                ("hydra", key),
+                "may run commands or carry secrets, so that it is not taken from a file.",
+                f"Give it on the command line: '++hydra.{key.partition('[')[0]}=…'.",
             )
 
 

@@ -29,7 +29,15 @@ from yaml import YAMLError
 from fusion_bench.command import option, replaced, typed
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import SharedObjects, accepts, instantiate
-from fusion_bench.problems import INTERRUPTED, ConfigError, FusionBenchError, chain, did_you_mean
+from fusion_bench.problems import (
+    INTERRUPTED,
+    ConfigError,
+    FusionBenchError,
+    Problem,
+    Problems,
+    chain,
+    did_you_mean,
+)
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
 from fusion_bench.scripts.hydra_patches import set_up_hydra
@@ -212,8 +220,10 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
                 else "Give it '_target_: fusion_bench.programs.FabricModelFusionProgram'."
             )
         )
-    if keys := list(secret_keys(settings)):
-        raise ConfigError(f"{', '.join(keys)}: looks like a token, and configs are saved.")
+    secrets = secret_keys(settings)
+    Problems(
+        Problem((key,), "looks like a token, and configs are saved.") for key in secrets
+    ).raise_all()
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
