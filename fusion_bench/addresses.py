@@ -20,7 +20,7 @@ from zipfile import BadZipFile, ZipFile
 import yaml
 from omegaconf import OmegaConf
 
-from fusion_bench.problems import ConfigError
+from fusion_bench.problems import ConfigError, Problem
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -56,16 +56,17 @@ def address_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str
                 yield key, mistake
 
 
-def refuse_addresses(node: Mapping[str, Any], key: str = "") -> None:
+def refuse_addresses(node: Mapping[str, Any]) -> None:
     """Raise for the addresses in a call's arguments that are not opened.
 
     Raises:
-        AddressError: with a line for each.
+        AddressError: with a problem for each, whose place is relative to the node.
     """
-    prefix = f"{key}." if key else ""
-    target = str(node.get("_target_"))
-    if problems := [f"{prefix}{k}: {m}" for k, m in address_problems(target, node)]:
-        raise AddressError("\n".join(problems))
+    found = address_problems(str(node.get("_target_")), node)
+    if problems := tuple(Problem((key,), mistake) for key, mistake in found):
+        error = AddressError(problems[0].reason)
+        error.problems = problems
+        raise error
 
 
 def _mistake(address: str) -> str | None:

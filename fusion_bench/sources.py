@@ -147,33 +147,36 @@ def read(kind: str, name: str, call: Callable[[], T]) -> T:
         return patiently(call) if _on_hub(name) else call()
 
 
-def load(kind: str, node: Any, key: str) -> Any:
+def load(kind: str, node: Any, key: str = "") -> Any:
     """Return what a config node asks for: a call of ``from_pretrained`` or ``load_dataset``.
 
     A ``pretrained_model_name_or_path`` in it may be whatever ``resolve`` takes. ``key`` is the
-    node's place in the config.
+    node's whole place in the config; without it, what is raised is relative to the node.
 
     Raises:
         FusionBenchError: as ``resolve`` and ``reading``.
     """
     named = node if isinstance(node, Mapping) else {}
-    refuse_addresses(named, key)
+    located = partial(within, *key.split("."), whole=True) if key else nullcontext
+    target = str(named.get("_target_", type(node).__name__))
+    with located():
+        refuse_addresses(named)
+        if kind == "processor" and target.endswith("Config.from_pretrained"):
+            # It would hold, and write beside a model, whatever is in a file of that name.
+            raise ConfigError(
+                "a config is no processor.", "Name a tokenizer's or processor's class."
+            )
     pretrained = named.get(_PRETRAINED)
     name = pretrained or named.get("path")
     if not isinstance(name, str):
-        name = key
-    if kind == "processor" and str(named.get("_target_")).endswith("Config.from_pretrained"):
-        # It would hold, and write beside a model, whatever is in a file of that name.
-        raise ConfigError(
-            f"{key}: a config is no processor. Name a tokenizer's or processor's class."
-        )
+        name = key or target
 
     def call() -> Any:
         wanted = node
         if isinstance(pretrained, str):
             wanted = {**named, _PRETRAINED: resolve(pretrained)}
         fenced = fence(node) if kind == "dataset" else nullcontext()
-        with fenced, within(*key.split("."), whole=True):
+        with fenced, located():
             return instantiate(wanted)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
