@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 #: Draws the samples of ``max_samples``; the same ones in every run.
 _SUBSET_SEED = 0
-#: Seconds to wait for another process; where several of ours wait for one, they do not for ever.
+#: Seconds to wait for another run, where several processes of this one wait.
 _PATIENCE = 300
 #: What configs say of a model's form, as far as they say it.
 _SIZES = ("hidden_size", "hidden_sizes", "depths", "patch_size", "image_size", "num_hidden_layers")
@@ -129,7 +129,7 @@ class ImageTaskPool(ABC):
         self._results = ResultStore() if cache else None
         self._compile = compile
         self._described: dict[str, Columns | None] = {}
-        self._room = BatchLimit()
+        self._batch_limit = BatchLimit()
         self._data: dict[str, LabelledImages] = {}
         self._images: dict[str, PreparedImages] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
@@ -137,9 +137,9 @@ class ImageTaskPool(ABC):
     @property
     def notes(self) -> list[str]:
         """What the report is to say of how models were evaluated."""
-        if self._room.most is None:
+        if self._batch_limit.most is None:
             return []
-        return [f"Memory ran out: {self._room.most} images were evaluated at a time."]
+        return [f"Memory ran out: {self._batch_limit.most} images were evaluated at a time."]
 
     @abstractmethod
     def image_processor(self, task: str) -> Any:
@@ -147,7 +147,7 @@ class ImageTaskPool(ABC):
 
     @abstractmethod
     def head_identity(self, task: str) -> str:
-        """Return what tells a task's classifier, the model aside, from any other."""
+        """Return what a task's classifier depends on, the model aside."""
 
     def images_sha256(self, task: str) -> str:
         """Return the hash of how a task's images are prepared, once ``prepare`` has run."""
@@ -167,7 +167,7 @@ class ImageTaskPool(ABC):
         """Find what makes a model a classifier; note what is not here and what is wrong."""
 
     def plan(self, scratch: Path | None = None) -> Plan:
-        """Compare what the datasets tell of themselves with the tasks; no data is read.
+        """Compare what is known of the datasets with the tasks; no data is read.
 
         Args:
             scratch: where small files go that are not here, for a run that leaves nothing.
@@ -218,7 +218,7 @@ class ImageTaskPool(ABC):
         return columns
 
     def prepare(self, fabric: Fabric) -> None:
-        """Load the datasets and what is needed to tell them apart; done once.
+        """Load the datasets, image processors and classifiers; done once.
 
         Raises:
             FusionBenchError: a source that cannot be read, a dataset without images or labels.
@@ -267,7 +267,7 @@ class ImageTaskPool(ABC):
                 partial(self._tuned_classifier, task, fabric),
                 fabric,
                 loading,
-                self._room,
+                self._batch_limit,
             )
         return tuning
 
@@ -336,7 +336,7 @@ class ImageTaskPool(ABC):
             fast_dev_run: only the first batch of each task.
             weights_sha256: the hash of the model's weights. With it, results that are known are
                 taken from the cache, and new ones are kept.
-            architecture: what else tells the model from others with the same weights.
+            architecture: what else the model's answers depend on, beside the weights.
         """
         self.prepare(fabric)
         loading = Loading.for_device(self._dataloader_kwargs, fabric)
@@ -344,7 +344,7 @@ class ImageTaskPool(ABC):
         known: list[str] = []
         scores: dict[str, Score] = {}
         wanted = self.task_names if tasks is None else tasks
-        # What another process is evaluating just now is left for later: both get on meanwhile.
+        # Tasks that another run is evaluating just now are left for later.
         patience = -1 if fabric.world_size == 1 else _PATIENCE
         for timeout, task in product((0, patience), wanted):
             if task in scores:
@@ -357,7 +357,7 @@ class ImageTaskPool(ABC):
             with self._alone(key if score is None else None, fabric, timeout) as mine:
                 if not mine:
                     continue
-                score = score or self._known(key, fabric)  # another may have been about it
+                score = score or self._known(key, fabric)  # another run may have just kept it
                 if score is not None:
                     known.append(task)
                 else:
@@ -370,7 +370,7 @@ class ImageTaskPool(ABC):
                         samples,
                         replace(loading, full_batches=self._compile),
                         f"evaluating {name} on {task}",
-                        self._room,
+                        self._batch_limit,
                     )
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, score)
@@ -381,7 +381,7 @@ class ImageTaskPool(ABC):
 
     @contextmanager
     def _alone(self, key: dict[str, Any] | None, fabric: Fabric, timeout: float) -> Iterator[bool]:
-        """Let the first process keep others from evaluating the same; tell all whether it does."""
+        """Let the first process lock a result against other runs; yield whether it has the lock."""
         with ExitStack() as held:
             mine = True
             if key is None or self._results is None:

@@ -164,7 +164,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
 
     @cached_property
     def _clip_identity(self) -> str:
-        """What tells the weights of ``clip_model`` from any other, without loading them."""
+        """What identifies the weights of ``clip_model``, without loading them."""
         part = self._clip_part
         if part.name is None:
             return sha256(TensorWeights(self._clip.state_dict()))
@@ -197,7 +197,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
 
     @cached_property
     def _processor(self) -> Any:
-        """The processor that a node or an object gives; a name stands for its parts."""
+        """The whole processor, where a node or an object gives it."""
         return self._processor_part.processor()
 
     @cached_property

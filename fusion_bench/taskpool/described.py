@@ -1,4 +1,4 @@
-"""What a dataset tells of itself before it is loaded: columns, classes, splits and sizes."""
+"""What is known of a dataset before it is loaded: columns, classes, splits and sizes."""
 
 import inspect
 import json
@@ -51,7 +51,7 @@ WHY_NOT_STREAMED = (
 
 
 def describe(node: Any, scratch: Path | None = None) -> Described | None:
-    """Describe what a dataset's node loads; None where only loading it can tell.
+    """Describe what a dataset's node loads; None where that takes loading it.
 
     No data is downloaded. With a ``scratch`` directory nothing is put into the caches of Hugging
     Face either.
@@ -155,7 +155,7 @@ def _refuse_split_of_one(split: Any, own: str | None, name: str) -> None:
 
 
 def _is_node(value: Any) -> bool:
-    """Tell whether a value is made by a call of its own; other mappings are plain data."""
+    """Return whether a value is made by a call of its own; other mappings are plain data."""
     if isinstance(value, Mapping):
         return "_target_" in value or any(map(_is_node, value.values()))
     return isinstance(value, list) and any(map(_is_node, value))
@@ -264,7 +264,7 @@ def _column_of_parquet(files: Mapping[str, Sequence[str]], split: str, column: s
 
 
 def _parquet(files: list[str]) -> "tuple[int | None, Features | None]":
-    """Return the number of rows and the columns that the files' footers tell."""
+    """Return the number of rows and the columns in the files' footers."""
     if not all(file.endswith(".parquet") for file in files):
         return None, None
     import pyarrow.parquet

@@ -14,7 +14,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import read_json
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
-from fusion_bench.taskpool.classes import places, some
+from fusion_bench.taskpool.classes import class_indices, some
 from fusion_bench.taskpool.parts import Part
 from fusion_bench.weights import TensorWeights, sha256
 
@@ -183,10 +183,10 @@ def _order(task: str, labels: list[str], names: Sequence[Sequence[str]]) -> list
     """
     count = len(names[0])
     if len(labels) != count:
-        raise FusionBenchError(f"it tells {len(labels)} classes apart, the dataset has {count}.")
+        raise FusionBenchError(f"it has {len(labels)} classes, the dataset has {count}.")
     if labels == [f"LABEL_{output}" for output in range(count)]:  # nobody named them
         return list(range(count))
-    found = places(labels, *names)
+    found = class_indices(labels, *names)
     if found is None:
         raise FusionBenchError(
             f"it calls its classes {some(labels)}, the dataset {some(names[-1])}: which is which "

@@ -23,8 +23,13 @@ from fusion_bench.problems import (
     key_of,
     within,
 )
-from fusion_bench.taskpool.classes import by_name, name_splits, some, sorted_by_number
-from fusion_bench.taskpool.classes import places as class_places
+from fusion_bench.taskpool.classes import (
+    by_name,
+    class_indices,
+    name_splits,
+    some,
+    sorted_by_number,
+)
 from fusion_bench.taskpool.described import WHY_NOT_STREAMED, names_no_split
 from fusion_bench.taskpool.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
 from fusion_bench.tasks import Task, readable
@@ -80,17 +85,17 @@ class Columns:
         features: the columns' types.
         task: what is known of the dataset beyond its features.
         place: the dataset's.
-        quiet: log nothing of how classes were told.
+        quiet: log nothing of how classes were matched.
 
     Attributes:
         image_column: a column's name.
         label_column: likewise.
         class_names: in the order of the labels; ``None`` where the labels themselves, which are
-            text, tell the classes, until they are read.
+            text, name the classes, until they are read.
 
     Raises:
         FusionBenchError: no image or label column, or class names that are not as many as the
-            classes, or cannot be told to belong to them; places are relative to the task pool.
+            classes, or cannot be matched with them; places are relative to the task pool.
     """
 
     def __init__(
@@ -162,7 +167,7 @@ class Columns:
                 len(kinds),
                 self._class_names,
             )
-            places = list(range(len(kinds)))
+            indices = list(range(len(kinds)))
             self.class_names = [readable(kind) for kind in kinds]
             alike: dict[str, str] = {}
             for kind, name in zip(kinds, self.class_names, strict=True):
@@ -174,7 +179,7 @@ class Columns:
         else:
             names, others = self.class_names, self._task.label_names or ()
             known = [list(names), *([list(others)] if others else [])]
-            found = class_places(kinds, *known, whole=False)
+            found = class_indices(kinds, *known, whole=False)
             if found is None:
                 named = by_name(kinds, *known)
                 strange = [kind for kind in kinds if kind not in named]
@@ -183,11 +188,11 @@ class Columns:
                     f"{some(names)}.",
                     f"List in {self._class_names} every class as the dataset calls it.",
                 )
-            places = found
-            if lacking := [name for i, name in enumerate(names) if i not in set(places)]:
+            indices = found
+            if lacking := [name for i, name in enumerate(names) if i not in set(indices)]:
                 self._say("%s: no sample is of the classes %s.", self._place, some(lacking))
-        place = dict(zip(kinds, places, strict=True))
-        return np.array([place[text] for text in texts], dtype=np.int64)
+        index = dict(zip(kinds, indices, strict=True))
+        return np.array([index[text] for text in texts], dtype=np.int64)
 
     def _find_image_column(self, override: str | None) -> str:
         from datasets import Image
@@ -260,8 +265,8 @@ class Columns:
             )
         others = self._task.label_names
         known = [given, *([others] if others else [])]
-        places = class_places(own, *known)
-        if places is None:
+        indices = class_indices(own, *known)
+        if indices is None:
             if not self._task.by_name:
                 return list(given)
             raise FusionBenchError(
@@ -272,15 +277,17 @@ class Columns:
                 place=(*self._settings, "class_names"),
             )
         named = by_name(own, *known)
-        in_order = places == list(range(len(own)))
+        in_order = indices == list(range(len(own)))
         pairs = [
-            f"{label!r} is {given[place]!r}"
-            for label, place in zip(own, places, strict=True)
+            f"{label!r} is {given[index]!r}"
+            for label, index in zip(own, indices, strict=True)
             if not (in_order and label in named)
         ]
         if pairs:
-            self._say("%s: classes are told by their names: %s.", self._place, ", ".join(pairs[:5]))
-        return [given[place] for place in places]
+            self._say(
+                "%s: classes are matched by their names: %s.", self._place, ", ".join(pairs[:5])
+            )
+        return [given[index] for index in indices]
 
 
 class LabelledImages:
@@ -378,11 +385,11 @@ class LabelledImages:
         if files:
             states = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
             known += f"-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
-        # Their contrast was lost once, and what was kept of them then is of no use.
+        # An earlier version lost their contrast: what it kept of them must not be used.
         return f"{known}-deep" if self._holds_deep(files) else known
 
     def _holds_deep(self, files: Sequence[Path]) -> bool:
-        """Tell whether pictures have more than eight bits a channel, by their first bytes."""
+        """Return whether pictures have more than eight bits a channel, by their first bytes."""
         from pyarrow import compute, types
 
         for file in files:
@@ -474,7 +481,7 @@ class _Encoded:
         if types.is_struct(column.type):
             stored = compute.struct_field(column, "bytes")
             named = compute.struct_field(column, "path")
-            # A file's name stands for its bytes; its length is told from theirs by the sign.
+            # A file's name stands for its bytes; its length is negative, to differ from theirs.
             lengths = compute.coalesce(length(stored), compute.negate(length(named)))
         else:
             lengths = compute.list_value_length(column)

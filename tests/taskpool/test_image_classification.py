@@ -220,7 +220,7 @@ def refused(zoo: Path, family: Path, classifier: Any, **more: Any) -> str:
 
 def test_another_number_of_classes(zoo: Path, family: Path) -> None:
     text = refused(zoo, family, str(zoo / "vit" / "b"))
-    assert text == ("classifiers.a: it tells 5 classes apart, the dataset has 3.")
+    assert text == ("classifiers.a: it has 5 classes, the dataset has 3.")
 
 
 @pytest.mark.parametrize("spelling", [str, str.upper, lambda name: name.replace("_", " ")])
@@ -308,6 +308,6 @@ def test_classes_are_held_against_the_datasets_before_a_weight_is_read(
     places = {task: str(zoo / "vit" / task) for task in ("a", "b")}
     assert tasks(family, places).plan().problems == []
     (problem,) = tasks(family, places | {"a": places["b"]}).plan().problems
-    assert str(problem) == ("classifiers.a: it tells 5 classes apart, the dataset has 3.")
+    assert str(problem) == ("classifiers.a: it has 5 classes, the dataset has 3.")
     (problem,) = tasks(family, places | {"a": "/no/such"}).plan().problems
     assert str(problem).startswith("classifiers.a: There is no such directory")

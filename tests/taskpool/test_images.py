@@ -304,7 +304,7 @@ def test_folders_of_a_known_task_are_told_by_name(caplog: pytest.LogCaptureFixtu
     assert names is not None
     assert found.class_names == [names[int(number)] for number in numbers]
     assert found.labels.tolist() == [0, 1]  # as the dataset has them
-    assert "classes are told by their names: '0' is 'red and white circle 20" in caplog.text
+    assert "classes are matched by their names: '0' is 'red and white circle 20" in caplog.text
 
 
 def test_names_that_tell_nothing_are_refused_and_the_ways_out_work() -> None:
