@@ -60,12 +60,12 @@ def refuse_addresses(node: Mapping[str, Any]) -> None:
     """Raise for the addresses in a call's arguments that are not opened.
 
     Raises:
-        AddressError: with a problem for each.
+        AddressError: with a problem for each, whose place is relative to the node.
     """
-    target = str(node.get("_target_"))
-    if wrong := [Problem((key,), mistake) for key, mistake in address_problems(target, node)]:
-        error = AddressError(wrong[0].reason)
-        error.problems = tuple(wrong)
+    found = address_problems(str(node.get("_target_")), node)
+    if problems := tuple(Problem((key,), mistake) for key, mistake in found):
+        error = AddressError(problems[0].reason)
+        error.problems = problems
         raise error
 
 

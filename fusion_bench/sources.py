@@ -7,7 +7,7 @@ import shutil
 import time
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 from errno import EINVAL
 from functools import lru_cache, partial
@@ -36,7 +36,6 @@ from fusion_bench.problems import (
     FusionBenchError,
     chain,
     did_you_mean,
-    within,
 )
 from fusion_bench.storage import cache_dir
 from fusion_bench.trust import TRUST_REMOTE_CODE
@@ -147,52 +146,36 @@ def read(kind: str, name: str, call: Callable[[], T]) -> T:
         return patiently(call) if _on_hub(name) else call()
 
 
-def load(kind: str, node: Any, key: str) -> Any:
-    """Return what a config node asks for, as ``make``; ``key`` is its whole place in the config.
-
-    Raises:
-        FusionBenchError: as ``make``.
-    """
-    return make(kind, node, key, partial(within, *key.split("."), whole=True))
-
-
-def make(
-    kind: str,
-    node: Any,
-    called: str,
-    located: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Any:
+def load(kind: str, node: Any, called: str = "") -> Any:
     """Return what a config node asks for: a call of ``from_pretrained`` or ``load_dataset``.
 
     A ``pretrained_model_name_or_path`` in it may be whatever ``resolve`` takes.
 
     Args:
         kind: ``model``, ``dataset`` or ``processor``.
-        node: places of problems are relative to it.
-        called: what messages call it where it names nothing.
-        located: a context that says where the node stands.
+        node: the node; places of problems are relative to it.
+        called: what messages call it where it names no source; by default its target.
 
     Raises:
         FusionBenchError: as ``resolve`` and ``reading``.
     """
     named = node if isinstance(node, Mapping) else {}
-    with located():
-        refuse_addresses(named)
-        # It would hold, and write beside a model, whatever is in a file of that name.
-        if kind == "processor" and str(named.get("_target_")).endswith("Config.from_pretrained"):
-            reason = "a config is no processor."
-            raise ConfigError(reason, "Name a tokenizer's or processor's class.")
+    target = str(named.get("_target_", type(node).__name__))
+    refuse_addresses(named)
+    # It would hold, and write beside a model, whatever is in a file of that name.
+    if kind == "processor" and target.endswith("Config.from_pretrained"):
+        raise ConfigError("a config is no processor.", "Name a tokenizer's or processor's class.")
     pretrained = named.get(_PRETRAINED)
     name = pretrained or named.get("path")
     if not isinstance(name, str):
-        name = called
+        name = called or target
 
     def call() -> Any:
         wanted = node
         if isinstance(pretrained, str):
             wanted = {**named, _PRETRAINED: resolve(pretrained)}
         fenced = fence(node) if kind == "dataset" else nullcontext()
-        with fenced, located():
+        with fenced:
             return instantiate(wanted)
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)

@@ -113,4 +113,4 @@ def clip_family(
         }
         for name in pool.model_names
     }
-    return pool, tasks, tasks.tuning(datasets, CPU, "modelpool.train_datasets")
+    return pool, tasks, tasks.tuning(datasets, CPU, ("modelpool", "train_datasets"))

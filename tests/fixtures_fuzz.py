@@ -48,7 +48,7 @@ from fusion_bench.scripts.hydra_patches import set_up_hydra
 from fusion_bench.sources import load as load_source
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.described import describe
-from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.taskpool.images import DatasetPlace, LabelledImages
 from fusion_bench.tasks import Task
 from fusion_bench.weights import AdapterConfig, open_repository, sha256
 from fusion_bench.weights.checkpoint import shards
@@ -1052,10 +1052,10 @@ def _read_data(directory: Path) -> None:
         "split": "train",
         "cache_dir": str(directory / "cache"),
     }
-    describe(node, "data")
+    describe(node)
     loaded = load_source("dataset", node, "data")
     task = Task.from_mapping({"class_names": ["cat", "dog"]})
-    images = LabelledImages("t", loaded, task, "data", Folders.of(node))
+    images = LabelledImages("t", loaded, task, DatasetPlace(("data",)), Folders.of(node))
     for index in range(min(2, len(images))):
         images.image(index)
 

@@ -26,7 +26,7 @@ from fusion_bench.instantiate import check
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.sources import load
 from fusion_bench.taskpool.described import describe
-from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.taskpool.images import DatasetPlace, LabelledImages
 from fusion_bench.tasks import Task
 
 WATCH = Watch()
@@ -58,9 +58,11 @@ def loads(path: Path | str, **more: Any) -> dict[str, Any]:
 
 def read(node: dict[str, Any], **task: Any) -> list[Any]:
     """Do with a data set what a run does, and return its pictures."""
-    describe(node, "data")
+    describe(node)
     data = load("dataset", node, "data")
-    images = LabelledImages("t", data, Task.from_mapping(task), "data", Folders.of(node))
+    images = LabelledImages(
+        "t", data, Task.from_mapping(task), DatasetPlace(("data",)), Folders.of(node)
+    )
     return [images.image(index) for index in range(len(images))]
 
 
@@ -144,7 +146,7 @@ def test_of_a_config(address: str) -> None:
             check(node, "data")
         assert f"{key}: '{address}'" in str(error.value)
         with pytest.raises(FusionBenchError, match="not opened"):  # a dry run
-            describe(node, "data")
+            describe(node)
         with pytest.raises(FusionBenchError, match=r"not opened|no such directory"):
             load("dataset", node, "data")
 
@@ -294,7 +296,7 @@ from fusion_bench.addresses import Folders
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.sources import load
 from fusion_bench.taskpool.described import describe
-from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.taskpool.images import DatasetPlace, LabelledImages
 from fusion_bench.tasks import Task
 
 asked = []
@@ -305,7 +307,7 @@ sys.addaudithook(hook)
 for name in sys.argv[1:]:
     node = {"_target_": "datasets.load_dataset", "path": f"o/{name}", "split": "train"}
     told = []
-    looks = lambda: describe(node, "x"), lambda: load("dataset", node, "x")
+    looks = lambda: describe(node), lambda: load("dataset", node, "x")
     for look in looks[name in ("good", "pictures"):]:
         try:
             found = look()
@@ -316,7 +318,7 @@ for name in sys.argv[1:]:
             told.append("read")
     if told[-1] == "read":
         task = Task.from_mapping({"class_names": ["cat", "dog"]})
-        images = LabelledImages("t", found, task, "x", Folders.of(node))
+        images = LabelledImages("t", found, task, DatasetPlace(("x",)), Folders.of(node))
         [images.image(index) for index in range(len(images))]
     print(name, *told)
 print("asked", len(asked))
@@ -390,7 +392,9 @@ def test_what_tells_data_apart_looks_at_no_other_file(tmp_path: Path) -> None:
     data = tmp_path / "data"
     node = loads("parquet", data_files={"train": str(data / "train.parquet")})
     table(data / "train.parquet", {"bytes": None, "path": str(secret)})
-    images = LabelledImages("t", load("dataset", node, "x"), Task(), "x", Folders.of(node))
+    images = LabelledImages(
+        "t", load("dataset", node, "x"), Task(), DatasetPlace(("x",)), Folders.of(node)
+    )
     WATCH.seen.clear()
     before = images.fingerprint
     assert not any(event.startswith("read") for event in WATCH.seen)

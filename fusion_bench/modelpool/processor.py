@@ -10,7 +10,7 @@ from fusion_bench.modelpool.sources.source import Named
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.repository import Repository
-from fusion_bench.sources import make, plain_source, unbuilt
+from fusion_bench.sources import load, plain_source, unbuilt
 
 
 class Processor:
@@ -48,7 +48,7 @@ class Processor:
             FusionBenchError: it cannot be made.
         """
         with within("processor"):
-            return make("processor", self._node, "processor")
+            return load("processor", self._node, "processor")
 
     def write(self, directory: Path) -> None:
         """Write its files.

@@ -1,17 +1,17 @@
 """Lets a method fuse a pool: with the data that it learns from, and under common names."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from fusion_bench.instantiate import accepts
 from fusion_bench.method.contract import FusionMethod, ModelPool, Split
 from fusion_bench.method.plain import class_name
-from fusion_bench.problems import ConfigError, FusionBenchError, Place
+from fusion_bench.problems import ConfigError, FusionBenchError, Place, within
 from fusion_bench.programs.pools import Nodes, PlacedModelPool, TaskPool
 from fusion_bench.report import Tuning, TuningTask
 from fusion_bench.weights import TensorWeights, Weights, in_memory
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 #: What the fused model is called; one of several has its own name after a slash.
 MERGED = "merged"
+
+#: Gives the function from images to logits that a model makes for a task.
+Classifying = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 
 TuningData = Mapping[str, "TuningImages"] | None
 
@@ -128,11 +131,12 @@ class LearnedSplit:
             FusionBenchError: no such data, or the test split without leave.
         """
         datasets, place = self.named(modelpool, taskpool)
-        data = taskpool.tuning(datasets, fabric, ".".join(place))
+        with within("taskpool", keyed_only=True):
+            data = taskpool.tuning(datasets, fabric, place)
         for name, images in data.items():
             if not allow_test_split and images.is_test(taskpool.data(images.task)):
                 raise self.refusal((*place, name))
-        return data
+        return {name: replace(own, classify=_placed(own.classify)) for name, own in data.items()}
 
     def named(
         self, modelpool: PlacedModelPool, taskpool: TaskPool
@@ -166,6 +170,16 @@ class LearnedSplit:
             "report will say so.",
             place=place,
         )
+
+
+def _placed(classify: Classifying) -> Classifying:
+    """Return the same for a method, in which what the task pool raises keeps its whole key."""
+
+    def placed(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        with within("taskpool", keyed_only=True, whole=True):
+            return classify(model)
+
+    return placed
 
 
 def describe_tuning(

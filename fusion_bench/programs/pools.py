@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusion_bench.method import contract
 from fusion_bench.plan import Plan
-from fusion_bench.problems import FusionBenchError, within
+from fusion_bench.problems import FusionBenchError, Place, within
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class _PlainPool:
 
 @runtime_checkable
 class TaskPool(Protocol):
-    """What programs ask of a task pool; places in a plan are relative to the pool."""
+    """What programs ask of a task pool; places in what it raises are relative to the pool."""
 
     task_names: list[str]
     per_class: bool
@@ -259,14 +259,20 @@ class TaskPool(Protocol):
     def plan(self, scratch: Path | None = None) -> Plan:
         """Return what the pool will do and what stands in its way; no data is read."""
 
-    def plan_tuning(self, datasets: Nodes, key: str, scratch: Path | None = None) -> Plan:
-        """Likewise for the datasets that ``tuning`` is given, once ``plan`` has run."""
+    def plan_tuning(self, datasets: Nodes, place: Place, scratch: Path | None = None) -> Plan:
+        """Likewise for the datasets that ``tuning`` is given, once ``plan`` has run.
+
+        What is wrong with them stands at their own, whole place.
+        """
 
     def prepare(self, fabric: Fabric) -> None:
         """Load the datasets and what is needed to tell them apart; done once."""
 
-    def tuning(self, datasets: Nodes, fabric: Fabric, key: str) -> "dict[str, TuningImages]":
-        """Return what a method may learn from, by the datasets' names."""
+    def tuning(self, datasets: Nodes, fabric: Fabric, place: Place) -> "dict[str, TuningImages]":
+        """Return what a method may learn from, by the datasets' names.
+
+        ``place`` is the datasets' in the whole config, and that of what is wrong with them.
+        """
 
     def evaluating(self, data: "Mapping[str, TuningImages]") -> "TaskPool":
         """Return a pool that evaluates on what ``tuning`` gave, and is like this one otherwise."""

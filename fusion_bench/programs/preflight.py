@@ -130,7 +130,7 @@ def _look_at_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None
             from fusion_bench.taskpool.described import describe
 
             if not any(problem.key.startswith(f"{key}.") for problem in plan.problems):
-                describe(node, key, scratch)
+                describe(node, scratch)
 
 
 class _Opened:
@@ -218,7 +218,7 @@ def _compare_data(
             if any(method.needs.own_data for method in methods):
                 with plan.collect(*place):
                     own_data(modelpool.model_names, datasets)
-            plan.take(prepared.taskpool.plan_tuning(datasets, ".".join(place), scratch), *place)
+            plan.take(prepared.taskpool.plan_tuning(datasets, place, scratch), "taskpool")
             for name, node in datasets.items():
                 if _is_test_split(node) and not prepared.spec.allow_test_split:
                     with plan.collect():

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from fusion_bench.addresses import Folders
 from fusion_bench.plan import Plan, Step
-from fusion_bench.problems import FusionBenchError, did_you_mean, within
+from fusion_bench.problems import FusionBenchError, Place, did_you_mean, within
 from fusion_bench.repository import hub_cache
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.classes import some
 from fusion_bench.taskpool.described import datasets_cache, describe, load_split
 from fusion_bench.taskpool.evaluate import BatchLimit, Loading, check_loading, evaluate
-from fusion_bench.taskpool.images import Columns, LabelledImages
+from fusion_bench.taskpool.images import Columns, DatasetPlace, LabelledImages
 from fusion_bench.taskpool.pixels import PreparedImages
 from fusion_bench.taskpool.preprocess import Preprocessor
 from fusion_bench.taskpool.results import ResultStore, Score
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 #: Draws the samples of ``max_samples``; the same ones in every run.
 _SUBSET_SEED = 0
-#: Seconds to wait for another process; where several of ours wait for one, they do not for ever.
+#: Seconds to wait for another run, where several processes of this one wait.
 _PATIENCE = 300
 #: What configs say of a model's form, as far as they say it.
 _SIZES = ("hidden_size", "hidden_sizes", "depths", "patch_size", "image_size", "num_hidden_layers")
@@ -129,7 +129,7 @@ class ImageTaskPool(ABC):
         self._results = ResultStore() if cache else None
         self._compile = compile
         self._described: dict[str, Columns | None] = {}
-        self._room = BatchLimit()
+        self._batch_limit = BatchLimit()
         self._data: dict[str, LabelledImages] = {}
         self._images: dict[str, PreparedImages] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
@@ -137,9 +137,9 @@ class ImageTaskPool(ABC):
     @property
     def notes(self) -> list[str]:
         """What the report is to say of how models were evaluated."""
-        if self._room.most is None:
+        if self._batch_limit.most is None:
             return []
-        return [f"Memory ran out: {self._room.most} images were evaluated at a time."]
+        return [f"Memory ran out: {self._batch_limit.most} images were evaluated at a time."]
 
     @abstractmethod
     def image_processor(self, task: str) -> Any:
@@ -147,7 +147,7 @@ class ImageTaskPool(ABC):
 
     @abstractmethod
     def head_identity(self, task: str) -> str:
-        """Return what tells a task's classifier, the model aside, from any other."""
+        """Return what a task's classifier depends on, the model aside."""
 
     def images_sha256(self, task: str) -> str:
         """Return the hash of how a task's images are prepared, once ``prepare`` has run."""
@@ -167,28 +167,28 @@ class ImageTaskPool(ABC):
         """Find what makes a model a classifier; note what is not here and what is wrong."""
 
     def plan(self, scratch: Path | None = None) -> Plan:
-        """Compare what the datasets tell of themselves with the tasks; no data is read.
+        """Compare what is known of the datasets with the tasks; no data is read.
 
         Args:
             scratch: where small files go that are not here, for a run that leaves nothing.
         """
         plan = Plan()
         for name, node in self.test_datasets.items():
-            key = f"taskpool.test_datasets.{name}"
-            with plan.collect("test_datasets", name):
-                self._described[name] = self._describe(plan, name, node, key, scratch)
+            place = DatasetPlace(("test_datasets", name))
+            with plan.collect():
+                self._described[name] = self._describe(plan, name, node, place, scratch)
         self.find_models(plan, scratch)
         return plan
 
     def plan_tuning(
-        self, datasets: Mapping[str, Any], key: str, scratch: Path | None = None
+        self, datasets: Mapping[str, Any], place: Place, scratch: Path | None = None
     ) -> Plan:
         """Likewise for the datasets that ``tuning`` is given, once ``plan`` has run."""
         plan = Plan()
         for name, node in datasets.items():
-            own = f"{key}.{name}"
-            with plan.collect(name):
-                task = self._task_of(name, node, key)
+            own = DatasetPlace((*place, name), whole=True)
+            with plan.collect():
+                task = self._task_of(name, node, own)
                 columns = self._describe(plan, task, node, own, scratch)
                 evaluated = self._described.get(task)
                 names = columns and columns.class_names, evaluated and evaluated.class_names
@@ -197,27 +197,28 @@ class ImageTaskPool(ABC):
         return plan
 
     def _describe(
-        self, plan: Plan, task: str, node: Any, key: str, scratch: Path | None
+        self, plan: Plan, task: str, node: Any, place: DatasetPlace, scratch: Path | None
     ) -> Columns | None:
         """Note what a dataset takes; return its columns, as far as they can be known."""
-        described = describe(node, key, scratch)
+        with place.located():
+            described = describe(node, scratch)
         if described is None:
             return None
         if described.download != 0:
             plan.add(Step("download", node["path"], described.download, hub_cache(), "HF_HOME"))
         if described.prepared:
-            place = Path(node.get("cache_dir") or datasets_cache())
-            plan.add(Step("prepare", node["path"], described.prepared, place, "HF_HOME"))
+            cache = Path(node.get("cache_dir") or datasets_cache())
+            plan.add(Step("prepare", node["path"], described.prepared, cache, "HF_HOME"))
         if described.features is None:
             return None
-        columns = Columns(task, described.features, self._tasks[task], key, quiet=True)
+        columns = Columns(task, described.features, self._tasks[task], place, quiet=True)
         split = node.get("split")
         if described.column is not None and (split in described.splits or not described.splits):
             columns.labels(described.column(split, columns.label_column))
         return columns
 
     def prepare(self, fabric: Fabric) -> None:
-        """Load the datasets and what is needed to tell them apart; done once.
+        """Load the datasets, image processors and classifiers; done once.
 
         Raises:
             FusionBenchError: a source that cannot be read, a dataset without images or labels.
@@ -225,7 +226,9 @@ class ImageTaskPool(ABC):
         if self._preprocessors:
             return
         with fabric.rank_zero_first():  # so that only one process downloads
-            self._data = {name: self._load_data(name) for name in self.task_names}
+            for name in self.task_names:
+                place = DatasetPlace(("test_datasets", name))
+                self._data[name] = self._loaded(name, self.test_datasets[name], place)
             found: dict[str, Preprocessor] = {}
             for name in self.task_names:
                 own = Preprocessor(self.image_processor(name))
@@ -235,14 +238,14 @@ class ImageTaskPool(ABC):
         self._preprocessors = found
 
     def tuning(
-        self, datasets: Mapping[str, Any], fabric: Fabric, key: str
+        self, datasets: Mapping[str, Any], fabric: Fabric, place: Place
     ) -> dict[str, TuningImages]:
         """Return what a method may learn from, by the datasets' names.
 
         Args:
             datasets: name of a task of this pool to dataset node.
             fabric: gives the device.
-            key: the datasets' place in the config.
+            place: the datasets' whole place in the config, which need not be in this pool.
 
         Raises:
             FusionBenchError: a name that is no task's, a dataset that cannot be read, or classes
@@ -252,38 +255,38 @@ class ImageTaskPool(ABC):
         loading = Loading.for_device(self._dataloader_kwargs, fabric)
         tuning = {}
         for name, node in datasets.items():
-            task = self._task_of(name, node, key)
+            own = DatasetPlace((*place, name), whole=True)
+            task = self._task_of(name, node, own)
             with fabric.rank_zero_first():
-                dataset = load_split(node, f"{key}.{name}")
-                data = LabelledImages(
-                    name, dataset, self._tasks[task], f"{key}.{name}", Folders.of(node)
-                )
-            own = self._data[task].class_names
-            _refuse_other_classes(f"{key}.{name}", task, data.class_names, own)
+                data = self._loaded(task, node, own)
+            _refuse_other_classes(own, task, data.class_names, self._data[task].class_names)
             tuning[name] = TuningImages(
                 task,
-                str(getattr(dataset, "split", None) or ""),
+                str(data.dataset.split or ""),
                 PreparedImages(data, self._preprocessors[task], self._cache_bytes),
                 partial(self._tuned_classifier, task, fabric),
                 fabric,
                 loading,
-                self._room,
+                self._batch_limit,
             )
         return tuning
 
-    def _task_of(self, name: str, node: Any, key: str) -> str:
-        """Return the task that a dataset under ``key`` belongs to."""
+    def _loaded(self, task: str, node: Any, place: DatasetPlace) -> LabelledImages:
+        """Load a dataset of a task."""
+        with place.located():
+            dataset = load_split(node)
+        return LabelledImages(task, dataset, self._tasks[task], place, Folders.of(node))
+
+    def _task_of(self, name: str, node: Any, place: DatasetPlace) -> str:
+        """Return the task that the dataset called ``name`` belongs to."""
         known = {canonical_name(task): task for task in self.task_names}
         task = known.get(canonical_name(name))
         if task is None:
-            raise FusionBenchError(
-                f"{key}.{name}: the task pool has no such task. "
-                + did_you_mean(name, self.task_names)
+            raise place.refusal(
+                "the task pool has no such task.", did_you_mean(name, self.task_names)
             )
         if node is None:
-            raise FusionBenchError(
-                f"{key}.{name}: names no dataset. To leave it out: '~{key}.{name}'."
-            )
+            raise place.refusal("names no dataset.", f"To leave it out: '~{place}'.")
         return task
 
     def evaluating(self, data: Mapping[str, TuningImages]) -> Self:
@@ -333,7 +336,7 @@ class ImageTaskPool(ABC):
             fast_dev_run: only the first batch of each task.
             weights_sha256: the hash of the model's weights. With it, results that are known are
                 taken from the cache, and new ones are kept.
-            architecture: what else tells the model from others with the same weights.
+            architecture: what else the model's answers depend on, beside the weights.
         """
         self.prepare(fabric)
         loading = Loading.for_device(self._dataloader_kwargs, fabric)
@@ -341,7 +344,7 @@ class ImageTaskPool(ABC):
         known: list[str] = []
         scores: dict[str, Score] = {}
         wanted = self.task_names if tasks is None else tasks
-        # What another process is evaluating just now is left for later: both get on meanwhile.
+        # Tasks that another run is evaluating just now are left for later.
         patience = -1 if fabric.world_size == 1 else _PATIENCE
         for timeout, task in product((0, patience), wanted):
             if task in scores:
@@ -354,7 +357,7 @@ class ImageTaskPool(ABC):
             with self._alone(key if score is None else None, fabric, timeout) as mine:
                 if not mine:
                     continue
-                score = score or self._known(key, fabric)  # another may have been about it
+                score = score or self._known(key, fabric)  # another run may have just kept it
                 if score is not None:
                     known.append(task)
                 else:
@@ -367,7 +370,7 @@ class ImageTaskPool(ABC):
                         samples,
                         replace(loading, full_batches=self._compile),
                         f"evaluating {name} on {task}",
-                        self._room,
+                        self._batch_limit,
                     )
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, score)
@@ -378,7 +381,7 @@ class ImageTaskPool(ABC):
 
     @contextmanager
     def _alone(self, key: dict[str, Any] | None, fabric: Fabric, timeout: float) -> Iterator[bool]:
-        """Let the first process keep others from evaluating the same; tell all whether it does."""
+        """Let the first process lock a result against other runs; yield whether it has the lock."""
         with ExitStack() as held:
             mine = True
             if key is None or self._results is None:
@@ -442,24 +445,23 @@ class ImageTaskPool(ABC):
             )
         return self._images[task]
 
-    def _load_data(self, name: str) -> LabelledImages:
-        node, key = self.test_datasets[name], f"taskpool.test_datasets.{name}"
-        dataset = load_split(node, key)
-        return LabelledImages(name, dataset, self._tasks[name], key, Folders.of(node))
 
-
-def _refuse_other_classes(key: str, task: str, names: list[str], expected: list[str]) -> None:
-    if names != expected:
-        alone = [name for name in names if name not in expected]
-        lacking = [name for name in expected if name not in names]
-        told = f" It alone has {some(alone)}." if alone else ""
-        told += f" It lacks {some(lacking)}." if lacking else ""
-        if bool(alone) != bool(lacking):
-            told += f" If labels are text, list all: 'taskpool.tasks.{task}.class_names: […]'."
-        raise FusionBenchError(
-            f"{key}: its classes are not those of '{task}'."
-            + (told or " They come in another order.")
-        )
+def _refuse_other_classes(
+    place: DatasetPlace, task: str, names: list[str], expected: list[str]
+) -> None:
+    if names == expected:
+        return
+    alone = [name for name in names if name not in expected]
+    lacking = [name for name in expected if name not in names]
+    difference = f" It alone has {some(alone)}." if alone else ""
+    difference += f" It lacks {some(lacking)}." if lacking else ""
+    remedy = ""
+    if bool(alone) != bool(lacking):
+        remedy = f"If labels are text, list all in the task pool's 'tasks.{task}.class_names'."
+    raise place.refusal(
+        f"its classes are not those of '{task}'.{difference or ' They come in another order.'}",
+        remedy,
+    )
 
 
 def differing_sizes(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""Classes are told by their names, never by the order in which two lists happen to have them."""
+"""Classes are matched by their names, never by the order that two lists happen to have."""
 
 import re
 import unicodedata
@@ -13,18 +13,20 @@ _SPLITS = {
 }
 
 
-def places(labels: Sequence[str], *classes: Sequence[str], whole: bool = True) -> list[int] | None:
-    """Return for each label the place of its class; None where the names do not tell.
+def class_indices(
+    labels: Sequence[str], *classes: Sequence[str], whole: bool = True
+) -> list[int] | None:
+    """Return for each label the index of its class; None where the names do not decide it.
 
     Names are the same whatever their case, spaces and punctuation. Labels that are numbers count
     from 0, or from 1. Where names differ, one that is left over belongs to the class that is left
-    over; and several belong to those at their places, if half of the names and more are the same
-    and stand at the same places.
+    over; and several belong to those at their indices, if half of the names and more are the same
+    and have the same indices.
 
     Args:
         labels: names, none twice.
         classes: names of the same classes in the same order, one list for each way to call them.
-        whole: each label is a class of its own, and their order may tell something.
+        whole: each label is a class of its own, and their order may mean something.
     """
     count = len(classes[0])
     found = by_name(labels, *classes)
@@ -39,7 +41,7 @@ def places(labels: Sequence[str], *classes: Sequence[str], whole: bool = True) -
         return None
     missing = [label for label in labels if label not in found]
     free = sorted(set(range(count)) - set(found.values()))
-    in_order = all(found.get(label, place) == place for place, label in enumerate(labels))
+    in_order = all(found.get(label, index) == index for index, label in enumerate(labels))
     if len(missing) > 1 and not (in_order and len(missing) <= len(found)):
         return None
     found.update(zip(missing, free, strict=True))
@@ -47,7 +49,7 @@ def places(labels: Sequence[str], *classes: Sequence[str], whole: bool = True) -
 
 
 def by_name(labels: Sequence[str], *classes: Sequence[str]) -> dict[str, int]:
-    """Return the places of those labels that are called as their classes are."""
+    """Return the indices of those labels that are called as their classes are."""
     found: dict[str, int] = {}
     for spelling in (_as_it_is, _letters):
         known = _unambiguous(classes, spelling)
@@ -70,7 +72,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def name_splits(labels: Sequence[str]) -> bool:
-    """Tell whether all labels are names of splits: ``train`` and ``test``, ``images_val``."""
+    """Return whether all labels are names of splits: ``train`` and ``test``, ``images_val``."""
     words = "|".join(word for own in _SPLITS.values() for word in own)
     pattern = re.compile(rf"(.*[-._ ])?({words})[-._ 0-9]*", re.IGNORECASE)
     matches = [pattern.fullmatch(label) for label in labels]
@@ -83,11 +85,11 @@ def name_splits(labels: Sequence[str]) -> bool:
 def _unambiguous(
     classes: Sequence[Sequence[str]], spelling: Callable[[str], str]
 ) -> dict[str, int]:
-    """Return the places of those names that are one class's alone."""
+    """Return the indices of those names that are one class's alone."""
     known: dict[str, set[int]] = {}
     for names in classes:
-        for place, name in enumerate(names):
-            known.setdefault(spelling(name), set()).add(place)
+        for index, name in enumerate(names):
+            known.setdefault(spelling(name), set()).add(index)
     return {name: own.pop() for name, own in known.items() if len(own) == 1 and name}
 
 

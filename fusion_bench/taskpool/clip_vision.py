@@ -10,20 +10,21 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from fusion_bench.plan import Plan, zoo_step
+from fusion_bench.plan import Plan
 from fusion_bench.pretrained import from_pretrained
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import load, plain_source, reading, unbuilt
+from fusion_bench.repository import Repository
+from fusion_bench.sources import reading
 from fusion_bench.storage import file_sha256
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
 from fusion_bench.taskpool.heads import HeadStore
-from fusion_bench.weights import TensorWeights, sha256, weight_files
+from fusion_bench.taskpool.parts import Part
+from fusion_bench.weights import TensorWeights, sha256
 from fusion_bench.zero_shot import ZeroShotHead, text_head
 
 #: Where a repository lacks the tokenizer's files, transformers makes one of special tokens alone.
 _SMALLEST_VOCABULARY = 10
-_IMAGE_PROCESSOR = "preprocessor_config.json"
+_REMEDY = "Name the model that the encoders were fine-tuned from."
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -89,40 +90,25 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
                 "'clip_model: openai/clip-vit-base-patch32'.",
                 place=("clip_model",),
             )
-        self._clip_source = plain_source(base_model if clip_model is None else clip_model)
-        self._processor_source = self._clip_source if processor is None else plain_source(processor)
-        self._image_processor_source = plain_source(data_processor)
+        repositories: dict[str, Repository] = {}
+        clip_model = base_model if clip_model is None else clip_model
+        processor = clip_model if processor is None else processor
+        self._clip_part = Part(clip_model, ("clip_model",), repositories)
+        self._processor_part = Part(processor, ("processor",), repositories)
+        self._data_processor_part = Part(data_processor, ("data_processor",), repositories)
         self._head_store = HeadStore() if cache else None
         self._heads: dict[str, ZeroShotHead] = {}
-        self._repositories: dict[str, Repository] = {}
-        self._scratch: Path | None = None
 
     def find_models(self, plan: Plan, scratch: Path | None) -> None:
         """Find the CLIP model, the tokenizer and the image processor."""
-        self._scratch = scratch
-        with plan.collect("clip_model"):
-            if self._is_here_or_on_hub(self._clip_source, plan):
-                files = weight_files(self._clip_repository)
-                plan.download(self._clip_repository, "config.json", *files)
+        with plan.collect():
+            if self._clip_part.plan_model(plan, scratch) is not None:
                 _ = self._clip_config  # refuses what is no CLIP model
-        with plan.collect("processor"):
-            if self._is_here_or_on_hub(self._processor_source, plan):
-                processor = self._located(self._processor_source)
-                plan.download(processor, *_tokenizer_files(processor))
-        source, key = self._image_processor_source, "data_processor"
-        if source is None:
-            source, key = self._processor_source, "processor"
-        with plan.collect(key):
-            if self._is_here_or_on_hub(source, plan):
-                plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
-
-    def _is_here_or_on_hub(self, source: Any, plan: Plan) -> bool:
-        """Tell whether a source is a directory or a repository, not the zoo that is yet to be."""
-        if not isinstance(source, str):
-            return False
-        if place := unbuilt(source):
-            plan.add(zoo_step(place))
-        return place is None
+        with plan.collect(), self._processor_part.located():
+            if (repository := self._processor_part.find(plan, scratch)) is not None:
+                plan.download(repository, *_tokenizer_files(repository))
+        with plan.collect():
+            self._image_processor_part.plan_image_processor(plan, scratch)
 
     def image_processor(self, task: str) -> Any:
         """Return the one image processor of all tasks."""
@@ -168,124 +154,95 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
     def _check_architecture(self, model: nn.Module, name: str) -> None:
         """Refuse an encoder of another size: head and image size are those of ``clip_model``."""
         expected = self._clip_config.vision_config
+        # A module may be of any class, and those of transformers alone have a config.
         for field, own, found in differing_sizes(expected, getattr(model, "config", None)):
             raise FusionBenchError(
-                f"taskpool.clip_model: its vision encoder has {field} {own}, '{name}' has "
-                f"{found}. Name the model that the encoders were fine-tuned from."
+                f"its vision encoder has {field} {own}, '{name}' has {found}.",
+                _REMEDY,
+                place=("clip_model",),
             )
-
-    def _located(self, source: str) -> Repository:
-        """Return where a source lies; looked for once, for clip_model and processor are alike."""
-        if source not in self._repositories:
-            self._repositories[source] = locate(source, self._scratch)
-        return self._repositories[source]
-
-    @property
-    def _clip_repository(self) -> Repository:
-        return self._located(self._clip_source)
 
     @cached_property
     def _clip_identity(self) -> str:
-        """What tells the weights of ``clip_model`` from any other, without loading them."""
-        if not isinstance(self._clip_source, str):
+        """What identifies the weights of ``clip_model``, without loading them."""
+        part = self._clip_part
+        if part.name is None:
             return sha256(TensorWeights(self._clip.state_dict()))
-        names = ["config.json", *weight_files(self._clip_repository)]
-        place = self._clip_repository.fetch(*names)
-        return json.dumps([file_sha256(place / name) for name in names])
+        with part.located():
+            place = part.repository.fetch(*part.model_files)
+            return json.dumps([file_sha256(place / name) for name in part.model_files])
 
     @cached_property
     def _clip_config(self) -> Any:
-        if not isinstance(self._clip_source, str):
+        part = self._clip_part
+        if part.name is None:
             return self._clip.config
         from transformers import AutoConfig, CLIPConfig
 
-        with reading("model", self._clip_source):
-            config = from_pretrained(AutoConfig, self._clip_repository.fetch("config.json"))
-        if not isinstance(config, CLIPConfig):
-            raise FusionBenchError(
-                f"taskpool.clip_model: '{self._clip_source}' is not a full CLIP model but a "
-                f"'{config.model_type}'. Name the model that the encoders were fine-tuned from."
-            )
+        with part.located():
+            with reading("model", part.name):
+                config = from_pretrained(AutoConfig, part.repository.fetch("config.json"))
+            if not isinstance(config, CLIPConfig):
+                raise FusionBenchError(
+                    f"'{part.name}' is not a full CLIP model but a '{config.model_type}'.", _REMEDY
+                )
         return config
 
     @cached_property
     def _clip(self) -> Any:
-        source = self._clip_source
-        if not isinstance(source, str):
-            return load("model", source, "taskpool.clip_model").eval()
         from transformers import CLIPModel
 
-        with reading("model", source):
-            names = ["config.json", *weight_files(self._clip_repository)]
-            model, info = from_pretrained(
-                CLIPModel,
-                self._clip_repository.fetch(*names),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
-            raise FusionBenchError(
-                f"taskpool.clip_model: '{source}' is not a full CLIP model; it lacks '{wrong[0]}'. "
-                "Name the model that the encoders were fine-tuned from."
-            )
-        return model.eval()
+        what = "not a full CLIP model"
+        return self._clip_part.model(CLIPModel, what, _REMEDY, ignore_mismatched_sizes=True).eval()
 
     @cached_property
     def _processor(self) -> Any:
-        """The processor that a node or an object gives; a name stands for its parts."""
-        return load("processor", self._processor_source, "taskpool.processor")
+        """The whole processor, where a node or an object gives it."""
+        return self._processor_part.processor()
 
     @cached_property
-    def _tokenizer_place(self) -> Path:
-        """The directory with the tokenizer's files."""
-        repository = self._located(self._processor_source)
+    def _tokenizer_directory(self) -> Path:
+        repository = self._processor_part.repository
         return repository.fetch(*_tokenizer_files(repository))
 
     @cached_property
     def _tokenizer_identity(self) -> str:
-        if not isinstance(self._processor_source, str):
+        if self._processor_part.name is None:
             return str(self._processor.tokenizer.backend_tokenizer.to_str())
-        files = [self._tokenizer_place / name for name in _TOKENIZER_FILES]
-        return json.dumps([file_sha256(file) for file in files if file.exists()])
+        with self._processor_part.located():
+            files = [self._tokenizer_directory / name for name in _TOKENIZER_FILES]
+            return json.dumps([file_sha256(file) for file in files if file.exists()])
 
     @cached_property
     def _tokenizer(self) -> Any:
-        source = self._processor_source
-        if not isinstance(source, str):
+        part = self._processor_part
+        if part.name is None:
             return self._processor.tokenizer
         from transformers import CLIPTokenizer
 
-        with reading("processor", source):
-            tokenizer = from_pretrained(CLIPTokenizer, self._tokenizer_place, model=False)
-            tokenizer(["a photo", "of text"], padding=True, truncation=True)  # bad files fail here
-        if len(tokenizer) < _SMALLEST_VOCABULARY:
-            raise FusionBenchError(f"taskpool.processor: '{source}' comes without a tokenizer.")
+        with part.located():
+            with reading("processor", part.name):
+                tokenizer = from_pretrained(CLIPTokenizer, self._tokenizer_directory, model=False)
+                tokenizer(["a photo", "of text"], padding=True, truncation=True)  # bad files fail
+            if len(tokenizer) < _SMALLEST_VOCABULARY:
+                raise FusionBenchError(f"'{part.name}' comes without a tokenizer.")
         return tokenizer
+
+    @property
+    def _image_processor_part(self) -> Part:
+        given = self._data_processor_part.source is not None
+        return self._data_processor_part if given else self._processor_part
 
     @cached_property
     def _image_processor(self) -> Any:
-        source = self._image_processor_source
-        if source is None:
-            source = self._processor_source
-            if not isinstance(source, str):
-                return self._processor.image_processor
-        if not isinstance(source, str):
-            processor = load("processor", source, "taskpool.data_processor")
-            return getattr(processor, "image_processor", processor)
+        part = self._image_processor_part
+        if part is self._processor_part and part.name is None:
+            return self._processor.image_processor
         from transformers import CLIPImageProcessorPil
 
-        repository = self._with_image_processor(source)
-        with reading("processor", source):
-            place = repository.fetch(_IMAGE_PROCESSOR)
-            return from_pretrained(CLIPImageProcessorPil, place, model=False)
-
-    def _with_image_processor(self, source: str) -> Repository:
-        repository = self._located(source)
-        if _IMAGE_PROCESSOR not in repository.files:
-            raise FusionBenchError(
-                f"Cannot read the processor '{source}': it comes without an image processor."
-            )
-        return repository
+        processor = part.image_processor(CLIPImageProcessorPil)
+        # A node may make a processor of texts and images, which holds the one for images.
+        return getattr(processor, "image_processor", processor)
 
 
 def _tokenizer_files(repository: Repository) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a dataset tells of itself before it is loaded: columns, classes, splits and sizes."""
+"""What is known of a dataset before it is loaded: columns, classes, splits and sizes."""
 
 import inspect
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench.addresses import fence, refuse_addresses
-from fusion_bench.problems import FusionBenchError, did_you_mean, within
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.sources import load, reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
 from fusion_bench.zoo import load_dataset as load_from_zoo
@@ -50,58 +50,57 @@ WHY_NOT_STREAMED = (
 )
 
 
-def describe(node: Any, key: str, scratch: Path | None = None) -> Described | None:
-    """Describe what a dataset's node loads; None where only loading it can tell.
+def describe(node: Any, scratch: Path | None = None) -> Described | None:
+    """Describe what a dataset's node loads; None where that takes loading it.
 
     No data is downloaded. With a ``scratch`` directory nothing is put into the caches of Hugging
     Face either.
 
     Args:
         node: a call of ``datasets.load_dataset`` or ``load_from_disk``, or a dataset of the zoo.
-        key: its place in the config.
         scratch: a directory for what has to be fetched, such as dataset cards.
 
     Raises:
-        FusionBenchError: a source that is not there, or has no such split.
+        FusionBenchError: a source that is not there, or has no such split; places are relative to
+            the node.
     """
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if target in (_LOADS, _READS):
-        with within(*key.split("."), whole=True):
-            refuse_addresses(node)
+        refuse_addresses(node)
     if target not in (_LOADS, _READS, _ZOO) or any(map(_is_node, node.values())):
         return None
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}
     if target == _LOADS and given.get("streaming"):
-        raise FusionBenchError(f"{key}.streaming: {WHY_NOT_STREAMED}")
+        raise FusionBenchError(WHY_NOT_STREAMED, place=("streaming",))
     describes = {_LOADS: _described_by_builder, _READS: _described_on_disk, _ZOO: _described_zoo}
-    name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), key)
+    name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), target)
     with reading("dataset", str(name)), fence(node, *([scratch] if scratch else [])):
-        found = describes[target](given, key, scratch)
+        found = describes[target](given, scratch)
         if found is not None and target != _ZOO:
-            _refuse_split(found, given.get("split"), str(name), key)
+            _refuse_split(found, given.get("split"), str(name))
     return found
 
 
-def load_split(node: Any, key: str) -> Any:
+def load_split(node: Any) -> Any:
     """Load what a dataset's node names; a ``DatasetDict`` where that is no single split.
 
     ``datasets.load_from_disk`` takes no ``split``; here it does.
 
     Args:
         node: a call as ``describe`` takes it, or a dataset.
-        key: its place in the config.
 
     Raises:
-        FusionBenchError: a source that cannot be read, or has no such split.
+        FusionBenchError: a source that cannot be read, or has no such split; places are relative
+            to the node.
     """
     if not isinstance(node, Mapping) or node.get("_target_") != _READS or "split" not in node:
-        return load("dataset", node, key)
+        return load("dataset", node)
     split, name = node["split"], str(node.get("dataset_path"))
-    found = load("dataset", {k: v for k, v in node.items() if k != "split"}, key)
+    found = load("dataset", {k: v for k, v in node.items() if k != "split"})
     if split is None:
         return found
     if not isinstance(found, Mapping):
-        _refuse_split_of_one(split, None if found.split is None else str(found.split), name, key)
+        _refuse_split_of_one(split, None if found.split is None else str(found.split), name)
         return found
     from datasets import ReadInstruction, concatenate_datasets
 
@@ -122,9 +121,9 @@ def split_names(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def names_no_split(key: str, splits: Mapping[str, Any]) -> FusionBenchError:
+def names_no_split(splits: Mapping[str, Any]) -> FusionBenchError:
     """Return what to say of a node that stands for several splits."""
-    return FusionBenchError(f"{key}: names no split. Add 'split: …', one of: {', '.join(splits)}.")
+    return FusionBenchError("names no split.", f"Add 'split: …', one of: {', '.join(splits)}.")
 
 
 def datasets_cache() -> Path:
@@ -134,34 +133,35 @@ def datasets_cache() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE)
 
 
-def _refuse_split(found: Described, split: Any, name: str, key: str) -> None:
+def _refuse_split(found: Described, split: Any, name: str) -> None:
     if split is None and found.splits:
-        raise names_no_split(key, found.splits)
+        raise names_no_split(found.splits)
     for own in split_names(split) if isinstance(split, str) else ():
         if found.splits and own not in (*found.splits, "all"):
             raise FusionBenchError(
-                f"{key}: Cannot read the dataset '{name}': it has no split '{own}'. "
-                + did_you_mean(own, found.splits)
+                f"Cannot read the dataset '{name}': it has no split '{own}'.",
+                did_you_mean(own, found.splits),
             )
 
 
-def _refuse_split_of_one(split: Any, own: str | None, name: str, key: str) -> None:
+def _refuse_split_of_one(split: Any, own: str | None, name: str) -> None:
     """Refuse a split of what is a single one, unless it is that one."""
     if split is not None and split != own:
         raise FusionBenchError(
-            f"{key}.split: '{name}' holds a single dataset, which has no split '{split}'. Remove "
-            "the key."
+            f"'{name}' holds a single dataset, which has no split '{split}'.",
+            "Remove the key.",
+            place=("split",),
         )
 
 
 def _is_node(value: Any) -> bool:
-    """Tell whether a value is made by a call of its own; other mappings are plain data."""
+    """Return whether a value is made by a call of its own; other mappings are plain data."""
     if isinstance(value, Mapping):
         return "_target_" in value or any(map(_is_node, value.values()))
     return isinstance(value, list) and any(map(_is_node, value))
 
 
-def _described_zoo(given: Mapping[str, Any], key: str, scratch: Path | None) -> Described:
+def _described_zoo(given: Mapping[str, Any], scratch: Path | None) -> Described:
     from datasets import ClassLabel, Features, Image
 
     name, split = given.get("name"), given.get("split", "test")
@@ -171,9 +171,7 @@ def _described_zoo(given: Mapping[str, Any], key: str, scratch: Path | None) -> 
     return Described(dict.fromkeys(SPLITS), features)
 
 
-def _described_on_disk(
-    given: Mapping[str, Any], key: str, scratch: Path | None
-) -> Described | None:
+def _described_on_disk(given: Mapping[str, Any], scratch: Path | None) -> Described | None:
     """Read the JSON that ``save_to_disk`` leaves."""
     from datasets import DatasetInfo
 
@@ -190,7 +188,7 @@ def _described_on_disk(
             column=lambda split, column: _on_disk(place / split, column),
         )
     own = json.loads((place / "state.json").read_text(encoding="utf-8"))["_split"]
-    _refuse_split_of_one(given.get("split"), own, name, key)
+    _refuse_split_of_one(given.get("split"), own, name)
     return Described(
         {},
         DatasetInfo.from_directory(place).features,
@@ -204,7 +202,7 @@ def _on_disk(place: Path, column: str) -> Any:
     return Dataset.load_from_disk(place).select_columns(column).with_format("arrow")[:][column]
 
 
-def _described_by_builder(given: Mapping[str, Any], key: str, scratch: Path | None) -> Described:
+def _described_by_builder(given: Mapping[str, Any], scratch: Path | None) -> Described:
     import datasets
 
     takes = inspect.signature(datasets.load_dataset_builder).parameters
@@ -266,7 +264,7 @@ def _column_of_parquet(files: Mapping[str, Sequence[str]], split: str, column: s
 
 
 def _parquet(files: list[str]) -> "tuple[int | None, Features | None]":
-    """Return the number of rows and the columns that the files' footers tell."""
+    """Return the number of rows and the columns in the files' footers."""
     if not all(file.endswith(".parquet") for file in files):
         return None, None
     import pyarrow.parquet

@@ -129,7 +129,7 @@ class BatchLimit:
         return wanted if self.most is None else min(wanted, self.most)
 
     def halve(self, tried: int, description: str) -> None:
-        """Take half as many as were tried in vain.
+        """Take half as many as did not fit.
 
         Raises:
             EnvironmentProblem: it was a single one.
@@ -146,7 +146,7 @@ class BatchLimit:
             torch.cuda.empty_cache()
 
     def agree(self, fabric: Fabric) -> None:
-        """Have all processes know the least of them; each must call this."""
+        """Let all processes use the smallest limit among them; each must call this."""
         if fabric.world_size > 1:
             own = torch.tensor(self.most or 2**31, device=fabric.device)
             least = int(cast(Tensor, fabric.all_reduce(own, reduce_op="min")))
@@ -160,7 +160,7 @@ def evaluate(
     samples: NDArray[np.int64],
     loading: Loading,
     description: str,
-    room: BatchLimit | None = None,
+    batch_limit: BatchLimit | None = None,
 ) -> Score:
     """Return the answers of ``classify``, images to logits, on some of the samples.
 
@@ -171,7 +171,7 @@ def evaluate(
     Raises:
         EnvironmentProblem: there is not even memory for one image.
     """
-    room = room or BatchLimit()
+    batch_limit = batch_limit or BatchLimit()
     labels = images.labels[samples]
     mine = np.arange(fabric.global_rank, len(samples), fabric.world_size)
     predictions = torch.zeros(len(samples), dtype=torch.int64, device=fabric.device)
@@ -185,7 +185,7 @@ def evaluate(
         pixels = images.preprocessor.finish(pixels.to(fabric.device, non_blocking=True))
         pixels = fabric.strategy.precision.convert_input(pixels)
         if loading.full_batches:
-            pixels = _filled(pixels, room.size(loading.batch_size))
+            pixels = _filled(pixels, batch_limit.size(loading.batch_size))
         with fabric.autocast():
             return classify(pixels).float()[:count]
 
@@ -194,7 +194,7 @@ def evaluate(
         for step, pixels in zip(steps, shown, strict=True):
             done = 0
             while done < len(step):
-                part = step[done : done + room.size(loading.batch_size)]
+                part = step[done : done + batch_limit.size(loading.batch_size)]
                 logits = None
                 try:
                     logits = logits_of(pixels[done : done + len(part)])
@@ -202,14 +202,14 @@ def evaluate(
                     if not out_of_memory(error):
                         raise
                 if logits is None:  # only here nothing holds on to what the model had computed
-                    room.halve(len(part), description)
+                    batch_limit.halve(len(part), description)
                     continue
                 # Nothing is read back here: that would wait for the device at every batch.
-                places = torch.from_numpy(part).to(fabric.device, non_blocking=True)
-                predictions[places] = logits.argmax(dim=-1)
-                losses[places] = cross_entropy(logits, targets[places], reduction="none")
+                rows = torch.from_numpy(part).to(fabric.device, non_blocking=True)
+                predictions[rows] = logits.argmax(dim=-1)
+                losses[rows] = cross_entropy(logits, targets[rows], reduction="none")
                 done += len(part)
-    room.agree(fabric)
+    batch_limit.agree(fabric)
     return Score(
         samples=samples,
         labels=labels,

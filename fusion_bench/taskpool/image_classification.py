@@ -9,17 +9,14 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from fusion_bench.plan import Plan, zoo_step
-from fusion_bench.pretrained import from_pretrained
+from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import load, plain_source, reading, unbuilt
+from fusion_bench.repository import Repository
 from fusion_bench.storage import read_json
 from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
-from fusion_bench.taskpool.classes import places, some
-from fusion_bench.weights import TensorWeights, sha256, weight_files
-
-_IMAGE_PROCESSOR = "preprocessor_config.json"
+from fusion_bench.taskpool.classes import class_indices, some
+from fusion_bench.taskpool.parts import Part
+from fusion_bench.weights import TensorWeights, sha256
 
 
 class ImageClassificationTaskPool(ImageTaskPool):
@@ -80,70 +77,42 @@ class ImageClassificationTaskPool(ImageTaskPool):
                     f"'{name}: path/to/classifier'.",
                     place=("classifiers", name),
                 )
-        self._classifiers = {name: plain_source(source) for name, source in classifiers.items()}
-        self._processor_source = plain_source(processor)
+        repositories: dict[str, Repository] = {}
+        self._classifiers = {
+            name: Part(classifiers[name], ("classifiers", name), repositories)
+            for name in self.task_names
+        }
+        self._processor = Part(processor, ("processor",), repositories)
         self._heads: dict[str, nn.Module] = {}
         self._orders: dict[str, list[int]] = {}
         self._identities: dict[str, str] = {}
-        self._repositories: dict[str, Repository] = {}
 
     def find_models(self, plan: Plan, scratch: Path | None) -> None:
         """Find each task's classifier and its image processor; compare classes by config.json."""
-        for task, source in self._classifiers.items():
-            if task not in self.task_names or not isinstance(source, str):
-                continue
-            with plan.collect("classifiers", task):
-                if place := unbuilt(source):
-                    plan.add(zoo_step(place))
+        for task in self.task_names:
+            part, columns = self._classifiers[task], self._described.get(task)
+            with plan.collect():
+                if (repository := part.plan_model(plan, scratch)) is None:
                     continue
-                self._repositories[source] = repository = locate(source, scratch)
-                plan.download(repository, "config.json", *weight_files(repository))
-                if self._processor_source is None:
-                    plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
-                columns = self._described.get(task)
-                labels = _labels(repository)
-                if columns is not None and columns.class_names and labels is not None:
-                    _order(task, labels, columns.names)
-        source = self._processor_source
-        if isinstance(source, str) and unbuilt(source) is None:
-            with plan.collect("processor"):
-                self._repositories[source] = locate(source, scratch)
-                plan.download(self._with_image_processor(source), _IMAGE_PROCESSOR)
+                if self._processor.source is None:
+                    part.plan_image_processor(plan, scratch)
+                with part.located():
+                    labels = _labels(repository)
+                    if columns is not None and columns.class_names and labels is not None:
+                        _order(task, labels, columns.names)
+        with plan.collect():
+            self._processor.plan_image_processor(plan, scratch)
 
     def image_processor(self, task: str) -> Any:
         """Return the common image processor, or the one of the task's classifier."""
-        source = self._processor_source
-        if source is None:
-            source = self._classifiers[task]
-        if isinstance(source, nn.Module) or (
-            self._processor_source is None and not isinstance(source, str)
-        ):
+        part = self._processor if self._processor.source is not None else self._classifiers[task]
+        if part is not self._processor and part.name is None:
             raise FusionBenchError(
-                f"taskpool.processor: missing; the classifier of '{task}' brings none."
+                f"missing; the classifier of '{task}' brings none.", place=("processor",)
             )
-        if not isinstance(source, str):
-            return load("processor", source, "taskpool.processor")
         from transformers import AutoImageProcessor
 
-        repository = self._with_image_processor(source)
-        with reading("processor", source):
-            return from_pretrained(
-                AutoImageProcessor, repository.fetch(_IMAGE_PROCESSOR), model=False, backend="pil"
-            )
-
-    def _located(self, source: str) -> Repository:
-        """Return where a source lies; looked for once."""
-        if source not in self._repositories:
-            self._repositories[source] = locate(source)
-        return self._repositories[source]
-
-    def _with_image_processor(self, source: str) -> Repository:
-        repository = self._located(source)
-        if _IMAGE_PROCESSOR not in repository.files:
-            raise FusionBenchError(
-                f"Cannot read the processor '{source}': it comes without an image processor."
-            )
-        return repository
+        return part.image_processor(AutoImageProcessor, backend="pil")
 
     def head_identity(self, task: str) -> str:
         """Return the hash of the head's weights."""
@@ -160,17 +129,20 @@ class ImageClassificationTaskPool(ImageTaskPool):
     def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
         """Return the task's head on top of the model's backbone."""
         head: Any = self._head(task)
-        backbone: Any = getattr(model, "base_model", model)
+        backbone: Any = getattr(model, "base_model", model)  # those of transformers have one
         own: Any = head.base_model
         if type(backbone) is not type(own):
             raise FusionBenchError(
-                f"taskpool.classifiers.{task}: its backbone is a {type(own).__name__}, that of "
-                f"'{name}' a {type(backbone).__name__}. Name a classifier of the same kind."
+                f"its backbone is a {type(own).__name__}, that of '{name}' a "
+                f"{type(backbone).__name__}.",
+                "Name a classifier of the same kind.",
+                place=("classifiers", task),
             )
         for field, expected, found in differing_sizes(own.config, backbone.config):
             raise FusionBenchError(
-                f"taskpool.classifiers.{task}: its backbone has {field} {expected}, that of "
-                f"'{name}' {found}. Name a classifier of the same size."
+                f"its backbone has {field} {expected}, that of '{name}' {found}.",
+                "Name a classifier of the same size.",
+                place=("classifiers", task),
             )
         head = deepcopy(head, {id(own): backbone})
         dtype = next(backbone.parameters()).dtype  # what learns may be of another than Fabric's
@@ -188,26 +160,14 @@ class ImageClassificationTaskPool(ImageTaskPool):
         """Return a task's classifier, without the weights of its backbone."""
         if task in self._heads:
             return self._heads[task]
-        source, key = self._classifiers[task], f"taskpool.classifiers.{task}"
-        if isinstance(source, str):
-            from transformers import AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
-            repository = self._located(source)
-            with reading("model", source):
-                head, info = from_pretrained(
-                    AutoModelForImageClassification,
-                    repository.fetch("config.json", *weight_files(repository)),
-                    output_loading_info=True,
-                )
-            if missing := sorted(info["missing_keys"]):
-                raise FusionBenchError(
-                    f"{key}: '{source}' is no image classifier; it lacks '{missing[0]}'."
-                )
-        else:
-            head = load("model", source, key)
+        part = self._classifiers[task]
+        head = part.model(AutoModelForImageClassification, "no image classifier")
         count, id2label = head.config.num_labels, head.config.id2label
         labels = [str(id2label[label]) for label in range(count)]
-        self._orders[task] = _order(task, labels, self._data[task].names)
+        with part.located():
+            self._orders[task] = _order(task, labels, self._data[task].names)
         own = head.base_model
         self._heads[task] = deepcopy(head, {id(own): deepcopy(own).to("meta")})
         return self._heads[task]
@@ -217,23 +177,22 @@ def _order(task: str, labels: list[str], names: Sequence[Sequence[str]]) -> list
     """Return which of a head's outputs is each of the dataset's classes.
 
     Args:
-        task: its name, for messages.
+        task: its name, for messages, whose places are relative to the classifier.
         labels: what the head calls its outputs.
         names: what the dataset's classes are called, each list in the order of its labels.
     """
-    key, count = f"taskpool.classifiers.{task}", len(names[0])
+    count = len(names[0])
     if len(labels) != count:
-        raise FusionBenchError(
-            f"{key}: it tells {len(labels)} classes apart, the dataset has {count}."
-        )
+        raise FusionBenchError(f"it has {len(labels)} classes, the dataset has {count}.")
     if labels == [f"LABEL_{output}" for output in range(count)]:  # nobody named them
         return list(range(count))
-    found = places(labels, *names)
+    found = class_indices(labels, *names)
     if found is None:
         raise FusionBenchError(
-            f"{key}: it calls its classes {some(labels)}, the dataset {some(names[-1])}: which is "
-            "which cannot be told. List the classifier's names in the order of the dataset's "
-            f"labels: 'taskpool.tasks.{task}.class_names: […]'."
+            f"it calls its classes {some(labels)}, the dataset {some(names[-1])}: which is which "
+            "cannot be told.",
+            "List the classifier's names in the order of the dataset's labels in the task pool's "
+            f"'tasks.{task}.class_names'.",
         )
     return [output for _, output in sorted(zip(found, range(count), strict=True))]
 

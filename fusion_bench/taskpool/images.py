@@ -4,7 +4,8 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_bench.addresses import AddressError, Folders
-from fusion_bench.problems import FusionBenchError, did_you_mean
-from fusion_bench.taskpool.classes import by_name, name_splits, some, sorted_by_number
-from fusion_bench.taskpool.classes import places as class_places
+from fusion_bench.problems import (
+    FusionBenchError,
+    Place,
+    Problem,
+    did_you_mean,
+    error_of,
+    key_of,
+    within,
+)
+from fusion_bench.taskpool.classes import (
+    by_name,
+    class_indices,
+    name_splits,
+    some,
+    sorted_by_number,
+)
 from fusion_bench.taskpool.described import WHY_NOT_STREAMED, names_no_split
 from fusion_bench.taskpool.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
 from fusion_bench.tasks import Task, readable
@@ -39,6 +53,30 @@ _LAYOUT = (
 _COMPARED = 200
 
 
+@dataclass(frozen=True)
+class DatasetPlace:
+    """Where a dataset stands in the config, for messages.
+
+    Attributes:
+        place: relative to the task pool.
+        whole: it is from the config's beginning instead.
+    """
+
+    place: Place
+    whole: bool = False
+
+    def located(self) -> AbstractContextManager[None]:
+        """Put this place before that of each problem that is raised in the context."""
+        return within(*self.place, whole=self.whole)
+
+    def refusal(self, reason: str, remedy: str = "") -> FusionBenchError:
+        """Return what to raise where the dataset cannot be used."""
+        return error_of([Problem(self.place, reason, remedy, whole=self.whole)])
+
+    def __str__(self) -> str:
+        return key_of(self.place)
+
+
 class Columns:
     """The columns of a dataset that hold images and labels, and what the labels stand for.
 
@@ -46,25 +84,33 @@ class Columns:
         name: the task's name, for messages.
         features: the columns' types.
         task: what is known of the dataset beyond its features.
-        key: the dataset's place in the config, for messages.
-        quiet: log nothing of how classes were told.
+        place: the dataset's.
+        quiet: log nothing of how classes were matched.
 
     Attributes:
         image_column: a column's name.
         label_column: likewise.
         class_names: in the order of the labels; ``None`` where the labels themselves, which are
-            text, tell the classes, until they are read.
+            text, name the classes, until they are read.
 
     Raises:
         FusionBenchError: no image or label column, or class names that are not as many as the
-            classes, or cannot be told to belong to them.
+            classes, or cannot be matched with them; places are relative to the task pool.
     """
 
-    def __init__(self, name: str, features: "Features", task: Task, key: str, quiet: bool = False):
-        self._key = key
+    def __init__(
+        self,
+        name: str,
+        features: "Features",
+        task: Task,
+        place: DatasetPlace,
+        quiet: bool = False,
+    ):
+        self._place = place
         self._say = log.debug if quiet else log.info
         self._warn = log.debug if quiet else log.warning
-        self._override = f"taskpool.tasks.{name}"
+        self._settings: Place = ("tasks", name)
+        self._class_names = f"the task pool's 'tasks.{name}.class_names'"
         self._features = features
         self._task = task
         self.image_column = self._find_image_column(task.image_column)
@@ -93,16 +139,14 @@ class Columns:
         assert self.class_names is not None
         labels = column.to_numpy()
         if labels.dtype.kind not in "biu":
-            raise FusionBenchError(
-                f"{self._key}: the labels in '{self.label_column}' are not whole numbers."
-            )
+            raise self._place.refusal(f"the labels in '{self.label_column}' are not whole numbers.")
         wrong = labels[(labels < 0) | (labels >= len(self.class_names))]
         if wrong.size:
             hint = " A label of -1 marks an unlabelled split." if (wrong == -1).any() else ""
-            raise FusionBenchError(
-                f"{self._key}: {wrong.size} labels lie outside the {len(self.class_names)} class "
-                f"names, for example {int(wrong[0])}.{hint} Choose another split, or list every "
-                f"class: '{self._override}.class_names: […]'."
+            raise self._place.refusal(
+                f"{wrong.size} labels lie outside the {len(self.class_names)} class names, for "
+                f"example {int(wrong[0])}.{hint}",
+                f"Choose another split, or list every class in {self._class_names}.",
             )
         return labels.astype(np.int64)
 
@@ -110,46 +154,45 @@ class Columns:
         texts = column.to_pylist()
         for sample, text in enumerate(texts):
             if text is None or not text.strip():
-                raise FusionBenchError(
-                    f"{self._key}: sample {sample} has no label in '{self.label_column}'. Choose "
-                    "another split, or leave the sample out."
+                raise self._place.refusal(
+                    f"sample {sample} has no label in '{self.label_column}'.",
+                    "Choose another split, or leave the sample out.",
                 )
         kinds = sorted_by_number(set(texts))
-        remedy = f"'{self._override}.class_names: […]'"
         if self.class_names is None:
             self._warn(
                 "%s: the labels are text, and the classes are the %d that occur in this split. "
-                "Where it lacks some, list all: %s.",
-                self._key,
+                "Where it lacks some, list all in %s.",
+                self._place,
                 len(kinds),
-                remedy,
+                self._class_names,
             )
-            places = list(range(len(kinds)))
+            indices = list(range(len(kinds)))
             self.class_names = [readable(kind) for kind in kinds]
             alike: dict[str, str] = {}
             for kind, name in zip(kinds, self.class_names, strict=True):
                 if (other := alike.setdefault(name.casefold(), kind)) != kind:
-                    raise FusionBenchError(
-                        f"{self._key}: the labels {other!r} and {kind!r} are alike. List every "
-                        f"class, and they are one: {remedy}."
+                    raise self._place.refusal(
+                        f"the labels {other!r} and {kind!r} are alike.",
+                        f"List every class in {self._class_names}, and they are one.",
                     )
         else:
             names, others = self.class_names, self._task.label_names or ()
             known = [list(names), *([list(others)] if others else [])]
-            found = class_places(kinds, *known, whole=False)
+            found = class_indices(kinds, *known, whole=False)
             if found is None:
                 named = by_name(kinds, *known)
                 strange = [kind for kind in kinds if kind not in named]
-                raise FusionBenchError(
-                    f"{self._key}: the labels {some(strange)} in '{self.label_column}' "
-                    f"are no classes among {some(names)}. List every class as the dataset calls "
-                    f"it: {remedy}."
+                raise self._place.refusal(
+                    f"the labels {some(strange)} in '{self.label_column}' are no classes among "
+                    f"{some(names)}.",
+                    f"List in {self._class_names} every class as the dataset calls it.",
                 )
-            places = found
-            if lacking := [name for i, name in enumerate(names) if i not in set(places)]:
-                self._say("%s: no sample is of the classes %s.", self._key, some(lacking))
-        place = dict(zip(kinds, places, strict=True))
-        return np.array([place[text] for text in texts], dtype=np.int64)
+            indices = found
+            if lacking := [name for i, name in enumerate(names) if i not in set(indices)]:
+                self._say("%s: no sample is of the classes %s.", self._place, some(lacking))
+        index = dict(zip(kinds, indices, strict=True))
+        return np.array([index[text] for text in texts], dtype=np.int64)
 
     def _find_image_column(self, override: str | None) -> str:
         from datasets import Image
@@ -179,8 +222,9 @@ class Columns:
     def _existing(self, column: str, field: str) -> str:
         if column not in self._features:
             raise FusionBenchError(
-                f"{self._override}.{field}: the dataset has no column '{column}'. "
-                + did_you_mean(column, self._features)
+                f"the dataset has no column '{column}'.",
+                did_you_mean(column, self._features),
+                place=(*self._settings, field),
             )
         return column
 
@@ -189,11 +233,12 @@ class Columns:
             f"{name} ({getattr(f, 'dtype', type(f).__name__)})"
             for name, f in self._features.items()
         )
-        what = f"{self._key}: {'several' if found else 'no'} {kind} columns of type {feature}"
+        what = f"{'several' if found else 'no'} {kind} columns of type {feature}"
         if kind == "label" and list(self._features) == [self.image_column]:
-            return FusionBenchError(f"{what}: there are pictures alone. {_LAYOUT}")
-        return FusionBenchError(
-            f"{what} among: {columns}. Name the one to use: '{self._override}.{kind}_column: …'."
+            return self._place.refusal(f"{what}: there are pictures alone.", _LAYOUT)
+        key = key_of((*self._settings, f"{kind}_column"))
+        return self._place.refusal(
+            f"{what} among: {columns}.", f"Name the one to use in the task pool's '{key}'."
         )
 
     def _find_class_names(self, own: list[str] | None) -> list[str] | None:
@@ -201,44 +246,48 @@ class Columns:
         if own is None:
             if given is None and not self._text:
                 raise FusionBenchError(
-                    f"{self._key}: the column '{self.label_column}' does not name its classes. "
-                    f"List them in label order: '{self._override}.class_names: […]'."
+                    f"missing; the column '{self.label_column}' of {self._place} does not name its "
+                    "classes.",
+                    "List them in label order: '{here}class_names: […]'.",
+                    place=(*self._settings, "class_names"),
                 )
             return None if given is None else list(given)
         if name_splits(own):
-            raise FusionBenchError(
-                f"{self._key}: its classes would be {some(own)}, which are names of splits. "
-                f"{_LAYOUT}"
+            raise self._place.refusal(
+                f"its classes would be {some(own)}, which are names of splits.", _LAYOUT
             )
         if given is None:
             return self._own
         if len(own) != len(given):
-            raise FusionBenchError(
-                f"{self._key}: the dataset has {len(own)} classes, the class names are "
-                f"{len(given)}. List as many: '{self._override}.class_names: […]'."
+            raise self._place.refusal(
+                f"the dataset has {len(own)} classes, the class names are {len(given)}.",
+                f"List as many in {self._class_names}.",
             )
         others = self._task.label_names
         known = [given, *([others] if others else [])]
-        places = class_places(own, *known)
-        if places is None:
+        indices = class_indices(own, *known)
+        if indices is None:
             if not self._task.by_name:
                 return list(given)
             raise FusionBenchError(
-                f"{self._key}: the dataset calls its classes {some(own)}, and the task's class "
-                f"names are {some(given)}: which is which cannot be told. Take the dataset's own "
-                f"names with '{self._override}.class_names=null', or list names in the order of "
-                f"its labels: '{self._override}.class_names: […]'."
+                f"{self._place} calls its classes {some(own)}, and the task's class names are "
+                f"{some(given)}: which is which cannot be told.",
+                "Take the dataset's own names with '{here}class_names=null', or list names in the "
+                "order of its labels: '{here}class_names: […]'.",
+                place=(*self._settings, "class_names"),
             )
         named = by_name(own, *known)
-        in_order = places == list(range(len(own)))
+        in_order = indices == list(range(len(own)))
         pairs = [
-            f"{label!r} is {given[place]!r}"
-            for label, place in zip(own, places, strict=True)
+            f"{label!r} is {given[index]!r}"
+            for label, index in zip(own, indices, strict=True)
             if not (in_order and label in named)
         ]
         if pairs:
-            self._say("%s: classes are told by their names: %s.", self._key, ", ".join(pairs[:5]))
-        return [given[place] for place in places]
+            self._say(
+                "%s: classes are matched by their names: %s.", self._place, ", ".join(pairs[:5])
+            )
+        return [given[index] for index in indices]
 
 
 class LabelledImages:
@@ -248,12 +297,12 @@ class LabelledImages:
         name: the task's name, for messages.
         dataset: one split, with an image column and a label column.
         task: what is known of the dataset beyond its features.
-        key: the dataset's place in the config, for messages.
+        place: the dataset's; by default that of the task's test dataset.
         folders: where files lie that the dataset names instead of holding them.
 
     Raises:
         FusionBenchError: no single split, no image or label column, labels outside the class
-            names, a table that is not the dataset's.
+            names, a table that is not the dataset's; places are relative to the task pool.
     """
 
     def __init__(
@@ -261,33 +310,26 @@ class LabelledImages:
         name: str,
         dataset: "Dataset",
         task: Task,
-        key: str | None = None,
+        place: DatasetPlace | None = None,
         folders: Folders = Folders(),  # noqa: B008, frozen
     ):
-        from datasets import IterableDataset
-
-        self._key = key or f"taskpool.test_datasets.{name}"
-        self._override = f"taskpool.tasks.{name}"
-        if isinstance(dataset, dict):
-            raise names_no_split(self._key, dataset)
-        if isinstance(dataset, IterableDataset):
-            raise FusionBenchError(f"{self._key}: {WHY_NOT_STREAMED}")
-        for table in dataset.cache_files:
-            folders.refuse_outside(table["filename"])
+        self._place = place or DatasetPlace(("test_datasets", name))
+        with self._place.located():
+            _refuse_unusable(dataset, folders)
         self.dataset = dataset
         self._folders = folders
-        columns = Columns(name, dataset.features, task, self._key)
+        columns = Columns(name, dataset.features, task, self._place)
         self.image_column = columns.image_column
         self.label_column = columns.label_column
         if len(dataset) == 0:
-            raise FusionBenchError(f"{self._key}: the split holds no samples.")
+            raise self._place.refusal("the split holds no samples.")
         self.labels = columns.labels(_arrow(dataset, self.label_column))
         self.names = columns.names
         self.class_names = self.names[0]
         if len(self.class_names) > 1 and (self.labels == self.labels[0]).all():
             log.warning(
                 "%s: all samples are of one class, '%s'.",
-                self._key,
+                self._place,
                 self.class_names[self.labels[0]],
             )
         self._mode: str | None = getattr(dataset.features[self.image_column], "mode", None)
@@ -310,14 +352,12 @@ class LabelledImages:
             image, converted = in_eight_bits(image)
         except (OSError, AttributeError, AddressError, PictureError) as error:
             which = f"sample {index}{f', {name!r},' if name else ''}"
-            raise FusionBenchError(
-                f"{self._key}: {which} holds no readable image ({error})."
-            ) from error
+            raise self._place.refusal(f"{which} holds no readable image ({error}).") from error
         if converted is not None and converted not in self._said:
             self._said.add(converted)
             log.warning(
                 "%s: sample %d has more than 8 bits a channel, %s; others like it, too.",
-                self._key,
+                self._place,
                 index,
                 converted,
             )
@@ -345,11 +385,11 @@ class LabelledImages:
         if files:
             states = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
             known += f"-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
-        # Their contrast was lost once, and what was kept of them then is of no use.
+        # An earlier version lost their contrast: what it kept of them must not be used.
         return f"{known}-deep" if self._holds_deep(files) else known
 
     def _holds_deep(self, files: Sequence[Path]) -> bool:
-        """Tell whether pictures have more than eight bits a channel, by their first bytes."""
+        """Return whether pictures have more than eight bits a channel, by their first bytes."""
         from pyarrow import compute, types
 
         for file in files:
@@ -404,6 +444,18 @@ class LabelledImages:
         ).hexdigest()
 
 
+def _refuse_unusable(dataset: Any, folders: Folders) -> None:
+    """Refuse what is no single split whose samples can be counted, or is read from elsewhere."""
+    from datasets import IterableDataset
+
+    if isinstance(dataset, dict):
+        raise names_no_split(dataset)
+    if isinstance(dataset, IterableDataset):
+        raise FusionBenchError(WHY_NOT_STREAMED)
+    for table in dataset.cache_files:
+        folders.refuse_outside(table["filename"])
+
+
 def _arrow(dataset: "Dataset", column: str) -> Any:
     """Return one column of a dataset as Arrow's ``ChunkedArray``."""
     return dataset.select_columns(column).with_format("arrow")[:].column(column)
@@ -429,7 +481,7 @@ class _Encoded:
         if types.is_struct(column.type):
             stored = compute.struct_field(column, "bytes")
             named = compute.struct_field(column, "path")
-            # A file's name stands for its bytes; its length is told from theirs by the sign.
+            # A file's name stands for its bytes; its length is negative, to differ from theirs.
             lengths = compute.coalesce(length(stored), compute.negate(length(named)))
         else:
             lengths = compute.list_value_length(column)

@@ -15,7 +15,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 178_956_970
 #: Pillow's modes of more than eight bits a channel.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-#: As many bytes tell a PNG's depth.
+#: Bytes at a PNG's beginning that hold its depth.
 HEAD = 26
 
 
@@ -52,7 +52,7 @@ def decode(data: bytes) -> "Image":
 
 
 def is_deep(head: bytes, file: IO[bytes]) -> bool:
-    """Tell whether a picture has more than eight bits a channel, and they are kept on reading.
+    """Return whether a picture has more than eight bits a channel, and they are kept on reading.
 
     Args:
         head: its first ``HEAD`` bytes, which are enough for nearly all pictures.
@@ -77,7 +77,7 @@ def in_eight_bits(image: "Image") -> "tuple[Image, str | None]":
     by 257; numbers with a point from 0 to 1 are multiplied by 255.
 
     Raises:
-        PictureError: values of a range that does not tell what is white.
+        PictureError: values of a range from which it cannot be known what is white.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Preprocessed images on disk, mapped into memory: decoded once ever, whoever comes first."""
+"""Preprocessed images on disk, mapped into memory: each is decoded once for all runs."""
 
 import fcntl
 import hashlib
@@ -29,7 +29,7 @@ class PixelStore:
     checksum does not fit is as good as none.
 
     Args:
-        name: what tells these images from any others.
+        name: what identifies these images.
         count: how many there may be.
         shape: of each.
         max_bytes: what all stores together may take; those unused for longest make room.
@@ -104,7 +104,7 @@ class PreparedImages:
 
     @property
     def identity(self) -> str:
-        """What tells these images from any others."""
+        """What identifies these images."""
         source = [self.data.fingerprint, self.data.image_column, self.preprocessor.identity]
         return json.dumps(source)
 
@@ -198,7 +198,7 @@ def _allocated(store: Path) -> int:
 
 
 def _in_use(store: Path) -> bool:
-    """Tell whether a process that lives holds the store."""
+    """Return whether a running process uses the store."""
     try:
         file = os.open(store / "checksums", os.O_RDWR)
     except OSError:

@@ -30,7 +30,7 @@ class Preprocessor:
 
     @property
     def identity(self) -> str:
-        """What tells this preprocessing from any other: the processor's kind and settings."""
+        """What identifies this preprocessing: the processor's kind and settings."""
         settings = getattr(self._processor, "to_dict", lambda: repr(self._processor))()
         kind = type(self._processor).__qualname__
         return json.dumps([kind, settings], sort_keys=True, default=str)
@@ -57,7 +57,7 @@ class Preprocessor:
         return self._table.index_select(0, places.reshape(-1)).view(pixels.shape)
 
     def _read_table(self) -> bool:
-        """Find out what becomes of each byte; tell whether that is all there is to it."""
+        """Read the table off the processor; return whether it is all that the processor does."""
         from PIL import Image
 
         ramp = Image.fromarray(_RAMP)

@@ -98,7 +98,7 @@ class ResultStore:
 
     @contextmanager
     def alone(self, key: Mapping[str, Any], timeout: float) -> Iterator[bool]:
-        """Keep other processes from evaluating what this one is about to; tell whether it may.
+        """Keep other processes from evaluating what this one is about to; yield whether it may.
 
         Where there is no lock to be had, on a disk that cannot be written to for one, or not in
         time, the same is evaluated twice: a waste, but no harm.

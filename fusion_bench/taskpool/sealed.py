@@ -1,4 +1,4 @@
-"""Files that tell their own damage."""
+"""Files with a checksum, so that damage is noticed."""
 
 import hashlib
 from contextlib import suppress

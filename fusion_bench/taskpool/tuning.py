@@ -20,7 +20,7 @@ _TOLERATED = 0.05
 
 
 def is_test_split(split: str) -> bool:
-    """Tell whether a split's name says that models are evaluated on it, or on a part of it."""
+    """Return whether a split's name says that models are evaluated on it, or on a part of it."""
     return any(name.startswith("test") for name in split_names(split))
 
 
@@ -33,7 +33,7 @@ class TuningImages:
         split: what the dataset calls the part that the images are from.
         classify: gives the function from images to logits that a model makes for the task; the
             logits follow the model's parameters, so that they can be differentiated.
-        room: for how many images at once there is memory, as far as is known.
+        batch_limit: how many images fit into memory at once, as far as is known.
     """
 
     task: str
@@ -42,7 +42,7 @@ class TuningImages:
     classify: Callable[[nn.Module], Callable[[Tensor], Tensor]]
     fabric: Fabric
     loading: Loading
-    room: BatchLimit
+    batch_limit: BatchLimit
 
     @property
     def data(self) -> LabelledImages:
@@ -53,9 +53,9 @@ class TuningImages:
         return len(self.data)
 
     def is_test(self, evaluated: LabelledImages) -> bool:
-        """Tell whether models are evaluated on such images: by the split's name, or by content.
+        """Return whether models are evaluated on such images: by the split's name, or by content.
 
-        A few images that a dataset has in both of its splits are none of our doing.
+        A few images may be in both splits of a published dataset.
         """
         named = is_test_split(self.split)
         same = self.data.fingerprint == evaluated.fingerprint
@@ -64,7 +64,7 @@ class TuningImages:
     def sample(self, count: int | None, seed: int = 0) -> NDArray[np.int64]:
         """Draw ``count`` samples, none twice; all, in order, where there are no more or ``None``.
 
-        A dataset may be sorted by class: its first samples would tell of few.
+        A dataset may be sorted by class: its first samples would be of few classes.
         """
         everything = np.arange(len(self), dtype=np.int64)
         if count is None or count >= len(self):
@@ -93,4 +93,6 @@ class TuningImages:
         samples = np.arange(len(self), dtype=np.int64)
         classify = self.classify(model)
         what = f"tuning on {self.task}"
-        return evaluate(self.fabric, classify, self.images, samples, self.loading, what, self.room)
+        return evaluate(
+            self.fabric, classify, self.images, samples, self.loading, what, self.batch_limit
+        )

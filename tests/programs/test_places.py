@@ -1,10 +1,14 @@
 """A problem names the key that is to be changed, wherever in a config a part stands."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commandline import compose
+from datasets import Dataset, Image, Value, load_dataset
+from transformers import CLIPConfig, CLIPModel
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
@@ -82,6 +86,78 @@ def test_parts_of_pools(program_config: Config) -> None:
     assert found[0].endswith("To take its settings away too: '~taskpool.tasks.z'.")
     found = lines(program_config, taskpool=taskpool | {"dataloader_kwargs": {"batch_size": 0}})
     assert starts(found, "taskpool.dataloader_kwargs.batch_size: '0' is not 1 or more.")
+
+
+def said(config: Config, **changes: Any) -> str:
+    """Return what a run ends with."""
+    with pytest.raises(FusionBenchError) as caught:
+        instantiate(config | changes).run()
+    return str(caught.value)
+
+
+def test_datasets_of_tasks(program_config: Config, family: Path, tmp_path: Path) -> None:
+    rows = load_dataset(str(family / "datasets" / "a"), split="test")
+    tasks = program_config["taskpool"]["test_datasets"]
+    rows.cast_column("label", Value("int64")).to_parquet(tmp_path / "plain.parquet")
+    tasks["a"] |= {"path": "parquet", "data_files": {"test": str(tmp_path / "plain.parquet")}}
+    rows.save_to_disk(tmp_path / "saved")
+    saved = {"dataset_path": str(tmp_path / "saved"), "split": "train"}
+    tasks["b"] = {"_target_": "datasets.load_from_disk", **saved}
+    found = lines(program_config)
+    assert found == [
+        "taskpool.tasks.a.class_names: missing; the column 'label' of test_datasets.a does not "
+        "name its classes. List them in label order: 'taskpool.tasks.a.class_names: […]'.",
+        f"taskpool.test_datasets.b.split: '{tmp_path / 'saved'}' holds a single dataset, which has "
+        "no split 'train'. Remove the key.",
+    ]
+
+
+def learning(config: Config, node: Config) -> Config:
+    """Return the config of a method that learns from ``node``, and from others for ``b``."""
+    train = {"a": node, "b": config["taskpool"]["test_datasets"]["b"] | {"split": "train"}}
+    method = {"_target_": f"{METHOD}AdaMergingAlgorithm", "max_steps": 1, "batch_size": 4}
+    return config | {
+        "method": method,
+        "modelpool": config["modelpool"] | {"train_datasets": train},
+    }
+
+
+def test_datasets_of_methods(program_config: Config, family: Path, tmp_path: Path) -> None:
+    rows = load_dataset(str(family / "datasets" / "a"), split="train")
+    plain = rows.cast_column("image", Image(decode=False))
+    broken = [row | {"image": {"bytes": b"none", "path": None}} for row in plain.skip(1)]
+    Dataset.from_list([plain[0], *broken], rows.features).to_parquet(tmp_path / "broken.parquet")
+    files = {"train": str(tmp_path / "broken.parquet")}
+    node = {"_target_": "datasets.load_dataset", "path": "parquet", "split": "train"}
+    config = learning(program_config, node | {"data_files": files})
+    found = said(config)  # in a thread, while the method learns
+    assert re.match(r"modelpool\.train_datasets\.a: sample \d+ holds no readable image", found)
+    del files["train"]
+    files["test"] = str(tmp_path / "broken.parquet")
+    assert starts(
+        lines(config), "modelpool.train_datasets.a: Cannot read the dataset 'parquet': it"
+    )
+    assert starts(
+        lines(learning(program_config, {"_target_": "datasets.load_from_disk"})),
+        "modelpool.train_datasets.a.dataset_path: ",
+    )
+
+
+def test_encoders_of_another_size(program_config: Config, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(program_config["taskpool"]["clip_model"], wide)
+    (wide / "pytorch_model.bin").unlink(missing_ok=True)
+    parts = CLIPConfig.from_pretrained(wide)
+    parts.vision_config.hidden_size *= 2
+    CLIPModel(parts).save_pretrained(wide)
+    taskpool = program_config["taskpool"] | {"clip_model": str(wide)}
+    node = taskpool["test_datasets"]["a"] | {"split": "train"}
+    expected = "taskpool.clip_model: its vision encoder has hidden_size 48, "
+    for config, name in (
+        (program_config, "_pretrained_"),
+        (learning(program_config, node), "merg"),
+    ):
+        assert said(config, taskpool=taskpool).startswith(f"{expected}'{name}")
 
 
 def test_all_mistakes_are_told_in_a_line_each(program_config: Config) -> None:

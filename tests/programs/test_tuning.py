@@ -127,7 +127,7 @@ def test_adamerging_makes_the_answers_surer(config: Config) -> None:
     """Evaluated with what it learned from, by the loss of the answers themselves."""
     pool, tasks = instantiate(_lazy(config["modelpool"])), instantiate(_lazy(config["taskpool"]))
     fabric = Fabric(accelerator="cpu", devices=1)
-    data = tasks.tuning(pool.train_datasets, fabric, "modelpool.train_datasets")
+    data = tasks.tuning(pool.train_datasets, fabric, ("modelpool", "train_datasets"))
     found = []
     for steps in (0, 30):
         options = {"max_steps": steps, "batch_size": 4, "lr": 1e-2}
@@ -504,7 +504,7 @@ def test_running_statistics_are_the_bases_or_averaged(with_heads: Config) -> Non
     pool = instantiate(_lazy(with_heads["modelpool"]))
     tasks = instantiate(_lazy(with_heads["taskpool"]))
     fabric = Fabric(accelerator="cpu", devices=1)
-    data = tasks.tuning(pool.train_datasets, fabric, "modelpool.train_datasets")
+    data = tasks.tuning(pool.train_datasets, fabric, ("modelpool", "train_datasets"))
     key = "embedder.embedder.normalization.running_mean"
     soup, adapted = (
         instantiate(LEARNING[name]).run(pool, fabric, data)

@@ -329,7 +329,7 @@ def test_a_plan_refuses_what_a_run_refuses(
     assert planned(evaluate, forms[form], class_names=names) == []
     (problem,) = planned(evaluate, forms[form], class_names=names[:2])
     assert problem == prepared(evaluate, forms[form], class_names=names[:2])
-    assert "taskpool.tasks.a.class_names" in problem
+    assert "tasks.a.class_names" in problem
 
 
 def test_the_same_data_in_any_form_give_the_same_answers(
@@ -364,10 +364,10 @@ def test_tuning_data_of_other_classes_say_which(
     arguments = evaluate._arguments | {"test_datasets": {"a": forms["text"]}, "tasks": {}}
     pool = CLIPVisionModelTaskPool(**arguments)
     assert pool.plan().problems == []
-    (problem,) = pool.plan_tuning({"a": few}, "method.data").problems
+    (problem,) = pool.plan_tuning({"a": few}, ("method", "data")).problems
     assert str(problem) == (
         "method.data.a: its classes are not those of 'a'. It lacks 'beach'. If labels are "
-        "text, list all: 'taskpool.tasks.a.class_names: […]'."
+        "text, list all in the task pool's 'tasks.a.class_names'."
     )
 
 

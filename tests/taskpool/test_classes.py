@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from fusion_bench.taskpool.classes import name_splits, places, sorted_by_number
+from fusion_bench.taskpool.classes import class_indices, name_splits, sorted_by_number
 from fusion_bench.tasks import load_task
 
 FASHION = load_task("fashion_mnist").class_names or ()
@@ -44,7 +44,7 @@ NUMBERS = [str(i) for i in range(43)]
 def test_classes_are_told_by_name(
     labels: list[str], classes: list[list[str]], expected: list[int] | None
 ) -> None:
-    assert places(labels, *classes) == expected
+    assert class_indices(labels, *classes) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,24 +52,26 @@ def test_classes_are_told_by_name(
     [(["b"], [1]), (["0", "2"], [0, 2]), (["3", "1"], [2, 0]), (["1", "2"], None), (["x"], None)],
 )
 def test_some_of_the_classes(labels: list[str], expected: list[int] | None) -> None:
-    assert places(labels, [*"abc"], whole=False) == expected
+    assert class_indices(labels, [*"abc"], whole=False) == expected
 
 
 def test_spellings_of_one_class_are_one_where_they_are_samples() -> None:
-    assert places(["Cat", "cat", "dog"], ["dog", "cat"], whole=False) == [1, 1, 0]
+    assert class_indices(["Cat", "cat", "dog"], ["dog", "cat"], whole=False) == [1, 1, 0]
 
 
 def test_folders_of_the_canonical_tasks() -> None:
     folders = sorted(name.replace("/", "_") for name in FASHION)
-    assert [FASHION[i] for i in places(folders, FASHION) or ()] == sorted(FASHION)
+    assert [FASHION[i] for i in class_indices(folders, FASHION) or ()] == sorted(FASHION)
     alphabetical = sorted(NUMBERS)
-    assert places(alphabetical, SIGNS) == [int(name) for name in alphabetical]
-    assert places([f"{i:05}" for i in range(43)], SIGNS) == list(range(43))
+    assert class_indices(alphabetical, SIGNS) == [int(name) for name in alphabetical]
+    assert class_indices([f"{i:05}" for i in range(43)], SIGNS) == list(range(43))
     ids = sorted(str(i) for i in range(1, 103))
-    assert places(ids, FLOWERS) == [int(name) - 1 for name in ids]
+    assert class_indices(ids, FLOWERS) == [int(name) - 1 for name in ids]
     assert EUROSAT.class_names is not None and EUROSAT.label_names is not None
     folders = ["annual crop", *EUROSAT.label_names[1:-1], "sea or lake"]  # a copy's own words
-    assert places([*folders[:0:-1], "AnnualCrop"], EUROSAT.class_names, EUROSAT.label_names) == [
+    assert class_indices(
+        [*folders[:0:-1], "AnnualCrop"], EUROSAT.class_names, EUROSAT.label_names
+    ) == [
         *range(9, 0, -1),
         0,
     ]
@@ -78,13 +80,15 @@ def test_folders_of_the_canonical_tasks() -> None:
 def test_published_data_sets_keep_their_order() -> None:
     """Their cards' own names: one misspelt, spaced otherwise, or with another name for a few."""
     hundred = load_task("cifar100").class_names or ()
-    assert places(["cra" if n == "crab" else n for n in hundred], hundred) == list(range(100))
+    assert class_indices(["cra" if n == "crab" else n for n in hundred], hundred) == list(
+        range(100)
+    )
     fashion = ["T - shirt / top", *FASHION[1:]]
-    assert places(fashion, FASHION) == list(range(10))
+    assert class_indices(fashion, FASHION) == list(range(10))
     others = {"air plant": "ball moss", "globe flower": "globe-flower", "mallow": "tree mallow 2"}
     flowers = [others.get(name, name) for name in FLOWERS]
-    assert places(flowers, FLOWERS) == list(range(102))
-    assert places(list(SIGNS), SIGNS) == list(range(43))
+    assert class_indices(flowers, FLOWERS) == list(range(102))
+    assert class_indices(list(SIGNS), SIGNS) == list(range(43))
 
 
 @pytest.mark.parametrize(

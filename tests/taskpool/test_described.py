@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_local_directory_tells_by_its_card_and_footers(folder: Path, tmp_path: Path) -> None:
     node = {"_target_": LOAD, "path": str(folder), "split": "test"}
-    found = describe(node, "k", tmp_path)
+    found = describe(node, tmp_path)
     assert found is not None and found.features is not None
     assert dict(found.splits) == {"train": 5, "test": 7}
     assert found.features["label"].names == ["cat", "dog", "emu"]
@@ -32,7 +32,7 @@ def test_a_local_directory_tells_by_its_card_and_footers(folder: Path, tmp_path:
 def test_without_a_card_the_parquet_footers_tell(tmp_path: Path) -> None:
     write_dataset(tmp_path / "d", ["cat", "dog"], splits={"test": 4})
     (tmp_path / "d" / "README.md").unlink()
-    found = describe({"_target_": LOAD, "path": str(tmp_path / "d"), "split": "test"}, "k")
+    found = describe({"_target_": LOAD, "path": str(tmp_path / "d"), "split": "test"})
     assert found is not None and found.features is not None
     assert dict(found.splits) == {"test": 4} and found.features["label"].names == ["cat", "dog"]
 
@@ -42,16 +42,16 @@ def test_nothing_is_left_in_the_caches(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     scratch = tmp_path / "scratch"
-    describe({"_target_": LOAD, "path": str(folder), "split": "test"}, "k", scratch)
+    describe({"_target_": LOAD, "path": str(folder), "split": "test"}, scratch)
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "tset"}, "k: Cannot read the dataset '{0}': it has no split 'tset'. Did you"),
+        ({"split": "tset"}, "Cannot read the dataset '{0}': it has no split 'tset'. Did you"),
         ({"split": "train[:50%]+tset[1:]"}, "it has no split 'tset'"),
-        ({"split": None}, "k: names no split. Add 'split: …', one of: train, test."),
+        ({"split": None}, "names no split. Add 'split: …', one of: train, test."),
         ({"path": "/no/such"}, "There is no such directory: '/no/such'"),
         ({"name": "other"}, "it has no configuration 'other'"),
     ],
@@ -59,13 +59,13 @@ def test_nothing_is_left_in_the_caches(
 def test_mistakes(folder: Path, changes: dict[str, str], message: str) -> None:
     node = {"_target_": LOAD, "path": str(folder), "split": "test"} | changes
     with pytest.raises(FusionBenchError) as caught:
-        describe(node, "k")
+        describe(node)
     assert message.format(folder) in str(caught.value)
 
 
 def test_splits_that_are_there_pass(folder: Path) -> None:
     for split in ("all", "train[:50%]+test", "train"):
-        assert describe({"_target_": LOAD, "path": str(folder), "split": split}, "k")
+        assert describe({"_target_": LOAD, "path": str(folder), "split": split})
 
 
 def test_what_was_saved_to_disk(tmp_path: Path) -> None:
@@ -74,27 +74,27 @@ def test_what_was_saved_to_disk(tmp_path: Path) -> None:
     rows.save_to_disk(tmp_path / "one")
     DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "several")
     node = {"_target_": "datasets.load_from_disk", "dataset_path": str(tmp_path / "one")}
-    found = describe(node, "k")
+    found = describe(node)
     assert found is not None and found.features == features
-    with pytest.raises(FusionBenchError, match="k: names no split"):
-        describe(node | {"dataset_path": str(tmp_path / "several")}, "k")
+    with pytest.raises(FusionBenchError, match="names no split"):
+        describe(node | {"dataset_path": str(tmp_path / "several")})
     with pytest.raises(FusionBenchError, match="no such directory"):
-        describe(node | {"dataset_path": str(tmp_path / "none")}, "k")
+        describe(node | {"dataset_path": str(tmp_path / "none")})
 
 
 def test_the_zoo_is_not_built_to_be_described() -> None:
     node = {"_target_": "fusion_bench.zoo.load_dataset", "name": "shapes", "split": "test"}
-    found = describe(node, "k")
+    found = describe(node)
     assert found is not None and found.features is not None
     assert found.features["label"].num_classes == 8
     for wrong, message in (({"name": "shape"}, "'shapes'"), ({"split": "tset"}, "'test'")):
         with pytest.raises(FusionBenchError, match=f"Did you mean {message}"):
-            describe(node | wrong, "k")
+            describe(node | wrong)
 
 
 def test_others_are_left_alone() -> None:
-    assert describe({"_target_": "some.other"}, "k") is None
-    assert describe(object(), "k") is None
+    assert describe({"_target_": "some.other"}) is None
+    assert describe(object()) is None
 
 
 def test_split_names() -> None:
@@ -120,9 +120,9 @@ def test_what_was_saved_as_several_splits_has_them(
     saved: Path, split: str, labels: list[int] | None
 ) -> None:
     node = {"_target_": READ, "dataset_path": str(saved / "several"), "split": split}
-    assert describe(node, "k")
+    assert describe(node)
     if labels is not None:
-        assert load_split(node, "k")["label"][:] == labels
+        assert load_split(node)["label"][:] == labels
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,15 @@ def test_a_split_that_was_not_saved(saved: Path, place: str, split: str, message
     node = {"_target_": READ, "dataset_path": str(saved / place), "split": split}
     for look in (describe, load_split):
         with pytest.raises(FusionBenchError) as caught:
-            look(node, "k")
+            look(node)
         assert message in str(caught.value)
 
 
 def test_a_single_split_may_be_called_by_its_name(saved: Path) -> None:
     node = {"_target_": READ, "dataset_path": str(saved / "one"), "split": "test"}
-    found = describe(node, "k")
+    found = describe(node)
     assert found is not None and found.column is not None
-    assert found.column("test", "label").to_pylist() == load_split(node, "k")["label"][:] == [5]
+    assert found.column("test", "label").to_pylist() == load_split(node)["label"][:] == [5]
 
 
 def test_only_the_labels_are_read(folder: Path, saved: Path) -> None:
@@ -153,7 +153,7 @@ def test_only_the_labels_are_read(folder: Path, saved: Path) -> None:
         ({"_target_": LOAD, "path": str(folder), "split": "test"}, 7),
         ({"_target_": READ, "dataset_path": str(saved / "several"), "split": "test"}, 2),
     ):
-        found = describe(node, "k")
+        found = describe(node)
         assert found is not None and found.column is not None
         assert len(found.column("test", "label")) == count
 
@@ -161,7 +161,7 @@ def test_only_the_labels_are_read(folder: Path, saved: Path) -> None:
 def test_files_by_split_are_described(folder: Path) -> None:
     files = {"test": str(folder / "data" / "test-*.parquet")}
     node = {"_target_": LOAD, "path": "parquet", "data_files": files, "split": "test"}
-    found = describe(node, "k")
+    found = describe(node)
     assert found is not None and found.features is not None
     assert dict(found.splits) == {"test": 7}
 
@@ -174,6 +174,6 @@ def test_folders_of_pictures_tell_their_classes(tmp_path: Path, by: str) -> None
             place.mkdir(parents=True)
             PILImage.new("RGB", (4, 4)).save(place / "a.png")
     named = {"path": str(tmp_path)} if by == "path" else {"path": "imagefolder", by: str(tmp_path)}
-    found = describe({"_target_": LOAD, **named, "split": "test"}, "k", tmp_path / "scratch")
+    found = describe({"_target_": LOAD, **named, "split": "test"}, tmp_path / "scratch")
     assert found is not None and found.features is not None
     assert found.features == Features({"image": Image(), "label": ClassLabel(names=["10", "9"])})

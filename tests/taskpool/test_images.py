@@ -65,18 +65,18 @@ def message(data: Any, **task: Any) -> str:
 
 def test_no_split() -> None:
     text = message(DatasetDict(train=dataset([0]), test=dataset([1])))
-    assert "taskpool.test_datasets.t" in text and "train, test" in text
+    assert "test_datasets.t" in text and "train, test" in text
 
 
 def test_no_image_column() -> None:
     text = message(dataset([0]).remove_columns("image"))
     assert "no image column" in text and "label (int64)" in text
-    assert "taskpool.tasks.t.image_column" in text
+    assert "tasks.t.image_column" in text
 
 
 def test_several_label_columns() -> None:
     data = dataset([0], other=ClassLabel(names=["x"])).rename_column("label", "kind")
-    assert "taskpool.tasks.t.label_column" in message(data)
+    assert "tasks.t.label_column" in message(data)
 
 
 def test_a_named_column_that_does_not_exist() -> None:
@@ -84,7 +84,7 @@ def test_a_named_column_that_does_not_exist() -> None:
 
 
 def test_classes_without_names() -> None:
-    assert "taskpool.tasks.t.class_names" in message(dataset([0, 1], Value("int64")))
+    assert "tasks.t.class_names" in message(dataset([0, 1], Value("int64")))
 
 
 def test_another_number_of_class_names() -> None:
@@ -188,7 +188,7 @@ def test_a_picture_of_another_format_is_refused_with_its_number_and_name() -> No
     with pytest.raises(FusionBenchError) as error:
         found.image(1)
     assert str(error.value) == (
-        "taskpool.test_datasets.t: sample 1, 'cat/b.png', holds no readable image (it is no PNG, "
+        "test_datasets.t: sample 1, 'cat/b.png', holds no readable image (it is no PNG, "
         "JPEG, WEBP, GIF, BMP, TIFF or PPM picture, or its first bytes are broken)."
     )
 
@@ -245,7 +245,7 @@ def test_labels_may_be_text(caplog: pytest.LogCaptureFixture) -> None:
     found = images(strings(["red_fox", "dog", "red_fox"]))
     assert found.class_names == ["dog", "red fox"] and found.labels.tolist() == [1, 0, 1]
     assert "the classes are the 2 that occur in this split" in caplog.text
-    assert "taskpool.tasks.t.class_names" in caplog.text
+    assert "tasks.t.class_names" in caplog.text
 
 
 def test_numbers_that_are_text_are_in_their_order() -> None:
@@ -304,7 +304,7 @@ def test_folders_of_a_known_task_are_told_by_name(caplog: pytest.LogCaptureFixtu
     assert names is not None
     assert found.class_names == [names[int(number)] for number in numbers]
     assert found.labels.tolist() == [0, 1]  # as the dataset has them
-    assert "classes are told by their names: '0' is 'red and white circle 20" in caplog.text
+    assert "classes are matched by their names: '0' is 'red and white circle 20" in caplog.text
 
 
 def test_names_that_tell_nothing_are_refused_and_the_ways_out_work() -> None:
@@ -313,7 +313,7 @@ def test_names_that_tell_nothing_are_refused_and_the_ways_out_work() -> None:
         named("fashion_mnist", strange)
     text = str(error.value)
     assert "which is which cannot be told" in text
-    assert "'taskpool.tasks.fashion_mnist.class_names=null'" in text
+    assert "'tasks.fashion_mnist.class_names=null'" in text
     assert named("fashion_mnist", strange, class_names=None).class_names == strange
     own = [letter * 2 for letter in "abcdefghij"]
     assert named("fashion_mnist", strange, class_names=own).class_names == own

@@ -127,7 +127,7 @@ def test_evaluating_in_other_precisions(
     family: Path, program_config: dict[str, Any], images: TuningImages, precision: Any
 ) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    data = tasks(program_config).tuning({"a": node(family, split="test")}, fabric, "here")
+    data = tasks(program_config).tuning({"a": node(family, split="test")}, fabric, ("here",))
     exact = images.evaluate(model(family))
     assert data["a"].evaluate(model(family)).loss_sum == pytest.approx(exact.loss_sum, rel=0.05)
 
@@ -146,7 +146,7 @@ def test_the_test_split_is_known_by_its_name(
     family: Path, program_config: dict[str, Any], split: str, expected: bool
 ) -> None:
     pool = tasks(program_config)
-    data = pool.tuning({"a": node(family, split=split)}, CPU, "here")["a"]
+    data = pool.tuning({"a": node(family, split=split)}, CPU, ("here",))["a"]
     assert data.split == split
     assert data.is_test(pool.data("a")) is expected
 
@@ -156,7 +156,7 @@ def test_the_test_split_is_known_by_its_content(
 ) -> None:
     evaluated = tasks(program_config, test_datasets={"a": node(family)})
     for split in ("train", "train[:2]", "train[1:]"):
-        data = evaluated.tuning({"a": node(family, split=split)}, CPU, "here")["a"]
+        data = evaluated.tuning({"a": node(family, split=split)}, CPU, ("here",))["a"]
         assert data.is_test(evaluated.data("a"))
 
 
@@ -168,7 +168,7 @@ def test_a_copy_of_the_test_split_is_known_by_its_images(
     copy = tmp_path / "copy.parquet"
     pool.data("a").dataset.select(range(3, 20)).to_parquet(copy)
     load = {"_target_": "datasets.load_dataset", "path": "parquet", "split": "train"}
-    data = pool.tuning({"a": load | {"data_files": str(copy)}}, CPU, "here")["a"]
+    data = pool.tuning({"a": load | {"data_files": str(copy)}}, CPU, ("here",))["a"]
     assert data.split == "train" and data.is_test(pool.data("a"))
 
 
@@ -180,19 +180,20 @@ def test_names_are_those_of_tasks_however_they_are_written(
         test_datasets={"stanford-cars": node(family, split="test")},
         tasks={"stanford-cars": {"class_names": ["x", "y", "z"]}},
     )
-    data = pool.tuning({"stanford_cars": node(family)}, CPU, "here")
+    data = pool.tuning({"stanford_cars": node(family)}, CPU, ("here",))
     assert data["stanford_cars"].task == "stanford-cars"
     assert data["stanford_cars"].data.class_names == ["x", "y", "z"]
     assert len(data["stanford_cars"]) == 4
 
 
 def test_what_cannot_be_learned_from(family: Path, program_config: dict[str, Any]) -> None:
-    pool, key = tasks(program_config), "modelpool.train_datasets"
+    pool, place = tasks(program_config), ("modelpool", "train_datasets")
+    key = r"^modelpool\.train_datasets"
     with pytest.raises(FusionBenchError, match=rf"{key}\.aa: the task pool has no such task"):
-        pool.tuning({"aa": node(family)}, CPU, key)
+        pool.tuning({"aa": node(family)}, CPU, place)
     with pytest.raises(FusionBenchError, match=rf"{key}\.b: its classes are not those of 'b'"):
-        pool.tuning({"b": node(family, "a")}, CPU, key)
+        pool.tuning({"b": node(family, "a")}, CPU, place)
     with pytest.raises(FusionBenchError, match="no split 'validation'"):
-        pool.tuning({"a": node(family, split="validation")}, CPU, key)
+        pool.tuning({"a": node(family, split="validation")}, CPU, place)
     with pytest.raises(FusionBenchError, match=rf"{key}\.a: names no split"):
-        pool.tuning({"a": {k: v for k, v in node(family).items() if k != "split"}}, CPU, key)
+        pool.tuning({"a": {k: v for k, v in node(family).items() if k != "split"}}, CPU, place)

@@ -11,7 +11,7 @@ from fusion_bench.modelpool.sources.module import Module
 from fusion_bench.modelpool.sources.source import Named
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, key_of
-from fusion_bench.sources import make, unbuilt
+from fusion_bench.sources import load, unbuilt
 from fusion_bench.weights import Config, Model
 
 
@@ -32,7 +32,7 @@ class Node(Module):
     @property
     def module(self) -> nn.Module:
         """What it makes, each time anew."""
-        module = make("model", self.named.node, key_of(self.named.place))
+        module = load("model", self.named.node, key_of(self.named.place))
         if not isinstance(module, nn.Module):
             got = type(module).__name__
             raise FusionBenchError(f"expected a repository, a directory or a module, got {got}.")
