@@ -5,7 +5,6 @@ front, with ``within`` or ``Problems.collect``. So nested methods, sweeps and st
 keys, and one run can tell every problem.
 """
 
-import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,9 +21,6 @@ Kind = Literal["config", "result", "world"]
 #: The command line ends with it after Ctrl-C.
 INTERRUPTED = 130
 
-#: How a message begins that names its whole key itself.
-_KEY = re.compile(r"([a-z_]+(?:(?:\.[^\s:]+)|(?:\[\d+\]))*): (.*)", re.DOTALL)
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -37,6 +33,7 @@ class Problem:
             the last of ``place`` is written ``{here}key``, one further out ``{above}key``.
         kind: whose fault it is.
         details: lines of evidence, such as the keys that two models do not share.
+        whole: ``place`` is the whole key already; nobody puts anything before it.
     """
 
     place: Place
@@ -83,11 +80,9 @@ class FusionBenchError(Exception):
         self, reason: str, remedy: str = "", *, place: Place = (), details: Iterable[str] = ()
     ):
         super().__init__(reason)
-        if not place and (named := _KEY.fullmatch(reason)):
-            problem = Problem((named[1],), named[2], remedy, self.kind, tuple(details), whole=True)
-            self.problems: tuple[Problem, ...] = (problem,)
-            return
-        self.problems = (Problem(place, reason, remedy, self.kind, tuple(details)),)
+        self.problems: tuple[Problem, ...] = (
+            Problem(place, reason, remedy, self.kind, tuple(details)),
+        )
 
     def __str__(self) -> str:
         return text_of(self.problems)

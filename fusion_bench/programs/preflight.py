@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from rich import box
@@ -21,6 +20,7 @@ from fusion_bench.method.base import aligned
 from fusion_bench.method.contract import FusionMethod, ModelPool
 from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
+from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import ConfigError, Problem, Problems
 from fusion_bench.programs.fusing import LearnedSplit, require_taskpool
@@ -28,9 +28,8 @@ from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Located
 from fusion_bench.report.table import wide_console
-from fusion_bench.repository import hub_cache, locate
+from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
-from fusion_bench.sources import unbuilt
 from fusion_bench.weights import MergePolicy, Weights
 
 log = logging.getLogger(__name__)
@@ -114,23 +113,28 @@ def show(plan: Plan, console: Console) -> None:
 
 def _look_at_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
     """Find what a pool's node names where the pool itself could not be made."""
+    config = prepared.spec.config
+    if prepared.modelpool is None:
+        with plan.collect("modelpool"):
+            sources = Sources(_mapping(config["modelpool"], "models"), "AutoModel")
+            sources.scratch = scratch
+            for name in sources:
+                with plan.collect("modelpool", "models", name):
+                    sources[name].plan(plan)
+    if prepared.taskpool is None:
+        from fusion_bench.taskpool.described import describe
 
-    def named(pool: object, section: str, key: str) -> Mapping[str, Any]:
-        node = prepared.spec.config[section] if pool is None else None
-        found = node.get(key) if isinstance(node, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+        for name, node in _mapping(config["taskpool"], "test_datasets").items():
+            place = ("taskpool", "test_datasets", name)
+            if not any(problem.place[:3] == place for problem in plan.problems):
+                with plan.collect(*place):
+                    describe(node, scratch)
 
-    for name, source in named(prepared.modelpool, "modelpool", "models").items():
-        with plan.collect("modelpool", "models", name):
-            if isinstance(source, str) and unbuilt(source) is None and not Path(source).is_file():
-                locate(source, scratch)
-    for name, node in named(prepared.taskpool, "taskpool", "test_datasets").items():
-        key = f"taskpool.test_datasets.{name}"
-        with plan.collect("taskpool", "test_datasets", name):
-            from fusion_bench.taskpool.described import describe
 
-            if not any(problem.key.startswith(f"{key}.") for problem in plan.problems):
-                describe(node, scratch)
+def _mapping(node: object, key: str) -> Mapping[str, object]:
+    """Return what a node has under a key, if that is a mapping."""
+    found = node.get(key) if isinstance(node, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 class _Opened:

@@ -57,6 +57,15 @@ def test_options_of_a_method_in_a_method(program_config: Config, outer: str) -> 
     assert starts(remedied, "seed: ")  # nothing is said of the method
 
 
+def test_weights_of_an_ensemble_are_counted_before_anything_is_loaded(
+    program_config: Config,
+) -> None:
+    weighed = {"_target_": f"{METHOD}WeightedEnsembleAlgorithm", "weights": [1.0]}
+    assert lines(program_config, method=weighed) == [
+        "method.weights: 1 value for 2 models (a, b). Give one for each."
+    ]
+
+
 def test_two_methods_deep(program_config: Config) -> None:
     inner = over("KnOTSMerging", TIES | {"threshold": -1})
     assert starts(
