@@ -376,17 +376,17 @@ def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
 def test_a_place_is_claimed_by_one(tmp_path: Path) -> None:
     for inside in (True, False):
         place = tmp_path / "place"
-        with claimed(place, "some.key", inside=inside):
-            again = claimed(place, "some.key", inside=inside)
+        with claimed(place, ("some", "key"), inside=inside):
+            again = claimed(place, ("some", "key"), inside=inside)
             with (
                 pytest.raises(EnvironmentProblem, match=r"some\.key: .*in use .*process \d+"),
                 again,
             ):
                 raise AssertionError
             with pytest.raises(EnvironmentProblem, match=r"some\.key: .*in use"):
-                check_unclaimed(place, "some.key", inside=inside)
-        check_unclaimed(place, "some.key", inside=inside)
-        with claimed(place, "some.key", inside=inside), claimed(tmp_path / "other", "x"):
+                check_unclaimed(place, ("some", "key"), inside=inside)
+        check_unclaimed(place, ("some", "key"), inside=inside)
+        with claimed(place, ("some", "key"), inside=inside), claimed(tmp_path / "other", ("x",)):
             pass
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -395,7 +395,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from fusion_bench.storage import claimed
-with claimed(Path(sys.argv[1]), "some.key"):
+with claimed(Path(sys.argv[1]), ("some", "key")):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -408,11 +408,11 @@ def test_a_killed_run_claims_nothing(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(EnvironmentProblem, match=f"process {holder.pid} on "):
-            check_unclaimed(place, "some.key")
+            check_unclaimed(place, ("some", "key"))
         holder.kill()
         holder.wait()
     assert [path.name for path in tmp_path.iterdir()] == [".place.claimed"]
-    with claimed(place, "some.key"):
+    with claimed(place, ("some", "key")):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -421,14 +421,14 @@ def test_a_killed_run_claims_nothing(tmp_path: Path) -> None:
 def test_processes_of_one_run_claim_once(
     tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with claimed(tmp_path / "x", "key"):
+    with claimed(tmp_path / "x", ("key",)):
         monkeypatch.setenv(rank, "1")
-        check_unclaimed(tmp_path / "x", "key")
-        with claimed(tmp_path / "x", "key"):
+        check_unclaimed(tmp_path / "x", ("key",))
+        with claimed(tmp_path / "x", ("key",)):
             pass
         monkeypatch.setenv(rank, "0")
         with pytest.raises(EnvironmentProblem):
-            check_unclaimed(tmp_path / "x", "key")
+            check_unclaimed(tmp_path / "x", ("key",))
 
 
 def test_a_file_system_without_locks(
@@ -438,5 +438,5 @@ def test_a_file_system_without_locks(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with claimed(tmp_path / "x", "key"):
+    with claimed(tmp_path / "x", ("key",)):
         assert "cannot be claimed (No locks available)" in caplog.text

@@ -182,13 +182,14 @@ def test_modules_that_are_given_are_not_changed(zoo: Path, family: Path) -> None
         task: AutoModelForImageClassification.from_pretrained(zoo / "vit" / task)
         for task in CLASSES
     }
-    pool = HFModelPool({task: model.base_model for task, model in given.items()})
+    backbones = {task: model.base_model for task, model in given.items()}
+    pool = HFModelPool(backbones)
     before = {name: sha256(pool.weights(name)) for name in CLASSES}
     both = tasks(family, given, processor=str(zoo / "vit" / "a"))
     merged = pool.build_model(SimpleAverageAlgorithm(show_pbar=False).run(pool))
     both.evaluate(merged, CPU)
     assert {name: sha256(pool.weights(name)) for name in CLASSES} == before
-    assert given["a"].base_model is pool._models["a"]
+    assert given["a"].base_model is backbones["a"]
     expected = of(zoo, "vit", family).evaluate(models(zoo, "vit").load_model("a"), CPU)
     assert answers(both.evaluate(pool.load_model("a"), CPU)) == answers(expected)
 
