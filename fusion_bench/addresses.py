@@ -72,13 +72,13 @@ def _mistake(address: str) -> str | None:
     """Return what is wrong with an address that a user's config names."""
     scheme = _scheme(address)
     if "::" in address:
-        return f"'{address}' is a chain of addresses, which is not opened. Name one file."
+        return f"'{address}' is a chain of addresses, which is not supported. Name one file."
     if scheme in ("file", "local"):
-        return f"'{address}' is not opened. Write the path itself."
+        return f"'{address}' is not supported. Give the path instead."
     if scheme not in ("", "hf", *_WEB):
         return (
-            f"'{address}' is not opened: '{scheme}' is no scheme for data here. Fetch it, and name "
-            "the local path."
+            f"'{address}' is not supported: '{scheme}' is not an allowed scheme. Download the "
+            "data and give the local path."
         )
     return None
 
@@ -152,13 +152,13 @@ class Folders:
         place, real = _absolute(Path(path)), Path(os.path.realpath(path))
         if not self._hold(place):
             raise AddressError(
-                f"'{path}' lies outside of the data set's folder, and is not opened. If it is "
-                "meant, name it in the config: 'data_files: …'."
+                f"'{path}' is outside the dataset's folder and is not opened. If you trust it, "
+                "name it in the config: 'data_files: …'."
             )
         if place.suffix.lower() not in _PICTURES and not self._hold(real, real=True):
             raise AddressError(
-                f"'{path}' is a link that leads out of the data set's folder, to '{real}'. If it "
-                "is meant, name that file in the config: 'data_files: …'."
+                f"'{path}' is a link that leads out of the dataset's folder, to '{real}'. If you "
+                "trust it, name the target in the config: 'data_files: …'."
             )
 
     def _hold(self, path: Path, *, real: bool = False) -> bool:
@@ -183,11 +183,11 @@ class Folders:
             return self._unpacked(archive, member)  # as 'datasets' names what lies in an archive
         if _scheme(name) or "::" in name:
             raise AddressError(
-                f"it names the address '{name}', and what rows name is not fetched. Use a copy of "
-                "the data set that holds its pictures"
+                f"it names the address '{name}', and addresses in rows are not fetched. Use a "
+                "copy of the dataset that contains its images"
             )
         if not self.holds(name):
-            raise AddressError(f"it names '{name}', which lies outside of the data set's folder")
+            raise AddressError(f"it names '{name}', which is outside the dataset's folder")
         with _opened(name) as file:
             return file.read()
 
@@ -196,7 +196,7 @@ class Folders:
         try:
             with _opened(archive) as file, ZipFile(file) as packed:
                 if packed.getinfo(member).file_size > _MOST_OF_A_PICTURE:
-                    raise OSError(f"'{member}' is larger than any picture")
+                    raise OSError(f"'{member}' is too large for an image")
                 return packed.read(member)
         except (BadZipFile, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
             raise OSError(f"'{member}' cannot be read from '{archive}': {error}") from error
@@ -211,12 +211,12 @@ def _opened(name: str) -> IO[bytes]:
     try:
         file = open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     except ValueError as error:  # a NUL in its name
-        raise OSError(f"{name!r} is no file's name") from error
+        raise OSError(f"{name!r} is not a file name") from error
     state = os.fstat(file.fileno())
     if stat.S_ISREG(state.st_mode) and state.st_size <= _MOST_OF_A_PICTURE:
         return file
     file.close()
-    raise OSError(f"'{name}' is no file of a size that makes sense")
+    raise OSError(f"'{name}' is not a regular file of a plausible size")
 
 
 def _absolute(path: Path) -> Path:
@@ -298,12 +298,14 @@ def _refusing(scheme: str) -> "type[AbstractFileSystem]":
         protocol = scheme
 
         def __init__(self, *args: Any, **kwargs: Any):
-            raise AddressError(f"it names an address of the scheme '{scheme}', which is not opened")
+            raise AddressError(
+                f"it names an address with the scheme '{scheme}', which is not supported"
+            )
 
         @staticmethod
         def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
             shown = path.partition("?")[0]
-            raise AddressError(f"it names the address '{shown}', which is not opened")
+            raise AddressError(f"it names the address '{shown}', which is not supported")
 
     return Refusing
 
@@ -364,8 +366,8 @@ def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
             up = ".." in Path(text).parts or Path(text).is_absolute()
             if "://" in text or (places and ("::" in text or _scheme(text) or up)):
                 raise AddressError(
-                    f"'{file}' names '{text}' ({key}). A card may name files of its own folder "
-                    "alone. Correct it, or name the files in the config: 'data_files: …'."
+                    f"'{file}' names '{text}' ({key}). A card may name only files in its own "
+                    "folder. Correct it, or name the files in the config: 'data_files: …'."
                 )
 
 

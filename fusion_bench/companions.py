@@ -114,13 +114,13 @@ def own_file(directory: Path, name: str) -> Path:
         real, home = file.resolve(strict=True), directory.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         if "\0" not in name and file.is_symlink():
-            raise ConfigError(f"'{file}' is a link that leads nowhere. Remove it.") from error
+            raise ConfigError(f"'{file}' is a broken link. Remove it.") from error
         raise ConfigError(f"There is no '{name}' in '{directory}'.") from error
     if not (_is_inside(real, home) or _is_blob(real, home)):
         instead = f", or name '{real}' itself" if name in _ONE_FILE else ""
         raise ConfigError(
-            f"'{file}' is a link to '{real}', which is no file of the model's folder. It is not "
-            f"followed. Put a copy of the file in its place{instead}."
+            f"'{file}' is a link to '{real}', which is not a file of the model's folder. It is "
+            f"not followed. Replace the link by a copy of the file{instead}."
         )
     refuse_size(str(file), name, _size(file, real))
     return file
@@ -169,12 +169,15 @@ def module_folders(modules: Any, where: str) -> dict[str, str]:
             (module.get("path"), module.get("type")) if isinstance(module, dict) else (None, None)
         )
         if not (isinstance(path, str) and isinstance(kind, str)):
-            raise ConfigError(f"'{where}' is no list of modules. Fetch it again, or remove it.")
+            raise ConfigError(
+                f"'{where}' is not a list of modules. Download it again, or remove it."
+            )
         if not path:
             continue  # the model itself
         if PurePosixPath(path).name != path or path.startswith(".") or re.search(r"[\\\0]", path):
             raise ConfigError(
-                f"'{where}' names the folder {path!r}, which is no folder beside it. It is refused."
+                f"'{where}' names the folder {path!r}, which is not a folder next to it. This is "
+                "refused."
             )
         folders[path] = kind
     return folders
@@ -212,5 +215,5 @@ def _is_blob(real: Path, home: Path) -> bool:
 def _size(file: Path, real: Path) -> int:
     state = real.stat()
     if not stat.S_ISREG(state.st_mode):
-        raise ConfigError(f"'{file}' is no regular file. Remove it.")
+        raise ConfigError(f"'{file}' is not a regular file. Remove it.")
     return state.st_size

@@ -223,8 +223,8 @@ def _part_problems(node: Any, example: str, *, texts: bool) -> Iterator[Problem]
         wrong = isinstance(node, bool | int | float | list) or (isinstance(node, str) and not texts)
     if not wrong:
         return
-    what = "has no _target_" if isinstance(node, Mapping) else f"'{node}' is no config node"
-    yield Problem((), f"{what}.", f"Give it one, such as '_target_: {example}'.")
+    what = "has no _target_" if isinstance(node, Mapping) else f"'{node}' is not a config node"
+    yield Problem((), f"{what}.", f"Add one, such as '_target_: {example}'.")
 
 
 def _gathered(
@@ -270,11 +270,11 @@ def _problems(
             yield from _problems(child, "", (*place, index), {})
     elif _is_open(node):
         # It would be resolved once more, to something that nobody has looked at.
-        yield Problem(place, f"'{node}' holds an interpolation within another.", "Write it out.")
+        yield Problem(place, f"'{node}' contains a nested interpolation.", ("Write out the value."))
     elif isinstance(node, float) and isnan(node):
-        yield Problem(place, "NaN is no number to calculate with.", "Give another.")
+        yield Problem(place, "NaN is not allowed.", "Give another.")
     elif isinstance(node, str) and _SURROGATE.search(node):
-        reason = f"'{node}' is no valid UTF-8, which a report could not tell."
+        reason = f"'{node}' is not valid UTF-8, so a report cannot contain it."
         yield Problem(place, reason, "Rename it.")
 
 
@@ -304,7 +304,7 @@ def _signature_problems(
         return
     wanted = _SECTIONS.get(section, "")
     if isinstance(target, str) and not is_users(target) and not target.startswith(wanted):
-        yield Problem(("_target_",), f"'{target}' is no {section}.")
+        yield Problem(("_target_",), f"'{target}' is not a {section}.")
         return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
         yield Problem((name,), mistake)
@@ -316,7 +316,7 @@ def _signature_problems(
     given -= _BESIDE.get(str(target), set())
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given - set(parameters)):
-            reason = f"{_short(target)} takes no such key."
+            reason = f"{_short(target)} has no such key."
             yield Problem((name,), reason, did_you_mean(name, parameters))
     yield from _type_problems(function, {k: v for k, v in node.items() if k in parameters})
     if node.get("_partial_") or node.get("_args_"):

@@ -61,7 +61,7 @@ def checked_node(node: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in node.items():
         if _FILE.fullmatch(str(key)) and isinstance(value, str) and re.search(r"[/\\]", value):
             raise ConfigError(
-                f"{key}: '{value}' is refused; files are read from the model's own folder. "
+                f"{key}: '{value}' is refused; files are read only from the model's own folder. "
                 "Remove the key."
             )
     name = node.get("pretrained_model_name_or_path")
@@ -71,7 +71,7 @@ def checked_node(node: Mapping[str, Any]) -> dict[str, Any]:
         if place is not None and not place.exists():
             place = _folder_on_hub(str(name), node) if model else None
         if place is not None and place.is_file():
-            raise ConfigError(f"'{place}' is a file. Name the folder that it is in.")
+            raise ConfigError(f"'{place}' is a file. Give its folder instead.")
         if place is not None:
             folder = place / str(node.get("subfolder") or "")
             check_folder(folder)
@@ -112,15 +112,15 @@ def check_configs(place: Path, *, model: bool = True, chosen: bool = False) -> N
         for key, value in _settings(config):
             if key in _OTHER_FILES and value:
                 raise ConfigError(
-                    f"'{file}': {key} names other files to be read. It is refused. Remove the key "
+                    f"'{file}': {key} names other files to read. This is refused. Remove the key "
                     "there."
                 )
             if model and _KERNELS.fullmatch(key) and not (chosen and "attn" in key):
                 _refuse_kernels(file, key, value)
         if model and isinstance(config, dict) and (method := quantisation(config)):
             raise ConfigError(
-                f"'{place}' is quantised ({method}), and quantised weights are not used. Name the "
-                "model that it was made from."
+                f"'{place}' is quantised ({method}), and quantised weights are not supported. Use "
+                "the original model."
             )
         weights = config.get("transformers_weights") if isinstance(config, dict) else None
         if model and isinstance(weights, str):
@@ -131,8 +131,8 @@ def _refuse_kernels(file: Path, key: str, value: Any) -> None:
     for kernel in value.values() if isinstance(value, dict) else [value]:
         if kernel is not None and fetches_code(kernel):
             raise ConfigError(
-                f"'{file}': {key} names {kernel!r}, code that would be fetched and run. It is "
-                "refused. Remove the key there, or give the model as a config node with "
+                f"'{file}': {key} names {kernel!r}, code that would be downloaded and run. This "
+                "is refused. Remove the key there, or give the model as a config node with "
                 "'attn_implementation: sdpa'."
             )
 
@@ -142,7 +142,7 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     for key, section in _settings(config):
         if key in _QUANTISED and section:
             named = isinstance(section, Mapping) and section.get("quant_method")
-            return str(named or "by a method that it does not name")
+            return str(named or "with an unnamed method")
     mlx = config.get("quantization")
     return "by MLX" if isinstance(mlx, Mapping) and "bits" in mlx else None
 

@@ -199,7 +199,7 @@ def text_of(problems: Iterable[Problem]) -> str:
         line = f"{problem.key}: {said}" if problem.place else said
         keys = dict.fromkeys(other.key for other in others)
         if also := [key for key in keys if key not in ("", problem.key)]:
-            line += f" Likewise: {', '.join(also)}."
+            line += f" The same applies to: {', '.join(also)}."
         lines += [line, *(f"  {detail}" for detail in problem.details)]
     return "\n".join(lines)
 
@@ -247,7 +247,7 @@ def check_one_each(name: str, values: Collection[object], models: Collection[str
         few = "1 value" if len(values) == 1 else f"{len(values)} values"
         many = "1 model" if len(models) == 1 else f"{len(models)} models"
         raise FusionBenchError(
-            f"{few} for {many} ({', '.join(models)}).", "Give one for each.", place=(name,)
+            f"{few} for {many} ({', '.join(models)}).", "Give one for each model.", place=(name,)
         )
 
 

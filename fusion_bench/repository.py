@@ -131,9 +131,9 @@ def locate(name: str, scratch: Path | None = None) -> Repository:
     place = Path(resolve(repo_id))
     if place.is_absolute():
         if revision:
-            raise ConfigError(f"'{name}': '{repo_id}' is a directory here, without revisions.")
+            raise ConfigError(f"'{name}': '{repo_id}' is a local directory, without revisions.")
         if not place.is_dir():
-            raise ConfigError(f"'{name}' is no directory.")
+            raise ConfigError(f"'{name}' is not a directory.")
         return Repository(name, _listed(place), directory=place)
 
     with reading("model", repo_id):
@@ -173,7 +173,7 @@ def _on_hub(name: str, repo_id: str, revision: str | None, scratch: Path | None)
     except Exception as error:
         if not may_pass(error):
             raise
-        log.warning("The Hub fails; '%s' is taken from the local cache as it was last.", name)
+        log.warning("The Hub fails; the last cached version of '%s' is used.", name)
         return cached
 
 

@@ -37,8 +37,8 @@ class _Count:
         self.characters += len(found) if isinstance(found, str) else 0
         if self.references > self.limit or self.characters > CHARACTERS:
             self.error = ConfigError(
-                f"${{{name}}}: the interpolations of this config stand for more than "
-                f"{self.limit:,} values or {CHARACTERS:,} characters. Write out what they name."
+                f"${{{name}}}: the interpolations of this config expand to more than "
+                f"{self.limit:,} values or {CHARACTERS:,} characters. Write out the values."
             )
             raise self.error
 
@@ -86,7 +86,8 @@ def resolve_all(config: DictConfig) -> None:
 def _resolve(node: DictConfig | ListConfig, depth: int) -> None:
     if depth > _DEPTH:
         raise ConfigError(
-            f"{node._get_full_key(None)[:60]}: holds itself, by an interpolation. Write it out."
+            f"{node._get_full_key(None)[:60]}: an interpolation refers to itself. Write out the "
+            "value."
         )
     for key in range(len(node)) if isinstance(node, ListConfig) else [*node]:
         try:
@@ -129,8 +130,8 @@ def _count_resolver(
         for text in inter_args:
             if isinstance(text, str) and "&" in text and "*" in text:
                 count.error = ConfigError(
-                    "${oc.create:…}: its text may hold aliases, and stand for more than any "
-                    "memory holds. Write the config out."
+                    "${oc.create:…}: its text may contain aliases that expand beyond memory. "
+                    "Write out the config."
                 )
                 raise count.error
     found = _resolver(self, key, node, inter_type, inter_args, inter_args_str)

@@ -109,8 +109,8 @@ class Stream(TextIOWrapper):
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
         if error.errno != errno.EPIPE and self is not sys.stderr:  # `head` has seen enough
-            reason = f"Standard output takes no more ({error.strerror})"
-            print(f"fusion_bench: {reason}. The run goes on without it.", file=sys.stderr)
+            reason = f"Standard output is closed or full ({error.strerror})"
+            print(f"fusion_bench: {reason}. The run continues without it.", file=sys.stderr)
 
 
 def set_up_streams() -> None:

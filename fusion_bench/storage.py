@@ -52,7 +52,8 @@ def disk_failures() -> Iterator[None]:
             raise
         place = f": '{error.filename}'" if error.filename else ""
         raise EnvironmentProblem(
-            f"The disk fails the run: {error.strerror}{place}. Make room, or choose another place."
+            f"A disk error ended the run: {error.strerror}{place}. Free some space, or choose "
+            "another path."
         ) from error
 
 
@@ -75,7 +76,7 @@ def warn_not_kept(error: OSError) -> None:
 @cache
 def _warn_once(directory: Path, reason: str) -> None:
     log.warning(
-        "The cache '%s' does not take more: %s. The run goes on without.", directory, reason
+        "The cache '%s' is not writable: %s. The run continues without it.", directory, reason
     )
 
 
@@ -115,8 +116,8 @@ def read_json(path: Path) -> Any:
     text = path.read_bytes()
     if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise ConfigError(
-            f"'{path}' holds more than {_MOST_VALUES:,} values, which nothing of its kind does. "
-            "Put the right file in its place."
+            f"'{path}' has more than {_MOST_VALUES:,} values, which is implausible. Replace it by "
+            "the correct file."
         )
     try:
         content = json.loads(text.decode("utf-8"))
@@ -131,7 +132,7 @@ def read_json(path: Path) -> Any:
         if level:
             raise RecursionError
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"'{path}' is not valid JSON. Fetch it again.") from error
+        raise ConfigError(f"'{path}' is not valid JSON. Download it again.") from error
     return content
 
 
@@ -143,7 +144,7 @@ def refuse_huge(path: Path) -> None:
     """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
-        raise ConfigError(f"'{path}' is no regular file. Remove it.")
+        raise ConfigError(f"'{path}' is not a regular file. Remove it.")
     if state.st_size > _LONGEST:
         raise ConfigError(
             f"'{path}' has {state.st_size // 2**20} MiB; no more than {_LONGEST // 2**20} MiB of "
@@ -179,7 +180,7 @@ def check_file_name(name: str) -> None:
         usable = False
     if not usable:
         raise ConfigError(
-            f"no file can be called '{name}', and files of that name may be written.",
+            f"'{name}' is not a valid file name, and files with this name may be written.",
             "Choose another name.",
         )
 
@@ -362,14 +363,14 @@ def _lock(file: int, path: Path, key: str) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(file, 200, 0).decode(errors="replace") or "which has just begun"
+        holder = os.pread(file, 200, 0).decode(errors="replace") or "which has just started"
         raise EnvironmentProblem(
             f"{key}: '{path}' is in use by another run ({holder}). Wait until it has ended, or "
             "choose another path."
         ) from error
     except OSError as error:
         log.warning(
-            "'%s' cannot be claimed (%s). Start no other run that writes to it.",
+            "'%s' cannot be locked (%s). Do not start another run that writes to it.",
             path,
             error.strerror,
         )

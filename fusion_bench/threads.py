@@ -65,7 +65,6 @@ def _refuse_fewer(count: int) -> None:
     for name, refused in above.items():
         if refused:
             raise ConfigError(
-                f"{name}={os.environ[name]}: keeps torch from having the {count} threads that a "
-                "trained model is made with everywhere; it would come out as another one. "
-                f"Unset {name}."
+                f"{name}={os.environ[name]}: prevents torch from using {count} threads, so a "
+                f"trained model would differ from other machines. Unset {name}."
             )

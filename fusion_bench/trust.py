@@ -100,26 +100,32 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
     if node.get("trust_remote_code") and not trusts_remote_code():
         yield (
             "trust_remote_code",
-            "would run code from the repository. If you trust its owner, say so outside of the "
+            "would run code from the repository. If you trust its owner, allow it outside the "
             f"config: --trust-remote-code, or {TRUST_REMOTE_CODE}=1 in the environment.",
         )
     if is_users(target):
         return
     yield from address_problems(target, node)
     if node.get("_args_"):
-        yield "_args_", "is not looked at. Give each argument by its name."
+        yield "_args_", "positional arguments are not allowed. Give each argument by name."
     if node.get("weights_only", True) is not True:
-        yield "weights_only", "pickled weights can run code; only weights are read. Remove it."
+        yield "weights_only", "pickled objects can run code; only weights are read. Remove the key."
     kernel = node.get("attn_implementation", "sdpa")
     if fetches_code(kernel):
         yield "attn_implementation", f"'{kernel}' would fetch code. Choose sdpa or eager."
     for name in _CONNECTIONS:
         if node.get(name):
-            yield name, "may send your token elsewhere. Set it in the environment, or remove it."
+            yield (
+                name,
+                ("may send your token to another server. Set it in the environment, or remove it."),
+            )
     if node.get("use_kernels") or node.get("kernel_config"):
         yield "use_kernels", "would fetch code. Remove it."
     if target == "datasets.load_dataset" and node.get("path") in _READERS:
-        yield "path", f"'{node['path']}' takes more than files of data; it is not read from here."
+        yield (
+            "path",
+            (f"'{node['path']}' accepts more than data files; this reader is not supported."),
+        )
 
 
 def trusts_remote_code() -> bool:
@@ -157,8 +163,8 @@ def environment_variable(name: str, default: Any = None) -> Any:
     """
     if name not in os.environ.get(ALLOW_ENVIRONMENT, "").split(","):
         raise ConfigError(
-            f"${{oc.env:{name}}}: environment variables stay out of configs, which are saved. "
-            f"If this one may be seen, set {ALLOW_ENVIRONMENT}={name}."
+            f"${{oc.env:{name}}}: environment variables are not allowed in configs because "
+            f"configs are saved. If this one is not secret, set {ALLOW_ENVIRONMENT}={name}."
         )
     return os.environ.get(name, default)
 
@@ -224,7 +230,7 @@ def _refusal(name: Any) -> str:
     if not _DOTTED.fullmatch(str(name)) or package in {*sys.stdlib_module_names, *_LISTED}:
         return said
     return (
-        f"{said} If you trust its package, allow it outside of the config: --allow {package}, or "
+        f"{said} If you trust its package, allow it outside the config: --allow {package}, or "
         f"{ALLOW}={package} in the environment."
     )
 

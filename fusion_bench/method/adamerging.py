@@ -138,11 +138,11 @@ class AdaMergingAlgorithm(LearningAlgorithm):
             fits &= columns == 1 or known["keys"] == keys
         except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
             raise FusionBenchError(
-                f"'{self.weights}' is no file of coefficients ({error}).", place=("weights",)
+                f"'{self.weights}' is not a file of coefficients ({error}).", place=("weights",)
             ) from error
         if not fits:
             raise FusionBenchError(
-                f"'{self.weights}' holds coefficients of other models, tensors or granularity.",
+                f"'{self.weights}' contains coefficients of other models, tensors or granularity.",
                 place=("weights",),
             )
         return found

@@ -115,7 +115,7 @@ class TensorwiseAlgorithm:
                 the flattened entry.
             base: the pretrained model's; ``None`` where there is none.
         """
-        raise NotImplementedError(f"{type(self).__name__} has neither merge_tensor nor merger.")
+        raise NotImplementedError(f"{type(self).__name__} must define merge_tensor or merger.")
 
     def check_pool(self, pool: ModelPool) -> None:
         """Refuse models that cannot be merged; of no weight more than its shape is read.

@@ -113,7 +113,7 @@ class LearningAlgorithm:
         Raises:
             FusionBenchError: a model without data, or as the method says.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no learn.")
+        raise NotImplementedError(f"{type(self).__name__} must define learn.")
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
@@ -153,8 +153,8 @@ def own_data(names: Sequence[str], data: Mapping[str, T]) -> dict[str, T]:
     for name in names:
         if canonical_name(name) not in known:
             raise FusionBenchError(
-                f"There is no data for the model '{name}'. Name its dataset beside the others', "
-                f"as '{name}': there is {', '.join(data) or 'none'}."
+                f"There is no data for the model '{name}'. Add a dataset with this name; there "
+                f"are datasets for: {', '.join(data) or 'none'}."
             )
     return {name: known[canonical_name(name)] for name in names}
 
@@ -168,7 +168,7 @@ def parameter_keys(module: nn.Module, weights: Weights) -> list[str]:
     keys = [name for name, _ in module.named_parameters()]
     if unknown := [key for key in keys if key not in weights]:
         raise FusionBenchError(
-            f"The module calls a parameter '{unknown[0]}' that its weights do not have: this "
+            f"The module has a parameter '{unknown[0]}' that is missing in its weights: this "
             f"method cannot learn with a {type(module).__name__}."
         )
     return keys
@@ -219,7 +219,9 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise FusionBenchError(f"'{pattern}' is no pattern: {error}.", place=(name,)) from error
+            raise FusionBenchError(
+                (f"'{pattern}' is not a valid pattern: {error}."), place=(name,)
+            ) from error
 
 
 def excluded(key: str, patterns: Iterable[str]) -> bool:

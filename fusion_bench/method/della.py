@@ -68,9 +68,9 @@ class DellaMerging(TensorwiseAlgorithm):
         self._half = epsilon / 2 if window == "full" else epsilon
         if not 0 < density - self._half <= density + self._half <= 1:
             raise FusionBenchError(
-                f"with density {density} elements would be kept with the "
-                f"probabilities {density - self._half:g} to {density + self._half:g}, which must "
-                "lie above 0 and not above 1.",
+                f"with density {density} elements would be kept with probabilities from "
+                f"{density - self._half:g} to {density + self._half:g}, which must be greater "
+                "than 0 and at most 1.",
                 place=("epsilon",),
             )
         if merge == "linear" and merge_func == "max":

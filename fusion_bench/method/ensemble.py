@@ -100,7 +100,7 @@ class LogitEnsemble(Ensemble):
         if not all(isinstance(own, Tensor) for own in logits):
             raise FusionBenchError(
                 f"a {type(self.models[0]).__name__} returns no logits.",
-                "Let a task pool evaluate the ensemble, or give {here}of=outputs.",
+                "Evaluate the ensemble with a task pool, or set {here}of=outputs.",
                 place=("of",),
             )
         return self.combine(logits)
@@ -166,7 +166,7 @@ class EnsembleAlgorithm:
             FusionBenchError: one of these.
         """
         if not pool.model_names:
-            raise FusionBenchError("There is nothing to fuse: the pool names no model.")
+            raise FusionBenchError("There is nothing to merge: the pool has no model.")
         self.shares(pool.model_names)
 
     def fuse(
@@ -236,18 +236,18 @@ class WeightedEnsembleAlgorithm(EnsembleAlgorithm):
         check_one_each("weights", weights, names)
         total = sum(weights) if self.normalize else 1.0
         if not math.isfinite(sum(weights)):
-            raise FusionBenchError("they are not all finite.", place=("weights",))
+            raise FusionBenchError("some are not finite.", place=("weights",))
         if total == 0:
             raise FusionBenchError(
-                "the weights add up to zero and cannot be normalised.",
+                "the weights sum to zero and cannot be normalised.",
                 "Give {here}normalize=false.",
                 place=("weights",),
             )
         shares = [weight / total for weight in weights]
         if self.of == "probabilities" and min(shares) < 0:
             raise FusionBenchError(
-                "negative ones would make negative probabilities.",
-                "Give others, or another {here}of.",
+                "negative weights would give negative probabilities.",
+                "Choose other weights, or another {here}of.",
                 place=("weights",),
             )
         return shares

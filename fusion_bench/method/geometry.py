@@ -83,6 +83,6 @@ def refuse_all_but_two(inputs: Inputs, method: str) -> None:
     names = [*(["_pretrained_"] if inputs.aligned.base is not None else []), *inputs.names]
     if len(names) != 2:
         raise FusionBenchError(
-            f"{method} moves between exactly two models, the pretrained one counted; "
-            f"there are {len(names)}: {', '.join(names)}."
+            f"{method} needs exactly two models, including the pretrained one; there are "
+            f"{len(names)}: {', '.join(names)}."
         )

@@ -54,7 +54,7 @@ class KnOTSMerging(TensorwiseAlgorithm):
             made = instantiate(base_method, "method") or TiesMergingAlgorithm()
             if not isinstance(made, TensorwiseAlgorithm) or made.needs.split is not None:
                 raise FusionBenchError(
-                    f"{type(made).__name__} does not merge weights alone, tensor by tensor.",
+                    f"{type(made).__name__} does not merge weights tensor by tensor.",
                     "Choose another method.",
                 )
         self.base_method = made
@@ -177,7 +177,9 @@ class _AlignedPool:
 
     def load_model(self, name: str) -> nn.Module:
         """Refuse: aligned task vectors are no module's weights."""
-        raise FusionBenchError("This method needs modules, and aligned task vectors have none.")
+        raise FusionBenchError(
+            "This method needs modules, but aligned task vectors have no modules."
+        )
 
     def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Refuse likewise."""

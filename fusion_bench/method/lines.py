@@ -58,8 +58,8 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
             made = instantiate(base_method, "method")
         if not isinstance(made, Runs):
             raise FusionBenchError(
-                f"{base_method!r} is no method.",
-                "From the command line choose one with 'method@{here}base_method=ties_merging'.",
+                f"{base_method!r} is not a method.",
+                "On the command line, choose one with 'method@{here}base_method=ties_merging'.",
                 place=("base_method",),
             )
         self.base_method = as_method(made)
@@ -101,8 +101,8 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         """Return what scales ``merged`` when it is read."""
         if not isinstance(merged, Weights):
             raise FusionBenchError(
-                f"{class_name(self.base_method)} makes a module, and no weights that could be "
-                "scaled.",
+                f"{class_name(self.base_method)} returns a module instead of weights, which "
+                "cannot be scaled.",
                 "Choose another method.",
                 place=("base_method",),
             )
@@ -122,7 +122,9 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         beta = 1 - alpha if self.beta is None else self.beta
         depths = _depths(merged)
         if not depths:
-            log.warning("LiNeS: no key names a block, so that all changes are scaled alike.")
+            log.warning(
+                "LiNeS: no key contains a block's index, so all changes are scaled equally."
+            )
         return _Scaled(inputs({"merged": merged}), _scale(alpha, beta, depths), merged)
 
 

@@ -75,7 +75,7 @@ class GreedySoupAlgorithm(LearningAlgorithm):
             found = score(soup([*chosen, name]))
             if found > best or (self.accept_equal and found == best):
                 chosen, best = [*chosen, name], found
-        log.info("The soup is made of %s (%.1f %%).", ", ".join(chosen), 100 * best)
+        log.info("The soup contains %s (%.1f %%).", ", ".join(chosen), 100 * best)
         return soup(chosen)
 
 

@@ -51,7 +51,9 @@ class ModelStock(TensorwiseAlgorithm):
     def check(self, inputs: Inputs) -> None:
         """Refuse a single model."""
         if len(inputs.names) < 2:
-            raise FusionBenchError("Model Stock needs at least two models besides '_pretrained_'.")
+            raise FusionBenchError(
+                "Model Stock needs at least two models in addition to '_pretrained_'."
+            )
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the share of the average in each entry."""
@@ -63,8 +65,8 @@ class ModelStock(TensorwiseAlgorithm):
         }
         if any(not 0 <= share <= 1 for share in shares.values()):
             log.warning(
-                "Model Stock: some task vectors point away from each other, and the result lies "
-                "beyond the models or far off. Give clamp=true to keep it between them."
+                "Model Stock: some task vectors have negative cosines, and the result is outside "
+                "the models or far away. Set clamp=true to keep it between them."
             )
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

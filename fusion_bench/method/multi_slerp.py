@@ -53,7 +53,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
             return
         check_one_each("weights", self.weights, inputs.names)
         if self.normalize_weights and sum(self.weights) == 0:
-            raise FusionBenchError("they add up to zero.", place=("weights",))
+            raise FusionBenchError("they sum to zero.", place=("weights",))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find each entry's weights: of the tensors, or of the task vectors."""

@@ -29,7 +29,7 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
 
     def __init__(self, weights: Sequence[float] | None = None, axis: int | None = None):
         if axis not in (None, 0, -1):
-            raise FusionBenchError(f"{axis!r} is none of null, 0 and -1.", place=("axis",))
+            raise FusionBenchError(f"{axis!r} is not null, 0 or -1.", place=("axis",))
         self.weights = None if weights is None else list(weights)
         self.axis = axis
 

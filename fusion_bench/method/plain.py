@@ -84,7 +84,7 @@ def as_method(made: object) -> FusionMethod:
         return made
     if isinstance(made, Runs):
         return PlainMethod(made)
-    raise FusionBenchError(f"{made!r} is no method.")
+    raise FusionBenchError(f"{made!r} is not a method.")
 
 
 def class_name(method: FusionMethod) -> str:

@@ -67,8 +67,8 @@ class RegMeanAlgorithm(LearningAlgorithm):
         check_sampling("num_regmean_examples", num_regmean_examples, batch_size)
         if not weight_transpose:
             raise FusionBenchError(
-                "false is for layers that keep their weights inputs "
-                "first; only nn.Linear is merged here. Leave it out.",
+                "false is for layers that store weights with the inputs first; only nn.Linear is "
+                "merged here. Remove the key.",
                 place=("weight_transpose",),
             )
         self.num_regmean_examples = num_regmean_examples

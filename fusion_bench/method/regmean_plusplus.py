@@ -92,7 +92,7 @@ def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise FusionBenchError(
-            f"RegMean++ goes through a model block by block; a {type(module).__name__} has none."
+            f"RegMean++ merges a model block by block; a {type(module).__name__} has no blocks."
         )
     name, blocks = max(lists, key=lambda entry: len(entry[1]))
     return f"{name}.", blocks

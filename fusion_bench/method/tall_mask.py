@@ -76,8 +76,8 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
         """Refuse a consensus of more tasks than there are."""
         if self.k > len(inputs.names):
             raise FusionBenchError(
-                f"{self.k} of {len(inputs.names)} models cannot agree. "
-                "Give more models or a smaller k.",
+                f"{self.k} is more than the number of models, {len(inputs.names)}. Add models or "
+                "choose a smaller k.",
                 place=("k",),
             )
 

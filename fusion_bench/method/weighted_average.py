@@ -45,7 +45,7 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
             check_one_each(name, weights, inputs.names)
             if self.normalize and sum(weights) == 0:
                 raise FusionBenchError(
-                    "the weights add up to zero and cannot be normalised.",
+                    "the weights sum to zero and cannot be normalised.",
                     "Give {here}normalize=false.",
                     place=(name,),
                 )

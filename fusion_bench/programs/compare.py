@@ -73,23 +73,22 @@ class CompareProgram:
                 off, runs that are not comparable.
         """
         if self.dry_run:
-            log.info("Dry run: the config is sound; nothing was read.")
+            log.info("Dry run: the config is valid; nothing was read.")
             return None
         start = time.perf_counter()
         runs = {name: _read(path) for name, path in self.paths.items()}
         tasks = common_tasks(runs)
         if not tasks:
-            raise FusionBenchError("reports: there is no task that all of them have.")
+            raise FusionBenchError("reports: they have no common task.")
         left_out = {t: None for run in runs.values() for t in run.report.tasks if t not in tasks}
         if left_out:
-            log.warning("Not all runs have evaluated %s; left out.", ", ".join(left_out))
+            log.warning("%s was not evaluated in all runs and is left out.", ", ".join(left_out))
         found = obstacles(runs)
         if found and self.strict:
             raise FusionBenchError(
                 "reports: these runs are not comparable:\n  "
                 + "\n  ".join(found)
-                + "\nEvaluate them in the same way, or give strict=false to lay them side by side "
-                "all the same."
+                + "\nEvaluate them in the same way, or set strict=false to compare them anyway."
             )
         for obstacle in found:
             log.warning("Not comparable: %s.", obstacle)
@@ -160,4 +159,4 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
         if len(set(names)) == len(names):
             return dict(zip(names, paths, strict=True))
     twice = next(path for path in paths if paths.count(path) > 1)
-    raise FusionBenchError(f"reports: '{twice}' is named twice.")
+    raise FusionBenchError(f"reports: '{twice}' is listed twice.")

@@ -44,7 +44,7 @@ def make_fabric(section: Any) -> Fabric:
         return section
     if section is not None and not isinstance(section, Mapping):
         raise ConfigError(
-            f"'{section}' is no mapping.", "Give fabric.accelerator=… instead.", place=("fabric",)
+            f"'{section}' is not a mapping.", "Set fabric.accelerator=… instead.", place=("fabric",)
         )
     defaults = {"_target_": "lightning.Fabric", "accelerator": "auto", "devices": 1}
     node = {**defaults, **(section or {})}
@@ -55,7 +55,7 @@ def make_fabric(section: Any) -> Fabric:
         if node.get("strategy", "auto") == "auto" and reruns_command:
             fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        fix = "Give fabric.accelerator=auto and fabric.devices=1 to take what is here."
+        fix = "Set fabric.accelerator=auto and fabric.devices=1 to use an available device."
         raise ConfigError(str(error), fix, place=("fabric",)) from error
     return fabric
 
@@ -83,8 +83,8 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
     except ProcessExitedException as error:
         raise EnvironmentProblem(
             f"fabric.devices: process {error.error_index} was ended from outside "
-            f"({error.signal_name or f'exit code {error.exit_code}'}), maybe for want of memory. "
-            "Start the command again; it goes on from here."
+            f"({error.signal_name or f'exit code {error.exit_code}'}), maybe because memory ran "
+            "out. Start the command again to resume."
         ) from error
 
 
@@ -118,9 +118,10 @@ def plain_failures() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        reason = str(error).partition(". ")[0] or "the machine has no more"
+        reason = str(error).partition(". ")[0] or "the machine has no memory left"
         raise EnvironmentProblem(
-            f"Out of memory: {reason}. Choose a device with more of it, or end what else uses it."
+            f"Out of memory: {reason}. Choose a device with more memory, or stop other programs "
+            "that use it."
         ) from error
 
 

@@ -78,7 +78,7 @@ class Evaluator:
         for name in self.modelpool.model_names:
             tasks = self.own_tasks(name) if self.baselines == "own_task" else None
             if tasks == []:
-                log.info("'%s' is evaluated on no task: none bears its name.", name)
+                log.info("'%s' is not evaluated: no task has this name.", name)
                 continue
             self._evaluate_baseline(name, "individual", tasks)
 

@@ -67,7 +67,7 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     run.quiet()
     for note in run.notes:
         log.warning("%s", note)
-    log.info("Fusing %s with %s", ", ".join(run.modelpool.model_names), class_name(run.method))
+    log.info("Merging %s with %s", ", ".join(run.modelpool.model_names), class_name(run.method))
     with run.paths.claimed():
         report, answers = launch(run.fabric, run.fuse_and_evaluate)
         # Where processes were started by us, this one is their parent.
@@ -79,7 +79,7 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
                 log.info("Merged model: %s", run.paths.model_path)
             elif not report.tasks and report.run.search is None:
                 log.warning(
-                    "The merged model was neither evaluated nor saved; give a task pool or %s.",
+                    "The merged model was neither evaluated nor saved; set a task pool or %s.",
                     "merged_model_save_path",
                 )
     return report
@@ -292,7 +292,7 @@ class _Run:
             self.paths.check_reports()
             self.paths.check_model()
             return None
-        log.info("This run was done before; its report stands.")
+        log.info("This run is already done; its report is unchanged.")
         return found
 
 

@@ -91,6 +91,6 @@ class FabricModelFusionProgram:
         """Fuse, evaluate, save and print; returns the report, or ``None`` after a dry run."""
         plan = preflight(self.prepared)
         if self.spec.dry_run:
-            log.info("Dry run: the config is sound; nothing was loaded.")
+            log.info("Dry run: the config is valid; nothing was loaded.")
             return None
         return execute(self.prepared, plan)

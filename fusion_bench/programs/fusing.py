@@ -78,7 +78,7 @@ def require_taskpool(method: FusionMethod, taskpool: TaskPool | None) -> TaskPoo
     if taskpool is None:
         raise FusionBenchError(
             f"{class_name(method)} learns from data.",
-            "Give the task pool that its classifiers are from.",
+            "Set the task pool that provides its classifiers.",
             place=("taskpool",),
         )
     return taskpool
@@ -161,8 +161,8 @@ class LearnedSplit:
     def refusal(self, place: Place) -> ConfigError:
         """Return what to say where a dataset is the one that models are evaluated on."""
         return ConfigError(
-            "the models are evaluated on this very split.",
-            f"Choose another ({self.key}=train or validation), or give allow_test_split=true; the "
+            "the models are evaluated on the same split.",
+            f"Choose another ({self.key}=train or validation), or set allow_test_split=true; the "
             "report will say so.",
             place=place,
         )

@@ -79,7 +79,7 @@ class OutputPaths:
             *self.model_path.parents,
         ):
             raise ConfigError(
-                f"'{self.report_path}' is to be the report's file.",
+                f"'{self.report_path}' is the path of the report.",
                 "Choose another path.",
                 place=("merged_model_save_path",),
             )
@@ -104,7 +104,7 @@ class OutputPaths:
         named = self.report_path
         if named is not None and named.is_dir():
             raise ConfigError(
-                f"'{named}' is a directory, and a file is to be written.",
+                f"'{named}' is a directory, but a file will be written there.",
                 "Choose another path.",
                 place=("report_save_path",),
             )
@@ -132,7 +132,7 @@ class OutputPaths:
     @staticmethod
     def _refusal(key: Place, path: Path) -> ConfigError:
         return ConfigError(
-            f"'{path}' exists already, and is of another run.",
+            f"'{path}' exists already and belongs to another run.",
             "Choose another path, or give overwrite=true.",
             place=key,
         )
@@ -160,7 +160,7 @@ class OutputPaths:
             )
         if (foreign := _foreign(self.model_path)) is not None:
             raise ConfigError(
-                f"'{self.model_path}' is not replaced: '{foreign}' is no part of a saved model.",
+                f"'{self.model_path}' is not replaced: '{foreign}' is not part of a saved model.",
                 "Choose another path.",
                 place=key,
             )
@@ -229,10 +229,10 @@ class OutputPaths:
             if "{log_dir}" in path and self.output_dir is None:
                 raise ConfigError("'{log_dir}' needs an output_dir.")
             if not path or "\0" in path or _names_no_file(path):
-                raise ConfigError(f"'{path}' can be no path.", "Choose another.")
+                raise ConfigError(f"'{path}' is not a valid path.", "Choose another.")
             place = Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
             if not place.name:
-                raise ConfigError(f"'{path}' is the root of all.", "Choose another.")
+                raise ConfigError(f"'{path}' is the root of the file system.", "Choose another.")
             return place
 
 

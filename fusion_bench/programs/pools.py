@@ -243,7 +243,7 @@ class _PlainPool:
     def _call(self, name: str, *args: object, **options: object) -> Any:
         if not self._has(name):
             raise FusionBenchError(
-                f"a {type(self._pool).__name__} has no '{name}', which is needed."
+                f"a {type(self._pool).__name__} has no '{name}', which is required."
             )
         return getattr(self._pool, name)(*args, **options)
 
@@ -314,6 +314,6 @@ def as_taskpool(made: object) -> TaskPool:
     if isinstance(made, TaskPool):
         return made
     raise FusionBenchError(
-        f"a {type(made).__name__} is no task pool.",
-        "Give one such as fusion_bench.taskpool.CLIPVisionModelTaskPool.",
+        f"a {type(made).__name__} is not a task pool.",
+        "Use one such as fusion_bench.taskpool.CLIPVisionModelTaskPool.",
     )

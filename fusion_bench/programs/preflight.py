@@ -246,7 +246,7 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
     if taskpool is not None:
         evaluated = "the merged model"
         if prepared.spec.baselines != "none":
-            evaluated += " and those it is made of"
+            evaluated += " and its inputs"
         plan.add(Step("evaluate", f"{evaluated}, on {_count(len(taskpool.task_names), 'task')}"))
     if (path := prepared.paths.model_path) is not None:
         size = None if modelpool is None else _merged_bytes(plan, modelpool)
@@ -290,10 +290,11 @@ def _check_room(plan: Plan) -> None:
         with plan.collect(step.key):
             if not there.is_dir():
                 raise ConfigError(
-                    f"'{step.place}' cannot be: '{there}' is no directory. Choose another path."
+                    f"'{step.place}' cannot be written: '{there}' is not a directory. Choose "
+                    "another path."
                 )
             if not os.access(there, os.W_OK):
-                raise ConfigError(f"'{there}' cannot be written to. Choose another path.")
+                raise ConfigError(f"'{there}' is not writable. Choose another path.")
             disks.setdefault(there.stat().st_dev, []).append(step)
     for own in disks.values():
         assert own[0].place is not None
@@ -307,7 +308,7 @@ def _check_room(plan: Plan) -> None:
                 Problem(
                     (keys,),
                     f"the disk has {decimal(free)} left, and {decimal(needed)} are needed: "
-                    f"{each}. Free some, or choose a place on another disk.",
+                    f"{each}. Free some space, or choose a path on another disk.",
                 )
             )
 
@@ -325,8 +326,8 @@ def _check_memory(plan: Plan, prepared: Prepared) -> None:
             Problem(
                 ("modelpool", "models"),
                 f"a merged model takes {decimal(needed)} of memory, and {decimal(free)} are free.",
-                "Give modelpool.policy.dtype=bfloat16, or '~taskpool' with a "
-                "merged_model_save_path, to write it to the disk entry by entry.",
+                "Set modelpool.policy.dtype=bfloat16, or use '~taskpool' with a "
+                "merged_model_save_path, to write it to disk entry by entry.",
             )
         )
     # Asking a GPU sets it up, after which processes cannot be forked.
@@ -339,7 +340,7 @@ def _check_memory(plan: Plan, prepared: Prepared) -> None:
                 ("fabric", "accelerator"),
                 f"a merged model takes {decimal(needed)} on {fabric.device}, where "
                 f"{decimal(free)} are free.",
-                "Give modelpool.policy.dtype=bfloat16 or fabric.accelerator=cpu.",
+                "Set modelpool.policy.dtype=bfloat16 or fabric.accelerator=cpu.",
             )
         )
 

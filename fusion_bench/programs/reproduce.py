@@ -64,7 +64,7 @@ class ReproduceProgram:
                     f"{did_you_mean(row, self.reference.rows)}"
                 )
         if not self.rows:
-            raise FusionBenchError("methods: is empty. Name a row, or leave it out to check all.")
+            raise FusionBenchError("methods: is empty. Name a row, or remove the key to check all.")
         runs = {r: self.reference.rows[r].overrides for r in self.rows if r not in BASELINES}
         self.programs = {
             row: self._program(row, overrides, fabric, seed)
@@ -100,7 +100,7 @@ class ReproduceProgram:
             ResultError: figures that are off by more than their tolerance.
         """
         if self.dry_run:
-            log.info("Dry run: the reference is sound; nothing was loaded.")
+            log.info("Dry run: the reference is valid; nothing was loaded.")
             return None
         with claimed(self.output_dir, "hydra.run.dir", inside=True):
             result = self._run_rows()

@@ -134,7 +134,7 @@ class ScalingStudy:
         for model in base.experts:
             if canonical_name(model) not in tasks:
                 raise FusionBenchError(
-                    f"bases.{name}.modelpool.models.{model}: the task pool has no task of that "
+                    f"bases.{name}.modelpool.models.{model}: the task pool has no task with this "
                     f"name. {did_you_mean(model, tasks.values())}"
                 )
         for count in counts:
@@ -154,7 +154,7 @@ class ScalingStudy:
     def run(self) -> Study | None:
         """Merge, evaluate, save and print; returns the study, or ``None`` after a dry run."""
         if self.dry_run:
-            log.info("Dry run: the config is sound; nothing was loaded.")
+            log.info("Dry run: the config is valid; nothing was loaded.")
             return None
         quiet_libraries()
         fabric = make_fabric(self.fabric_config)
@@ -226,8 +226,8 @@ class ScalingStudy:
             fused = materialize(fuse(made, pool, fabric, data))
             if list(fused) != [MERGED]:
                 raise FusionBenchError(
-                    f"methods: {method} makes several models, {', '.join(fused)}, none of which "
-                    "is for all tasks. Leave it out."
+                    f"methods: {method} returns several models, {', '.join(fused)}, and none is "
+                    "for all tasks. Remove the method."
                 )
             evaluator = Evaluator(pool, source.taskpool, fabric, "none")
             evaluator.evaluate_merged(fused)

@@ -112,8 +112,8 @@ def as_search(made: object) -> OptionSearch | None:
     if made is None or isinstance(made, OptionSearch):
         return made
     raise FusionBenchError(
-        f"a {type(made).__name__} is no search.",
-        "Give one such as fusion_bench.programs.GridSearch.",
+        f"a {type(made).__name__} is not a search.",
+        "Use one such as fusion_bench.programs.GridSearch.",
     )
 
 
@@ -155,7 +155,7 @@ class GridSearch:
             if not values:
                 raise FusionBenchError(
                     "the list is empty.",
-                    f"Name a value, or leave the option out: '~{{here}}{option}'.",
+                    f"Add a value, or remove the option: '~{{here}}{option}'.",
                     place=("space", option),
                 )
         if judge_test and not space:
@@ -196,8 +196,8 @@ class GridSearch:
                 made = as_method(instantiate(node, "method"))
             if made.needs.split == self.split:
                 raise FusionBenchError(
-                    f"{class_name(made)} learns from the {self.split} split itself, so that it "
-                    "tells nothing of the options.",
+                    f"{class_name(made)} learns from the {self.split} split itself, so this split "
+                    "cannot evaluate the options.",
                     "Choose another method.split or another {here}split.",
                     place=("search", "split"),
                 )
@@ -210,8 +210,8 @@ class GridSearch:
             if option not in known:
                 name = str(method["_target_"]).rpartition(".")[2]
                 raise FusionBenchError(
-                    f"{name} takes no such key.",
-                    f"{did_you_mean(option, known)} To leave it out: '~{{here}}{option}'.",
+                    f"{name} has no such key.",
+                    f"{did_you_mean(option, known)} To remove it: '~{{here}}{option}'.",
                     place=("space", option),
                 )
 
@@ -282,8 +282,8 @@ class GridSearch:
         ]
         if self.metric == "normalized_accuracy" and without:
             raise FusionBenchError(
-                f"there is no normalised accuracy on '{without[0]}', for no individual model was "
-                "evaluated there, or it is never right.",
+                f"there is no normalised accuracy on '{without[0]}': its individual model was not "
+                "evaluated, or has an accuracy of 0.",
                 "Give {here}metric=accuracy.",
                 place=("metric",),
             )
@@ -296,8 +296,8 @@ def _candidate(setting: Setting, evaluator: Evaluator, metric: Metric) -> Candid
     tasks = dict(results)
     if len(results) > len(tasks):
         raise FusionBenchError(
-            f"{class_name(setting.method)} makes several models for each task, "
-            f"{', '.join(merged)}, and no one figure tells what they are worth.",
+            f"{class_name(setting.method)} returns several models for each task, "
+            f"{', '.join(merged)}, so there is no single score.",
             "Choose another method.",
             place=("search",),
         )

@@ -122,8 +122,8 @@ class SweptSearch:
         now = describe_data(data)
         if any(search.tasks != now for search in self._found):
             raise FusionBenchError(
-                f"sweep: the jobs in '{self.sweep}' were evaluated on other data than there is "
-                "now. Sweep again."
+                f"sweep: the jobs in '{self.sweep}' were evaluated on different data. Run the "
+                "sweep again."
             )
         candidates = [
             search.best.model_copy(update={"options": setting.options})
@@ -157,15 +157,15 @@ def _trials(sweep: Path) -> list[Report]:
     if not trials:
         raise FusionBenchError(
             f"sweep: there is no job with search.judge_test=false in '{sweep}' that has a report. "
-            "Name the directory of such a sweep."
+            "Give the directory of such a sweep."
         )
     first = trials[0].run.config
     for trial in trials:
         for key in sorted({*first, *trial.run.config} - {"method"}):
             if trial.run.config.get(key) != first.get(key):
                 raise FusionBenchError(
-                    f"sweep: the jobs in '{sweep}' differ in '{key}' and not in the method alone. "
-                    "Sweep its options, and nothing else, for one winner."
+                    f"sweep: the jobs in '{sweep}' differ in '{key}', not only in the method. "
+                    "Sweep only the method's options to get one winner."
                 )
     return trials
 

@@ -77,8 +77,8 @@ class Answers:
             arrays = load(place.read_bytes())
         except FileNotFoundError as error:
             raise ConfigError(
-                f"'{place}' is missing: it holds the answers of '{path.name}'. Keep both files "
-                "together."
+                f"'{place}' is missing: it contains the predictions of '{path.name}'. Keep both "
+                "files together."
             ) from error
         except Exception as error:  # from a damaged file the library makes anything
             raise ConfigError(f"'{place}' cannot be read: {error}") from error
@@ -87,7 +87,9 @@ class Answers:
             if report is not None:
                 answers._refuse_others(report)
         except (LookupError, ValueError) as error:
-            raise ConfigError(f"'{place}' holds no answers of a report: {error}") from error
+            raise ConfigError(
+                f"'{place}' does not contain the predictions of a report: {error}"
+            ) from error
         return answers
 
     @classmethod
@@ -103,10 +105,10 @@ class Answers:
                 answers.tasks[task].predictions[model] = predictions
         for task, found in answers.tasks.items():
             if found.samples.ndim != 1 or len(np.unique(found.samples)) != found.samples.size:
-                raise ValueError(f"'{task}' is no list of samples")
+                raise ValueError(f"'{task}' is not a list of samples")
             for array in (found.samples, found.labels, *found.predictions.values()):
                 if array.dtype != np.int32 or array.shape != found.samples.shape:
-                    raise ValueError(f"'{task}' has not one number a sample")
+                    raise ValueError(f"'{task}' does not have one number per sample")
         return answers
 
     def _refuse_others(self, report: Report) -> None:
@@ -116,7 +118,9 @@ class Answers:
                 found, classes = self.tasks[task], report.tasks[task].num_classes
                 for array in (found.labels, found.predictions[name]):
                     if array.size and not 0 <= array.min() <= array.max() < classes:
-                        raise ValueError(f"'{task}' has {classes} classes, not that of an answer")
+                        raise ValueError(
+                            f"'{task}' has {classes} classes, and a prediction is not one of them"
+                        )
 
 
 def _name(*parts: str) -> str:

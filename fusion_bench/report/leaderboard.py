@@ -101,9 +101,9 @@ class Standings(_Strict):
         if self.ranked_by == "normalized_accuracy":
             by = "average normalised accuracy (of the individual models')"
         return (
-            f"Ranked by {by}. Models of one rank are not distinguishable from the best of them on "
-            f"{'these test sets' if len(self.tasks) > 1 else 'this test set'} (paired bootstrap, "
-            "95 % interval)."
+            f"Ranked by {by}. Models with the same rank are not distinguishable from the best of "
+            f"them on {'these test sets' if len(self.tasks) > 1 else 'this test set'} (paired "
+            "bootstrap, 95 % interval)."
         )
 
 
@@ -205,11 +205,11 @@ def _facts(entry: _Entry) -> dict[str, str]:
         "samples": ", ".join(str(info.num_samples) for info in infos.values()),
         "precision": entry.job.report.run.precision,
         "datasets": _hash(info.fingerprint for info in infos.values()),
-        "choice of samples": _hash(
+        "selection of samples": _hash(
             part.tobytes() for found in answers for part in (found.samples, found.labels)
         ),
         "classifiers": _hash(str(info.head_sha256) for info in infos.values()),
-        "preparation of images": _hash(str(info.images_sha256) for info in infos.values()),
+        "image preprocessing": _hash(str(info.images_sha256) for info in infos.values()),
     }
 
 

@@ -104,8 +104,8 @@ class Reference(_Strict):
         if not path.is_file():
             known = [file.stem for file in _DIRECTORY.glob("*.yaml")]
             raise FusionBenchError(
-                f"reference: there is no '{name}'. {did_you_mean(name, known)} A file of your own "
-                "is named by its path, with '.yaml'."
+                f"reference: there is no '{name}'. {did_you_mean(name, known)} Name your own file "
+                "by its path, with '.yaml'."
             )
         try:
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

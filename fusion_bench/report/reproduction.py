@@ -139,7 +139,7 @@ class Reproduction(_Strict):
             "| " + " | ".join(visible(cell).translate(escape) for cell in row) + " |"
             for row in table
         ]
-        lines += ["", "An exclamation mark: off by more than the tolerance."]
+        lines += ["", "An exclamation mark: the difference exceeds the tolerance."]
         return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,7 @@ def read_model(kind: type[T], path: Path, name: str) -> T:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its text"
         raise ConfigError(
-            f"'{path}' is no {name} of this version: {place}: {first['msg']}."
+            f"'{path}' is not a {name} of this version: {place}: {first['msg']}."
         ) from error
 
 
@@ -77,7 +77,7 @@ class Tuning(_Strict):
         if not self.test_split:
             return f"tuned on the {self.split} split, {labels}"
         if self.labels:
-            return "tuned on the test split with its labels: the figures say nothing of new data"
+            return "tuned on the test split with its labels: the figures do not apply to new data"
         return "adapted to the unlabelled images of the test split (test-time adaptation)"
 
 
@@ -98,7 +98,7 @@ class TaskInfo(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> "TaskInfo":
         if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError("the names of the classes are not as many as the classes")
+            raise ValueError("the number of class names differs from the number of classes")
         return self
 
 
@@ -208,10 +208,10 @@ class Search(_Strict):
         found += f" on the {self.split} split"
         found += f" ({metric} {100 * self.best.score:.1f} ± {100 * self.best.score_stderr:.1f})"
         if self.test_split:
-            return f"{found}, where the models are evaluated: the figures say nothing of new data"
+            return f"{found}, where the models are evaluated: the figures do not apply to new data"
         if not self.judge_test:
-            return f"{found}; the test split was not looked at"
-        return f"{found}; it alone was evaluated on the test split, once"
+            return f"{found}; the test split was not used"
+        return f"{found}; only this setting was evaluated on the test split, once"
 
 
 class Run(_Strict):
@@ -303,7 +303,7 @@ class Similarity(_Strict):
             for matrix, height in zip(matrices, heights, strict=True)
         )
         if len(self.cosines) != parts or not square:
-            raise ValueError("the figures are not as many as models and parts")
+            raise ValueError("the number of figures does not match the models and parts")
         return self
 
 
@@ -335,10 +335,10 @@ class Report(_Strict):
     def _fits(self) -> "Report":
         for name, model in self.models.items():
             if unknown := model.tasks.keys() - self.tasks.keys():
-                raise ValueError(f"'{name}' was evaluated on '{min(unknown)}', which is no task")
+                raise ValueError(f"'{name}' was evaluated on '{min(unknown)}', which is not a task")
         for comparison in self.comparisons:
             if unknown := comparison.tasks.keys() - self.tasks.keys():
-                raise ValueError(f"a comparison is of '{min(unknown)}', which is no task")
+                raise ValueError(f"a comparison is of '{min(unknown)}', which is not a task")
         return self
 
     @property

@@ -50,7 +50,7 @@ def _facts(task: str, first: Evaluated, other: Evaluated) -> Iterator[tuple[str,
     yield f"{task}: number of samples", one.num_samples, two.num_samples
     mine, theirs = first.answers.tasks[task], other.answers.tasks[task]
     if one.num_samples == two.num_samples and not np.array_equal(mine.samples, theirs.samples):
-        yield f"{task}: choice of samples", "one", "another"
+        yield f"{task}: selection of samples", "one", "another"
     elif one.num_samples == two.num_samples and not np.array_equal(mine.labels, theirs.labels):
         yield f"{task}: labels", "some", "others"
     yield (
@@ -58,7 +58,7 @@ def _facts(task: str, first: Evaluated, other: Evaluated) -> Iterator[tuple[str,
         _short(one.head_sha256),
         _short(two.head_sha256),
     )
-    yield f"{task}: preparation of images", _short(one.images_sha256), _short(two.images_sha256)
+    yield f"{task}: image preprocessing", _short(one.images_sha256), _short(two.images_sha256)
 
 
 def _short(sha256: str | None) -> str:

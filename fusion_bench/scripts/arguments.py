@@ -24,8 +24,8 @@ def arguments_parser() -> ArgumentParser:
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
             name = unknown[1].partition("=")[0]
-            told = f"{name}: there is no such option. {did_you_mean(name, flags)}"
-        raise FusionBenchError(f"{told.rstrip('.')}. 'fusion_bench --help' tells all options.")
+            told = f"{name}: unknown option. {did_you_mean(name, flags)}"
+        raise FusionBenchError(f"{told.rstrip('.')}. 'fusion_bench --help' lists all options.")
 
     def parse_args(args: Sequence[str] | None = None) -> Namespace:
         parsed = parser.parse_intermixed_args(args)
@@ -45,14 +45,14 @@ def _check(parsed: Namespace) -> None:
     """
     if parsed.experimental_rerun is not None:
         raise FusionBenchError(
-            "--experimental-rerun: would run what is in a pickle. Start the run's config again: "
-            "'--config-path …/.hydra --config-name config'."
+            "--experimental-rerun: would load a pickle, which may run code. Start the run's "
+            "config again: '--config-path …/.hydra --config-name config'."
         )
     given = [f"--{name.replace('_', '-')}" for name in _COMMANDS if getattr(parsed, name)]
     if len(given) > 1:
-        raise FusionBenchError(f"{' and '.join(given)} exclude each other. Give one of them.")
+        raise FusionBenchError(f"{' and '.join(given)} exclude each other. Use one of them.")
     if parsed.resolve and not (parsed.cfg or parsed.help):
-        raise FusionBenchError("--resolve: goes with --cfg or --help. Give '--cfg job --resolve'.")
+        raise FusionBenchError("--resolve: needs --cfg or --help. Use '--cfg job --resolve'.")
     if parsed.shell_completion:
         plugins = Plugins.instance().discover(CompletionPlugin)
         shells = sorted(plugin.provides() for plugin in plugins)  # type: ignore[attr-defined]
@@ -60,13 +60,13 @@ def _check(parsed: Namespace) -> None:
         named = [shell for name, _, shell in words if name in _COMPLETION]
         if len(named) != 1 or named[0] not in shells:
             raise FusionBenchError(
-                f"--shell-completion: say what, and for which shell: 'install={shells[0]}'. "
+                f"--shell-completion: give the action and the shell: 'install={shells[0]}'. "
                 f"Known: {', '.join(_COMPLETION)}; {', '.join(shells)}."
             )
         return
     for word in parsed.overrides:
         key, equals, _ = word.partition("=")
         if not key.strip("+~ "):
-            raise FusionBenchError(f"'{word}': names no key. Write 'key=value'.")
+            raise FusionBenchError(f"'{word}': has no key. Write 'key=value'.")
         if not equals and not key.startswith("~"):
             raise FusionBenchError(f"'{word}': has no value. Write '{word}=…'.")

@@ -81,7 +81,7 @@ def check_file(path: Path) -> int:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not UTF-8 text. Save it as that.") from error
+        raise ConfigError(f"'{path}' is not UTF-8 text. Save it as UTF-8.") from error
     return check_text(text, f"'{path}'")
 
 
@@ -114,9 +114,9 @@ def _measured(text: str, loader: Any, where: str) -> int:
             part = levels.pop()
         elif isinstance(event, yaml.ScalarEvent):
             if event.implicit[0] and len(event.value) > _DIGITS and _is_number(event.value):
-                raise _too_large(where, f"holds a number of more than {_DIGITS:,} digits")
+                raise _too_large(where, f"has a number with more than {_DIGITS:,} digits")
             if "${" in event.value and len(event.value) > _INTERPOLATED:
-                long = f"interpolates within more than {_INTERPOLATED:,} characters"
+                long = f"has interpolations in a text of more than {_INTERPOLATED:,} characters"
                 raise _too_large(where, long)
             part = _Size(1, len(event.value), anchor=event.anchor)
         elif isinstance(event, yaml.AliasEvent):
@@ -128,11 +128,11 @@ def _measured(text: str, loader: Any, where: str) -> int:
                 anchored[part.anchor] = part
             levels[-1].take(part)
         if len(levels) > _DEPTH or levels[-1].depth > _DEPTH:
-            raise _too_large(where, f"holds more than {_DEPTH} lists and mappings in each other")
+            raise _too_large(where, f"has more than {_DEPTH} nested lists and mappings")
         if levels[-1].values > _VALUES:
-            raise _too_large(where, f"stands for more than {_VALUES:,} values")
+            raise _too_large(where, f"expands to more than {_VALUES:,} values")
         if levels[-1].characters > CHARACTERS:
-            raise _too_large(where, f"stands for more than {CHARACTERS:,} characters")
+            raise _too_large(where, f"expands to more than {CHARACTERS:,} characters")
     return whole.values
 
 
@@ -141,7 +141,7 @@ def _is_number(text: str) -> bool:
 
 
 def _too_large(where: str, why: str) -> ConfigError:
-    return ConfigError(f"{where} {why}. No config needs that: shorten it, or do not use it.")
+    return ConfigError(f"{where} {why}. Shorten it, or do not use it.")
 
 
 def bounded(repository: CachingConfigRepository) -> CachingConfigRepository:
@@ -155,8 +155,8 @@ def bounded(repository: CachingConfigRepository) -> CachingConfigRepository:
         values += result.values if isinstance(result, _Counted) else 0
         if files > _FILES or values > _ALL_VALUES:
             raise ConfigError(
-                f"'{config_path}': with it the config takes more than {_FILES:,} files or "
-                f"{_ALL_VALUES:,} values through its defaults lists. Name fewer there."
+                f"'{config_path}': the config exceeds {_FILES:,} files or {_ALL_VALUES:,} values "
+                "through its defaults lists. Shorten these lists."
             )
         return result
 

@@ -138,8 +138,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             raise
         except RecursionError as error:
             raise ConfigError(
-                f"'{config_name}' cannot be composed: something in it holds itself, or too much "
-                "in each other. Look at its interpolations and defaults lists."
+                f"'{config_name}' cannot be composed: it refers to itself, or is nested too "
+                "deeply. Check its interpolations and defaults lists."
             ) from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             # What Hydra makes of no text, of trees without end, or of its own key set to null.
@@ -164,7 +164,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         """Let no package be imported for the sake of its configs alone."""
         for word in overrides:  # some of which a file may have given, to be swept
             if word.lstrip("+").startswith("hydra.searchpath") and word not in typed():
-                raise ConfigError("hydra.searchpath: is not swept. Give it on the command line.")
+                raise ConfigError(
+                    "hydra.searchpath: cannot be swept. Give a single value on the command line."
+                )
         found = self.repository.load_config(config_name) if config_name else None
         main = found.config if found is not None else None
         searched = OmegaConf.select(main, "hydra.searchpath") if isinstance(main, DictConfig) else 0
@@ -174,7 +176,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             if str(place).startswith("pkg://") and not ours:
                 raise ConfigError(
                     f"hydra.searchpath: '{place}' would import a package. If you trust it, allow "
-                    f"it outside of the config: --allow {package}."
+                    f"it outside the config: --allow {package}."
                 )
 
 
@@ -200,11 +202,11 @@ def _problems(config: DictConfig) -> Iterator[str]:
         ("job.name", _at(hydra, "job.name"), r"\?\?\?|[\w-][\w.=,+-]*"),
     ):
         if value is not None and not _fits(value, pattern):
-            yield f"hydra.{key}: '{value}' is no plain name."
+            yield f"hydra.{key}: '{value}' is not a plain name."
     yield from _value_problems(hydra)
     for key, value in _leaves(hydra):
         if isinstance(value, str) and "${" in _PLAIN.sub("", value) and _FREE.fullmatch(key):
-            yield f"hydra.{key}: '{value}' is no plain text; write it out."
+            yield f"hydra.{key}: '{value}' is not plain text; write it out."
     yield from _call_problems(hydra, "hydra")
     yield from _command_problems(hydra)
 
@@ -213,12 +215,12 @@ def _value_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each setting whose value Hydra would stumble over."""
     for key in ("launcher", "sweeper"):
         if not isinstance(_at(hydra, f"{key}._target_"), str):
-            yield f"hydra.{key}: is none. Choose one: 'hydra/{key}=…', or leave it out."
+            yield f"hydra.{key}: is empty. Choose one: 'hydra/{key}=…', or remove the key."
     size = _at(hydra, "sweeper.max_batch_size")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        yield f"hydra.sweeper.max_batch_size: '{size}' is no whole number from 1 on, and not null."
+        yield f"hydra.sweeper.max_batch_size: '{size}' is neither a positive integer nor null."
     if not isinstance(verbose := hydra.get("verbose"), bool | str | list):
-        yield f"hydra.verbose: '{verbose}' is neither true or false nor the name of a logger."
+        yield f"hydra.verbose: '{verbose}' is not true, false or the name of a logger."
 
 
 def _call_problems(node: Any, key: str) -> Iterator[str]:
@@ -227,29 +229,29 @@ def _call_problems(node: Any, key: str) -> Iterator[str]:
         for name, child in node.items():
             if name == "_target_" and child is not None:
                 if not (_TARGETS.fullmatch(str(child)) or is_users(str(child))):
-                    yield f"{key}._target_: Hydra may not make '{child}' here."
+                    yield f"{key}._target_: Hydra may not create '{child}' here."
             else:
                 yield from _call_problems(child, f"{key}.{name}")
     elif isinstance(node, list):
         for index, child in enumerate(node):
             yield from _call_problems(child, f"{key}[{index}]")
     elif key.startswith("hydra.launcher") and re.search(r"[\0-\x1f]", str(node)):
-        yield f"{key}: holds a line break, which would start another command."
+        yield f"{key}: contains a line break, which would start another command."
 
 
 def _logging_problems(config: Any, key: str) -> Iterator[str]:
     """Yield a line for each thing that logging may not call, open or set."""
     if not isinstance(config, Mapping):
         if config is not None:
-            yield f"{key}: '{config}' is no mapping."
+            yield f"{key}: '{config}' is not a mapping."
         return
     parts = {name: value for name, value in config.items() if name != "root"}
     for name, value in parts.items():
         if name in ("version", "disable_existing_loggers"):
             if not isinstance(value, bool | int):
-                yield f"{key}.{name}: '{value}' is neither a number nor true or false."
+                yield f"{key}.{name}: '{value}' is not a number, true or false."
         elif name not in _LOGGING:
-            yield f"{key}.{name}: may not be used from a file."
+            yield f"{key}.{name}: is not allowed in a file."
         else:
             yield from _setting_problems(value, f"{key}.{name}", _LOGGING[name])
     root = {"root": config.get("root")}
@@ -259,18 +261,18 @@ def _logging_problems(config: Any, key: str) -> Iterator[str]:
 def _setting_problems(section: Any, key: str, known: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each setting, of things by their names, that is not of a known form."""
     if section is not None and not isinstance(section, Mapping):
-        yield f"{key}: '{section}' is no mapping."
+        yield f"{key}: '{section}' is not a mapping."
         return
     for name, settings in (section or {}).items():
         if settings is not None and not isinstance(settings, Mapping):
-            yield f"{key}.{name}: '{settings}' is no mapping."
+            yield f"{key}.{name}: '{settings}' is not a mapping."
             continue
         for setting, given in (settings or {}).items():
             # A mapping elsewhere is of no form at all.
             colours = setting == "log_colors" and isinstance(given, Mapping)
             values = list(given.values()) if colours else _values(given)
             if not all(_fits(value, known.get(str(setting), "(?!)")) for value in values):
-                yield f"{key}.{name}.{setting}: '{given}' may not be used from a file."
+                yield f"{key}.{name}.{setting}: '{given}' is not allowed in a file."
 
 
 def _values(given: Any) -> Sequence[Any]:
@@ -305,7 +307,7 @@ def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
             continue
         if _COMMANDS.fullmatch(key) and not _HARMLESS.fullmatch(key):
             yield (
-                f"hydra.{key}: may run commands or carry secrets, so that it is not taken from a "
+                f"hydra.{key}: may run commands or contain secrets, so it is not allowed in a "
                 f"file. Give it on the command line: '++hydra.{key.partition('[')[0]}=…'."
             )
 

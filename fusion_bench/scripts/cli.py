@@ -205,11 +205,11 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
         name = HydraConfig.get().job.config_name or ""
         directory, slash, file = name.rpartition("/")
         raise FusionBenchError(
-            f"The config '{name}' names no program at its top. "
+            f"The config '{name}' has no program at its top level. "
             + (
-                f"Name its directory: '--config-path …/{directory} --config-name {file}'."
+                f"Give its directory: '--config-path …/{directory} --config-name {file}'."
                 if slash
-                else "Give it '_target_: fusion_bench.programs.FabricModelFusionProgram'."
+                else "Add '_target_: fusion_bench.programs.FabricModelFusionProgram'."
             )
         )
     if keys := list(secret_keys(settings)):
@@ -255,7 +255,9 @@ def _log_traceback() -> list[str]:
 
 
 def _where(logs: list[str]) -> str:
-    traces = f"The traceback is in {logs[0]}." if logs else "HYDRA_FULL_ERROR=1 shows where."
+    traces = (
+        f"The traceback is in {logs[0]}." if logs else ("HYDRA_FULL_ERROR=1 shows the traceback.")
+    )
     return f"This is unexpected, so please report it. {traces}"
 
 
@@ -281,7 +283,7 @@ def _explain(error: Exception) -> str:
         return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
     if isinstance(error, OverrideParseException):
         return (
-            f"{_parse_failure(error)}. Quote values that hold '=', ',' or spaces once more: "
+            f"{_parse_failure(error)}. Quote values with '=', ',' or spaces once more: "
             """'reports=["a","sweep/x=1"]'."""
         )
     if isinstance(error, FusionBenchError):
@@ -295,12 +297,12 @@ def _explain(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]
         hint = did_you_mean(str(cause.key), names)
-        return f"{first_line} {hint} To add a key that the config lacks, put a '+' before it."
+        return f"{first_line} {hint} To add a new key, put a '+' before it."
     if several := re.match("Ambiguous value for argument '(.*)'$", first_line):
         key, _, values = several[1].lstrip("+").partition("=")
         return (
-            f"{key}={values}: add -m to run once with each. Else quote it: '{key}=[{values}]' is a "
-            f"""list, "{key}='{values}'" a text."""
+            f"{key}={values}: add -m to run once for each. Or quote it: '{key}=[{values}]' is "
+            f"""a list, "{key}='{values}'" a text."""
         )
     return " ".join(str(error).split()) if isinstance(error, HydraException) else str(error)
 

@@ -38,13 +38,15 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
     files += [files[0] / name for name in _RECORD]
     for path in files:
         if path.is_symlink():
-            raise ConfigError(f"{key}: '{path}' is a link, and is not written to. Remove it.")
+            raise ConfigError(
+                f"{key}: '{path}' is a link, and links are not written to. Remove it."
+            )
     if overrides().get("overwrite") == "true":
         return
     if record and record != ".hydra" and files[0].exists() and not _is_record(files[0]):
         raise ConfigError(
-            f"{key}: '{folder}' holds '{record}', which no run has left. Name a new folder or "
-            "another hydra.output_subdir, or type overwrite=true."
+            f"{key}: '{folder}' contains '{record}', which is not from a run. Choose a new folder "
+            "or another hydra.output_subdir, or type overwrite=true."
         )
     left = ("multirun.yaml", "report.json", ".hydra/hydra.yaml", f"{record or '.hydra'}/hydra.yaml")
     if any(_names_us(folder / name) for name in left):
@@ -52,8 +54,8 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
     kept = [path for path in files[2:] if path.exists()]
     for path in (*_results(folder), *kept):
         raise ConfigError(
-            f"{key}: '{folder}' holds '{path.relative_to(folder)}', which no run has left. Name a "
-            "new folder, or type overwrite=true."
+            f"{key}: '{folder}' holds '{path.relative_to(folder)}', which is not from a run. "
+            "Choose a new folder, or type overwrite=true."
         )
 
 
@@ -86,7 +88,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
             handler |= {"filename": str(logs[-1]), "mode": "a"}
     for path in logs:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise ConfigError(f"'{path}' is no plain file, so that no log goes there. Remove it.")
+            raise ConfigError(f"'{path}' is not a regular file, so no log is written. Remove it.")
     _configure_log(OmegaConf.create(config), verbose_config)
 
 
@@ -101,8 +103,8 @@ def _check_record(folder: Path, key: str) -> None:
         record = (folder / hydra.output_subdir / _RECORD[0]).read_text(encoding="utf-8")
         if record != OmegaConf.to_yaml(task):
             raise ConfigError(
-                f"{key}: '{folder}' exists already, and is of another run. Choose another path, "
-                "or give overwrite=true."
+                f"{key}: '{folder}' exists already and belongs to another run. Choose another "
+                "path, or give overwrite=true."
             )
 
 

@@ -70,7 +70,7 @@ def set_up_hydra() -> None:
 def _refuse_other(version: str) -> None:
     if not version.startswith(f"{KNOWN}."):
         raise EnvironmentProblem(
-            f"Hydra {version} is not one whose insides are known, which guard against what a "
-            "stranger's config may ask for.",
-            f"Install the one that was tested: pip install 'hydra-core=={KNOWN}.*'.",
+            f"Hydra {version} is not supported: the checks of untrusted configs depend on its "
+            "internals.",
+            f"Install the tested version: pip install 'hydra-core=={KNOWN}.*'.",
         )

@@ -113,8 +113,8 @@ def lost_workers() -> Iterator[None]:
         yield
     except BrokenExecutor as error:
         raise EnvironmentProblem(
-            "A process of the sweep was ended from outside, maybe for want of memory. Start the "
-            "same command again, with fewer at once (hydra.launcher.n_jobs): it goes on from here."
+            "A process of the sweep was ended from outside, maybe because memory ran out. Start "
+            "the same command again to resume, with fewer jobs at once (hydra.launcher.n_jobs)."
         ) from error
 
 
@@ -260,8 +260,8 @@ def check_strategy(fabric: Mapping[str, Any] | None) -> None:
     if isinstance(strategy, str) and not (one or started or _FORKS.fullmatch(strategy)):
         raise FusionBenchError(
             f"fabric.strategy: '{strategy}' runs the command line again for each device, and each "
-            "would start a sweep of its own. Give fabric.strategy=ddp_spawn, or one device a job "
-            "and a launcher."
+            "process would start its own sweep. Set fabric.strategy=ddp_spawn, or use one device "
+            "per job and a launcher."
         )
 
 
@@ -270,7 +270,7 @@ def _make(directory: Path, key: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{key}: '{directory}' cannot be made: {error.strerror}. Name another place."
+            f"{key}: '{directory}' cannot be created: {error.strerror}. Choose another directory."
         ) from error
 
 
@@ -306,12 +306,12 @@ def _count(override: Override) -> int:
         count = len(values.list)
     elif isinstance(values, RangeSweep):
         if not values.step:
-            raise ConfigError(f"'{override.input_line}': its step is 0. Give another.")
+            raise ConfigError(f"'{override.input_line}': its step is 0. Choose another step.")
         count = math.ceil(((values.stop or 0) - (values.start or 0)) / values.step)
     else:
         return 1
     if count < 1:
-        raise ConfigError(f"'{override.input_line}': lists no value. Give at least one.")
+        raise ConfigError(f"'{override.input_line}': has no value. Add at least one.")
     return count
 
 
@@ -322,7 +322,7 @@ def _check_launcher(config: DictConfig) -> None:
     if package in _EXTRAS and find_spec(f"hydra_plugins.{package}") is None:
         raise FusionBenchError(
             f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']}: not installed. "
-            f"'pip install \"fusion_bench[{_EXTRAS[package]}]\"' brings it."
+            f"Run 'pip install \"fusion_bench[{_EXTRAS[package]}]\"'."
         )
 
 
@@ -395,7 +395,7 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
         elif report.exists() and (found := Report.load(report)).tasks:
             finished.append(Job(place, job.overrides, found, Answers.load(report, found)))
     if not finished and not failures:
-        log.info("Nothing was evaluated, so that there is no leaderboard.")
+        log.info("Nothing was evaluated, so there is no leaderboard.")
         return
     board = leaderboard(name, finished, failures)
     save(board, directory)

@@ -133,7 +133,7 @@ def _checked(key: str, value: Any) -> Any:
             raise FusionBenchError(f"{value!r} is not a positive integer.")
         return value
     if not isinstance(value, str):
-        raise FusionBenchError(f"{value!r} is not a column's name.")
+        raise FusionBenchError(f"{value!r} is not a column name.")
     return value
 
 
@@ -145,5 +145,5 @@ def _strings(value: Any) -> tuple[str, ...]:
         if not isinstance(item, str):
             raise FusionBenchError(f"{item!r} is not a string: put it in quotes.")
         if not item.strip():
-            raise FusionBenchError("an empty string is no name.")
+            raise FusionBenchError("an empty string is not a name.")
     return tuple(value)

@@ -38,14 +38,14 @@ _OTHER_KINDS = (
     "arrow_config",
     "target_parameters",
 )
-_WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and name the result."
+_WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and use the result."
 
 
 def _refused(content: Mapping[str, Any]) -> str | None:
     """Return why an adapter's arithmetic is not that of this file."""
     begin = content.get("init_lora_weights")
     if isinstance(begin, str) and begin.startswith(_CHANGES_BASE):
-        return f"it was begun with {begin}, which changes the base model."
+        return f"it was initialised with {begin}, which changes the base model."
     if content.get("alora_invocation_tokens"):
         return "it works on some tokens only (aLoRA) and cannot be merged."
     if content.get("layer_replication"):
@@ -53,7 +53,7 @@ def _refused(content: Mapping[str, Any]) -> str | None:
     if other := next((name for name in _OTHER_KINDS if content.get(name)), None):
         return f"its '{other}' is not supported."
     if content.get("lora_bias") and content.get("use_dora"):
-        return "PEFT knows no lora_bias beside use_dora."
+        return "PEFT does not support lora_bias together with use_dora."
     return None
 
 
@@ -132,7 +132,7 @@ class AdapterConfig:
                 tokens=_token_indices(content.get("trainable_token_indices")),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ConfigError(f"'{path}' is no configuration of a LoRA adapter.") from error
+            raise ConfigError(f"'{path}' is not the configuration of a LoRA adapter.") from error
 
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor of a module's low-rank product."""
@@ -221,13 +221,13 @@ def _refuse_half_biases(parts: Mapping[str, Mapping[str, Tensor]], config: Adapt
     there = {key for key, held in parts.items() if "bias" in held}
     if there and not config.bias:
         raise ConfigError(
-            "The adapter has biases of its products, 'lora_B.bias', and its adapter_config.json "
-            f"does not say lora_bias. It is not whole.\n  {shortened(sorted(there))}"
+            "The adapter is incomplete: it has biases of its products, 'lora_B.bias', but its "
+            f"adapter_config.json does not set lora_bias.\n  {shortened(sorted(there))}"
         )
     if config.bias and there != wanted:
         raise ConfigError(
-            "The adapter is not whole: its adapter_config.json says lora_bias, and it lacks "
-            f"'lora_B.bias', or the product, for\n  {shortened(sorted(there ^ wanted))}"
+            "The adapter is incomplete: its adapter_config.json sets lora_bias, but "
+            f"'lora_B.bias' or the product is missing for\n  {shortened(sorted(there ^ wanted))}"
         )
 
 
@@ -274,8 +274,8 @@ class AdapterWeights(Weights):
                 self._updates[key] = self._update(key, low_rank, config)
         if config.tokens and not self._rows:
             raise ConfigError(
-                "The adapter is not whole: its trainable_token_indices name tokens, and it has no "
-                "'token_adapter.trainable_tokens_delta'."
+                "The adapter is incomplete: its trainable_token_indices name tokens, but "
+                "'token_adapter.trainable_tokens_delta' is missing."
             )
         by_tie = {base.tied_to(key): rows for key, rows in self._rows.items()}
         for key in base if by_tie else ():
@@ -367,12 +367,12 @@ class AdapterWeights(Weights):
         if all(_place(name)[1] == "bias" for name in names):
             raise ConfigError(
                 "The adapter has biases (lora_bias) for layers that have none in its base. PEFT "
-                f"cannot merge them either: there is no place for them in the model.\n  {lines}"
+                f"cannot merge them either: the model has no parameter for them.\n  {lines}"
             )
         raise ConfigError(
-            "The adapter changes what its base's files do not name so, or in a way that is not "
-            "supported. Name the base that it was trained on as '_pretrained_'; if it is that "
-            f"already: {_WITH_PEFT}\n  {lines}"
+            "The adapter changes modules that its base's files do not have under this name, or "
+            "in an unsupported way. Set '_pretrained_' to the base that it was trained on; if it "
+            f"is already set: {_WITH_PEFT}\n  {lines}"
         )
 
     def _trained_rows(self, key: str, values: Tensor, config: AdapterConfig) -> _Rows:
@@ -380,8 +380,8 @@ class AdapterWeights(Weights):
         rows = config.rows(key.removesuffix(".weight"))
         if rows is None:
             raise ConfigError(
-                f"The adapter is not whole: it has trained tokens of '{key}', and the "
-                "trainable_token_indices of its adapter_config.json do not say which they are."
+                f"The adapter is incomplete: it has trained tokens of '{key}', but the "
+                "trainable_token_indices of its adapter_config.json do not list them."
             )
         shape = self.spec(key).shape
         width = math.prod(shape[1:])
@@ -409,7 +409,7 @@ class AdapterWeights(Weights):
             a = tensors["lora_embedding_A" if embedding else "lora_A"]
             b = tensors["lora_embedding_B" if embedding else "lora_B"]
         except KeyError as error:
-            raise ConfigError(f"The adapter is not whole: '{key}' lacks {error}.") from error
+            raise ConfigError(f"The adapter is incomplete: '{key}' lacks {error}.") from error
         # A convolution's B has a kernel of one.
         left, right = (part.flatten(1) if part.ndim > 1 else part[None] for part in (b, a))
         shape = self.spec(key).shape

@@ -73,7 +73,7 @@ class MergePolicy:
             if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 names = ["float64", "float32", "bfloat16", "float16"]
                 raise FusionBenchError(
-                    f"'{self.dtype}' is no floating-point type.",
+                    f"'{self.dtype}' is not a floating-point type.",
                     did_you_mean(str(self.dtype), names),
                     place=("dtype",),
                 )
@@ -144,7 +144,7 @@ def align(
         FusionBenchError: no models, or differences that the policy does not allow; each is listed.
     """
     if not models:
-        raise FusionBenchError("There is nothing to merge: the model pool names no model.")
+        raise FusionBenchError("There is nothing to merge: the model pool has no model.")
     policy = policy or MergePolicy()
     name, reference = ("_pretrained_", base) if base is not None else next(iter(models.items()))
     comparison = _Comparison(name, reference, policy, vocabulary)
@@ -249,9 +249,9 @@ class _Comparison:
             if keys:
                 others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                 yield (
-                    f"{model}: '{next(iter(keys))}'{others} differ from {self.name}, or are in one "
-                    "of the two only. Models compute them when they are loaded, so they are not "
-                    "merged."
+                    f"{model}: '{next(iter(keys))}'{others} differ from {self.name}, or are only "
+                    "in one of the two. Models compute them when they are loaded, so they are "
+                    "not merged."
                 )
 
     def _is_vocabulary(self, spec: TensorSpec, expected: TensorSpec) -> bool:
@@ -267,9 +267,9 @@ class _Comparison:
         if not self.problems:
             return
         raise FusionBenchError(
-            f"These models cannot be merged: their weights are not like those of '{self.name}'. "
+            f"These models cannot be merged: their weights do not match those of '{self.name}'. "
             "Use models that were fine-tuned from the same base"
-            + (f", or give {' '.join(self.fixes)}" if self.fixes else "")
+            + (f", or set {' '.join(self.fixes)}" if self.fixes else "")
             + ".\n  "
             + "\n  ".join(self.problems)
         )

@@ -86,8 +86,8 @@ class HubWeights(Weights):
         # No hash is known of a header alone.
         if {key: local.spec(key) for key in local} != self._specs:
             raise EnvironmentProblem(
-                f"'{self._repository.name}': the headers that came first are not those of the "
-                "files. Try again."
+                f"'{self._repository.name}': the headers that were read first differ from those "
+                "of the files. Try again."
             )
         return local
 
@@ -139,7 +139,7 @@ def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
         for key, tensor in sorted(header.tensors.items()):
             if tensor.dtype not in DTYPES:
                 raise ConfigError(
-                    f"'{repository.name}': '{key}' is of the type {tensor.dtype}, which is not "
+                    f"'{repository.name}': '{key}' has the type {tensor.dtype}, which is not "
                     "supported."
                 )
             specs[key] = TensorSpec(tuple(map(int, tensor.shape)), DTYPES[tensor.dtype])

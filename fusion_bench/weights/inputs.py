@@ -97,7 +97,7 @@ class Inputs:
         """Return the same models, with the entries that fit a pattern copied and not merged."""
         for pattern in patterns:
             if not any(matches(key, [pattern]) for key in self):
-                log.warning("'%s' fits no entry's key.", pattern)
+                log.warning("'%s' matches no key.", pattern)
         removed = {key for key in self if matches(key, patterns)}
         aligned = replace(self.aligned, copied=self.aligned.copied | removed)
         settings = (self._elementwise, self._look_for_nonfinite)

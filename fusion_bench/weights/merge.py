@@ -139,8 +139,8 @@ class MergedWeights(Weights):
             log.warning(message)
             return
         raise FusionBenchError(
-            f"{message}\nUse sound checkpoints, a wider policy.dtype where the result alone is "
-            f"named, or give {self._inputs.policy.typed('on_nonfinite', 'warn')}."
+            f"{message}\nUse valid checkpoints, use a wider policy.dtype if only the result is "
+            f"named, or set {self._inputs.policy.typed('on_nonfinite', 'warn')}."
         )
 
     def _merged(self, key: str, start: int, stop: int) -> Tensor:
@@ -149,11 +149,12 @@ class MergedWeights(Weights):
         versions = _versions(tensors.everything) if start == 0 else []
         merged = self._merge_piece(key, start, tensors, base)
         if versions and _versions(tensors.everything) != versions:
-            raise RuntimeError(f"merge_tensor wrote to the tensors of '{key}' that it was given.")
+            raise RuntimeError(f"merge_tensor changed the input tensors of '{key}'.")
         shape = self._inputs.shape(key, start, stop)
         if merged.shape != shape:
             raise RuntimeError(
-                f"merge_tensor made {list(merged.shape)} of '{key}', which is {list(shape)}."
+                f"merge_tensor returned the shape {list(merged.shape)} for '{key}', which has "
+                f"{list(shape)}."
             )
         merged = merged.reshape(-1)
         if not self._is_sound(key, merged):

@@ -75,7 +75,9 @@ def write_checkpoint(
     for key, spec in specs.items():
         if spec.dtype not in _NAMES:
             name = str(spec.dtype).removeprefix("torch.")
-            raise FusionBenchError(f"'{key}' is of the type {name}, which safetensors do not know.")
+            raise FusionBenchError(
+                f"'{key}' has the type {name}, which safetensors does not support."
+            )
     index, plan = _split(specs, max_shard_size)
     metadata = {"format": "pt", **(metadata or {})}
     try:
@@ -150,7 +152,7 @@ class _Shard:
         """Write the header, and wait until all is on the disk."""
         header = self._header(metadata)
         if len(header) > self._header_size:
-            raise ValueError("The final metadata is longer than what was announced.")
+            raise ValueError("The final metadata is longer than the reserved space.")
         header = header.ljust(self._header_size)
         _write_at(self._file, memoryview(len(header).to_bytes(8, "little") + header), 0)
         os.fsync(self._file)
@@ -175,7 +177,7 @@ def check_size(size: int | str) -> None:
 
 def _no_size(size: int | str) -> FusionBenchError:
     return FusionBenchError(
-        f"'{size}' is no size.", "Write it like '5GB' or '500MB'.", place=("max_shard_size",)
+        f"'{size}' is not a size.", "Write it like '5GB' or '500MB'.", place=("max_shard_size",)
     )
 
 

@@ -197,13 +197,13 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         "granularity": write(tmp_path / "3", ["a", "b"], KEYS, [[1], [1]]),
     }
     for file in others.values():
-        with pytest.raises(FusionBenchError, match=r"weights: '.*' holds coefficients of"):
+        with pytest.raises(FusionBenchError, match=r"weights: '.*' contains coefficients of"):
             learned(AdaMergingAlgorithm(weights=file), models, data)
     (tmp_path / "4").write_text("no JSON")
     (tmp_path / "5").write_text("[1]")
     (tmp_path / "6").write_text("{}")
     for name in "4567":
-        with pytest.raises(FusionBenchError, match=r"weights: '.*' is no file of coeff"):
+        with pytest.raises(FusionBenchError, match=r"weights: '.*' is not a file of coeff"):
             learned(AdaMergingAlgorithm(weights=str(tmp_path / name)), models, data)
     blocked = str(tmp_path / "4" / "found.json")
     with pytest.raises(FusionBenchError, match=r"save_merging_weights: cannot write"):

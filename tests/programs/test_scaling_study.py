@@ -129,7 +129,7 @@ def test_mistakes_give_one_clear_message(config: Config) -> None:
     )
     pool = tiny["modelpool"] | {"models": tiny["modelpool"]["models"] | {"d": "nowhere"}}
     assert refused(bases={"x": tiny | {"modelpool": pool}}).startswith(
-        "bases.x.modelpool.models.d: the task pool has no task of that name."
+        "bases.x.modelpool.models.d: the task pool has no task with this name."
     )
 
 

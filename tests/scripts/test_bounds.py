@@ -100,7 +100,7 @@ def test_interpolations_that_stand_for_too_much(composed: Any, name: str) -> Non
 def test_what_is_interpolated_only_later() -> None:
     """Escaped at first, so that it is a text of plain data by then."""
     links = dict(line.split(": ") for line in chain("lol", "${a@}${a@}").splitlines())
-    with pytest.raises(ConfigError, match="interpolations of this config stand for"):
+    with pytest.raises(ConfigError, match="interpolations of this config expand to"):
         instantiate({"_target_": "fusion_bench.method.SimpleAverageAlgorithm", **links})
 
 
@@ -121,7 +121,7 @@ def test_a_large_file_named_often(composed: Any, tmp_path: Path) -> None:
 
 
 def test_a_defaults_list_that_names_itself(composed: Any) -> None:
-    with pytest.raises(ConfigError, match="holds itself"):
+    with pytest.raises(ConfigError, match="refers to itself"):
         composed("defaults: [main@x]")
 
 

@@ -97,7 +97,7 @@ def test_a_folder_of_the_users_is_left_alone(
         job(config)
         Path("hidden/cli.log").unlink()
     else:
-        with pytest.raises(ConfigError, match="which no run has left"):
+        with pytest.raises(ConfigError, match="which is not from a run"):
             job(config)
     assert here() == before
 
@@ -108,7 +108,7 @@ def test_what_only_looks_like_a_record_is_left_alone(job: Any, files: tuple[str,
     for name in files:
         Path("settings", name).write_text("hydra: notes on fusion_bench")
     before = here()
-    with pytest.raises(ConfigError, match="'settings', which no run has left"):
+    with pytest.raises(ConfigError, match="'settings', which is not from a run"):
         job({"hydra": {"run": {"dir": "."}, "output_subdir": "settings"}, "overwrite": True})
     assert here() == before
 

@@ -155,7 +155,7 @@ def test_a_mistake_in_the_grid_is_told_before_anything_runs(conf: Path) -> None:
     [
         (["seed=range(0,10,0)"], "its step is 0"),
         (["seed=range(0,1,0.0)"], "its step is 0"),
-        (["seed=range(5,1)"], "lists no value"),
+        (["seed=range(5,1)"], "has no value"),
         (["seed=interval(0,1)"], "range(start,stop,step)"),
         (["seed=range(0,1000000000)"], "1,000,000,000 jobs"),
         (["a=range(0,1000)", "b=range(0,1,0.001)", "c=1,2"], "2,000,000 jobs"),
