@@ -1,10 +1,10 @@
-"""Which addresses may be opened: decided here, whoever names one.
+"""The rules for addresses: which ones may be opened, for every caller.
 
 ``datasets`` hands every address on to fsspec, which knows dozens of schemes and chains of them
 (``reference://…::http://…``). Some of them render templates that read the environment, and send
-what they read to a server. So there are local paths, ``hf://``, and ``http(s)://`` where the user's
-own config names it. What belongs to a data set, its card, its metadata and its rows, names local
-files in the data set's own folder and nothing else.
+what they read to a server. So only local paths, ``hf://``, and ``http(s)://`` in the user's own
+config are allowed. A dataset's card, metadata and rows may name only local files in the dataset's
+own folder.
 """
 
 import os
@@ -42,11 +42,11 @@ _LOCK = RLock()
 
 
 class AddressError(ConfigError):
-    """An address, or a file, that may not be opened."""
+    """An address or a file must not be opened."""
 
 
 def address_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the key and the mistake of each address in a call's arguments that is not opened."""
+    """Yield the key and the problem of each forbidden address in a call's arguments."""
     if target.startswith("fusion_bench."):
         return  # they look for paths and repositories alone
     for argument, value in node.items():
@@ -57,7 +57,7 @@ def address_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def refuse_addresses(node: Mapping[str, Any], key: str = "") -> None:
-    """Raise for the addresses in a call's arguments that are not opened.
+    """Refuse forbidden addresses in a call's arguments.
 
     Raises:
         AddressError: with a line for each.
@@ -69,7 +69,7 @@ def refuse_addresses(node: Mapping[str, Any], key: str = "") -> None:
 
 
 def _mistake(address: str) -> str | None:
-    """Return what is wrong with an address that a user's config names."""
+    """Return the problem of an address in a user's config, or ``None``."""
     scheme = _scheme(address)
     if "::" in address:
         return f"'{address}' is a chain of addresses, which is not supported. Name one file."
@@ -84,7 +84,7 @@ def _mistake(address: str) -> str | None:
 
 
 def _scheme(address: str) -> str:
-    """Return what fsspec takes for an address's scheme; nothing for a path."""
+    """Return an address's scheme as fsspec parses it; empty for a path."""
     scheme, separator, _ = address.partition("://")
     if separator:
         return "" if len(scheme) == 1 else scheme  # a drive's letter
@@ -105,7 +105,7 @@ def _texts(value: Any, key: str, seen: tuple[int, ...] = ()) -> Iterator[tuple[s
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the files of a data set lie.
+    """The folders and files of a dataset.
 
     Attributes:
         own: folders and files that the user's config names; None where all may be read, since the
@@ -116,7 +116,7 @@ class Folders:
 
     @classmethod
     def of(cls, node: Any) -> "Folders":
-        """Return those of the data set that a config's node loads."""
+        """Return the folders of the dataset of a config node."""
         node = _plain(node)
         if not isinstance(node, Mapping) or node.get("_target_") not in _LOADS:
             return cls(None)
@@ -139,10 +139,10 @@ class Folders:
         return cls(tuple(dict.fromkeys(own)))
 
     def refuse_outside(self, path: str) -> None:
-        """Raise for a local file of data that is not the data set's.
+        """Refuse a local data file outside the dataset's folders.
 
-        Links to pictures are followed wherever they lead, for folders of links are common. Links
-        to anything else may not lead out.
+        Links to images are always followed because folders of links are common. Other links must
+        not lead out.
 
         Raises:
             AddressError: it lies elsewhere.
@@ -167,11 +167,11 @@ class Folders:
         return any(path.is_relative_to(place) for place in known)
 
     def holds(self, name: str) -> bool:
-        """Tell whether a picture of that name would lie in the data set's folders."""
+        """Return whether a picture of that name would lie in the data set's folders."""
         return self.own is None or self._hold(_absolute(Path(name)))
 
     def picture(self, name: str) -> bytes:
-        """Return the content of a picture that a row names.
+        """Return the content of an image that a row names.
 
         Raises:
             AddressError: it is no local file of the data set.
@@ -207,7 +207,7 @@ def _plain(node: Any) -> Any:
 
 
 def _opened(name: str) -> IO[bytes]:
-    """Open a regular file; a pipe or a device would keep us waiting, or never end."""
+    """Open a regular file, but no pipe or device, which could block forever."""
     try:
         file = open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     except ValueError as error:  # a NUL in its name
@@ -229,7 +229,7 @@ def _home(text: str) -> Path:
 
 
 def _fixed(path: Path) -> Path:
-    """Return what of a pattern stands fixed, a folder where the rest is not."""
+    """Return the fixed part of a pattern, or its folder."""
     for parent in reversed([path, *path.parents]):
         if any(sign in parent.name for sign in "*?["):
             return parent.parent
@@ -237,7 +237,7 @@ def _fixed(path: Path) -> Path:
 
 
 def _caches() -> Iterable[Path]:
-    """Return where the libraries put what they have fetched."""
+    """Return the cache directories of the libraries."""
     import datasets
     from huggingface_hub import constants
 
@@ -246,7 +246,7 @@ def _caches() -> Iterable[Path]:
 
 @contextmanager
 def fence(node: Any, *scratch: Path) -> Iterator[None]:
-    """Let a data set's node be loaded by ``datasets``, and nothing but what it may open be opened.
+    """Limit what ``datasets`` may open while it loads a dataset's node.
 
     For the length of the context fsspec, through which every address goes, knows no other schemes,
     and no local files but the data set's own: whatever a card names comes to it.
@@ -335,7 +335,7 @@ def _fenced(folders: Folders) -> "type[AbstractFileSystem]":
 
 
 def _refuse_null(file: str) -> None:
-    """Raise for lines of JSON of which one is ``null``: pyarrow ends the whole process at it.
+    """Refuse JSON lines with a ``null`` line because pyarrow crashes on it.
 
     Raises:
         AddressError: there is such a line.
@@ -350,7 +350,7 @@ def _refuse_null(file: str) -> None:
 
 
 def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
-    """Look at what the card of a local folder says of its files, before ``datasets`` does.
+    """Check the file names in the card of a local folder before ``datasets`` reads it.
 
     Raises:
         AddressError: it names other files than the folder's, or cannot be read.

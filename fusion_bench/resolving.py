@@ -1,7 +1,7 @@
-"""How much the interpolations of a config may stand for.
+"""Limits the size of a config's expanded interpolations.
 
-Where each of forty keys names the one before it twice, the last is longer than any memory.
-OmegaConf resolves whatever it is told to; so each reference is counted while it does.
+If each of forty keys refers twice to the previous key, the last one exceeds any memory. OmegaConf
+has no limit, so each reference is counted during resolution.
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ _count: ContextVar[_Count | None] = ContextVar("_count", default=None)
 
 @contextmanager
 def bounded(config: Any = None) -> Iterator[None]:
-    """Let interpolations stand for no more than ``config`` needs, within the block.
+    """Limit the size of resolved interpolations within the block.
 
     Raises:
         ConfigError: they do; whatever was made of this on the way.
@@ -74,7 +74,7 @@ def _written(config: Any) -> int:
 
 
 def resolve_all(config: DictConfig) -> None:
-    """Resolve whatever can be by now, to see that later it can be, too.
+    """Resolve all that is possible now, to check the limits early.
 
     Raises:
         ConfigError: it would be too large.

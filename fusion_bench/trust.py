@@ -1,8 +1,8 @@
-"""Who may be called: a config is data, and names only what is listed here.
+"""The allow-list of targets that a config may call.
 
-Users add packages of their own outside of any config: in the environment variable
-``FUSION_BENCH_ALLOW``, with ``--allow`` on the command line, or as an entry point of an installed
-package in the group ``fusion_bench.allow``. docs/security.md states the model.
+Users add their own packages outside any config: in the environment variable ``FUSION_BENCH_ALLOW``,
+with ``--allow`` on the command line, or as an entry point of an installed package in the group
+``fusion_bench.allow``. docs/security.md states the model.
 """
 
 import inspect
@@ -71,10 +71,10 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def find(name: str, *, called: bool = True) -> Any:
-    """Return what a ``_target_`` names, or with ``called=False`` what a lookup may return.
+    """Return the object of a ``_target_``, or of a lookup with ``called=False``.
 
-    The name is looked at before anything is imported, and what it turned out to be afterwards: a
-    module of ours is no door to what it imports itself.
+    The name is checked before the import, and the object after it: names that our modules merely
+    import are not allowed.
 
     Raises:
         ConfigError: it is not on the list, or not there.
@@ -91,7 +91,7 @@ def find(name: str, *, called: bool = True) -> Any:
 
 
 def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the key and the mistake of each argument that would let somebody's code run."""
+    """Yield the key and the problem of each argument that could run untrusted code."""
     if target in _LOOKUPS:
         try:
             find(node.get("path", ""), called=False)
@@ -129,12 +129,12 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def trusts_remote_code() -> bool:
-    """Tell whether the user lets repositories run code of their own."""
+    """Return whether the user allows code from repositories."""
     return os.environ.get(TRUST_REMOTE_CODE) == "1"
 
 
 def fetches_code(kernel: Any) -> bool:
-    """Tell whether transformers would fetch what is to compute a model's attention.
+    """Return whether transformers would download the attention implementation.
 
     It fetches what has a repository's name, and flash attention that is not installed here, if the
     package ``kernels`` is.
@@ -147,14 +147,14 @@ def fetches_code(kernel: Any) -> bool:
 
 
 def allowed_packages() -> frozenset[str]:
-    """Return the packages that the user allows beside ours."""
+    """Return the packages that the user allows in addition to ours."""
     named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")}
     installed = {point.value for point in entry_points(group="fusion_bench.allow")}
     return frozenset(name for name in named | installed if _DOTTED.fullmatch(name))
 
 
 def environment_variable(name: str, default: Any = None) -> Any:
-    """Return what ``${oc.env:name}`` stands for in a config.
+    """Return the value of ``${oc.env:name}`` in a config.
 
     It goes into saved configs and reports, so that a stranger's config could carry away secrets.
 
@@ -170,7 +170,7 @@ def environment_variable(name: str, default: Any = None) -> Any:
 
 
 def _promising(name: str) -> bool:
-    """Tell by its name whether a target may be looked at."""
+    """Return whether a target may be imported, by its name."""
     first, _, rest = name.partition(".")
     if first == "fusion_bench":
         return name in _EXACT or rest.partition(".")[0] in _OURS
@@ -185,12 +185,12 @@ def _promising(name: str) -> bool:
 
 
 def is_users(name: str) -> bool:
-    """Tell whether a name lies in a package that the user allows."""
+    """Return whether a name is in a package that the user allows."""
     return any(name == package or name.startswith(f"{package}.") for package in allowed_packages())
 
 
 def _allowed(name: str, found: Any) -> bool:
-    """Tell whether an object may be called, by what it is itself."""
+    """Return whether the object itself may be called."""
     first = name.partition(".")[0]
     if name in _EXACT or name in _LOOKUPS:
         return callable(found)
@@ -236,7 +236,7 @@ def _refusal(name: Any) -> str:
 
 
 def _nearest(name: Any) -> str:
-    """Suggest the public name that one of ours may have been meant for; imports nothing else."""
+    """Suggest the most similar public name of ours, without other imports."""
     module, _, last = str(name).rpartition(".")
     package = ".".join(module.split(".")[:2])
     if package not in {f"fusion_bench.{ours}" for ours in _OURS}:

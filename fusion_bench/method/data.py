@@ -1,4 +1,4 @@
-"""What methods that learn from data have in common."""
+"""Base class of methods that learn from data."""
 
 import math
 import re
@@ -36,7 +36,7 @@ def check_sampling(name: str, count: int | None, batch_size: int) -> None:
 
 
 def check_descent(max_steps: int, batch_size: int, lr: float) -> None:
-    """Refuse options of a gradient descent that cannot be.
+    """Refuse invalid options of a gradient descent.
 
     Raises:
         FusionBenchError: fewer than no steps, less than one sample a batch, a learning rate that
@@ -50,7 +50,7 @@ def check_descent(max_steps: int, batch_size: int, lr: float) -> None:
 def drawn_batches(
     task: TaskData, count: int | None, batch_size: int, seed: int, title: str
 ) -> tuple[int, Iterator[tuple[Tensor, Tensor]]]:
-    """Draw ``count`` samples of a task, all for ``None``; return how many, and their batches.
+    """Draw ``count`` samples of a task (``None``: all); return the number and the batches.
 
     ``title`` is what the progress bar says.
     """
@@ -108,7 +108,7 @@ class LearningAlgorithm:
         aligned(pool)
 
     def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
-        """Learn from ``data`` and return what merges the models by it.
+        """Learn from ``data`` and return the merge function.
 
         Raises:
             FusionBenchError: a model without data, or as the method says.
@@ -144,7 +144,7 @@ class LearningAlgorithm:
 
 
 def own_data(names: Sequence[str], data: Mapping[str, T]) -> dict[str, T]:
-    """Return each model's own task's data; methods that call it set ``needs_own_data``.
+    """Return the data of each model's own task; for methods with ``needs_own_data``.
 
     Raises:
         FusionBenchError: a model without.
@@ -186,7 +186,7 @@ def merged(
     *,
     weighted_sum: bool = True,
 ) -> Weights:
-    """Return what ``merge_tensor`` makes of the models, by the pool's policy.
+    """Return the models merged by ``merge_tensor``, under the pool's policy.
 
     Args:
         pool: where the models are from.
@@ -210,7 +210,7 @@ def merged(
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:
-    """Refuse what is no regular expression; ``name`` is the patterns' own key.
+    """Refuse invalid regular expressions; ``name`` is the key of the patterns.
 
     Raises:
         FusionBenchError: one that is none.
@@ -225,5 +225,5 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
 
 
 def excluded(key: str, patterns: Iterable[str]) -> bool:
-    """Tell whether one of the regular expressions is found in a parameter's name."""
+    """Return whether a regular expression matches a part of a parameter's name."""
     return any(re.search(pattern, key) for pattern in patterns)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class LiNeSAlgorithm(TensorwiseAlgorithm):
-    """What another method makes, its changes scaled from block to block.
+    """Another method's change, scaled from block to block.
 
     Args:
         base_method: the other method.
@@ -80,7 +80,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> Weights | Mapping[str, Weights]:
-        """Let the base method merge, and return what scales what it changed.
+        """Merge with the base method, and return weights with the scaled change.
 
         Args:
             pool: the models.
@@ -98,7 +98,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         return {name: self._scaled(pool, own) for name, own in fused.items()}
 
     def _scaled(self, pool: ModelPool, merged: Weights | nn.Module) -> Weights:
-        """Return what scales ``merged`` when it is read."""
+        """Return weights that scale ``merged`` when they are read."""
         if not isinstance(merged, Weights):
             raise FusionBenchError(
                 f"{class_name(self.base_method)} returns a module instead of weights, which "
@@ -150,7 +150,7 @@ def _scale(alpha: float, beta: float, depths: Mapping[str, float]) -> MergePiece
 
 
 def _depths(keys: Iterable[str]) -> dict[str, float]:
-    """Return how deep in its stack, from 0 to 1, the block of each key is."""
+    """Return the relative depth, from 0 to 1, of each key's block in its stack."""
     blocks = {key: place for key in keys if (place := block(key))}
     last: dict[str, int] = {}
     for stack, index in blocks.values():

@@ -1,4 +1,4 @@
-r"""Model Stock: $\theta = t\,\bar\theta + (1 - t)\,\theta_0$, where $t$ follows from the angle.
+r"""Model Stock: $\theta = t\,\bar\theta + (1 - t)\,\theta_0$, where $t$ depends on the angle.
 
 For $T$ models whose task vectors have the cosine $c$: $t = \frac{T c}{(T - 1) c + 1}$.
 Jang et al., Model Stock, https://arxiv.org/abs/2403.19522
@@ -29,10 +29,10 @@ Average = Literal["cosine", "angle"]
 class ModelStock(TensorwiseAlgorithm):
     """A point between the pretrained model and the average, tensor by tensor.
 
-    Entries of a single number are averaged plainly.
+    Entries with a single value are averaged.
 
     Args:
-        ignore_keys: keys, or patterns of them, of entries that are averaged plainly.
+        ignore_keys: keys or key patterns of entries that are averaged.
         average: of more than two models, average the ``cosine`` or the ``angle`` between pairs.
         clamp: keep the share of the average between 0 and 1; without it, task vectors that point
             away from each other may give any number.

@@ -1,4 +1,4 @@
-"""Lays runs side by side: the differences between them, and what they are worth."""
+"""Compares runs: their differences, with confidence intervals."""
 
 import logging
 import re
@@ -27,13 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class CompareProgram:
-    """Compares the merged models of several runs on the samples that they have in common.
+    """Compares the merged models of several runs on their common samples.
 
     Args:
-        reports: the runs' ``report.json``, or their directories; as a mapping, by the names that
-            they are to have.
-        strict: refuse runs whose figures must not be compared.
-        output_dir: where the result goes, as a report of its own; ``None`` writes none.
+        reports: the runs' ``report.json``, or their directories; a mapping sets their names.
+        strict: refuse runs that are not comparable.
+        output_dir: the directory for the comparison's own report; ``None`` writes none.
         dry_run: check the config and stop before anything is read.
 
     Raises:
@@ -114,7 +113,7 @@ class CompareProgram:
     def _described(
         self, runs: Mapping[str, Evaluated], seconds: float, found: Sequence[str]
     ) -> Run:
-        """Return the account of this comparison; what the runs differ in is listed."""
+        """Return the description of this comparison, with the differences between the runs."""
         described = [evaluated.report.run for evaluated in runs.values()]
         return Run(
             version=__version__,
@@ -133,7 +132,7 @@ class CompareProgram:
 
 
 def _file(path: Path) -> Path:
-    """Return the report's file, also where its directory is named."""
+    """Return the report's file, given the file or its directory."""
     place = path.expanduser().absolute()
     return place / "report.json" if place.is_dir() else place
 
@@ -148,7 +147,7 @@ def _read(path: Path) -> Evaluated:
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
-    """Return the reports by the last parts of their paths, as many as tell them apart."""
+    """Return the reports by the shortest unique ends of their paths."""
     parts = []
     for path in paths:
         place = _file(Path(path))

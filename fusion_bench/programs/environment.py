@@ -1,4 +1,4 @@
-"""Where a run happens: its processes and devices, and their description in the report."""
+"""The processes and devices of a run, and their description in the report."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ def make_fabric(section: Any) -> Fabric:
 
 
 def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
-    """Have ``work`` done in all of Fabric's processes; returns the first one's result.
+    """Run ``work`` in all of Fabric's processes, and return the first one's result.
 
     Raises:
         FusionBenchError: what one of the processes raised.
@@ -94,7 +94,7 @@ def _telling(
     told: "SimpleQueue[FusionBenchError]",
     shown: bool,
 ) -> T:
-    """Do the work; tell the parent what is wrong, where it is nothing to be traced."""
+    """Run the work; send expected errors to the parent without a traceback."""
     if shown:  # as in the parent
         set_up_streams()
     try:
@@ -107,7 +107,7 @@ def _telling(
 
 @contextmanager
 def plain_failures() -> Iterator[None]:
-    """Say in one line that memory ran out, or that a disk fails.
+    """Report out-of-memory and disk errors in one line.
 
     Raises:
         EnvironmentProblem: that is so.
@@ -135,7 +135,7 @@ def describe_run(
     search: Search | None = None,
     notes: Sequence[str] = (),
 ) -> Run:
-    """Return the report's account of what was run, when, and with what."""
+    """Return the report's description of the run."""
     return Run(
         version=__version__,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

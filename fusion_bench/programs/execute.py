@@ -1,4 +1,4 @@
-"""Does what was planned: loads, fuses, evaluates and describes it in a report."""
+"""Executes a prepared run: loads, merges, evaluates and reports."""
 
 import logging
 import time
@@ -47,18 +47,18 @@ _DONE = {"load": "Loaded", "search": "Searched", "fuse": "Fused", "evaluate": "E
 
 @runtime_checkable
 class Savable(Protocol):
-    """A module that is no plain checkpoint, and writes itself."""
+    """A module that writes itself, instead of a plain checkpoint."""
 
     def save(self, directory: Path, modelpool: Any, config: Mapping[str, Any]) -> None:
-        """Write the directory, whole or not at all."""
+        """Write the directory atomically."""
 
 
 def execute(prepared: Prepared, plan: Plan) -> Report:
     """Fuse, evaluate, save and print.
 
     Args:
-        prepared: with every object that its spec asks for.
-        plan: what was found about them, of which the notes go into the report.
+        prepared: the objects of the run, all available.
+        plan: the plan; its notes go into the report.
 
     Raises:
         FusionBenchError: what shows only now: a damaged file, memory or a disk that is full.
@@ -86,7 +86,7 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
 
 
 def _sound(prepared: Prepared, plan: Plan) -> "_Run":
-    """Return what is prepared as a run, for which there is all that it needs."""
+    """Return the prepared objects as a complete run."""
     made = prepared
     assert made.modelpool is not None and made.method is not None and made.fabric is not None
     return _Run(
@@ -106,7 +106,7 @@ def _sound(prepared: Prepared, plan: Plan) -> "_Run":
 
 @dataclass(frozen=True)
 class _Run:
-    """A run whose objects are all there."""
+    """A run with all its objects."""
 
     spec: FusionSpec
     shared: SharedObjects
@@ -177,12 +177,12 @@ class _Run:
         return report, evaluator.answers
 
     def quiet(self) -> None:
-        """Keep libraries from printing; a merge alone imports neither of the two."""
+        """Silence libraries; a pure merge imports none of them."""
         if self.taskpool is not None:
             quiet_libraries()
 
     def _all_notes(self) -> list[str]:
-        """Return what the report is to say of the models and of how they were evaluated."""
+        """Return the report's notes on the models and their evaluation."""
         of_tasks = [] if self.taskpool is None else self.taskpool.notes
         return list(dict.fromkeys([*self.notes, *self.modelpool.notes, *of_tasks]))
 
@@ -197,7 +197,7 @@ class _Run:
         )
 
     def _evaluated_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Evaluator:
-        """Return one that has evaluated the models to compare with, maybe in an earlier run."""
+        """Return an evaluator with the baselines' results, possibly from the cache."""
 
         def evaluated() -> Evaluator:
             evaluator = self._evaluator(fabric)
@@ -220,7 +220,7 @@ class _Run:
         return tuning_data(method, self.modelpool, self.taskpool, fabric, allowed)
 
     def _search(self, data: TuningData, fabric: Fabric) -> Search:
-        """Find the method's options; leaves the random numbers as they were at first."""
+        """Search the method's options; the random state is restored afterwards."""
         assert self.search is not None and self.taskpool is not None and data is not None
         found = self.search.run(
             self.settings, data, self.modelpool, self.taskpool, fabric, self.spec
@@ -231,7 +231,7 @@ class _Run:
     def _fuse(
         self, fabric: Fabric, method: FusionMethod, data: TuningData, search: Search | None
     ) -> dict[str, nn.Module | Weights]:
-        """Return what the method makes, by name; saved, where a path is given.
+        """Return the merged models by name, saved if a path is given.
 
         Merged weights are computed as they are written; they are held in memory only if they are
         to be evaluated or to be thrown away.
@@ -280,7 +280,7 @@ class _Run:
         searched: TuningData,
         fabric: Fabric,
     ) -> tuple[Report, Answers] | None:
-        """Return the result that this very run had left here, if nothing has changed since."""
+        """Return the earlier result of the same run, if nothing has changed since."""
         found = None
         path = self.paths.model_path
         model_is_there = path is None or path.exists()
@@ -297,7 +297,7 @@ class _Run:
 
 
 class _Clock:
-    """Measures named steps, and says in the log how long each took."""
+    """Measures the time of named steps and logs it."""
 
     def __init__(self, says: bool) -> None:
         self._says = says
@@ -318,7 +318,7 @@ class _Clock:
 
 @contextmanager
 def _whole(directory: Path, *, several: bool) -> Iterator[Path]:
-    """Yield where models go: several together take the place of what was in the directory."""
+    """Yield the directory for models; several models replace the old directory together."""
     if not several:
         yield directory  # a model alone sees to that itself
         return

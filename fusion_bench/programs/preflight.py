@@ -1,4 +1,4 @@
-"""Looks ahead: what a run will do, and all that stands in its way, before any weight is loaded."""
+"""Makes the plan of a run and finds all problems, before any weight is loaded."""
 
 import logging
 import os
@@ -43,7 +43,7 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def preflight(prepared: Prepared) -> Plan:
-    """Find all that would stop the run, before it begins; a dry run prints what it will do.
+    """Find all problems of a run before it begins; a dry run prints the plan.
 
     Raises:
         ConfigError: with every problem that there is.
@@ -63,12 +63,12 @@ def preflight(prepared: Prepared) -> Plan:
 
 
 def _look(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
-    """Add to ``plan`` what the run's parts know of themselves, and what does not fit.
+    """Add the steps and problems of the run's parts to ``plan``.
 
     Args:
         plan: has the problems that are known already.
         prepared: the parts.
-        scratch: where small files go that are not here, for a run that leaves nothing.
+        scratch: a temporary directory for small downloads, in a dry run.
     """
     modelpool, taskpool = prepared.modelpool, prepared.taskpool
     if modelpool is not None:
@@ -85,7 +85,7 @@ def _look(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
 
 
 def announce(plan: Plan) -> None:
-    """Say what is downloaded, where it is much."""
+    """Log large downloads."""
     sizes = plan.downloads()
     if sum(size or 0 for size in sizes.values()) >= _LARGE:
         each = ", ".join(f"{name} ({_size(size)})" for name, size in sizes.items())
@@ -113,7 +113,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def _look_at_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
-    """Find what a pool's node names where the pool itself could not be made."""
+    """Check the nodes of a pool that could not be created."""
 
     def named(pool: object, section: str, key: str) -> Mapping[str, Any]:
         node = prepared.spec.config[section] if pool is None else None
@@ -134,7 +134,7 @@ def _look_at_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None
 
 
 class _Opened:
-    """Those of a pool's models whose headers could be read, seen as a pool."""
+    """A pool of the models with readable headers."""
 
     def __init__(self, pool: PlacedModelPool, opened: Mapping[str, Weights]):
         self._pool = pool
@@ -187,7 +187,7 @@ def _compare(
 def _agree(
     plan: Plan, modelpool: PlacedModelPool, opened: ModelPool, needed: Sequence[str]
 ) -> bool:
-    """Tell whether those models that are opened can be merged, whatever the method."""
+    """Check whether the opened models can be merged."""
     if not opened.model_names or needed[0] not in plan.weights:
         return False
     before = len(plan.problems)
@@ -201,7 +201,7 @@ def _agree(
 def _compare_data(
     plan: Plan, prepared: Prepared, modelpool: PlacedModelPool, scratch: Path | None
 ) -> None:
-    """Look at the datasets that methods learn from and a search evaluates on."""
+    """Check the datasets for learning and for a search."""
     uses: dict[LearnedSplit, list[FusionMethod]] = {}
     for method, _ in prepared.methods():
         if method.needs.split is not None:
@@ -261,7 +261,7 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
 
 
 def _merged_bytes(plan: Plan, modelpool: PlacedModelPool) -> int | None:
-    """Return how much a merged model takes, which is like the reference."""
+    """Return the size of a merged model, which has the reference's entries."""
     name = "_pretrained_" if modelpool.has_pretrained else modelpool.model_names[0]
     weights = plan.weights.get(name)
     if weights is None:
@@ -276,7 +276,7 @@ def _merged_bytes(plan: Plan, modelpool: PlacedModelPool) -> int | None:
 
 
 def _check_room(plan: Plan) -> None:
-    """Look for places that cannot be written, and disks that are too small."""
+    """Check for paths that are not writable and for full disks."""
     downloads = sum(size or 0 for size in plan.downloads().values())
     steps = [step for step in plan.steps if step.verb in _TAKES_ROOM and step.place is not None]
     if downloads:
@@ -314,7 +314,7 @@ def _check_room(plan: Plan) -> None:
 
 
 def _check_memory(plan: Plan, prepared: Prepared) -> None:
-    """Look whether a merged model that is to be held fits; what is less than that is not known."""
+    """Check whether a merged model fits in memory, as a lower bound."""
     modelpool, taskpool, fabric = prepared.modelpool, prepared.taskpool, prepared.fabric
     if modelpool is None or not plan.weights or (taskpool is None and prepared.paths.model_path):
         return  # entry by entry it goes to the disk
@@ -346,7 +346,7 @@ def _check_memory(plan: Plan, prepared: Prepared) -> None:
 
 
 def _free_memory() -> int | None:
-    """Return the bytes of memory that may be had, as far as the system tells."""
+    """Return the available memory in bytes, as far as the system reports it."""
     found = []
     with suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
@@ -358,7 +358,7 @@ def _free_memory() -> int | None:
 
 
 def _existing(place: Path) -> Path:
-    """Return the nearest that is there of a path and the directories above it."""
+    """Return the nearest existing parent of a path, or the path itself."""
     return next(p for p in (place, *place.parents) if p.exists())
 
 

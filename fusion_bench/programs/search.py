@@ -1,4 +1,4 @@
-"""Finds a method's options on a validation split."""
+"""Searches a method's options on a validation split."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -47,7 +47,7 @@ Located = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with options that were put in: the options, the whole node, the object."""
+    """A method with chosen options: the options, the full node, the object."""
 
     options: dict[str, Any]
     node: dict[str, Any]
@@ -56,7 +56,7 @@ class Setting:
 
     @contextmanager
     def located(self, *, keyed_only: bool = False) -> Iterator[None]:
-        """Name, for each problem that the method raises, where its option comes from."""
+        """Map each problem of the method to the key of its option."""
         with _located(self.places, keyed_only):
             yield
 
@@ -82,11 +82,11 @@ def _from_space(problem: Problem, places: Mapping[str, Place]) -> Problem:
 
 @runtime_checkable
 class OptionSearch(Protocol):
-    """Finds a method's options before it fuses."""
+    """The interface of a search for a method's options."""
 
     @property
     def learned(self) -> LearnedSplit:
-        """What settings are evaluated on."""
+        """The split that settings are evaluated on."""
 
     def settings(self, method: Any) -> list[Setting]:
         """Return the method's config node with each combination of options; nothing is loaded."""
@@ -118,21 +118,21 @@ def as_search(made: object) -> OptionSearch | None:
 
 
 class GridSearch:
-    """Evaluates a method with every combination of options, on a split that is not the test split.
+    """Evaluates a method with every combination of options on a validation split.
 
-    The best average wins; of equal ones the first. Nothing is evaluated twice, so that a search
-    that was interrupted goes on where it stopped.
+    The best average wins; in a tie, the first one. Results are cached, so an interrupted search
+    resumes.
 
     Args:
-        space: option of the method to the values to try; the last option changes fastest. An
-            empty space, without ``judge_test``, evaluates the method as it is.
+        space: maps options of the method to values; the last option changes fastest. An empty
+            space, without ``judge_test``, evaluates the method unchanged.
         split: the datasets of the model pool to evaluate on: ``train``, ``validation`` or ``test``.
         metric: ``normalized_accuracy``, which needs an individual model for each task, or
-            ``accuracy``; by default the first where it can be.
+            ``accuracy``; by default the first if possible.
         judge_test: evaluate the winner on the test split, once.
 
     Raises:
-        FusionBenchError: values that are no list, an empty list, an unknown split or metric.
+        FusionBenchError: values that are not a list, an empty list, an unknown split or metric.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class GridSearch:
 
     @property
     def learned(self) -> LearnedSplit:
-        """What settings are evaluated on."""
+        """The split that settings are evaluated on."""
         return LearnedSplit(self.split, "the search evaluates on", ("search", "split"))
 
     def run(
@@ -275,7 +275,7 @@ class GridSearch:
         )
 
     def _metric(self, evaluator: Evaluator) -> Metric:
-        """Return what settings are compared by."""
+        """Return the metric for comparing settings."""
         own = {task: r for model in evaluator.models.values() for task, r in model.tasks.items()}
         without = [
             task for task in evaluator.task_names if task not in own or not own[task].accuracy

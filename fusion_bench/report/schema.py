@@ -1,4 +1,4 @@
-"""The result of a run, as it stands in ``report.json``."""
+"""The result of a run, as in ``report.json``."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read_model(kind: type[T], path: Path, name: str) -> T:
-    """Read what a run has left as JSON; ``name`` is what people call it.
+    """Read a run's JSON file; ``name`` is its name in messages.
 
     Raises:
         ConfigError: there is none, or it is none of this version.
@@ -61,7 +61,7 @@ class TuningTask(_Strict):
 
 
 class Tuning(_Strict):
-    """What the method learned from.
+    """The data that the method learned from.
 
     ``test_split`` tells that it is the very part that the models are evaluated on.
     """
@@ -103,7 +103,7 @@ class TaskInfo(_Strict):
 
 
 class TaskResult(_Strict):
-    """How one model did on one task; fractions, and nats per sample."""
+    """The result of one model on one task; fractions, and nats per sample."""
 
     accuracy: float
     accuracy_stderr: float
@@ -120,7 +120,7 @@ class TaskResult(_Strict):
         num_samples: int,
         per_class_accuracy: list[float | None] | None = None,
     ) -> "TaskResult":
-        """Turn plain sums into figures; the standard error is that of a binomial proportion."""
+        """Compute the figures from sums; the standard error is that of a binomial proportion."""
         accuracy = num_correct / num_samples
         return cls(
             accuracy=accuracy,
@@ -152,7 +152,7 @@ class Average(_Strict):
 
 
 class Candidate(_Strict):
-    """A setting of a method, and how it did on the split that it was searched on.
+    """A setting of a method, and its result on the search split.
 
     ``score`` is the mean of the search's metric over ``tasks``; its standard error takes the
     individual models' accuracies as given.
@@ -169,7 +169,7 @@ class Candidate(_Strict):
 
 
 class Search(_Strict):
-    """How the method's options were found.
+    """The search for the method's options.
 
     ``test_split`` tells that it was on the very part that the models are evaluated on,
     ``judge_test`` whether the winner was evaluated there at all. ``winner`` is its place in
@@ -215,7 +215,7 @@ class Search(_Strict):
 
 
 class Run(_Strict):
-    """What was run, when, with what."""
+    """The description of a run."""
 
     version: str
     created_at: str
@@ -235,7 +235,7 @@ class Run(_Strict):
 
 
 class ModelResult(_Strict):
-    """A model and how it did."""
+    """A model and its results."""
 
     role: Role
     weights_sha256: str
@@ -245,7 +245,7 @@ class ModelResult(_Strict):
 
 
 class Difference(_Strict):
-    """A difference of two models' accuracies, and the interval that it lies in; fractions."""
+    """A difference of two models' accuracies, and its interval; fractions."""
 
     estimate: float
     low: float
@@ -253,7 +253,7 @@ class Difference(_Strict):
 
 
 class Comparison(_Strict):
-    """What the test sets tell of ``model`` beside ``other``: differences, model minus other."""
+    """The differences between ``model`` and ``other``: model minus other."""
 
     model: str
     other: str
@@ -281,9 +281,9 @@ class Comparison(_Strict):
 
 
 class Similarity(_Strict):
-    """How the models' task vectors lie to each other, part by part of the network.
+    """The similarity of the models' task vectors, for each part of the network.
 
-    ``norms`` has a row a part and a number a model; ``cosines`` a matrix a part.
+    ``norms`` has a row per part and a value per model; ``cosines`` a matrix per part.
     """
 
     models: list[str]
@@ -308,10 +308,10 @@ class Similarity(_Strict):
 
 
 class Contender(NamedTuple):
-    """What a comparison has a row for: a model, or several models that stand for one.
+    """A row of a comparison: a model, or several models that count as one.
 
     Attributes:
-        name: what people read.
+        name: the name in tables.
         role: the models'.
         models: each task that it was evaluated on, to the model that was evaluated.
     """
@@ -343,11 +343,11 @@ class Report(_Strict):
 
     @property
     def objective(self) -> float | None:
-        """What a sweeper maximises: the search's best score; without a search there is none."""
+        """The value that a sweeper maximises: the search's best score, if there is a search."""
         return None if self.run.search is None else self.run.search.best.score
 
     def contenders(self) -> list[Contender]:
-        """Return what stands beside each other: pretrained, individual, merged.
+        """Return the compared rows: pretrained, individual, merged.
 
         Individual models that were each evaluated on their own task alone are one contender, which
         has each task's own model; in the full matrix each model is one. So it is with merged
@@ -365,11 +365,11 @@ class Report(_Strict):
         return found
 
     def results(self, contender: Contender) -> dict[str, TaskResult]:
-        """Return how a contender did on each task that it was evaluated on."""
+        """Return a contender's result on each evaluated task."""
         return {task: self.models[name].tasks[task] for task, name in contender.models.items()}
 
     def main_comparisons(self) -> list[Comparison]:
-        """Return the comparisons that matter first.
+        """Return the most important comparisons.
 
         One merged contender stands beside the pretrained and the individual models as a whole;
         of several, each stands beside the first.
@@ -379,7 +379,7 @@ class Report(_Strict):
         return [comparison for comparison in self.comparisons if comparison.other in others]
 
     def own_models(self) -> dict[str, str]:
-        """Return each task's individual model, where one was evaluated on it."""
+        """Return each task's individual model, if it was evaluated."""
         return {
             task: name
             for name, model in self.models.items()

@@ -1,4 +1,4 @@
-"""The command line as Hydra parses it, with mistakes told in one line."""
+"""Hydra's command-line parser, with errors in one line."""
 
 import re
 from argparse import ArgumentParser, Namespace
@@ -38,7 +38,7 @@ def arguments_parser() -> ArgumentParser:
 
 
 def _check(parsed: Namespace) -> None:
-    """Refuse what Hydra would end with an exception of Python's own.
+    """Refuse arguments for which Hydra would raise a plain Python exception.
 
     Raises:
         FusionBenchError: for the first such thing.

@@ -1,4 +1,4 @@
-"""How large a config may become, counted before Hydra copies it.
+"""Limits the size of a config, before Hydra copies it.
 
 An alias of YAML, and an entry of a defaults list, stand for something else as a whole, so that a
 few hundred bytes may stand for more than any memory holds. (What interpolations stand for is
@@ -30,7 +30,7 @@ _ALL_VALUES = 5 * _VALUES
 
 @dataclass
 class _Size:
-    """What a part of a YAML file stands for, its aliases written out."""
+    """The size of a part of a YAML file, with expanded aliases."""
 
     values: int = 0
     characters: int = 0
@@ -45,13 +45,13 @@ class _Size:
 
 @dataclass
 class _Counted(ConfigResult):
-    """A config and how many values its file has."""
+    """A config and the number of values in its file."""
 
     values: int = 0
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Reads configs from files as Hydra does, unless they are too large.
+    """Reads configs from files like Hydra, and refuses large ones.
 
     It takes the place of Hydra's own, which leaves it to whichever of that name is there.
     """
@@ -69,7 +69,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 def check_file(path: Path) -> int:
-    """Return how many values a YAML file stands for; what is no YAML is left to the parser.
+    """Return the number of values of a YAML file; invalid YAML is left to the parser.
 
     Raises:
         ConfigError: they are too many, lie too deep in each other or are too long.
@@ -86,7 +86,7 @@ def check_file(path: Path) -> int:
 
 
 def check_text(text: str, where: str) -> int:
-    """Return how many values a YAML text stands for, likewise; ``where`` names it in messages.
+    """Return the number of values of a YAML text; ``where`` names it in messages.
 
     Raises:
         ConfigError: as above.
@@ -100,7 +100,7 @@ def check_text(text: str, where: str) -> int:
 
 
 def _measured(text: str, loader: Any, where: str) -> int:
-    """Add up the events of a YAML text, of which there are no more than it has characters."""
+    """Measure a YAML text from its parser events."""
     anchored: dict[str, _Size] = {}
     whole = _Size()
     levels = [whole]
@@ -145,7 +145,7 @@ def _too_large(where: str, why: str) -> ConfigError:
 
 
 def bounded(repository: CachingConfigRepository) -> CachingConfigRepository:
-    """Return the repository of one composition, which gives no more than a config may take."""
+    """Return the config repository of one composition, with size limits."""
     files, values, load = 0, 0, repository.load_config
 
     def load_config(config_path: str) -> ConfigResult | None:

@@ -1,4 +1,4 @@
-"""What a config may ask of Hydra itself, before Hydra does any of it.
+"""Checks a config's settings for Hydra itself, before Hydra uses them.
 
 Hydra makes callbacks, log handlers, launchers and sweepers before our own code runs, sets
 environment variables, and imports packages that it searches for configs. All of it may stand in a
@@ -99,7 +99,7 @@ _HARMLESS = re.compile(
 
 
 class _Repository(ConfigRepository):
-    """The places of configs; Hydra copies them for each group that it lists, some 300 times."""
+    """The config repository; Hydra copies it for each listed group, some 300 times."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Repository":
         twin = copy(self)  # only the list of places is ever changed, not what is in them
@@ -108,7 +108,7 @@ class _Repository(ConfigRepository):
 
 
 class CheckedConfigLoader(ConfigLoaderImpl):
-    """Composes as Hydra does, and refuses what a config may not ask for."""
+    """Composes like Hydra, and refuses forbidden settings."""
 
     def __init__(self, config_search_path: ConfigSearchPath):
         super().__init__(config_search_path)
@@ -161,7 +161,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         return parsed, bounded(repository)
 
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
-        """Let no package be imported for the sake of its configs alone."""
+        """Refuse search paths that would import a package."""
         for word in overrides:  # some of which a file may have given, to be swept
             if word.lstrip("+").startswith("hydra.searchpath") and word not in typed():
                 raise ConfigError(
@@ -212,7 +212,7 @@ def _problems(config: DictConfig) -> Iterator[str]:
 
 
 def _value_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each setting whose value Hydra would stumble over."""
+    """Yield a line for each setting with a value that would crash Hydra."""
     for key in ("launcher", "sweeper"):
         if not isinstance(_at(hydra, f"{key}._target_"), str):
             yield f"hydra.{key}: is empty. Choose one: 'hydra/{key}=…', or remove the key."
@@ -224,7 +224,7 @@ def _value_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _call_problems(node: Any, key: str) -> Iterator[str]:
-    """Yield a line for each thing under Hydra's own key that may not be called."""
+    """Yield a line for each forbidden call under Hydra's own key."""
     if isinstance(node, Mapping):
         for name, child in node.items():
             if name == "_target_" and child is not None:
@@ -240,7 +240,7 @@ def _call_problems(node: Any, key: str) -> Iterator[str]:
 
 
 def _logging_problems(config: Any, key: str) -> Iterator[str]:
-    """Yield a line for each thing that logging may not call, open or set."""
+    """Yield a line for each forbidden logging setting."""
     if not isinstance(config, Mapping):
         if config is not None:
             yield f"{key}: '{config}' is not a mapping."
@@ -259,7 +259,7 @@ def _logging_problems(config: Any, key: str) -> Iterator[str]:
 
 
 def _setting_problems(section: Any, key: str, known: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each setting, of things by their names, that is not of a known form."""
+    """Yield a line for each setting of named items with an unknown form."""
     if section is not None and not isinstance(section, Mapping):
         yield f"{key}: '{section}' is not a mapping."
         return
@@ -280,14 +280,14 @@ def _values(given: Any) -> Sequence[Any]:
 
 
 def _fits(value: Any, pattern: str) -> bool:
-    """Tell whether a value is plain, and of a form."""
+    """Return whether a value is plain, and of a form."""
     if value is None or not isinstance(value, str | bool | int | float):
         return value is None
     return re.fullmatch(pattern, str(value), re.DOTALL) is not None
 
 
 def _command_problems(hydra: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each setting that must come from the command line, and does not."""
+    """Yield a line for each setting that is allowed only on the command line."""
     ours = [
         OmegaConf.to_container(OmegaConf.load(file))
         for file in (CONFIG_DIR / "launcher").glob("*.yaml")

@@ -56,7 +56,7 @@ _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 def main() -> None:
     """Run the command line; what went wrong is said in a message and by the exit code.
 
-    With ``HYDRA_FULL_ERROR=1`` it ends with the traceback instead, which else is in the log.
+    With ``HYDRA_FULL_ERROR=1`` it prints the traceback, which is otherwise only in the log.
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
@@ -87,7 +87,7 @@ def main() -> None:
 
 @contextmanager
 def unanswered() -> Iterator[None]:
-    """Let no library read an answer from the terminal, nor from what a script pipes in.
+    """Prevent libraries from reading standard input.
 
     Only ``breakpoint()`` gets the terminal back; under a debugger it is left as it is.
     """
@@ -129,7 +129,7 @@ def _print_traceback(*error: Any) -> None:
 
 
 def _leave_working_directory() -> None:
-    """Import nothing from where the command was typed, unless ``PYTHONPATH`` names it.
+    """Import nothing from the working directory, unless ``PYTHONPATH`` names it.
 
     Hydra runs each plugin that it finds, and a process that is started would look there first.
     """
@@ -149,7 +149,7 @@ def _leave_working_directory() -> None:
 
 
 def _allowed(words: list[str]) -> list[str]:
-    """Take out the options that say whom to trust, which no config can give.
+    """Remove the trust options, which a config cannot set.
 
     They go into the environment, from which other processes of this run have them too.
     """
@@ -169,7 +169,7 @@ def _allowed(words: list[str]) -> list[str]:
 
 
 def _prepared(words: list[str]) -> list[str]:
-    """Return the command line as Hydra takes it.
+    """Return the command line for Hydra.
 
     A config directory may be relative to where the user is; Hydra's own reading is relative to
     this file. The program's keys need no ``++``.
@@ -199,7 +199,7 @@ def _directory(name: str) -> str:
 
 
 def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
-    """Run the program; returns what a sweeper may optimise, if the result has it."""
+    """Run the program; return the result's objective for a sweeper, if any."""
     settings = to_container(config, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:
         name = HydraConfig.get().job.config_name or ""
@@ -268,7 +268,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def _explain(error: Exception) -> str:
-    """Return the message for the user, with the likely intended name where there is one."""
+    """Return the message for the user, with a suggested name if there is one."""
     if not isinstance(error, EXPECTED):
         return f"{type(error).__name__}: {error}"
     first_line = str(error).partition("\n")[0]
@@ -308,7 +308,7 @@ def _explain(error: Exception) -> str:
 
 
 def _parse_failure(error: OverrideParseException) -> str:
-    """Return what is wrong with an override, and with which one, in one line."""
+    """Return the problem of an invalid override in one line."""
     first_line, _, rest = error.message.partition("\n")
     reason = rest.partition("\n")[0] if first_line.startswith("Error parsing") else ""
     told = f"{first_line}: {reason}" if reason and not reason.startswith("See ") else first_line
@@ -316,7 +316,7 @@ def _parse_failure(error: OverrideParseException) -> str:
 
 
 def _nearest_config(missing: str) -> str:
-    """Suggest the config of the most similar name, wherever in its group it lies."""
+    """Suggest the config with the most similar name, anywhere in its group."""
     names = _config_names(missing)
     last = [Path(name).name for name in names]
     for close in get_close_matches(Path(missing).name, last, n=1):

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be there already, and where Hydra's own files go in it.
+"""Checks the output folder of a run before Hydra writes to it.
 
 A config names the folder, and Hydra replaces what it finds there.
 """
@@ -23,12 +23,12 @@ _configure_log = utils.configure_log
 
 
 def check_folder(folder: Path, key: str, record: str | None = None) -> None:
-    """Refuse a folder that holds what no run has left. Logs are left out: they are appended to.
+    """Refuse a folder with files that are not from a run; logs are ignored and appended to.
 
     Args:
-        folder: where a run, or a sweep, is going to write.
-        key: of the config, which says so.
-        record: the folder within it for what Hydra keeps.
+        folder: the output folder of a run or a sweep.
+        key: its key in the config.
+        record: the subfolder for Hydra's files.
 
     Raises:
         ConfigError: it does, and the user did not type ``overwrite=true``; or something there is
@@ -60,7 +60,7 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
 
 
 def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
-    """Open a job's logs in its folder, if that may be written to; they are appended to.
+    """Open a job's logs in its folder for appending, after a check.
 
     Hydra calls it for each job, before it writes anything.
 
@@ -93,7 +93,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
 
 
 def _check_record(folder: Path, key: str) -> None:
-    """Refuse to replace the record of another run whose results are there."""
+    """Refuse to replace the record of another run with results."""
     hydra = HydraConfig.get()
     whole: Any = hydra._get_root()  # type: ignore[attr-defined]
     if hydra.output_subdir is None or whole.get("overwrite") is True or not any(_results(folder)):
@@ -109,14 +109,14 @@ def _check_record(folder: Path, key: str) -> None:
 
 
 def _results(folder: Path) -> Iterator[Path]:
-    """Yield what is neither hidden nor a log."""
+    """Yield files that are neither hidden nor logs."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not path.name.startswith(".") and (path.suffix != ".log" or path.is_dir()):
             yield path
 
 
 def _is_record(folder: Path) -> bool:
-    """Tell whether a folder holds what Hydra keeps of a run of ours, and nothing else."""
+    """Return whether a folder has only Hydra's files of one of our runs."""
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != set(_RECORD):
         return False
     settings = folder / "hydra.yaml"

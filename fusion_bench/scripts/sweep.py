@@ -1,4 +1,4 @@
-"""What a sweep is beside its jobs: where they go, which of them failed, and the leaderboard."""
+"""The parts of a sweep around its jobs: directories, failures and the leaderboard."""
 
 import hashlib
 import json
@@ -53,20 +53,20 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Failed:
-    """What a job that failed returns, so that the others go on."""
+    """The return value of a failed job, so the others continue."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a job leaves in its directory, beside its report.
+    """The record of a job in its directory, next to its report.
 
     Attributes:
-        sweep: tells one start of a sweep from another.
-        number: the job's place in it.
-        overrides: the swept ones, which are its name.
-        error: why it failed, if it did.
+        sweep: the id of one start of a sweep.
+        number: the job's index in the sweep.
+        overrides: the swept overrides, which form its name.
+        error: the error of a failed job.
     """
 
     sweep: str
@@ -81,7 +81,7 @@ class Record:
 
 
 def give_up(error: FusionBenchError) -> NoReturn:
-    """End the process from a callback, whose exceptions Hydra would make warnings of."""
+    """End the process from a callback, where Hydra turns exceptions into warnings."""
     print(f"fusion_bench: {message(str(error))}", file=sys.stderr)
     sys.exit(error.exit_code)
 
@@ -89,7 +89,7 @@ def give_up(error: FusionBenchError) -> NoReturn:
 def attempt(
     work: Callable[[DictConfig], T], config: DictConfig, explain: Callable[[Exception], str]
 ) -> T | Failed:
-    """Do one job of a sweep; what it prints goes to its log, and so does why it failed."""
+    """Run one job of a sweep; its output and errors go to its log."""
     with _into_log(HydraConfig.get()):
         try:
             check_strategy(config.get("fabric"))
@@ -104,7 +104,7 @@ def attempt(
 
 @contextmanager
 def lost_workers() -> Iterator[None]:
-    """Say in one line that a process which a launcher had started was killed.
+    """Report a killed worker process of a launcher in one line.
 
     Raises:
         EnvironmentProblem: that is so.
@@ -120,7 +120,7 @@ def lost_workers() -> Iterator[None]:
 
 @contextmanager
 def _into_log(hydra: HydraConf) -> Iterator[None]:
-    """Keep a job from the console, where several talk at once; warnings still go there."""
+    """Send a job's output to its log; warnings also go to the console."""
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setLevel(logging.ERROR + 1)
@@ -132,7 +132,7 @@ def _into_log(hydra: HydraConf) -> Iterator[None]:
 class SweepCallback(Callback):
     """Gives a sweep its directory and ends it with a leaderboard.
 
-    It goes along to each job, wherever that runs.
+    It is pickled and sent to each job.
     """
 
     def __init__(self) -> None:
@@ -141,18 +141,18 @@ class SweepCallback(Callback):
         self._claim = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what goes along; the claim stays with the sweep."""
+        """Return the state to pickle; the lock stays with the sweep."""
         return {name: value for name, value in vars(self).items() if name != "_claim"}
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Make the run's directory, or say why there can be none."""
+        """Create the run's directory, or report the problem."""
         try:
             _make(Path(config.hydra.run.dir), "hydra.run.dir")
         except FusionBenchError as error:
             give_up(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Say where the jobs go, unless the user does, and refuse what cannot be swept."""
+        """Set the jobs' directories, unless the user does, and refuse invalid sweeps."""
         try:
             check_strategy(config.get("fabric"))
             _check_launcher(config)
@@ -188,11 +188,11 @@ class SweepCallback(Callback):
         self._set(config, key, [*OmegaConf.select(config, key), *common])
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note when the job began, to tell its report from one that was there."""
+        """Record the job's start time, to recognise an older report."""
         self._begun = time.time()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Leave a record of the job, and say on the console how it went."""
+        """Write the job's record, and print its result on the console."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         job = config.hydra.job
@@ -243,7 +243,7 @@ class SweepCallback(Callback):
 
 
 def check_strategy(fabric: Mapping[str, Any] | None) -> None:
-    """Refuse processes that would each run the command line, and with it the sweep, again.
+    """Refuse strategies whose processes would each start the sweep again.
 
     Raises:
         FusionBenchError: a strategy of that kind, or a sweep under torchrun.
@@ -275,7 +275,7 @@ def _make(directory: Path, key: str) -> None:
 
 
 def check_grid(config: DictConfig) -> None:
-    """Count a grid's jobs by what is listed, before any list of them is made.
+    """Check the number of jobs of a grid before they are listed.
 
     Raises:
         ConfigError: there are none, or more than anybody waits for.
@@ -295,7 +295,7 @@ def check_grid(config: DictConfig) -> None:
 
 
 def _count(override: Override) -> int:
-    """Return how many values are listed; of a choice by pattern that is seen later."""
+    """Return the number of listed values; patterns are expanded later."""
     values = override.value()
     if isinstance(values, IntervalSweep):
         raise ConfigError(
@@ -327,13 +327,13 @@ def _check_launcher(config: DictConfig) -> None:
 
 
 def own_overrides(overrides: Sequence[str], common: Sequence[str]) -> list[str]:
-    """Return what tells a job from the others of its sweep, without Hydra's plus signs."""
+    """Return a job's own overrides, without Hydra's plus signs."""
     plain = [override.lstrip("+") for override in overrides]
     return [override for override in plain if override.partition("=")[0] not in common]
 
 
 def directory_name(text: str) -> str:
-    """Return a readable name for a directory; no two texts share one, whatever is in them."""
+    """Return a readable and unique directory name for a text."""
     plain = re.sub(r"[^\w.=,+-]+", "_", text, flags=re.ASCII).strip("._")[:_LONGEST_NAME]
     if plain and plain == text == text.lower():
         return plain
@@ -352,7 +352,7 @@ def _job_directory(overrides: Sequence[str], common: Sequence[str]) -> str:
 
 
 def _cores_by(number: int) -> int:
-    """Return how many jobs there may be at once, if each has so many cores."""
+    """Return the number of parallel jobs for a number of cores per job."""
     return max(1, (os.cpu_count() or 1) // number)
 
 
@@ -361,7 +361,7 @@ def _hash(text: str) -> str:
 
 
 def _line(record: Record, directory: Path, begun: float) -> str:
-    """Return how a job went, in one line."""
+    """Return the result of a job in one line."""
     if record.error is not None:
         return f"{record.name}: failed: {record.error.splitlines()[0]}"
     if not (directory / "report.json").exists():

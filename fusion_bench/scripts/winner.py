@@ -1,4 +1,4 @@
-"""Ends a sweep whose jobs were evaluated on the validation split alone."""
+"""Evaluates the winner at the end of a sweep on the validation split."""
 
 from pathlib import Path
 from typing import Any

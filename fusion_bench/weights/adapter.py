@@ -42,7 +42,7 @@ _WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and use the re
 
 
 def _refused(content: Mapping[str, Any]) -> str | None:
-    """Return why an adapter's arithmetic is not that of this file."""
+    """Return why an adapter is not supported."""
     begin = content.get("init_lora_weights")
     if isinstance(begin, str) and begin.startswith(_CHANGES_BASE):
         return f"it was initialised with {begin}, which changes the base model."
@@ -58,7 +58,7 @@ def _refused(content: Mapping[str, Any]) -> str | None:
 
 
 def _token_indices(setting: Any) -> dict[str, tuple[int, ...]]:
-    """Return the rows of each module that were trained alone; those of the embedding under ''.
+    """Return each module's separately trained rows; those of the embedding under ''.
 
     Raises:
         ValueError: what are no rows, or the same twice.
@@ -72,7 +72,7 @@ def _token_indices(setting: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _quick(pattern: str) -> str:
-    """Return a pattern of modules' names, if no name can keep its search busy for ever.
+    """Return a compiled pattern of modules' names, if its search time is bounded.
 
     Raises:
         ValueError: a pattern that cannot be read, or repeats what may be taken apart in many ways.
@@ -88,7 +88,7 @@ def _quick(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an ``adapter_config.json`` says of the arithmetic.
+    """The settings of an ``adapter_config.json`` that affect the weights.
 
     Raises:
         ConfigError: from ``read``, for an adapter of another kind than LoRA.
@@ -147,14 +147,14 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def rows(self, module: str) -> tuple[int, ...] | None:
-        """Return which rows of a module were trained alone; None where the file names none."""
+        """Return the separately trained rows of a module, or ``None``."""
         fitting = [name for name in self.tokens if module.endswith(name)]
         return self.tokens[max(fitting, key=len)] if fitting else None
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What is added to one entry, seen as a matrix of its rows: ``left @ right``.
+    """The low-rank update of an entry, ``left @ right``.
 
     A ``magnitude`` gives each output its norm. The outputs are the rows, or the columns of an entry
     that is stored ``transposed``.
@@ -168,7 +168,7 @@ class _Update:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What stands in place of some rows of an entry."""
+    """Replacements of some rows of an entry."""
 
     rows: tuple[int, ...]
     values: Tensor
@@ -186,7 +186,7 @@ class _Rows:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Return the entry that one of an adapter's tensors is for, and what it is of it."""
+    """Return the entry that an adapter's tensor belongs to, and the tensor's role."""
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     plain = plain.replace(".modules_to_save.", ".")
     if found := _TOKENS.fullmatch(plain):
@@ -199,7 +199,7 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Tell whether two matrices are changed alike; one may be an embedding, which is transposed."""
+    """Return whether two updates are equal; one may be transposed, for an embedding."""
 
     def plain(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         swapped = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
@@ -216,7 +216,7 @@ def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _refuse_half_biases(parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> None:
-    """Refuse biases of products without the product, or without leave, or the other way round."""
+    """Refuse biases without products or without ``lora_bias``, and vice versa."""
     wanted = {f"{k.removesuffix('.weight')}.bias" for k, held in parts.items() if "lora_B" in held}
     there = {key for key, held in parts.items() if "bias" in held}
     if there and not config.bias:
@@ -283,7 +283,7 @@ class AdapterWeights(Weights):
                 self._rows[key] = by_tie[base.tied_to(key)]
 
     def resized(self) -> list[tuple[int, int]]:
-        """Return the old and the new number of rows of entries whose rows the adapter changed."""
+        """Return the old and new row counts of entries that the adapter resized."""
         shapes = [(self._base.spec(key).shape, t.shape) for key, t in self._replaced.items()]
         return [(old[0], new[0]) for old, new in shapes if old and new and old[0] != new[0]]
 
@@ -309,7 +309,7 @@ class AdapterWeights(Weights):
         return self._base.spec(key)
 
     def tied_to(self, key: str) -> str:
-        """Return the base's tie, where the adapter changes neither end of it."""
+        """Return the base's tie if the adapter changes neither entry."""
         first = self._base.tied_to(key)
         changed = {key, first} & (self._replaced.keys() | self._updates.keys())
         alike = self._rows.get(key) is self._rows.get(first)
@@ -331,7 +331,7 @@ class AdapterWeights(Weights):
         return rows.view(-1)[start - first * columns : stop - first * columns]
 
     def _stored(self, key: str, start: int, stop: int) -> Tensor:
-        """Return elements without what is added: the adapter's own, or else the base's."""
+        """Return elements without the update: from the adapter, or else from the base."""
         if key in self._replaced:
             stored = self._replaced[key].reshape(-1)[start:stop]
         else:
@@ -346,7 +346,7 @@ class AdapterWeights(Weights):
         return rows.float() + update.left[first:last] @ update.right
 
     def _column_scale(self, key: str, magnitude: Tensor) -> Tensor:
-        """Return the factors of all columns; the whole entry is read for them, but once."""
+        """Return the factors of all columns; the whole entry is read once for them."""
         if key not in self._column_scales:
             rows = self._sum(key, 0, self.spec(key).shape[0])
             self._column_scales[key] = magnitude / torch.linalg.vector_norm(rows, dim=0)
@@ -360,7 +360,7 @@ class AdapterWeights(Weights):
         return found[0] if len(found) == 1 else None
 
     def _refuse_unknown(self, names: list[str]) -> None:
-        """Raise for tensors that belong to nothing in the base."""
+        """Refuse tensors that match no module of the base."""
         if not names:
             return
         lines = shortened([f"'{name}'" for name in names])
@@ -376,7 +376,7 @@ class AdapterWeights(Weights):
         )
 
     def _trained_rows(self, key: str, values: Tensor, config: AdapterConfig) -> _Rows:
-        """Return the tokens of an embedding that were trained alone."""
+        """Return the separately trained tokens of an embedding."""
         rows = config.rows(key.removesuffix(".weight"))
         if rows is None:
             raise ConfigError(
@@ -393,7 +393,7 @@ class AdapterWeights(Weights):
         return _Rows(rows, values)
 
     def _shift(self, key: str, bias: Tensor, rank: int, config: AdapterConfig) -> _Update:
-        """Return what is added to a layer's bias, which is a matrix of one column."""
+        """Return the update of a layer's bias, as a matrix with one column."""
         shape = self.spec(key).shape
         if bias.shape != shape:
             raise ConfigError(

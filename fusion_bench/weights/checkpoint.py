@@ -131,7 +131,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a mapping; of a key that is there twice, readers take one or the other."""
+    """Return a mapping; refuse duplicate keys because readers handle them differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise SafetensorError("A key appears twice.")

@@ -1,4 +1,4 @@
-"""Formats that are not merged: each is told by its name, with what can be done about it."""
+"""Unsupported formats: each is named, with the fix."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -66,7 +66,7 @@ _BY_BEGINNING: tuple[tuple[bytes, str], ...] = (
 def foreign_folder(
     files: Collection[str], folders: Collection[str], place: str, *, on_hub: bool = False
 ) -> str | None:
-    """Return what a folder without weights holds instead, and how to go on; None if unknown.
+    """Return the format of a folder without weights, and the fix; ``None`` if unknown.
 
     Args:
         files: the names of the files at its top.
@@ -105,7 +105,7 @@ def foreign_folder(
 
 
 def foreign_file(path: Path) -> str | None:
-    """Return what a file of weights is instead, and how to go on; None where it may be one."""
+    """Return the format of an unsupported weight file, and the fix; ``None`` if it may be valid."""
     with path.open("rb") as file:
         begin = file.read(64)
     for magic, told in _BY_BEGINNING:
@@ -151,7 +151,7 @@ _SCALES = (
 
 
 def quantised(weights: Weights) -> str | None:
-    """Tell by keys and types whether weights are quantised: how, and by which two entries."""
+    """Return how weights are quantised, and two entries that show it; by keys and types."""
     few_bits = [k for k in weights if weights.spec(k).dtype in (*_FLOAT8, *_INTEGERS)]
     for key in few_bits:
         module = key.rpartition(".")[0]
@@ -176,7 +176,7 @@ _NOT_MERGEABLE = (
 
 
 def foreign_adapter(kind: str) -> str:
-    """Return how to go on with an adapter of PEFT that is no LoRA."""
+    """Return the fix for a PEFT adapter that is not a LoRA adapter."""
     if kind in _NOT_MERGEABLE:
         return (
             f"an adapter of the type {kind} changes the model's inputs, not its weights, and "

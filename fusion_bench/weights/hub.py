@@ -1,4 +1,4 @@
-"""Weights in a repository: known from their headers, downloaded when they are first read."""
+"""Weights in a repository: described by their headers, downloaded at the first read."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -36,7 +36,7 @@ def open_repository(repository: Repository) -> Weights:
 
 
 def weight_files(repository: Repository) -> list[str]:
-    """Return the names of the files with the weights; the first is what opens all of them.
+    """Return the names of the weight files; the first one opens all of them.
 
     Raises:
         ConfigError: there are none.
@@ -115,7 +115,7 @@ class HubWeights(Weights):
 
 
 def _specs_asked_twice(repository: Repository, file: str) -> dict[str, TensorSpec]:
-    """Return what a header tells; one that is damaged may have been damaged on its way."""
+    """Return a header's entries; a damaged header is read a second time."""
     from safetensors import SafetensorError
 
     with suppress(SafetensorError):
@@ -124,7 +124,7 @@ def _specs_asked_twice(repository: Repository, file: str) -> dict[str, TensorSpe
 
 
 def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
-    """Return what a file's header tells, in the order that its entries have once it is mapped."""
+    """Return a header's entries, in the order of the mapped file."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
     from safetensors import SafetensorError
