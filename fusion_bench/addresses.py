@@ -132,7 +132,7 @@ class Folders:
                     continue
                 named = _home(text)
                 for base in [Path()] if named.is_absolute() else bases:
-                    place = _fixed(_absolute(base / named))
+                    place = _fixed_part(_absolute(base / named))
                     if place.exists():  # what the user names may be a link itself
                         own += [place if place.is_dir() else place.parent]
                         own += [Path(os.path.realpath(place))]
@@ -228,7 +228,7 @@ def _home(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111, for Path raises where there is no home
 
 
-def _fixed(path: Path) -> Path:
+def _fixed_part(path: Path) -> Path:
     """Return the fixed part of a pattern, or its folder."""
     for parent in reversed([path, *path.parents]):
         if any(sign in parent.name for sign in "*?["):
@@ -362,9 +362,9 @@ def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
             continue
         folders.refuse_outside(str(file))
         for key, text in _named_by(file):
-            places = key.partition(".")[2].startswith(("data_files", "data_dir"))
+            names_data = key.partition(".")[2].startswith(("data_files", "data_dir"))
             up = ".." in Path(text).parts or Path(text).is_absolute()
-            if "://" in text or (places and ("::" in text or _scheme(text) or up)):
+            if "://" in text or (names_data and ("::" in text or _scheme(text) or up)):
                 raise AddressError(
                     f"'{file}' names '{text}' ({key}). A card may name only files in its own "
                     "folder. Correct it, or name the files in the config: 'data_files: …'."

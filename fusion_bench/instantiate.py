@@ -315,7 +315,7 @@ def _signature_problems(
     given -= _BESIDE.get(str(target), set())
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given - set(parameters)):
-            reason = f"{_short(target)} has no such key."
+            reason = f"{_short(target)} takes no such key."
             yield Problem((name,), reason, did_you_mean(name, parameters))
     yield from _type_problems(function, {k: v for k, v in node.items() if k in parameters})
     if node.get("_partial_") or node.get("_args_"):

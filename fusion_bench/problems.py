@@ -247,7 +247,7 @@ def check_one_each(name: str, values: Collection[object], models: Collection[str
         few = "1 value" if len(values) == 1 else f"{len(values)} values"
         many = "1 model" if len(models) == 1 else f"{len(models)} models"
         raise FusionBenchError(
-            f"{few} for {many} ({', '.join(models)}).", "Give one for each model.", place=(name,)
+            f"{few} for {many} ({', '.join(models)}).", "Give one for each.", place=(name,)
         )
 
 

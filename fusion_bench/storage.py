@@ -92,7 +92,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary file of a killed writer.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _aside(path) as (aside, file):
+    with _temporary_file(path) as (aside, file):
         try:
             os.ftruncate(file, 0)
             rest = memoryview(content)
@@ -153,7 +153,7 @@ def refuse_huge(path: Path) -> None:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[tuple[Path, int]]:
+def _temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
     """Yield a temporary file next to ``path``, opened exclusively for writing."""
     aside = path.with_name(f".{_shortened(path.name)}.part")
     while True:

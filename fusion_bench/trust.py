@@ -79,7 +79,7 @@ def find(name: str, *, called: bool = True) -> Any:
     Raises:
         ConfigError: it is not on the list, or not there.
     """
-    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or not _promising(name):
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or not _may_be_imported(name):
         raise ConfigError(_refusal(name))
     try:
         found = get_object(name)
@@ -169,7 +169,7 @@ def environment_variable(name: str, default: Any = None) -> Any:
     return os.environ.get(name, default)
 
 
-def _promising(name: str) -> bool:
+def _may_be_imported(name: str) -> bool:
     """Return whether a target may be imported, by its name."""
     first, _, rest = name.partition(".")
     if first == "fusion_bench":

@@ -235,7 +235,7 @@ def refuse_disagreeing(pool: ModelPool) -> None:
         FusionBenchError: what the pool's policy does not allow.
     """
     if isinstance(pool, Comparing):
-        told = set(pool.notes)
+        known = set(pool.notes)
         for note in pool.compare():
-            if note not in told:
+            if note not in known:
                 log.warning("%s", note)

@@ -16,9 +16,9 @@ from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
 from fusion_bench.report.side_by_side import (
     Evaluated,
+    combined_models,
     common_tasks,
-    models_side_by_side,
-    obstacles,
+    evaluation_differences,
 )
 from fusion_bench.report.table import print_differences, wide_console
 from fusion_bench.storage import claimed
@@ -82,7 +82,7 @@ class CompareProgram:
         left_out = {t: None for run in runs.values() for t in run.report.tasks if t not in tasks}
         if left_out:
             log.warning("%s was not evaluated in all runs and is left out.", ", ".join(left_out))
-        found = obstacles(runs)
+        found = evaluation_differences(runs)
         if found and self.strict:
             raise FusionBenchError(
                 "reports: these runs are not comparable:\n  "
@@ -91,7 +91,7 @@ class CompareProgram:
             )
         for obstacle in found:
             log.warning("Not comparable: %s.", obstacle)
-        models, answers = models_side_by_side(runs)
+        models, answers = combined_models(runs)
         first = next(iter(runs.values())).report
         evaluated = {
             t: result.num_samples for m in models.values() for t, result in m.tasks.items()

@@ -73,13 +73,15 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
             return cast(T, fabric.launch(work))
     end_threads()
     # A process that was started by ours could else only tell its traceback.
-    told = multiprocessing.get_context(launcher._start_method).SimpleQueue()
+    errors = multiprocessing.get_context(launcher._start_method).SimpleQueue()
     try:
-        return cast(T, fabric.launch(partial(_telling, work=work, told=told, shown=are_set_up())))
+        return cast(
+            T, fabric.launch(partial(_sending_errors, work=work, errors=errors, shown=are_set_up()))
+        )
     except ProcessRaisedException as error:
-        if told.empty():
+        if errors.empty():
             raise
-        raise told.get() from error
+        raise errors.get() from error
     except ProcessExitedException as error:
         raise EnvironmentProblem(
             f"fabric.devices: process {error.error_index} was ended from outside "
@@ -88,10 +90,10 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
         ) from error
 
 
-def _telling(
+def _sending_errors(
     fabric: Fabric,
     work: Callable[[Fabric], T],
-    told: "SimpleQueue[FusionBenchError]",
+    errors: "SimpleQueue[FusionBenchError]",
     shown: bool,
 ) -> T:
     """Run the work; send expected errors to the parent without a traceback."""
@@ -101,7 +103,7 @@ def _telling(
         with plain_failures():
             return work(fabric)
     except FusionBenchError as error:
-        told.put(error)
+        errors.put(error)
         raise
 
 

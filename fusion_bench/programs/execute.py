@@ -63,7 +63,7 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     Raises:
         FusionBenchError: what shows only now: a damaged file, memory or a disk that is full.
     """
-    run = _sound(prepared, plan)
+    run = _complete(prepared, plan)
     run.quiet()
     for note in run.notes:
         log.warning("%s", note)
@@ -85,7 +85,7 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     return report
 
 
-def _sound(prepared: Prepared, plan: Plan) -> "_Run":
+def _complete(prepared: Prepared, plan: Plan) -> "_Run":
     """Return the prepared objects as a complete run."""
     made = prepared
     assert made.modelpool is not None and made.method is not None and made.fabric is not None
@@ -137,7 +137,7 @@ class _Run:
                     self.modelpool, self.taskpool, fabric, self.spec.allow_test_split
                 )
             data = self._data(self.method, fabric)
-        if (done := self._done_before(inputs, data, searched, fabric)) is not None:
+        if (done := self._earlier_result(inputs, data, searched, fabric)) is not None:
             return done
         self._seed_everything(fabric)  # again: what was loaded before need not have been loaded now
         method, search = self.method, None
@@ -243,7 +243,7 @@ class _Run:
             merged = materialize(merged)
         if path is None:
             return merged
-        places = {
+        directories = {
             name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="") for name in merged
         }
         config = self.spec.config
@@ -251,15 +251,15 @@ class _Run:
             config = {**config, "method": search.method}
         if fabric.global_rank == 0:
             self.paths.begin_model()
-            with _whole(path, several=list(merged) != [MERGED]) as whole:
-                for name, place in places.items():
-                    self._save(merged[name], whole / place.relative_to(path), config)
+            with _model_directory(path, several=list(merged) != [MERGED]) as whole:
+                for name, directory in directories.items():
+                    self._save(merged[name], whole / directory.relative_to(path), config)
         fabric.barrier()
         if self.taskpool is not None:
             return merged
-        for name, place in places.items():
+        for name, directory in directories.items():
             if isinstance(merged[name], Weights):
-                merged[name] = self.modelpool.open_saved(place)
+                merged[name] = self.modelpool.open_saved(directory)
         return merged
 
     def _save(self, model: nn.Module | Weights, place: Path, config: Mapping[str, Any]) -> None:
@@ -273,7 +273,7 @@ class _Run:
                 f"Cannot write it: {error}", place=("merged_model_save_path",)
             ) from error
 
-    def _done_before(
+    def _earlier_result(
         self,
         inputs: Mapping[str, str],
         data: TuningData,
@@ -317,7 +317,7 @@ class _Clock:
 
 
 @contextmanager
-def _whole(directory: Path, *, several: bool) -> Iterator[Path]:
+def _model_directory(directory: Path, *, several: bool) -> Iterator[Path]:
     """Yield the directory for models; several models replace the old directory together."""
     if not several:
         yield directory  # a model alone sees to that itself

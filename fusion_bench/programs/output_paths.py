@@ -187,13 +187,13 @@ class OutputPaths:
             check_unclaimed(path, key, inside=inside)
 
     def _claims(self) -> Iterator[tuple[Path, str, bool]]:
-        places = (
+        paths = (
             (self.output_dir, "hydra.run.dir"),
             (self.report_path, "report_save_path"),
             (self.model_path, "merged_model_save_path"),
         )
         claimed_too = {self.output_dir, self.model_path}
-        for path, key in places:
+        for path, key in paths:
             # What lies in another of them is held with it.
             if path is not None and not claimed_too & set(path.parents):
                 yield path, key, path == self.output_dir

@@ -75,7 +75,7 @@ def _look(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
         plan.take(modelpool.plan(scratch, built=taskpool is not None), "modelpool")
     if taskpool is not None:
         plan.take(taskpool.plan(scratch), "taskpool")
-    _look_at_nodes(plan, prepared, scratch)
+    _check_nodes(plan, prepared, scratch)
     if modelpool is not None:
         _compare(plan, modelpool, prepared.methods())
         _compare_data(plan, prepared, modelpool, scratch)
@@ -112,7 +112,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _look_at_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
+def _check_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
     """Check the nodes of a pool that could not be created."""
 
     def named(pool: object, section: str, key: str) -> Mapping[str, Any]:
@@ -173,7 +173,7 @@ def _compare(
     pool: ModelPool = _Opened(modelpool, plan.weights)
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     merging = any(method.needs.weights for method, _ in methods)
-    sound = _agree(plan, modelpool, pool, needed) if merging else True
+    sound = _can_be_merged(plan, modelpool, pool, needed) if merging else True
     whole = sound and all(name in plan.weights for name in needed)
     for method, located in methods:
         with plan.collect(), located():
@@ -184,7 +184,7 @@ def _compare(
                 method.check_pool(pool)
 
 
-def _agree(
+def _can_be_merged(
     plan: Plan, modelpool: PlacedModelPool, opened: ModelPool, needed: Sequence[str]
 ) -> bool:
     """Check whether the opened models can be merged."""

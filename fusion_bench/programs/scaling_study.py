@@ -206,9 +206,9 @@ class ScalingStudy:
         for base, source in self.bases.items():
             for count in self.counts:
                 chosen = choices(len(source.experts), count, self.subsets, self.seed)
-                for subset, places in enumerate(chosen):
+                for subset, indices in enumerate(chosen):
                     for method in self.methods:
-                        yield base, method, count, subset, [source.experts[p] for p in places]
+                        yield base, method, count, subset, [source.experts[i] for i in indices]
 
     def _merge(
         self, base: str, method: str, count: int, subset: int, models: list[str], fabric: Fabric

@@ -52,32 +52,32 @@ class Setting:
     options: dict[str, Any]
     node: dict[str, Any]
     method: FusionMethod
-    places: dict[str, Place]
+    keys: dict[str, Place]
 
     @contextmanager
     def located(self, *, keyed_only: bool = False) -> Iterator[None]:
         """Map each problem of the method to the key of its option."""
-        with _located(self.places, keyed_only):
+        with _located(self.keys, keyed_only):
             yield
 
 
 @contextmanager
-def _located(places: Mapping[str, Place], keyed_only: bool = False) -> Iterator[None]:
+def _located(keys: Mapping[str, Place], keyed_only: bool = False) -> Iterator[None]:
     try:
         yield
     except FusionBenchError as error:
         error.problems = tuple(
-            problem if keyed_only and not problem.place else _from_space(problem, places)
+            problem if keyed_only and not problem.place else _from_space(problem, keys)
             for problem in error.problems
         )
         raise
 
 
-def _from_space(problem: Problem, places: Mapping[str, Place]) -> Problem:
+def _from_space(problem: Problem, keys: Mapping[str, Place]) -> Problem:
     first, *rest = problem.place or ("",)
-    if problem.whole or first not in places:
+    if problem.whole or first not in keys:
         return problem.inside("method")
-    return replace(problem, place=(*places[str(first)], *rest))
+    return replace(problem, place=(*keys[str(first)], *rest))
 
 
 @runtime_checkable
@@ -188,11 +188,11 @@ class GridSearch:
         for numbered in product(*(enumerate(values) for values in self.space.values())):
             tried = dict(zip(self.space, numbered, strict=True))
             options = {option: value for option, (_, value) in tried.items()}
-            places: dict[str, Place] = {
+            keys: dict[str, Place] = {
                 option: ("search", "space", option, index) for option, (index, _) in tried.items()
             }
             node = {**method, **options}
-            with _located(places):
+            with _located(keys):
                 made = as_method(instantiate(node, "method"))
             if made.needs.split == self.split:
                 raise FusionBenchError(
@@ -201,7 +201,7 @@ class GridSearch:
                     "Choose another method.split or another {here}split.",
                     place=("search", "split"),
                 )
-            settings.append(Setting(options, node, made, places))
+            settings.append(Setting(options, node, made, keys))
         return settings
 
     def _refuse_unknown_options(self, method: Mapping[str, Any]) -> None:
@@ -210,7 +210,7 @@ class GridSearch:
             if option not in known:
                 name = str(method["_target_"]).rpartition(".")[2]
                 raise FusionBenchError(
-                    f"{name} has no such key.",
+                    f"{name} takes no such key.",
                     f"{did_you_mean(option, known)} To remove it: '~{{here}}{option}'.",
                     place=("space", option),
                 )

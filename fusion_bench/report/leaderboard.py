@@ -240,7 +240,7 @@ def _standings(entries: Sequence[_Entry], facts: Mapping[str, str]) -> Standings
         others = []
         for entry in waiting:
             line, other = lines[id(entry)], before if entry is best else best
-            if other is not None and (entry is best or not _far_apart(entry, best, ranked_by)):
+            if other is not None and (entry is best or not _clearly_differ(entry, best, ranked_by)):
                 line.difference = _difference(entry, other, ranked_by)
             within = line.difference
             if entry is best or (within is not None and within.low <= 0 <= within.high):
@@ -282,7 +282,7 @@ def _difference(one: _Entry, other: _Entry, ranked_by: Score) -> Difference:
     return found.accuracy
 
 
-def _far_apart(one: _Entry, other: _Entry, ranked_by: Score) -> bool:
+def _clearly_differ(one: _Entry, other: _Entry, ranked_by: Score) -> bool:
     """Return whether two models clearly differ, without resampling."""
     total, variance = 0.0, 0.0
     for task, answers in one.right.items():

@@ -81,18 +81,18 @@ def table_of_values(board: Leaderboard) -> str:
     writer = csv.writer(file, lineterminator="\n")
     head = ["table", "rank", "name", "role", "directory", "normalized_accuracy", "accuracy"]
     columns = [column for task in tasks for column in (task, f"{task} stderr")]
-    writer.writerow([*head, "accuracy_stderr", *map(_unevaluated, columns), "error"])
+    writer.writerow([*head, "accuracy_stderr", *map(_no_formula, columns), "error"])
     for number, table in enumerate(board.tables, start=1):
         for line in table.lines:
             own = [line.normalized_accuracy, line.accuracy, line.accuracy_stderr]
             for task in tasks:
                 own += [line.tasks.get(task), line.task_stderrs.get(task)]
-            texts = map(_unevaluated, (line.name, line.role, line.directory))
+            texts = map(_no_formula, (line.name, line.role, line.directory))
             writer.writerow([number, line.rank, *texts, *own, None])
     for failure in board.failures:
-        texts = map(_unevaluated, (failure.name, "", failure.directory))
+        texts = map(_no_formula, (failure.name, "", failure.directory))
         blank = [None] * (3 + len(columns))
-        writer.writerow([None, None, *texts, *blank, _unevaluated(failure.message)])
+        writer.writerow([None, None, *texts, *blank, _no_formula(failure.message)])
     return file.getvalue()
 
 
@@ -157,7 +157,7 @@ def _grid(table: Standings, *, errors: bool = False) -> tuple[list[str], list[li
     ]
 
 
-def _unevaluated(text: str) -> str:
+def _no_formula(text: str) -> str:
     """Prevent a spreadsheet from evaluating a name as a formula."""
     return f"'{text}" if text[:1] in tuple("=+-@\t\r") and text else text
 
@@ -200,14 +200,14 @@ def _swept_number(
     if len(numbers) != 1:
         return None
     (key,) = numbers
-    places = [float(own[key]) for own in settings if key in own]
+    values = [float(own[key]) for own in settings if key in own]
     series: dict[str, list[tuple[float, float, float]]] = {}
     for line, own in zip(lines, settings, strict=True):
         name = " ".join(f"{k}={v}" for k, v in own.items() if k != key) or "merged"
-        at = [float(own[key])] if key in own else [min(places), max(places)]
+        at = [float(own[key])] if key in own else [min(values), max(values)]
         series.setdefault(name, []).extend((x, table.score(line), _Z * line.stderr) for x in at)
     distinct = all(len({x for x, _, _ in found}) == len(found) for found in series.values())
-    if not distinct or len(set(places)) < 3 or len(series) > _CURVES:
+    if not distinct or len(set(values)) < 3 or len(series) > _CURVES:
         return None
     return key, series
 

@@ -210,13 +210,13 @@ def _plain(value: Any) -> str:
 
 
 def _models(report: Report) -> list[_Model]:
-    places = sources(report)
+    origins = sources(report)
     found = []
-    for name in dict.fromkeys([*places, *report.models]):
+    for name in dict.fromkeys([*origins, *report.models]):
         model = report.models.get(name)
         role = model.role if model else ("pretrained" if name == "_pretrained_" else "individual")
         made = model is not None and model.role == "merged"
-        source = _plain(places[name]) if name in places else "–"
+        source = _plain(origins[name]) if name in origins else "–"
         if made:
             source = "the run of that name" if compared_runs(report) else "made by this run"
         parameters = model.num_parameters if model else None

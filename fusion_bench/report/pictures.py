@@ -146,10 +146,10 @@ def ranking(
     with _style():
         figure = Figure((3.6, height))
         axes = figure.add_axes((0, 0, 1, 1))
-        places = np.arange(len(names))
+        positions = np.arange(len(names))
         axes.errorbar(
             _floats(values),
-            places,
+            positions,
             xerr=_floats(errors),
             fmt=_MARKERS[0],
             ms=4,
@@ -157,7 +157,7 @@ def ranking(
             elinewidth=1.2,
             capsize=2,
         )
-        axes.set_yticks(places, [label(name, 48) for name in names])
+        axes.set_yticks(positions, [label(name, 48) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         _percent_axes(axes, title, "x")
         return _svg(figure, title, _in_words(dict(zip(names, values, strict=True))))
@@ -208,7 +208,7 @@ class Line(NamedTuple):
     """A line of a plot: its points and their spread."""
 
     name: str
-    places: Sequence[int]
+    positions: Sequence[int]
     values: Sequence[float]
     spread: Sequence[float]
 
@@ -221,7 +221,7 @@ def panels_of_curves(
     Args:
         panels: a panel's name to its lines; a name has one colour in all panels.
         title: what the values are.
-        below: what the places are.
+        below: what the positions are.
         whole: draw a line at 100 %.
     """
     with _style():
@@ -235,14 +235,14 @@ def panels_of_curves(
                 colour = _PALETTE[number % len(_PALETTE)]
                 look: Any = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)]}
                 middle, spread = 100 * np.array(line.values), 100 * np.array(line.spread)
-                axes.plot(line.places, middle, lw=1.6, ms=4, label=label(line.name), **look)
+                axes.plot(line.positions, middle, lw=1.6, ms=4, label=label(line.name), **look)
                 axes.fill_between(
-                    line.places, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0
+                    line.positions, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0
                 )
             if whole:
                 axes.axhline(100, color=_SOFT, lw=1.2, ls="dotted")
             axes.set_title(label(panel), fontsize=9)
-            axes.set_xticks(sorted({place for line in lines for place in line.places}))
+            axes.set_xticks(sorted({x for line in lines for x in line.positions}))
             axes.set_xlabel(below)
             axes.grid(lw=0.6)
             axes.set_axisbelow(True)
@@ -254,7 +254,7 @@ def panels_of_curves(
             f"{panel}, {line.name}: "
             + ", ".join(
                 f"{100 * value:.1f} % at {place}"
-                for place, value in zip(line.places, line.values, strict=True)
+                for place, value in zip(line.positions, line.values, strict=True)
             )
             for panel, lines in panels.items()
             for line in lines
@@ -336,19 +336,19 @@ def _bars(
     height = max(1.0, len(tasks) * (len(values) * thick + 0.12))
     figure = Figure((3.6, height))
     axes = figure.add_axes((0, 0, 1, 1))
-    places = np.arange(len(tasks), dtype=np.float64)
+    positions = np.arange(len(tasks), dtype=np.float64)
     unit = thick * len(tasks) / height
     for place, (name, found) in enumerate(values.items()):
         shift = (place - (len(values) - 1) / 2) * unit
         axes.barh(
-            places + shift,
+            positions + shift,
             np.nan_to_num(found),
             0.9 * unit,
             color=_SERIES[place] if place == 0 else "none",
             edgecolor=_SERIES[place],
             label=label(name),
         )
-    axes.set_yticks(places, tasks)
+    axes.set_yticks(positions, tasks)
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(0, _top(values))
     axes.set_xlabel(f"{title}, %")

@@ -25,7 +25,7 @@ def common_tasks(runs: Mapping[str, Evaluated]) -> list[str]:
     return [t for t in first.report.tasks if all(t in run.report.tasks for run in others)]
 
 
-def obstacles(runs: Mapping[str, Evaluated]) -> list[str]:
+def evaluation_differences(runs: Mapping[str, Evaluated]) -> list[str]:
     """Return, in words, the differences in evaluation that make the runs incomparable."""
     (name, first), *others = runs.items()
     found = []
@@ -65,7 +65,7 @@ def _short(sha256: str | None) -> str:
     return "unknown" if sha256 is None else sha256[:8]
 
 
-def models_side_by_side(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResult], Answers]:
+def combined_models(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResult], Answers]:
     """Return all runs' models with results and predictions on the common samples.
 
     A merged model bears its run's name. A baseline that did the same in several runs is there

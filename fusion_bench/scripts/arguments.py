@@ -20,12 +20,12 @@ def arguments_parser() -> ArgumentParser:
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
-        told = message.removeprefix("argument ")
+        text = message.removeprefix("argument ")
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
             name = unknown[1].partition("=")[0]
-            told = f"{name}: unknown option. {did_you_mean(name, flags)}"
-        raise FusionBenchError(f"{told.rstrip('.')}. 'fusion_bench --help' lists all options.")
+            text = f"{name}: unknown option. {did_you_mean(name, flags)}"
+        raise FusionBenchError(f"{text.rstrip('.')}. 'fusion_bench --help' lists all options.")
 
     def parse_args(args: Sequence[str] | None = None) -> Namespace:
         parsed = parser.parse_intermixed_args(args)

@@ -34,7 +34,7 @@ from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
 from fusion_bench.scripts.hydra_patches import set_up_hydra
 from fusion_bench.scripts.interrupt import interruptible
-from fusion_bench.scripts.sweep import Failed, attempt, lost_workers
+from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.shown import colour, message, set_up_streams
 from fusion_bench.storage import disk_failures
 from fusion_bench.trust import ALLOW, TRUST_REMOTE_CODE
@@ -75,9 +75,9 @@ def main() -> None:
     with (
         _plain_messages(show_traceback),
         interruptible(),
-        lost_workers(),
+        killed_workers(),
         disk_failures(),
-        unanswered(),
+        closed_stdin(),
     ):
         _leave_working_directory()
         set_up_hydra()
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 @contextmanager
-def unanswered() -> Iterator[None]:
+def closed_stdin() -> Iterator[None]:
     """Prevent libraries from reading standard input.
 
     Only ``breakpoint()`` gets the terminal back; under a debugger it is left as it is.
@@ -237,10 +237,10 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
             raise
         logs = _log_traceback()
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            told = message(_explain(error))
+            text = message(_explain(error))
             if not isinstance(error, EXPECTED):
-                told = f"{told}\n  {_where(logs)}"
-            print(f"fusion_bench: {told}", file=sys.stderr)
+                text = f"{text}\n  {_where(logs)}"
+            print(f"fusion_bench: {text}", file=sys.stderr)
         sys.exit(_exit_code(error))
 
 
@@ -311,8 +311,8 @@ def _parse_failure(error: OverrideParseException) -> str:
     """Return the problem of an invalid override in one line."""
     first_line, _, rest = error.message.partition("\n")
     reason = rest.partition("\n")[0] if first_line.startswith("Error parsing") else ""
-    told = f"{first_line}: {reason}" if reason and not reason.startswith("See ") else first_line
-    return told if error.override in told else f"'{error.override}': {told}"
+    text = f"{first_line}: {reason}" if reason and not reason.startswith("See ") else first_line
+    return text if error.override in text else f"'{error.override}': {text}"
 
 
 def _nearest_config(missing: str) -> str:

@@ -49,7 +49,7 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
             "or another hydra.output_subdir, or type overwrite=true."
         )
     left = ("multirun.yaml", "report.json", ".hydra/hydra.yaml", f"{record or '.hydra'}/hydra.yaml")
-    if any(_names_us(folder / name) for name in left):
+    if any(_names_fusion_bench(folder / name) for name in left):
         return
     kept = [path for path in files[2:] if path.exists()]
     for path in (*_results(folder), *kept):
@@ -78,13 +78,13 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
         check_folder(folder, key, hydra.output_subdir)
         check_unclaimed(folder, key, inside=True)
         _check_record(folder, key)
-    places = (folder, Path(hydra.sweep.dir).absolute()) if sweep else (folder,)
+    folders = (folder, Path(hydra.sweep.dir).absolute()) if sweep else (folder,)
     config: Any = OmegaConf.to_container(log_config, resolve=True)
     logs = [folder / f"{hydra.job.name}.log"]
     for handler in (config.get("handlers") or {}).values():
         if handler and "filename" in handler:
             path = folder / handler["filename"]
-            logs.append(path if path.parent in places else folder / path.name)
+            logs.append(path if path.parent in folders else folder / path.name)
             handler |= {"filename": str(logs[-1]), "mode": "a"}
     for path in logs:
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -120,10 +120,12 @@ def _is_record(folder: Path) -> bool:
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != set(_RECORD):
         return False
     settings = folder / "hydra.yaml"
-    return _names_us(settings) and settings.read_text(encoding="utf-8").startswith("hydra:")
+    return _names_fusion_bench(settings) and settings.read_text(encoding="utf-8").startswith(
+        "hydra:"
+    )
 
 
-def _names_us(path: Path) -> bool:
+def _names_fusion_bench(path: Path) -> bool:
     with suppress(OSError, ValueError):
         return "fusion_bench" in path.read_text(encoding="utf-8")
     return False

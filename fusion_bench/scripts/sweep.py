@@ -80,7 +80,7 @@ class Record:
         return " ".join(self.overrides) or f"job {self.number}"
 
 
-def give_up(error: FusionBenchError) -> NoReturn:
+def exit_with_error(error: FusionBenchError) -> NoReturn:
     """End the process from a callback, where Hydra turns exceptions into warnings."""
     print(f"fusion_bench: {message(str(error))}", file=sys.stderr)
     sys.exit(error.exit_code)
@@ -103,7 +103,7 @@ def attempt(
 
 
 @contextmanager
-def lost_workers() -> Iterator[None]:
+def killed_workers() -> Iterator[None]:
     """Report a killed worker process of a launcher in one line.
 
     Raises:
@@ -149,7 +149,7 @@ class SweepCallback(Callback):
         try:
             _make(Path(config.hydra.run.dir), "hydra.run.dir")
         except FusionBenchError as error:
-            give_up(error)
+            exit_with_error(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Set the jobs' directories, unless the user does, and refuse invalid sweeps."""
@@ -158,7 +158,7 @@ class SweepCallback(Callback):
             _check_launcher(config)
             check_grid(config)
         except FusionBenchError as error:
-            give_up(error)
+            exit_with_error(error)
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         given = [
             str(override.input_line) for override in parsed if not override.is_sweep_override()
@@ -180,7 +180,7 @@ class SweepCallback(Callback):
             _make(directory, "hydra.sweep.dir")
             self._claim.enter_context(claimed(directory, "hydra.sweep.dir", inside=True))
         except FusionBenchError as error:
-            give_up(error)
+            exit_with_error(error)
         write_text(directory / "multirun.yaml", OmegaConf.to_yaml(config))  # whose it is
         # A job is called by what is its own.
         common = [o.get_key_element().lstrip("+") for o in parsed if not o.is_sweep_override()]

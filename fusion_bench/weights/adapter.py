@@ -71,7 +71,7 @@ def _token_indices(setting: Any) -> dict[str, tuple[int, ...]]:
     return {str(name): tuple(rows) for name, rows in named.items()}
 
 
-def _quick(pattern: str) -> str:
+def _bounded_pattern(pattern: str) -> str:
     """Return a compiled pattern of modules' names, if its search time is bounded.
 
     Raises:
@@ -124,7 +124,7 @@ class AdapterConfig:
                 rank_stabilised=bool(content.get("use_rslora")),
                 transposed=bool(content.get("fan_in_fan_out")),
                 alpha_pattern={
-                    _quick(pattern): float(value)
+                    _bounded_pattern(pattern): float(value)
                     for pattern, value in dict(content.get("alpha_pattern") or {}).items()
                 },
                 revision=revision or None,
@@ -198,7 +198,7 @@ def _place(name: str) -> tuple[str, str]:
     return plain.replace(".token_adapter.", "."), ""
 
 
-def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Return whether two updates are equal; one may be transposed, for an embedding."""
 
     def plain(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,7 +258,9 @@ class AdapterWeights(Weights):
             there = unknown if key is None else parts
             there.setdefault(key or entry, {})[part] = adapter[name]
         # The output layer that is tied to the embedding is stored beside it, and in the base not.
-        for entry in [e for e in unknown if any(_alike(unknown[e], p) for p in parts.values())]:
+        for entry in [
+            e for e in unknown if any(_equal_updates(unknown[e], p) for p in parts.values())
+        ]:
             del unknown[entry]
         self._refuse_unknown([name for name in adapter if _place(name)[0] in unknown])
         _refuse_half_biases(parts, config)

@@ -99,8 +99,8 @@ def _open_sharded(index: Path) -> TensorWeights:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
-    if told := foreign_file(path):
-        raise ConfigError(told)
+    if problem := foreign_file(path):
+        raise ConfigError(problem)
     if path.suffix in _PICKLES:
         return _unpickled(path)
     return _mapped(path)

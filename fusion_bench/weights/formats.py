@@ -91,9 +91,9 @@ def foreign_folder(
             "checkpoint: 'python zero_to_fp32.py . OUTPUT'."
         )
     none = f"There are no weights in '{place}'"
-    for ending, told in _BY_ENDING.items():
+    for ending, description in _BY_ENDING.items():
         if found := sorted(file for file in files if file.lower().endswith(ending)):
-            return f"{none}: '{found[0]}' {told}"
+            return f"{none}: '{found[0]}' {description}"
     if "onnx" in folders:
         return f"{none}: what is in 'onnx' {_EXPORTED}"
     models = sorted(file for file in files if file.endswith(_ONE_FILE) and "optim" not in file)
@@ -108,9 +108,9 @@ def foreign_file(path: Path) -> str | None:
     """Return the format of an unsupported weight file, and the fix; ``None`` if it may be valid."""
     with path.open("rb") as file:
         begin = file.read(64)
-    for magic, told in _BY_BEGINNING:
+    for magic, description in _BY_BEGINNING:
         if begin.startswith(magic):
-            return f"'{path}' {told}"
+            return f"'{path}' {description}"
     if path.suffix == ".safetensors" and begin.startswith((b"PK\x03\x04", b"\x80\x02")):
         return f"'{path}' is a PyTorch file with the wrong suffix. Rename it to '{path.stem}.bin'."
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt") and begin[8:9] == b"{":

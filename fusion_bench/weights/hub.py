@@ -45,14 +45,14 @@ def weight_files(repository: Repository) -> list[str]:
     if name is None:
         single = [name for name in repository.files if name.endswith(".safetensors")]
         if len(single) != 1:
-            told = foreign_folder(
+            problem = foreign_folder(
                 repository.files,
                 repository.folders,
                 repository.name,
                 on_hub=repository.directory is None,
             )
-            if told is not None:
-                raise ConfigError(told)
+            if problem is not None:
+                raise ConfigError(problem)
             raise ConfigError(
                 f"There are no weights in '{repository.name}'. It needs one of: "
                 f"{', '.join(WEIGHT_FILES)}."

@@ -157,17 +157,17 @@ class MergedWeights(Weights):
                 f"{list(shape)}."
             )
         merged = merged.reshape(-1)
-        if not self._is_sound(key, merged):
+        if not self._is_finite(key, merged):
             self._inputs.find_nonfinite(key, tensors)
         return merged
 
     def _checked(self, key: str, copied: Tensor) -> Tensor:
         """Return checked elements of the reference."""
         if copied.dtype.is_floating_point and copied.numel():
-            self._is_sound(key, copied if copied.dtype.itemsize >= 4 else copied.float())
+            self._is_finite(key, copied if copied.dtype.itemsize >= 4 else copied.float())
         return copied
 
-    def _is_sound(self, key: str, result: Tensor) -> bool:
+    def _is_finite(self, key: str, result: Tensor) -> bool:
         """Return and record whether ``result`` is finite, also in its stored type."""
         if not self._inputs.is_finite(key, "merged", result):
             return False

@@ -86,8 +86,8 @@ def ranks(rows: Tensor) -> Tensor:
     Rows lie along the last dimension. Of equal magnitudes the first comes first.
     """
     order = rows.abs().argsort(dim=-1, stable=True)
-    places = torch.arange(rows.shape[-1], device=rows.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    positions = torch.arange(rows.shape[-1], device=rows.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, positions)
 
 
 def add_scaled(base: Tensor, vectors: Iterable[Tensor], factor: float) -> Tensor:

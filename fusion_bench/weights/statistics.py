@@ -228,11 +228,11 @@ class _Search:
             above = int(np.count_nonzero(beyond))
             here = np.flatnonzero((bits >= self.low) ^ beyond).astype(np.int32)
             bits = bits[here]
-        places = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
-        ones = torch.ones(1, dtype=torch.int64).expand(len(places))
+        bins = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
+        ones = torch.ones(1, dtype=torch.int64).expand(len(bins))
         with lock:
             self.above += above
-            self.histogram.index_add_(0, places, ones)
+            self.histogram.index_add_(0, bins, ones)
             self.remembered += len(bits)
             if self.remembered > self.room:
                 self.remembers = False

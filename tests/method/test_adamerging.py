@@ -336,7 +336,7 @@ def test_models_and_data_belong_together_by_name() -> None:
     assert_close(learned(method, models, more), expected, 0)
     spelled = {BASE: models[BASE], "Task-A": models["a"], "b": models["b"]}
     assert_close(learned(method, spelled, {"task_a": data["a"], "b": data["b"]}), expected, 0)
-    with pytest.raises(FusionBenchError, match=r"no data for the model 'b'.*there is a\."):
+    with pytest.raises(FusionBenchError, match=r"no data for the model 'b'.*datasets for: a\."):
         learned(method, models, {"a": data["a"]})
     with pytest.raises(FusionBenchError, match="_pretrained_"):
         learned(method, {name: models[name] for name in "ab"}, data)

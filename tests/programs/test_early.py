@@ -104,7 +104,9 @@ def test_names_that_files_can_have(program_config: Config, tmp_path: Path, name:
 def test_places_that_are_in_each_others_way(program_config: Config, tmp_path: Path) -> None:
     place = str(tmp_path / "x.json")
     for model in (place, f"{place}/m"):
-        with pytest.raises(FusionBenchError, match=r"merged_model_save_path: .* the report's file"):
+        with pytest.raises(
+            FusionBenchError, match=r"merged_model_save_path: .* the path of the report"
+        ):
             instantiate(program_config, report_save_path=place, merged_model_save_path=model)
     (tmp_path / "x.json").mkdir()
     with pytest.raises(FusionBenchError, match=r"report_save_path: .* is a directory"):

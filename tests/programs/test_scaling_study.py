@@ -135,7 +135,7 @@ def test_mistakes_give_one_clear_message(config: Config) -> None:
 
 def test_a_model_for_each_task_is_refused(config: Config) -> None:
     with pytest.raises(
-        FusionBenchError, match="methods: tall_mask/task_arithmetic makes several models"
+        FusionBenchError, match="methods: tall_mask/task_arithmetic returns several models"
     ):
         run(config, methods=["tall_mask/task_arithmetic"], counts=[2])
 

@@ -304,7 +304,7 @@ def test_mistakes_give_one_clear_message_and_load_nothing(
 
     assert message(space={"scaling_facto": [1]}) == (
         "search.space.scaling_facto: TaskArithmeticAlgorithm takes no such key. Did you mean "
-        "'scaling_factor'? To leave it out: '~search.space.scaling_facto'."
+        "'scaling_factor'? To remove it: '~search.space.scaling_facto'."
     )
     assert message(space={"scaling_factor": []}) == (
         "search.space.scaling_factor: the list is empty. Add a value, or remove the option: "
@@ -348,7 +348,7 @@ def test_several_models_a_task_have_no_one_figure(
         "run",
         lambda self, pool: {name: original(self, pool) for name in ("low", "high")},
     )
-    assert "makes several models for each task, merged/low, merged/high," in refused(config)
+    assert "returns several models for each task, merged/low, merged/high," in refused(config)
 
 
 def test_two_processes_find_the_same(config: Config) -> None:

@@ -89,7 +89,7 @@ def test_changed_data_is_noticed(config: Config, family: Path, tmp_path: Path) -
     moved.mkdir()
     for file in (family / "datasets" / "a").rglob("train*"):
         (moved / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(FusionBenchError, match="were evaluated on other data than there is now"):
+    with pytest.raises(FusionBenchError, match="were evaluated on different data"):
         SearchWinner(str(tmp_path / "sweep")).run()
 
 

@@ -88,7 +88,7 @@ def test_the_comparison_in_percent_with_standard_errors() -> None:
 
 def test_where_it_loses_and_what_it_keeps() -> None:
     found = read(evaluated())
-    assert found.tables["Accuracy in percent, beside the task's individual model"][1:] == [
+    assert found.tables["Accuracy in percent, compared with the task's individual model"][1:] == [
         ["a", "80.0", "60.0", "−20.0", "–", "75.0"],
         ["b", "60.0", "45.0", "−15.0", "–", "75.0"],
     ]
@@ -214,7 +214,7 @@ def test_few_classes_have_a_confusion_matrix() -> None:
     assert shown.tables["Correct predictions, for the classes that lose most"][1:] == [
         ["class 0", "3", "3", "1", "2"]
     ]
-    assert shown.tables["Confusion matrix of merged: true classes (rows) and predicted classes (columns)"] == [
+    assert shown.tables["Confusion matrix of merged: true (rows), predicted (columns)"] == [
         ["class", "class 0", "class 1", "class 2"],
         ["class 0", "1", "2", "0"],
         ["class 1", "0", "2", "0"],

@@ -202,7 +202,7 @@ def test_a_runs_own_folder_is_used_again(job: Any) -> None:
     assert yaml.safe_load(Path("out/.hydra/config.yaml").read_text())["seed"] == 2
     Path("out/report.md").write_text("a result")
     job({"hydra": out, "seed": 2})  # the same run, to go on
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .* of another run"):
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .* belongs to another run"):
         job({"hydra": out, "seed": 3})
     assert yaml.safe_load(Path("out/.hydra/config.yaml").read_text())["seed"] == 2
     job({"hydra": out, "seed": 3, "overwrite": True})

@@ -218,7 +218,7 @@ def test_nonsense_is_damaged(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     path = to_sharded_bin(tmp_path)
     (tmp_path / "2.bin").unlink()
-    assert "names '2.bin', which is not there" in refusal(path)
+    assert "names '2.bin', which is missing" in refusal(path)
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_an_index_lists_what_its_shards_hold(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
-    assert "which is not there" in refusal(index(tmp_path, {"a": "a\0b"}))
+    assert "which is missing" in refusal(index(tmp_path, {"a": "a\0b"}))
 
 
 def test_ties_across_pickled_shards_are_none(tmp_path: Path) -> None:
