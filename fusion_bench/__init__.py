@@ -1,4 +1,4 @@
-"""Fuse fine-tuned neural networks into one, and learn what that gained and lost."""
+"""Merge fine-tuned neural networks into one model and show what the merge gained and lost."""
 
 from importlib.metadata import version
 

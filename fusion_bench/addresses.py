@@ -1,10 +1,10 @@
-"""Which addresses may be opened: decided here, whoever names one.
+"""The rules for addresses: which ones may be opened, for every caller.
 
 ``datasets`` hands every address on to fsspec, which knows dozens of schemes and chains of them
 (``reference://…::http://…``). Some of them render templates that read the environment, and send
-what they read to a server. So there are local paths, ``hf://``, and ``http(s)://`` where the user's
-own config names it. What belongs to a data set, its card, its metadata and its rows, names local
-files in the data set's own folder and nothing else.
+what they read to a server. So only local paths, ``hf://``, and ``http(s)://`` in the user's own
+config are allowed. A dataset's card, metadata and rows may name only local files in the dataset's
+own folder.
 """
 
 import os
@@ -42,11 +42,11 @@ _LOCK = RLock()
 
 
 class AddressError(ConfigError):
-    """An address, or a file, that may not be opened."""
+    """An address or a file must not be opened."""
 
 
 def address_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the key and the mistake of each address in a call's arguments that is not opened."""
+    """Yield the key and the problem of each forbidden address in a call's arguments."""
     if target.startswith("fusion_bench."):
         return  # they look for paths and repositories alone
     for argument, value in node.items():
@@ -70,22 +70,22 @@ def refuse_addresses(node: Mapping[str, Any]) -> None:
 
 
 def _mistake(address: str) -> str | None:
-    """Return what is wrong with an address that a user's config names."""
+    """Return the problem of an address in a user's config, or ``None``."""
     scheme = _scheme(address)
     if "::" in address:
-        return f"'{address}' is a chain of addresses, which is not opened. Name one file."
+        return f"'{address}' is a chain of addresses, which is not supported. Name one file."
     if scheme in ("file", "local"):
-        return f"'{address}' is not opened. Write the path itself."
+        return f"'{address}' is not supported. Give the path instead."
     if scheme not in ("", "hf", *_WEB):
         return (
-            f"'{address}' is not opened: '{scheme}' is no scheme for data here. Fetch it, and name "
-            "the local path."
+            f"'{address}' is not supported: '{scheme}' is not an allowed scheme. Download the "
+            "data and give the local path."
         )
     return None
 
 
 def _scheme(address: str) -> str:
-    """Return what fsspec takes for an address's scheme; nothing for a path."""
+    """Return an address's scheme as fsspec parses it; empty for a path."""
     scheme, separator, _ = address.partition("://")
     if separator:
         return "" if len(scheme) == 1 else scheme  # a drive's letter
@@ -106,7 +106,7 @@ def _texts(value: Any, key: str, seen: tuple[int, ...] = ()) -> Iterator[tuple[s
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the files of a data set lie.
+    """The folders and files of a dataset.
 
     Attributes:
         own: folders and files that the user's config names; None where all may be read, since the
@@ -117,7 +117,7 @@ class Folders:
 
     @classmethod
     def of(cls, node: Any) -> "Folders":
-        """Return those of the data set that a config's node loads."""
+        """Return the folders of the dataset of a config node."""
         node = _plain(node)
         if not isinstance(node, Mapping) or node.get("_target_") not in _LOADS:
             return cls(None)
@@ -133,17 +133,17 @@ class Folders:
                     continue
                 named = _home(text)
                 for base in [Path()] if named.is_absolute() else bases:
-                    place = _fixed(_absolute(base / named))
+                    place = _fixed_part(_absolute(base / named))
                     if place.exists():  # what the user names may be a link itself
                         own += [place if place.is_dir() else place.parent]
                         own += [Path(os.path.realpath(place))]
         return cls(tuple(dict.fromkeys(own)))
 
     def refuse_outside(self, path: str) -> None:
-        """Raise for a local file of data that is not the data set's.
+        """Refuse a local data file outside the dataset's folders.
 
-        Links to pictures are followed wherever they lead, for folders of links are common. Links
-        to anything else may not lead out.
+        Links to images are always followed because folders of links are common. Other links must
+        not lead out.
 
         Raises:
             AddressError: it lies elsewhere.
@@ -153,13 +153,13 @@ class Folders:
         place, real = _absolute(Path(path)), Path(os.path.realpath(path))
         if not self._hold(place):
             raise AddressError(
-                f"'{path}' lies outside of the data set's folder, and is not opened. If it is "
-                "meant, name it in the config: 'data_files: …'."
+                f"'{path}' is outside the dataset's folder and is not opened. If you trust it, "
+                "name it in the config: 'data_files: …'."
             )
         if place.suffix.lower() not in _PICTURES and not self._hold(real, real=True):
             raise AddressError(
-                f"'{path}' is a link that leads out of the data set's folder, to '{real}'. If it "
-                "is meant, name that file in the config: 'data_files: …'."
+                f"'{path}' is a link that leads out of the dataset's folder, to '{real}'. If you "
+                "trust it, name the target in the config: 'data_files: …'."
             )
 
     def _hold(self, path: Path, *, real: bool = False) -> bool:
@@ -168,11 +168,11 @@ class Folders:
         return any(path.is_relative_to(place) for place in known)
 
     def holds(self, name: str) -> bool:
-        """Tell whether a picture of that name would lie in the data set's folders."""
+        """Return whether a picture of that name would lie in the data set's folders."""
         return self.own is None or self._hold(_absolute(Path(name)))
 
     def picture(self, name: str) -> bytes:
-        """Return the content of a picture that a row names.
+        """Return the content of an image that a row names.
 
         Raises:
             AddressError: it is no local file of the data set.
@@ -184,11 +184,11 @@ class Folders:
             return self._unpacked(archive, member)  # as 'datasets' names what lies in an archive
         if _scheme(name) or "::" in name:
             raise AddressError(
-                f"it names the address '{name}', and what rows name is not fetched. Use a copy of "
-                "the data set that holds its pictures"
+                f"it names the address '{name}', and addresses in rows are not fetched. Use a "
+                "copy of the dataset that contains its images"
             )
         if not self.holds(name):
-            raise AddressError(f"it names '{name}', which lies outside of the data set's folder")
+            raise AddressError(f"it names '{name}', which is outside the dataset's folder")
         with _opened(name) as file:
             return file.read()
 
@@ -197,7 +197,7 @@ class Folders:
         try:
             with _opened(archive) as file, ZipFile(file) as packed:
                 if packed.getinfo(member).file_size > _MOST_OF_A_PICTURE:
-                    raise OSError(f"'{member}' is larger than any picture")
+                    raise OSError(f"'{member}' is too large for an image")
                 return packed.read(member)
         except (BadZipFile, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
             raise OSError(f"'{member}' cannot be read from '{archive}': {error}") from error
@@ -208,16 +208,16 @@ def _plain(node: Any) -> Any:
 
 
 def _opened(name: str) -> IO[bytes]:
-    """Open a regular file; a pipe or a device would keep us waiting, or never end."""
+    """Open a regular file, but no pipe or device, which could block forever."""
     try:
         file = open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     except ValueError as error:  # a NUL in its name
-        raise OSError(f"{name!r} is no file's name") from error
+        raise OSError(f"{name!r} is not a file name") from error
     state = os.fstat(file.fileno())
     if stat.S_ISREG(state.st_mode) and state.st_size <= _MOST_OF_A_PICTURE:
         return file
     file.close()
-    raise OSError(f"'{name}' is no file of a size that makes sense")
+    raise OSError(f"'{name}' is not a regular file of a plausible size")
 
 
 def _absolute(path: Path) -> Path:
@@ -229,8 +229,8 @@ def _home(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111, for Path raises where there is no home
 
 
-def _fixed(path: Path) -> Path:
-    """Return what of a pattern stands fixed, a folder where the rest is not."""
+def _fixed_part(path: Path) -> Path:
+    """Return the fixed part of a pattern, or its folder."""
     for parent in reversed([path, *path.parents]):
         if any(sign in parent.name for sign in "*?["):
             return parent.parent
@@ -238,7 +238,7 @@ def _fixed(path: Path) -> Path:
 
 
 def _caches() -> Iterable[Path]:
-    """Return where the libraries put what they have fetched."""
+    """Return the cache directories of the libraries."""
     import datasets
     from huggingface_hub import constants
 
@@ -247,7 +247,7 @@ def _caches() -> Iterable[Path]:
 
 @contextmanager
 def fence(node: Any, *scratch: Path) -> Iterator[None]:
-    """Let a data set's node be loaded by ``datasets``, and nothing but what it may open be opened.
+    """Limit what ``datasets`` may open while it loads a dataset's node.
 
     For the length of the context fsspec, through which every address goes, knows no other schemes,
     and no local files but the data set's own: whatever a card names comes to it.
@@ -299,12 +299,14 @@ def _refusing(scheme: str) -> "type[AbstractFileSystem]":
         protocol = scheme
 
         def __init__(self, *args: Any, **kwargs: Any):
-            raise AddressError(f"it names an address of the scheme '{scheme}', which is not opened")
+            raise AddressError(
+                f"it names an address with the scheme '{scheme}', which is not supported"
+            )
 
         @staticmethod
         def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
             shown = path.partition("?")[0]
-            raise AddressError(f"it names the address '{shown}', which is not opened")
+            raise AddressError(f"it names the address '{shown}', which is not supported")
 
     return Refusing
 
@@ -334,7 +336,7 @@ def _fenced(folders: Folders) -> "type[AbstractFileSystem]":
 
 
 def _refuse_null(file: str) -> None:
-    """Raise for lines of JSON of which one is ``null``: pyarrow ends the whole process at it.
+    """Refuse JSON lines with a ``null`` line because pyarrow crashes on it.
 
     Raises:
         AddressError: there is such a line.
@@ -349,7 +351,7 @@ def _refuse_null(file: str) -> None:
 
 
 def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
-    """Look at what the card of a local folder says of its files, before ``datasets`` does.
+    """Check the file names in the card of a local folder before ``datasets`` reads it.
 
     Raises:
         AddressError: it names other files than the folder's, or cannot be read.
@@ -361,12 +363,12 @@ def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
             continue
         folders.refuse_outside(str(file))
         for key, text in _named_by(file):
-            places = key.partition(".")[2].startswith(("data_files", "data_dir"))
+            names_data = key.partition(".")[2].startswith(("data_files", "data_dir"))
             up = ".." in Path(text).parts or Path(text).is_absolute()
-            if "://" in text or (places and ("::" in text or _scheme(text) or up)):
+            if "://" in text or (names_data and ("::" in text or _scheme(text) or up)):
                 raise AddressError(
-                    f"'{file}' names '{text}' ({key}). A card may name files of its own folder "
-                    "alone. Correct it, or name the files in the config: 'data_files: …'."
+                    f"'{file}' names '{text}' ({key}). A card may name only files in its own "
+                    "folder. Correct it, or name the files in the config: 'data_files: …'."
                 )
 
 

@@ -1,4 +1,4 @@
-"""The command line that was typed: the only place that reads it."""
+"""Access to the command line as it was typed."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,19 +9,19 @@ _typed: ContextVar[tuple[str, ...] | None] = ContextVar("_typed", default=None)
 
 
 def typed() -> list[str]:
-    """Return the words of this process's command, its name first, as they were typed."""
+    """Return the words of this process's command as they were typed, beginning with its name."""
     words = _typed.get()
     return list(sys.argv if words is None else words)
 
 
 def overrides() -> dict[str, str]:
-    """Return the keys that were typed, without ``+``, and their values."""
+    """Return the typed config keys, without ``+``, and their values."""
     pairs = (word.lstrip("+").partition("=") for word in typed()[1:])
     return {key: value for key, equals, value in pairs if equals}
 
 
 def option(*flags: str) -> list[str]:
-    """Return the values that were typed for an option, as ``flag value`` or ``flag=value``."""
+    """Return the typed values of an option, given as ``flag value`` or ``flag=value``."""
     words, found = typed(), []
     for position, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -32,7 +32,7 @@ def option(*flags: str) -> list[str]:
 
 @contextmanager
 def replaced(words: Sequence[str]) -> Iterator[None]:
-    """Let libraries read ``words`` instead; who asks here still gets what was typed."""
+    """Let libraries read ``words`` instead; this module still returns what was typed."""
     before = sys.argv
     token = _typed.set(tuple(before))
     sys.argv = [before[0], *words]

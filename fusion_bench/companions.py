@@ -1,4 +1,4 @@
-"""Which files of a model's folder are read and copied, and where they may lie.
+"""The files of a model's folder that are read and copied, and their allowed locations.
 
 Libraries read whatever they find under the names that they know. So every file under such a name is
 looked at before a folder is read, whoever reads it.
@@ -102,9 +102,8 @@ _BLOB = re.compile(r"models--[^/]+/blobs/[^/]+|blobs/[0-9a-f]{2}/[0-9a-f]{64}")
 def own_file(directory: Path, name: str) -> Path:
     """Return the path of a file in a model's folder, if it may be read.
 
-    It is a regular file of a size that makes sense, and lies in that folder, or in the Hub's cache.
-    A link to anywhere else is not followed: what is read may be copied, and a merged model is made
-    to be given away.
+    It must be a regular file of a plausible size, in this folder or in the Hub's cache. Other links
+    are not followed because the file may be copied, and merged models are often shared.
 
     Raises:
         ConfigError: it may not.
@@ -114,20 +113,20 @@ def own_file(directory: Path, name: str) -> Path:
         real, home = file.resolve(strict=True), directory.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         if "\0" not in name and file.is_symlink():
-            raise ConfigError(f"'{file}' is a link that leads nowhere. Remove it.") from error
+            raise ConfigError(f"'{file}' is a broken link. Remove it.") from error
         raise ConfigError(f"There is no '{name}' in '{directory}'.") from error
     if not (_is_inside(real, home) or _is_blob(real, home)):
         instead = f", or name '{real}' itself" if name in _ONE_FILE else ""
         raise ConfigError(
-            f"'{file}' is a link to '{real}', which is no file of the model's folder. It is not "
-            f"followed. Put a copy of the file in its place{instead}."
+            f"'{file}' is a link to '{real}', which is not a file of the model's folder. It is "
+            f"not followed. Replace the link by a copy of the file{instead}."
         )
     refuse_size(str(file), name, _size(file, real))
     return file
 
 
 def refuse_size(where: str, name: str, size: int) -> None:
-    """Refuse a file that is larger than any of its name; weights may be of any size.
+    """Refuse a file that is too large for its name; weights may have any size.
 
     Raises:
         ConfigError: it is.
@@ -140,7 +139,7 @@ def refuse_size(where: str, name: str, size: int) -> None:
 
 
 def check_folder(directory: Path) -> None:
-    """Look at all files in a folder that libraries may read of their own accord.
+    """Check all files in a folder that libraries may read on their own.
 
     Raises:
         ConfigError: one of them may not be read.
@@ -154,7 +153,7 @@ def check_folder(directory: Path) -> None:
 
 
 def module_folders(modules: Any, where: str) -> dict[str, str]:
-    """Return folder and class of the modules that a ``modules.json`` adds to a model.
+    """Return the folder and class of each module in a ``modules.json``.
 
     Args:
         modules: what the file holds.
@@ -169,26 +168,29 @@ def module_folders(modules: Any, where: str) -> dict[str, str]:
             (module.get("path"), module.get("type")) if isinstance(module, dict) else (None, None)
         )
         if not (isinstance(path, str) and isinstance(kind, str)):
-            raise ConfigError(f"'{where}' is no list of modules. Fetch it again, or remove it.")
+            raise ConfigError(
+                f"'{where}' is not a list of modules. Download it again, or remove it."
+            )
         if not path:
             continue  # the model itself
         if PurePosixPath(path).name != path or path.startswith(".") or re.search(r"[\\\0]", path):
             raise ConfigError(
-                f"'{where}' names the folder {path!r}, which is no folder beside it. It is refused."
+                f"'{where}' names the folder {path!r}, which is not a folder next to it. This is "
+                "refused."
             )
         folders[path] = kind
     return folders
 
 
 def _is_inside(real: Path, home: Path) -> bool:
-    """Tell whether a file lies in a folder; hidden ones there, git's for one, are not the model."""
+    """Return whether a file is in a folder and not hidden, like git's files."""
     if not real.is_relative_to(home):
         return False
     return not any(part.startswith(".") for part in real.relative_to(home).parts)
 
 
 def _is_blob(real: Path, home: Path) -> bool:
-    """Tell whether a file lies where the Hub's client keeps what a folder's links lead to.
+    """Return whether a file is a blob in a cache of the Hub's client.
 
     That is the cache that the folder is in, or else the user's: earlier clients filled a folder of
     the user's choice with links. Names there are hashes of the contents, so that nobody can name a
@@ -212,5 +214,5 @@ def _is_blob(real: Path, home: Path) -> bool:
 def _size(file: Path, real: Path) -> int:
     state = real.stat()
     if not stat.S_ISREG(state.st_mode):
-        raise ConfigError(f"'{file}' is no regular file. Remove it.")
+        raise ConfigError(f"'{file}' is not a regular file. Remove it.")
     return state.st_size

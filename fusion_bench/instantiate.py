@@ -1,4 +1,4 @@
-"""The one place where a node of a config becomes an object."""
+"""Creates objects from config nodes."""
 
 import inspect
 import json
@@ -69,9 +69,8 @@ _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 def instantiate(node: Any, section: str = "", **arguments: Any) -> Any:
     """Call what ``node`` names in ``_target_`` with the node's other keys and ``arguments``.
 
-    Anything that is not a mapping with ``_target_`` is returned as it is, so that sections may
-    also be given as objects. Nodes inside the node are called before it, unless it says
-    ``_recursive_: false``.
+    Values without ``_target_`` are returned unchanged, so sections may also be objects. Nested
+    nodes are called first, unless the node has ``_recursive_: false``.
 
     Args:
         node: of the config.
@@ -95,7 +94,7 @@ def instantiate(node: Any, section: str = "", **arguments: Any) -> Any:
 
 
 def _called(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
-    """Call a node's target; where something is wrong inside it, say where."""
+    """Call a node's target; problems get the node's place."""
     inside = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
     positional = node.get("_args_") or ()
     if node.get("_recursive_", True):
@@ -125,7 +124,7 @@ def _made_at(place: str | int, value: Any) -> Any:
 
 
 def _guarded(node: Any) -> Any:
-    """Return a node in which whatever transformers will read runs no code, at any depth."""
+    """Return a node whose ``from_pretrained`` calls run no code, at any depth."""
     if isinstance(node, list):
         return [_guarded_at(index, item) for index, item in enumerate(node)]
     if not isinstance(node, Mapping):
@@ -142,14 +141,14 @@ def _guarded_at(place: str | int, value: Any) -> Any:
 
 
 def _resolved(node: Any) -> Any:
-    """Return a node as plain data; it is this that is checked, and made an object of."""
+    """Return a node as plain data, for the check and the call."""
     if isinstance(node, Mapping) and not OmegaConf.is_config(node) and _interpolates(node):
         node = OmegaConf.create(dict(node), flags={"allow_objects": True})
     return _plain(node)
 
 
 def _plain(node: Any) -> Any:
-    """Return a node in which no config is left, however deep; objects stay the same."""
+    """Return a node with all nested configs as plain data; objects stay the same."""
     if OmegaConf.is_config(node):
         return to_container(node)
     if isinstance(node, Mapping):
@@ -168,16 +167,16 @@ def _is_open(value: Any) -> bool:
 
 
 class SharedObjects:
-    """What several runs of one process have in common, made once.
+    """Objects that several runs of one process share.
 
-    A sweep's jobs differ in little, so that most of them need the same models and datasets.
+    The jobs of a sweep usually need the same models and datasets.
     """
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
 
     def get(self, about: Any, make: Callable[[], T]) -> T:
-        """Return what was made for ``about``, which can be written as JSON, or make it."""
+        """Return the object for ``about`` (JSON data), or create it."""
         name = json.dumps(about, sort_keys=True, default=str)
         if name not in self._made:
             self._made[name] = make()
@@ -191,12 +190,12 @@ class SharedObjects:
 
 
 def accepts(target: Any, name: str) -> bool:
-    """Tell whether a ``_target_`` takes an argument of that name."""
+    """Return whether a ``_target_`` takes an argument of that name."""
     return name in parameters(target)
 
 
 def parameters(target: Any) -> Mapping[str, inspect.Parameter]:
-    """Return what a ``_target_`` takes; nothing for one that cannot be called."""
+    """Return the parameters of a ``_target_``; none if it cannot be called."""
     try:
         return inspect.signature(find(target) if isinstance(target, str) else target).parameters
     except (ConfigError, TypeError, ValueError):  # some builtins do not tell their signature
@@ -204,7 +203,7 @@ def parameters(target: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def check(node: Any, section: str = "", **arguments: Any) -> None:
-    """Compare every ``_target_`` in a resolved ``node`` with the keys that it is given.
+    """Check the keys of every ``_target_`` in a resolved ``node``.
 
     Raises:
         ConfigError: with a problem for each that cannot work, or may not be called.
@@ -213,7 +212,7 @@ def check(node: Any, section: str = "", **arguments: Any) -> None:
 
 
 def check_part(node: Any, section: str) -> None:
-    """Refuse what can be made no object of: a text, a number, a list, or no ``_target_``.
+    """Refuse a value that is not a config node: text, number, list, or no ``_target_``.
 
     Raises:
         ConfigError: it is one of these.
@@ -228,8 +227,8 @@ def _part_problems(node: Any, example: str, *, texts: bool) -> Iterator[Problem]
         wrong = isinstance(node, bool | int | float | list) or (isinstance(node, str) and not texts)
     if not wrong:
         return
-    what = "has no _target_" if isinstance(node, Mapping) else f"'{node}' is no config node"
-    yield Problem((), f"{what}.", f"Give it one, such as '_target_: {example}'.")
+    what = "has no _target_" if isinstance(node, Mapping) else f"'{node}' is not a config node"
+    yield Problem((), f"{what}.", f"Add one, such as '_target_: {example}'.")
 
 
 def _gathered(
@@ -260,7 +259,7 @@ def _gathered(
 def _problems(
     node: Any, section: str, place: Place, arguments: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """Yield a problem for each target or key in ``node``, at any depth, that cannot work."""
+    """Yield a problem for each invalid target or key in ``node``, at any depth."""
     if isinstance(node, Mapping):
         if "_target_" in node:
             here = section if not place else str(place[-1])
@@ -275,16 +274,16 @@ def _problems(
             yield from _problems(child, "", (*place, index), {})
     elif _is_open(node):
         # It would be resolved once more, to something that nobody has looked at.
-        yield Problem(place, f"'{node}' holds an interpolation within another.", "Write it out.")
+        yield Problem(place, f"'{node}' contains a nested interpolation.", ("Write out the value."))
     elif isinstance(node, float) and isnan(node):
-        yield Problem(place, "NaN is no number to calculate with.", "Give another.")
+        yield Problem(place, "NaN is not allowed.", "Give another.")
     elif isinstance(node, str) and _SURROGATE.search(node):
-        reason = f"'{node}' is no valid UTF-8, which a report could not tell."
+        reason = f"'{node}' is not valid UTF-8, so a report cannot contain it."
         yield Problem(place, reason, "Rename it.")
 
 
 def _pool_problems(node: Mapping[Any, Any]) -> Iterator[Problem]:
-    """Yield a problem for each thing in a pool that should be a node and is none."""
+    """Yield a problem for each value in a pool that should be a node."""
     for name in _NODES:
         for problem in _part_problems(node.get(name), _EXAMPLES[name], texts=True):
             yield problem.inside(name)
@@ -309,7 +308,7 @@ def _signature_problems(
         return
     wanted = _SECTIONS.get(section, "")
     if isinstance(target, str) and not is_users(target) and not target.startswith(wanted):
-        yield Problem(("_target_",), f"'{target}' is no {section}.")
+        yield Problem(("_target_",), f"'{target}' is not a {section}.")
         return
     for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
         yield Problem((name,), mistake)
@@ -333,7 +332,7 @@ def _signature_problems(
 
 
 def _type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each value that is not of the type that our signature says.
+    """Yield a problem for each value whose type does not match the signature.
 
     Only plain values are looked at: a node becomes an object later.
     """

@@ -1,10 +1,10 @@
-"""Telling that memory ran out."""
+"""Detects that memory ran out."""
 
 import torch
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that a GPU's memory or the machine's is full."""
+    """Return whether an error says that a GPU's memory or the machine's is full."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error)

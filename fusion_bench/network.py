@@ -1,8 +1,7 @@
-"""How long the Hub is waited for, how often it is asked, and whether what came is what it has.
+"""Timeouts, retries and integrity checks for the Hub.
 
-``huggingface_hub`` asks again by itself for a file and its metadata, and goes on where a download
-broke off. The rest is here: some of its requests have no limit of time, some are made but once, and
-no content is compared with the hash that the Hub states.
+``huggingface_hub`` retries requests for files and their metadata, and resumes downloads. But some
+of its requests have no timeout or no retry, and it does not compare content with the Hub's hash.
 """
 
 import hashlib
@@ -43,13 +42,13 @@ _PARSERS = ("json", "httpx2", "datetime", "_strptime")
 
 
 class DamagedError(OSError):
-    """What lies in the Hub's cache has another hash than the Hub states; it is deleted."""
+    """A file in the Hub's cache has the wrong hash and was deleted."""
 
 
 def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
-    """Return what ``call`` returns; while the network or the Hub fails it is called again.
+    """Call ``call``, and retry while the network or the Hub fails.
 
-    Waits grow from half a second to eight; a ``Retry-After`` is kept to.
+    Waits grow from half a second to eight; ``Retry-After`` is respected.
 
     Args:
         call: asks the Hub for something, and may be called again from its beginning.
@@ -80,7 +79,7 @@ def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
 
 
 def refuse_damaged(blobs: Iterable[Path]) -> None:
-    """Delete those files of the Hub's cache whose content is not what their names state.
+    """Delete files of the Hub's cache whose content does not match the hash in their names.
 
     They are named by git's blob id, or by the SHA-256 of a large file. A large one is hashed but
     once, for its hash is remembered. A file of another name, a download under way for one, is left.
@@ -106,12 +105,12 @@ def blobs_of(kind: str, name: str) -> list[Path]:
 
 
 def blob_of(file: Path) -> Path:
-    """Return what a file of a snapshot in the Hub's cache is a link to."""
+    """Return the blob of a snapshot file in the Hub's cache."""
     return file.parent / file.readlink() if file.is_symlink() else file
 
 
 def status(error: BaseException) -> int | None:
-    """Return the status with which the Hub refused, where it answered at all."""
+    """Return the Hub's HTTP error status, if it answered."""
     from huggingface_hub.errors import HfHubHTTPError
 
     found = [e.response.status_code for e in chain(error) if isinstance(e, HfHubHTTPError)]
@@ -119,7 +118,7 @@ def status(error: BaseException) -> int | None:
 
 
 def asked_to_wait(error: BaseException) -> float | None:
-    """Return how many seconds the Hub asks to be left alone."""
+    """Return the seconds of the Hub's ``Retry-After``."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for e in chain(error):
@@ -129,7 +128,7 @@ def asked_to_wait(error: BaseException) -> float | None:
 
 
 def broke_off(error: BaseException) -> str | None:
-    """Return how the network failed, where it did rather than the Hub."""
+    """Return the network failure, if the network failed and not the Hub."""
     import httpx2
     from huggingface_hub.errors import FileMetadataError
 
@@ -145,7 +144,7 @@ def broke_off(error: BaseException) -> str | None:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Tell whether the next attempt may go well."""
+    """Return whether a retry may succeed."""
     code = status(error)
     if code is not None:
         return code >= 500 or code in _PASSING
@@ -153,7 +152,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def _is_garbled(error: BaseException) -> bool:
-    """Tell whether the Hub's client choked on an answer that was no JSON, or not as it should be.
+    """Return whether the Hub's client failed to parse an answer.
 
     It has no exception for that. It uses none of these for anything else, but for names and models'
     configs that are no such.
@@ -196,7 +195,7 @@ def _retry_after(response: "Response") -> float | None:
 
 @cache
 def _set_limits() -> None:
-    """Give the Hub's client limits, whoever uses it; also the one of a factory set before."""
+    """Set timeouts of the Hub's client for all users, also with a custom factory."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
@@ -215,7 +214,7 @@ def _set_limits() -> None:
 
 
 def _limit(request: "Request") -> None:
-    """Let no reading request wait for ever for a byte."""
+    """Set a timeout for reading requests."""
     from huggingface_hub import constants
 
     if request.method in ("GET", "HEAD") or "/paths-info/" in request.url.path:
@@ -229,7 +228,7 @@ def _limit(request: "Request") -> None:
 
 
 def _watch(response: "Response") -> None:
-    """Refuse an answer that would be waited for too long."""
+    """Refuse an answer that arrives too slowly."""
     from httpx2 import ReadTimeout, RemoteProtocolError, SyncByteStream
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status

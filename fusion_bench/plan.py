@@ -1,4 +1,4 @@
-"""What a run is going to do and what stands in its way, known before any weight is loaded."""
+"""The plan of a run: its steps and problems, known before any weight is loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ class Step:
     Attributes:
         verb: ``build``, ``download``, ``prepare``, ``read``, ``compute``, ``evaluate`` or
             ``write``.
-        what: of what it is.
-        nbytes: how much is moved, where that is known.
-        place: the directory or file that takes up the bytes.
+        what: the object of the step.
+        nbytes: the number of bytes, if known.
+        place: the directory or file that takes the bytes.
         key: where in the config another place can be chosen, or the environment variable.
     """
 
@@ -37,20 +37,20 @@ class Step:
 
 
 def zoo_step(place: Path) -> Step:
-    """Return what is to be done where the embedded zoo is not there yet."""
+    """Return the step that builds the embedded zoo, if it is missing."""
     what = "the zoo of tiny models and images, which takes 2 to 3 minutes"
     return Step("build", what, _ZOO_BYTES, place, "FUSION_BENCH_CACHE")
 
 
 @dataclass
 class Plan:
-    """What a part of a run has to say before it begins.
+    """The steps, problems and notes of a part of a run.
 
     Attributes:
-        steps: what it does.
-        problems: why it cannot; places are relative to the part.
+        steps: the steps.
+        problems: the problems; places are relative to the part.
         weights: the models that could be opened by their headers alone, by name.
-        notes: what is done all the same and people should know, each once.
+        notes: remarks on accepted differences, each once.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Plan:
 
     @contextmanager
     def collect(self, *place: str | int) -> Iterator[None]:
-        """Keep what is raised in the context as problems, with ``place`` put before theirs."""
+        """Collect problems that are raised in the context, with ``place`` prepended."""
         with self.problems.collect(*place):
             yield
 
@@ -75,13 +75,13 @@ class Plan:
         self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
 
     def download(self, repository: Repository, *files: str) -> None:
-        """Note those of a repository's files that are not here yet."""
+        """Add the download of a repository's missing files."""
         for file in files:
             if not repository.has(file):
                 self._files[repository.name, file] = repository.sizes.get(file)
 
     def take(self, other: "Plan", *place: str | int) -> None:
-        """Add what another part has to say, which stands at ``place`` in the config."""
+        """Add another part's plan, which is at ``place`` in the config."""
         for step in other.steps:
             self.add(step)
         self.problems.add(problem.inside(*place) for problem in other.problems)
@@ -90,7 +90,7 @@ class Plan:
         self._files |= other._files
 
     def downloads(self) -> dict[str, int | None]:
-        """Return the bytes to fetch of each repository; None where the Hub does not tell them."""
+        """Return the bytes to download of each repository; ``None`` if unknown."""
         total: dict[str, int | None] = {}
         for (name, _), size in self._files.items():
             known = total.get(name, 0)

@@ -1,6 +1,6 @@
-"""The one door to ``from_pretrained``: what is read runs no code, and nobody is asked if it may.
+"""Calls ``from_pretrained`` without running code from repositories, and without prompts.
 
-Left alone, transformers asks on the terminal whether a repository's own code may run, and fetches
+By default, transformers asks on the terminal whether a repository's code may run, and downloads
 compiled kernels that a config.json names.
 """
 
@@ -29,11 +29,11 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 
 def from_pretrained(made: Any, place: Path, *, model: bool = True, **options: Any) -> Any:
-    """Return what a class of transformers makes of a folder; its own code is not run.
+    """Load a folder with a class of transformers; the folder's code is not run.
 
     Args:
         made: the class.
-        place: the folder, whose files were looked at.
+        place: the folder, whose files are already checked.
         model: whether that is a model or its config, no tokenizer or processor.
         options: the call's other arguments.
 
@@ -45,12 +45,12 @@ def from_pretrained(made: Any, place: Path, *, model: bool = True, **options: An
 
 
 def from_config(made: Any, config: Any) -> Any:
-    """Return the model that an ``AutoModel…`` makes of a config; its own code is not run."""
+    """Build a model from a config with an ``AutoModel…`` class; no repository code is run."""
     return made.from_config(config, trust_remote_code=trusts_remote_code())
 
 
 def checked_node(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config node for ``from_pretrained`` that runs no code of what it reads.
+    """Return a ``from_pretrained`` node that runs no code from the repository.
 
     Args:
         node: names a class of transformers in ``_target_``.
@@ -69,7 +69,7 @@ def checked_node(node: Mapping[str, Any]) -> dict[str, Any]:
         if place is not None and not place.exists():
             place = _folder_on_hub(str(name), node) if model else None
         if place is not None and place.is_file():
-            raise ConfigError(f"'{place}' is a file. Name the folder that it is in.")
+            raise ConfigError(f"'{place}' is a file. Give its folder instead.")
         if place is not None:
             folder = place / str(node.get("subfolder") or "")
             check_folder(folder)
@@ -93,7 +93,7 @@ def _folder_on_hub(name: str, node: Mapping[str, Any]) -> Path | None:
 
 
 def check_configs(place: Path, *, model: bool = True, chosen: bool = False) -> None:
-    """Refuse configs by which transformers would run code, or read other files than are known.
+    """Refuse configs with which transformers would run code or read unknown files.
 
     Args:
         place: the folder that they are in.
@@ -110,15 +110,15 @@ def check_configs(place: Path, *, model: bool = True, chosen: bool = False) -> N
         for key, value in _settings(config):
             if key in _OTHER_FILES and value:
                 raise ConfigError(
-                    f"'{file}': {key} names other files to be read. It is refused. Remove the key "
+                    f"'{file}': {key} names other files to read. This is refused. Remove the key "
                     "there."
                 )
             if model and _KERNELS.fullmatch(key) and not (chosen and "attn" in key):
                 _refuse_kernels(file, key, value)
         if model and isinstance(config, dict) and (method := quantisation(config)):
             raise ConfigError(
-                f"'{place}' is quantised ({method}), and quantised weights are not used. Name the "
-                "model that it was made from."
+                f"'{place}' is quantised ({method}), and quantised weights are not supported. Use "
+                "the original model."
             )
         weights = config.get("transformers_weights") if isinstance(config, dict) else None
         if model and isinstance(weights, str):
@@ -129,24 +129,24 @@ def _refuse_kernels(file: Path, key: str, value: Any) -> None:
     for kernel in value.values() if isinstance(value, dict) else [value]:
         if kernel is not None and fetches_code(kernel):
             raise ConfigError(
-                f"'{file}': {key} names {kernel!r}, code that would be fetched and run. It is "
-                "refused. Remove the key there, or give the model as a config node with "
+                f"'{file}': {key} names {kernel!r}, code that would be downloaded and run. This "
+                "is refused. Remove the key there, or give the model as a config node with "
                 "'attn_implementation: sdpa'."
             )
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """Return by which method a config.json says that the weights are quantised, if it does."""
+    """Return the quantisation method in a config.json, if any."""
     for key, section in _settings(config):
         if key in _QUANTISED and section:
             named = isinstance(section, Mapping) and section.get("quant_method")
-            return str(named or "by a method that it does not name")
+            return str(named or "with an unnamed method")
     mlx = config.get("quantization")
     return "by MLX" if isinstance(mlx, Mapping) and "bits" in mlx else None
 
 
 def _settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield all keys and values, also those inside others."""
+    """Yield all keys and values, including nested ones."""
     level = [config]
     while level:
         value = level.pop()

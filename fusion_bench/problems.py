@@ -1,8 +1,8 @@
-"""What is wrong, as data until it is shown: problems, and the exceptions that carry them.
+"""Problems as data, and the exceptions that carry them.
 
-Whoever raises names the place relative to itself. Each caller that knows more puts its own part in
-front, with ``within`` or ``Problems.collect``. So nested methods, sweeps and studies name true
-keys, and one run can tell every problem.
+The code that raises gives a place relative to itself. Each caller prepends its own key with
+``within`` or ``Problems.collect``. So nested methods, sweeps and studies report full keys, and a
+run can report all problems.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -27,7 +27,7 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        place: where in the config, relative to whoever says so; empty where no key is to blame.
+        place: the key in the config, relative to the raising code; empty without a key.
         reason: what is wrong, as a sentence that names the culprit.
         remedy: how to fix it, as a sentence; what it tells to type works when typed. A key beside
             the last of ``place`` is written ``{here}key``, one further out ``{above}key``.
@@ -44,7 +44,7 @@ class Problem:
     whole: bool = False
 
     def inside(self, *place: str | int) -> "Problem":
-        """Return the same problem, seen from further out."""
+        """Return the same problem with an outer place prepended."""
         if self.whole:
             return self
         return replace(self, place=(*place, *self.place))
@@ -59,7 +59,7 @@ class Problem:
 
 
 class FusionBenchError(Exception):
-    """What people are to read, as a message without a traceback.
+    """An error that users see as a message without a traceback.
 
     Args:
         reason: what is wrong, as a sentence that names the culprit.
@@ -68,9 +68,9 @@ class FusionBenchError(Exception):
         details: lines of evidence.
 
     Attributes:
-        problems: one; more where they were collected.
-        kind: that of the problems.
-        exit_code: what the command line ends with.
+        problems: one or more problems.
+        kind: the kind of the problems.
+        exit_code: the exit code of the command line.
     """
 
     kind: ClassVar[Kind] = "config"
@@ -92,11 +92,11 @@ class FusionBenchError(Exception):
 
 
 class ConfigError(FusionBenchError):
-    """A key of the config asks for what cannot be, or may not be; found before the work starts."""
+    """An invalid or forbidden value in the config, found before the work starts."""
 
 
 class ResultError(FusionBenchError):
-    """The work was done, and its result is not what was asked for."""
+    """The run finished, but with a negative result."""
 
     kind = "result"
     exit_code = 1
@@ -110,7 +110,7 @@ class EnvironmentProblem(FusionBenchError):  # noqa: N818 (it is no fault of the
 
 
 def error_of(problems: Iterable[Problem]) -> FusionBenchError:
-    """Return one error with all ``problems``, of their kind; a config's comes before the others."""
+    """Return one error with all ``problems``; a config error takes precedence."""
     problems = tuple(problems)
     kinds = {problem.kind for problem in problems}
     classes = (ResultError, EnvironmentProblem)
@@ -121,7 +121,7 @@ def error_of(problems: Iterable[Problem]) -> FusionBenchError:
 
 
 class Problems(list[Problem]):
-    """Problems that are told together."""
+    """A collection of problems that are reported together."""
 
     def __init__(self, problems: Iterable[Problem] = ()):
         super().__init__(problems)
@@ -129,7 +129,7 @@ class Problems(list[Problem]):
 
     @contextmanager
     def collect(self, *place: str | int) -> Iterator[None]:
-        """Keep the problems that are raised in the context, with ``place`` put before theirs."""
+        """Collect problems that are raised in the context, with ``place`` prepended."""
         try:
             with within(*place):
                 yield
@@ -138,7 +138,7 @@ class Problems(list[Problem]):
             self.add(error.problems)
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Keep those that are not among them yet."""
+        """Add new problems, each once."""
         self += [problem for problem in dict.fromkeys(problems) if problem not in self]
 
     def raise_all(self) -> None:
@@ -153,10 +153,10 @@ class Problems(list[Problem]):
 
 @contextmanager
 def within(*place: str | int, keyed_only: bool = False, whole: bool = False) -> Iterator[None]:
-    """Put ``place`` before that of each problem that is raised in the context.
+    """Prepend ``place`` to each problem that is raised in the context.
 
-    With ``keyed_only`` those that name no place stay as they are: a file that is damaged, for one.
-    With ``whole`` nobody further out puts anything before it.
+    With ``keyed_only``, problems without a place stay unchanged, such as a damaged file. With
+    ``whole``, outer callers prepend nothing.
     """
     try:
         yield
@@ -171,15 +171,15 @@ def within(*place: str | int, keyed_only: bool = False, whole: bool = False) -> 
 
 
 def key_of(place: Iterable[str | int]) -> str:
-    """Return a place as it is typed on the command line."""
+    """Return a place as a key for the command line."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
     return "".join(parts).removeprefix(".")
 
 
 def text_of(problems: Iterable[Problem]) -> str:
-    """Return what people read: a line for each problem, and its details below it.
+    """Return the message text: a line for each problem, with its details below.
 
-    What fails in the world for one cause is one line.
+    Hardware and network failures with one cause share a line.
     """
     alike: dict[Problem | str, list[Problem]] = {}
     for problem in problems:
@@ -195,13 +195,13 @@ def text_of(problems: Iterable[Problem]) -> str:
         line = f"{problem.key}: {said}" if problem.place else said
         keys = dict.fromkeys(other.key for other in others)
         if also := [key for key in keys if key not in ("", problem.key)]:
-            line += f" Likewise: {', '.join(also)}."
+            line += f" The same applies to: {', '.join(also)}."
         lines += [line, *(f"  {detail}" for detail in problem.details)]
     return "\n".join(lines)
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and those that led to it."""
+    """Yield an exception and its causes."""
     seen: set[int] = set()  # a re-raised exception may stand in its own context
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -210,7 +210,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return a sentence that points from ``name`` to the nearest of ``choices``.
+    """Return a sentence that suggests the choice nearest to ``name``.
 
     Falls back to listing all choices, and to an empty string when there are none.
     """
@@ -234,7 +234,7 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 
 def check_one_each(name: str, values: Collection[object], models: Collection[str]) -> None:
-    """Refuse another number of an option's values than there are models.
+    """Refuse a number of values that differs from the number of models.
 
     Raises:
         FusionBenchError: there is another number.
@@ -248,7 +248,7 @@ def check_one_each(name: str, values: Collection[object], models: Collection[str
 
 
 def check_between(name: str, value: float, least: float, most: float) -> None:
-    """Refuse a ``value`` that is no number from ``least`` to ``most``; ``name`` is its own key.
+    """Refuse a ``value`` that is not a number from ``least`` to ``most``; ``name`` is its key.
 
     Raises:
         ConfigError: it is not.

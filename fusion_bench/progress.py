@@ -1,4 +1,4 @@
-"""Progress bars that fall silent where no person watches."""
+"""Progress bars that are silent without a terminal."""
 
 import logging
 import os
@@ -32,12 +32,12 @@ def byte_bar(description: str, total: int, *, show: bool) -> Iterator[Callable[[
 
 
 def watched() -> bool:
-    """Tell whether a person watches this process: a terminal, and the first of its processes."""
+    """Return whether to show progress: in a terminal, in the first process."""
     return sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' own bars where nobody watches, and their advice everywhere."""
+    """Silence the libraries' bars without a terminal, and their advice always."""
     import datasets
     import huggingface_hub.utils
     import transformers

@@ -1,4 +1,4 @@
-"""Tokens and passwords: kept out of configs, and out of what is logged or shown."""
+"""Keeps tokens and passwords out of configs, logs and messages."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def redacted(text: str) -> str:
-    """Return a text without the tokens in it."""
+    """Return a text with its tokens replaced."""
     for variable in _TOKEN_VARIABLES:
         value = os.environ.get(variable, "").strip()
         if len(value) >= 8:
@@ -32,7 +32,7 @@ def redacted(text: str) -> str:
 
 
 def secret_keys(node: Any, key: str = "") -> Iterator[str]:
-    """Yield the places in a config that hold a token or a password, in plain sight."""
+    """Yield the keys of a config with a token or a password in plain text."""
     if isinstance(node, Mapping):
         for name, child in node.items():
             place = f"{key}.{name}" if key else str(name)
@@ -52,7 +52,7 @@ class Redacting(logging.Filter):
     """Keeps tokens out of a log's messages and tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite the record; it always passes."""
+        """Redact the record, and always let it pass."""
         record.msg, record.args = redacted(record.getMessage()), None
         if record.exc_info:
             text = logging.Formatter().formatException(record.exc_info)

@@ -1,4 +1,4 @@
-"""A model's files, whether they lie here or on the Hub."""
+"""A model's files, local or on the Hub."""
 
 import logging
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Repository:
-    """A directory of files; those on the Hub are brought here when they are asked for.
+    """A directory of files; files on the Hub are downloaded when they are needed.
 
     Attributes:
-        name: what the config calls it.
-        files: the names of its files, of those at the top alone.
-        nested: the names of those on the Hub that are not at the top.
-        directory: where it lies, if it lies here.
-        commit: which state of a repository on the Hub is meant.
-        sizes: the bytes of files on the Hub, as far as it tells them.
-        scratch: where files go that are not here, in place of the Hub's cache.
+        name: its name in the config.
+        files: the names of its top-level files.
+        nested: the names of files in subfolders on the Hub.
+        directory: its path, if it is local.
+        commit: the commit of a repository on the Hub.
+        sizes: the sizes of files on the Hub, if known.
+        scratch: the directory for downloads, instead of the Hub's cache.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Repository:
 
     @property
     def code(self) -> frozenset[str]:
-        """The names of its own code, where the user lets repositories run theirs."""
+        """The names of its code files, if the user allows remote code."""
         if not trusts_remote_code():
             return frozenset()
         return frozenset(name for name in self.files if name.endswith(".py"))
 
     def inside(self, folder: str) -> frozenset[str]:
-        """Return the names of the files in a folder, each with the folder's before it."""
+        """Return the names of the files in a folder, with the folder's name prepended."""
         if self.directory is not None:
             return frozenset(f"{folder}/{name}" for name in _listed(self.directory / folder))
         return frozenset(name for name in self.nested if name.rpartition("/")[0] == folder)
@@ -65,7 +65,7 @@ class Repository:
         return sorted(set(files) - known)
 
     def has(self, *files: str) -> bool:
-        """Tell whether ``files`` are here already, in the directory or in the Hub's cache."""
+        """Return whether ``files`` are local already, in the directory or the Hub's cache."""
         if self.directory is not None:
             return not self._lacks(files)
         from huggingface_hub import try_to_load_from_cache
@@ -76,7 +76,7 @@ class Repository:
         )
 
     def fetch(self, *files: str) -> Path:
-        """Return the directory in which ``files`` are; what is not here yet is downloaded.
+        """Return the directory with ``files``; missing files are downloaded.
 
         Raises:
             ConfigError: files that the repository does not have, or that may not be read, such as
@@ -119,8 +119,8 @@ class Repository:
 def locate(name: str, scratch: Path | None = None) -> Repository:
     """Find a directory, a ``zoo:`` name, or a repository on the Hub, ``owner/name[@revision]``.
 
-    Of a repository only the list of its files is asked for; without a network, its state in the
-    local cache is taken. With a ``scratch`` directory nothing is put into that cache.
+    Only the list of a repository's files is requested. Without a network, the cached commit is
+    used. With a ``scratch`` directory, nothing is added to the cache.
 
     Raises:
         ConfigError: nothing of that name.
@@ -131,9 +131,9 @@ def locate(name: str, scratch: Path | None = None) -> Repository:
     place = Path(resolve(repo_id))
     if place.is_absolute():
         if revision:
-            raise ConfigError(f"'{name}': '{repo_id}' is a directory here, without revisions.")
+            raise ConfigError(f"'{name}': '{repo_id}' is a local directory, without revisions.")
         if not place.is_dir():
-            raise ConfigError(f"'{name}' is no directory.")
+            raise ConfigError(f"'{name}' is not a directory.")
         return Repository(name, _listed(place), directory=place)
 
     with reading("model", repo_id):
@@ -141,7 +141,7 @@ def locate(name: str, scratch: Path | None = None) -> Repository:
 
 
 def _on_hub(name: str, repo_id: str, revision: str | None, scratch: Path | None) -> Repository:
-    """Ask which state of a repository is meant, and for the list of its files."""
+    """Request the commit of a repository and the list of its files."""
     from huggingface_hub import HfApi, constants
 
     cached = _in_cache(name, repo_id, revision)
@@ -173,12 +173,12 @@ def _on_hub(name: str, repo_id: str, revision: str | None, scratch: Path | None)
     except Exception as error:
         if not may_pass(error):
             raise
-        log.warning("The Hub fails; '%s' is taken from the local cache as it was last.", name)
+        log.warning("The Hub fails; the last cached version of '%s' is used.", name)
         return cached
 
 
 def _in_cache(name: str, repo_id: str, revision: str | None) -> Repository | None:
-    """Return the state of a repository that was asked for last, if any part of it is here."""
+    """Return the last used commit of a repository, if a part of it is cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -200,14 +200,14 @@ def _in_cache(name: str, repo_id: str, revision: str | None) -> Repository | Non
 
 
 def _listed(directory: Path) -> frozenset[str]:
-    """Return the names of the files in a directory; of none where there is no such directory."""
+    """Return the names of the files in a directory; none if it does not exist."""
     if not directory.is_dir():
         return frozenset()
     return frozenset(file.name for file in directory.iterdir() if file.is_file())
 
 
 def hub_cache() -> Path:
-    """Return where the Hub's client keeps what it fetches."""
+    """Return the cache directory of the Hub's client."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)

@@ -1,7 +1,7 @@
-"""How much the interpolations of a config may stand for.
+"""Limits the size of a config's expanded interpolations.
 
-Where each of forty keys names the one before it twice, the last is longer than any memory.
-OmegaConf resolves whatever it is told to; so each reference is counted while it does.
+If each of forty keys refers twice to the previous key, the last one exceeds any memory. OmegaConf
+has no limit, so each reference is counted during resolution.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ class _Count:
         self.characters += len(found) if isinstance(found, str) else 0
         if self.references > self.limit or self.characters > CHARACTERS:
             self.error = ConfigError(
-                f"${{{name}}}: the interpolations of this config stand for more than "
-                f"{self.limit:,} values or {CHARACTERS:,} characters. Write out what they name."
+                f"${{{name}}}: the interpolations of this config expand to more than "
+                f"{self.limit:,} values or {CHARACTERS:,} characters. Write out the values."
             )
             raise self.error
 
@@ -48,7 +48,7 @@ _count: ContextVar[_Count | None] = ContextVar("_count", default=None)
 
 @contextmanager
 def bounded(config: Any = None) -> Iterator[None]:
-    """Let interpolations stand for no more than ``config`` needs, within the block.
+    """Limit the size of resolved interpolations within the block.
 
     Raises:
         ConfigError: they do; whatever was made of this on the way.
@@ -74,7 +74,7 @@ def _written(config: Any) -> int:
 
 
 def resolve_all(config: DictConfig) -> None:
-    """Resolve whatever can be by now, to see that later it can be, too.
+    """Resolve all that is possible now, to check the limits early.
 
     Raises:
         ConfigError: it would be too large.
@@ -86,7 +86,8 @@ def resolve_all(config: DictConfig) -> None:
 def _resolve(node: DictConfig | ListConfig, depth: int) -> None:
     if depth > _DEPTH:
         raise ConfigError(
-            f"{node._get_full_key(None)[:60]}: holds itself, by an interpolation. Write it out."
+            f"{node._get_full_key(None)[:60]}: an interpolation refers to itself. Write out the "
+            "value."
         )
     for key in range(len(node)) if isinstance(node, ListConfig) else [*node]:
         try:
@@ -129,8 +130,8 @@ def _count_resolver(
         for text in inter_args:
             if isinstance(text, str) and "&" in text and "*" in text:
                 count.error = ConfigError(
-                    "${oc.create:…}: its text may hold aliases, and stand for more than any "
-                    "memory holds. Write the config out."
+                    "${oc.create:…}: its text may contain aliases that expand beyond memory. "
+                    "Write out the config."
                 )
                 raise count.error
     found = _resolver(self, key, node, inter_type, inter_args, inter_args_str)

@@ -1,4 +1,4 @@
-"""What people are shown and what is logged: plain text, on streams whose failure ends nothing.
+"""Plain text for the terminal and logs, on streams that may fail without ending the run.
 
 Names, paths, metadata and the messages of libraries are other people's text. Control characters in
 it would move the cursor, forge lines and colours or reverse what stands beside them.
@@ -27,7 +27,7 @@ _BAR = re.compile(r"\r|(\x1b\[A)+\Z")
 
 
 def visible(text: str) -> str:
-    r"""Return a text whose control characters are written out, such as ``\x1b``."""
+    r"""Return a text with escaped control characters, such as ``\x1b``."""
     if text.isprintable():
         return text
     return "".join(map(_visible, text.replace("\r\n", "\n")))
@@ -42,12 +42,12 @@ def _visible(character: str) -> str:
 
 
 def message(text: str) -> str:
-    """Return what may be logged or told: no secret, no control character, no forged line."""
+    """Return text that is safe to show: without secrets, control characters and forged lines."""
     return visible(redacted(text)).replace("\n", "\n  ")
 
 
 class Record(logging.LogRecord):
-    """A log record of which every handler gets plain text, the traceback too."""
+    """A log record with plain text for every handler, including the traceback."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -61,7 +61,7 @@ class Record(logging.LogRecord):
 
 
 class Stream(TextIOWrapper):
-    """Standard output, standard error or a log, as long as it takes text; after that, nothing.
+    """A stream for standard output, standard error or a log that ignores write failures.
 
     Args:
         binary: where the text goes.
@@ -84,7 +84,7 @@ class Stream(TextIOWrapper):
         )
 
     def write(self, text: str) -> int:
-        """Write plain text; what is lost is lost."""
+        """Write plain text; failures are ignored."""
         try:
             super().write(text if self._passes else self._plain(text))
         except OSError as error:
@@ -92,7 +92,7 @@ class Stream(TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Flush the buffer."""
         try:
             super().flush()
         except OSError as error:
@@ -104,24 +104,24 @@ class Stream(TextIOWrapper):
         return begin + visible(redacted(_COLOUR.sub("", text[len(begin) :])))
 
     def _give_up(self, error: OSError) -> None:
-        """Let what else is written here vanish, also what other parts of the process write."""
+        """Discard all further output to this stream, from the whole process."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
         if error.errno != errno.EPIPE and self is not sys.stderr:  # `head` has seen enough
-            reason = f"Standard output takes no more ({error.strerror})"
-            print(f"fusion_bench: {reason}. The run goes on without it.", file=sys.stderr)
+            reason = f"Standard output is closed or full ({error.strerror})"
+            print(f"fusion_bench: {reason}. The run continues without it.", file=sys.stderr)
 
 
 def set_up_streams() -> None:
-    """Let all that is printed or logged from now on be plain text, and its loss end nothing."""
+    """Make all output plain text, and ignore its write failures."""
     os.environ.setdefault("PYTHON_COLORS", "0")  # those of Python's own messages are lost
     sys.stdout, sys.stderr = _safe(sys.stdout), _safe(sys.stderr)
     logging.setLogRecordFactory(Record)
 
 
 def are_set_up() -> bool:
-    """Tell whether ``set_up_streams`` was called in this process."""
+    """Return whether ``set_up_streams`` was called in this process."""
     return logging.getLogRecordFactory() is Record
 
 
@@ -137,7 +137,7 @@ def _safe(stream: TextIO | None) -> TextIO:
 
 
 def colour(handlers: Iterable[logging.Handler]) -> None:
-    """Let handlers colour what they write, which is of plain records."""
+    """Allow handlers to colour plain records."""
     for handler in handlers:
         if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, Stream):
             handler.setStream(handler.stream.coloured)

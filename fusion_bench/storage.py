@@ -1,4 +1,4 @@
-"""Where files are kept, and how they appear whole or not at all."""
+"""Cache directories, atomic writes and locks."""
 
 import ctypes
 import fcntl
@@ -40,7 +40,7 @@ DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS, EACCES, EPERM)
 
 @contextmanager
 def disk_failures() -> Iterator[None]:
-    """Say in one line that a disk is full, fails or may not be written to.
+    """Report a disk that is full, faulty or not writable in one line.
 
     Raises:
         EnvironmentProblem: that is so.
@@ -52,7 +52,8 @@ def disk_failures() -> Iterator[None]:
             raise
         place = f": '{error.filename}'" if error.filename else ""
         raise EnvironmentProblem(
-            f"The disk fails the run: {error.strerror}{place}. Make room, or choose another place."
+            f"A disk error ended the run: {error.strerror}{place}. Free some space, or choose "
+            "another path."
         ) from error
 
 
@@ -68,30 +69,30 @@ def cache_dir() -> Path:
 
 
 def warn_not_kept(error: OSError) -> None:
-    """Say, once for each reason, that the cache takes nothing; what it is for goes on without."""
+    """Warn once for each reason that the cache is not writable; the run continues without it."""
     _warn_once(cache_dir(), error.strerror or str(error))
 
 
 @cache
 def _warn_once(directory: Path, reason: str) -> None:
     log.warning(
-        "The cache '%s' does not take more: %s. The run goes on without.", directory, reason
+        "The cache '%s' is not writable: %s. The run continues without it.", directory, reason
     )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file aside, then rename it into place; parent directories are created."""
+    """Write a UTF-8 file atomically through a temporary file; create parent directories."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside, then rename it into place; parent directories are created.
+    """Write a file atomically through a temporary file; create parent directories.
 
-    Several processes may write the same file: one after the other. What a killed writer left
-    aside is taken over by the next.
+    Several processes may write the same file, one after the other. The next writer takes over the
+    temporary file of a killed writer.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _aside(path) as (aside, file):
+    with _temporary_file(path) as (aside, file):
         try:
             os.ftruncate(file, 0)
             rest = memoryview(content)
@@ -105,7 +106,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a file of JSON holds; a stranger may have written it.
+    """Return the content of an untrusted JSON file.
 
     Raises:
         ConfigError: it is no JSON, or larger, or its lists and mappings lie deeper in each other,
@@ -115,8 +116,8 @@ def read_json(path: Path) -> Any:
     text = path.read_bytes()
     if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise ConfigError(
-            f"'{path}' holds more than {_MOST_VALUES:,} values, which nothing of its kind does. "
-            "Put the right file in its place."
+            f"'{path}' has more than {_MOST_VALUES:,} values, which is implausible. Replace it by "
+            "the correct file."
         )
     try:
         content = json.loads(text.decode("utf-8"))
@@ -131,19 +132,19 @@ def read_json(path: Path) -> Any:
         if level:
             raise RecursionError
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"'{path}' is not valid JSON. Fetch it again.") from error
+        raise ConfigError(f"'{path}' is not valid JSON. Download it again.") from error
     return content
 
 
 def refuse_huge(path: Path) -> None:
-    """Refuse a file that no JSON of a model is as large as, or that is no regular file.
+    """Refuse a JSON file that is too large or not a regular file.
 
     Raises:
         ConfigError: it is.
     """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
-        raise ConfigError(f"'{path}' is no regular file. Remove it.")
+        raise ConfigError(f"'{path}' is not a regular file. Remove it.")
     if state.st_size > _LONGEST:
         raise ConfigError(
             f"'{path}' has {state.st_size // 2**20} MiB; no more than {_LONGEST // 2**20} MiB of "
@@ -152,8 +153,8 @@ def refuse_huge(path: Path) -> None:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[tuple[Path, int]]:
-    """Yield a file beside ``path`` that this thread alone has open for writing."""
+def _temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a temporary file next to ``path``, opened exclusively for writing."""
     aside = path.with_name(f".{_shortened(path.name)}.part")
     while True:
         file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -168,7 +169,7 @@ def _aside(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def check_file_name(name: str) -> None:
-    """Refuse a name of which no file's name can be made.
+    """Refuse a name that cannot be a file name.
 
     Raises:
         ConfigError: it is such a name.
@@ -179,7 +180,7 @@ def check_file_name(name: str) -> None:
         usable = False
     if not usable:
         raise ConfigError(
-            f"no file can be called '{name}', and files of that name may be written.",
+            f"'{name}' is not a valid file name, and files with this name may be written.",
             "Choose another name.",
         )
 
@@ -191,7 +192,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _shortened(name: str) -> str:
-    """Return a name that leaves room for some letters more."""
+    """Return a shortened name, so a suffix can be added."""
     if len(os.fsencode(name)) < 240:
         return name
     return hashlib.sha256(name.encode()).hexdigest()
@@ -199,11 +200,11 @@ def _shortened(name: str) -> str:
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``path`` that takes its place when the block succeeds.
+    """Yield a temporary directory that replaces ``path`` when the block succeeds.
 
-    A directory that was there before is replaced in one step; when the block fails, it stays as
-    it was. Killed at any moment, there is the old directory or the whole new one. What a killed
-    writer left beside it is removed by the next.
+    An existing directory is replaced in one step; if the block fails, it stays unchanged. After a
+    kill at any moment, either the old or the complete new directory exists. The next writer removes
+    the temporary directory of a killed writer.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -238,13 +239,13 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _empty(scratch: Path) -> None:
-    """Remove all but the lock, without which nobody could tell a leftover."""
+    """Remove everything except the lock, which marks a leftover."""
     for content in ("new", "old"):
         shutil.rmtree(scratch / content, ignore_errors=True)
 
 
 def _put_in_place(fresh: Path, path: Path) -> None:
-    """Rename ``fresh`` to ``path``; what was there takes the place of ``fresh``."""
+    """Rename ``fresh`` to ``path``; an existing directory is renamed to ``fresh``."""
     if path.exists() and not _exchange(fresh, path):
         # Where the system cannot exchange two names there is a moment without any.
         path.replace(fresh.with_name("old"))
@@ -273,7 +274,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold an exclusive lock named after ``path`` across processes; it ends with its holder.
+    """Hold an exclusive lock for ``path`` across processes; it is released when the process ends.
 
     Args:
         path: what is locked; the lock is a file beside it.
@@ -291,12 +292,12 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 def claimed(path: Path | None, key: Place, *, inside: bool = False) -> Iterator[None]:
     """Hold a place that is written to, against other runs; a run that is killed holds nothing.
 
-    Of several processes of one run the first holds it for all.
+    The first process of a run holds the lock for all its processes.
 
     Args:
-        path: what is going to be written, if anything; a hidden file beside it tells of the claim.
-        key: where in the config another place can be chosen.
-        inside: the hidden file lies in ``path``, a directory that is not replaced.
+        path: the output path, if any; a hidden file next to it is the lock.
+        key: the config key of the path.
+        inside: the hidden file is in ``path``, a directory that is not replaced.
 
     Raises:
         EnvironmentProblem: another run holds it.
@@ -348,7 +349,7 @@ def check_unclaimed(path: Path, key: Place, *, inside: bool = False) -> None:
 
 
 def is_first_process() -> bool:
-    """Tell whether this is the only process of a run, or the one of them that writes."""
+    """Return whether this is the process of a run that writes files."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     return all(os.environ.get(rank, "0") in ("", "0") for rank in ranks)
 
@@ -362,7 +363,7 @@ def _lock(file: int, path: Path, key: Place) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(file, 200, 0).decode(errors="replace") or "which has just begun"
+        holder = os.pread(file, 200, 0).decode(errors="replace") or "which has just started"
         raise EnvironmentProblem(
             f"'{path}' is in use by another run ({holder}).",
             "Wait until it has ended, or choose another path.",
@@ -370,7 +371,7 @@ def _lock(file: int, path: Path, key: Place) -> bool:
         ) from error
     except OSError as error:
         log.warning(
-            "'%s' cannot be claimed (%s). Start no other run that writes to it.",
+            "'%s' cannot be locked (%s). Do not start another run that writes to it.",
             path,
             error.strerror,
         )
@@ -379,7 +380,7 @@ def _lock(file: int, path: Path, key: Place) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Return a file's SHA-256, which is remembered until the file changes."""
+    """Return a file's SHA-256, cached until the file changes."""
     file = path.resolve()
     state = file.stat()
     identity = f"{file} {state.st_ino} {state.st_size} {state.st_mtime_ns}"

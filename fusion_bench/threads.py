@@ -1,4 +1,4 @@
-"""How many threads torch computes with where their number shows in the result."""
+"""A fixed number of torch threads, where the number affects the result."""
 
 import ctypes
 import os
@@ -18,11 +18,11 @@ _PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5
 
 @contextmanager
 def fixed_threads(elements: int, device: torch.device = _CPU) -> Iterator[None]:
-    """Compute with a number of threads that the size of the work decides, not the machine.
+    """Compute with a number of threads that depends on the size of the model, not the machine.
 
-    Torch splits sums among its threads, and each split rounds in another way. Training makes much
-    of that: a model comes out as another one. So whatever is trained on a CPU is trained in here.
-    The caller's number is put back afterwards.
+    Torch splits sums among its threads, and each split rounds differently. Training amplifies these
+    differences. So all training on a CPU uses this context. The caller's number is restored
+    afterwards.
 
     Args:
         elements: of the model that is trained.
@@ -45,7 +45,7 @@ def fixed_threads(elements: int, device: torch.device = _CPU) -> Iterator[None]:
 
 
 def end_threads() -> None:
-    """End the threads that torch computes with, so that this process may be forked.
+    """End torch's threads, so this process can be forked.
 
     GNU's OpenMP keeps them for the next computation. A child has none of them but does not know it,
     and would wait for them for ever. Here and in the child they are started again when needed.
@@ -55,7 +55,7 @@ def end_threads() -> None:
 
 
 def _refuse_fewer(count: int) -> None:
-    """Refuse what stands above ``torch.set_num_threads`` and cannot be changed from here."""
+    """Refuse environment variables that override ``torch.set_num_threads``."""
     limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
     above = {
         "OMP_THREAD_LIMIT": limit.isdecimal() and 0 < int(limit) < count,
@@ -65,7 +65,6 @@ def _refuse_fewer(count: int) -> None:
     for name, refused in above.items():
         if refused:
             raise ConfigError(
-                f"{name}={os.environ[name]}: keeps torch from having the {count} threads that a "
-                "trained model is made with everywhere; it would come out as another one. "
-                f"Unset {name}."
+                f"{name}={os.environ[name]}: prevents torch from using {count} threads, so a "
+                f"trained model would differ from other machines. Unset {name}."
             )

@@ -1,8 +1,8 @@
-"""Who may be called: a config is data, and names only what is listed here.
+"""The allow-list of targets that a config may call.
 
-Users add packages of their own outside of any config: in the environment variable
-``FUSION_BENCH_ALLOW``, with ``--allow`` on the command line, or as an entry point of an installed
-package in the group ``fusion_bench.allow``. docs/security.md states the model.
+Users add their own packages outside any config: in the environment variable ``FUSION_BENCH_ALLOW``,
+with ``--allow`` on the command line, or as an entry point of an installed package in the group
+``fusion_bench.allow``. docs/security.md states the model.
 """
 
 import inspect
@@ -72,15 +72,15 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def find(name: str, *, called: bool = True) -> Any:
-    """Return what a ``_target_`` names, or with ``called=False`` what a lookup may return.
+    """Return the object of a ``_target_``, or of a lookup with ``called=False``.
 
-    The name is looked at before anything is imported, and what it turned out to be afterwards: a
-    module of ours is no door to what it imports itself.
+    The name is checked before the import, and the object after it: names that our modules merely
+    import are not allowed.
 
     Raises:
         ConfigError: it is not on the list, or not there.
     """
-    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or not _promising(name):
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or not _may_be_imported(name):
         raise ConfigError(_refusal(name))
     try:
         found = get_object(name)
@@ -92,7 +92,7 @@ def find(name: str, *, called: bool = True) -> Any:
 
 
 def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the key and the mistake of each argument that would let somebody's code run."""
+    """Yield the key and the problem of each argument that could run untrusted code."""
     if target in _LOOKUPS:
         try:
             find(node.get("path", ""), called=False)
@@ -101,35 +101,41 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
     if node.get("trust_remote_code") and not trusts_remote_code():
         yield (
             "trust_remote_code",
-            "would run code from the repository. If you trust its owner, say so outside of the "
+            "would run code from the repository. If you trust its owner, allow it outside the "
             f"config: --trust-remote-code, or {TRUST_REMOTE_CODE}=1 in the environment.",
         )
     if is_users(target):
         return
     yield from address_problems(target, node)
     if node.get("_args_"):
-        yield "_args_", "is not looked at. Give each argument by its name."
+        yield "_args_", "positional arguments are not allowed. Give each argument by name."
     if node.get("weights_only", True) is not True:
-        yield "weights_only", "pickled weights can run code; only weights are read. Remove it."
+        yield "weights_only", "pickled objects can run code; only weights are read. Remove the key."
     kernel = node.get("attn_implementation", "sdpa")
     if fetches_code(kernel):
         yield "attn_implementation", f"'{kernel}' would fetch code. Choose sdpa or eager."
     for name in _CONNECTIONS:
         if node.get(name):
-            yield name, "may send your token elsewhere. Set it in the environment, or remove it."
+            yield (
+                name,
+                ("may send your token to another server. Set it in the environment, or remove it."),
+            )
     if node.get("use_kernels") or node.get("kernel_config"):
         yield "use_kernels", "would fetch code. Remove it."
     if target == "datasets.load_dataset" and node.get("path") in _READERS:
-        yield "path", f"'{node['path']}' takes more than files of data; it is not read from here."
+        yield (
+            "path",
+            (f"'{node['path']}' accepts more than data files; this reader is not supported."),
+        )
 
 
 def trusts_remote_code() -> bool:
-    """Tell whether the user lets repositories run code of their own."""
+    """Return whether the user allows code from repositories."""
     return os.environ.get(TRUST_REMOTE_CODE) == "1"
 
 
 def fetches_code(kernel: Any) -> bool:
-    """Tell whether transformers would fetch what is to compute a model's attention.
+    """Return whether transformers would download the attention implementation.
 
     It fetches what has a repository's name, and flash attention that is not installed here, if the
     package ``kernels`` is.
@@ -142,7 +148,7 @@ def fetches_code(kernel: Any) -> bool:
 
 
 def allowed_packages() -> frozenset[str]:
-    """Return the packages that the user allows beside ours."""
+    """Return the packages that the user allows in addition to ours."""
     named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")}
     return frozenset(name for name in named | _installed() if _DOTTED.fullmatch(name))
 
@@ -154,7 +160,7 @@ def _installed() -> frozenset[str]:
 
 
 def environment_variable(name: str, default: Any = None) -> Any:
-    """Return what ``${oc.env:name}`` stands for in a config.
+    """Return the value of ``${oc.env:name}`` in a config.
 
     It goes into saved configs and reports, so that a stranger's config could carry away secrets.
 
@@ -163,14 +169,14 @@ def environment_variable(name: str, default: Any = None) -> Any:
     """
     if name not in os.environ.get(ALLOW_ENVIRONMENT, "").split(","):
         raise ConfigError(
-            f"${{oc.env:{name}}}: environment variables stay out of configs, which are saved. "
-            f"If this one may be seen, set {ALLOW_ENVIRONMENT}={name}."
+            f"${{oc.env:{name}}}: environment variables are not allowed in configs because "
+            f"configs are saved. If this one is not secret, set {ALLOW_ENVIRONMENT}={name}."
         )
     return os.environ.get(name, default)
 
 
-def _promising(name: str) -> bool:
-    """Tell by its name whether a target may be looked at."""
+def _may_be_imported(name: str) -> bool:
+    """Return whether a target may be imported, by its name."""
     first, _, rest = name.partition(".")
     if first == "fusion_bench":
         return name in _EXACT or rest.partition(".")[0] in _OURS
@@ -185,12 +191,12 @@ def _promising(name: str) -> bool:
 
 
 def is_users(name: str) -> bool:
-    """Tell whether a name lies in a package that the user allows."""
+    """Return whether a name is in a package that the user allows."""
     return any(name == package or name.startswith(f"{package}.") for package in allowed_packages())
 
 
 def _allowed(name: str, found: Any) -> bool:
-    """Tell whether an object may be called, by what it is itself."""
+    """Return whether the object itself may be called."""
     first = name.partition(".")[0]
     if name in _EXACT or name in _LOOKUPS:
         return callable(found)
@@ -230,13 +236,13 @@ def _refusal(name: Any) -> str:
     if not _DOTTED.fullmatch(str(name)) or package in {*sys.stdlib_module_names, *_LISTED}:
         return said
     return (
-        f"{said} If you trust its package, allow it outside of the config: --allow {package}, or "
+        f"{said} If you trust its package, allow it outside the config: --allow {package}, or "
         f"{ALLOW}={package} in the environment."
     )
 
 
 def _nearest(name: Any) -> str:
-    """Suggest the public name that one of ours may have been meant for; imports nothing else."""
+    """Suggest the most similar public name of ours, without other imports."""
     module, _, last = str(name).rpartition(".")
     package = ".".join(module.split(".")[:2])
     if package not in {f"fusion_bench.{ours}" for ours in _OURS}:

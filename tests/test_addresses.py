@@ -240,7 +240,7 @@ def test_of_a_card(tmp_path: Path, card: str, named: Any) -> None:
     folder(tmp_path / "other")
     node = loads(folder(tmp_path / "data", **{card: configs(named)}))
     text = refusal(node)
-    assert "A card may name files of its own folder alone" in text and "configs[0]" in text
+    assert "A card may name only files in its own folder" in text and "configs[0]" in text
     with pytest.raises(AddressError):  # without a look ahead
         load("dataset", node, "data")
 
@@ -497,7 +497,7 @@ def test_a_saved_data_set_that_leads_elsewhere(tmp_path: Path, how: str) -> None
     state["_data_files"] = [{"filename": names[how]}]
     (data / "state.json").write_text(json.dumps(state))
     node = {"_target_": "datasets.load_from_disk", "dataset_path": str(data)}
-    assert "the data set's folder" in refusal(node)
+    assert "the dataset's folder" in refusal(node)
 
 
 def test_a_saved_data_set_and_its_format(tmp_path: Path) -> None:

@@ -47,14 +47,14 @@ def test_a_model_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FusionBenchError, match=r"file' is no directory"):
+    with pytest.raises(FusionBenchError, match=r"file' is not a directory"):
         locate(str(tmp_path / "file"))
 
 
 def test_a_directory_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FusionBenchError, match=r"owner/name@v1.*is a directory here"):
+    with pytest.raises(FusionBenchError, match=r"owner/name@v1.*is a local directory"):
         locate("owner/name@v1")
 
 

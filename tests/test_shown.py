@@ -143,7 +143,7 @@ sys.exit(7)
     ("behind", "told"),
     [
         ("| head -1", ""),
-        ("> /dev/full", "Standard output takes no more (No space left on device)"),
+        ("> /dev/full", "Standard output is closed or full (No space left on device)"),
         (">&-", ""),
         (">&- 2>&-", ""),
         ("both > /dev/full 2> /dev/full", ""),

@@ -143,7 +143,7 @@ def test_refused_at_every_depth(node: dict[str, Any]) -> None:
 
 def test_a_section_is_made_of_what_it_is_for() -> None:
     node = {"_target_": "lightning.fabric.loggers.CSVLogger", "root_dir": "/nowhere"}
-    with pytest.raises(ConfigError, match=r"_target_: '.*CSVLogger' is no method"):
+    with pytest.raises(ConfigError, match=r"_target_: '.*CSVLogger' is not a method"):
         instantiate(node, "method")
 
 

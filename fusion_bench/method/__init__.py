@@ -1,4 +1,4 @@
-"""Fusion methods, one a file."""
+"""Fusion methods, one per file."""
 
 from fusion_bench.method.adamerging import AdaMergingAlgorithm
 from fusion_bench.method.base import TensorwiseAlgorithm

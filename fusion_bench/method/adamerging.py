@@ -1,7 +1,8 @@
-r"""AdaMerging: $\theta = \theta_0 + \sum_t \lambda_t \tau_t$ with coefficients that are learned.
+r"""AdaMerging: $\theta = \theta_0 + \sum_t \lambda_t \tau_t$ with learned coefficients.
 
-The coefficients, one a model or one a model and tensor, minimise the entropy of the merged model's
-answers on unlabelled images of all tasks. Yang et al., AdaMerging, https://arxiv.org/abs/2310.02575
+The coefficients, one per model or one per model and tensor, minimise the entropy of the merged
+model's predictions on unlabelled images of all tasks. Yang et al., AdaMerging,
+https://arxiv.org/abs/2310.02575
 """
 
 import json
@@ -35,24 +36,24 @@ Granularity = Literal["layer", "task"]
 
 
 class AdaMergingAlgorithm(LearningAlgorithm):
-    """Task arithmetic whose coefficients are learned without labels.
+    """Task arithmetic with coefficients that are learned without labels.
 
     Args:
         granularity: a coefficient for each model and ``layer``, which is one parameter tensor, or
             one for each ``task``.
         init_values: the coefficients at the beginning; ``null`` is one over the number of models.
-        weights: a file of coefficients that ``save_merging_weights`` wrote; the learning then
-            begins with these, and with ``max_steps: 0`` they are used as they are.
+        weights: a file of coefficients from ``save_merging_weights`` to start from; with
+            ``max_steps: 0`` they are used unchanged.
         lr: Adam's learning rate.
-        max_steps: steps of Adam; each sees one batch of every task.
+        max_steps: steps of Adam; each uses one batch of every task.
         batch_size: images of a task in a step.
         clamp_weights: keep the coefficients between 0 and 1.
-        plusplus: AdaMerging++: first trim the task vectors to ``threshold`` percent and keep what
-            agrees with the elected sign, as TIES does.
+        plusplus: AdaMerging++: first trim the task vectors to ``threshold`` percent and keep the
+            values with the elected sign, as in TIES.
         threshold: for ``plusplus``.
-        save_merging_weights: where the learned coefficients go, as JSON.
-        split: what part of the datasets is used; the paper adapts to the test images.
-        seed: draws with another seed are others.
+        save_merging_weights: JSON file for the learned coefficients.
+        split: the split of the datasets to use; the paper adapts to the test images.
+        seed: the random seed.
     """
 
     needs_own_data = True
@@ -91,7 +92,7 @@ class AdaMergingAlgorithm(LearningAlgorithm):
         self.seed = seed or 0
 
     def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
-        """Learn the coefficients and merge; what is no parameter stays the pretrained model's.
+        """Learn the coefficients and merge; other entries are copied from the pretrained model.
 
         Raises:
             FusionBenchError: no pretrained model, models that differ in keys, shapes or dtypes, a
@@ -126,7 +127,7 @@ class AdaMergingAlgorithm(LearningAlgorithm):
         return {name: pool.weights(name) for name in pool.model_names}
 
     def _initial(self, names: list[str], keys: list[str]) -> Tensor:
-        """Return the coefficients to begin with: a row a model, a column a tensor or just one."""
+        """Return the initial coefficients: a row per model, a column per tensor or just one."""
         columns = len(keys) if self.granularity == "layer" else 1
         if self.weights is None:
             value = 1 / len(names) if self.init_values is None else self.init_values
@@ -138,11 +139,11 @@ class AdaMergingAlgorithm(LearningAlgorithm):
             fits &= columns == 1 or known["keys"] == keys
         except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
             raise FusionBenchError(
-                f"'{self.weights}' is no file of coefficients ({error}).", place=("weights",)
+                f"'{self.weights}' is not a file of coefficients ({error}).", place=("weights",)
             ) from error
         if not fits:
             raise FusionBenchError(
-                f"'{self.weights}' holds coefficients of other models, tensors or granularity.",
+                f"'{self.weights}' contains coefficients of other models, tensors or granularity.",
                 place=("weights",),
             )
         return found
@@ -160,7 +161,7 @@ class AdaMergingAlgorithm(LearningAlgorithm):
         return coefficients.clamp(0, 1) if self.clamp_weights else coefficients
 
     def _learn(self, mixture: "Mixture", coefficients: nn.Parameter, data: Data) -> None:
-        """Minimise the entropy of the answers."""
+        """Minimise the entropy of the predictions."""
         optimizer = torch.optim.Adam([coefficients], lr=self.lr)
         steps = descent(
             data, mixture.module, self.max_steps, self.batch_size, self.seed, "adapting"
@@ -180,13 +181,13 @@ class AdaMergingAlgorithm(LearningAlgorithm):
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """Return the entropy, in nats, of each answer."""
+    """Return the entropy of each prediction, in nats."""
     log_probs = logits.float().log_softmax(dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def per_key(weights: Tensor, keys: Sequence[str]) -> dict[str, list[float]]:
-    """Return the models' weights by key; ``weights`` has a column a key, or just one."""
+    """Return the models' weights by key; ``weights`` has one column, or a column per key."""
     return dict(zip(keys, weights.expand(-1, len(keys)).T.tolist(), strict=True))
 
 
@@ -225,7 +226,7 @@ class Mixture:
 
     @torch.no_grad()
     def set(self, weights: Tensor) -> None:
-        """Give the module the mixture: a row of weights a model, a column a tensor or just one."""
+        """Set the module's parameters; ``weights`` has a row per model, and one or many columns."""
         columns = weights.expand(-1, len(self._parameters)).unbind(dim=1)
         parts = zip(self._parameters, self._base, self._vectors, columns, strict=True)
         for parameter, base, vectors, column in parts:
@@ -233,7 +234,7 @@ class Mixture:
 
     @torch.no_grad()
     def gradient(self, columns: int) -> Tensor:
-        """Return the weights' gradient, and forget the parameters'."""
+        """Return the gradient of the weights, and clear that of the parameters."""
         found = []
         for parameter, vectors in zip(self._parameters, self._vectors, strict=True):
             gradient = parameter.grad

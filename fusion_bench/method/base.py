@@ -1,4 +1,4 @@
-"""What tensorwise fusion methods are made of: the smallest file that can say its mathematics."""
+"""Base class of tensorwise fusion methods."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ModuleDict:
-    """A plain dict of modules, ``{"_pretrained_": m0, "a": m1}``, seen as a model pool."""
+    """A model pool from a dict of modules, ``{"_pretrained_": m0, "a": m1}``."""
 
     policy = MergePolicy()
     vocabulary = None
@@ -65,7 +65,7 @@ class ModuleDict:
 
 @dataclass(eq=False, kw_only=True)
 class TensorwiseAlgorithm:
-    """A method that makes each output tensor from the same tensor of every model.
+    """A method that merges each tensor separately.
 
     Subclasses implement ``merge_tensor``, or ``merger`` where they need to see the whole models
     first. Those that need the pretrained model set ``needs_pretrained``, and those whose result at
@@ -95,7 +95,7 @@ class TensorwiseAlgorithm:
         """Refuse models that the method cannot merge."""
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
-        """Return what merges one piece of these models, or by name what makes each of several.
+        """Return the function that merges a piece, or a dict of functions for several models.
 
         The place for a first pass, ``inputs.survey``, where the method needs a statistic of the
         whole model. What is found is kept in what is returned, never in ``self``: the weights are
@@ -115,7 +115,7 @@ class TensorwiseAlgorithm:
                 the flattened entry.
             base: the pretrained model's; ``None`` where there is none.
         """
-        raise NotImplementedError(f"{type(self).__name__} has neither merge_tensor nor merger.")
+        raise NotImplementedError(f"{type(self).__name__} must define merge_tensor or merger.")
 
     def check_pool(self, pool: ModelPool) -> None:
         """Refuse models that cannot be merged; of no weight more than its shape is read.
@@ -235,7 +235,7 @@ def refuse_disagreeing(pool: ModelPool) -> None:
         FusionBenchError: what the pool's policy does not allow.
     """
     if isinstance(pool, Comparing):
-        told = set(pool.notes)
+        known = set(pool.notes)
         for note in pool.compare():
-            if note not in told:
+            if note not in known:
                 log.warning("%s", note)

@@ -22,11 +22,11 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
     """Task arithmetic with the elements of medium magnitude.
 
     Args:
-        scaling_factor: scales the sum of what is kept.
+        scaling_factor: scaling factor of the sum of the kept elements.
         density: the share of elements that is kept, or all but the largest where there are fewer.
         gamma: the share of the largest elements, which are dropped.
-        scope: what the shares are of: the ``tensor``, or each ``row`` along its last dimension.
-            Shares are rounded down. Entries of one number are kept.
+        scope: shares of the whole ``tensor``, or of each ``row`` along its last dimension. Shares
+            are rounded down. Entries with a single value are kept.
     """
 
     needs_pretrained = True

@@ -1,4 +1,4 @@
-"""What a fusion method is to those who call it, and what it sees of pools and tasks."""
+"""The interfaces between fusion methods and their callers, pools and tasks."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Fused = Weights | nn.Module | Mapping[str, Weights | nn.Module]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks for, known before anything is opened.
+    """The requirements of a method, known before anything is opened.
 
     Attributes:
         base: the ``_pretrained_`` model.
@@ -41,11 +41,11 @@ class Needs:
 
 
 class ModelPool(Protocol):
-    """What a method sees of a model pool: names, and the weights and modules behind them."""
+    """The interface of a model pool for methods: names, weights and modules."""
 
     @property
     def model_names(self) -> Sequence[str]:
-        """The models to fuse; special names such as ``_pretrained_`` are not among them."""
+        """The models to merge, without special names such as ``_pretrained_``."""
 
     @property
     def has_pretrained(self) -> bool:
@@ -53,11 +53,11 @@ class ModelPool(Protocol):
 
     @property
     def policy(self) -> MergePolicy:
-        """What to do where the models differ."""
+        """What to do when the models differ."""
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the pretrained model, or without one the first, has; if it has any."""
+        """The vocabulary size of the pretrained model, or else of the first, if it has one."""
 
     def weights(self, name: str) -> Weights:
         """Return a model's weights, which the caller must not write to."""
@@ -71,16 +71,16 @@ class ModelPool(Protocol):
 
 @runtime_checkable
 class Comparing(Protocol):
-    """A pool that knows what besides weights its models compute with.
+    """A pool that can compare the models' configs and tokenizers.
 
     Attributes:
-        notes: what it has found to differ, so far.
+        notes: the differences found so far.
     """
 
     notes: list[str]
 
     def compare(self, names: Collection[str] | None = None) -> list[str]:
-        """Return in sentences what differs in some models, by default in all.
+        """Return the differences of some models, by default of all, as sentences.
 
         Raises:
             FusionBenchError: what the policy does not allow.
@@ -112,11 +112,11 @@ class Saving(Protocol):
 
 
 class TaskData(Protocol):
-    """A task's images for a method to learn from; all on Fabric's device."""
+    """A task's images for learning, on Fabric's device."""
 
     @property
     def classify(self) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
-        """Gives the function from images to logits that a model makes for the task."""
+        """Return a model's function from images to logits for the task."""
 
     def __len__(self) -> int: ...
 
@@ -129,7 +129,7 @@ class TaskData(Protocol):
         """Yield images and labels."""
 
     def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches for ever, in a new order each time round."""
+        """Yield batches forever, in a new order in each epoch."""
 
     def evaluate(self, model: nn.Module) -> Counts:
         """Return how the model does on all images."""
@@ -140,7 +140,7 @@ Data = Mapping[str, TaskData]
 
 @runtime_checkable
 class FusionMethod(Protocol):
-    """A fusion method: it says what it needs, looks at headers, and fuses.
+    """The interface of a fusion method.
 
     ``TensorwiseAlgorithm`` and ``LearningAlgorithm`` are two ways to write one.
     """
@@ -150,7 +150,7 @@ class FusionMethod(Protocol):
         """What it asks for."""
 
     def check_pool(self, pool: ModelPool) -> None:
-        """Refuse models that it cannot fuse, by their names and headers; no weight is read.
+        """Refuse models that it cannot merge, by names and headers; no weight is read.
 
         Raises:
             FusionBenchError: an empty pool, a missing pretrained model, or weights that differ in
@@ -177,4 +177,4 @@ class FusionMethod(Protocol):
         fabric: "Fabric | None" = None,
         data: Data | None = None,
     ) -> Any:
-        """Fuse, for who calls it from Python: also a plain dict of modules by name."""
+        """Merge a pool, or a dict of modules by name, from Python."""

@@ -46,7 +46,7 @@ class _Dropping:
         return self.rescale
 
     def vectors(self, inputs: Inputs) -> Values:
-        """Return what gives the models' task vectors, thinned out."""
+        """Return the function that makes the models' sparse task vectors."""
 
         def dropped(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
@@ -61,15 +61,15 @@ class _Dropping:
 
 
 class DareTaskArithmetic(TensorwiseAlgorithm):
-    """Task arithmetic on task vectors that are thinned out.
+    """Task arithmetic on sparse task vectors.
 
     Args:
-        scaling_factor: scales the sum of the task vectors.
+        scaling_factor: scaling factor of the sum of the task vectors.
         sparsity_ratio: the probability that an element is dropped, from 0 to 1.
         only_on_linear_weights: leave all entries but linear layers' matrices whole.
         rescale: ``true`` divides what is left by the probability to be kept; ``l1`` restores each
             tensor's sum of magnitudes; ``false`` does neither.
-        seed: draws with another seed are others.
+        seed: the random seed.
     """
 
     needs_pretrained = True
@@ -88,18 +88,18 @@ class DareTaskArithmetic(TensorwiseAlgorithm):
         self.elementwise = rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Return what adds the thinned task vectors to the pretrained model."""
+        """Return the function that adds the sparse task vectors to the pretrained model."""
         return _sum_merger(self._dropping.vectors(inputs), self.scaling_factor)
 
 
 class DareSimpleAverage(TensorwiseAlgorithm):
-    """The average of models whose task vectors are thinned out.
+    """The average of models with sparse task vectors.
 
     Args:
         sparsity_ratio: as in ``DareTaskArithmetic``; so are the next arguments.
         only_on_linear_weights: leave all entries but linear layers' matrices whole.
         rescale: scale up what is left.
-        seed: draws with another seed are others.
+        seed: the random seed.
     """
 
     needs_pretrained = True
@@ -116,22 +116,22 @@ class DareSimpleAverage(TensorwiseAlgorithm):
         self.elementwise = rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Return what adds the mean of the thinned task vectors to the pretrained model."""
+        """Return the function that adds the mean sparse task vector to the pretrained model."""
         return _sum_merger(self._dropping.vectors(inputs), 1 / len(inputs.names))
 
 
 class DareTiesMerging(TensorwiseAlgorithm):
-    """TIES on task vectors that are thinned out.
+    """TIES on sparse task vectors.
 
     Args:
         sparsity_ratio: as in ``DareTaskArithmetic``; so are the next two arguments.
         only_on_linear_weights: leave all entries but linear layers' matrices whole.
         rescale: scale up what is left.
         scaling_factor: as in ``TiesMergingAlgorithm``; so are the next arguments.
-        threshold: how much of each thinned task vector is kept.
-        remove_keys: entries that stay the pretrained model's.
+        threshold: how much of each sparse task vector is kept.
+        remove_keys: entries that are copied from the pretrained model.
         merge_func: how values of the elected sign are merged.
-        scope: what the largest elements are sought in.
+        scope: where the largest elements are searched.
         keep: whether elements that equal the smallest one kept are all kept.
         zero_sign: the sign where the sum is 0.
         seed: as in ``DareTaskArithmetic``.
@@ -162,7 +162,7 @@ class DareTiesMerging(TensorwiseAlgorithm):
         self.shows_nonfinite = self._ties.shows_nonfinite
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Return what merges the thinned task vectors as TIES does."""
+        """Return the function that merges the sparse task vectors as in TIES."""
         return self._ties.merger_of(inputs, self._dropping.vectors(inputs))
 
 

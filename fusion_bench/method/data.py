@@ -1,4 +1,4 @@
-"""What methods that learn from data have in common."""
+"""Base class of methods that learn from data."""
 
 import math
 import re
@@ -36,7 +36,7 @@ def check_sampling(name: str, count: int | None, batch_size: int) -> None:
 
 
 def check_descent(max_steps: int, batch_size: int, lr: float) -> None:
-    """Refuse options of a gradient descent that cannot be.
+    """Refuse invalid options of a gradient descent.
 
     Raises:
         FusionBenchError: fewer than no steps, less than one sample a batch, a learning rate that
@@ -50,7 +50,7 @@ def check_descent(max_steps: int, batch_size: int, lr: float) -> None:
 def drawn_batches(
     task: TaskData, count: int | None, batch_size: int, seed: int, title: str
 ) -> tuple[int, Iterator[tuple[Tensor, Tensor]]]:
-    """Draw ``count`` samples of a task, all for ``None``; return how many, and their batches.
+    """Draw ``count`` samples of a task (``None``: all); return the number and the batches.
 
     ``title`` is what the progress bar says.
     """
@@ -108,12 +108,12 @@ class LearningAlgorithm:
         aligned(pool)
 
     def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
-        """Learn from ``data`` and return what merges the models by it.
+        """Learn from ``data`` and return the merge function.
 
         Raises:
             FusionBenchError: a model without data, or as the method says.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no learn.")
+        raise NotImplementedError(f"{type(self).__name__} must define learn.")
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
@@ -144,7 +144,7 @@ class LearningAlgorithm:
 
 
 def own_data(names: Sequence[str], data: Mapping[str, T]) -> dict[str, T]:
-    """Return each model's own task's data; methods that call it set ``needs_own_data``.
+    """Return the data of each model's own task; for methods with ``needs_own_data``.
 
     Raises:
         FusionBenchError: a model without.
@@ -153,8 +153,8 @@ def own_data(names: Sequence[str], data: Mapping[str, T]) -> dict[str, T]:
     for name in names:
         if canonical_name(name) not in known:
             raise FusionBenchError(
-                f"There is no data for the model '{name}'. Name its dataset beside the others', "
-                f"as '{name}': there is {', '.join(data) or 'none'}."
+                f"There is no data for the model '{name}'. Add a dataset with this name; there "
+                f"are datasets for: {', '.join(data) or 'none'}."
             )
     return {name: known[canonical_name(name)] for name in names}
 
@@ -168,7 +168,7 @@ def parameter_keys(module: nn.Module, weights: Weights) -> list[str]:
     keys = [name for name, _ in module.named_parameters()]
     if unknown := [key for key in keys if key not in weights]:
         raise FusionBenchError(
-            f"The module calls a parameter '{unknown[0]}' that its weights do not have: this "
+            f"The module has a parameter '{unknown[0]}' that is missing in its weights: this "
             f"method cannot learn with a {type(module).__name__}."
         )
     return keys
@@ -186,7 +186,7 @@ def merged(
     *,
     weighted_sum: bool = True,
 ) -> Weights:
-    """Return what ``merge_tensor`` makes of the models, by the pool's policy.
+    """Return the models merged by ``merge_tensor``, under the pool's policy.
 
     Args:
         pool: where the models are from.
@@ -210,7 +210,7 @@ def merged(
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:
-    """Refuse what is no regular expression; ``name`` is the patterns' own key.
+    """Refuse invalid regular expressions; ``name`` is the key of the patterns.
 
     Raises:
         FusionBenchError: one that is none.
@@ -219,9 +219,11 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise FusionBenchError(f"'{pattern}' is no pattern: {error}.", place=(name,)) from error
+            raise FusionBenchError(
+                (f"'{pattern}' is not a valid pattern: {error}."), place=(name,)
+            ) from error
 
 
 def excluded(key: str, patterns: Iterable[str]) -> bool:
-    """Tell whether one of the regular expressions is found in a parameter's name."""
+    """Return whether a regular expression matches a part of a parameter's name."""
     return any(re.search(pattern, key) for pattern in patterns)

@@ -30,19 +30,19 @@ Merge = Literal["elect", "linear"]
 
 
 class DellaMerging(TensorwiseAlgorithm):
-    """The pretrained model plus merged task vectors that were thinned out by magnitude.
+    """The pretrained model plus merged task vectors, made sparse by magnitude.
 
     Args:
-        scaling_factor: scales what is added.
+        scaling_factor: scaling factor of the change.
         density: the probability that an element is kept, on average over its row.
-        epsilon: by how much that probability differs along a row.
+        epsilon: the range of this probability along a row.
         window: ``full``: ``epsilon`` is the difference between the largest and the smallest
             element of a row; ``half``: between each of them and the average, as common code has it.
         rescale: ``inverse_keep`` divides what is left by its probability; ``l1`` restores each
             tensor's sum of magnitudes; ``none`` does neither.
         merge: ``elect`` a sign at each element, as TIES does, or be ``linear``.
         merge_func: how the values are merged: ``mean``, ``sum`` or, of elected ones, ``max``.
-        seed: draws with another seed are others.
+        seed: the random seed.
     """
 
     needs_pretrained = True
@@ -68,9 +68,9 @@ class DellaMerging(TensorwiseAlgorithm):
         self._half = epsilon / 2 if window == "full" else epsilon
         if not 0 < density - self._half <= density + self._half <= 1:
             raise FusionBenchError(
-                f"with density {density} elements would be kept with the "
-                f"probabilities {density - self._half:g} to {density + self._half:g}, which must "
-                "lie above 0 and not above 1.",
+                f"with density {density} elements would be kept with probabilities from "
+                f"{density - self._half:g} to {density + self._half:g}, which must be greater "
+                "than 0 and at most 1.",
                 place=("epsilon",),
             )
         if merge == "linear" and merge_func == "max":
@@ -83,7 +83,7 @@ class DellaMerging(TensorwiseAlgorithm):
         self.seed = seed or 0
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Return what thins out the task vectors and merges them."""
+        """Return the function that makes the task vectors sparse and merges them."""
 
         def pruned(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
@@ -105,7 +105,7 @@ class DellaMerging(TensorwiseAlgorithm):
         return add
 
     def _pruned(self, vector: Tensor, seed: Sequence[object]) -> Tensor:
-        """Return a task vector thinned out, row by row: along all dimensions but the first."""
+        """Return a sparse task vector, row by row: along all dimensions except the first."""
         rows = vector.flatten(1) if vector.ndim > 1 else vector.reshape(1, -1)
         last = rows.shape[1] - 1
         # From -1 for the smallest to 1 for the largest; 0 for one that is alone.

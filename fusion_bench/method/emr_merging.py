@@ -21,7 +21,7 @@ Rescale = Literal["paper", "released"]
 
 
 class EMRMerging(TensorwiseAlgorithm):
-    """For each task a model: the pretrained one plus the task's share of one unified task vector.
+    """A model for each task: the pretrained model plus a masked, rescaled unified task vector.
 
     Args:
         rescale: what the magnitudes are compared by: ``paper`` takes sums over the whole model,
@@ -36,7 +36,7 @@ class EMRMerging(TensorwiseAlgorithm):
         self.rescale = rescale
 
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
-        """Find the scales; return by the models' names what makes each task's model."""
+        """Compute the scales; return the merge function of each task's model by name."""
         found = sums(inputs, _magnitudes)
         if self.rescale == "released":
             found = {key: [own / inputs.merged(key) for own in found[key]] for key in found}

@@ -1,4 +1,4 @@
-r"""Ensembles: $F(x) = \sum_t w_t f_t(x)$; the models stay apart, and their answers are merged."""
+r"""Ensembles: $F(x) = \sum_t w_t f_t(x)$; the models stay separate, their outputs are merged."""
 
 import json
 import math
@@ -25,11 +25,11 @@ _FILE = "ensemble.json"
 
 
 class Ensemble(nn.Module):
-    """Models of which each answers, as one.
+    """Several models whose outputs are combined.
 
     Args:
         models: name to model.
-        weights: one a model, of a sum; ``None`` takes the largest value of each element.
+        weights: one per model, of a sum; ``None`` takes the largest value of each element.
         of: what is put together.
     """
 
@@ -44,11 +44,11 @@ class Ensemble(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The first model's; the others are of its kind."""
+        """The first model's config."""
         return getattr(self.models[0], "config", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the models return, put together: tensors, and whatever holds tensors."""
+        """Return the combined outputs: tensors, and containers of tensors."""
         return self._together([model(*args, **kwargs) for model in self.models])
 
     def _together(self, outputs: list[Any]) -> Any:
@@ -83,7 +83,7 @@ class Ensemble(nn.Module):
 
 
 class LogitEnsemble(Ensemble):
-    """An ensemble of classifiers: their logits are put together, not what the models return.
+    """An ensemble of classifiers that combines their logits.
 
     A task pool makes each model a classifier; called by itself, the ensemble takes the logits that
     the models return.
@@ -100,7 +100,7 @@ class LogitEnsemble(Ensemble):
         if not all(isinstance(own, Tensor) for own in logits):
             raise FusionBenchError(
                 f"a {type(self.models[0]).__name__} returns no logits.",
-                "Let a task pool evaluate the ensemble, or give {here}of=outputs.",
+                "Evaluate the ensemble with a task pool, or set {here}of=outputs.",
                 place=("of",),
             )
         return self.combine(logits)
@@ -125,7 +125,7 @@ class LogitEnsemble(Ensemble):
 
 
 def load_ensemble(directory: str | Path, models: Mapping[str, nn.Module]) -> Ensemble:
-    """Return a saved ensemble; ``models`` are those that its directories hold, by name."""
+    """Return a saved ensemble; ``models`` are the models in its directories, by name."""
     known = read_json(Path(directory) / _FILE)
     named = {name: models[name] for name in known["models"]}
     return ensemble_of(named, known["weights"], known["of"])
@@ -134,12 +134,12 @@ def load_ensemble(directory: str | Path, models: Mapping[str, nn.Module]) -> Ens
 def ensemble_of(
     models: Mapping[str, nn.Module], weights: Sequence[float] | None, of: Of
 ) -> Ensemble:
-    """Return an ensemble of the kind that ``of`` asks for."""
+    """Return an ensemble of the kind ``of``."""
     return Ensemble(models, weights) if of == "outputs" else LogitEnsemble(models, weights, of)
 
 
 class EnsembleAlgorithm:
-    """A method that keeps the models and puts together what they answer.
+    """A method that keeps all models and combines their outputs.
 
     Subclasses say in ``shares`` what each model's answer counts; by default none is weighed, and
     the largest is taken.
@@ -155,18 +155,18 @@ class EnsembleAlgorithm:
         """Return each model's weight.
 
         Raises:
-            FusionBenchError: weights that do not serve.
+            FusionBenchError: unusable weights.
         """
         return None
 
     def check_pool(self, pool: ModelPool) -> None:
-        """Refuse no models, and another number of weights than models.
+        """Refuse an empty pool and a wrong number of weights.
 
         Raises:
             FusionBenchError: one of these.
         """
         if not pool.model_names:
-            raise FusionBenchError("There is nothing to fuse: the pool names no model.")
+            raise FusionBenchError("There is nothing to merge: the pool has no model.")
         self.shares(pool.model_names)
 
     def fuse(
@@ -188,17 +188,17 @@ class EnsembleAlgorithm:
         fabric: "Fabric | None" = None,
         data: Data | None = None,
     ) -> Ensemble:
-        """Load a pool's models; a dict of modules is an ensemble of just these."""
+        """Load a pool's models, or use the modules of a dict."""
         pool = ModuleDict(modelpool) if isinstance(modelpool, Mapping) else modelpool
         return self.fuse(pool, fabric, data)
 
 
 class SimpleEnsembleAlgorithm(EnsembleAlgorithm):
-    """The mean of what all models answer; the pretrained model is not one of them.
+    """The mean of all models' outputs, without the pretrained model.
 
     Args:
-        of: what is averaged: ``outputs``, which are whatever the models return, for an encoder its
-            features; or their classifiers' ``logits``, ``probabilities`` or ``log_probabilities``.
+        of: what is averaged: ``outputs``, the models' return values (for an encoder its features),
+            or their classifiers' ``logits``, ``probabilities`` or ``log_probabilities``.
     """
 
     def __init__(self, of: Of = "outputs"):
@@ -210,10 +210,10 @@ class SimpleEnsembleAlgorithm(EnsembleAlgorithm):
 
 
 class WeightedEnsembleAlgorithm(EnsembleAlgorithm):
-    """The weighted sum of what all models answer.
+    """The weighted sum of all models' outputs.
 
     Args:
-        weights: one a model, in the pool's order; ``null`` weighs all alike.
+        weights: one per model, in the pool's order; ``null`` weighs all alike.
         normalize: divide the weights by their sum.
         of: as in ``SimpleEnsembleAlgorithm``.
     """
@@ -236,25 +236,25 @@ class WeightedEnsembleAlgorithm(EnsembleAlgorithm):
         check_one_each("weights", weights, names)
         total = sum(weights) if self.normalize else 1.0
         if not math.isfinite(sum(weights)):
-            raise FusionBenchError("they are not all finite.", place=("weights",))
+            raise FusionBenchError("some are not finite.", place=("weights",))
         if total == 0:
             raise FusionBenchError(
-                "the weights add up to zero and cannot be normalised.",
+                "the weights sum to zero and cannot be normalised.",
                 "Give {here}normalize=false.",
                 place=("weights",),
             )
         shares = [weight / total for weight in weights]
         if self.of == "probabilities" and min(shares) < 0:
             raise FusionBenchError(
-                "negative ones would make negative probabilities.",
-                "Give others, or another {here}of.",
+                "negative weights would give negative probabilities.",
+                "Choose other weights, or another {here}of.",
                 place=("weights",),
             )
         return shares
 
 
 class MaxModelPredictorAlgorithm(EnsembleAlgorithm):
-    """The largest of what all models answer, element by element: the most confident one's.
+    """The elementwise maximum of all models' outputs: that of the most confident model.
 
     Wu et al., Heterogeneous model reuse, https://icml.cc/virtual/2019/poster/4036
 

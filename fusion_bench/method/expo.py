@@ -13,7 +13,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 
 @dataclass(eq=False)
 class ExPOAlgorithm(TensorwiseAlgorithm):
-    """A step from the pretrained model through the aligned one and beyond it.
+    """Extrapolation from the pretrained model beyond the aligned model.
 
     Args:
         extrapolation_factor: how far beyond, in lengths of the way so far; 0 gives the aligned

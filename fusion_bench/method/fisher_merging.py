@@ -43,19 +43,19 @@ class FisherMergingAlgorithm(LearningAlgorithm):
     """The average of all models, each parameter weighted by its Fisher information.
 
     Args:
-        exclude_param_names_regex: parameters whose names match one of these stay the pretrained
-            model's, or are averaged where there is none.
-        normalize_fisher_weight: divide each model's Fisher by its norm, so that none prevails.
-        minimal_fisher_weight: is added to each weight.
+        exclude_param_names_regex: parameters whose names match are copied from the pretrained
+            model, or averaged if there is none.
+        normalize_fisher_weight: divide each model's Fisher by its norm, so no model dominates.
+        minimal_fisher_weight: added to each weight.
         num_fisher_examples: samples of each task, drawn at random; ``null`` takes all.
         estimator: of the sum over labels: ``exact``, which costs one backward pass a class and
             sample; ``sampled``, one label drawn from the model's answer; ``empirical``, the true
             label; ``batch_sqrt``, the square of a batch's summed gradient, as common code has it.
         batch_size: samples in a batch, which matters for ``batch_sqrt`` alone.
-        split: what part of the datasets is used.
-        seed: draws with another seed are others.
-        dataloader_kwargs: another place for ``batch_size``; ``num_workers`` beside it is ignored,
-            for the task pool's own are used.
+        split: the split of the datasets to use.
+        seed: the random seed.
+        dataloader_kwargs: may also contain ``batch_size``; its ``num_workers`` is ignored because
+            the task pool's setting is used.
     """
 
     needs_own_data = True
@@ -171,7 +171,7 @@ class FisherMergingAlgorithm(LearningAlgorithm):
         return torch.nn.functional.one_hot(labels, probs.shape[-1]).to(probs)
 
     def _coefficients(self, fishers: Sequence[Mapping[str, Tensor]]) -> list[float]:
-        """Return what makes the models' Fishers comparable."""
+        """Return the normalisation coefficients of the models' Fishers."""
         if not self.normalize_fisher_weight:
             return [1.0] * len(fishers)
         norms = [

@@ -1,4 +1,4 @@
-"""Moving between tensors along straight lines and great circles."""
+"""Interpolation between tensors along lines and great circles."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def cosine(one: Tensor, other: Tensor, epsilon: float = 0.0) -> float:
 def themselves(
     key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
 ) -> Sequence[Tensor]:
-    """Return the tensors, as what a statistic is taken of."""
+    """Return the tensors themselves, for a statistic."""
     return tensors
 
 
@@ -74,15 +74,15 @@ def along_arcs(start: Tensor, end: Tensor, t: float, axis: int | None) -> Tensor
 
 
 def two_ends(tensors: Sequence[Tensor], base: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the two tensors to move between; the pretrained model's is the start."""
+    """Return the two tensors to interpolate; the pretrained model's is the start."""
     return (tensors[0], tensors[1]) if base is None else (base, tensors[0])
 
 
 def refuse_all_but_two(inputs: Inputs, method: str) -> None:
-    """Raise unless there are two models, the pretrained one counted."""
+    """Refuse any number of models except two, including the pretrained one."""
     names = [*(["_pretrained_"] if inputs.aligned.base is not None else []), *inputs.names]
     if len(names) != 2:
         raise FusionBenchError(
-            f"{method} moves between exactly two models, the pretrained one counted; "
-            f"there are {len(names)}: {', '.join(names)}."
+            f"{method} needs exactly two models, including the pretrained one; there are "
+            f"{len(names)}: {', '.join(names)}."
         )

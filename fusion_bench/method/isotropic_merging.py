@@ -1,4 +1,4 @@
-r"""Isotropic merging: a sum of task vectors whose singular values are all the same.
+r"""Isotropic merging: a sum of task vectors with equal singular values.
 
 Iso-C: $\tau = \bar\sigma\, U V^\top$ where $U \Sigma V^\top = \sum_t \tau_t$, matrix by matrix.
 Iso-CTS gives the smallest of those directions up for some that each task has of its own.
@@ -19,7 +19,7 @@ from fusion_bench.weights.ops import add_scaled, task_vectors
 
 
 class _Isotropic(TensorwiseAlgorithm):
-    """Matrices are merged by ``_flat``; the rest gets the mean task vector."""
+    """Merges matrices by ``_flat``; other entries get the mean task vector."""
 
     needs_pretrained = True
     heavy = True
@@ -42,13 +42,13 @@ class _Isotropic(TensorwiseAlgorithm):
 
 
 class ISO_C_Merge(_Isotropic):  # noqa: N801
-    """The pretrained model plus the sum of the task vectors, its singular values made equal.
+    """The pretrained model plus the sum of the task vectors with equal singular values.
 
-    What is no matrix gets the mean task vector.
+    Entries that are not matrices get the mean task vector.
 
     Args:
-        scaling_factor: scales what is added.
-        exclude_keys: keys, or patterns of them, of matrices that are merged as the rest is.
+        scaling_factor: scaling factor of the change.
+        exclude_keys: keys or key patterns of matrices that are merged like other entries.
         rank_tol: leave out directions whose singular value is at most this share of the largest.
             With 0 all count the same, even those in which nothing changed.
     """
@@ -68,14 +68,14 @@ class ISO_C_Merge(_Isotropic):  # noqa: N801
 
 
 class ISO_CTS_Merge(_Isotropic):  # noqa: N801
-    """As Iso-C, but some directions are the tasks' own: of what lies outside the common ones.
+    """Iso-C with some task-specific directions outside the common ones.
 
-    What is no matrix gets the mean task vector.
+    Entries that are not matrices get the mean task vector.
 
     Args:
-        scaling_factor: scales what is added.
+        scaling_factor: scaling factor of the change.
         common_space_fraction: the share of directions that come from the sum; with 1 it is Iso-C.
-        exclude_keys: keys, or patterns of them, of matrices that are merged as the rest is.
+        exclude_keys: keys or key patterns of matrices that are merged like other entries.
     """
 
     def __init__(

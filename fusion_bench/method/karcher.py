@@ -1,4 +1,4 @@
-r"""Karcher mean: the point on the sphere whose mean squared distance to all models is least.
+r"""Karcher mean: the point on the sphere with the smallest mean squared distance to all models.
 
 Each tensor's direction $u$ moves along $\sum_t \alpha_t \log_u(u_t)$ until it rests; its length is
 the mean of the models' lengths. Karcher, Riemannian center of mass and mollifier smoothing, 1977,
@@ -23,11 +23,11 @@ from fusion_bench.weights.statistics import cosines_and_norms, products
 class KarcherMeanAlgorithm(TensorwiseAlgorithm):
     """The mean on the sphere of any number of models, tensor by tensor.
 
-    Opposite directions have no mean; then the result has the first model's.
+    Opposite directions have no mean; then the first model's direction is used.
 
     Args:
-        max_iter: steps at most.
-        tol: a step, an angle or a norm that counts as none.
+        max_iter: maximum number of steps.
+        tol: smaller steps, angles and norms count as zero.
     """
 
     elementwise = True

@@ -1,4 +1,4 @@
-r"""KnOTS: another method's merge, in directions common to all models.
+r"""KnOTS: merge with another method, in directions common to all models.
 
 Side by side, $[\tau_1 \dots \tau_T] = U \Sigma [V_1^\top \dots V_T^\top]$; the other method $f$
 merges what is left of the task vectors, $\tau = U f(\Sigma V_1^\top, \dots, \Sigma V_T^\top)$.
@@ -27,15 +27,15 @@ _AT_HAND = 2**29
 
 
 class KnOTSMerging(TensorwiseAlgorithm):
-    """The pretrained model plus what another method makes of the task vectors, aligned.
+    """The pretrained model plus the aligned task vectors, merged by another method.
 
-    What is no matrix reaches the other method as it is.
+    Entries that are not matrices are passed to the other method unchanged.
 
     Args:
-        base_method: the other method; by default TIES. It sees the aligned task vectors as models,
-            and zeros as the pretrained one.
-        scaling_factor: scales what is added.
-        exclude_keys: keys, or patterns of them, of matrices that are not aligned.
+        base_method: the other method; by default TIES. It gets the aligned task vectors as models,
+            and zeros as the pretrained model.
+        scaling_factor: scaling factor of the change.
+        exclude_keys: keys or key patterns of matrices that are not aligned.
         rank_tol: directions whose singular value is at most this share of the largest are left out.
     """
 
@@ -54,7 +54,7 @@ class KnOTSMerging(TensorwiseAlgorithm):
             made = instantiate(base_method, "method") or TiesMergingAlgorithm()
             if not isinstance(made, TensorwiseAlgorithm) or made.needs.split is not None:
                 raise FusionBenchError(
-                    f"{type(made).__name__} does not merge weights alone, tensor by tensor.",
+                    f"{type(made).__name__} does not merge weights tensor by tensor.",
                     "Choose another method.",
                 )
         self.base_method = made
@@ -68,7 +68,7 @@ class KnOTSMerging(TensorwiseAlgorithm):
             self.base_method.check(inputs)
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
-        """Let the base method merge the aligned task vectors, and turn back what it makes."""
+        """Merge the aligned task vectors with the base method, and transform the result back."""
         alignment = _Alignment(inputs, self.exclude_keys, self.rank_tol)
         with within("base_method", keyed_only=True):
             fused = self.base_method.fuse(_AlignedPool(alignment))
@@ -122,7 +122,7 @@ class _Alignment:
         inputs.survey(self._find)
 
     def entry(self, key: str) -> _Entry:
-        """Return an entry as it is read and aligned."""
+        """Read and align an entry."""
         key = self.inputs.tied_to(key)
         with self._lock:
             if self._last is None or self._last.key != key:
@@ -160,7 +160,7 @@ class _Alignment:
 
 
 class _AlignedPool:
-    """A pool whose models are aligned task vectors, and whose pretrained model is zeros."""
+    """A pool of aligned task vectors, with zeros as the pretrained model."""
 
     has_pretrained = True
     vocabulary = None
@@ -176,11 +176,13 @@ class _AlignedPool:
         return _Aligned(self._alignment, model)
 
     def load_model(self, name: str) -> nn.Module:
-        """Refuse: aligned task vectors are no module's weights."""
-        raise FusionBenchError("This method needs modules, and aligned task vectors have none.")
+        """Refuse: aligned task vectors are not a module's weights."""
+        raise FusionBenchError(
+            "This method needs modules, but aligned task vectors have no modules."
+        )
 
     def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Refuse likewise."""
+        """Refuse: aligned task vectors are not weights of a module."""
         return self.load_model("")
 
 

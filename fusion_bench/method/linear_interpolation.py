@@ -17,7 +17,7 @@ from fusion_bench.weights import Inputs
 
 @dataclass(eq=False)
 class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
-    """A point on the line between two models; the pretrained one, where there is one, is its start.
+    """A point on the line between two models; the pretrained model, if any, is the start.
 
     Args:
         t: how far to go, from 0 to 1.
@@ -33,7 +33,7 @@ class LinearInterpolationAlgorithm(TensorwiseAlgorithm):
             raise FusionBenchError(f"{self.t} is not between 0 and 1.", place=("t",))
 
     def check(self, inputs: Inputs) -> None:
-        """Refuse all but two models."""
+        """Refuse any number of models except two."""
         refuse_all_but_two(inputs, "Linear interpolation")
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

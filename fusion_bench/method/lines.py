@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class LiNeSAlgorithm(TensorwiseAlgorithm):
-    """What another method makes, its changes scaled from block to block.
+    """Another method's change, scaled from block to block.
 
     Args:
         base_method: the other method.
@@ -58,8 +58,8 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
             made = instantiate(base_method, "method")
         if not isinstance(made, Runs):
             raise FusionBenchError(
-                f"{base_method!r} is no method.",
-                "From the command line choose one with 'method@{here}base_method=ties_merging'.",
+                f"{base_method!r} is not a method.",
+                "On the command line, choose one with 'method@{here}base_method=ties_merging'.",
                 place=("base_method",),
             )
         self.base_method = as_method(made)
@@ -80,7 +80,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> Weights | Mapping[str, Weights]:
-        """Let the base method merge, and return what scales what it changed.
+        """Merge with the base method, and return weights with the scaled change.
 
         Args:
             pool: the models.
@@ -98,11 +98,11 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         return {name: self._scaled(pool, own) for name, own in fused.items()}
 
     def _scaled(self, pool: ModelPool, merged: Weights | nn.Module) -> Weights:
-        """Return what scales ``merged`` when it is read."""
+        """Return weights that scale ``merged`` when they are read."""
         if not isinstance(merged, Weights):
             raise FusionBenchError(
-                f"{class_name(self.base_method)} makes a module, and no weights that could be "
-                "scaled.",
+                f"{class_name(self.base_method)} returns a module instead of weights, which "
+                "cannot be scaled.",
                 "Choose another method.",
                 place=("base_method",),
             )
@@ -122,7 +122,9 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         beta = 1 - alpha if self.beta is None else self.beta
         depths = _depths(merged)
         if not depths:
-            log.warning("LiNeS: no key names a block, so that all changes are scaled alike.")
+            log.warning(
+                "LiNeS: no key contains a block's index, so all changes are scaled equally."
+            )
         return _Scaled(inputs({"merged": merged}), _scale(alpha, beta, depths), merged)
 
 
@@ -148,7 +150,7 @@ def _scale(alpha: float, beta: float, depths: Mapping[str, float]) -> MergePiece
 
 
 def _depths(keys: Iterable[str]) -> dict[str, float]:
-    """Return how deep in its stack, from 0 to 1, the block of each key is."""
+    """Return the relative depth, from 0 to 1, of each key's block in its stack."""
     blocks = {key: place for key in keys if (place := block(key))}
     last: dict[str, int] = {}
     for stack, index in blocks.values():

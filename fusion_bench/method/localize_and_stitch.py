@@ -19,11 +19,11 @@ from fusion_bench.weights.statistics import largest
 
 
 class LocalizeAndStitch(TensorwiseAlgorithm):
-    """The pretrained model plus the largest changes, averaged where several models have them.
+    """The pretrained model plus the largest changes, averaged where they overlap.
 
     Args:
-        density: the share of each task vector that is kept, of the whole model. What a model did
-            not change at all is never among it.
+        density: the share of each task vector of the whole model that is kept. Unchanged elements
+            are never kept.
     """
 
     needs_pretrained = True
@@ -35,7 +35,7 @@ class LocalizeAndStitch(TensorwiseAlgorithm):
         self.density = density
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Find where each task vector is cut off."""
+        """Find the cutoff of each task vector."""
         count = int(inputs.count() * Fraction(str(self.density)))
         cutoffs = largest(inputs, task_vectors, [count] * len(inputs.names))
 

@@ -1,4 +1,4 @@
-r"""MagMax: of each element's changes the largest, $\theta = \theta_0 + \lambda\,\tau_{t^*}$.
+r"""MagMax: the largest change of each element, $\theta = \theta_0 + \lambda\,\tau_{t^*}$.
 
 Here $t^* = \arg\max_t |\tau_t|$, element by element.
 Marczak et al., MagMax, https://arxiv.org/abs/2407.06322
@@ -16,10 +16,10 @@ from fusion_bench.weights.ops import task_vectors
 
 @dataclass(eq=False)
 class MagMaxAlgorithm(TensorwiseAlgorithm):
-    """The pretrained model plus, at each element, the task vector's value of largest magnitude.
+    """The pretrained model plus the change of largest magnitude, elementwise.
 
     Args:
-        scaling_factor: scales what is added.
+        scaling_factor: scaling factor of the change.
     """
 
     needs_pretrained = True

@@ -1,4 +1,4 @@
-r"""Model soups: which models to average, and how much of each, learned on a validation split.
+r"""Model soups: averages of models, selected or weighted on a validation split.
 
 Greedy: models join the average one by one, the best first, where it gets better by that. Learned:
 $\theta = \sum_t \mathrm{softmax}(a)_t\,\theta_t$ with the $a$ that minimise the cross entropy.
@@ -37,13 +37,13 @@ Granularity = Literal["layer", "model"]
 
 
 class GreedySoupAlgorithm(LearningAlgorithm):
-    """The average of those models that make it better; equal ones keep the pool's order.
+    """The average of the models that improve it; equally good models keep the pool's order.
 
     The score is the mean accuracy over all tasks.
 
     Args:
-        accept_equal: a model also joins where the average stays as good.
-        split: what part of the datasets evaluates, with its labels.
+        accept_equal: also add a model if the score stays the same.
+        split: the split of the datasets to evaluate on, with its labels.
     """
 
     uses_labels = True
@@ -75,20 +75,20 @@ class GreedySoupAlgorithm(LearningAlgorithm):
             found = score(soup([*chosen, name]))
             if found > best or (self.accept_equal and found == best):
                 chosen, best = [*chosen, name], found
-        log.info("The soup is made of %s (%.1f %%).", ", ".join(chosen), 100 * best)
+        log.info("The soup contains %s (%.1f %%).", ", ".join(chosen), 100 * best)
         return soup(chosen)
 
 
 class LearnedSoupAlgorithm(LearningAlgorithm):
-    """The weighted average of all models whose weights, which add up to 1, are learned.
+    """The weighted average of all models, with learned weights that sum to 1.
 
     Args:
         granularity: weights for each model, or for each model and ``layer``, one parameter tensor.
         lr: AdamW's learning rate.
         max_steps: steps of AdamW; each sees one batch of every task.
         batch_size: images of a task in a step.
-        split: what part of the datasets is used, with its labels.
-        seed: draws with another seed are others.
+        split: the split of the datasets to use, with its labels.
+        seed: the random seed.
     """
 
     uses_labels = True
@@ -113,7 +113,7 @@ class LearnedSoupAlgorithm(LearningAlgorithm):
         self.seed = seed or 0
 
     def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
-        """Learn the weights, and with them a temperature of the answers, and merge."""
+        """Learn the weights and a temperature of the logits, and merge."""
         models = {name: pool.weights(name) for name in pool.model_names}
         inputs = aligned(pool, models=models)
         module = fabric.to_device(pool.build_model(inputs.reference)).requires_grad_(True)

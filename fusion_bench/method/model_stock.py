@@ -1,4 +1,4 @@
-r"""Model Stock: $\theta = t\,\bar\theta + (1 - t)\,\theta_0$, where $t$ follows from the angle.
+r"""Model Stock: $\theta = t\,\bar\theta + (1 - t)\,\theta_0$, where $t$ depends on the angle.
 
 For $T$ models whose task vectors have the cosine $c$: $t = \frac{T c}{(T - 1) c + 1}$.
 Jang et al., Model Stock, https://arxiv.org/abs/2403.19522
@@ -29,10 +29,10 @@ Average = Literal["cosine", "angle"]
 class ModelStock(TensorwiseAlgorithm):
     """A point between the pretrained model and the average, tensor by tensor.
 
-    Entries of a single number are averaged plainly.
+    Entries with a single value are averaged.
 
     Args:
-        ignore_keys: keys, or patterns of them, of entries that are averaged plainly.
+        ignore_keys: keys or key patterns of entries that are averaged.
         average: of more than two models, average the ``cosine`` or the ``angle`` between pairs.
         clamp: keep the share of the average between 0 and 1; without it, task vectors that point
             away from each other may give any number.
@@ -51,7 +51,9 @@ class ModelStock(TensorwiseAlgorithm):
     def check(self, inputs: Inputs) -> None:
         """Refuse a single model."""
         if len(inputs.names) < 2:
-            raise FusionBenchError("Model Stock needs at least two models besides '_pretrained_'.")
+            raise FusionBenchError(
+                "Model Stock needs at least two models in addition to '_pretrained_'."
+            )
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the share of the average in each entry."""
@@ -63,8 +65,8 @@ class ModelStock(TensorwiseAlgorithm):
         }
         if any(not 0 <= share <= 1 for share in shares.values()):
             log.warning(
-                "Model Stock: some task vectors point away from each other, and the result lies "
-                "beyond the models or far off. Give clamp=true to keep it between them."
+                "Model Stock: some task vectors have negative cosines, and the result is outside "
+                "the models or far away. Set clamp=true to keep it between them."
             )
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

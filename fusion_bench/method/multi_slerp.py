@@ -1,4 +1,4 @@
-r"""Multi-SLERP: the weighted mean of directions, at the weighted mean of the lengths.
+r"""Multi-SLERP: the weighted mean of the directions, scaled to the weighted mean of the norms.
 
 With $u_t = \theta_t / \|\theta_t\|$ the result is
 $\frac{\sum_t w_t u_t}{\|\sum_t w_t u_t\|} \sum_t w_t \|\theta_t\|$.
@@ -33,9 +33,9 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
     With a pretrained model its task vectors are averaged and added to it.
 
     Args:
-        weights: one a model, in the pool's order; equal where not given.
+        weights: one per model, in the pool's order; equal where not given.
         normalize_weights: divide the weights by their sum.
-        eps: what counts as no length.
+        eps: smaller norms count as zero.
     """
 
     elementwise = True
@@ -53,7 +53,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
             return
         check_one_each("weights", self.weights, inputs.names)
         if self.normalize_weights and sum(self.weights) == 0:
-            raise FusionBenchError("they add up to zero.", place=("weights",))
+            raise FusionBenchError("they sum to zero.", place=("weights",))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find each entry's weights: of the tensors, or of the task vectors."""
@@ -70,7 +70,7 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
         return merge
 
     def _weights(self, key: str, size: int, products: Tensor) -> Tensor:
-        """Return how much of each tensor is in the mean."""
+        """Return the weight of each tensor in the mean."""
         cosines, norms = cosines_and_norms(products)
         weights = torch.tensor(self.weights or [1.0] * len(norms), dtype=torch.float64)
         if self.normalize_weights:

@@ -22,14 +22,15 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
     """A weighted mean along arcs: of the task vectors, or without a pretrained model of the models.
 
     Args:
-        weights: one a model, in the pool's order; equal where not given. Only their ratios count.
-        axis: what is a vector: ``None`` for the whole tensor; -1 for each row, along the last
-            dimension; 0 for each column, along the first.
+        weights: one per model, in the pool's order; equal where not given. Only their ratios
+            matter.
+        axis: what counts as a vector: ``None`` for the whole tensor; -1 for each row, along the
+            last dimension; 0 for each column, along the first.
     """
 
     def __init__(self, weights: Sequence[float] | None = None, axis: int | None = None):
         if axis not in (None, 0, -1):
-            raise FusionBenchError(f"{axis!r} is none of null, 0 and -1.", place=("axis",))
+            raise FusionBenchError(f"{axis!r} is not null, 0 or -1.", place=("axis",))
         self.weights = None if weights is None else list(weights)
         self.axis = axis
 
@@ -39,7 +40,7 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
             check_one_each("weights", self.weights, inputs.names)
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return where the arcs lead."""
+        """Return the interpolated tensor."""
         weights = self.weights or [1.0] * len(tensors)
         vectors = (t.double() if base is None else (t - base).double() for t in tensors)
         point, total = next(vectors), weights[0]

@@ -25,12 +25,12 @@ Rho = Literal["paper", "fusionbench"]
 
 
 class OPCM(TensorwiseAlgorithm):
-    """Orthogonal projections: each model adds to the merged one what is new in it.
+    """Sequential merging where each model adds only new directions to the merged one.
 
     Args:
-        alpha: the share of singular values, from 0 to 1, whose directions are closed to later
-            models; the larger, the better earlier models are kept.
-        shuffle_order: merge the models in a random order, not in the pool's.
+        alpha: the share of singular values, from 0 to 1, whose directions are reserved for earlier
+            models; a larger value keeps earlier models better.
+        shuffle_order: merge the models in a random order instead of the pool's.
         seed: another seed gives another order.
         save_on_every_step: return the merged model after each step, by name, not only the last.
         evaluate_on_every_step: the same.
@@ -81,7 +81,7 @@ class OPCM(TensorwiseAlgorithm):
         }
 
     def clean(self, vector: Tensor, merged: Tensor) -> Tensor:
-        """Return the matrix ``vector`` without what lies along the directions of ``merged``."""
+        """Return the matrix ``vector`` without its part along the directions of ``merged``."""
         if not 0 < float(merged.norm()) < math.inf:
             return vector
         u, s, vh = svd(merged)  # without the directions of value 0, which are anyone's guess
@@ -93,7 +93,7 @@ class OPCM(TensorwiseAlgorithm):
         return (change - u @ taken @ vh).to(vector)
 
     def _closed(self, values: Tensor) -> int:
-        """Return how many directions are closed."""
+        """Return the number of reserved directions."""
         shares = values.double().cumsum(0)
         shares = shares / shares[-1]
         if self.rho == "paper":

@@ -29,7 +29,7 @@ class PCBMerging(TensorwiseAlgorithm):
 
     Args:
         density: the share of each task vector's elements that count, from 0 to 1.
-        scaling_factor: scales what is added.
+        scaling_factor: scaling factor of the change.
         variant: how elements are scored: ``paper``, or ``released`` as in the authors' code.
     """
 
@@ -46,7 +46,7 @@ class PCBMerging(TensorwiseAlgorithm):
         self.variant = variant
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Find the ranges of all scores, and which elements count."""
+        """Find the ranges of all scores, and the elements to keep."""
         count = int(inputs.count() * Fraction(str(self.density)))
         scored = (_as_in_the_paper if self.variant == "paper" else _as_released)(inputs, count)
 

@@ -1,4 +1,4 @@
-"""Anybody's object with a ``run``, seen as a fusion method."""
+"""Adapts any object with a ``run`` to a fusion method."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Runs(Protocol):
-    """All that an object must have to be a method."""
+    """The interface that an object needs to be a method."""
 
     def run(self, modelpool: ModelPool) -> Any:
         """Return tensors by key, a module, or several of either by name."""
 
 
 class PlainMethod:
-    """An object whose ``run`` fuses a pool, and which may say in attributes what it needs.
+    """An object whose ``run`` merges a pool; optional attributes state its requirements.
 
     Args:
         method: may have ``needs_pretrained``, ``needs_data`` with ``split``, ``needs_own_data`` and
@@ -50,7 +50,7 @@ class PlainMethod:
         )
 
     def check_pool(self, pool: ModelPool) -> None:
-        """Refuse a pool without a pretrained model where there has to be one."""
+        """Refuse a pool without a required pretrained model."""
         refuse_without_pretrained(self, pool)
 
     def fuse(
@@ -84,16 +84,16 @@ def as_method(made: object) -> FusionMethod:
         return made
     if isinstance(made, Runs):
         return PlainMethod(made)
-    raise FusionBenchError(f"{made!r} is no method.")
+    raise FusionBenchError(f"{made!r} is not a method.")
 
 
 def class_name(method: FusionMethod) -> str:
-    """Return how messages call a method."""
+    """Return a method's name for messages."""
     return type(method.method if isinstance(method, PlainMethod) else method).__name__
 
 
 def refuse_without_pretrained(method: FusionMethod, pool: ModelPool) -> None:
-    """Refuse a pool without the pretrained model where the method needs it.
+    """Refuse a pool without a pretrained model if the method needs it.
 
     Raises:
         FusionBenchError: there is none.
@@ -106,7 +106,7 @@ def refuse_without_pretrained(method: FusionMethod, pool: ModelPool) -> None:
 
 
 def _fuses_in_run(own: type) -> bool:
-    """Tell whether a class replaces ``run``, and leaves the ``fuse`` of the class it is made of."""
+    """Return whether a class overrides ``run`` but not ``fuse``."""
     run, fuse = (next(c for c in own.__mro__ if name in vars(c)) for name in ("run", "fuse"))
     return run is not fuse and issubclass(run, fuse)
 

@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 
 class RegMeanAlgorithm(LearningAlgorithm):
-    """The average of all models, but for linear layers, which are solved for.
+    """The average of all models, with linear layers solved by regression.
 
     Args:
         num_regmean_examples: samples of each task, drawn at random; ``null`` takes all.
-        exclude_param_names_regex: parameters whose names match one of these stay the pretrained
-            model's, or are averaged where there is none.
+        exclude_param_names_regex: parameters whose names match are copied from the pretrained
+            model, or averaged if there is none.
         reduce_non_diagonal_ratio: factor of the Gram matrices' off-diagonal elements, from 0 to 1.
         batch_size: samples in a batch.
-        split: what part of the datasets is used; labels are not looked at.
-        seed: draws with another seed are others.
-        weight_transpose: layers keep their weights outputs first, as ``nn.Linear`` does; there are
-            no others here.
-        num_workers: ignored, for the task pool's own are used.
+        split: the split of the datasets to use; labels are not looked at.
+        seed: the random seed.
+        weight_transpose: weights are stored with the outputs first, as in ``nn.Linear``; only these
+            layers are supported.
+        num_workers: ignored; the task pool's setting is used.
     """
 
     needs_own_data = True
@@ -67,8 +67,8 @@ class RegMeanAlgorithm(LearningAlgorithm):
         check_sampling("num_regmean_examples", num_regmean_examples, batch_size)
         if not weight_transpose:
             raise FusionBenchError(
-                "false is for layers that keep their weights inputs "
-                "first; only nn.Linear is merged here. Leave it out.",
+                "false is for layers that store weights with the inputs first; only nn.Linear is "
+                "merged here. Remove the key.",
                 place=("weight_transpose",),
             )
         self.num_regmean_examples = num_regmean_examples
@@ -98,13 +98,13 @@ class RegMeanAlgorithm(LearningAlgorithm):
         return self.solved(pool, normal)
 
     def batches(self, name: str, task: TaskData) -> Iterator[Tensor]:
-        """Yield the images whose way through a model is followed."""
+        """Yield the images whose activations are recorded."""
         count, title = self.num_regmean_examples, f"layer inputs of {name}"
         for images, _ in drawn_batches(task, count, self.batch_size, self.seed, title)[1]:
             yield images
 
     def solved(self, pool: ModelPool, normal: "NormalEquations") -> Weights:
-        """Return the models' average, but for the linear layers that ``normal`` solves."""
+        """Return the models' average, with the linear layers solved by ``normal``."""
 
         def merge_tensor(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             kept = excluded(key, self.exclude_param_names_regex)
@@ -118,7 +118,7 @@ class RegMeanAlgorithm(LearningAlgorithm):
 
 
 class NormalEquations:
-    """What linear layers' merged weights solve, summed up model by model, in float64.
+    """The normal equations of the merged linear layers, accumulated model by model in float64.
 
     Args:
         ratio: factor of the Gram matrices' off-diagonal elements.
@@ -133,7 +133,7 @@ class NormalEquations:
         return key in self._left
 
     def add(self, module: nn.Module, grams: "Mapping[str, Gram]", prefix: str = "") -> None:
-        """Add a model's weights, and the Gram matrices of what entered them."""
+        """Add a model's weights and the Gram matrices of its layers' inputs."""
         own = dict(module.named_parameters())
         for key, gram in grams.items():
             mean = gram.mean()
@@ -143,7 +143,7 @@ class NormalEquations:
                 sums[prefix + key] = sums[prefix + key] + value if prefix + key in sums else value
 
     def solution(self, key: str, average: Tensor) -> Tensor:
-        """Return a layer's merged weight, outputs first; the models' average where nothing entered.
+        """Return a layer's merged weight, outputs first; the models' average for zero inputs.
 
         It is drawn to the average no more than makes the matrix regular.
         """
@@ -160,7 +160,7 @@ class NormalEquations:
 
 
 class Gram:
-    r"""The mean of $x x^\top$ over all rows that enter a layer, in float64."""
+    r"""The mean of $x x^\top$ over all input rows of a layer, in float64."""
 
     def __init__(self) -> None:
         self._total = torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-r"""RegMean++: RegMean, where what enters a layer comes from the layers merged before it.
+r"""RegMean++: RegMean with layer inputs from the merged blocks before the layer.
 
 Nguyen et al., RegMean++, https://arxiv.org/abs/2508.03121
 """
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 
 class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
-    """RegMean block by block: each block sees what the merged blocks before it give.
+    """RegMean block by block, with the outputs of the merged blocks as inputs.
 
-    What stands before the blocks and behind them is averaged. It takes what ``RegMeanAlgorithm``
-    takes.
+    Parameters before and after the blocks are averaged. It has the options of ``RegMeanAlgorithm``.
     """
 
     @torch.no_grad()
@@ -59,7 +58,7 @@ class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
         return weights
 
     def _calls(self, model: nn.Module, block: nn.Module, name: str, task: TaskData) -> list[Any]:
-        """Return what ``block`` is called with, batch by batch."""
+        """Return the inputs of ``block``, batch by batch."""
         calls: list[Any] = []
 
         def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -84,7 +83,7 @@ class _Reached(Exception):  # noqa: N818
 
 
 def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return a model's longest list of blocks, and what its keys begin with.
+    """Return a model's longest list of blocks, and the prefix of its keys.
 
     Raises:
         FusionBenchError: there is none.
@@ -92,7 +91,7 @@ def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise FusionBenchError(
-            f"RegMean++ goes through a model block by block; a {type(module).__name__} has none."
+            f"RegMean++ merges a model block by block; a {type(module).__name__} has no blocks."
         )
     name, blocks = max(lists, key=lambda entry: len(entry[1]))
     return f"{name}.", blocks

@@ -21,7 +21,7 @@ from fusion_bench.weights.statistics import products
 
 @dataclass(eq=False)
 class SCEAlgorithm(TensorwiseAlgorithm):
-    """The pretrained model plus a mean of the task vectors that follows the larger changes.
+    """The pretrained model plus a mean of the task vectors, weighted towards larger changes.
 
     Args:
         select_topk: the share of the varying elements to keep, from 0 to 1.
@@ -36,7 +36,7 @@ class SCEAlgorithm(TensorwiseAlgorithm):
         self.elementwise = self.select_topk == 1
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Weigh the models in each entry; where elements are selected, entry by entry."""
+        """Compute the models' weights in each entry, entry by entry if elements are selected."""
         if self.select_topk < 1:
             return same_for_all(self.merge_tensor)
         energies = {k: own.diagonal() for k, own in products(inputs, task_vectors).items()}

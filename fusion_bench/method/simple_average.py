@@ -13,7 +13,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 
 @dataclass(eq=False)
 class SimpleAverageAlgorithm(TensorwiseAlgorithm):
-    """The mean of all models; the pretrained model is not one of them."""
+    """The mean of all models, without the pretrained model."""
 
     elementwise = True
     shows_nonfinite = True

@@ -1,4 +1,4 @@
-r"""SLERP: the way between two models along a great circle, tensor by tensor.
+r"""SLERP: interpolation of two models along a great circle, tensor by tensor.
 
 With $\Omega$ the angle between the tensors taken as vectors,
 $\theta = (\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b) / \sin\Omega$.
@@ -19,11 +19,11 @@ from fusion_bench.weights import Inputs
 
 @dataclass(eq=False)
 class SlerpMergeAlgorithm(TensorwiseAlgorithm):
-    """A point on the arc between two models; the pretrained one, where there is one, is its start.
+    """A point on the arc between two models; the pretrained model, if any, is the start.
 
     Args:
         t: how far to go, from 0 to 1.
-        DOT_THRESHOLD: tensors whose cosine is beyond it, either way, are interpolated linearly.
+        DOT_THRESHOLD: if the absolute cosine exceeds it, tensors are interpolated linearly.
         epsilon: a tensor whose norm is at most this has no direction.
     """
 
@@ -35,7 +35,7 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
         check_between("t", self.t, 0, 1)
 
     def check(self, inputs: Inputs) -> None:
-        """Refuse all but two models."""
+        """Refuse any number of models except two."""
         refuse_all_but_two(inputs, "SLERP")
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

@@ -20,12 +20,12 @@ from fusion_bench.weights.ops import task_vectors
 
 
 class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
-    """For each task a model: the pretrained one plus what the task's mask leaves of the sum.
+    """A model for each task: the pretrained model plus the masked sum of all task vectors.
 
     Args:
-        tall_mask_lambda: the larger, the fewer elements a mask keeps.
-        debug: has no effect; so has the next. Configs of FusionBench have them.
-        verbose: has no effect.
+        tall_mask_lambda: a larger value keeps fewer elements in a mask.
+        debug: no effect; kept because configs of FusionBench have it.
+        verbose: no effect.
     """
 
     needs_pretrained = True
@@ -37,7 +37,7 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
         self.tall_mask_lambda = tall_mask_lambda
 
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
-        """Return by the models' names what makes each task's model."""
+        """Return the merge function of each task's model by name."""
         return {name: partial(self._merge, task) for task, name in enumerate(inputs.names)}
 
     def _merge(
@@ -50,11 +50,11 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
 
 
 class ConsensusTaskArithmetic(TensorwiseAlgorithm):
-    """Task arithmetic where the masks of several tasks agree; elsewhere the pretrained model.
+    """Task arithmetic on elements in several tasks' masks; elsewhere the pretrained model.
 
     Args:
-        scaling_factor: scales what is added.
-        tall_mask_lambda: the larger, the fewer elements a task's mask keeps.
+        scaling_factor: scaling factor of the change.
+        tall_mask_lambda: a larger value keeps fewer elements in a task's mask.
         k: how many tasks must keep an element; 0 keeps all, as task arithmetic does.
 
     Raises:
@@ -76,8 +76,8 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
         """Refuse a consensus of more tasks than there are."""
         if self.k > len(inputs.names):
             raise FusionBenchError(
-                f"{self.k} of {len(inputs.names)} models cannot agree. "
-                "Give more models or a smaller k.",
+                f"{self.k} is more than the number of models, {len(inputs.names)}. Add models or "
+                "choose a smaller k.",
                 place=("k",),
             )
 

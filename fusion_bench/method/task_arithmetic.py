@@ -15,7 +15,8 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     """The pretrained model plus the scaled sum of all task vectors.
 
-    ``scaling_factor`` is usually tuned on validation data; a negative one forgets the tasks.
+    ``scaling_factor`` is usually tuned on validation data; a negative value makes the model forget
+    the tasks.
     """
 
     needs_pretrained = True

@@ -19,15 +19,16 @@ from fusion_bench.weights.ops import add_scaled, task_vectors
 
 
 class TaskSingularVectorMerging(TensorwiseAlgorithm):
-    """The pretrained model plus the task vectors' main directions, made orthogonal to each other.
+    """The pretrained model plus the main directions of the task vectors, made orthogonal.
 
-    What is no matrix, or too small to give each model a direction, gets the mean task vector.
+    Entries that are not matrices, or too small for one direction per model, get the mean task
+    vector.
 
     Args:
-        alpha: scales what is added; a list has a factor for each model's task vector.
-        exclude_keys: keys, or patterns of them, of matrices that are merged as the rest is.
-        return_single_task_models: return, beside ``merged``, each model with no more directions of
-            its task vector than the merged one has of it.
+        alpha: scaling factor of the change; a list has a factor for each model's task vector.
+        exclude_keys: keys or key patterns of matrices that are merged like other entries.
+        return_single_task_models: also return each model with only those directions of its task
+            vector that are in ``merged``.
     """
 
     needs_pretrained = True
@@ -44,7 +45,7 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
         self.return_single_task_models = return_single_task_models
 
     def check(self, inputs: Inputs) -> None:
-        """Refuse a list of factors that are not as many as the models."""
+        """Refuse a wrong number of factors."""
         if isinstance(self.alpha, Sequence) and len(self.alpha) != len(inputs.names):
             raise FusionBenchError(
                 f"{len(self.alpha)} factors for {len(inputs.names)} models: "

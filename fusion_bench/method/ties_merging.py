@@ -32,14 +32,15 @@ ZeroSign = Literal["global_majority", "positive"]
 
 
 class TiesMergingAlgorithm(TensorwiseAlgorithm):
-    """The pretrained model plus the merged task vector of those elements that agree.
+    """The pretrained model plus the merged task vector of the elements that agree in sign.
 
     Args:
-        scaling_factor: scales what is added.
-        threshold: how much of each task vector is kept: percent where it is above 1, else a share.
-        remove_keys: entries that stay the pretrained model's.
+        scaling_factor: scaling factor of the change.
+        threshold: how much of each task vector is kept: a percentage above 1, otherwise a share.
+        remove_keys: entries that are copied from the pretrained model.
         merge_func: how values of the elected sign are merged: ``mean``, ``sum`` or ``max``.
-        scope: what the largest elements are sought in: the whole ``model``, or each ``tensor``.
+        scope: where the largest elements are searched: in the whole ``model`` or in each
+            ``tensor``.
         keep: ``exact_topk`` keeps just so many; ``ge_kth`` keeps one more, and all that equal it,
             as common code does.
         zero_sign: the sign where the sum is 0: that of the ``global_majority``, or ``positive``.
@@ -73,11 +74,11 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         self.elementwise = self.shows_nonfinite = scope == "model"
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Find where each task vector is cut off."""
+        """Find the cutoff of each task vector."""
         return self.merger_of(inputs, task_vectors)
 
     def merger_of(self, inputs: Inputs, vectors: Values) -> MergePiece:
-        """Return what trims and merges ``vectors``, one a model, which another step may make."""
+        """Return the function that trims and merges ``vectors``, one per model."""
         merged = inputs.without(self.remove_keys)
         trimmed = self._trimmed(merged, vectors)
         zero_sign = once(partial(self._zero_sign, merged, trimmed))
@@ -116,7 +117,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         }
 
     def _trimmed(self, inputs: Inputs, vectors: Values) -> Values:
-        """Return what gives the elements of ``vectors`` that are kept, and 0 elsewhere."""
+        """Return the function that keeps only the largest elements of ``vectors``."""
         if self.scope == "tensor":
             return partial(self._trimmed_alone, vectors)
         count, ties = self._count(inputs.count()), self.keep == "ge_kth"

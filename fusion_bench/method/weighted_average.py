@@ -16,13 +16,14 @@ from fusion_bench.weights import Inputs, matches
 
 @dataclass(eq=False)
 class WeightedAverageAlgorithm(TensorwiseAlgorithm):
-    """The weighted sum of all models; the pretrained model is not one of them.
+    """The weighted sum of all models, without the pretrained model.
 
     Args:
-        weights: one a model, in the pool's order; negative ones are allowed without ``normalize``.
+        weights: one per model, in the pool's order; negative values are allowed without
+            ``normalize``.
         normalize: divide the weights by their sum.
-        layer_weights: key pattern (``*`` stands for anything) to weights for the entries that it
-            fits; the first that fits counts, and ``weights`` where none does.
+        layer_weights: maps key patterns (``*`` matches anything) to weights for matching entries;
+            the first match is used, or ``weights`` without a match.
 
     Raises:
         FusionBenchError: from ``run``: another number of weights than models, or weights whose sum
@@ -45,7 +46,7 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
             check_one_each(name, weights, inputs.names)
             if self.normalize and sum(weights) == 0:
                 raise FusionBenchError(
-                    "the weights add up to zero and cannot be normalised.",
+                    "the weights sum to zero and cannot be normalised.",
                     "Give {here}normalize=false.",
                     place=(name,),
                 )

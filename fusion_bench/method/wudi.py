@@ -1,4 +1,4 @@
-r"""WUDI: the task vector whose rows differ least from the models' where those act.
+r"""WUDI: the merged task vector with the least interference between tasks.
 
 $\tau = \arg\min_\tau \sum_t \|(\tau - \tau_t)\,\tau_t^\top\|^2 / \|\tau_t\|^2$, matrix by matrix.
 Cheng et al., Whoever started the interference should end it, https://arxiv.org/abs/2503.08099
@@ -25,16 +25,16 @@ _LEARNING_RATE = 1e-5
 
 
 class WUDIMerging(TensorwiseAlgorithm):
-    """The pretrained model plus, for each matrix, a task vector that is fitted to all models.
+    """The pretrained model plus a task vector that is fitted to all models, for each matrix.
 
     Args:
         iter_num: steps of ``adam``.
-        exclude_keys: keys, or patterns of them, of matrices that are merged as the rest is.
+        exclude_keys: keys or key patterns of matrices that are merged like other entries.
         solver: ``adam`` goes from the sum of the task vectors towards the minimum, by 1e-5 a step
             at most; ``lstsq`` goes all the way, in closed form.
         divisor: a model's part of the sum is divided by the ``squared`` norm of its task vector,
             as in the paper, or by the ``norm``, as in the code that the authors published.
-        rest: what is no matrix gets the ``mean`` of the task vectors, or stays the ``base``'s.
+        rest: other entries get the ``mean`` of the task vectors, or the values of the ``base``.
     """
 
     needs_pretrained = True

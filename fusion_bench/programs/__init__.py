@@ -1,4 +1,4 @@
-"""What one run does, step by step."""
+"""The programs: what a run does, step by step."""
 
 from fusion_bench.programs.compare import CompareProgram
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram

@@ -1,4 +1,4 @@
-"""Lays runs side by side: the differences between them, and what they are worth."""
+"""Compares runs: their differences, with confidence intervals."""
 
 import logging
 import re
@@ -16,9 +16,9 @@ from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
 from fusion_bench.report.side_by_side import (
     Evaluated,
+    combined_models,
     common_tasks,
-    models_side_by_side,
-    obstacles,
+    evaluation_differences,
 )
 from fusion_bench.report.table import print_differences, wide_console
 from fusion_bench.storage import claimed
@@ -27,13 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class CompareProgram:
-    """Compares the merged models of several runs on the samples that they have in common.
+    """Compares the merged models of several runs on their common samples.
 
     Args:
-        reports: the runs' ``report.json``, or their directories; as a mapping, by the names that
-            they are to have.
-        strict: refuse runs whose figures must not be compared.
-        output_dir: where the result goes, as a report of its own; ``None`` writes none.
+        reports: the runs' ``report.json``, or their directories; a mapping sets their names.
+        strict: refuse runs that are not comparable.
+        output_dir: the directory for the comparison's own report; ``None`` writes none.
         dry_run: check the config and stop before anything is read.
 
     Raises:
@@ -76,7 +75,7 @@ class CompareProgram:
                 off, runs that are not comparable.
         """
         if self.dry_run:
-            log.info("Dry run: the config is sound; nothing was read.")
+            log.info("Dry run: the config is valid; nothing was read.")
             return None
         start = time.perf_counter()
         runs = {name: _read(path) for name, path in self.paths.items()}
@@ -85,8 +84,8 @@ class CompareProgram:
             raise FusionBenchError("there is no task that all of them have.", place=("reports",))
         left_out = {t: None for run in runs.values() for t in run.report.tasks if t not in tasks}
         if left_out:
-            log.warning("Not all runs have evaluated %s; left out.", ", ".join(left_out))
-        found = obstacles(runs)
+            log.warning("%s was not evaluated in all runs and is left out.", ", ".join(left_out))
+        found = evaluation_differences(runs)
         if found and self.strict:
             raise FusionBenchError(
                 "these runs are not comparable.",
@@ -96,7 +95,7 @@ class CompareProgram:
             )
         for obstacle in found:
             log.warning("Not comparable: %s.", obstacle)
-        models, answers = models_side_by_side(runs)
+        models, answers = combined_models(runs)
         first = next(iter(runs.values())).report
         evaluated = {
             t: result.num_samples for m in models.values() for t, result in m.tasks.items()
@@ -118,7 +117,7 @@ class CompareProgram:
     def _described(
         self, runs: Mapping[str, Evaluated], seconds: float, found: Sequence[str]
     ) -> Run:
-        """Return the account of this comparison; what the runs differ in is listed."""
+        """Return the description of this comparison, with the differences between the runs."""
         described = [evaluated.report.run for evaluated in runs.values()]
         return Run(
             version=__version__,
@@ -137,7 +136,7 @@ class CompareProgram:
 
 
 def _file(path: Path) -> Path:
-    """Return the report's file, also where its directory is named."""
+    """Return the report's file, given the file or its directory."""
     place = path.expanduser().absolute()
     return place / "report.json" if place.is_dir() else place
 
@@ -152,7 +151,7 @@ def _read(path: Path) -> Evaluated:
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
-    """Return the reports by the last parts of their paths, as many as tell them apart."""
+    """Return the reports by the shortest unique ends of their paths."""
     parts = []
     for path in paths:
         place = _file(Path(path))

@@ -1,4 +1,4 @@
-"""Where a run happens: its processes and devices, and their description in the report."""
+"""The processes and devices of a run, and their description in the report."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def make_fabric(section: Any) -> Fabric:
         return section
     if section is not None and not isinstance(section, Mapping):
         raise ConfigError(
-            f"'{section}' is no mapping.", "Give fabric.accelerator=… instead.", place=("fabric",)
+            f"'{section}' is not a mapping.", "Set fabric.accelerator=… instead.", place=("fabric",)
         )
     defaults = {"_target_": "lightning.Fabric", "accelerator": "auto", "devices": 1}
     node = {**defaults, **(section or {})}
@@ -55,13 +55,13 @@ def make_fabric(section: Any) -> Fabric:
         if node.get("strategy", "auto") == "auto" and reruns_command:
             fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        fix = "Give fabric.accelerator=auto and fabric.devices=1 to take what is here."
+        fix = "Set fabric.accelerator=auto and fabric.devices=1 to use an available device."
         raise ConfigError(str(error), fix, place=("fabric",)) from error
     return fabric
 
 
 def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
-    """Have ``work`` done in all of Fabric's processes; returns the first one's result.
+    """Run ``work`` in all of Fabric's processes, and return the first one's result.
 
     Raises:
         FusionBenchError: what one of the processes raised.
@@ -73,13 +73,15 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
             return cast(T, fabric.launch(work))
     end_threads()
     # A process that was started by ours could else only tell its traceback.
-    told = multiprocessing.get_context(launcher._start_method).SimpleQueue()
+    errors = multiprocessing.get_context(launcher._start_method).SimpleQueue()
     try:
-        return cast(T, fabric.launch(partial(_telling, work=work, told=told, shown=are_set_up())))
+        return cast(
+            T, fabric.launch(partial(_sending_errors, work=work, errors=errors, shown=are_set_up()))
+        )
     except ProcessRaisedException as error:
-        if told.empty():
+        if errors.empty():
             raise
-        raise told.get() from error
+        raise errors.get() from error
     except ProcessExitedException as error:
         raise EnvironmentProblem(
             f"process {error.error_index} was ended from outside "
@@ -92,26 +94,26 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
         ) from error
 
 
-def _telling(
+def _sending_errors(
     fabric: Fabric,
     work: Callable[[Fabric], T],
-    told: "SimpleQueue[FusionBenchError]",
+    errors: "SimpleQueue[FusionBenchError]",
     shown: bool,
 ) -> T:
-    """Do the work; tell the parent what is wrong, where it is nothing to be traced."""
+    """Run the work; send expected errors to the parent without a traceback."""
     if shown:  # as in the parent
         set_up_streams()
     try:
         with plain_failures():
             return work(fabric)
     except FusionBenchError as error:
-        told.put(error)
+        errors.put(error)
         raise
 
 
 @contextmanager
 def plain_failures() -> Iterator[None]:
-    """Say in one line that memory ran out, or that a disk fails.
+    """Report out-of-memory and disk errors in one line.
 
     Raises:
         EnvironmentProblem: that is so.
@@ -122,9 +124,10 @@ def plain_failures() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        reason = str(error).partition(". ")[0] or "the machine has no more"
+        reason = str(error).partition(". ")[0] or "the machine has no memory left"
         raise EnvironmentProblem(
-            f"Out of memory: {reason}. Choose a device with more of it, or end what else uses it."
+            f"Out of memory: {reason}. Choose a device with more memory, or stop other programs "
+            "that use it."
         ) from error
 
 
@@ -138,7 +141,7 @@ def describe_run(
     search: Search | None = None,
     notes: Sequence[str] = (),
 ) -> Run:
-    """Return the report's account of what was run, when, and with what."""
+    """Return the report's description of the run."""
     return Run(
         version=__version__,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

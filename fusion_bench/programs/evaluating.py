@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Has a task pool evaluate models, and keeps what comes out.
+    """Evaluates models with a task pool, and collects the results.
 
     Args:
-        modelpool: the models; each is loaded when its turn comes.
-        taskpool: the tasks; without it models are only described.
-        fabric: gives device, precision and processes; all of them must make the same calls.
+        modelpool: the models; each is loaded when it is needed.
+        taskpool: the tasks; without it, models are only described.
+        fabric: the device, precision and processes; all processes must make the same calls.
         baselines: which of the pool's models are evaluated, and on which tasks.
         fast_dev_run: evaluate only the first batch of each task.
-        output_dir: where the answers go as parquet files, if the task pool is to save them.
+        output_dir: the directory for predictions as parquet files, if the task pool saves them.
 
     Attributes:
-        models: a model's name to how it did.
-        answers: what each of them answered.
+        models: the results by model name.
+        answers: the predictions of each model.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Evaluator:
         return [] if self.taskpool is None else self.taskpool.task_names
 
     def evaluate_baselines(self) -> None:
-        """Evaluate the pretrained model and the individual ones, as far as they are asked for."""
+        """Evaluate the pretrained model and the individual ones, as configured."""
         if self.baselines == "none" or self.taskpool is None:
             return
         if self.modelpool.has_pretrained:
@@ -78,19 +78,19 @@ class Evaluator:
         for name in self.modelpool.model_names:
             tasks = self.own_tasks(name) if self.baselines == "own_task" else None
             if tasks == []:
-                log.info("'%s' is evaluated on no task: none bears its name.", name)
+                log.info("'%s' is not evaluated: no task has this name.", name)
                 continue
             self._evaluate_baseline(name, "individual", tasks)
 
     def take(self, other: "Evaluator") -> None:
-        """Add what another has found; both may go on."""
+        """Add another evaluator's results."""
         self.models |= {name: model.model_copy(deep=True) for name, model in other.models.items()}
         for task, found in other.answers.tasks.items():
             for model in found.predictions:
                 self.answers.add(task, model, found)
 
     def evaluate_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
-        """Evaluate what a method made."""
+        """Evaluate the merged models."""
         for name, model in merged.items():
             # One of several that bears a task's name is made for that task.
             tasks = self.own_tasks(name.removeprefix(f"{MERGED}/")) or None
@@ -109,7 +109,7 @@ class Evaluator:
         summarise(self.models, {t: name for name in self.models for t in self.own_tasks(name)})
 
     def own_tasks(self, model: str) -> list[str]:
-        """Return the tasks that bear a model's name."""
+        """Return the tasks with a model's name."""
         own = canonical_name(model)
         return [task for task in self.task_names if canonical_name(task) == own]
 
@@ -147,7 +147,7 @@ class Evaluator:
         architecture: str | None,
         tasks: list[str] | None,
     ) -> None:
-        """Evaluate a model, which is only built if its results are not known.
+        """Evaluate a model; it is built only if its results are not cached.
 
         ``architecture`` tells, with the weights, what the model computes.
         """

@@ -1,4 +1,4 @@
-"""Does what was planned: loads, fuses, evaluates and describes it in a report."""
+"""Executes a prepared run: loads, merges, evaluates and reports."""
 
 import logging
 import time
@@ -47,7 +47,7 @@ _DONE = {"load": "Loaded", "search": "Searched", "fuse": "Fused", "evaluate": "E
 
 @runtime_checkable
 class Savable(Protocol):
-    """A module that is no plain checkpoint, and writes itself."""
+    """A module that writes itself, instead of a plain checkpoint."""
 
     def save(self, directory: Path, modelpool: Saving, config: Mapping[str, Any]) -> None:
         """Write the directory, whole or not at all."""
@@ -57,17 +57,17 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     """Fuse, evaluate, save and print.
 
     Args:
-        prepared: with every object that its spec asks for.
-        plan: what was found about them, of which the notes go into the report.
+        prepared: the objects of the run, all available.
+        plan: the plan; its notes go into the report.
 
     Raises:
         FusionBenchError: what shows only now: a damaged file, memory or a disk that is full.
     """
-    run = _sound(prepared, plan)
+    run = _complete(prepared, plan)
     run.quiet()
     for note in run.notes:
         log.warning("%s", note)
-    log.info("Fusing %s with %s", ", ".join(run.modelpool.model_names), class_name(run.method))
+    log.info("Merging %s with %s", ", ".join(run.modelpool.model_names), class_name(run.method))
     with run.paths.claimed():
         report, answers = launch(run.fabric, run.fuse_and_evaluate)
         # Where processes were started by us, this one is their parent.
@@ -79,14 +79,14 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
                 log.info("Merged model: %s", run.paths.model_path)
             elif not report.tasks and report.run.search is None:
                 log.warning(
-                    "The merged model was neither evaluated nor saved; give a task pool or %s.",
+                    "The merged model was neither evaluated nor saved; set a task pool or %s.",
                     "merged_model_save_path",
                 )
     return report
 
 
-def _sound(prepared: Prepared, plan: Plan) -> "_Run":
-    """Return what is prepared as a run, for which there is all that it needs."""
+def _complete(prepared: Prepared, plan: Plan) -> "_Run":
+    """Return the prepared objects as a complete run."""
     made = prepared
     assert made.modelpool is not None and made.method is not None and made.fabric is not None
     return _Run(
@@ -106,7 +106,7 @@ def _sound(prepared: Prepared, plan: Plan) -> "_Run":
 
 @dataclass(frozen=True)
 class _Run:
-    """A run whose objects are all there."""
+    """A run with all its objects."""
 
     spec: FusionSpec
     shared: SharedObjects
@@ -137,7 +137,7 @@ class _Run:
                     self.modelpool, self.taskpool, fabric, self.spec.allow_test_split
                 )
             data = self._data(self.method, fabric)
-        if (done := self._done_before(inputs, data, searched, fabric)) is not None:
+        if (done := self._earlier_result(inputs, data, searched, fabric)) is not None:
             return done
         self._seed_everything(fabric)  # again: what was loaded before need not have been loaded now
         method, search = self.method, None
@@ -177,12 +177,12 @@ class _Run:
         return report, evaluator.answers
 
     def quiet(self) -> None:
-        """Keep libraries from printing; a merge alone imports neither of the two."""
+        """Silence libraries; a pure merge imports none of them."""
         if self.taskpool is not None:
             quiet_libraries()
 
     def _all_notes(self) -> list[str]:
-        """Return what the report is to say of the models and of how they were evaluated."""
+        """Return the report's notes on the models and their evaluation."""
         of_tasks = [] if self.taskpool is None else self.taskpool.notes
         return list(dict.fromkeys([*self.notes, *self.modelpool.notes, *of_tasks]))
 
@@ -197,7 +197,7 @@ class _Run:
         )
 
     def _evaluated_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Evaluator:
-        """Return one that has evaluated the models to compare with, maybe in an earlier run."""
+        """Return an evaluator with the baselines' results, possibly from the cache."""
 
         def evaluated() -> Evaluator:
             evaluator = self._evaluator(fabric)
@@ -220,7 +220,7 @@ class _Run:
         return tuning_data(method, self.modelpool, self.taskpool, fabric, allowed)
 
     def _search(self, data: TuningData, fabric: Fabric) -> Search:
-        """Find the method's options; leaves the random numbers as they were at first."""
+        """Search the method's options; the random state is restored afterwards."""
         assert self.search is not None and self.taskpool is not None and data is not None
         found = self.search.run(
             self.settings, data, self.modelpool, self.taskpool, fabric, self.spec
@@ -231,7 +231,7 @@ class _Run:
     def _fuse(
         self, fabric: Fabric, method: FusionMethod, data: TuningData, search: Search | None
     ) -> dict[str, nn.Module | Weights]:
-        """Return what the method makes, by name; saved, where a path is given.
+        """Return the merged models by name, saved if a path is given.
 
         Merged weights are computed as they are written; they are held in memory only if they are
         to be evaluated or to be thrown away.
@@ -243,7 +243,7 @@ class _Run:
             merged = materialize(merged)
         if path is None:
             return merged
-        places = {
+        directories = {
             name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="") for name in merged
         }
         config = self.spec.config
@@ -251,15 +251,15 @@ class _Run:
             config = {**config, "method": search.method}
         if fabric.global_rank == 0:
             self.paths.begin_model()
-            with _whole(path, several=list(merged) != [MERGED]) as whole:
-                for name, place in places.items():
-                    self._save(merged[name], whole / place.relative_to(path), config)
+            with _model_directory(path, several=list(merged) != [MERGED]) as whole:
+                for name, directory in directories.items():
+                    self._save(merged[name], whole / directory.relative_to(path), config)
         fabric.barrier()
         if self.taskpool is not None:
             return merged
-        for name, place in places.items():
+        for name, directory in directories.items():
             if isinstance(merged[name], Weights):
-                merged[name] = self.modelpool.open_saved(place)
+                merged[name] = self.modelpool.open_saved(directory)
         return merged
 
     def _save(self, model: nn.Module | Weights, place: Path, config: Mapping[str, Any]) -> None:
@@ -273,14 +273,14 @@ class _Run:
                 f"Cannot write it: {error}", place=("merged_model_save_path",)
             ) from error
 
-    def _done_before(
+    def _earlier_result(
         self,
         inputs: Mapping[str, str],
         data: TuningData,
         searched: TuningData,
         fabric: Fabric,
     ) -> tuple[Report, Answers] | None:
-        """Return the result that this very run had left here, if nothing has changed since."""
+        """Return the earlier result of the same run, if nothing has changed since."""
         found = None
         path = self.paths.model_path
         model_is_there = path is None or path.exists()
@@ -292,12 +292,12 @@ class _Run:
             self.paths.check_reports()
             self.paths.check_model()
             return None
-        log.info("This run was done before; its report stands.")
+        log.info("This run is already done; its report is unchanged.")
         return found
 
 
 class _Clock:
-    """Measures named steps, and says in the log how long each took."""
+    """Measures the time of named steps and logs it."""
 
     def __init__(self, says: bool) -> None:
         self._says = says
@@ -317,8 +317,8 @@ class _Clock:
 
 
 @contextmanager
-def _whole(directory: Path, *, several: bool) -> Iterator[Path]:
-    """Yield where models go: several together take the place of what was in the directory."""
+def _model_directory(directory: Path, *, several: bool) -> Iterator[Path]:
+    """Yield the directory for models; several models replace the old directory together."""
     if not several:
         yield directory  # a model alone sees to that itself
         return

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class FabricModelFusionProgram:
-    """Fuses a model pool with a method and evaluates the result beside the models it came from.
+    """Merges a model pool with a method and evaluates the result and its inputs.
 
     Args:
         method: the fusion method, as config node or object; so are the next four.
@@ -24,23 +24,23 @@ class FabricModelFusionProgram:
         taskpool: the tasks; without it nothing is evaluated.
         fabric: ``lightning.Fabric``'s arguments; by default one process on the best device.
         search: finds the method's options first, such as ``GridSearch``; the method must be a node.
-        output_dir: where the report and the config go; ``None`` writes none.
+        output_dir: the directory for the report and the config; ``None`` writes none.
         seed: seeds every random number generator.
-        baselines: what is evaluated beside the merged model: the pretrained model on every task and
-            each individual model on its ``own_task``, on ``all_tasks``, or ``none`` of them.
-        report_save_path: one more place for the report's JSON; ``{log_dir}`` in it is
+        baselines: which other models are evaluated: the pretrained model on every task and each
+            individual model on its ``own_task``, on ``all_tasks``, or ``none`` of them.
+        report_save_path: an extra path for the report's JSON; ``{log_dir}`` in it is
             ``output_dir``.
-        merged_model_save_path: directory for the merged model; likewise.
-        overwrite: replace what another run left at these two paths, or in ``output_dir``.
+        merged_model_save_path: directory for the merged model, with the same placeholder.
+        overwrite: replace another run's output at these two paths, or in ``output_dir``.
         allow_test_split: let the method learn from data that the models are evaluated on.
-        similarity: measure how the task vectors lie to each other, which reads the weights once.
+        similarity: measure the similarity of the task vectors, which reads the weights once.
         fast_dev_run: evaluate only the first batch of each task.
         dry_run: print the plan and all problems, and stop before anything is loaded.
-        parts: what other runs of this process have made, for those that follow.
-        problems: what is known to be wrong with the config, to be said with the rest.
+        parts: objects that are shared between runs of this process.
+        problems: known problems of the config, reported with the others.
 
     Raises:
-        ConfigError: with all that is wrong in any of them, and in what they name.
+        ConfigError: with all problems of the arguments and of what they name.
     """
 
     #: What is wrong with the sections is said here, for all of them at once.
@@ -91,6 +91,6 @@ class FabricModelFusionProgram:
         """Fuse, evaluate, save and print; returns the report, or ``None`` after a dry run."""
         plan = preflight(self.prepared)
         if self.spec.dry_run:
-            log.info("Dry run: the config is sound; nothing was loaded.")
+            log.info("Dry run: the config is valid; nothing was loaded.")
             return None
         return execute(self.prepared, plan)

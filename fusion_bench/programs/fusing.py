@@ -1,4 +1,4 @@
-"""Lets a method fuse a pool: with the data that it learns from, and under common names."""
+"""Runs a method on a pool, with its training data, and names the results."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ TuningData = Mapping[str, "TuningImages"] | None
 
 
 def seeded(method: Any, seed: int | None) -> Any:
-    """Return a method's node with the program's seed, where it takes one and names none."""
+    """Return a method's node with the program's seed, if it accepts one and sets none."""
     node = OmegaConf.to_container(method, resolve=True) if OmegaConf.is_config(method) else method
     if seed is None or not isinstance(node, Mapping) or "seed" in node:
         return method
@@ -39,7 +39,7 @@ def seeded(method: Any, seed: int | None) -> Any:
 def fuse(
     method: FusionMethod, modelpool: ModelPool, fabric: Fabric, data: TuningData
 ) -> dict[str, nn.Module | Weights]:
-    """Return what the method makes, by name; merged weights are computed when they are read."""
+    """Return the merged models by name; weights are computed when they are read."""
     fused = method.fuse(modelpool, fabric, data)
     if isinstance(fused, nn.Module | Weights):
         return {MERGED: fused}
@@ -61,7 +61,7 @@ def tuning_data(
     fabric: Fabric,
     allow_test_split: bool,
 ) -> TuningData:
-    """Return what the method learns from; ``None`` where it learns from no data.
+    """Return the data that the method learns from; ``None`` if it needs no data.
 
     Raises:
         FusionBenchError: no such data, or the test split without leave.
@@ -73,7 +73,7 @@ def tuning_data(
 
 
 def require_taskpool(method: FusionMethod, taskpool: TaskPool | None) -> TaskPool:
-    """Return the task pool, without which nothing says what models are to answer.
+    """Return the task pool, which the method requires.
 
     Raises:
         FusionBenchError: there is none.
@@ -81,7 +81,7 @@ def require_taskpool(method: FusionMethod, taskpool: TaskPool | None) -> TaskPoo
     if taskpool is None:
         raise FusionBenchError(
             f"{class_name(method)} learns from data.",
-            "Give the task pool that its classifiers are from.",
+            "Set the task pool that provides its classifiers.",
             place=("taskpool",),
         )
     return taskpool
@@ -89,12 +89,12 @@ def require_taskpool(method: FusionMethod, taskpool: TaskPool | None) -> TaskPoo
 
 @dataclass(frozen=True)
 class LearnedSplit:
-    """A split of the pools' datasets that something uses beside the evaluation.
+    """A split of the pools' datasets that is used for more than the evaluation.
 
     Attributes:
         split: train, validation or test.
-        user: who uses it, and how; for messages.
-        place: where the split is chosen; likewise.
+        user: what uses it, for messages.
+        place: the config key of the split, for messages.
     """
 
     split: Split
@@ -103,13 +103,13 @@ class LearnedSplit:
 
     @classmethod
     def of(cls, method: FusionMethod) -> "LearnedSplit":
-        """Return what a method learns from, which must be some split."""
+        """Return the split that a method learns from."""
         assert method.needs.split is not None
         return cls(method.needs.split, f"{class_name(method)} learns from", ("method", "split"))
 
     @property
     def key(self) -> str:
-        """Where the split is chosen, as it is typed."""
+        """The key of the split, as text."""
         return ".".join(map(str, self.place))
 
     def data(
@@ -163,10 +163,10 @@ class LearnedSplit:
         )
 
     def refusal(self, place: Place) -> ConfigError:
-        """Return what to say where a dataset is the one that models are evaluated on."""
+        """Return the problem for a dataset that models are evaluated on."""
         return ConfigError(
-            "the models are evaluated on this very split.",
-            f"Choose another ({self.key}=train or validation), or give allow_test_split=true; the "
+            "the models are evaluated on the same split.",
+            f"Choose another ({self.key}=train or validation), or set allow_test_split=true; the "
             "report will say so.",
             place=place,
         )
@@ -185,7 +185,7 @@ def _placed(classify: Classifying) -> Classifying:
 def describe_tuning(
     method: FusionMethod, taskpool: TaskPool | None, data: TuningData
 ) -> Tuning | None:
-    """Return what the report says of the data that the method learned from."""
+    """Return the report's description of the data that the method learned from."""
     needs = method.needs
     if data is None or taskpool is None or needs.split is None:
         return None
@@ -198,12 +198,12 @@ def describe_tuning(
 
 
 def uses_test_split(data: "Mapping[str, TuningImages]", taskpool: TaskPool) -> bool:
-    """Tell whether some of the data is what models are evaluated on."""
+    """Return whether models are evaluated on some of the data."""
     return any(images.is_test(taskpool.data(images.task)) for images in data.values())
 
 
 def describe_data(data: "Mapping[str, TuningImages]") -> dict[str, TuningTask]:
-    """Return what the report says of each dataset that was used."""
+    """Return the report's description of each used dataset."""
     return {
         name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
         for name, images in data.items()

@@ -1,4 +1,4 @@
-"""Where a run leaves its files, and what may be replaced there."""
+"""The output paths of a run, and what may be replaced there."""
 
 import json
 import re
@@ -32,15 +32,15 @@ _REPORT_FILES = (
 
 
 class OutputPaths:
-    """The places that a run writes to.
+    """The output paths of a run.
 
     Args:
-        config: the run's.
-        output_dir: where the report and what goes with it are written.
-        overwrite: whether what another run left there may be replaced.
+        config: the run's config.
+        output_dir: the directory for the report and its companion files.
+        overwrite: whether another run's output may be replaced.
 
     Attributes:
-        report_path: one more place for the report.
+        report_path: an extra path for the report.
         model_path: the merged model's directory.
     """
 
@@ -58,7 +58,7 @@ class OutputPaths:
         self._yaml = OmegaConf.to_yaml(config)
 
     def put_report(self, path: str | None) -> None:
-        """Take ``report_save_path`` of the config; ``{log_dir}`` in it is ``output_dir``.
+        """Set the path from ``report_save_path``; ``{log_dir}`` in it is ``output_dir``.
 
         Raises:
             ConfigError: it can be no such path.
@@ -68,7 +68,7 @@ class OutputPaths:
         self.report_path = self._path("report_save_path", path)
 
     def put_model(self, path: str | None) -> None:
-        """Take ``merged_model_save_path`` of the config; likewise.
+        """Set the path from ``merged_model_save_path``, with the same placeholder.
 
         Raises:
             ConfigError: it can be no such path.
@@ -79,24 +79,24 @@ class OutputPaths:
             *self.model_path.parents,
         ):
             raise ConfigError(
-                f"'{self.report_path}' is to be the report's file.",
+                f"'{self.report_path}' is the path of the report.",
                 "Choose another path.",
                 place=("merged_model_save_path",),
             )
 
     @property
     def reports(self) -> list[Path]:
-        """All places of the report's JSON."""
+        """All paths of the report's JSON."""
         own = None if self.output_dir is None else self.output_dir / "report.json"
         return [path for path in (own, self.report_path) if path is not None]
 
     def check_reports(self, *, done: bool = False) -> None:
-        """Refuse to replace a report that is not this run's.
+        """Refuse to replace another run's report.
 
-        One that this very run has left in the output directory is made again.
+        This run's own report in the output directory is written again.
 
         Args:
-            done: whether the run's own report was found, which then need not be made.
+            done: whether the run's own report was found and is reused.
 
         Raises:
             ConfigError: there is one, and ``overwrite`` does not allow to replace it.
@@ -104,7 +104,7 @@ class OutputPaths:
         named = self.report_path
         if named is not None and named.is_dir():
             raise ConfigError(
-                f"'{named}' is a directory, and a file is to be written.",
+                f"'{named}' is a directory, but a file will be written there.",
                 "Choose another path.",
                 place=("report_save_path",),
             )
@@ -116,7 +116,7 @@ class OutputPaths:
             raise self._refusal(("hydra", "run", "dir"), self.output_dir)
 
     def _is_ours(self, directory: Path) -> bool:
-        """Tell whether what is in the output directory is of this run, or was begun by it."""
+        """Return whether the output directory belongs to this run."""
         if not any((directory / name).exists() for name in _REPORT_FILES):
             return True
         if _config_of(directory / "report.json") == self._run:
@@ -132,15 +132,15 @@ class OutputPaths:
     @staticmethod
     def _refusal(key: Place, path: Path) -> ConfigError:
         return ConfigError(
-            f"'{path}' exists already, and is of another run.",
+            f"'{path}' exists already and belongs to another run.",
             "Choose another path, or give overwrite=true.",
             place=key,
         )
 
     def check_model(self, *, done: bool = False) -> None:
-        """Refuse to replace a model that is not this run's, and whatever is no model.
+        """Refuse to replace another run's model, or anything that is not a model.
 
-        One that this very run has left when it was killed is made again.
+        An unfinished model of this run is replaced.
 
         Args:
             done: as above.
@@ -160,14 +160,14 @@ class OutputPaths:
             )
         if (foreign := _foreign(self.model_path)) is not None:
             raise ConfigError(
-                f"'{self.model_path}' is not replaced: '{foreign}' is no part of a saved model.",
+                f"'{self.model_path}' is not replaced: '{foreign}' is not part of a saved model.",
                 "Choose another path.",
                 place=key,
             )
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold all these places, against other runs.
+        """Lock all these paths against other runs.
 
         Raises:
             EnvironmentProblem: another run holds one of them.
@@ -178,7 +178,7 @@ class OutputPaths:
             yield
 
     def check_unclaimed(self) -> None:
-        """Look whether another run holds one of them.
+        """Check that no other run has locked one of them.
 
         Raises:
             EnvironmentProblem: likewise.
@@ -193,18 +193,18 @@ class OutputPaths:
             (self.model_path, ("merged_model_save_path",)),
         )
         claimed_too = {self.output_dir, self.model_path}
-        for path, key in places:
+        for path, key in paths:
             # What lies in another of them is held with it.
             if path is not None and not claimed_too & set(path.parents):
                 yield path, key, path == self.output_dir
 
     def begin_model(self) -> None:
-        """Note beside the model's directory that what will be there is not finished."""
+        """Mark the model's directory as unfinished, in a file next to it."""
         if self.model_path is not None:
             write_text(self._note(self.model_path), self._run)
 
     def finished(self) -> None:
-        """Take the note away: from now on the model is somebody's own."""
+        """Remove the mark: the model is finished."""
         if self.model_path is not None:
             self._note(self.model_path).unlink(missing_ok=True)
 
@@ -229,10 +229,10 @@ class OutputPaths:
             if "{log_dir}" in path and self.output_dir is None:
                 raise ConfigError("'{log_dir}' needs an output_dir.")
             if not path or "\0" in path or _names_no_file(path):
-                raise ConfigError(f"'{path}' can be no path.", "Choose another.")
+                raise ConfigError(f"'{path}' is not a valid path.", "Choose another.")
             place = Path(path.replace("{log_dir}", str(self.output_dir))).expanduser().absolute()
             if not place.name:
-                raise ConfigError(f"'{path}' is the root of all.", "Choose another.")
+                raise ConfigError(f"'{path}' is the root of the file system.", "Choose another.")
             return place
 
 
@@ -244,14 +244,14 @@ def _names_no_file(path: str) -> bool:
 
 
 def _config_of(report: Path) -> str | None:
-    """Return the hash of the config that a report is of; ``None`` where there is no report."""
+    """Return the hash of a report's config; ``None`` without a report."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         return str(json.loads(report.read_text(encoding="utf-8"))["run"]["config_sha256"])
     return None
 
 
 def _foreign(path: Path) -> str | None:
-    """Return what in a directory a saved model does not have; ``None`` for a model's."""
+    """Return a file that is not part of a saved model; ``None`` for a model's directory."""
     if path.is_symlink() or not path.is_dir():
         return path.name
     for entry in sorted(path.iterdir()):
@@ -264,7 +264,7 @@ def _foreign(path: Path) -> str | None:
 
 
 def _is_part(file: Path) -> bool:
-    """Tell whether a file belongs to a saved model."""
+    """Return whether a file belongs to a saved model."""
     if file.name in _MODEL_FILES or file.name.endswith(_WEIGHTS):
         return True
     return file.suffix == ".jinja" and file.parent.name == TEMPLATES

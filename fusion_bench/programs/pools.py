@@ -1,4 +1,4 @@
-"""Pools as programs see them: what any may be asked, and where in the config they stand."""
+"""The interfaces of pools for programs, and adapters that add their config key to errors."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,19 +28,19 @@ class ModelPool(contract.ModelPool, contract.Saving, Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What differs in models that were compared and are merged all the same."""
+        """The accepted differences between compared models."""
 
     @property
     def train_datasets(self) -> Nodes:
-        """What methods learn from."""
+        """The datasets for learning."""
 
     @property
     def val_datasets(self) -> Nodes:
-        """What methods are tuned on."""
+        """The datasets for tuning."""
 
     @property
     def test_datasets(self) -> Nodes:
-        """What methods adapt to, without labels."""
+        """The datasets for adaptation, without labels."""
 
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
         """Return what the pool will do and what stands in its way; no weight is read."""
@@ -49,7 +49,7 @@ class ModelPool(contract.ModelPool, contract.Saving, Protocol):
         """Return in sentences what differs in some models, by default in all."""
 
     def architecture(self, name: str | None = None) -> str | None:
-        """Return a hash of what a model computes, weights aside; None where that is not known."""
+        """Return a hash of a model's computation, without weights; ``None`` if unknown."""
 
     def open_saved(self, path: Path) -> Weights:
         """Return the weights that ``save_model`` wrote."""
@@ -57,7 +57,7 @@ class ModelPool(contract.ModelPool, contract.Saving, Protocol):
 
 @runtime_checkable
 class _Plans(Protocol):
-    """A pool of ours; to ask it for its other attributes would read its models' headers."""
+    """A pool with a ``plan``; reading its other attributes would read the models' headers."""
 
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan: ...
 
@@ -69,12 +69,12 @@ def _is_whole(pool: object) -> TypeGuard[ModelPool]:
 
 
 def placed(pool: object) -> "PlacedModelPool":
-    """Return a pool whose problems have their whole key; it may be any object of a user's."""
+    """Return a pool, possibly a user's object, whose problems have their full key."""
     return PlacedModelPool(pool if _is_whole(pool) else _PlainPool(pool))
 
 
 class PlacedModelPool:
-    """A pool that stands under ``modelpool`` in a config.
+    """A pool under ``modelpool`` in a config.
 
     What its calls raise has that put before its place, once and for all: a method may call them.
     The places in a plan stay relative, for whoever takes it up. A problem that names no key, such
@@ -96,7 +96,7 @@ class PlacedModelPool:
 
     @property
     def policy(self) -> MergePolicy:
-        """The pool's, which knows its whole key."""
+        """The pool's policy, with its full key."""
         return replace(self._pool.policy, place=(_SECTION, "policy"))
 
     @property
@@ -176,7 +176,7 @@ def _here() -> AbstractContextManager[None]:
 
 
 class _PlainPool:
-    """A user's own object as a pool: of what it lacks, it has none, or says so when asked."""
+    """Adapts a user's object to a pool; missing parts are empty or raise an error."""
 
     def __init__(self, pool: object):
         self._pool = pool
@@ -235,7 +235,7 @@ class _PlainPool:
     def _call(self, name: str, *args: object, **options: object) -> Any:
         if not self._has(name):
             raise FusionBenchError(
-                f"a {type(self._pool).__name__} has no '{name}', which is needed."
+                f"a {type(self._pool).__name__} has no '{name}', which is required."
             )
         return getattr(self._pool, name)(*args, **options)
 
@@ -250,11 +250,11 @@ class TaskPool(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What the report is to say of how models were evaluated."""
+        """The report's notes on the evaluation."""
 
     @property
     def test_datasets(self) -> Nodes:
-        """What models are evaluated on."""
+        """The datasets for the evaluation."""
 
     def plan(self, scratch: Path | None = None) -> Plan:
         """Return what the pool will do and what stands in its way; no data is read."""
@@ -266,7 +266,7 @@ class TaskPool(Protocol):
         """
 
     def prepare(self, fabric: Fabric) -> None:
-        """Load the datasets and what is needed to tell them apart; done once."""
+        """Load the datasets and the classifiers, once."""
 
     def tuning(self, datasets: Nodes, fabric: Fabric, place: Place) -> "dict[str, TuningImages]":
         """Return what a method may learn from, by the datasets' names.
@@ -275,19 +275,19 @@ class TaskPool(Protocol):
         """
 
     def evaluating(self, data: "Mapping[str, TuningImages]") -> "TaskPool":
-        """Return a pool that evaluates on what ``tuning`` gave, and is like this one otherwise."""
+        """Return a copy of this pool that evaluates on the data of ``tuning``."""
 
     def data(self, name: str) -> "LabelledImages":
         """Return a task's images and labels, once ``prepare`` has run."""
 
     def head_sha256(self, task: str) -> str:
-        """Return the hash of what makes a task's classifier, the model aside."""
+        """Return the hash of a task's classifier, without the model."""
 
     def images_sha256(self, task: str) -> str:
-        """Return the hash of how a task's images are prepared, once ``prepare`` has run."""
+        """Return the hash of a task's image preprocessing, after ``prepare``."""
 
     def identity(self, task: str, fabric: Fabric) -> str | None:
-        """Return what tells a task's results, the model aside; ``None`` where none are kept."""
+        """Return the cache key of a task's results, without the model; ``None`` without a cache."""
 
     def evaluate(
         self,
@@ -312,6 +312,6 @@ def as_taskpool(made: object) -> TaskPool:
     if isinstance(made, TaskPool):
         return made
     raise FusionBenchError(
-        f"a {type(made).__name__} is no task pool.",
-        "Give one such as fusion_bench.taskpool.CLIPVisionModelTaskPool.",
+        f"a {type(made).__name__} is not a task pool.",
+        "Use one such as fusion_bench.taskpool.CLIPVisionModelTaskPool.",
     )

@@ -1,4 +1,4 @@
-"""Looks ahead: what a run will do, and all that stands in its way, before any weight is loaded."""
+"""Makes the plan of a run and finds all problems, before any weight is loaded."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def preflight(prepared: Prepared) -> Plan:
-    """Find all that would stop the run, before it begins; a dry run prints what it will do.
+    """Find all problems of a run before it begins; a dry run prints the plan.
 
     Raises:
         ConfigError: with every problem that there is.
@@ -62,19 +62,19 @@ def preflight(prepared: Prepared) -> Plan:
 
 
 def _look(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
-    """Add to ``plan`` what the run's parts know of themselves, and what does not fit.
+    """Add the steps and problems of the run's parts to ``plan``.
 
     Args:
         plan: has the problems that are known already.
         prepared: the parts.
-        scratch: where small files go that are not here, for a run that leaves nothing.
+        scratch: a temporary directory for small downloads, in a dry run.
     """
     modelpool, taskpool = prepared.modelpool, prepared.taskpool
     if modelpool is not None:
         plan.take(modelpool.plan(scratch, built=taskpool is not None), "modelpool")
     if taskpool is not None:
         plan.take(taskpool.plan(scratch), "taskpool")
-    _look_at_nodes(plan, prepared, scratch)
+    _check_nodes(plan, prepared, scratch)
     if modelpool is not None:
         _compare(plan, modelpool, prepared.methods())
         _compare_data(plan, prepared, modelpool, scratch)
@@ -84,7 +84,7 @@ def _look(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
 
 
 def announce(plan: Plan) -> None:
-    """Say what is downloaded, where it is much."""
+    """Log large downloads."""
     sizes = plan.downloads()
     if sum(size or 0 for size in sizes.values()) >= _LARGE:
         each = ", ".join(f"{name} ({_size(size)})" for name, size in sizes.items())
@@ -138,7 +138,7 @@ def _mapping(node: object, key: str) -> Mapping[str, object]:
 
 
 class _Opened:
-    """Those of a pool's models whose headers could be read, seen as a pool."""
+    """A pool of the models with readable headers."""
 
     def __init__(self, pool: PlacedModelPool, opened: Mapping[str, Weights]):
         self._pool = pool
@@ -177,7 +177,7 @@ def _compare(
     pool: ModelPool = _Opened(modelpool, plan.weights)
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     merging = any(method.needs.weights for method, _ in methods)
-    sound = _agree(plan, modelpool, pool, needed) if merging else True
+    sound = _can_be_merged(plan, modelpool, pool, needed) if merging else True
     whole = sound and all(name in plan.weights for name in needed)
     for method, located in methods:
         with plan.collect(), located():
@@ -188,10 +188,10 @@ def _compare(
                 method.check_pool(pool)
 
 
-def _agree(
+def _can_be_merged(
     plan: Plan, modelpool: PlacedModelPool, opened: ModelPool, needed: Sequence[str]
 ) -> bool:
-    """Tell whether those models that are opened can be merged, whatever the method."""
+    """Check whether the opened models can be merged."""
     if not opened.model_names or needed[0] not in plan.weights:
         return False
     before = len(plan.problems)
@@ -205,7 +205,7 @@ def _agree(
 def _compare_data(
     plan: Plan, prepared: Prepared, modelpool: PlacedModelPool, scratch: Path | None
 ) -> None:
-    """Look at the datasets that methods learn from and a search evaluates on."""
+    """Check the datasets for learning and for a search."""
     uses: dict[LearnedSplit, list[FusionMethod]] = {}
     for method, _ in prepared.methods():
         if method.needs.split is not None:
@@ -250,7 +250,7 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
     if taskpool is not None:
         evaluated = "the merged model"
         if prepared.spec.baselines != "none":
-            evaluated += " and those it is made of"
+            evaluated += " and its inputs"
         plan.add(Step("evaluate", f"{evaluated}, on {_count(len(taskpool.task_names), 'task')}"))
     if (path := prepared.paths.model_path) is not None:
         size = None if modelpool is None else _merged_bytes(plan, modelpool)
@@ -265,7 +265,7 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
 
 
 def _merged_bytes(plan: Plan, modelpool: PlacedModelPool) -> int | None:
-    """Return how much a merged model takes, which is like the reference."""
+    """Return the size of a merged model, which has the reference's entries."""
     name = "_pretrained_" if modelpool.has_pretrained else modelpool.model_names[0]
     weights = plan.weights.get(name)
     if weights is None:
@@ -280,7 +280,7 @@ def _merged_bytes(plan: Plan, modelpool: PlacedModelPool) -> int | None:
 
 
 def _check_room(plan: Plan) -> None:
-    """Look for places that cannot be written, and disks that are too small."""
+    """Check for paths that are not writable and for full disks."""
     downloads = sum(size or 0 for size in plan.downloads().values())
     steps = [step for step in plan.steps if step.verb in _TAKES_ROOM and step.place is not None]
     if downloads:
@@ -294,10 +294,11 @@ def _check_room(plan: Plan) -> None:
         with plan.collect(step.key):
             if not there.is_dir():
                 raise ConfigError(
-                    f"'{step.place}' cannot be: '{there}' is no directory. Choose another path."
+                    f"'{step.place}' cannot be written: '{there}' is not a directory. Choose "
+                    "another path."
                 )
             if not os.access(there, os.W_OK):
-                raise ConfigError(f"'{there}' cannot be written to. Choose another path.")
+                raise ConfigError(f"'{there}' is not writable. Choose another path.")
             disks.setdefault(there.stat().st_dev, []).append(step)
     for own in disks.values():
         assert own[0].place is not None
@@ -311,13 +312,13 @@ def _check_room(plan: Plan) -> None:
                 Problem(
                     (keys,),
                     f"the disk has {decimal(free)} left, and {decimal(needed)} are needed: "
-                    f"{each}. Free some, or choose a place on another disk.",
+                    f"{each}. Free some space, or choose a path on another disk.",
                 )
             )
 
 
 def _check_memory(plan: Plan, prepared: Prepared) -> None:
-    """Look whether a merged model that is to be held fits; what is less than that is not known."""
+    """Check whether a merged model fits in memory, as a lower bound."""
     modelpool, taskpool, fabric = prepared.modelpool, prepared.taskpool, prepared.fabric
     if modelpool is None or not plan.weights or (taskpool is None and prepared.paths.model_path):
         return  # entry by entry it goes to the disk
@@ -329,8 +330,8 @@ def _check_memory(plan: Plan, prepared: Prepared) -> None:
             Problem(
                 ("modelpool", "models"),
                 f"a merged model takes {decimal(needed)} of memory, and {decimal(free)} are free.",
-                "Give modelpool.policy.dtype=bfloat16, or '~taskpool' with a "
-                "merged_model_save_path, to write it to the disk entry by entry.",
+                "Set modelpool.policy.dtype=bfloat16, or use '~taskpool' with a "
+                "merged_model_save_path, to write it to disk entry by entry.",
             )
         )
     # Asking a GPU sets it up, after which processes cannot be forked.
@@ -343,13 +344,13 @@ def _check_memory(plan: Plan, prepared: Prepared) -> None:
                 ("fabric", "accelerator"),
                 f"a merged model takes {decimal(needed)} on {fabric.device}, where "
                 f"{decimal(free)} are free.",
-                "Give modelpool.policy.dtype=bfloat16 or fabric.accelerator=cpu.",
+                "Set modelpool.policy.dtype=bfloat16 or fabric.accelerator=cpu.",
             )
         )
 
 
 def _free_memory() -> int | None:
-    """Return the bytes of memory that may be had, as far as the system tells."""
+    """Return the available memory in bytes, as far as the system reports it."""
     found = []
     with suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
@@ -361,7 +362,7 @@ def _free_memory() -> int | None:
 
 
 def _existing(place: Path) -> Path:
-    """Return the nearest that is there of a path and the directories above it."""
+    """Return the nearest existing parent of a path, or the path itself."""
     return next(p for p in (place, *place.parents) if p.exists())
 
 

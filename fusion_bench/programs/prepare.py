@@ -1,4 +1,4 @@
-"""Makes the objects that a run works with, or finds why it cannot."""
+"""Creates the objects of a run, or collects the problems."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,16 +34,16 @@ _LARGEST_SEED = 2**32 - 1  # NumPy's
 
 @dataclass
 class Prepared:
-    """The objects of a run; those that could not be made are ``None``, and a problem says why.
+    """The objects of a run; ``None`` for those with a problem.
 
     Attributes:
-        spec: what they are made of.
-        shared: what other runs of this process have made, for those that follow.
-        paths: where the run writes.
-        problems: with their whole places in the config.
+        spec: the config of the run.
+        shared: objects that are shared between runs of this process.
+        paths: the output paths.
+        problems: the problems, with full config keys.
         settings: the method with each combination of options that ``search`` tries.
-        method: without a search; with one, that of the first setting.
-        previous: what the same run has left there.
+        method: the method; with a search, that of the first setting.
+        previous: the earlier report of the same run.
     """
 
     spec: FusionSpec
@@ -59,14 +59,14 @@ class Prepared:
     previous: Previous | None = None
 
     def methods(self) -> list[tuple[FusionMethod, Located]]:
-        """Return each method that is tried, with what says where its options stand."""
+        """Return each tried method, with a function that locates its options."""
         if self.settings:
             return [(setting.method, setting.located) for setting in self.settings]
         return [] if self.method is None else [(self.method, partial(within, "method"))]
 
 
 def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = ()) -> Prepared:
-    """Make what a run needs; nothing is downloaded or read that could be large.
+    """Create the objects of a run, without large downloads or reads.
 
     Args:
         spec: the config.
@@ -127,7 +127,7 @@ def _check_seed(seed: object) -> None:
 
 
 def _shared(section: Any, name: str, seen: Callable[[object], P], shared: SharedObjects) -> P:
-    """Return a pool, made once for the same config."""
+    """Return a pool, created once for the same config."""
     check_part(section, name)
     node = plain(section)
     if not isinstance(node, Mapping):

@@ -1,4 +1,4 @@
-"""What need not be done again: a run that was done before, and what is known of its models."""
+"""Finds earlier results: the report of the same run, and cached similarities."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from fusion_bench.weights.similarity import similarity
 
 
 def identities(modelpool: PlacedModelPool) -> dict[str, str]:
-    """Return what tells each model's weights from any others: a hash of the files or values."""
+    """Return a hash of each model's weights, from its files or values."""
     names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     opened = {name: modelpool.weights(name) for name in names}  # a mistake shows before any work
     return {name: _identity(weights) for name, weights in opened.items()}
@@ -37,14 +37,14 @@ def _identity(weights: Weights) -> str:
 
 @dataclass(frozen=True)
 class Previous:
-    """A report that a run with the same config has left at one of its places."""
+    """An earlier report of a run with the same config."""
 
     report: Report
     answers: Answers
 
     @classmethod
     def find(cls, reports: Iterable[Path], config: Mapping[str, Any]) -> "Previous | None":
-        """Return it, if there is a whole one of this version."""
+        """Return it, if it is complete and of this version."""
         for path in reports:
             with suppress(FusionBenchError):
                 report = Report.load(path)
@@ -61,7 +61,7 @@ class Previous:
         data: TuningData = None,
         searched: TuningData = None,
     ) -> tuple[Report, Answers] | None:
-        """Return it, unless a model or a dataset is not what it was."""
+        """Return it, unless a model or a dataset has changed."""
         run = self.report.run
         same = run.inputs == dict(inputs)
         for used, now in ((run.tuning, data), (run.search, searched)):
@@ -78,7 +78,7 @@ class Previous:
 
 
 def known_similarity(modelpool: PlacedModelPool, inputs: Mapping[str, str]) -> Similarity | None:
-    """Return how the pool's task vectors lie to each other, from the cache if it is known.
+    """Return the similarity of the pool's task vectors, cached if possible.
 
     ``None`` where there is no pretrained model, or where the models cannot be aligned.
     """

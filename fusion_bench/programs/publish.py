@@ -1,4 +1,4 @@
-"""Shows a result and leaves its files."""
+"""Prints a result and writes its files."""
 
 import logging
 from pathlib import Path
@@ -51,7 +51,7 @@ def publish(
 
 
 def save(report: Report, answers: Answers, path: Path) -> None:
-    """Write a report, and beside it what the models answered."""
+    """Write a report, and the predictions next to it."""
     if answers.tasks:
         answers.save(path)
     report.save(path)

@@ -1,4 +1,4 @@
-"""Checks published figures by running what they are of."""
+"""Checks published figures by running the methods."""
 
 import logging
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ _CHEAPEST = ["method=simple_average"]
 
 
 class ReproduceProgram:
-    """Runs the methods of a table that was published, and compares every figure.
+    """Runs the methods of a published table and compares every figure.
 
-    Each row is an ordinary run, whose report is kept in ``rows/<name>`` of the output directory:
-    started again there, what was done is not done again.
+    Each row is an ordinary run with its report in ``rows/<name>`` of the output directory. A
+    restart skips finished rows.
 
     Args:
         reference: the name of a table that comes with the package, or the path of a YAML file.
         methods: the rows to check; by default all.
         fabric: as in ``FabricModelFusionProgram``.
-        seed: likewise.
-        output_dir: where the reports go; ``None`` writes none.
+        seed: as in ``FabricModelFusionProgram``.
+        output_dir: the directory for the reports; ``None`` writes none.
         dry_run: check the reference and each row's config, and stop before anything is loaded.
 
     Raises:
@@ -102,7 +102,7 @@ class ReproduceProgram:
             ResultError: figures that are off by more than their tolerance.
         """
         if self.dry_run:
-            log.info("Dry run: the reference is sound; nothing was loaded.")
+            log.info("Dry run: the reference is valid; nothing was loaded.")
             return None
         with claimed(self.output_dir, ("hydra", "run", "dir"), inside=True):
             result = self._run_rows()
@@ -117,7 +117,7 @@ class ReproduceProgram:
         return result
 
     def _run_rows(self) -> Reproduction:
-        """Run every row and write what was found."""
+        """Run every row and write the results."""
         reports = {}
         for place, (row, program) in enumerate(self.programs.items(), start=1):
             log.info("Row %d of %d: %s", place, len(self.programs), row)

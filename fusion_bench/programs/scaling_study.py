@@ -1,4 +1,4 @@
-"""Merges random subsets of experts, more and more of them, and of models of several sizes.
+"""Merges random subsets of a growing number of experts, for models of several sizes.
 
 Yadav et al., What Matters for Model Merging at Scale?, https://arxiv.org/abs/2410.03617
 """
@@ -46,26 +46,25 @@ log = logging.getLogger(__name__)
 
 
 class ScalingStudy:
-    """Tells how merging fares with the number of experts and with the size of the models.
+    """Measures merging for different numbers of experts and sizes of models.
 
     Each merge is evaluated on all tasks of its base: held-in are those of the merged experts,
-    held-out the others. What was merged and evaluated before is not done again, so that a study
-    that was stopped goes on.
+    held-out the others. Finished merges are cached, so an interrupted study resumes.
 
     Args:
         bases: a name to the config nodes ``modelpool`` and ``taskpool`` of a pretrained model and
-            its experts. Each expert bears the name of its task.
+            its experts. Each expert has the name of its task.
         methods: names of method configs, or config nodes.
         counts: how many experts are merged.
-        subsets: random choices of experts for each count; fewer where there are no more.
-        held_in: what the accuracy on held-in tasks is divided by: that of the task's ``expert``, of
-            the pretrained ``base``, or ``none``.
-        held_out: likewise for the held-out tasks.
-        categories: a name to tasks that weigh as one.
+        subsets: number of random subsets for each count; fewer if there are not enough.
+        held_in: the divisor of the accuracy on held-in tasks: that of the task's ``expert``, of the
+            pretrained ``base``, or ``none``.
+        held_out: the same for held-out tasks.
+        categories: maps a name to tasks that count as one.
         fabric: as in ``FabricModelFusionProgram``; so are the next two.
-        seed: draws the subsets too.
+        seed: also the seed of the subsets.
         allow_test_split: let the methods learn from data that the models are evaluated on.
-        output_dir: where the study goes; ``None`` writes none.
+        output_dir: the directory for the study; ``None`` writes none.
         dry_run: check the config and stop before anything is loaded.
 
     Raises:
@@ -166,7 +165,7 @@ class ScalingStudy:
     def run(self) -> Study | None:
         """Merge, evaluate, save and print; returns the study, or ``None`` after a dry run."""
         if self.dry_run:
-            log.info("Dry run: the config is sound; nothing was loaded.")
+            log.info("Dry run: the config is valid; nothing was loaded.")
             return None
         quiet_libraries()
         fabric = make_fabric(self.fabric_config)
@@ -203,7 +202,7 @@ class ScalingStudy:
         return study
 
     def _evaluated(self, base: "_Source", fabric: Fabric) -> Base:
-        """Evaluate a base and its experts, which no later merge needs to do again."""
+        """Evaluate a base and its experts, once for all merges."""
         evaluator = Evaluator(base.pool(base.experts), base.taskpool, fabric, "own_task")
         evaluator.evaluate_baselines()
         pretrained = evaluator.models["_pretrained_"]
@@ -219,9 +218,9 @@ class ScalingStudy:
         for base, source in self.bases.items():
             for count in self.counts:
                 chosen = choices(len(source.experts), count, self.subsets, self.seed)
-                for subset, places in enumerate(chosen):
+                for subset, indices in enumerate(chosen):
                     for method in self.methods:
-                        yield base, method, count, subset, [source.experts[p] for p in places]
+                        yield base, method, count, subset, [source.experts[i] for i in indices]
 
     def _merge(
         self, base: str, method: str, count: int, subset: int, models: list[str], fabric: Fabric
@@ -259,7 +258,7 @@ class ScalingStudy:
 
 
 class _Source:
-    """A base of the config: a pool of which parts are merged, and the tasks."""
+    """A base of the config: its model pool and its tasks."""
 
     def __init__(self, name: str, node: Any):
         place = ("bases", name)
@@ -290,7 +289,7 @@ class _Source:
 
 
 def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, ...]]:
-    """Draw different sets of ``count`` numbers below ``total``; all, where there are no more."""
+    """Draw different sets of ``count`` numbers below ``total``, or all of them."""
     random = np.random.default_rng([seed, count])
     wanted = min(subsets, comb(total, count))
     found: dict[tuple[int, ...], None] = {}
@@ -312,7 +311,7 @@ def _method(method: Any, seed: int) -> tuple[str, Any]:
 
 
 def _named(methods: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the methods by name; those of one name are numbered."""
+    """Return the methods by name; equal names get numbers."""
     found: dict[str, Any] = {}
     for index, (name, node) in enumerate(methods):
         with within("methods", index):
@@ -330,7 +329,7 @@ def _place(
     fabric: Fabric,
     seed: int,
 ) -> Path | None:
-    """Return where a merge's result is kept, if at all; the name tells all that it depends on."""
+    """Return the cache path of a merge's result, if any; its name is a hash of the inputs."""
     tasks = {task: taskpool.identity(task, fabric) for task in taskpool.task_names}
     if None in tasks.values():
         return None
@@ -349,7 +348,7 @@ def _place(
 
 
 def _known(path: Path | None, fabric: Fabric) -> Merge | None:
-    """Return what the first process finds, so that all take the same way."""
+    """Return the first process's cached result to all processes."""
     found = None
     if path is not None and fabric.global_rank == 0:
         with suppress(OSError, ValidationError):

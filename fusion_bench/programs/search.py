@@ -1,4 +1,4 @@
-"""Finds a method's options on a validation split."""
+"""Searches a method's options on a validation split."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -47,46 +47,46 @@ Located = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with options that were put in: the options, the whole node, the object."""
+    """A method with chosen options: the options, the full node, the object."""
 
     options: dict[str, Any]
     node: dict[str, Any]
     method: FusionMethod
-    places: dict[str, Place]
+    keys: dict[str, Place]
 
     @contextmanager
     def located(self, *, keyed_only: bool = False) -> Iterator[None]:
-        """Name, for each problem that the method raises, where its option comes from."""
-        with _located(self.places, keyed_only):
+        """Map each problem of the method to the key of its option."""
+        with _located(self.keys, keyed_only):
             yield
 
 
 @contextmanager
-def _located(places: Mapping[str, Place], keyed_only: bool = False) -> Iterator[None]:
+def _located(keys: Mapping[str, Place], keyed_only: bool = False) -> Iterator[None]:
     try:
         yield
     except FusionBenchError as error:
         error.problems = tuple(
-            problem if keyed_only and not problem.place else _from_space(problem, places)
+            problem if keyed_only and not problem.place else _from_space(problem, keys)
             for problem in error.problems
         )
         raise
 
 
-def _from_space(problem: Problem, places: Mapping[str, Place]) -> Problem:
+def _from_space(problem: Problem, keys: Mapping[str, Place]) -> Problem:
     first, *rest = problem.place or ("",)
-    if problem.whole or first not in places:
+    if problem.whole or first not in keys:
         return problem.inside("method")
-    return replace(problem, place=(*places[str(first)], *rest))
+    return replace(problem, place=(*keys[str(first)], *rest))
 
 
 @runtime_checkable
 class OptionSearch(Protocol):
-    """Finds a method's options before it fuses."""
+    """The interface of a search for a method's options."""
 
     @property
     def learned(self) -> LearnedSplit:
-        """What settings are evaluated on."""
+        """The split that settings are evaluated on."""
 
     def settings(self, method: Any) -> list[Setting]:
         """Return the method's config node with each combination of options; nothing is loaded."""
@@ -112,27 +112,27 @@ def as_search(made: object) -> OptionSearch | None:
     if made is None or isinstance(made, OptionSearch):
         return made
     raise FusionBenchError(
-        f"a {type(made).__name__} is no search.",
-        "Give one such as fusion_bench.programs.GridSearch.",
+        f"a {type(made).__name__} is not a search.",
+        "Use one such as fusion_bench.programs.GridSearch.",
     )
 
 
 class GridSearch:
-    """Evaluates a method with every combination of options, on a split that is not the test split.
+    """Evaluates a method with every combination of options on a validation split.
 
-    The best average wins; of equal ones the first. Nothing is evaluated twice, so that a search
-    that was interrupted goes on where it stopped.
+    The best average wins; in a tie, the first one. Results are cached, so an interrupted search
+    resumes.
 
     Args:
-        space: option of the method to the values to try; the last option changes fastest. An
-            empty space, without ``judge_test``, evaluates the method as it is.
+        space: maps options of the method to values; the last option changes fastest. An empty
+            space, without ``judge_test``, evaluates the method unchanged.
         split: the datasets of the model pool to evaluate on: ``train``, ``validation`` or ``test``.
         metric: ``normalized_accuracy``, which needs an individual model for each task, or
-            ``accuracy``; by default the first where it can be.
+            ``accuracy``; by default the first if possible.
         judge_test: evaluate the winner on the test split, once.
 
     Raises:
-        FusionBenchError: values that are no list, an empty list, an unknown split or metric.
+        FusionBenchError: values that are not a list, an empty list, an unknown split or metric.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class GridSearch:
             if not values:
                 raise FusionBenchError(
                     "the list is empty.",
-                    f"Name a value, or leave the option out: '~{{here}}{option}'.",
+                    f"Add a value, or remove the option: '~{{here}}{option}'.",
                     place=("space", option),
                 )
         if judge_test and not space:
@@ -188,20 +188,20 @@ class GridSearch:
         for numbered in product(*(enumerate(values) for values in self.space.values())):
             tried = dict(zip(self.space, numbered, strict=True))
             options = {option: value for option, (_, value) in tried.items()}
-            places: dict[str, Place] = {
+            keys: dict[str, Place] = {
                 option: ("search", "space", option, index) for option, (index, _) in tried.items()
             }
             node = {**method, **options}
-            with _located(places):
+            with _located(keys):
                 made = as_method(instantiate(node, "method"))
             if made.needs.split == self.split:
                 raise FusionBenchError(
-                    f"{class_name(made)} learns from the {self.split} split itself, so that it "
-                    "tells nothing of the options.",
+                    f"{class_name(made)} learns from the {self.split} split itself, so this split "
+                    "cannot evaluate the options.",
                     "Choose another method.split or another {here}split.",
                     place=("search", "split"),
                 )
-            settings.append(Setting(options, node, made, places))
+            settings.append(Setting(options, node, made, keys))
         return settings
 
     def _refuse_unknown_options(self, method: Mapping[str, Any]) -> None:
@@ -211,13 +211,13 @@ class GridSearch:
                 name = str(method["_target_"]).rpartition(".")[2]
                 raise FusionBenchError(
                     f"{name} takes no such key.",
-                    f"{did_you_mean(option, known)} To leave it out: '~{{here}}{option}'.",
+                    f"{did_you_mean(option, known)} To remove it: '~{{here}}{option}'.",
                     place=("space", option),
                 )
 
     @property
     def learned(self) -> LearnedSplit:
-        """What settings are evaluated on."""
+        """The split that settings are evaluated on."""
         return LearnedSplit(self.split, "the search evaluates on", ("search", "split"))
 
     def run(
@@ -275,15 +275,15 @@ class GridSearch:
         )
 
     def _metric(self, evaluator: Evaluator) -> Metric:
-        """Return what settings are compared by."""
+        """Return the metric for comparing settings."""
         own = {task: r for model in evaluator.models.values() for task, r in model.tasks.items()}
         without = [
             task for task in evaluator.task_names if task not in own or not own[task].accuracy
         ]
         if self.metric == "normalized_accuracy" and without:
             raise FusionBenchError(
-                f"there is no normalised accuracy on '{without[0]}', for no individual model was "
-                "evaluated there, or it is never right.",
+                f"there is no normalised accuracy on '{without[0]}': its individual model was not "
+                "evaluated, or has an accuracy of 0.",
                 "Give {here}metric=accuracy.",
                 place=("metric",),
             )
@@ -296,8 +296,8 @@ def _candidate(setting: Setting, evaluator: Evaluator, metric: Metric) -> Candid
     tasks = dict(results)
     if len(results) > len(tasks):
         raise FusionBenchError(
-            f"{class_name(setting.method)} makes several models for each task, "
-            f"{', '.join(merged)}, and no one figure tells what they are worth.",
+            f"{class_name(setting.method)} returns several models for each task, "
+            f"{', '.join(merged)}, so there is no single score.",
             "Choose another method.",
             place=("search",),
         )

@@ -1,4 +1,4 @@
-"""Ends a search whose settings were evaluated by the jobs of a sweep."""
+"""Evaluates the winner of a search whose settings are the jobs of a sweep."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,9 +25,9 @@ class SearchWinner:
     """Evaluates the best job of a sweep on the test split, once.
 
     Args:
-        sweep: the sweep's directory. Its jobs had ``search.judge_test=false``, so that they were
-            evaluated on another split, and differ in the method's config alone.
-        output_dir: where the report goes; ``None`` writes none.
+        sweep: the sweep's directory. Its jobs had ``search.judge_test=false`` and differ only in
+            the method's config.
+        output_dir: the directory for the report; ``None`` writes none.
         report_save_path: as in ``FabricModelFusionProgram``; so are the next two.
         merged_model_save_path: directory for the winner.
         overwrite: replace what is at these two paths.
@@ -67,7 +67,7 @@ class SearchWinner:
 
 
 class SweptSearch:
-    """The settings that a sweep's jobs have evaluated; the best of them is the winner.
+    """A search whose settings were evaluated by a sweep's jobs.
 
     Args:
         sweep: the sweep's directory.
@@ -90,11 +90,11 @@ class SweptSearch:
 
     @property
     def learned(self) -> LearnedSplit:
-        """What the settings were evaluated on."""
+        """The split that the settings were evaluated on."""
         return self._grid.learned
 
     def settings(self, method: Any) -> list[Setting]:
-        """Return the jobs' settings, whatever ``method`` is."""
+        """Return the jobs' settings; ``method`` is ignored."""
         return [
             Setting(
                 self._options(search),
@@ -148,7 +148,7 @@ class SweptSearch:
 
 
 def _trials(sweep: Path) -> list[Report]:
-    """Return the reports of jobs that looked at no test split, in the order of their ending."""
+    """Return the reports of jobs that did not use the test split, by finish time."""
     trials = []
     for path in sorted(sweep.rglob("report.json"), key=lambda path: path.stat().st_mtime_ns):
         with suppress(ConfigError):

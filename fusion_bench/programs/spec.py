@@ -1,4 +1,4 @@
-"""What a run is to do, as the config says it."""
+"""The specification of a run, from the config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Section = Any
 
 @dataclass(frozen=True)
 class FusionSpec:
-    """The arguments of ``FabricModelFusionProgram``, which says what each is.
+    """The arguments of ``FabricModelFusionProgram``; see there.
 
     Raises nothing: whether the values can be is found by ``prepare``.
     """
@@ -38,7 +38,7 @@ class FusionSpec:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config as plain data, from which the same run can be made; for the report."""
+        """The config as plain data for the report, enough to repeat the run."""
         return {
             "_target_": "fusion_bench.programs.FabricModelFusionProgram",
             "_recursive_": False,
@@ -60,7 +60,7 @@ class FusionSpec:
 
 
 def plain(section: Section) -> Any:
-    """Return a section as plain data; an object is told by its class."""
+    """Return a section as plain data; an object is replaced by its class name."""
     if OmegaConf.is_config(section):
         return OmegaConf.to_container(section, resolve=True)
     if section is None or isinstance(section, Mapping):

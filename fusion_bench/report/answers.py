@@ -1,4 +1,4 @@
-"""What every model answered, sample by sample: from it follows what a comparison can tell."""
+"""The predictions of every model for every sample, for comparisons."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ Numbers = NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class TaskAnswers:
-    """One task's samples, and what models made of them.
+    """One task's samples and the models' predictions.
 
     Attributes:
         samples: which of the dataset's samples were evaluated, in ascending order; int32.
         labels: their classes.
-        predictions: a model's name to the classes that it chose.
+        predictions: the predicted classes by model name.
     """
 
     samples: Numbers
@@ -31,28 +31,28 @@ class TaskAnswers:
     predictions: dict[str, Numbers] = field(default_factory=dict)
 
     def right(self, model: str) -> NDArray[np.bool_]:
-        """Return which samples a model got right."""
+        """Return which samples a model classified correctly."""
         return self.predictions[model] == self.labels
 
 
 class Answers:
-    """All answers of a run, in ``tasks`` by task. They lie beside its report, as safetensors."""
+    """All predictions of a run, by task. They are saved next to its report, as safetensors."""
 
     def __init__(self) -> None:
         self.tasks: dict[str, TaskAnswers] = {}
 
     @staticmethod
     def path(report: Path) -> Path:
-        """Return where a report's answers are."""
+        """Return the path of a report's predictions."""
         return report.with_name(f"{report.stem}.answers.safetensors")
 
     def add(self, task: str, model: str, found: TaskAnswers) -> None:
-        """Add a model's answers, ``found.predictions[model]``; all models have the same samples."""
+        """Add a model's predictions; all models have the same samples."""
         own = self.tasks.setdefault(task, TaskAnswers(found.samples, found.labels))
         own.predictions[model] = found.predictions[model]
 
     def save(self, report: Path) -> None:
-        """Write the answers beside the report."""
+        """Write the predictions next to the report."""
         arrays: dict[str, Numbers] = {}
         for task, found in self.tasks.items():
             arrays[_name("samples", task)] = found.samples
@@ -63,11 +63,11 @@ class Answers:
 
     @classmethod
     def load(cls, path: Path, report: Report | None = None) -> "Answers":
-        """Read the answers that lie beside a report.
+        """Read the predictions of a report.
 
         Args:
             path: the report's file.
-            report: what is in it; where it is given, the answers must be those of its models.
+            report: its content; if given, the predictions must be those of its models.
 
         Raises:
             ConfigError: there are none, the file is no such file, or does not fit the report.
@@ -77,8 +77,8 @@ class Answers:
             arrays = load(place.read_bytes())
         except FileNotFoundError as error:
             raise ConfigError(
-                f"'{place}' is missing: it holds the answers of '{path.name}'. Keep both files "
-                "together."
+                f"'{place}' is missing: it contains the predictions of '{path.name}'. Keep both "
+                "files together."
             ) from error
         except Exception as error:  # from a damaged file the library makes anything
             raise ConfigError(f"'{place}' cannot be read: {error}") from error
@@ -87,7 +87,9 @@ class Answers:
             if report is not None:
                 answers._refuse_others(report)
         except (LookupError, ValueError) as error:
-            raise ConfigError(f"'{place}' holds no answers of a report: {error}") from error
+            raise ConfigError(
+                f"'{place}' does not contain the predictions of a report: {error}"
+            ) from error
         return answers
 
     @classmethod
@@ -103,20 +105,22 @@ class Answers:
                 answers.tasks[task].predictions[model] = predictions
         for task, found in answers.tasks.items():
             if found.samples.ndim != 1 or len(np.unique(found.samples)) != found.samples.size:
-                raise ValueError(f"'{task}' is no list of samples")
+                raise ValueError(f"'{task}' is not a list of samples")
             for array in (found.samples, found.labels, *found.predictions.values()):
                 if array.dtype != np.int32 or array.shape != found.samples.shape:
-                    raise ValueError(f"'{task}' has not one number a sample")
+                    raise ValueError(f"'{task}' does not have one number per sample")
         return answers
 
     def _refuse_others(self, report: Report) -> None:
-        """Raise ``ValueError`` where an answer of a evaluated model is missing, or is no class."""
+        """Raise ``ValueError`` for missing or invalid predictions of an evaluated model."""
         for name, model in report.models.items():
             for task in model.tasks:
                 found, classes = self.tasks[task], report.tasks[task].num_classes
                 for array in (found.labels, found.predictions[name]):
                     if array.size and not 0 <= array.min() <= array.max() < classes:
-                        raise ValueError(f"'{task}' has {classes} classes, not that of an answer")
+                        raise ValueError(
+                            f"'{task}' has {classes} classes, and a prediction is not one of them"
+                        )
 
 
 def _name(*parts: str) -> str:

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, ranked: what its reports tell when they are laid side by side."""
+"""Ranks the jobs of a sweep."""
 
 import hashlib
 import math
@@ -36,10 +36,10 @@ class Job:
     """A job of a sweep that has a report.
 
     Attributes:
-        directory: where it is, relative to the sweep.
-        overrides: what tells it from the others, as ``key=value``.
+        directory: its path, relative to the sweep.
+        overrides: its own settings, as ``key=value``.
         report: its result.
-        answers: what every model of it answered.
+        answers: the predictions of its models.
     """
 
     directory: str
@@ -54,7 +54,7 @@ class Job:
 
 
 class Line(_Strict):
-    """A merged model, or one to compare with: then without a rank.
+    """A row of a leaderboard: a merged model, or a baseline without a rank.
 
     Accuracies are fractions. ``stderr`` is the standard error of what the table is ranked by;
     ``difference`` is that from the best of the same rank; for this one itself from the best of the
@@ -76,10 +76,10 @@ class Line(_Strict):
 
 
 class Standings(_Strict):
-    """Models that may be compared: evaluated on the same samples in the same way.
+    """A table of comparable models: evaluated on the same samples in the same way.
 
     Attributes:
-        facts: what tells this table from the others, if there are several.
+        facts: the differences to other tables, if there are several.
         ranked_by: the accuracy itself where a model has no normalised one, or where the individual
             models differ from job to job.
         tasks: what the models were evaluated on.
@@ -92,7 +92,7 @@ class Standings(_Strict):
     lines: list[Line]
 
     def score(self, line: Line) -> float:
-        """Return what a line is ranked by."""
+        """Return the score that a line is ranked by."""
         return _value(line, self.ranked_by)
 
     def sentence(self) -> str:
@@ -101,14 +101,14 @@ class Standings(_Strict):
         if self.ranked_by == "normalized_accuracy":
             by = "average normalised accuracy (of the individual models')"
         return (
-            f"Ranked by {by}. Models of one rank are not distinguishable from the best of them on "
-            f"{'these test sets' if len(self.tasks) > 1 else 'this test set'} (paired bootstrap, "
-            "95 % interval)."
+            f"Ranked by {by}. Models with the same rank are not distinguishable from the best of "
+            f"them on {'these test sets' if len(self.tasks) > 1 else 'this test set'} (paired "
+            "bootstrap, 95 % interval)."
         )
 
 
 class Failure(_Strict):
-    """A job that has no result."""
+    """A job without a result."""
 
     name: str
     directory: str
@@ -116,7 +116,7 @@ class Failure(_Strict):
 
 
 class Leaderboard(_Strict):
-    """The whole result of a sweep, as it stands in ``leaderboard.json``."""
+    """The whole result of a sweep, as in ``leaderboard.json``."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -149,7 +149,7 @@ def leaderboard(name: str, jobs: Iterable[Job], failures: Iterable[Failure] = ()
 
 @dataclass(frozen=True)
 class _Entry:
-    """A merged model of a job, with what it takes to compare it."""
+    """A merged model of a job, with the data for its comparison."""
 
     job: Job
     contender: Contender
@@ -169,7 +169,7 @@ class _Entry:
 
     @cached_property
     def individual(self) -> Right:
-        """The answers of each task's own model, where there is one."""
+        """The predictions of each task's own model, if there is one."""
         found = individual_answers(self.job.report, self.job.answers)
         return {task: found[task] for task in self.contender.models if task in found}
 
@@ -197,7 +197,7 @@ def _entries(job: Job) -> Iterator[_Entry]:
 
 
 def _facts(entry: _Entry) -> dict[str, str]:
-    """Return what two models must have in common to be compared, in the words of a table's head."""
+    """Return the properties that comparable models share, with names for a table's header."""
     infos = {task: entry.job.report.tasks[task] for task in sorted(entry.contender.models)}
     answers = [entry.job.answers.tasks[task] for task in infos]
     return {
@@ -205,11 +205,11 @@ def _facts(entry: _Entry) -> dict[str, str]:
         "samples": ", ".join(str(info.num_samples) for info in infos.values()),
         "precision": entry.job.report.run.precision,
         "datasets": _hash(info.fingerprint for info in infos.values()),
-        "choice of samples": _hash(
+        "selection of samples": _hash(
             part.tobytes() for found in answers for part in (found.samples, found.labels)
         ),
         "classifiers": _hash(str(info.head_sha256) for info in infos.values()),
-        "preparation of images": _hash(str(info.images_sha256) for info in infos.values()),
+        "image preprocessing": _hash(str(info.images_sha256) for info in infos.values()),
     }
 
 
@@ -240,7 +240,7 @@ def _standings(entries: Sequence[_Entry], facts: Mapping[str, str]) -> Standings
         others = []
         for entry in waiting:
             line, other = lines[id(entry)], before if entry is best else best
-            if other is not None and (entry is best or not _far_apart(entry, best, ranked_by)):
+            if other is not None and (entry is best or not _clearly_differ(entry, best, ranked_by)):
                 line.difference = _difference(entry, other, ranked_by)
             within = line.difference
             if entry is best or (within is not None and within.low <= 0 <= within.high):
@@ -282,8 +282,8 @@ def _difference(one: _Entry, other: _Entry, ranked_by: Score) -> Difference:
     return found.accuracy
 
 
-def _far_apart(one: _Entry, other: _Entry, ranked_by: Score) -> bool:
-    """Tell without resampling whether two models surely differ."""
+def _clearly_differ(one: _Entry, other: _Entry, ranked_by: Score) -> bool:
+    """Return whether two models clearly differ, without resampling."""
     total, variance = 0.0, 0.0
     for task, answers in one.right.items():
         change = answers.astype(float) - other.right[task]

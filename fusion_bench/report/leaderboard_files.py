@@ -1,4 +1,4 @@
-"""A leaderboard as people and programs read it: page, Markdown, CSV, TeX, JSON, terminal."""
+"""Writes a leaderboard as page, Markdown, CSV, TeX, JSON and on the terminal."""
 
 import csv
 import io
@@ -61,7 +61,7 @@ def page(board: Leaderboard) -> str:
 
 
 def markdown(board: Leaderboard) -> str:
-    """Return the leaderboard for a README or a forge."""
+    """Return the leaderboard as Markdown."""
     lines = ["# Leaderboard", "", markdown_text(board.name), ""]
     for table in board.tables:
         if table.facts:
@@ -81,23 +81,23 @@ def table_of_values(board: Leaderboard) -> str:
     writer = csv.writer(file, lineterminator="\n")
     head = ["table", "rank", "name", "role", "directory", "normalized_accuracy", "accuracy"]
     columns = [column for task in tasks for column in (task, f"{task} stderr")]
-    writer.writerow([*head, "accuracy_stderr", *map(_unevaluated, columns), "error"])
+    writer.writerow([*head, "accuracy_stderr", *map(_no_formula, columns), "error"])
     for number, table in enumerate(board.tables, start=1):
         for line in table.lines:
             own = [line.normalized_accuracy, line.accuracy, line.accuracy_stderr]
             for task in tasks:
                 own += [line.tasks.get(task), line.task_stderrs.get(task)]
-            texts = map(_unevaluated, (line.name, line.role, line.directory))
+            texts = map(_no_formula, (line.name, line.role, line.directory))
             writer.writerow([number, line.rank, *texts, *own, None])
     for failure in board.failures:
-        texts = map(_unevaluated, (failure.name, "", failure.directory))
+        texts = map(_no_formula, (failure.name, "", failure.directory))
         blank = [None] * (3 + len(columns))
-        writer.writerow([None, None, *texts, *blank, _unevaluated(failure.message)])
+        writer.writerow([None, None, *texts, *blank, _no_formula(failure.message)])
     return file.getvalue()
 
 
 def tex(board: Leaderboard) -> str:
-    """Return the tables for a paper: to be read by ``input``, with the package ``booktabs``."""
+    """Return the tables for a paper, for ``input`` with the package ``booktabs``."""
     parts = [r"% \usepackage{booktabs}"]
     parts += [f"% failed: {' '.join(f.name.split())}" for f in board.failures]
     for table in board.tables:
@@ -123,7 +123,7 @@ def tex(board: Leaderboard) -> str:
 
 
 def print_leaderboard(board: Leaderboard, console: Console) -> None:
-    """Print the leaderboard; the tasks stay away where they do not fit."""
+    """Print the leaderboard, without tasks that do not fit."""
     for table in board.tables:
         if table.facts:
             console.print(Text("; ".join(f"{key}: {value}" for key, value in table.facts.items())))
@@ -157,13 +157,13 @@ def _grid(table: Standings, *, errors: bool = False) -> tuple[list[str], list[li
     ]
 
 
-def _unevaluated(text: str) -> str:
-    """Keep a spreadsheet from taking a name for a formula."""
+def _no_formula(text: str) -> str:
+    """Prevent a spreadsheet from evaluating a name as a formula."""
     return f"'{text}" if text[:1] in tuple("=+-@\t\r") and text else text
 
 
 def _tex(text: str) -> str:
-    """Return text that TeX sets as it is; what its usual fonts lack is named by its number."""
+    """Return escaped text for TeX; unsupported characters are replaced by their code point."""
     plain = "".join(
         c if c == "–" or (c.isprintable() and c <= "\u017f") else f"U+{ord(c):04X}" for c in text
     )
@@ -171,7 +171,7 @@ def _tex(text: str) -> str:
 
 
 def _picture(table: Standings) -> Any:
-    """Return curves where a single number was swept, else the models below each other."""
+    """Return a plot: curves if a single number was swept, otherwise a ranking."""
     from markupsafe import Markup
 
     from fusion_bench.report.pictures import curves, ranking
@@ -190,7 +190,7 @@ def _picture(table: Standings) -> Any:
 def _swept_number(
     table: Standings, lines: Sequence[Line]
 ) -> tuple[str, dict[str, list[tuple[float, float, float]]]] | None:
-    """Return the one number that was swept, and the scores over it: a curve for what else was.
+    """Return the single swept number, and its score curves.
 
     A model that lacks the number is a level line.
     """
@@ -200,14 +200,14 @@ def _swept_number(
     if len(numbers) != 1:
         return None
     (key,) = numbers
-    places = [float(own[key]) for own in settings if key in own]
+    values = [float(own[key]) for own in settings if key in own]
     series: dict[str, list[tuple[float, float, float]]] = {}
     for line, own in zip(lines, settings, strict=True):
         name = " ".join(f"{k}={v}" for k, v in own.items() if k != key) or "merged"
-        at = [float(own[key])] if key in own else [min(places), max(places)]
+        at = [float(own[key])] if key in own else [min(values), max(values)]
         series.setdefault(name, []).extend((x, table.score(line), _Z * line.stderr) for x in at)
     distinct = all(len({x for x, _, _ in found}) == len(found) for found in series.values())
-    if not distinct or len(set(places)) < 3 or len(series) > _CURVES:
+    if not distinct or len(set(values)) < 3 or len(series) > _CURVES:
         return None
     return key, series
 

@@ -1,4 +1,4 @@
-"""Where a merged model loses: tasks, classes, and what it takes one class for."""
+"""The losses of a merged model: tasks, classes and confusions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from fusion_bench.report.schema import Contender, Difference, Report
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """A task's individual model beside the merged one; fractions.
+    """The accuracies of a task's individual model and the merged model; fractions.
 
     Attributes:
         task: its name.
         individual: the accuracy of the task's own model.
         merged: that of the merged model.
-        interval: where the change from one to the other lies, if the two were compared.
+        interval: the interval of their difference, if they were compared.
     """
 
     task: str
@@ -39,7 +39,7 @@ class TaskLoss:
 
 @dataclass(frozen=True)
 class ClassLoss:
-    """A class's samples, and how many of them each model got right.
+    """A class's number of samples, and the correct predictions of each model.
 
     ``individual`` is ``None`` where the task has no model of its own.
     """
@@ -51,13 +51,13 @@ class ClassLoss:
 
     @property
     def lost(self) -> int:
-        """How many right answers were lost; without an individual model, how many are wrong."""
+        """The number of lost correct predictions; without an individual model, of errors."""
         return (self.samples if self.individual is None else self.individual) - self.merged
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Samples of the class ``truth`` that were taken for ``answer``."""
+    """The number of samples of the class ``truth`` predicted as ``answer``."""
 
     truth: str
     answer: str
@@ -66,7 +66,7 @@ class Confusion:
 
 
 def task_losses(report: Report, merged: Contender) -> list[TaskLoss]:
-    """Return the tasks that have an individual model, the greatest loss first."""
+    """Return the tasks with an individual model, the greatest loss first."""
     found = []
     for task, own in report.own_models().items():
         if task in merged.models:
@@ -79,7 +79,7 @@ def task_losses(report: Report, merged: Contender) -> list[TaskLoss]:
 def class_losses(
     names: Sequence[str], found: TaskAnswers, merged: str, individual: str | None
 ) -> list[ClassLoss]:
-    """Return the classes that lost right answers, those that lost most first.
+    """Return the classes that lost correct predictions, the greatest loss first.
 
     Args:
         names: the classes, in the order of their labels.
@@ -98,13 +98,13 @@ def class_losses(
 
 
 def confusion_matrix(found: TaskAnswers, model: str, num_classes: int) -> NDArray[np.int64]:
-    """Return how often each class (row) was taken for each (column)."""
+    """Return the confusion matrix: true classes (rows), predicted classes (columns)."""
     pairs = found.labels.astype(np.int64) * num_classes + found.predictions[model]
     return _counts(pairs, num_classes**2).reshape(num_classes, num_classes)
 
 
 def confusions(names: Sequence[str], matrix: NDArray[np.int64]) -> list[Confusion]:
-    """Return which class was taken for which, the most frequent first."""
+    """Return the confusions, the most frequent first."""
     samples = matrix.sum(axis=1)
     found = [
         Confusion(names[truth], names[answer], int(matrix[truth, answer]), int(samples[truth]))

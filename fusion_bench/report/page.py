@@ -1,4 +1,4 @@
-"""The page that a person reads instead of the JSON."""
+"""The HTML page of a report."""
 
 import hashlib
 import shlex
@@ -36,11 +36,11 @@ _PAIRS = 28
 
 
 def page(report: Report, answers: Answers) -> str:
-    """Return a report as one HTML file that needs nothing else.
+    """Return a report as a self-contained HTML file.
 
     Args:
-        report: the result; what it lacks, the page leaves out.
-        answers: every model's answers, from which classes and confusions are counted.
+        report: the result; the page leaves out missing parts.
+        answers: the models' predictions, for classes and confusions.
     """
     merged = _focus(report)
     models = _models(report)
@@ -82,7 +82,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
 @lru_cache
 def _environment() -> Any:
-    """Return what templates are read with; it keeps them compiled for a sweep's many pages."""
+    """Return the template environment, with a cache of compiled templates."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -159,7 +159,7 @@ class _Accuracies:
 
 @dataclass(frozen=True)
 class _Classes:
-    """What a task's classes lost.
+    """The losses of a task's classes.
 
     ``matrix`` counts how often a class (row) was taken for another; it is empty where there are
     too many, which ``confusions`` then lists.
@@ -175,7 +175,7 @@ class _Classes:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Figures with a picture of them."""
+    """Figures with their plot."""
 
     title: str
     rows: list[str]
@@ -185,7 +185,7 @@ class _Matrix:
 
 
 def _focus(report: Report) -> Contender | None:
-    """Return the merged model that the page looks at closely: the most accurate one."""
+    """Return the merged model that the page shows in detail: the most accurate one."""
     evaluated = [c for c in report.contenders() if c.role == "merged" and c.models]
     return max(evaluated, key=lambda c: _average(report, c).accuracy, default=None)
 
@@ -202,7 +202,7 @@ def _options(report: Report) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    """Return a value of a config as one would write it in YAML, on one line."""
+    """Return a config value as YAML on one line."""
     if isinstance(value, str):
         return value
     line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
@@ -210,13 +210,13 @@ def _plain(value: Any) -> str:
 
 
 def _models(report: Report) -> list[_Model]:
-    places = sources(report)
+    origins = sources(report)
     found = []
-    for name in dict.fromkeys([*places, *report.models]):
+    for name in dict.fromkeys([*origins, *report.models]):
         model = report.models.get(name)
         role = model.role if model else ("pretrained" if name == "_pretrained_" else "individual")
         made = model is not None and model.role == "merged"
-        source = _plain(places[name]) if name in places else "–"
+        source = _plain(origins[name]) if name in origins else "–"
         if made:
             source = "the run of that name" if compared_runs(report) else "made by this run"
         parameters = model.num_parameters if model else None
@@ -260,7 +260,7 @@ def _differences(report: Report) -> list[Comparison]:
 
 
 def _accuracies(report: Report, merged: Contender | None) -> _Accuracies | None:
-    """Return the merged model beside the pretrained one, task by task."""
+    """Return the accuracies of the merged and the pretrained model for each task."""
     if merged is None:
         return None
     from markupsafe import Markup
@@ -286,7 +286,7 @@ def _accuracies(report: Report, merged: Contender | None) -> _Accuracies | None:
 
 
 def _classes(report: Report, answers: Answers, merged: Contender | None) -> list[_Classes]:
-    """Return what was lost within each task, if its classes are named; the worst task first."""
+    """Return the losses of each task's classes, the worst task first, if classes are named."""
     if merged is None:
         return []
     order = [loss.task for loss in task_losses(report, merged)]
@@ -312,7 +312,7 @@ def _classes(report: Report, answers: Answers, merged: Contender | None) -> list
 
 
 def _extremes(similarity: Similarity | None) -> list[tuple[str, str, float]]:
-    """Return the two models least alike, and the two most alike, with their cosines."""
+    """Return the least and the most similar pair of models, with their cosines."""
     if similarity is None or len(similarity.models) < 3:
         return []
     pairs = [
@@ -323,7 +323,7 @@ def _extremes(similarity: Similarity | None) -> list[tuple[str, str, float]]:
 
 
 def _matrices(similarity: Similarity | None) -> list[_Matrix]:
-    """Return the cosines of the task vectors, and those and the norms part by part."""
+    """Return the cosines of the task vectors, and cosines and norms for each part."""
     return [] if similarity is None else _pictured(similarity.model_dump_json())
 
 
@@ -361,7 +361,7 @@ def _matrix(
     pictured: NDArray[np.float64],
     limit: float | None,
 ) -> _Matrix:
-    """Return figures with a picture of the last ``pictured.shape[1]`` columns."""
+    """Return figures with a plot of the last ``pictured.shape[1]`` columns."""
     from markupsafe import Markup
 
     from fusion_bench.report.pictures import heat_map

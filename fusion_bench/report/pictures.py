@@ -1,7 +1,7 @@
-"""Pictures as inline SVG: they take the page's colours and fonts, and are the same each time.
+"""Plots as reproducible inline SVG with the page's colours and fonts.
 
-A picture names its colours by the page's CSS variables. matplotlib knows no such names, so that it
-draws with stand-ins, which are replaced afterwards.
+A plot uses the page's CSS variables as colours. matplotlib does not support them, so it draws with
+placeholders that are replaced afterwards.
 """
 
 import io
@@ -61,14 +61,14 @@ def accuracies(
     title: str,
     whole: str | None = None,
 ) -> str:
-    """Return a picture of accuracies by task: a radar for some tasks, else bars.
+    """Return a plot of accuracies by task: a radar chart for 3 to 12 tasks, otherwise bars.
 
     Args:
         tasks: their names.
         series: a model's name to a fraction for each task, ``None`` where it was not evaluated;
             three models at most.
         title: what the figures are.
-        whole: what the line at 100 % stands for; without it there is none.
+        whole: the meaning of the line at 100 %; without it there is no line.
     """
     values = {name: _floats(fractions) for name, fractions in series.items()}
     whole_radar = len(tasks) in RADAR and all(np.isfinite(v).all() for v in values.values())
@@ -95,14 +95,14 @@ def heat_map(
     description: str,
     limit: float | None = None,
 ) -> str:
-    """Return a picture of a matrix, in colours with their scale.
+    """Return a heat map of a matrix, with a colour scale.
 
     Args:
         rows: their names.
         columns: likewise.
         values: rows by columns; nan leaves a cell empty.
         title: what the figures are.
-        description: what is to be seen, in words.
+        description: a description in words.
         limit: the colours go from red at ``-limit`` by white at 0 to blue at ``limit``; without it
             from white at 0 to blue at the largest value.
     """
@@ -134,7 +134,7 @@ def heat_map(
 def ranking(
     names: Sequence[str], values: Sequence[float], errors: Sequence[float], title: str
 ) -> str:
-    """Return a picture of scores below each other, with their intervals.
+    """Return a plot of ranked scores with their intervals.
 
     Args:
         names: what was scored, the best first.
@@ -146,10 +146,10 @@ def ranking(
     with _style():
         figure = Figure((3.6, height))
         axes = figure.add_axes((0, 0, 1, 1))
-        places = np.arange(len(names))
+        positions = np.arange(len(names))
         axes.errorbar(
             _floats(values),
-            places,
+            positions,
             xerr=_floats(errors),
             fmt=_MARKERS[0],
             ms=4,
@@ -157,7 +157,7 @@ def ranking(
             elinewidth=1.2,
             capsize=2,
         )
-        axes.set_yticks(places, [label(name, 48) for name in names])
+        axes.set_yticks(positions, [label(name, 48) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         _percent_axes(axes, title, "x")
         return _svg(figure, title, _in_words(dict(zip(names, values, strict=True))))
@@ -166,7 +166,7 @@ def ranking(
 def curves(
     parameter: str, series: Mapping[str, Sequence[tuple[float, float, float]]], title: str
 ) -> str:
-    """Return a picture of scores over a parameter, with their intervals.
+    """Return a plot of scores over a parameter, with their intervals.
 
     Args:
         parameter: its name.
@@ -205,10 +205,10 @@ def _in_words(values: Mapping[str, float]) -> str:
 
 
 class Line(NamedTuple):
-    """A line of a picture: its points, and how far the values spread around them."""
+    """A line of a plot: its points and their spread."""
 
     name: str
-    places: Sequence[int]
+    positions: Sequence[int]
     values: Sequence[float]
     spread: Sequence[float]
 
@@ -216,12 +216,12 @@ class Line(NamedTuple):
 def panels_of_curves(
     panels: Mapping[str, Sequence[Line]], title: str, below: str, *, whole: bool
 ) -> str:
-    """Return a picture of fractions as lines, each with a band of its spread.
+    """Return a plot of fractions as lines, each with a band for the spread.
 
     Args:
         panels: a panel's name to its lines; a name has one colour in all panels.
         title: what the values are.
-        below: what the places are.
+        below: what the positions are.
         whole: draw a line at 100 %.
     """
     with _style():
@@ -235,14 +235,14 @@ def panels_of_curves(
                 colour = _PALETTE[number % len(_PALETTE)]
                 look: Any = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)]}
                 middle, spread = 100 * np.array(line.values), 100 * np.array(line.spread)
-                axes.plot(line.places, middle, lw=1.6, ms=4, label=label(line.name), **look)
+                axes.plot(line.positions, middle, lw=1.6, ms=4, label=label(line.name), **look)
                 axes.fill_between(
-                    line.places, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0
+                    line.positions, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0
                 )
             if whole:
                 axes.axhline(100, color=_SOFT, lw=1.2, ls="dotted")
             axes.set_title(label(panel), fontsize=9)
-            axes.set_xticks(sorted({place for line in lines for place in line.places}))
+            axes.set_xticks(sorted({x for line in lines for x in line.positions}))
             axes.set_xlabel(below)
             axes.grid(lw=0.6)
             axes.set_axisbelow(True)
@@ -254,7 +254,7 @@ def panels_of_curves(
             f"{panel}, {line.name}: "
             + ", ".join(
                 f"{100 * value:.1f} % at {place}"
-                for place, value in zip(line.places, line.values, strict=True)
+                for place, value in zip(line.positions, line.values, strict=True)
             )
             for panel, lines in panels.items()
             for line in lines
@@ -263,7 +263,7 @@ def panels_of_curves(
 
 
 def standalone(picture: str) -> str:
-    """Return a picture as a file of its own, in the colours of paper."""
+    """Return a plot as a standalone file, in the colours of the light theme."""
     inks = {"--ink": "#1c2430", "--soft": "#586273", "--line": "#d5dbe4"}
     for variable, colour in inks.items():
         picture = picture.replace(f"var({variable})", colour)
@@ -271,7 +271,7 @@ def standalone(picture: str) -> str:
 
 
 def label(name: str, longest: int = 22) -> str:
-    """Return a name that a picture can show: short, on one line, without control characters."""
+    """Return a name for a plot: short, on one line, without control characters."""
     shown = "".join(c if c.isprintable() or c == "\u200d" else " " for c in name).strip()
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
@@ -286,7 +286,7 @@ def _largest(values: NDArray[np.float64]) -> float:
 
 
 def _top(values: Mapping[str, NDArray[np.float64]]) -> float:
-    """Return where an axis of percent ends: at 100, or at the next 20 above what goes beyond."""
+    """Return the end of a percent axis: 100, or the next multiple of 20 above the values."""
     return max(100.0, 20 * math.ceil(max(map(_largest, values.values()), default=0) / 20))
 
 
@@ -336,19 +336,19 @@ def _bars(
     height = max(1.0, len(tasks) * (len(values) * thick + 0.12))
     figure = Figure((3.6, height))
     axes = figure.add_axes((0, 0, 1, 1))
-    places = np.arange(len(tasks), dtype=np.float64)
+    positions = np.arange(len(tasks), dtype=np.float64)
     unit = thick * len(tasks) / height
     for place, (name, found) in enumerate(values.items()):
         shift = (place - (len(values) - 1) / 2) * unit
         axes.barh(
-            places + shift,
+            positions + shift,
             np.nan_to_num(found),
             0.9 * unit,
             color=_SERIES[place] if place == 0 else "none",
             edgecolor=_SERIES[place],
             label=label(name),
         )
-    axes.set_yticks(places, tasks)
+    axes.set_yticks(positions, tasks)
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(0, _top(values))
     axes.set_xlabel(f"{title}, %")
@@ -397,7 +397,7 @@ def _annotate(axes: Axes, values: NDArray[np.float64], colour: Any) -> None:
 def _scale(
     figure: Figure, size: tuple[float, float], low: float, high: float, colours: Any
 ) -> None:
-    """Draw what the colours mean below the picture."""
+    """Draw the colour scale below the plot."""
     width, height = size
     long = min(1.6 / width, 1.0)
     axes = figure.add_axes((0, -0.22 / height, long, 0.1 / height))
@@ -412,7 +412,7 @@ def _scale(
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Draw with the style above, whatever a user's own settings of matplotlib are."""
+    """Draw with the style above, ignoring the user's matplotlib settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -420,7 +420,7 @@ def _style() -> Iterator[None]:
 
 
 def _svg(figure: Figure, title: str, description: str) -> str:
-    """Return the figure as an element that can stand within a page."""
+    """Return the figure as an element for a page."""
     file = io.StringIO()
     matplotlib.rcParams["svg.hashsalt"] = title  # ids are a picture's own, and the same each time
     with warnings.catch_warnings():
@@ -462,7 +462,7 @@ def _name(element: ElementTree.Element) -> str:
 
 
 def _attributes(found: Mapping[str, str], referred: Collection[str]) -> dict[str, str]:
-    """Return an element's attributes in the page's terms, and short."""
+    """Return an element's attributes, shortened, with the page's variables."""
     own = {name.rpartition("}")[2]: value for name, value in found.items()}
     own.pop("version", None)
     if own.get("id") not in referred:

@@ -22,13 +22,13 @@ class _Strict(BaseModel):
 
 
 class Row(_Strict):
-    """What was published of a method, in percent.
+    """The published figures of a method, in percent.
 
     Attributes:
-        overrides: what makes the default run this one, as on the command line.
-        accuracy: one a task, in the order of the reference's tasks.
+        overrides: the command-line arguments of the run.
+        accuracy: one value per task, in the order of the reference's tasks.
         average: the mean over the tasks.
-        tolerance: in points, where it is not the reference's.
+        tolerance: in percentage points; by default the reference's.
     """
 
     overrides: list[str] = []
@@ -44,18 +44,18 @@ class Row(_Strict):
 
 
 class Reference(_Strict):
-    """A table of published figures, and how each is had.
+    """A table of published figures, and how to reproduce them.
 
     Attributes:
         source: who published them.
         link: where, if they are on the web.
-        checkpoints: which models they are of.
+        checkpoints: the models.
         modelpool: the name of the model pool's config.
         taskpool: the name of the task pool's config.
         overrides: of all rows, as on the command line.
         tasks: in the order of the figures.
-        tolerance: how far a figure may be off, in points.
-        average_tolerance: how far an average may be, where that is less.
+        tolerance: the maximum difference of a figure, in percentage points.
+        average_tolerance: the maximum difference of an average, by default ``tolerance``.
         rows: a method's name to its figures; ``pretrained`` and ``individual`` are the baselines.
     """
 
@@ -83,7 +83,7 @@ class Reference(_Strict):
         return self
 
     def figures(self, name: str) -> Iterator[tuple[str, float, float]]:
-        """Yield a row's columns, each with what was published and the tolerance."""
+        """Yield a row's columns, each with the published value and the tolerance."""
         row = self.rows[name]
         tolerance = self.tolerance if row.tolerance is None else row.tolerance
         for task, published in zip(self.tasks, row.accuracy or [], strict=False):

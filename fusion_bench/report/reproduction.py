@@ -1,4 +1,4 @@
-"""Published figures beside those that were found here."""
+"""Published figures compared with reproduced figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 
 
 class Figure(_Strict):
-    """One published figure and the one that was found; percent, and points."""
+    """A published figure and the reproduced one; in percent and percentage points."""
 
     row: str
     column: str
@@ -34,7 +34,7 @@ class Figure(_Strict):
 
     @property
     def difference(self) -> float:
-        """What was found minus what was published."""
+        """The reproduced minus the published figure."""
         return round(self.found - self.published, 6)
 
     @property
@@ -51,7 +51,7 @@ class Figure(_Strict):
 
 
 class Reproduction(_Strict):
-    """The result of checking a reference, as it stands in ``reproduce.json``.
+    """The result of checking a reference, as in ``reproduce.json``.
 
     ``reports`` is each row's report, relative to the file.
     """
@@ -83,7 +83,7 @@ class Reproduction(_Strict):
         return [*self.reference.tasks, AVERAGE]
 
     def sentence(self) -> str:
-        """Say how it went."""
+        """Summarise the result."""
         passed = len(self.figures) - len(self.failed)
         return f"{passed} of {len(self.figures)} figures are within their tolerance"
 
@@ -104,7 +104,7 @@ class Reproduction(_Strict):
         return read_model(cls, path, "reproduction")
 
     def print(self, console: Console) -> None:
-        """Print what was found, with the differences."""
+        """Print the reproduced figures with the differences."""
         table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
         for index, name in enumerate(["found, % (difference)", *self.columns]):
             table.add_column(Text(name), justify="right" if index else "left", no_wrap=True)
@@ -139,7 +139,7 @@ class Reproduction(_Strict):
             "| " + " | ".join(visible(cell).translate(escape) for cell in row) + " |"
             for row in table
         ]
-        lines += ["", "An exclamation mark: off by more than the tolerance."]
+        lines += ["", "An exclamation mark: the difference exceeds the tolerance."]
         return "\n".join(lines) + "\n"
 
 

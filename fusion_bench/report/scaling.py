@@ -1,4 +1,4 @@
-"""What merging more and larger models gains and loses, in curves.
+"""The result of a scaling study, with curves.
 
 The measures are those of "What Matters for Model Merging at Scale?", https://arxiv.org/abs/2410.03617.
 """
@@ -31,7 +31,7 @@ class _Strict(BaseModel):
 
 
 class Merge(_Strict):
-    """One merged model: how it was made, and its result on each task.
+    """One merged model: its inputs, and its result on each task.
 
     ``subset`` numbers the random choices of ``count`` experts.
     """
@@ -72,13 +72,13 @@ class Point(_Strict):
     subsets: int
 
     def shown(self) -> str:
-        """Return it in percent; of one subset nothing is known of the others."""
+        """Return it in percent; without a standard deviation for one subset."""
         mean = f"{100 * self.mean:.1f}"
         return mean if self.subsets == 1 else f"{mean} ± {100 * self.spread:.1f}"
 
 
 class Study(_Strict):
-    """The result of a scaling study, as it stands in ``study.json``.
+    """The result of a scaling study, as in ``study.json``.
 
     ``held_in`` and ``held_out`` tell by whose accuracy the merged model's is divided.
     """
@@ -93,7 +93,7 @@ class Study(_Strict):
     points: list[Point] = []
 
     def score(self, merge: Merge, side: Side) -> float | None:
-        """Return a merged model's score; ``None`` without tasks, or where it cannot be divided."""
+        """Return a merged model's score; ``None`` without tasks, or for a zero divisor."""
         values: dict[str, float] = {}
         normalizer = self.held_in if side == "held_in" else self.held_out
         base = self.bases[merge.base]
@@ -134,13 +134,13 @@ class Study(_Strict):
                     yield score
 
     def title(self, side: Side) -> str:
-        """Return what a side's figures are."""
+        """Return the title of a side's figures."""
         normalizer = self.held_in if side == "held_in" else self.held_out
         of = {"expert": ", of the expert's", "base": ", of the pretrained model's", "none": ""}
         return f"{side.replace('_', '-').capitalize()} accuracy{of[normalizer]}"
 
     def pictures(self) -> dict[Side, str]:
-        """Return the curves of each side that has any, as SVG: a panel a base, a line a method."""
+        """Return each side's curves as SVG: one panel per base, one line per method."""
         return {
             side: panels_of_curves(
                 {base: self._lines(base, side) for base in self.bases},

@@ -1,4 +1,4 @@
-"""The result of a run, as it stands in ``report.json``."""
+"""The result of a run, as in ``report.json``."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read_model(kind: type[T], path: Path, name: str) -> T:
-    """Read what a run has left as JSON; ``name`` is what people call it.
+    """Read a run's JSON file; ``name`` is its name in messages.
 
     Raises:
         ConfigError: there is none, or it is none of this version.
@@ -35,7 +35,7 @@ def read_model(kind: type[T], path: Path, name: str) -> T:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its text"
         raise ConfigError(
-            f"'{path}' is no {name} of this version: {place}: {first['msg']}."
+            f"'{path}' is not a {name} of this version: {place}: {first['msg']}."
         ) from error
 
 
@@ -61,7 +61,7 @@ class TuningTask(_Strict):
 
 
 class Tuning(_Strict):
-    """What the method learned from.
+    """The data that the method learned from.
 
     ``test_split`` tells that it is the very part that the models are evaluated on.
     """
@@ -77,7 +77,7 @@ class Tuning(_Strict):
         if not self.test_split:
             return f"tuned on the {self.split} split, {labels}"
         if self.labels:
-            return "tuned on the test split with its labels: the figures say nothing of new data"
+            return "tuned on the test split with its labels: the figures do not apply to new data"
         return "adapted to the unlabelled images of the test split (test-time adaptation)"
 
 
@@ -98,12 +98,12 @@ class TaskInfo(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> "TaskInfo":
         if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError("the names of the classes are not as many as the classes")
+            raise ValueError("the number of class names differs from the number of classes")
         return self
 
 
 class TaskResult(_Strict):
-    """How one model did on one task; fractions, and nats per sample."""
+    """The result of one model on one task; fractions, and nats per sample."""
 
     accuracy: float
     accuracy_stderr: float
@@ -120,7 +120,7 @@ class TaskResult(_Strict):
         num_samples: int,
         per_class_accuracy: list[float | None] | None = None,
     ) -> "TaskResult":
-        """Turn plain sums into figures; the standard error is that of a binomial proportion."""
+        """Compute the figures from sums; the standard error is that of a binomial proportion."""
         accuracy = num_correct / num_samples
         return cls(
             accuracy=accuracy,
@@ -152,7 +152,7 @@ class Average(_Strict):
 
 
 class Candidate(_Strict):
-    """A setting of a method, and how it did on the split that it was searched on.
+    """A setting of a method, and its result on the search split.
 
     ``score`` is the mean of the search's metric over ``tasks``; its standard error takes the
     individual models' accuracies as given.
@@ -169,7 +169,7 @@ class Candidate(_Strict):
 
 
 class Search(_Strict):
-    """How the method's options were found.
+    """The search for the method's options.
 
     ``test_split`` tells that it was on the very part that the models are evaluated on,
     ``judge_test`` whether the winner was evaluated there at all. ``winner`` is its place in
@@ -208,14 +208,14 @@ class Search(_Strict):
         found += f" on the {self.split} split"
         found += f" ({metric} {100 * self.best.score:.1f} ± {100 * self.best.score_stderr:.1f})"
         if self.test_split:
-            return f"{found}, where the models are evaluated: the figures say nothing of new data"
+            return f"{found}, where the models are evaluated: the figures do not apply to new data"
         if not self.judge_test:
-            return f"{found}; the test split was not looked at"
-        return f"{found}; it alone was evaluated on the test split, once"
+            return f"{found}; the test split was not used"
+        return f"{found}; only this setting was evaluated on the test split, once"
 
 
 class Run(_Strict):
-    """What was run, when, with what."""
+    """The description of a run."""
 
     version: str
     created_at: str
@@ -235,7 +235,7 @@ class Run(_Strict):
 
 
 class ModelResult(_Strict):
-    """A model and how it did."""
+    """A model and its results."""
 
     role: Role
     weights_sha256: str
@@ -245,7 +245,7 @@ class ModelResult(_Strict):
 
 
 class Difference(_Strict):
-    """A difference of two models' accuracies, and the interval that it lies in; fractions."""
+    """A difference of two models' accuracies, and its interval; fractions."""
 
     estimate: float
     low: float
@@ -253,7 +253,7 @@ class Difference(_Strict):
 
 
 class Comparison(_Strict):
-    """What the test sets tell of ``model`` beside ``other``: differences, model minus other."""
+    """The differences between ``model`` and ``other``: model minus other."""
 
     model: str
     other: str
@@ -281,9 +281,9 @@ class Comparison(_Strict):
 
 
 class Similarity(_Strict):
-    """How the models' task vectors lie to each other, part by part of the network.
+    """The similarity of the models' task vectors, for each part of the network.
 
-    ``norms`` has a row a part and a number a model; ``cosines`` a matrix a part.
+    ``norms`` has a row per part and a value per model; ``cosines`` a matrix per part.
     """
 
     models: list[str]
@@ -303,15 +303,15 @@ class Similarity(_Strict):
             for matrix, height in zip(matrices, heights, strict=True)
         )
         if len(self.cosines) != parts or not square:
-            raise ValueError("the figures are not as many as models and parts")
+            raise ValueError("the number of figures does not match the models and parts")
         return self
 
 
 class Contender(NamedTuple):
-    """What a comparison has a row for: a model, or several models that stand for one.
+    """A row of a comparison: a model, or several models that count as one.
 
     Attributes:
-        name: what people read.
+        name: the name in tables.
         role: the models'.
         models: each task that it was evaluated on, to the model that was evaluated.
     """
@@ -335,19 +335,19 @@ class Report(_Strict):
     def _fits(self) -> "Report":
         for name, model in self.models.items():
             if unknown := model.tasks.keys() - self.tasks.keys():
-                raise ValueError(f"'{name}' was evaluated on '{min(unknown)}', which is no task")
+                raise ValueError(f"'{name}' was evaluated on '{min(unknown)}', which is not a task")
         for comparison in self.comparisons:
             if unknown := comparison.tasks.keys() - self.tasks.keys():
-                raise ValueError(f"a comparison is of '{min(unknown)}', which is no task")
+                raise ValueError(f"a comparison is of '{min(unknown)}', which is not a task")
         return self
 
     @property
     def objective(self) -> float | None:
-        """What a sweeper maximises: the search's best score; without a search there is none."""
+        """The value that a sweeper maximises: the search's best score, if there is a search."""
         return None if self.run.search is None else self.run.search.best.score
 
     def contenders(self) -> list[Contender]:
-        """Return what stands beside each other: pretrained, individual, merged.
+        """Return the compared rows: pretrained, individual, merged.
 
         Individual models that were each evaluated on their own task alone are one contender, which
         has each task's own model; in the full matrix each model is one. So it is with merged
@@ -365,11 +365,11 @@ class Report(_Strict):
         return found
 
     def results(self, contender: Contender) -> dict[str, TaskResult]:
-        """Return how a contender did on each task that it was evaluated on."""
+        """Return a contender's result on each evaluated task."""
         return {task: self.models[name].tasks[task] for task, name in contender.models.items()}
 
     def main_comparisons(self) -> list[Comparison]:
-        """Return the comparisons that matter first.
+        """Return the most important comparisons.
 
         One merged contender stands beside the pretrained and the individual models as a whole;
         of several, each stands beside the first.
@@ -379,7 +379,7 @@ class Report(_Strict):
         return [comparison for comparison in self.comparisons if comparison.other in others]
 
     def own_models(self) -> dict[str, str]:
-        """Return each task's individual model, where one was evaluated on it."""
+        """Return each task's individual model, if it was evaluated."""
         return {
             task: name
             for name, model in self.models.items()

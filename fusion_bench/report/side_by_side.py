@@ -1,4 +1,4 @@
-"""Runs laid side by side: what keeps them from being compared, and one report that holds them."""
+"""Compares runs: their differences in evaluation, and one report for all."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fusion_bench.report.schema import ModelResult, Report, TaskResult, summaris
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A run's result: its report, and what the models answered."""
+    """A run's result: its report and its predictions."""
 
     report: Report
     answers: Answers
@@ -25,8 +25,8 @@ def common_tasks(runs: Mapping[str, Evaluated]) -> list[str]:
     return [t for t in first.report.tasks if all(t in run.report.tasks for run in others)]
 
 
-def obstacles(runs: Mapping[str, Evaluated]) -> list[str]:
-    """Return, in words, in what the runs differ besides their models, so that figures mislead."""
+def evaluation_differences(runs: Mapping[str, Evaluated]) -> list[str]:
+    """Return, in words, the differences in evaluation that make the runs incomparable."""
     (name, first), *others = runs.items()
     found = []
     for other_name, other in others:
@@ -44,13 +44,13 @@ def obstacles(runs: Mapping[str, Evaluated]) -> list[str]:
 
 
 def _facts(task: str, first: Evaluated, other: Evaluated) -> Iterator[tuple[str, object, object]]:
-    """Yield what must be the same of a task in both runs: its name and both values."""
+    """Yield the properties of a task that must be equal in both runs: name and both values."""
     one, two = first.report.tasks[task], other.report.tasks[task]
     yield f"{task}: dataset", one.fingerprint, two.fingerprint
     yield f"{task}: number of samples", one.num_samples, two.num_samples
     mine, theirs = first.answers.tasks[task], other.answers.tasks[task]
     if one.num_samples == two.num_samples and not np.array_equal(mine.samples, theirs.samples):
-        yield f"{task}: choice of samples", "one", "another"
+        yield f"{task}: selection of samples", "one", "another"
     elif one.num_samples == two.num_samples and not np.array_equal(mine.labels, theirs.labels):
         yield f"{task}: labels", "some", "others"
     yield (
@@ -58,15 +58,15 @@ def _facts(task: str, first: Evaluated, other: Evaluated) -> Iterator[tuple[str,
         _short(one.head_sha256),
         _short(two.head_sha256),
     )
-    yield f"{task}: preparation of images", _short(one.images_sha256), _short(two.images_sha256)
+    yield f"{task}: image preprocessing", _short(one.images_sha256), _short(two.images_sha256)
 
 
 def _short(sha256: str | None) -> str:
     return "unknown" if sha256 is None else sha256[:8]
 
 
-def models_side_by_side(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResult], Answers]:
-    """Return all runs' models, evaluated on the samples that all runs have, and their answers.
+def combined_models(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResult], Answers]:
+    """Return all runs' models with results and predictions on the common samples.
 
     A merged model bears its run's name. A baseline that did the same in several runs is there
     once. Only tasks that all runs have are looked at. Where the runs have no samples in common, or
@@ -101,13 +101,13 @@ def models_side_by_side(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelR
 
 
 def _same(one: ModelResult, other: ModelResult) -> bool:
-    """Tell whether a model did the same in two runs; losses may be over other samples."""
+    """Return whether a model has the same results in two runs, apart from losses."""
     counts = [{task: r.accuracy for task, r in model.tasks.items()} for model in (one, other)]
     return one.weights_sha256 == other.weights_sha256 and counts[0] == counts[1]
 
 
 def _labelled(label: str, name: str) -> str:
-    """Return what a run's merged model is called here; one of a family keeps its own name."""
+    """Return the name of a run's merged model in the comparison."""
     family, slash, own = name.partition("/")
     return f"{label}{slash}{own}" if family == "merged" else f"{label} {name}"
 

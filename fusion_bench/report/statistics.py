@@ -1,4 +1,4 @@
-r"""What a finite test set can tell of two models that were evaluated on the same samples.
+r"""Paired bootstrap intervals for models that were evaluated on the same samples.
 
 The samples of a task are drawn anew, with replacement, as often as there are: the paired bootstrap
 (Efron and Tibshirani, An introduction to the bootstrap, 1993). Only how often each pattern of right
@@ -25,7 +25,7 @@ RESAMPLES = 10_000
 def compare(
     model: str, one: Right, other_name: str, other: Right, individual: Right, seed: int = 0
 ) -> Comparison:
-    """Tell by how much ``one`` is more accurate than ``other``, on the tasks that both have.
+    """Return the difference in accuracy between ``one`` and ``other`` on their common tasks.
 
     Tasks are resampled apart and weigh the same in the average. The normalised difference divides
     by the individual models' accuracies, which are resampled along; it is empty where a task has
@@ -60,7 +60,7 @@ def compare(
 
 
 def compare_contenders(report: Report, answers: Answers) -> list[Comparison]:
-    """Compare each merged contender with all before it in the report, as far as answers go."""
+    """Compare each merged contender with all earlier ones in the report that have predictions."""
     contenders = [(c, right(c, answers)) for c in report.contenders()]
     individual = individual_answers(report, answers)
     return [
@@ -73,19 +73,19 @@ def compare_contenders(report: Report, answers: Answers) -> list[Comparison]:
 
 
 def right(contender: Contender, answers: Answers) -> Right:
-    """Return which samples a contender got right, by task."""
+    """Return which samples a contender classified correctly, by task."""
     there = {task: model for task, model in contender.models.items() if task in answers.tasks}
     return {task: answers.tasks[task].right(model) for task, model in there.items()}
 
 
 def individual_answers(report: Report, answers: Answers) -> Right:
-    """Return which samples each task's own model got right."""
+    """Return which samples each task's own model classified correctly."""
     own = {t: name for t, name in report.own_models().items() if t in answers.tasks}
     return {task: answers.tasks[task].right(name) for task, name in own.items()}
 
 
 def verdict(difference: Difference) -> Verdict:
-    """Tell what an interval says: it lies above 0, below, or around it."""
+    """Return the verdict of an interval: above 0, below 0, or around 0."""
     if difference.low > 0:
         return "better"
     return "worse" if difference.high < 0 else "not distinguishable"

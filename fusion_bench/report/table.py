@@ -71,7 +71,7 @@ def _grid(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def print_comparison(report: Report, console: Console) -> None:
-    """Print the comparison; where the tasks do not fit side by side they go below each other."""
+    """Print the comparison; tasks become rows if they do not fit as columns."""
     table = rich_table(*_grid(report), bold_last=True)
     if table_width(table, console) > console.width:
         header, body = _grid(report)
@@ -81,7 +81,7 @@ def print_comparison(report: Report, console: Console) -> None:
 
 
 def table_width(table: Table, console: Console) -> int:
-    """Return how many characters a table would like to have."""
+    """Return the full width of a table in characters."""
     unlimited = console.options.update(max_width=10_000)
     return Measurement.get(console, unlimited, table).maximum
 
@@ -89,7 +89,7 @@ def table_width(table: Table, console: Console) -> int:
 def rich_table(
     header: list[str], body: list[list[str]], *, left: int = 1, bold_last: bool = False
 ) -> Table:
-    """Return a table for the terminal; its cells are text, and all but the first stand right."""
+    """Return a table for the terminal; all columns except the first are right-aligned."""
     table = Table(box=box.SIMPLE_HEAVY, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(
@@ -102,23 +102,23 @@ def rich_table(
 
 
 def markdown_table(header: list[str], body: list[list[str]], *, left: int = 1) -> list[str]:
-    """Return a table's lines; all but the first columns stand right."""
+    """Return a table's lines; all columns except the first ones are right-aligned."""
     rows = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
     return ["| " + " | ".join(markdown_text(cell) for cell in row) + " |" for row in rows]
 
 
 def markdown_text(text: str) -> str:
-    """Return a name for Markdown, where it stays text on one line."""
+    """Return a name escaped for Markdown, on one line."""
     return visible(text).translate(_ESCAPE)
 
 
 def with_stderr(value: float | None, stderr: float | None) -> str:
-    """Return a figure in percent and its standard error, where there is one."""
+    """Return a figure in percent, with its standard error if there is one."""
     return shown(value) if stderr is None else f"{shown(value)} ± {shown(stderr)}"
 
 
 def markdown(report: Report) -> str:
-    """Return the report as a Markdown page: what was run, and the comparison."""
+    """Return the report as a Markdown page: the run and the comparison."""
     header, _ = _grid(report)
     body = [
         [row.name, *map(with_stderr, [*row.cells, row.average], row.stderrs), shown(row.normalized)]
@@ -160,7 +160,7 @@ def markdown(report: Report) -> str:
 
 
 def settings(search: Search) -> tuple[list[str], list[list[str]]]:
-    """Return what each setting of a search scored, in percent; the winner is marked."""
+    """Return the score of each setting of a search, in percent; the winner is marked."""
     header = ["setting", f"{search.metric.replace('_', ' ')} on the {search.split} split, %"]
     return header, [
         [
@@ -172,7 +172,7 @@ def settings(search: Search) -> tuple[list[str], list[list[str]]]:
 
 
 def differences(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return by how much each merged model differs from the first, in points, task by task.
+    """Return each merged model's difference to the first, in points, for each task.
 
     A column is a pair of models, so that any number of tasks fits.
     """
@@ -196,27 +196,27 @@ def print_differences(report: Report, console: Console) -> None:
 
 
 def method_name(report: Report) -> str:
-    """Return the class that fused."""
+    """Return the method's class name."""
     node = report.run.config.get("method")
     target = node.get("_target_") if isinstance(node, dict) else node
     return str(target).rpartition(".")[2]
 
 
 def compared_runs(report: Report) -> dict[str, Any]:
-    """Return the runs that a comparison lays side by side, and where each is; else nothing."""
+    """Return the compared runs and their paths; empty for an ordinary run."""
     runs = report.run.config.get("reports")
     return dict(runs) if isinstance(runs, dict) else {}
 
 
 def sources(report: Report) -> dict[str, Any]:
-    """Return the pool's models and where each comes from, as the config has it."""
+    """Return the pool's models and their sources in the config."""
     pool = report.run.config.get("modelpool")
     models = pool.get("models") if isinstance(pool, dict) else None
     return dict(models) if isinstance(models, dict) else {}
 
 
 class _PlainConsole(Console):
-    """Prints tables in colour, and of what is in them plain text."""
+    """Prints tables in colour, with plain text in the cells."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -228,7 +228,7 @@ class _PlainConsole(Console):
 
 
 def wide_console() -> Console:
-    """Return where tables go; a log or a pipe has no width of its own."""
+    """Return the console for tables; a log or a pipe has no fixed width."""
     stream = sys.stdout
     console = _PlainConsole(file=stream.coloured if isinstance(stream, Stream) else None)
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""The command line as Hydra parses it, with mistakes told in one line."""
+"""Hydra's command-line parser, with errors in one line."""
 
 import re
 from argparse import ArgumentParser, Namespace
@@ -20,12 +20,12 @@ def arguments_parser() -> ArgumentParser:
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
-        told = message.removeprefix("argument ")
+        text = message.removeprefix("argument ")
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
             name = unknown[1].partition("=")[0]
-            told = f"{name}: there is no such option. {did_you_mean(name, flags)}"
-        raise FusionBenchError(f"{told.rstrip('.')}. 'fusion_bench --help' tells all options.")
+            text = f"{name}: unknown option. {did_you_mean(name, flags)}"
+        raise FusionBenchError(f"{text.rstrip('.')}. 'fusion_bench --help' lists all options.")
 
     def parse_args(args: Sequence[str] | None = None) -> Namespace:
         parsed = parser.parse_intermixed_args(args)
@@ -38,21 +38,21 @@ def arguments_parser() -> ArgumentParser:
 
 
 def _check(parsed: Namespace) -> None:
-    """Refuse what Hydra would end with an exception of Python's own.
+    """Refuse arguments for which Hydra would raise a plain Python exception.
 
     Raises:
         FusionBenchError: for the first such thing.
     """
     if parsed.experimental_rerun is not None:
         raise FusionBenchError(
-            "--experimental-rerun: would run what is in a pickle. Start the run's config again: "
-            "'--config-path …/.hydra --config-name config'."
+            "--experimental-rerun: would load a pickle, which may run code. Start the run's "
+            "config again: '--config-path …/.hydra --config-name config'."
         )
     given = [f"--{name.replace('_', '-')}" for name in _COMMANDS if getattr(parsed, name)]
     if len(given) > 1:
-        raise FusionBenchError(f"{' and '.join(given)} exclude each other. Give one of them.")
+        raise FusionBenchError(f"{' and '.join(given)} exclude each other. Use one of them.")
     if parsed.resolve and not (parsed.cfg or parsed.help):
-        raise FusionBenchError("--resolve: goes with --cfg or --help. Give '--cfg job --resolve'.")
+        raise FusionBenchError("--resolve: needs --cfg or --help. Use '--cfg job --resolve'.")
     if parsed.shell_completion:
         plugins = Plugins.instance().discover(CompletionPlugin)
         shells = sorted(plugin.provides() for plugin in plugins)  # type: ignore[attr-defined]
@@ -60,13 +60,13 @@ def _check(parsed: Namespace) -> None:
         named = [shell for name, _, shell in words if name in _COMPLETION]
         if len(named) != 1 or named[0] not in shells:
             raise FusionBenchError(
-                f"--shell-completion: say what, and for which shell: 'install={shells[0]}'. "
+                f"--shell-completion: give the action and the shell: 'install={shells[0]}'. "
                 f"Known: {', '.join(_COMPLETION)}; {', '.join(shells)}."
             )
         return
     for word in parsed.overrides:
         key, equals, _ = word.partition("=")
         if not key.strip("+~ "):
-            raise FusionBenchError(f"'{word}': names no key. Write 'key=value'.")
+            raise FusionBenchError(f"'{word}': has no key. Write 'key=value'.")
         if not equals and not key.startswith("~"):
             raise FusionBenchError(f"'{word}': has no value. Write '{word}=…'.")

@@ -1,4 +1,4 @@
-"""How large a config may become, counted before Hydra copies it.
+"""Limits the size of a config, before Hydra copies it.
 
 An alias of YAML, and an entry of a defaults list, stand for something else as a whole, so that a
 few hundred bytes may stand for more than any memory holds. (What interpolations stand for is
@@ -30,7 +30,7 @@ _ALL_VALUES = 5 * _VALUES
 
 @dataclass
 class _Size:
-    """What a part of a YAML file stands for, its aliases written out."""
+    """The size of a part of a YAML file, with expanded aliases."""
 
     values: int = 0
     characters: int = 0
@@ -45,13 +45,13 @@ class _Size:
 
 @dataclass
 class _Counted(ConfigResult):
-    """A config and how many values its file has."""
+    """A config and the number of values in its file."""
 
     values: int = 0
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Reads configs from files as Hydra does, unless they are too large.
+    """Reads configs from files like Hydra, and refuses large ones.
 
     It takes the place of Hydra's own, which leaves it to whichever of that name is there.
     """
@@ -69,7 +69,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 def check_file(path: Path) -> int:
-    """Return how many values a YAML file stands for; what is no YAML is left to the parser.
+    """Return the number of values of a YAML file; invalid YAML is left to the parser.
 
     Raises:
         ConfigError: they are too many, lie too deep in each other or are too long.
@@ -81,12 +81,12 @@ def check_file(path: Path) -> int:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not UTF-8 text. Save it as that.") from error
+        raise ConfigError(f"'{path}' is not UTF-8 text. Save it as UTF-8.") from error
     return check_text(text, f"'{path}'")
 
 
 def check_text(text: str, where: str) -> int:
-    """Return how many values a YAML text stands for, likewise; ``where`` names it in messages.
+    """Return the number of values of a YAML text; ``where`` names it in messages.
 
     Raises:
         ConfigError: as above.
@@ -100,7 +100,7 @@ def check_text(text: str, where: str) -> int:
 
 
 def _measured(text: str, loader: Any, where: str) -> int:
-    """Add up the events of a YAML text, of which there are no more than it has characters."""
+    """Measure a YAML text from its parser events."""
     anchored: dict[str, _Size] = {}
     whole = _Size()
     levels = [whole]
@@ -114,9 +114,9 @@ def _measured(text: str, loader: Any, where: str) -> int:
             part = levels.pop()
         elif isinstance(event, yaml.ScalarEvent):
             if event.implicit[0] and len(event.value) > _DIGITS and _is_number(event.value):
-                raise _too_large(where, f"holds a number of more than {_DIGITS:,} digits")
+                raise _too_large(where, f"has a number with more than {_DIGITS:,} digits")
             if "${" in event.value and len(event.value) > _INTERPOLATED:
-                long = f"interpolates within more than {_INTERPOLATED:,} characters"
+                long = f"has interpolations in a text of more than {_INTERPOLATED:,} characters"
                 raise _too_large(where, long)
             part = _Size(1, len(event.value), anchor=event.anchor)
         elif isinstance(event, yaml.AliasEvent):
@@ -128,11 +128,11 @@ def _measured(text: str, loader: Any, where: str) -> int:
                 anchored[part.anchor] = part
             levels[-1].take(part)
         if len(levels) > _DEPTH or levels[-1].depth > _DEPTH:
-            raise _too_large(where, f"holds more than {_DEPTH} lists and mappings in each other")
+            raise _too_large(where, f"has more than {_DEPTH} nested lists and mappings")
         if levels[-1].values > _VALUES:
-            raise _too_large(where, f"stands for more than {_VALUES:,} values")
+            raise _too_large(where, f"expands to more than {_VALUES:,} values")
         if levels[-1].characters > CHARACTERS:
-            raise _too_large(where, f"stands for more than {CHARACTERS:,} characters")
+            raise _too_large(where, f"expands to more than {CHARACTERS:,} characters")
     return whole.values
 
 
@@ -141,11 +141,11 @@ def _is_number(text: str) -> bool:
 
 
 def _too_large(where: str, why: str) -> ConfigError:
-    return ConfigError(f"{where} {why}. No config needs that: shorten it, or do not use it.")
+    return ConfigError(f"{where} {why}. Shorten it, or do not use it.")
 
 
 def bounded(repository: CachingConfigRepository) -> CachingConfigRepository:
-    """Return the repository of one composition, which gives no more than a config may take."""
+    """Return the config repository of one composition, with size limits."""
     files, values, load = 0, 0, repository.load_config
 
     def load_config(config_path: str) -> ConfigResult | None:
@@ -155,8 +155,8 @@ def bounded(repository: CachingConfigRepository) -> CachingConfigRepository:
         values += result.values if isinstance(result, _Counted) else 0
         if files > _FILES or values > _ALL_VALUES:
             raise ConfigError(
-                f"'{config_path}': with it the config takes more than {_FILES:,} files or "
-                f"{_ALL_VALUES:,} values through its defaults lists. Name fewer there."
+                f"'{config_path}': the config exceeds {_FILES:,} files or {_ALL_VALUES:,} values "
+                "through its defaults lists. Shorten these lists."
             )
         return result
 

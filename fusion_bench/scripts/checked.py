@@ -1,4 +1,4 @@
-"""What a config may ask of Hydra itself, before Hydra does any of it.
+"""Checks a config's settings for Hydra itself, before Hydra uses them.
 
 Hydra makes callbacks, log handlers, launchers and sweepers before our own code runs, sets
 environment variables, and imports packages that it searches for configs. All of it may stand in a
@@ -99,7 +99,7 @@ _HARMLESS = re.compile(
 
 
 class _Repository(ConfigRepository):
-    """The places of configs; Hydra copies them for each group that it lists, some 300 times."""
+    """The config repository; Hydra copies it for each listed group, some 300 times."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Repository":
         twin = copy(self)  # only the list of places is ever changed, not what is in them
@@ -108,7 +108,7 @@ class _Repository(ConfigRepository):
 
 
 class CheckedConfigLoader(ConfigLoaderImpl):
-    """Composes as Hydra does, and refuses what a config may not ask for."""
+    """Composes like Hydra, and refuses forbidden settings."""
 
     def __init__(self, config_search_path: ConfigSearchPath):
         super().__init__(config_search_path)
@@ -138,8 +138,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             raise
         except RecursionError as error:
             raise ConfigError(
-                f"'{config_name}' cannot be composed: something in it holds itself, or too much "
-                "in each other. Look at its interpolations and defaults lists."
+                f"'{config_name}' cannot be composed: it refers to itself, or is nested too "
+                "deeply. Check its interpolations and defaults lists."
             ) from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             # What Hydra makes of no text, of trees without end, or of its own key set to null.
@@ -160,7 +160,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         return parsed, bounded(repository)
 
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
-        """Let no package be imported for the sake of its configs alone."""
+        """Refuse search paths that would import a package."""
         for word in overrides:  # some of which a file may have given, to be swept
             if word.lstrip("+").startswith("hydra.searchpath") and word not in typed():
                 raise ConfigError(
@@ -294,7 +294,7 @@ def _values(given: Any) -> Sequence[Any]:
 
 
 def _fits(value: Any, pattern: str) -> bool:
-    """Tell whether a value is plain, and of a form."""
+    """Return whether a value is plain, and of a form."""
     if value is None or not isinstance(value, str | bool | int | float):
         return value is None
     return re.fullmatch(pattern, str(value), re.DOTALL) is not None

@@ -42,7 +42,7 @@ from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
 from fusion_bench.scripts.hydra_patches import set_up_hydra
 from fusion_bench.scripts.interrupt import interruptible
-from fusion_bench.scripts.sweep import Failed, attempt, lost_workers
+from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.shown import colour, message, set_up_streams
 from fusion_bench.storage import disk_failures
 from fusion_bench.trust import ALLOW, TRUST_REMOTE_CODE
@@ -64,7 +64,7 @@ _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 def main() -> None:
     """Run the command line; what went wrong is said in a message and by the exit code.
 
-    With ``HYDRA_FULL_ERROR=1`` it ends with the traceback instead, which else is in the log.
+    With ``HYDRA_FULL_ERROR=1`` it prints the traceback, which is otherwise only in the log.
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
@@ -83,9 +83,9 @@ def main() -> None:
     with (
         _plain_messages(show_traceback),
         interruptible(),
-        lost_workers(),
+        killed_workers(),
         disk_failures(),
-        unanswered(),
+        closed_stdin(),
     ):
         _leave_working_directory()
         set_up_hydra()
@@ -94,8 +94,8 @@ def main() -> None:
 
 
 @contextmanager
-def unanswered() -> Iterator[None]:
-    """Let no library read an answer from the terminal, nor from what a script pipes in.
+def closed_stdin() -> Iterator[None]:
+    """Prevent libraries from reading standard input.
 
     Only ``breakpoint()`` gets the terminal back; under a debugger it is left as it is.
     """
@@ -137,7 +137,7 @@ def _print_traceback(*error: Any) -> None:
 
 
 def _leave_working_directory() -> None:
-    """Import nothing from where the command was typed, unless ``PYTHONPATH`` names it.
+    """Import nothing from the working directory, unless ``PYTHONPATH`` names it.
 
     Hydra runs each plugin that it finds, and a process that is started would look there first.
     """
@@ -157,7 +157,7 @@ def _leave_working_directory() -> None:
 
 
 def _allowed(words: list[str]) -> list[str]:
-    """Take out the options that say whom to trust, which no config can give.
+    """Remove the trust options, which a config cannot set.
 
     They go into the environment, from which other processes of this run have them too.
     """
@@ -177,7 +177,7 @@ def _allowed(words: list[str]) -> list[str]:
 
 
 def _prepared(words: list[str]) -> list[str]:
-    """Return the command line as Hydra takes it.
+    """Return the command line for Hydra.
 
     A config directory may be relative to where the user is; Hydra's own reading is relative to
     this file. The program's keys need no ``++``.
@@ -207,17 +207,17 @@ def _directory(name: str) -> str:
 
 
 def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
-    """Run the program; returns what a sweeper may optimise, if the result has it."""
+    """Run the program; return the result's objective for a sweeper, if any."""
     settings = to_container(config, throw_on_missing=True)
     if not isinstance(settings, dict) or "_target_" not in settings:
         name = HydraConfig.get().job.config_name or ""
         directory, slash, file = name.rpartition("/")
         raise FusionBenchError(
-            f"The config '{name}' names no program at its top. "
+            f"The config '{name}' has no program at its top level. "
             + (
-                f"Name its directory: '--config-path …/{directory} --config-name {file}'."
+                f"Give its directory: '--config-path …/{directory} --config-name {file}'."
                 if slash
-                else "Give it '_target_: fusion_bench.programs.FabricModelFusionProgram'."
+                else "Add '_target_: fusion_bench.programs.FabricModelFusionProgram'."
             )
         )
     secrets = secret_keys(settings)
@@ -247,10 +247,10 @@ def _plain_messages(show_traceback: bool) -> Iterator[None]:
             raise
         logs = _log_traceback()
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            told = message(_explain(error))
+            text = message(_explain(error))
             if not isinstance(error, EXPECTED):
-                told = f"{told}\n  {_where(logs)}"
-            print(f"fusion_bench: {told}", file=sys.stderr)
+                text = f"{text}\n  {_where(logs)}"
+            print(f"fusion_bench: {text}", file=sys.stderr)
         sys.exit(_exit_code(error))
 
 
@@ -265,7 +265,9 @@ def _log_traceback() -> list[str]:
 
 
 def _where(logs: list[str]) -> str:
-    traces = f"The traceback is in {logs[0]}." if logs else "HYDRA_FULL_ERROR=1 shows where."
+    traces = (
+        f"The traceback is in {logs[0]}." if logs else ("HYDRA_FULL_ERROR=1 shows the traceback.")
+    )
     return f"This is unexpected, so please report it. {traces}"
 
 
@@ -276,7 +278,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def _explain(error: Exception) -> str:
-    """Return the message for the user, with the likely intended name where there is one."""
+    """Return the message for the user, with a suggested name if there is one."""
     if not isinstance(error, EXPECTED):
         return f"{type(error).__name__}: {error}"
     first_line = str(error).partition("\n")[0]
@@ -291,7 +293,7 @@ def _explain(error: Exception) -> str:
         return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
     if isinstance(error, OverrideParseException):
         return (
-            f"{_parse_failure(error)}. Quote values that hold '=', ',' or spaces once more: "
+            f"{_parse_failure(error)}. Quote values with '=', ',' or spaces once more: "
             """'reports=["a","sweep/x=1"]'."""
         )
     if isinstance(error, FusionBenchError):
@@ -305,26 +307,26 @@ def _explain(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]
         hint = did_you_mean(str(cause.key), names)
-        return f"{first_line} {hint} To add a key that the config lacks, put a '+' before it."
+        return f"{first_line} {hint} To add a new key, put a '+' before it."
     if several := re.match("Ambiguous value for argument '(.*)'$", first_line):
         key, _, values = several[1].lstrip("+").partition("=")
         return (
-            f"{key}={values}: add -m to run once with each. Else quote it: '{key}=[{values}]' is a "
-            f"""list, "{key}='{values}'" a text."""
+            f"{key}={values}: add -m to run once for each. Or quote it: '{key}=[{values}]' is "
+            f"""a list, "{key}='{values}'" a text."""
         )
     return " ".join(str(error).split()) if isinstance(error, HydraException) else str(error)
 
 
 def _parse_failure(error: OverrideParseException) -> str:
-    """Return what is wrong with an override, and with which one, in one line."""
+    """Return the problem of an invalid override in one line."""
     first_line, _, rest = error.message.partition("\n")
     reason = rest.partition("\n")[0] if first_line.startswith("Error parsing") else ""
-    told = f"{first_line}: {reason}" if reason and not reason.startswith("See ") else first_line
-    return told if error.override in told else f"'{error.override}': {told}"
+    text = f"{first_line}: {reason}" if reason and not reason.startswith("See ") else first_line
+    return text if error.override in text else f"'{error.override}': {text}"
 
 
 def _nearest_config(missing: str) -> str:
-    """Suggest the config of the most similar name, wherever in its group it lies."""
+    """Suggest the config with the most similar name, anywhere in its group."""
     names = _config_names(missing)
     last = [Path(name).name for name in names]
     for close in get_close_matches(Path(missing).name, last, n=1):

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be there already, and where Hydra's own files go in it.
+"""Checks the output folder of a run before Hydra writes to it.
 
 A config names the folder, and Hydra replaces what it finds there.
 """
@@ -26,9 +26,9 @@ def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
     """Refuse a folder that holds what no run has left. Logs are left out: they are appended to.
 
     Args:
-        folder: where a run, or a sweep, is going to write.
-        key: of the config, which says so.
-        record: the folder within it for what Hydra keeps.
+        folder: the output folder of a run or a sweep.
+        key: its key in the config.
+        record: the subfolder for Hydra's files.
 
     Raises:
         ConfigError: it does, and the user did not type ``overwrite=true``; or something there is
@@ -50,7 +50,7 @@ def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
             place=key,
         )
     left = ("multirun.yaml", "report.json", ".hydra/hydra.yaml", f"{record or '.hydra'}/hydra.yaml")
-    if any(_names_us(folder / name) for name in left):
+    if any(_names_fusion_bench(folder / name) for name in left):
         return
     kept = [path for path in files[2:] if path.exists()]
     for path in (*_results(folder), *kept):
@@ -62,7 +62,7 @@ def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
 
 
 def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
-    """Open a job's logs in its folder, if that may be written to; they are appended to.
+    """Open a job's logs in its folder for appending, after a check.
 
     Hydra calls it for each job, before it writes anything.
 
@@ -80,17 +80,17 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
         check_folder(folder, key, hydra.output_subdir)
         check_unclaimed(folder, key, inside=True)
         _check_record(folder, key)
-    places = (folder, Path(hydra.sweep.dir).absolute()) if sweep else (folder,)
+    folders = (folder, Path(hydra.sweep.dir).absolute()) if sweep else (folder,)
     config: Any = OmegaConf.to_container(log_config, resolve=True)
     logs = [folder / f"{hydra.job.name}.log"]
     for handler in (config.get("handlers") or {}).values():
         if handler and "filename" in handler:
             path = folder / handler["filename"]
-            logs.append(path if path.parent in places else folder / path.name)
+            logs.append(path if path.parent in folders else folder / path.name)
             handler |= {"filename": str(logs[-1]), "mode": "a"}
     for path in logs:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise ConfigError(f"'{path}' is no plain file, so that no log goes there. Remove it.")
+            raise ConfigError(f"'{path}' is not a regular file, so no log is written. Remove it.")
     _configure_log(OmegaConf.create(config), verbose_config)
 
 
@@ -112,21 +112,23 @@ def _check_record(folder: Path, key: Place) -> None:
 
 
 def _results(folder: Path) -> Iterator[Path]:
-    """Yield what is neither hidden nor a log."""
+    """Yield files that are neither hidden nor logs."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not path.name.startswith(".") and (path.suffix != ".log" or path.is_dir()):
             yield path
 
 
 def _is_record(folder: Path) -> bool:
-    """Tell whether a folder holds what Hydra keeps of a run of ours, and nothing else."""
+    """Return whether a folder has only Hydra's files of one of our runs."""
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != set(_RECORD):
         return False
     settings = folder / "hydra.yaml"
-    return _names_us(settings) and settings.read_text(encoding="utf-8").startswith("hydra:")
+    return _names_fusion_bench(settings) and settings.read_text(encoding="utf-8").startswith(
+        "hydra:"
+    )
 
 
-def _names_us(path: Path) -> bool:
+def _names_fusion_bench(path: Path) -> bool:
     with suppress(OSError, ValueError):
         return "fusion_bench" in path.read_text(encoding="utf-8")
     return False

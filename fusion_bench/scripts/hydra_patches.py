@@ -1,9 +1,8 @@
-"""Everything of Hydra that is replaced, in one place.
+"""All patches of Hydra.
 
-Hydra has no hooks for some of what we need of it: to look at a config before anything is made of
-it, to tell mistakes in one line, and to write into no folder that is another run's. So its insides
-are replaced, those of the versions in ``KNOWN``. With any other the guards against strangers'
-configs might not be reached, and nothing would say so: it is refused.
+Hydra has no hooks to check a config before it is used, to report errors in one line, and to protect
+other runs' folders. So internals of the versions in ``KNOWN`` are replaced. Other versions are
+refused because the checks of untrusted configs could be skipped silently.
 """
 
 import sys
@@ -34,17 +33,17 @@ utils.configure_log = configure_log
 
 
 class PackagedConfigs(SearchPathPlugin):
-    """Makes our config groups available to configs in a directory of the user's own."""
+    """Makes our config groups available to configs in the user's own directory."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append our config directory where it is not the primary one already."""
+        """Append our config directory if it is not the primary one already."""
         there = {str(entry.path).removeprefix("file://") for entry in search_path.get_path()}
         if str(CONFIG_DIR) not in there:
             search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
 
 
 def set_up_hydra() -> None:
-    """Let every config have our groups, sweeps and launchers, and no more than it may.
+    """Set up Hydra with our config groups, sweeps, launchers and checks.
 
     Raises:
         EnvironmentProblem: a Hydra whose insides are not known.
@@ -70,7 +69,7 @@ def set_up_hydra() -> None:
 def _refuse_other(version: str) -> None:
     if not version.startswith(f"{KNOWN}."):
         raise EnvironmentProblem(
-            f"Hydra {version} is not one whose insides are known, which guard against what a "
-            "stranger's config may ask for.",
-            f"Install the one that was tested: pip install 'hydra-core=={KNOWN}.*'.",
+            f"Hydra {version} is not supported: the checks of untrusted configs depend on its "
+            "internals.",
+            f"Install the tested version: pip install 'hydra-core=={KNOWN}.*'.",
         )

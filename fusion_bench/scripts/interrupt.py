@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the process soon, wherever it stands."""
+"""Ends the process soon after Ctrl-C or SIGTERM, at any moment."""
 
 import multiprocessing
 import os
@@ -16,10 +16,10 @@ PATIENCE = 0.8
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user, or the system, wants the process to end.
+    """The user or the system has interrupted the process.
 
     Attributes:
-        exit_code: what it ends with: 130 after Ctrl-C, 143 after SIGTERM.
+        exit_code: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self, signum: int):
@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise ``Interrupted`` at a signal, and end the process where that is of no use in time.
+    """Raise ``Interrupted`` at a signal, and end the process if it does not react in time.
 
     Python tells of a signal only between two of its own steps, and threads are waited for: a long
     operation of torch or a large file that is being read would hold the process up. So a thread
@@ -70,7 +70,7 @@ def interruptible() -> Iterator[None]:
 
 
 def end_children() -> None:
-    """Kill the processes that this one has started through ``multiprocessing``."""
+    """Kill the ``multiprocessing`` children of this process."""
     for child in multiprocessing.active_children():
         if child.pid is not None:
             with suppress(ProcessLookupError):

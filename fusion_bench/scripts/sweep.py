@@ -1,4 +1,4 @@
-"""What a sweep is beside its jobs: where they go, which of them failed, and the leaderboard."""
+"""The parts of a sweep around its jobs: directories, failures and the leaderboard."""
 
 import hashlib
 import json
@@ -53,20 +53,20 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Failed:
-    """What a job that failed returns, so that the others go on."""
+    """The return value of a failed job, so the others continue."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a job leaves in its directory, beside its report.
+    """The record of a job in its directory, next to its report.
 
     Attributes:
-        sweep: tells one start of a sweep from another.
-        number: the job's place in it.
-        overrides: the swept ones, which are its name.
-        error: why it failed, if it did.
+        sweep: the id of one start of a sweep.
+        number: the job's index in the sweep.
+        overrides: the swept overrides, which form its name.
+        error: the error of a failed job.
     """
 
     sweep: str
@@ -80,8 +80,8 @@ class Record:
         return " ".join(self.overrides) or f"job {self.number}"
 
 
-def give_up(error: FusionBenchError) -> NoReturn:
-    """End the process from a callback, whose exceptions Hydra would make warnings of."""
+def exit_with_error(error: FusionBenchError) -> NoReturn:
+    """End the process from a callback, where Hydra turns exceptions into warnings."""
     print(f"fusion_bench: {message(str(error))}", file=sys.stderr)
     sys.exit(error.exit_code)
 
@@ -89,7 +89,7 @@ def give_up(error: FusionBenchError) -> NoReturn:
 def attempt(
     work: Callable[[DictConfig], T], config: DictConfig, explain: Callable[[Exception], str]
 ) -> T | Failed:
-    """Do one job of a sweep; what it prints goes to its log, and so does why it failed."""
+    """Run one job of a sweep; its output and errors go to its log."""
     with _into_log(HydraConfig.get()):
         try:
             check_strategy(config.get("fabric"))
@@ -103,8 +103,8 @@ def attempt(
 
 
 @contextmanager
-def lost_workers() -> Iterator[None]:
-    """Say in one line that a process which a launcher had started was killed.
+def killed_workers() -> Iterator[None]:
+    """Report a killed worker process of a launcher in one line.
 
     Raises:
         EnvironmentProblem: that is so.
@@ -113,14 +113,14 @@ def lost_workers() -> Iterator[None]:
         yield
     except BrokenExecutor as error:
         raise EnvironmentProblem(
-            "A process of the sweep was ended from outside, maybe for want of memory. Start the "
-            "same command again, with fewer at once (hydra.launcher.n_jobs): it goes on from here."
+            "A process of the sweep was ended from outside, maybe because memory ran out. Start "
+            "the same command again to resume, with fewer jobs at once (hydra.launcher.n_jobs)."
         ) from error
 
 
 @contextmanager
 def _into_log(hydra: HydraConf) -> Iterator[None]:
-    """Keep a job from the console, where several talk at once; warnings still go there."""
+    """Send a job's output to its log; warnings also go to the console."""
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setLevel(logging.ERROR + 1)
@@ -132,7 +132,7 @@ def _into_log(hydra: HydraConf) -> Iterator[None]:
 class SweepCallback(Callback):
     """Gives a sweep its directory and ends it with a leaderboard.
 
-    It goes along to each job, wherever that runs.
+    It is pickled and sent to each job.
     """
 
     def __init__(self) -> None:
@@ -141,24 +141,24 @@ class SweepCallback(Callback):
         self._claim = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what goes along; the claim stays with the sweep."""
+        """Return the state to pickle; the lock stays with the sweep."""
         return {name: value for name, value in vars(self).items() if name != "_claim"}
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Make the run's directory, or say why there can be none."""
+        """Create the run's directory, or report the problem."""
         try:
             _make(Path(config.hydra.run.dir), ("hydra", "run", "dir"))
         except FusionBenchError as error:
-            give_up(error)
+            exit_with_error(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Say where the jobs go, unless the user does, and refuse what cannot be swept."""
+        """Set the jobs' directories, unless the user does, and refuse invalid sweeps."""
         try:
             check_strategy(config.get("fabric"))
             _check_launcher(config)
             check_grid(config)
         except FusionBenchError as error:
-            give_up(error)
+            exit_with_error(error)
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         given = [
             str(override.input_line) for override in parsed if not override.is_sweep_override()
@@ -181,7 +181,7 @@ class SweepCallback(Callback):
             _make(directory, place)
             self._claim.enter_context(claimed(directory, place, inside=True))
         except FusionBenchError as error:
-            give_up(error)
+            exit_with_error(error)
         write_text(directory / "multirun.yaml", OmegaConf.to_yaml(config))  # whose it is
         # A job is called by what is its own.
         common = [o.get_key_element().lstrip("+") for o in parsed if not o.is_sweep_override()]
@@ -189,11 +189,11 @@ class SweepCallback(Callback):
         self._set(config, key, [*OmegaConf.select(config, key), *common])
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note when the job began, to tell its report from one that was there."""
+        """Record the job's start time, to recognise an older report."""
         self._begun = time.time()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Leave a record of the job, and say on the console how it went."""
+        """Write the job's record, and print its result on the console."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         job = config.hydra.job
@@ -244,7 +244,7 @@ class SweepCallback(Callback):
 
 
 def check_strategy(fabric: Mapping[str, Any] | None) -> None:
-    """Refuse processes that would each run the command line, and with it the sweep, again.
+    """Refuse strategies whose processes would each start the sweep again.
 
     Raises:
         FusionBenchError: a strategy of that kind, or a sweep under torchrun.
@@ -280,7 +280,7 @@ def _make(directory: Path, key: Place) -> None:
 
 
 def check_grid(config: DictConfig) -> None:
-    """Count a grid's jobs by what is listed, before any list of them is made.
+    """Check the number of jobs of a grid before they are listed.
 
     Raises:
         ConfigError: there are none, or more than anybody waits for.
@@ -300,7 +300,7 @@ def check_grid(config: DictConfig) -> None:
 
 
 def _count(override: Override) -> int:
-    """Return how many values are listed; of a choice by pattern that is seen later."""
+    """Return the number of listed values; patterns are expanded later."""
     values = override.value()
     if isinstance(values, IntervalSweep):
         raise ConfigError(
@@ -311,12 +311,12 @@ def _count(override: Override) -> int:
         count = len(values.list)
     elif isinstance(values, RangeSweep):
         if not values.step:
-            raise ConfigError(f"'{override.input_line}': its step is 0. Give another.")
+            raise ConfigError(f"'{override.input_line}': its step is 0. Choose another step.")
         count = math.ceil(((values.stop or 0) - (values.start or 0)) / values.step)
     else:
         return 1
     if count < 1:
-        raise ConfigError(f"'{override.input_line}': lists no value. Give at least one.")
+        raise ConfigError(f"'{override.input_line}': has no value. Add at least one.")
     return count
 
 
@@ -327,18 +327,18 @@ def _check_launcher(config: DictConfig) -> None:
     if package in _EXTRAS and find_spec(f"hydra_plugins.{package}") is None:
         raise FusionBenchError(
             f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']}: not installed. "
-            f"'pip install \"fusion_bench[{_EXTRAS[package]}]\"' brings it."
+            f"Run 'pip install \"fusion_bench[{_EXTRAS[package]}]\"'."
         )
 
 
 def own_overrides(overrides: Sequence[str], common: Sequence[str]) -> list[str]:
-    """Return what tells a job from the others of its sweep, without Hydra's plus signs."""
+    """Return a job's own overrides, without Hydra's plus signs."""
     plain = [override.lstrip("+") for override in overrides]
     return [override for override in plain if override.partition("=")[0] not in common]
 
 
 def directory_name(text: str) -> str:
-    """Return a readable name for a directory; no two texts share one, whatever is in them."""
+    """Return a readable and unique directory name for a text."""
     plain = re.sub(r"[^\w.=,+-]+", "_", text, flags=re.ASCII).strip("._")[:_LONGEST_NAME]
     if plain and plain == text == text.lower():
         return plain
@@ -357,7 +357,7 @@ def _job_directory(overrides: Sequence[str], common: Sequence[str]) -> str:
 
 
 def _cores_by(number: int) -> int:
-    """Return how many jobs there may be at once, if each has so many cores."""
+    """Return the number of parallel jobs for a number of cores per job."""
     return max(1, (os.cpu_count() or 1) // number)
 
 
@@ -366,7 +366,7 @@ def _hash(text: str) -> str:
 
 
 def _line(record: Record, directory: Path, begun: float) -> str:
-    """Return how a job went, in one line."""
+    """Return the result of a job in one line."""
     if record.error is not None:
         return f"{record.name}: failed: {record.error.splitlines()[0]}"
     if not (directory / "report.json").exists():
@@ -400,7 +400,7 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
         elif report.exists() and (found := Report.load(report)).tasks:
             finished.append(Job(place, job.overrides, found, Answers.load(report, found)))
     if not finished and not failures:
-        log.info("Nothing was evaluated, so that there is no leaderboard.")
+        log.info("Nothing was evaluated, so there is no leaderboard.")
         return
     board = leaderboard(name, finished, failures)
     save(board, directory)

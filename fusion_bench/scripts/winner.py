@@ -1,4 +1,4 @@
-"""Ends a sweep whose jobs were evaluated on the validation split alone."""
+"""Evaluates the winner at the end of a sweep on the validation split."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.scripts.sweep import give_up
+from fusion_bench.scripts.sweep import exit_with_error
 
 
 class JudgeWinner(Callback):
@@ -21,4 +21,4 @@ class JudgeWinner(Callback):
         try:
             SearchWinner(str(sweep), output_dir=sweep / "winner").run()
         except FusionBenchError as error:
-            give_up(error)
+            exit_with_error(error)

@@ -1,4 +1,4 @@
-"""How datasets are put to a zero-shot classifier: class names and prompt templates, as data.
+"""Tasks as data: class names and prompt templates for zero-shot classifiers.
 
 Every YAML beside this file describes one task; a task without a file gets the defaults.
 """
@@ -19,7 +19,7 @@ __all__ = ["Task", "canonical_name", "known_tasks", "load_task", "readable"]
 
 @dataclass(frozen=True)
 class Task:
-    """How one dataset is put to a zero-shot classifier."""
+    """The settings of one dataset for a zero-shot classifier."""
 
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts, each with one ``{}`` where the class name goes."""
@@ -86,7 +86,7 @@ def known_tasks() -> list[str]:
 def load_task(name: str) -> Task:
     """Return the task called ``name``, or the default one where no data file describes it.
 
-    Upper and lower case, ``-`` and ``_`` are not told apart.
+    Case, ``-`` and ``_`` are ignored.
     """
     for path in _data_files():
         if canonical_name(path.stem) == canonical_name(name):
@@ -133,7 +133,7 @@ def _checked(key: str, value: Any) -> Any:
             raise FusionBenchError(f"{value!r} is not a positive integer.")
         return value
     if not isinstance(value, str):
-        raise FusionBenchError(f"{value!r} is not a column's name.")
+        raise FusionBenchError(f"{value!r} is not a column name.")
     return value
 
 
@@ -145,5 +145,5 @@ def _strings(value: Any) -> tuple[str, ...]:
         if not isinstance(item, str):
             raise FusionBenchError(f"{item!r} is not a string: put it in quotes.")
         if not item.strip():
-            raise FusionBenchError("an empty string is no name.")
+            raise FusionBenchError("an empty string is not a name.")
     return tuple(value)

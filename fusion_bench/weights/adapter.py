@@ -38,14 +38,14 @@ _OTHER_KINDS = (
     "arrow_config",
     "target_parameters",
 )
-_WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and name the result."
+_WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and use the result."
 
 
 def _refused(content: Mapping[str, Any]) -> str | None:
-    """Return why an adapter's arithmetic is not that of this file."""
+    """Return why an adapter is not supported."""
     begin = content.get("init_lora_weights")
     if isinstance(begin, str) and begin.startswith(_CHANGES_BASE):
-        return f"it was begun with {begin}, which changes the base model."
+        return f"it was initialised with {begin}, which changes the base model."
     if content.get("alora_invocation_tokens"):
         return "it works on some tokens only (aLoRA) and cannot be merged."
     if content.get("layer_replication"):
@@ -53,12 +53,12 @@ def _refused(content: Mapping[str, Any]) -> str | None:
     if other := next((name for name in _OTHER_KINDS if content.get(name)), None):
         return f"its '{other}' is not supported."
     if content.get("lora_bias") and content.get("use_dora"):
-        return "PEFT knows no lora_bias beside use_dora."
+        return "PEFT does not support lora_bias together with use_dora."
     return None
 
 
 def _token_indices(setting: Any) -> dict[str, tuple[int, ...]]:
-    """Return the rows of each module that were trained alone; those of the embedding under ''.
+    """Return each module's separately trained rows; those of the embedding under ''.
 
     Raises:
         ValueError: what are no rows, or the same twice.
@@ -71,8 +71,8 @@ def _token_indices(setting: Any) -> dict[str, tuple[int, ...]]:
     return {str(name): tuple(rows) for name, rows in named.items()}
 
 
-def _quick(pattern: str) -> str:
-    """Return a pattern of modules' names, if no name can keep its search busy for ever.
+def _bounded_pattern(pattern: str) -> str:
+    """Return a compiled pattern of modules' names, if its search time is bounded.
 
     Raises:
         ValueError: a pattern that cannot be read, or repeats what may be taken apart in many ways.
@@ -88,7 +88,7 @@ def _quick(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an ``adapter_config.json`` says of the arithmetic.
+    """The settings of an ``adapter_config.json`` that affect the weights.
 
     Raises:
         ConfigError: from ``read``, for an adapter of another kind than LoRA.
@@ -124,7 +124,7 @@ class AdapterConfig:
                 rank_stabilised=bool(content.get("use_rslora")),
                 transposed=bool(content.get("fan_in_fan_out")),
                 alpha_pattern={
-                    _quick(pattern): float(value)
+                    _bounded_pattern(pattern): float(value)
                     for pattern, value in dict(content.get("alpha_pattern") or {}).items()
                 },
                 revision=revision or None,
@@ -132,7 +132,7 @@ class AdapterConfig:
                 tokens=_token_indices(content.get("trainable_token_indices")),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ConfigError(f"'{path}' is no configuration of a LoRA adapter.") from error
+            raise ConfigError(f"'{path}' is not the configuration of a LoRA adapter.") from error
 
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor of a module's low-rank product."""
@@ -147,14 +147,14 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def rows(self, module: str) -> tuple[int, ...] | None:
-        """Return which rows of a module were trained alone; None where the file names none."""
+        """Return the separately trained rows of a module, or ``None``."""
         fitting = [name for name in self.tokens if module.endswith(name)]
         return self.tokens[max(fitting, key=len)] if fitting else None
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What is added to one entry, seen as a matrix of its rows: ``left @ right``.
+    """The low-rank update of an entry, ``left @ right``.
 
     A ``magnitude`` gives each output its norm. The outputs are the rows, or the columns of an entry
     that is stored ``transposed``.
@@ -168,7 +168,7 @@ class _Update:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What stands in place of some rows of an entry."""
+    """Replacements of some rows of an entry."""
 
     rows: tuple[int, ...]
     values: Tensor
@@ -186,7 +186,7 @@ class _Rows:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Return the entry that one of an adapter's tensors is for, and what it is of it."""
+    """Return the entry that an adapter's tensor belongs to, and the tensor's role."""
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     plain = plain.replace(".modules_to_save.", ".")
     if found := _TOKENS.fullmatch(plain):
@@ -198,8 +198,8 @@ def _place(name: str) -> tuple[str, str]:
     return plain.replace(".token_adapter.", "."), ""
 
 
-def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Tell whether two matrices are changed alike; one may be an embedding, which is transposed."""
+def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether two updates are equal; one may be transposed, for an embedding."""
 
     def plain(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         swapped = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
@@ -216,18 +216,18 @@ def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _refuse_half_biases(parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> None:
-    """Refuse biases of products without the product, or without leave, or the other way round."""
+    """Refuse biases without products or without ``lora_bias``, and vice versa."""
     wanted = {f"{k.removesuffix('.weight')}.bias" for k, held in parts.items() if "lora_B" in held}
     there = {key for key, held in parts.items() if "bias" in held}
     if there and not config.bias:
         raise ConfigError(
-            "The adapter has biases of its products, 'lora_B.bias', and its adapter_config.json "
-            f"does not say lora_bias. It is not whole.\n  {shortened(sorted(there))}"
+            "The adapter is incomplete: it has biases of its products, 'lora_B.bias', but its "
+            f"adapter_config.json does not set lora_bias.\n  {shortened(sorted(there))}"
         )
     if config.bias and there != wanted:
         raise ConfigError(
-            "The adapter is not whole: its adapter_config.json says lora_bias, and it lacks "
-            f"'lora_B.bias', or the product, for\n  {shortened(sorted(there ^ wanted))}"
+            "The adapter is incomplete: its adapter_config.json sets lora_bias, but "
+            f"'lora_B.bias' or the product is missing for\n  {shortened(sorted(there ^ wanted))}"
         )
 
 
@@ -258,7 +258,9 @@ class AdapterWeights(Weights):
             there = unknown if key is None else parts
             there.setdefault(key or entry, {})[part] = adapter[name]
         # The output layer that is tied to the embedding is stored beside it, and in the base not.
-        for entry in [e for e in unknown if any(_alike(unknown[e], p) for p in parts.values())]:
+        for entry in [
+            e for e in unknown if any(_equal_updates(unknown[e], p) for p in parts.values())
+        ]:
             del unknown[entry]
         self._refuse_unknown([name for name in adapter if _place(name)[0] in unknown])
         _refuse_half_biases(parts, config)
@@ -274,8 +276,8 @@ class AdapterWeights(Weights):
                 self._updates[key] = self._update(key, low_rank, config)
         if config.tokens and not self._rows:
             raise ConfigError(
-                "The adapter is not whole: its trainable_token_indices name tokens, and it has no "
-                "'token_adapter.trainable_tokens_delta'."
+                "The adapter is incomplete: its trainable_token_indices name tokens, but "
+                "'token_adapter.trainable_tokens_delta' is missing."
             )
         by_tie = {base.tied_to(key): rows for key, rows in self._rows.items()}
         for key in base if by_tie else ():
@@ -283,7 +285,7 @@ class AdapterWeights(Weights):
                 self._rows[key] = by_tie[base.tied_to(key)]
 
     def resized(self) -> list[tuple[int, int]]:
-        """Return the old and the new number of rows of entries whose rows the adapter changed."""
+        """Return the old and new row counts of entries that the adapter resized."""
         shapes = [(self._base.spec(key).shape, t.shape) for key, t in self._replaced.items()]
         return [(old[0], new[0]) for old, new in shapes if old and new and old[0] != new[0]]
 
@@ -309,7 +311,7 @@ class AdapterWeights(Weights):
         return self._base.spec(key)
 
     def tied_to(self, key: str) -> str:
-        """Return the base's tie, where the adapter changes neither end of it."""
+        """Return the base's tie if the adapter changes neither entry."""
         first = self._base.tied_to(key)
         changed = {key, first} & (self._replaced.keys() | self._updates.keys())
         alike = self._rows.get(key) is self._rows.get(first)
@@ -331,7 +333,7 @@ class AdapterWeights(Weights):
         return rows.view(-1)[start - first * columns : stop - first * columns]
 
     def _stored(self, key: str, start: int, stop: int) -> Tensor:
-        """Return elements without what is added: the adapter's own, or else the base's."""
+        """Return elements without the update: from the adapter, or else from the base."""
         if key in self._replaced:
             stored = self._replaced[key].reshape(-1)[start:stop]
         else:
@@ -346,7 +348,7 @@ class AdapterWeights(Weights):
         return rows.float() + update.left[first:last] @ update.right
 
     def _column_scale(self, key: str, magnitude: Tensor) -> Tensor:
-        """Return the factors of all columns; the whole entry is read for them, but once."""
+        """Return the factors of all columns; the whole entry is read once for them."""
         if key not in self._column_scales:
             rows = self._sum(key, 0, self.spec(key).shape[0])
             self._column_scales[key] = magnitude / torch.linalg.vector_norm(rows, dim=0)
@@ -360,28 +362,28 @@ class AdapterWeights(Weights):
         return found[0] if len(found) == 1 else None
 
     def _refuse_unknown(self, names: list[str]) -> None:
-        """Raise for tensors that belong to nothing in the base."""
+        """Refuse tensors that match no module of the base."""
         if not names:
             return
         lines = shortened([f"'{name}'" for name in names])
         if all(_place(name)[1] == "bias" for name in names):
             raise ConfigError(
                 "The adapter has biases (lora_bias) for layers that have none in its base. PEFT "
-                f"cannot merge them either: there is no place for them in the model.\n  {lines}"
+                f"cannot merge them either: the model has no parameter for them.\n  {lines}"
             )
         raise ConfigError(
-            "The adapter changes what its base's files do not name so, or in a way that is not "
-            "supported. Name the base that it was trained on as '_pretrained_'; if it is that "
-            f"already: {_WITH_PEFT}\n  {lines}"
+            "The adapter changes modules that its base's files do not have under this name, or "
+            "in an unsupported way. Set '_pretrained_' to the base that it was trained on; if it "
+            f"is already set: {_WITH_PEFT}\n  {lines}"
         )
 
     def _trained_rows(self, key: str, values: Tensor, config: AdapterConfig) -> _Rows:
-        """Return the tokens of an embedding that were trained alone."""
+        """Return the separately trained tokens of an embedding."""
         rows = config.rows(key.removesuffix(".weight"))
         if rows is None:
             raise ConfigError(
-                f"The adapter is not whole: it has trained tokens of '{key}', and the "
-                "trainable_token_indices of its adapter_config.json do not say which they are."
+                f"The adapter is incomplete: it has trained tokens of '{key}', but the "
+                "trainable_token_indices of its adapter_config.json do not list them."
             )
         shape = self.spec(key).shape
         width = math.prod(shape[1:])
@@ -393,7 +395,7 @@ class AdapterWeights(Weights):
         return _Rows(rows, values)
 
     def _shift(self, key: str, bias: Tensor, rank: int, config: AdapterConfig) -> _Update:
-        """Return what is added to a layer's bias, which is a matrix of one column."""
+        """Return the update of a layer's bias, as a matrix with one column."""
         shape = self.spec(key).shape
         if bias.shape != shape:
             raise ConfigError(
@@ -409,7 +411,7 @@ class AdapterWeights(Weights):
             a = tensors["lora_embedding_A" if embedding else "lora_A"]
             b = tensors["lora_embedding_B" if embedding else "lora_B"]
         except KeyError as error:
-            raise ConfigError(f"The adapter is not whole: '{key}' lacks {error}.") from error
+            raise ConfigError(f"The adapter is incomplete: '{key}' lacks {error}.") from error
         # A convolution's B has a kernel of one.
         left, right = (part.flatten(1) if part.ndim > 1 else part[None] for part in (b, a))
         shape = self.spec(key).shape

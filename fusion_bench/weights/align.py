@@ -1,4 +1,4 @@
-"""Which entries of which models are merged together, settled before any work."""
+"""Decides which entries of which models are merged, before any work."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,30 +18,29 @@ _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 @dataclass(frozen=True)
 class MergePolicy:
-    """What to do where models differ, and how to compute.
+    """What to do when models differ, and how to compute.
 
-    The *reference* is the pretrained model, or without one the first model. The merged model has
-    the reference's entries, in its order.
+    The *reference* is the pretrained model, or the first model if there is none. The merged model
+    has the reference's entries, in the same order.
 
     Args:
         on_missing: a model lacks an entry of the reference. ``error``; ``base``: the reference's
-            own values stand in for it; ``skip``: the entry is not merged but copied from the
-            reference.
+            values are used; ``skip``: the entry is copied from the reference, not merged.
         on_extra: a model has an entry that the reference lacks. ``error``; ``drop`` leaves it out.
-        on_dtype: a model holds an entry in another floating-point type than the reference.
-            ``cast`` merges it all the same, in float32 (in float64 where one is float64), and
-            writes it in the reference's type; ``error``. Types below 16 bits are always an error.
+        on_dtype: a model has an entry in another floating-point type than the reference. ``cast``
+            merges it in float32 (in float64 if one model has float64) and writes it in the
+            reference's type; ``error``. Types below 16 bits are always an error.
         on_vocabulary: a model has another number of rows in its vocabulary. ``error``; ``common``:
-            the rows that all models have are merged, and the reference's further rows are copied.
-        on_config: a model's config differs from the reference's in what decides the computation,
-            such as an activation or rotary embeddings. ``error``; ``warn``.
-        on_tokenizer: token ids mean other strings to a model than to the reference. ``error``;
-            ``warn`` merges their rows all the same.
+            rows that all models have are merged, and the reference's other rows are copied.
+        on_config: a model's config differs from the reference's in settings that change the
+            computation, such as an activation or rotary embeddings. ``error``; ``warn``.
+        on_tokenizer: token ids have other strings in a model than in the reference. ``error``;
+            ``warn`` merges their rows anyway.
         on_nonfinite: there is NaN or infinity in an input or in the result. ``error``; ``warn``.
-        dtype: the merged floating-point entries' type, ``bfloat16`` for one; by default the
+        dtype: the type of merged floating-point entries, such as ``bfloat16``; by default the
             reference's, entry by entry.
-        device: where the mathematics happens.
-        place: where the policy itself stands in the config, which is no option of it.
+        device: the device of the computation.
+        place: the policy's own key in the config; not an option.
 
     Raises:
         FusionBenchError: a value that is not among the choices.
@@ -73,7 +72,7 @@ class MergePolicy:
             if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 names = ["float64", "float32", "bfloat16", "float16"]
                 raise FusionBenchError(
-                    f"'{self.dtype}' is no floating-point type.",
+                    f"'{self.dtype}' is not a floating-point type.",
                     did_you_mean(str(self.dtype), names),
                     place=("dtype",),
                 )
@@ -85,16 +84,16 @@ class MergePolicy:
 
     @classmethod
     def options(cls) -> list[str]:
-        """Return the names of what may be chosen."""
+        """Return the names of the options."""
         return [own.name for own in fields(cls) if own.compare]
 
     def typed(self, option: str, value: str) -> str:
-        """Return what is typed to choose a value."""
+        """Return the command-line text that chooses a value."""
         return f"{key_of((*self.place, option))}={value}"
 
 
 def _refuse_device(name: str) -> None:
-    """Raise for a device that there is not."""
+    """Refuse a device that does not exist."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -106,7 +105,7 @@ def _refuse_device(name: str) -> None:
 
 @dataclass(frozen=True)
 class Aligned:
-    """Models that have the reference's keys, all of them, and its shapes but for common rows.
+    """Models with the reference's keys and shapes, except for common rows.
 
     Attributes:
         reference: the pretrained model or the first one.
@@ -114,7 +113,7 @@ class Aligned:
         models: the models to merge, by name.
         copied: entries that are taken from the reference as they are.
         common_rows: for entries whose number of rows differs, how many rows all models have.
-        notes: what differs and is merged all the same, in sentences for the plan and the report.
+        notes: accepted differences, as sentences for the plan and the report.
     """
 
     reference: Weights
@@ -131,7 +130,7 @@ def align(
     policy: MergePolicy | None = None,
     vocabulary: int | None = None,
 ) -> Aligned:
-    """Compare keys, shapes and types of all models, and fix what the policy allows.
+    """Compare keys, shapes and types of all models, and resolve allowed differences.
 
     Args:
         models: name to weights.
@@ -144,7 +143,7 @@ def align(
         FusionBenchError: no models, or differences that the policy does not allow; each is listed.
     """
     if not models:
-        raise FusionBenchError("There is nothing to merge: the model pool names no model.")
+        raise FusionBenchError("There is nothing to merge: the model pool has no model.")
     policy = policy or MergePolicy()
     name, reference = ("_pretrained_", base) if base is not None else next(iter(models.items()))
     comparison = _Comparison(name, reference, policy, vocabulary)
@@ -159,7 +158,7 @@ def align(
 
 
 class _Comparison:
-    """Looks at one model after the other and gathers what cannot be merged."""
+    """Compares one model after the other and collects what cannot be merged."""
 
     def __init__(self, name: str, reference: Weights, policy: MergePolicy, vocabulary: int | None):
         self.name = name
@@ -204,14 +203,14 @@ class _Comparison:
         return weights if same else _Completed(weights, self.reference, tied)
 
     def _without_computed(self, model: str, keys: list[str], weights: Weights) -> list[str]:
-        """Return keys but for those that models compute; which are then the reference's or none."""
+        """Return the keys without computed entries, which come from the reference or none."""
         computed = {key for key in keys if is_computed(key, weights.spec(key))}
         self.skipped.update(key for key in computed if key in self.reference)
         self.computed.setdefault(model, {}).update(dict.fromkeys(sorted(computed)))
         return [key for key in keys if key not in computed]
 
     def _compare(self, model: str, key: str, spec: TensorSpec) -> None:
-        """Note what differs in an entry."""
+        """Record the differences in an entry."""
         expected = self.reference.spec(key)
         if spec != expected and not self._without_computed(model, [key], self.reference):
             return
@@ -236,7 +235,7 @@ class _Comparison:
                 self.cast[types] = self.cast.get(types, 0) + 1
 
     def notes(self) -> Iterator[str]:
-        """Yield what is merged although it differs."""
+        """Yield the accepted differences."""
         for (model, own, expected), count in self.cast.items():
             wide = "float64" if "float64" in (own, expected) else "float32"
             entries = "1 entry is" if count == 1 else f"{count} entries are"
@@ -249,9 +248,9 @@ class _Comparison:
             if keys:
                 others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                 yield (
-                    f"{model}: '{next(iter(keys))}'{others} differ from {self.name}, or are in one "
-                    "of the two only. Models compute them when they are loaded, so they are not "
-                    "merged."
+                    f"{model}: '{next(iter(keys))}'{others} differ from {self.name}, or are only "
+                    "in one of the two. Models compute them when they are loaded, so they are "
+                    "not merged."
                 )
 
     def _is_vocabulary(self, spec: TensorSpec, expected: TensorSpec) -> bool:
@@ -267,16 +266,16 @@ class _Comparison:
         if not self.problems:
             return
         raise FusionBenchError(
-            f"These models cannot be merged: their weights are not like those of '{self.name}'. "
+            f"These models cannot be merged: their weights do not match those of '{self.name}'. "
             "Use models that were fine-tuned from the same base"
-            + (f", or give {' '.join(self.fixes)}" if self.fixes else "")
+            + (f", or set {' '.join(self.fixes)}" if self.fixes else "")
             + ".\n  "
             + "\n  ".join(self.problems)
         )
 
 
 class _Completed(Weights):
-    """A model with the reference's keys; what it lacks is tied, or else the reference's."""
+    """A model with the reference's keys; missing entries are tied or taken from the reference."""
 
     def __init__(self, weights: Weights, reference: Weights, tied: Mapping[str, str]):
         self._weights = weights

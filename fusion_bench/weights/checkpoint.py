@@ -60,13 +60,13 @@ def shards(index: Path) -> dict[str, list[str]]:
         for key, name in read_json(index)["weight_map"].items():
             files.setdefault(PurePosixPath(name).as_posix(), []).append(key)
         if not files:
-            raise ValueError("It names no file.")
+            raise ValueError("It lists no file.")
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"'{index}' is no index of shards. Fetch it again.") from error
+        raise ConfigError(f"'{index}' is not an index of shards. Download it again.") from error
     for name in files:
         if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise ConfigError(
-                f"'{index}' names {name!r}, which is outside its directory. It is refused."
+                f"'{index}' names {name!r}, which is outside its directory. This is refused."
             )
         if "\0" not in name and os.path.lexists(index.parent / name):
             own_file(index.parent, name)
@@ -81,7 +81,7 @@ def _open_sharded(index: Path) -> TensorWeights:
         file = index.parent / name
         if not file.is_file():
             raise ConfigError(
-                f"'{index}' names {name!r}, which is not there. The copy is not whole: fetch it "
+                f"'{index}' names {name!r}, which is missing. The copy is incomplete: download it "
                 "again."
             )
         files.append(file)
@@ -93,14 +93,14 @@ def _open_sharded(index: Path) -> TensorWeights:
         tensors |= held
     if problems:
         raise ConfigError(
-            f"'{index}' does not fit its shards. Fetch them again.\n  {shortened(problems)}"
+            f"'{index}' does not match its shards. Download them again.\n  {shortened(problems)}"
         )
     return TensorWeights(tensors, tuple(files))
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
-    if told := foreign_file(path):
-        raise ConfigError(told)
+    if problem := foreign_file(path):
+        raise ConfigError(problem)
     if path.suffix in _PICKLES:
         return _unpickled(path)
     return _mapped(path)
@@ -131,10 +131,10 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a mapping; of a key that is there twice, readers take one or the other."""
+    """Return a mapping; refuse duplicate keys because readers handle them differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise SafetensorError("A key is there twice.")
+        raise SafetensorError("A key appears twice.")
     return found
 
 
@@ -158,10 +158,10 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # as training frameworks write it
     if not isinstance(content, Mapping) or not content:
-        raise ConfigError(f"'{path}' holds no state dict.")
+        raise ConfigError(f"'{path}' does not contain a state dict.")
     for key, value in content.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
-            raise ConfigError(f"'{path}' is no state dict: '{key}' is no tensor.")
+            raise ConfigError(f"'{path}' is not a state dict: '{key}' is not a tensor.")
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise ConfigError(f"'{path}': '{key}' is no plain dense tensor.")
+            raise ConfigError(f"'{path}': '{key}' is not a plain dense tensor.")
     return dict(content)

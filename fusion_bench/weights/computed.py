@@ -1,4 +1,4 @@
-"""Entries of a checkpoint that no one has learnt: a model makes them from its config."""
+"""Entries of a checkpoint that are not learned: a model computes them from its config."""
 
 import re
 
@@ -16,7 +16,7 @@ _MASK = re.compile(r"(^|\.)(attn|attention|crossattention)\.bias$")
 
 
 def is_computed(key: str, spec: TensorSpec) -> bool:
-    """Tell whether an entry is a table that models make themselves: frequencies, counts, masks."""
+    """Return whether models compute an entry themselves, such as frequencies and masks."""
     if _MASK.search(key):
         return len(spec.shape) == 4 and spec.shape[:2] == (1, 1)
     return bool(_BUFFERS.search(key))

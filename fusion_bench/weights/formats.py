@@ -1,4 +1,4 @@
-"""Formats that are not merged: each is told by its name, with what can be done about it."""
+"""Unsupported formats: each is named, with the fix."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,16 +8,16 @@ import torch
 
 from fusion_bench.weights.mapping import Weights
 
-_ORIGINAL = "Name the model that it was made from."
+_ORIGINAL = "Use the original model."
 _GGUF = (
-    "is in the format of llama.cpp, whose weights are quantised and laid out in another way. "
+    "is in the format of llama.cpp, whose weights are quantised and in another layout. "
     f"{_ORIGINAL} The merged model can be converted again."
 )
 _PYTORCH = (
     "Save it as safetensors: transformers 4 still reads it, with from_{kind}=True in "
     "from_pretrained, and save_pretrained then writes safetensors."
 )
-_EXPORTED = f"is exported for inference; its graph has no names of weights to merge. {_ORIGINAL}"
+_EXPORTED = f"is exported for inference; its graph has no weight names for merging. {_ORIGINAL}"
 
 #: Endings of file names and what such files are.
 _BY_ENDING: Mapping[str, str] = {
@@ -34,11 +34,11 @@ _BY_ENDING: Mapping[str, str] = {
     ".pb": f"is a TensorFlow graph. {_ORIGINAL}",
     ".ckpt.index": f"is a TensorFlow 1 checkpoint. {_PYTORCH.format(kind='tf')}",
     ".msgpack": f"is a Flax checkpoint. {_PYTORCH.format(kind='flax')}",
-    ".ot": f"is a checkpoint of rust-bert. {_ORIGINAL}",
-    ".npz": "holds NumPy arrays, as older MLX models do. Convert it to safetensors.",
+    ".ot": f"is a rust-bert checkpoint. {_ORIGINAL}",
+    ".npz": "contains NumPy arrays, like older MLX models. Convert it to safetensors.",
     ".distcp": (
         "is a distributed checkpoint. 'python -m torch.distributed.checkpoint.format_utils "
-        "dcp_to_torch FOLDER model.pt' makes one file of it, which can be named."
+        "dcp_to_torch FOLDER model.pt' converts it to one file, which you can use."
     ),
 }
 #: Files of PyTorch that are a model of their own.
@@ -51,22 +51,22 @@ _BY_BEGINNING: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF\r\n", f"is HDF5, a TensorFlow or Keras checkpoint. {_ORIGINAL}"),
     (
         b"version https://git-lfs.github.com/",
-        "is a pointer of Git LFS in the place of the file. Run 'git lfs pull' in its folder.",
+        "is a Git LFS pointer instead of the file. Run 'git lfs pull' in its folder.",
     ),
-    (b"<!DOCTYPE", "is a web page in the place of the file. Fetch it again."),
-    (b"<!doctype", "is a web page in the place of the file. Fetch it again."),
-    (b"<html", "is a web page in the place of the file. Fetch it again."),
-    (b"\x93NUMPY", "holds a NumPy array. Convert it to safetensors."),
-    (b"\x1f\x8b", "is compressed by gzip. Unpack it first."),
-    (b"\xfd7zXZ\0", "is compressed by xz. Unpack it first."),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstd. Unpack it first."),
+    (b"<!DOCTYPE", "is a web page instead of the file. Download it again."),
+    (b"<!doctype", "is a web page instead of the file. Download it again."),
+    (b"<html", "is a web page instead of the file. Download it again."),
+    (b"\x93NUMPY", "contains a NumPy array. Convert it to safetensors."),
+    (b"\x1f\x8b", "is compressed with gzip. Unpack it first."),
+    (b"\xfd7zXZ\0", "is compressed with xz. Unpack it first."),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd. Unpack it first."),
 )
 
 
 def foreign_folder(
     files: Collection[str], folders: Collection[str], place: str, *, on_hub: bool = False
 ) -> str | None:
-    """Return what a folder without weights holds instead, and how to go on; None if unknown.
+    """Return the format of a folder without weights, and the fix; ``None`` if unknown.
 
     Args:
         files: the names of the files at its top.
@@ -79,21 +79,21 @@ def foreign_folder(
     if "model_index.json" in files:
         parts = sorted({"transformer", "unet"} & set(folders) or folders)
         example = f", such as '{here}/{parts[0]}'" if parts else ""
-        return f"'{place}' is a pipeline of diffusers. {name} the folder of one part{example}."
+        return f"'{place}' is a diffusers pipeline. {name} the folder of one part{example}."
     if "modules.json" in files and "0_Transformer" in folders:
         return (
-            f"'{place}' is a model of sentence-transformers, whose weights are in a folder of it. "
+            f"'{place}' is a sentence-transformers model, whose weights are in a subfolder. "
             f"{name} that: '{here}/0_Transformer'."
         )
     if "zero_to_fp32.py" in files or any(re.match("mp_rank_|zero_pp_rank_", f) for f in files):
         return (
-            f"'{place}' is a training state of DeepSpeed. Its own script makes a checkpoint of it: "
-            "'python zero_to_fp32.py . OUTPUT'."
+            f"'{place}' is a training state of DeepSpeed. Its own script converts it to a "
+            "checkpoint: 'python zero_to_fp32.py . OUTPUT'."
         )
     none = f"There are no weights in '{place}'"
-    for ending, told in _BY_ENDING.items():
+    for ending, description in _BY_ENDING.items():
         if found := sorted(file for file in files if file.lower().endswith(ending)):
-            return f"{none}: '{found[0]}' {told}"
+            return f"{none}: '{found[0]}' {description}"
     if "onnx" in folders:
         return f"{none}: what is in 'onnx' {_EXPORTED}"
     models = sorted(file for file in files if file.endswith(_ONE_FILE) and "optim" not in file)
@@ -105,17 +105,18 @@ def foreign_folder(
 
 
 def foreign_file(path: Path) -> str | None:
-    """Return what a file of weights is instead, and how to go on; None where it may be one."""
+    """Return the format of an unsupported weight file, and the fix; ``None`` if it may be valid."""
     with path.open("rb") as file:
         begin = file.read(64)
-    for magic, told in _BY_BEGINNING:
+    for magic, description in _BY_BEGINNING:
         if begin.startswith(magic):
-            return f"'{path}' {told}"
+            return f"'{path}' {description}"
     if path.suffix == ".safetensors" and begin.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return f"'{path}' is a PyTorch file in spite of its name. Rename it to '{path.stem}.bin'."
+        return f"'{path}' is a PyTorch file with the wrong suffix. Rename it to '{path.stem}.bin'."
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt") and begin[8:9] == b"{":
         return (
-            f"'{path}' is safetensors in spite of its name. Rename it to '{path.stem}.safetensors'."
+            f"'{path}' is a safetensors file with the wrong suffix. Rename it to "
+            f"'{path.stem}.safetensors'."
         )
     ending = next((end for end in _BY_ENDING if path.name.lower().endswith(end)), None)
     return f"'{path}' {_BY_ENDING[ending]}" if ending else None
@@ -150,7 +151,7 @@ _SCALES = (
 
 
 def quantised(weights: Weights) -> str | None:
-    """Tell by keys and types whether weights are quantised: how, and by which two entries."""
+    """Return how weights are quantised, and two entries that show it; by keys and types."""
     few_bits = [k for k in weights if weights.spec(k).dtype in (*_FLOAT8, *_INTEGERS)]
     for key in few_bits:
         module = key.rpartition(".")[0]
@@ -175,13 +176,13 @@ _NOT_MERGEABLE = (
 
 
 def foreign_adapter(kind: str) -> str:
-    """Return how to go on with an adapter of PEFT that is no LoRA."""
+    """Return the fix for a PEFT adapter that is not a LoRA adapter."""
     if kind in _NOT_MERGEABLE:
         return (
-            f"an adapter of the type {kind} adds to what the model is given, not to its weights, "
-            "and cannot be merged."
+            f"an adapter of the type {kind} changes the model's inputs, not its weights, and "
+            "cannot be merged."
         )
     return (
         f"an adapter of the type {kind} is not supported. Merge it into its base with PEFT "
-        "(merge_and_unload) and name the result."
+        "(merge_and_unload) and use the result."
     )

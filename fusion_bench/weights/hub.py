@@ -1,4 +1,4 @@
-"""Weights in a repository: known from their headers, downloaded when they are first read."""
+"""Weights in a repository: described by their headers, downloaded at the first read."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -36,7 +36,7 @@ def open_repository(repository: Repository) -> Weights:
 
 
 def weight_files(repository: Repository) -> list[str]:
-    """Return the names of the files with the weights; the first is what opens all of them.
+    """Return the names of the weight files; the first one opens all of them.
 
     Raises:
         ConfigError: there are none.
@@ -45,14 +45,14 @@ def weight_files(repository: Repository) -> list[str]:
     if name is None:
         single = [name for name in repository.files if name.endswith(".safetensors")]
         if len(single) != 1:
-            told = foreign_folder(
+            problem = foreign_folder(
                 repository.files,
                 repository.folders,
                 repository.name,
                 on_hub=repository.directory is None,
             )
-            if told is not None:
-                raise ConfigError(told)
+            if problem is not None:
+                raise ConfigError(problem)
             raise ConfigError(
                 f"There are no weights in '{repository.name}'. It needs one of: "
                 f"{', '.join(WEIGHT_FILES)}."
@@ -86,8 +86,8 @@ class HubWeights(Weights):
         # No hash is known of a header alone.
         if {key: local.spec(key) for key in local} != self._specs:
             raise EnvironmentProblem(
-                f"'{self._repository.name}': the headers that came first are not those of the "
-                "files. Try again."
+                f"'{self._repository.name}': the headers that were read first differ from those "
+                "of the files. Try again."
             )
         return local
 
@@ -115,7 +115,7 @@ class HubWeights(Weights):
 
 
 def _specs_asked_twice(repository: Repository, file: str) -> dict[str, TensorSpec]:
-    """Return what a header tells; one that is damaged may have been damaged on its way."""
+    """Return a header's entries; a damaged header is read a second time."""
     from safetensors import SafetensorError
 
     with suppress(SafetensorError):
@@ -124,7 +124,7 @@ def _specs_asked_twice(repository: Repository, file: str) -> dict[str, TensorSpe
 
 
 def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
-    """Return what a file's header tells, in the order that its entries have once it is mapped."""
+    """Return a header's entries, in the order of the mapped file."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
     from safetensors import SafetensorError
@@ -139,7 +139,7 @@ def _specs(repository: Repository, file: str) -> dict[str, TensorSpec]:
         for key, tensor in sorted(header.tensors.items()):
             if tensor.dtype not in DTYPES:
                 raise ConfigError(
-                    f"'{repository.name}': '{key}' is of the type {tensor.dtype}, which is not "
+                    f"'{repository.name}': '{key}' has the type {tensor.dtype}, which is not "
                     "supported."
                 )
             specs[key] = TensorSpec(tuple(map(int, tensor.shape)), DTYPES[tensor.dtype])

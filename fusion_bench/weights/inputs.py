@@ -1,4 +1,4 @@
-"""The same entry of every model, as the mathematics wants it."""
+"""The same entry of every model, in the type and on the device of the computation."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ Visit = Callable[[str, int, Sequence[Tensor], Tensor | None], None]
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
-    """Tell whether a key fits one of the patterns, in which ``*`` stands for anything."""
+    """Return whether a key matches one of the patterns; ``*`` matches anything."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
@@ -94,10 +94,10 @@ class Inputs:
         return sum(self.merged(key) for key in self if self.tied_to(key) == key)
 
     def without(self, patterns: Sequence[str]) -> "Inputs":
-        """Return the same models, with the entries that fit a pattern copied and not merged."""
+        """Return the same models, with entries that match a pattern copied instead of merged."""
         for pattern in patterns:
             if not any(matches(key, [pattern]) for key in self):
-                log.warning("'%s' fits no entry's key.", pattern)
+                log.warning("'%s' matches no key.", pattern)
         removed = {key for key in self if matches(key, patterns)}
         aligned = replace(self.aligned, copied=self.aligned.copied | removed)
         settings = (self._elementwise, self._look_for_nonfinite)
@@ -139,7 +139,7 @@ class Inputs:
         return tensors, pretrained
 
     def survey(self, look: Visit, piece: int = PIECE, every: int = 1) -> None:
-        """Show every merged element to ``look``, in pieces, in any order.
+        """Call ``look`` with every merged element, in pieces, in any order.
 
         ``every`` shows only one piece in so many, for an estimate.
         """
@@ -159,7 +159,7 @@ class Inputs:
             self.is_finite(key, name, tensor.float())
 
     def is_finite(self, key: str, model: str, tensor: Tensor) -> bool:
-        """Tell, and note, whether all elements are finite."""
+        """Return and record whether all elements are finite."""
         # The sum is a quick first look: it is finite only where all elements are.
         finite = math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
         if not finite:
@@ -167,7 +167,7 @@ class Inputs:
         return finite
 
     def _working(self, dtype: torch.dtype, key: str, model: str, stored: Tensor) -> Tensor:
-        """Return the values in the type and the place where the mathematics happens."""
+        """Return the values in the type and on the device of the computation."""
         if not (self._on_cpu and stored.dtype == dtype and stored.is_cpu):
             stored = stored.to(self.policy.device, dtype)
         if self._look_for_nonfinite:

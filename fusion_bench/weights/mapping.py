@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of an entry without loading it."""
+    """Shape and dtype of an entry."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class TensorSpec:
 
 
 class Weights(Mapping[str, Tensor]):
-    """A model's named tensors, in the model's own order; whoever reads one must not write to it.
+    """A model's named tensors, in the model's order; callers must not write to them.
 
     Entries may lie in memory, in mapped files or on the Hub, or be computed when they are read.
     """
@@ -45,7 +45,7 @@ class Weights(Mapping[str, Tensor]):
         return ()
 
     def __contains__(self, key: object) -> bool:
-        """Tell whether there is such an entry, without loading it as ``Mapping`` would."""
+        """Return whether there is such an entry, without loading it as ``Mapping`` would."""
         try:
             self.spec(key)  # type: ignore[arg-type]
         except KeyError:
@@ -78,11 +78,11 @@ class Weights(Mapping[str, Tensor]):
         return self.spec(key).nbytes
 
     def verify(self) -> None:
-        """Raise for what was noticed while entries were read; called when all have been."""
+        """Raise errors that were found while reading; called after all entries are read."""
 
 
 class TensorWeights(Weights):
-    """Tensors that are at hand: a state dict, or mapped files; nothing is copied.
+    """Weights from tensors: a state dict or mapped files; nothing is copied.
 
     Args:
         tensors: a module's ``state_dict()`` for one; entries that share memory are tied.
@@ -141,5 +141,5 @@ class TensorWeights(Weights):
 
 
 def is_special(name: str) -> bool:
-    """Tell whether a model's name, such as ``_pretrained_``, keeps it out of the fusion."""
+    """Return whether a model's name, such as ``_pretrained_``, excludes it from merging."""
     return name.startswith("_") or name.endswith("_")

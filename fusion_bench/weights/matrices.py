@@ -1,4 +1,4 @@
-"""The steps that methods which factorise matrices are put together from.
+"""Common steps of methods that factorise matrices.
 
 A thin SVD comes from the eigenvectors of the smaller Gram matrix, in float64. For float32 input
 that is as fast as LAPACK's SVD, for long matrices faster, and far more accurate.
@@ -23,7 +23,7 @@ _COLUMNS = 4096
 
 
 def is_matrix(key: str, shape: Sequence[int], exclude_keys: Iterable[str] = ()) -> bool:
-    """Tell whether an entry is a matrix to factorise: one of two dimensions, and not excluded."""
+    """Return whether an entry is a matrix to factorise: one of two dimensions, and not excluded."""
     return len(shape) == 2 and min(shape) > 0 and not matches(key, exclude_keys)
 
 
@@ -111,7 +111,7 @@ def orthogonal_product(left: Tensor, s: Tensor, right: Tensor) -> Tensor:
 
 
 def _spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return singular values, the largest first, and left singular vectors of what has ``gram``."""
+    """Return singular values, the largest first, and left singular vectors, from ``gram``."""
     if not math.isfinite(gram.trace()):
         return gram.new_zeros(0), gram.new_zeros(len(gram), 0)
     values, vectors = torch.linalg.eigh(gram)
@@ -131,5 +131,5 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def _place(tensor: Tensor) -> torch.device:
-    """Return where to compute: Apple's GPUs have no float64."""
+    """Return the device to compute on: Apple's GPUs have no float64."""
     return torch.device("cpu") if tensor.device.type == "mps" else tensor.device

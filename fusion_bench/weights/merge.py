@@ -1,4 +1,4 @@
-"""What every method of one tensor at a time has in common."""
+"""Merging weights tensor by tensor."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ MergePiece = Callable[[str, int, Sequence[Tensor], Tensor | None], Tensor]
 
 
 def same_for_all(merge_tensor: MergeTensor) -> MergePiece:
-    """Return ``merge_tensor`` for pieces: what it does is the same at each place of an entry."""
+    """Return ``merge_tensor`` for pieces: it acts elementwise."""
     return lambda key, start, tensors, base: merge_tensor(key, tensors, base)
 
 
@@ -46,7 +46,7 @@ def merge(
         elementwise: each merged element depends on the same element of every model alone, so that
             ``merge_tensor`` may be given 1-d pieces of an entry.
         shows_nonfinite: NaN or infinity in a model shows in the result, as in a sum.
-        policy: what to do where models differ.
+        policy: what to do when models differ.
         vocabulary: the reference's number of tokens, for ``policy.on_vocabulary``.
         show_progress: show a bar while they are read.
 
@@ -102,7 +102,7 @@ class MergedWeights(Weights):
         return self._inputs.tied_to(key)
 
     def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
-        """Yield pieces of a bounded size where that leaves the method's result alone."""
+        """Yield pieces of a bounded size if this does not change the method's result."""
         whole = not self.in_pieces and key not in self._inputs.aligned.copied
         numel = self.spec(key).numel
         return super().pieces(key, max(numel, 1) if whole else size)
@@ -127,7 +127,7 @@ class MergedWeights(Weights):
         return torch.cat([merged, rest])
 
     def verify(self) -> None:
-        """Name the entries in which NaN or infinity was met.
+        """Report the entries with NaN or infinity.
 
         Raises:
             FusionBenchError: where there are some and the policy does not let them pass.
@@ -139,8 +139,8 @@ class MergedWeights(Weights):
             log.warning(message)
             return
         raise FusionBenchError(
-            f"{message}\nUse sound checkpoints, a wider policy.dtype where the result alone is "
-            f"named, or give {self._inputs.policy.typed('on_nonfinite', 'warn')}."
+            f"{message}\nUse valid checkpoints, use a wider policy.dtype if only the result is "
+            f"named, or set {self._inputs.policy.typed('on_nonfinite', 'warn')}."
         )
 
     def _merged(self, key: str, start: int, stop: int) -> Tensor:
@@ -149,25 +149,26 @@ class MergedWeights(Weights):
         versions = _versions(tensors.everything) if start == 0 else []
         merged = self._merge_piece(key, start, tensors, base)
         if versions and _versions(tensors.everything) != versions:
-            raise RuntimeError(f"merge_tensor wrote to the tensors of '{key}' that it was given.")
+            raise RuntimeError(f"merge_tensor changed the input tensors of '{key}'.")
         shape = self._inputs.shape(key, start, stop)
         if merged.shape != shape:
             raise RuntimeError(
-                f"merge_tensor made {list(merged.shape)} of '{key}', which is {list(shape)}."
+                f"merge_tensor returned the shape {list(merged.shape)} for '{key}', which has "
+                f"{list(shape)}."
             )
         merged = merged.reshape(-1)
-        if not self._is_sound(key, merged):
+        if not self._is_finite(key, merged):
             self._inputs.find_nonfinite(key, tensors)
         return merged
 
     def _checked(self, key: str, copied: Tensor) -> Tensor:
-        """Return elements of the reference, having looked at them."""
+        """Return checked elements of the reference."""
         if copied.dtype.is_floating_point and copied.numel():
-            self._is_sound(key, copied if copied.dtype.itemsize >= 4 else copied.float())
+            self._is_finite(key, copied if copied.dtype.itemsize >= 4 else copied.float())
         return copied
 
-    def _is_sound(self, key: str, result: Tensor) -> bool:
-        """Tell, and note, whether ``result`` is finite, also in the type that it is stored in."""
+    def _is_finite(self, key: str, result: Tensor) -> bool:
+        """Return and record whether ``result`` is finite, also in its stored type."""
         if not self._inputs.is_finite(key, "merged", result):
             return False
         dtype = self.spec(key).dtype

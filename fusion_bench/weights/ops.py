@@ -1,4 +1,4 @@
-"""The steps that task-vector methods are put together from; a step exists once, here.
+"""Common steps of task-vector methods.
 
 In float32 a CPU adds, clamps and shrinks ten times faster than it selects by a mask, so that masks
 are 0.0 and 1.0 here.
@@ -31,14 +31,14 @@ Rescale = Literal["inverse_keep", "l1", "none"]
 def task_vectors(
     key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
 ) -> Iterator[Tensor]:
-    """Yield what each model changed, one at a time; the tensors are the caller's."""
+    """Yield each model's task vector; the caller may write to it."""
     assert base is not None
     for tensor in tensors:
         yield tensor - base
 
 
 def is_linear_weight(key: str, spec: TensorSpec) -> bool:
-    """Tell, by name and shape, whether an entry is the matrix of a linear layer, no embedding."""
+    """Return whether an entry is the matrix of a linear layer, by name and shape."""
     return len(spec.shape) == 2 and key.endswith("weight") and not _is_embedding(key)
 
 
@@ -48,13 +48,13 @@ def _is_embedding(key: str) -> bool:
 
 
 def block(key: str) -> tuple[str, int] | None:
-    """Return the stack of blocks that an entry belongs to, and its block's number there."""
+    """Return the stack of blocks of an entry, and its block's index."""
     match = _BLOCK_KEY.match(key)
     return (match[1], int(match[2])) if match else None
 
 
 def keep_largest(values: Tensor, count: int, *, ties: bool = False) -> Tensor:
-    """Return ``values`` with all but the ``count`` of largest magnitude set to 0.
+    """Return ``values`` with all but the ``count`` largest magnitudes set to 0.
 
     Of equal magnitudes at the limit the first are kept, with ``ties`` all.
     """
@@ -86,8 +86,8 @@ def ranks(rows: Tensor) -> Tensor:
     Rows lie along the last dimension. Of equal magnitudes the first comes first.
     """
     order = rows.abs().argsort(dim=-1, stable=True)
-    places = torch.arange(rows.shape[-1], device=rows.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    positions = torch.arange(rows.shape[-1], device=rows.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, positions)
 
 
 def add_scaled(base: Tensor, vectors: Iterable[Tensor], factor: float) -> Tensor:
@@ -101,7 +101,7 @@ def add_scaled(base: Tensor, vectors: Iterable[Tensor], factor: float) -> Tensor
 def disjoint_merge(
     vectors: Iterable[Tensor], func: MergeFunc, zero_sign: Callable[[], int]
 ) -> Tensor:
-    """Elect a sign at each element, and merge the values that have it.
+    """Elect a sign for each element, and merge the values with this sign.
 
     The elected sign is that of the sum. Zeros take no part.
     Yadav et al., https://arxiv.org/abs/2306.01708
@@ -148,7 +148,7 @@ class _Sums:
 
 
 class _Farthest:
-    """The values farthest from 0, on either side."""
+    """The values farthest from 0, for each sign."""
 
     above: Any = 0.0
     below: Any = 0.0

@@ -1,4 +1,4 @@
-"""How the task vectors of several models lie to each other, in each part of the network."""
+"""The similarity of task vectors in each part of the network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Part:
     """A part of the network.
 
     Attributes:
-        name: a block's number, or what lies before and after the blocks.
+        name: a block's number, or the layers before or after the blocks.
         norms: the norm of each model's task vector.
         cosines: those between them, models by models; 0 where one has no length.
     """
@@ -47,7 +47,7 @@ def _part(name: str, products: Tensor) -> Part:
 
 
 def _parts(keys: Sequence[str]) -> dict[str, str]:
-    """Return the part of each key: its block, or what lies before or after all blocks."""
+    """Return the part of each key: its block, or the layers before or after all blocks."""
     found = {key: block(key) for key in keys}
     stacks = dict.fromkeys(place[0] for place in found.values() if place)
     names: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Statistics of whole models, exact, from weights that are read piece by piece.
+"""Exact statistics of whole models, from weights that are read piece by piece.
 
-What comes out does not depend on threads, on the order of files, or on how entries are cut.
+The results do not depend on threads, the order of files, or the size of pieces.
 """
 
 import threading
@@ -104,7 +104,7 @@ def extremes(inputs: Inputs, values: Values) -> list[tuple[float, float]]:
 
 
 def once(compute: Callable[[], T]) -> Callable[[], T]:
-    """Return what computes at the first call only; other threads wait for that."""
+    """Return a function that computes once; other threads wait for the first call."""
     lock = threading.Lock()
     found: list[T] = []
 
@@ -119,7 +119,7 @@ def once(compute: Callable[[], T]) -> Callable[[], T]:
 
 @dataclass(frozen=True)
 class Cutoff:
-    """Where the largest elements of a model end.
+    """The cutoff of a model's largest elements.
 
     Attributes:
         value: the smallest magnitude that is kept.
@@ -228,11 +228,11 @@ class _Search:
             above = int(np.count_nonzero(beyond))
             here = np.flatnonzero((bits >= self.low) ^ beyond).astype(np.int32)
             bits = bits[here]
-        places = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
-        ones = torch.ones(1, dtype=torch.int64).expand(len(places))
+        bins = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
+        ones = torch.ones(1, dtype=torch.int64).expand(len(bins))
         with lock:
             self.above += above
-            self.histogram.index_add_(0, places, ones)
+            self.histogram.index_add_(0, bins, ones)
             self.remembered += len(bits)
             if self.remembered > self.room:
                 self.remembers = False

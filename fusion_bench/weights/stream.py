@@ -1,4 +1,4 @@
-"""Reading weights piece by piece on all cores, and the sinks that need no file."""
+"""Reads weights piece by piece on all cores, into memory or a module."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ class Pieces(Protocol):
 
     @property
     def show_progress(self) -> bool:
-        """Whether a person wants to watch."""
+        """Whether to show a progress bar."""
 
     @property
     def files(self) -> object:
@@ -107,7 +107,7 @@ def visit(
 def _jobs(
     source: Pieces, pieces: Callable[[str, int], Iterator[tuple[int, int]]], piece: int
 ) -> Iterator[list[tuple[str, int, int]]]:
-    """Yield what a thread takes at once: a piece, or as many small ones as make up one.
+    """Yield the jobs of the threads: a piece, or several small ones.
 
     Two threads that both do small things wait for Python's lock more than they work.
     """
@@ -127,7 +127,7 @@ def _jobs(
 
 
 def in_memory(weights: Weights) -> dict[str, Tensor]:
-    """Return all entries as tensors of their own; tied entries are one tensor."""
+    """Return all entries as new tensors; tied entries share one tensor."""
     tensors = {
         key: torch.empty(spec.shape, dtype=spec.dtype)
         for key in weights
@@ -144,7 +144,7 @@ def in_memory(weights: Weights) -> dict[str, Tensor]:
 
 
 def into_module(weights: Weights, module: nn.Module) -> nn.Module:
-    """Give ``module``, best built on the meta device, these weights; it is returned.
+    """Put the weights into ``module``, best built on the meta device, and return it.
 
     Nothing is copied into the module's own tensors; the new ones take their place.
 
@@ -185,7 +185,7 @@ def _guarded(work: Callable[[], None], failures: list[BaseException]) -> None:
 
 @contextmanager
 def _one_core_each() -> Iterator[None]:
-    """Let torch's operations run in the thread that calls them; each core has one already."""
+    """Let torch's operations use one thread each; there is a thread for each core already."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -9,7 +9,7 @@ from fusion_bench.weights.mapping import TensorSpec, Weights
 
 
 class Renamed(Weights):
-    """Some entries of other weights, under names and in an order of one's own.
+    """Some entries of other weights, with new names and a new order.
 
     Args:
         weights: what is looked at.
@@ -58,12 +58,12 @@ class Renamed(Weights):
         return self._weights.bytes_to_read(self._names[key])
 
     def verify(self) -> None:
-        """Raise for what was noticed while entries were read."""
+        """Raise errors that were found while reading."""
         self._weights.verify()
 
 
 def without_prefix(keys: Mapping[str, object], known: Mapping[str, object]) -> str:
-    """Return the prefix that ``keys`` have in front of those of ``known``, perhaps none.
+    """Return the prefix of ``keys`` relative to ``known``, possibly empty.
 
     A model and the same model inside a larger one (an encoder in a classifier) differ by it. It is
     found from one key and counts only if all ``known`` keys are there with it.

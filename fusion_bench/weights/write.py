@@ -1,4 +1,4 @@
-"""Writing a checkpoint while it is computed, as sharded safetensors."""
+"""Writes a checkpoint as sharded safetensors while it is computed."""
 
 import json
 import os
@@ -55,15 +55,15 @@ def write_checkpoint(
 ) -> None:
     """Write ``model.safetensors``, or shards and their index, into an existing directory.
 
-    No more than a piece a thread is held in memory. Tied entries are written once, under their
-    first key. The files are on the disk when this returns, not only on their way.
+    Memory holds at most one piece per thread. Tied entries are written once, under their first key.
+    The files are on the disk when this returns, not only on their way.
 
     Args:
         weights: what to write; read once.
         directory: best one that appears as a whole when all is done.
         max_shard_size: bytes, or a text such as ``5GB``; a larger tensor has a shard of its own.
         metadata: goes into each file's header.
-        finish: asked for the final metadata when all tensors are written; it must be as long as
+        finish: returns the final metadata after all tensors are written; it must have the length of
             ``metadata``.
 
     Raises:
@@ -75,7 +75,9 @@ def write_checkpoint(
     for key, spec in specs.items():
         if spec.dtype not in _NAMES:
             name = str(spec.dtype).removeprefix("torch.")
-            raise FusionBenchError(f"'{key}' is of the type {name}, which safetensors do not know.")
+            raise FusionBenchError(
+                f"'{key}' has the type {name}, which safetensors does not support."
+            )
     index, plan = _split(specs, max_shard_size)
     metadata = {"format": "pt", **(metadata or {})}
     try:
@@ -150,13 +152,13 @@ class _Shard:
         """Write the header, and wait until all is on the disk."""
         header = self._header(metadata)
         if len(header) > self._header_size:
-            raise ValueError("The final metadata is longer than what was announced.")
+            raise ValueError("The final metadata is longer than the reserved space.")
         header = header.ljust(self._header_size)
         _write_at(self._file, memoryview(len(header).to_bytes(8, "little") + header), 0)
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._file)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
@@ -183,7 +185,7 @@ def _no_size(size: int | str | None) -> FusionBenchError:
 def _split(
     specs: Mapping[str, TensorSpec], max_shard_size: int | str
 ) -> tuple[dict[str, object] | None, dict[str, list[str]]]:
-    """Return the index, where there is more than one file, and each file's keys."""
+    """Return each file's keys, and the index if there are several files."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     check_size(max_shard_size)
@@ -204,7 +206,7 @@ def _split(
 
 @contextmanager
 def _flushing(files: "SimpleQueue[int | None]") -> Iterator[None]:
-    """Have the data of queued files written to the disk in the background."""
+    """Write the data of queued files to disk in the background."""
 
     def work() -> None:
         while (file := files.get()) is not None:
@@ -221,7 +223,7 @@ def _flushing(files: "SimpleQueue[int | None]") -> Iterator[None]:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Give a file its size at once: a full disk is noticed before any work."""
+    """Reserve a file's size, to find a full disk before any work."""
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:

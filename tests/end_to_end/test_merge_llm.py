@@ -92,7 +92,7 @@ def test_a_model_is_replaced_only_on_request_also_by_what_is_made_of_it(
     before = tensors(family / "tied" / "a")
     assert all(torch.equal(value, before[k]) for k, value in tensors(models / "a").items())
     done = merge(tmp_path, models, *arguments, "overwrite=true")
-    assert done.returncode == 2 and "'notes.txt' is no part of a saved model" in done.stderr
+    assert done.returncode == 2 and "'notes.txt' is not part of a saved model" in done.stderr
     (models / "a" / "notes.txt").unlink()
     done = merge(tmp_path, models, *arguments, "overwrite=true")
     assert done.returncode == 0, done.stderr

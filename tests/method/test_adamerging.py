@@ -197,13 +197,13 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         "granularity": write(tmp_path / "3", ["a", "b"], KEYS, [[1], [1]]),
     }
     for file in others.values():
-        with pytest.raises(FusionBenchError, match=r"weights: '.*' holds coefficients of"):
+        with pytest.raises(FusionBenchError, match=r"weights: '.*' contains coefficients of"):
             learned(AdaMergingAlgorithm(weights=file), models, data)
     (tmp_path / "4").write_text("no JSON")
     (tmp_path / "5").write_text("[1]")
     (tmp_path / "6").write_text("{}")
     for name in "4567":
-        with pytest.raises(FusionBenchError, match=r"weights: '.*' is no file of coeff"):
+        with pytest.raises(FusionBenchError, match=r"weights: '.*' is not a file of coeff"):
             learned(AdaMergingAlgorithm(weights=str(tmp_path / name)), models, data)
     blocked = str(tmp_path / "4" / "found.json")
     with pytest.raises(FusionBenchError, match=r"save_merging_weights: cannot write"):
@@ -336,7 +336,7 @@ def test_models_and_data_belong_together_by_name() -> None:
     assert_close(learned(method, models, more), expected, 0)
     spelled = {BASE: models[BASE], "Task-A": models["a"], "b": models["b"]}
     assert_close(learned(method, spelled, {"task_a": data["a"], "b": data["b"]}), expected, 0)
-    with pytest.raises(FusionBenchError, match=r"no data for the model 'b'.*there is a\."):
+    with pytest.raises(FusionBenchError, match=r"no data for the model 'b'.*datasets for: a\."):
         learned(method, models, {"a": data["a"]})
     with pytest.raises(FusionBenchError, match="_pretrained_"):
         learned(method, {name: models[name] for name in "ab"}, data)

@@ -271,8 +271,8 @@ def test_bad_arguments() -> None:
     models = of([1], [2])
     with pytest.raises(FusionBenchError, match=r"weights: 3 values for 2 models \(a, b"):
         WeightedEnsembleAlgorithm([1, 2, 3]).run(models)
-    with pytest.raises(FusionBenchError, match=r"weights: the weights add up to zero"):
+    with pytest.raises(FusionBenchError, match=r"weights: the weights sum to zero"):
         WeightedEnsembleAlgorithm([1, -1]).run(models)
     assert WeightedEnsembleAlgorithm([1, -1], normalize=False).run(models)().tolist() == [-1]
-    with pytest.raises(FusionBenchError, match=r"weights: negative ones would"):
+    with pytest.raises(FusionBenchError, match=r"weights: negative weights would"):
         WeightedEnsembleAlgorithm([2, -1], of="probabilities").run(models)

@@ -136,7 +136,7 @@ def test_one_block_is_the_first() -> None:
 def test_no_block_is_said(caplog: pytest.LogCaptureFixture) -> None:
     pool = Pool(**{BASE: state(0, keys=["w"]), "a": state(1, keys=["w"])})
     assert scaled(LiNeSAlgorithm(SimpleAverageAlgorithm(), 0.25, 0.5), pool) == [0.25]
-    assert "no key names a block" in caplog.text
+    assert "no key contains a block's index" in caplog.text
 
 
 def test_models_equal_to_the_base_give_the_base() -> None:
@@ -221,7 +221,7 @@ def test_a_module_cannot_be_scaled() -> None:
         def run(self, modelpool: Any, fabric: Any = None) -> nn.Module:
             return nn.Linear(1, 1)
 
-    with pytest.raises(FusionBenchError, match=r"base_method: Ensemble makes a module"):
+    with pytest.raises(FusionBenchError, match=r"base_method: Ensemble returns a module"):
         LiNeSAlgorithm(Ensemble()).run(TWO)
 
 

@@ -277,7 +277,7 @@ def test_a_module_that_names_its_parameters_otherwise_is_refused() -> None:
         for name, weights in pool._models.items()
     }
     pool.build_model = lambda weights: linear(0)  # type: ignore[method-assign]
-    with pytest.raises(FusionBenchError, match=r"calls a parameter 'weight' .* with a Linear"):
+    with pytest.raises(FusionBenchError, match=r"has a parameter 'weight' .* with a Linear"):
         LearnedSoupAlgorithm().run(pool, CPU, linear_data())
 
 

@@ -45,5 +45,5 @@ def test_opposite_directions() -> None:
 def test_weights_that_do_not_fit_are_refused() -> None:
     with pytest.raises(FusionBenchError, match="1 value for 2 models"):
         merged(MultiSlerpAlgorithm([1]), [[2.0], [-1.0]])
-    with pytest.raises(FusionBenchError, match="add up to zero"):
+    with pytest.raises(FusionBenchError, match="sum to zero"):
         merged(MultiSlerpAlgorithm([1, -1]), [[2.0], [-1.0]])

@@ -221,5 +221,5 @@ def test_fusion_bench_s_config_is_taken() -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     _, data = problem(1)
     modules = {name: nn.Linear(3, 2).double() for name in "ab"}
-    with pytest.raises(FusionBenchError, match="block by block; a Linear has none"):
+    with pytest.raises(FusionBenchError, match="block by block; a Linear has no blocks"):
         learned(RegMeanAlgorithmPlusPlus(), modules, data)

@@ -205,7 +205,7 @@ def test_a_module_of_its_own_code_is_not_kept(
 def test_a_module_elsewhere_is_refused(model: Path) -> None:
     write(model.parent, "secrets/config.json")
     sentence(model, ("../secrets", f"{OURS}.Pooling"))
-    with pytest.raises(ConfigError, match=r"'\.\./secrets', which is no folder beside it"):
+    with pytest.raises(ConfigError, match=r"'\.\./secrets', which is not a folder next to it"):
         save(model)
     sentence(model, ("1_Pooling", f"{OURS}.Pooling"))
     (model / "1_Pooling").symlink_to("../secrets")

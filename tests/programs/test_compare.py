@@ -97,7 +97,7 @@ def test_a_comparison_is_a_report_that_can_be_compared(tmp_path: Path) -> None:
             {"head_sha256": "1" * 64},
             "a: classes, prompts or text tower: unknown in 'one', 11111111",
         ),
-        ({"images_sha256": "2" * 64}, "a: preparation of images: unknown in 'one', 22222222"),
+        ({"images_sha256": "2" * 64}, "a: image preprocessing: unknown in 'one', 22222222"),
     ],
 )
 def test_what_is_not_comparable_is_refused_by_name(
@@ -122,7 +122,7 @@ def test_other_samples_of_the_same_number_are_noticed(tmp_path: Path) -> None:
             part = TaskAnswers(numbers(range(50, 150)), found.labels, {name: predictions})
             shifted.add(task, name, part)
     shifted.save(other / "report.json")
-    with pytest.raises(FusionBenchError, match="a: choice of samples"):
+    with pytest.raises(FusionBenchError, match="a: selection of samples"):
         compared(one, other)
     # The 50 that both have: 10 of the first run's first 60, 50 of the second's.
     (comparison,) = compared(one, other, strict=False).main_comparisons()
@@ -137,7 +137,7 @@ def test_only_common_tasks_count(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     average = found.models["one"].average
     assert average is not None and average.accuracy == 0.6
     third = write(tmp_path / "third", {"b": 70}, tasks=("b",))
-    with pytest.raises(FusionBenchError, match="no task that all"):
+    with pytest.raises(FusionBenchError, match="no common task"):
         compared(other, third)
 
 
@@ -174,7 +174,7 @@ def test_names(tmp_path: Path) -> None:
     assert list(CompareProgram({"x": str(places[0]), "y": str(places[1])}).paths) == ["x", "y"]
     for reports, message in (
         ([str(places[0])], "at least two"),
-        ([str(places[0])] * 2, "named twice"),
+        ([str(places[0])] * 2, "listed twice"),
         ({"a/b": str(places[0]), "c": str(places[1])}, "'a/b' has a '/'"),
     ):
         with pytest.raises(FusionBenchError, match=message):
@@ -186,8 +186,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad" / "report.json"
     for content, message in (
         (None, "(?i)cannot read '.*bad'"),
-        ("{", "is no report of this version"),
-        (json.dumps({"schema_version": 1}), "is no report of this version: run"),
+        ("{", "is not a report of this version"),
+        (json.dumps({"schema_version": 1}), "is not a report of this version: run"),
     ):
         if content is not None:
             bad.parent.mkdir(exist_ok=True)

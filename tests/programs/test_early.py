@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
@@ -19,17 +20,17 @@ ARITHMETIC = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
 #: What a run found out late, or never; each is refused before it begins.
 LATE: list[tuple[str, Any, str]] = [
     ("method", {}, "method: has no _target_"),
-    ("method", "simple_average", "method: 'simple_average' is no config node"),
-    ("method", ["a"], "method: .* is no config node"),
+    ("method", "simple_average", "method: 'simple_average' is not a config node"),
+    ("method", ["a"], "method: .* is not a config node"),
     ("modelpool", {"models": {}}, "modelpool: has no _target_"),
-    ("modelpool", "x", "modelpool: 'x' is no config node"),
+    ("modelpool", "x", "modelpool: 'x' is not a config node"),
     ("taskpool", {"test_datasets": {}}, "taskpool: has no _target_"),
-    ("taskpool", "x", "taskpool: 'x' is no config node"),
+    ("taskpool", "x", "taskpool: 'x' is not a config node"),
     ("search", {"space": {"a": [1]}}, "search: has no _target_"),
-    ("search", "grid", "search: 'grid' is no config node"),
-    ("fabric", "cpu", "fabric: 'cpu' is no mapping"),
+    ("search", "grid", "search: 'grid' is not a config node"),
+    ("fabric", "cpu", "fabric: 'cpu' is not a mapping"),
     ("taskpool.test_datasets.a", {"path": "x"}, r"test_datasets\.a: has no _target_"),
-    ("taskpool.test_datasets.a", "x", r"test_datasets\.a: 'x' is no config node"),
+    ("taskpool.test_datasets.a", "x", r"test_datasets\.a: 'x' is not a config node"),
     ("taskpool.processor", {"a": 1}, r"taskpool\.processor: has no _target_.*CLIPProcessor"),
     ("modelpool.models.a", {"paht": "x"}, r"models\.a\.paht: there is no such key"),
     ("taskpool.test_datasets.a.streaming", True, r"streaming: a stream can be neither"),
@@ -49,13 +50,13 @@ LATE: list[tuple[str, Any, str]] = [
     ("taskpool.dataloader_kwargs.foo", 1, "foo: there is no such argument"),
     ("taskpool.dataloader_kwargs.drop_last", True, "drop_last: would leave samples"),
     ("method", {**ARITHMETIC, "scaling_factor": float("nan")}, r"scaling_factor: NaN"),
-    ("modelpool.models.a", "/a\udc80b", r"modelpool\.models\.a: .* no valid UTF-8"),
-    ("merged_model_save_path", "", "merged_model_save_path: '' can be no path"),
-    ("merged_model_save_path", "a\0b", "merged_model_save_path: .* can be no path"),
-    ("merged_model_save_path", "a\udc80b", "merged_model_save_path: .* can be no path"),
-    ("merged_model_save_path", "x" * 300, "merged_model_save_path: .* can be no path"),
+    ("modelpool.models.a", "/a\udc80b", r"modelpool\.models\.a: .* not valid UTF-8"),
+    ("merged_model_save_path", "", "merged_model_save_path: '' is not a valid path"),
+    ("merged_model_save_path", "a\0b", "merged_model_save_path: .* is not a valid path"),
+    ("merged_model_save_path", "a\udc80b", "merged_model_save_path: .* is not a valid path"),
+    ("merged_model_save_path", "x" * 300, "merged_model_save_path: .* is not a valid path"),
     ("merged_model_save_path", "/", "merged_model_save_path: '/' is the root"),
-    ("report_save_path", "x" * 300 + ".json", "report_save_path: .* can be no path"),
+    ("report_save_path", "x" * 300 + ".json", "report_save_path: .* is not a valid path"),
 ]
 
 
@@ -86,7 +87,10 @@ def test_names_that_no_file_can_have(program_config: Config, name: str) -> None:
     test[name] = test["a"]
     with pytest.raises(FusionBenchError) as refused:
         instantiate({**config, "dry_run": True})
-    keys = [line.partition(": no file can be called")[0] for line in str(refused.value).split("\n")]
+    keys = [
+        re.split(r": '[^']*' is not a valid file name", line)[0]
+        for line in str(refused.value).split("\n")
+    ]
     assert keys == [f"modelpool.models.{name}", f"taskpool.test_datasets.{name}"]
 
 
@@ -105,7 +109,9 @@ def test_names_that_files_can_have(program_config: Config, tmp_path: Path, name:
 def test_places_that_are_in_each_others_way(program_config: Config, tmp_path: Path) -> None:
     place = str(tmp_path / "x.json")
     for model in (place, f"{place}/m"):
-        with pytest.raises(FusionBenchError, match=r"merged_model_save_path: .* the report's file"):
+        with pytest.raises(
+            FusionBenchError, match=r"merged_model_save_path: .* the path of the report"
+        ):
             instantiate(program_config, report_save_path=place, merged_model_save_path=model)
     (tmp_path / "x.json").mkdir()
     with pytest.raises(FusionBenchError, match=r"report_save_path: .* is a directory"):

@@ -46,7 +46,7 @@ FAILURES: list[tuple[Callable[[Fabric], None], type[FusionBenchError], str]] = [
     (
         fill_the_disk,
         EnvironmentProblem,
-        "^The disk fails the run: No space left on device: '/data/file'",
+        "^A disk error ended the run: No space left on device: '/data/file'",
     ),
 ]
 

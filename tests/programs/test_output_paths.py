@@ -95,7 +95,7 @@ def test_what_is_no_model_is_never_replaced(foreign: str, tmp_path: Path) -> Non
     places.check_model()
     (model / foreign).parent.mkdir(exist_ok=True)
     (model / foreign).touch()
-    with pytest.raises(ConfigError, match=f"is not replaced: '{foreign}' is no part"):
+    with pytest.raises(ConfigError, match=f"is not replaced: '{foreign}' is not part"):
         places.check_model()
 
 

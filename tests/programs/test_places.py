@@ -50,7 +50,7 @@ def test_options_of_a_method_in_a_method(program_config: Config, outer: str) -> 
     ]
     none = {"_target_": weighed, "weights": [1.0, -1.0]}
     assert lines(program_config, method=over(outer, none)) == [
-        "method.base_method.weights: the weights add up to zero and cannot be normalised. "
+        "method.base_method.weights: the weights sum to zero and cannot be normalised. "
         "Give method.base_method.normalize=false."
     ]
     remedied = lines(program_config, seed=-1, method=over(outer, none | {"normalize": False}))
@@ -76,7 +76,7 @@ def test_two_methods_deep(program_config: Config) -> None:
 
 def test_what_a_nested_method_says_when_it_runs(program_config: Config) -> None:
     soup = {"_target_": f"{METHOD}SimpleEnsembleAlgorithm"}
-    with pytest.raises(FusionBenchError, match=r"^method\.base_method: .* makes a module"):
+    with pytest.raises(FusionBenchError, match=r"^method\.base_method: .* returns a module"):
         instantiate(program_config | {"method": over("LiNeSAlgorithm", soup)}).run()
 
 
@@ -86,7 +86,7 @@ def test_parts_of_pools(program_config: Config) -> None:
     found = lines(program_config, modelpool=modelpool | {"policy": policy})
     assert starts(found, "modelpool.policy.on_missing: 'guess' is unknown.")
     found = lines(program_config, modelpool=modelpool | {"max_shard_size": "abc"})
-    assert starts(found, "modelpool.max_shard_size: 'abc' is no size.")
+    assert starts(found, "modelpool.max_shard_size: 'abc' is not a size.")
     known = {"a": {"templates": ["no braces"]}}
     found = lines(program_config, taskpool=taskpool | {"tasks": known})
     assert starts(found, "taskpool.tasks.a.templates: the template 'no braces' needs")

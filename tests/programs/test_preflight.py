@@ -262,8 +262,8 @@ def test_datasets_are_held_against_their_tasks(program_config: Config, tmp_path:
         "taskpool.tasks.b.label_column: the dataset has no column 'lable'. Did you mean 'label'?",
         "modelpool.train_datasets.a: its classes are not those of 'a'. It alone has 'cat', 'dog'. "
         "It lacks 'abbey', 'airplane cabin', 'beach'.",
-        "modelpool.train_datasets.b: the models are evaluated on this very split. Choose another "
-        "(method.split=train or validation), or give allow_test_split=true; the report will say "
+        "modelpool.train_datasets.b: the models are evaluated on the same split. Choose another "
+        "(method.split=train or validation), or set allow_test_split=true; the report will say "
         "so.",
     ]
     del train["a"], config["taskpool"]["tasks"]
@@ -297,7 +297,7 @@ def test_a_disk_that_is_too_small(
 def test_a_place_that_cannot_be(program_config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (line,) = problems(program_config | {"report_save_path": str(tmp_path / "file" / "r.json")})
-    assert line.startswith("report_save_path: ") and "is no directory" in line
+    assert line.startswith("report_save_path: ") and "is not a directory" in line
 
 
 @pytest.mark.parametrize(("kilobytes", "fits"), [(9, False), (9_000_000, True)])

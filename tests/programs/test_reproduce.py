@@ -107,7 +107,7 @@ def test_true_figures_are_found_again(conf: Path) -> None:
 
     before = (conf / "out" / found.reports["sharp"]).read_bytes()
     again = reproduce(conf)  # goes on where it was
-    assert again.returncode == 0 and again.stdout.count("This run was done before") == 2
+    assert again.returncode == 0 and again.stdout.count("This run is already done") == 2
     assert (conf / "out" / found.reports["sharp"]).read_bytes() == before
 
 
@@ -130,7 +130,7 @@ def test_a_wrong_figure_is_named_and_fails_the_process(conf: Path) -> None:
     assert len(result["figures"]) == 8
     assert rest[0].strip() in (conf / "out" / "reproduce.html").read_text().replace("&#43;", "+")
 
-    assert "is of another run" in reproduce(conf, "methods=[pretrained,individual]").stderr
+    assert "belongs to another run" in reproduce(conf, "methods=[pretrained,individual]").stderr
     done = reproduce(conf, "methods=[pretrained,individual]", "overwrite=true")
     assert done.returncode == 0, done.stderr
     found = Reproduction.load(conf / "out" / "reproduce.json")

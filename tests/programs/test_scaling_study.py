@@ -129,13 +129,13 @@ def test_mistakes_give_one_clear_message(config: Config) -> None:
     )
     pool = tiny["modelpool"] | {"models": tiny["modelpool"]["models"] | {"d": "nowhere"}}
     assert refused(bases={"x": tiny | {"modelpool": pool}}).startswith(
-        "bases.x.modelpool.models.d: the task pool has no task of that name."
+        "bases.x.modelpool.models.d: the task pool has no task with this name."
     )
 
 
 def test_a_model_for_each_task_is_refused(config: Config) -> None:
     with pytest.raises(
-        FusionBenchError, match="methods: tall_mask/task_arithmetic makes several models"
+        FusionBenchError, match="methods: tall_mask/task_arithmetic returns several models"
     ):
         run(config, methods=["tall_mask/task_arithmetic"], counts=[2])
 

@@ -191,7 +191,7 @@ def test_it_is_told_where_people_look(
     sentence = (
         f"scaling_factor={best.options['scaling_factor']} is the best of 4 settings on the "
         f"validation split (normalised accuracy {100 * best.score:.1f} ± "
-        f"{100 * best.score_stderr:.1f}); it alone was evaluated on the test split, once"
+        f"{100 * best.score_stderr:.1f}); only this setting was evaluated on the test split, once"
     )
     assert f"Search: {sentence}." in caplog.messages
     assert f"- search: {sentence}" in (tmp_path / "out" / "report.md").read_text().splitlines()
@@ -208,8 +208,8 @@ def test_the_test_split_is_refused_and_owned_up_to(
 ) -> None:
     on_test = grid(space={"scaling_factor": [0.1, 0.2]}, split="test")
     fix = (
-        "the models are evaluated on this very split. Choose another (search.split=train or "
-        "validation), or give allow_test_split=true; the report will say so."
+        "the models are evaluated on the same split. Choose another (search.split=train or "
+        "validation), or set allow_test_split=true; the report will say so."
     )
     lines = [f"taskpool.test_datasets.{task}: {fix}" for task in ("a", "b")]
     assert refused(config, search=on_test) == "\n".join(lines)
@@ -220,7 +220,7 @@ def test_the_test_split_is_refused_and_owned_up_to(
         report = run(config, allow_test_split=True, **changes)
         assert search(report).test_split
         (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-        assert warning.endswith("the figures say nothing of new data.")
+        assert warning.endswith("the figures do not apply to new data.")
 
 
 def test_a_method_may_learn_from_another_split(config: Config) -> None:
@@ -234,8 +234,8 @@ def test_a_method_may_learn_from_another_split(config: Config) -> None:
     assert refused(
         config, method=learning | {"split": "validation"}, search=grid(space=ratios)
     ) == (
-        "search.split: RegMeanAlgorithm learns from the validation split itself, so that it tells "
-        "nothing of the options. Choose another method.split or another search.split."
+        "search.split: RegMeanAlgorithm learns from the validation split itself, so this "
+        "split cannot evaluate the options. Choose another method.split or another search.split."
     )
 
 
@@ -269,7 +269,7 @@ def test_without_the_test_split_nothing_else_is_evaluated(config: Config, tmp_pa
     assert report.tasks == report.models == {}
     (candidate,) = search(report).candidates
     assert candidate.options == {} and report.objective == candidate.score
-    assert "the test split was not looked at" in (tmp_path / "out" / "report.md").read_text()
+    assert "the test split was not used" in (tmp_path / "out" / "report.md").read_text()
     same = run(config, search=grid(space={"scaling_factor": [0.3]}))
     assert search(same).best.score == candidate.score
 
@@ -304,10 +304,10 @@ def test_mistakes_give_one_clear_message_and_load_nothing(
 
     assert message(space={"scaling_facto": [1]}) == (
         "search.space.scaling_facto: TaskArithmeticAlgorithm takes no such key. Did you mean "
-        "'scaling_factor'? To leave it out: '~search.space.scaling_facto'."
+        "'scaling_factor'? To remove it: '~search.space.scaling_facto'."
     )
     assert message(space={"scaling_factor": []}) == (
-        "search.space.scaling_factor: the list is empty. Name a value, or leave the option out: "
+        "search.space.scaling_factor: the list is empty. Add a value, or remove the option: "
         "'~search.space.scaling_factor'."
     )
     assert message(space={"scaling_factor": 0.5}) == (
@@ -348,7 +348,7 @@ def test_several_models_a_task_have_no_one_figure(
         "run",
         lambda self, pool: {name: original(self, pool) for name in ("low", "high")},
     )
-    assert "makes several models for each task, merged/low, merged/high," in refused(config)
+    assert "returns several models for each task, merged/low, merged/high," in refused(config)
 
 
 @pytest.mark.processes

@@ -175,8 +175,8 @@ def test_the_test_split_is_refused_by_its_name(
     config["modelpool"]["train_datasets"]["b"] = dataset(family, "b", split)
     message = refused(config)
     assert message == (
-        "modelpool.train_datasets.b: the models are evaluated on this very split. Choose another "
-        "(method.split=train or validation), or give allow_test_split=true; the report will say so."
+        "modelpool.train_datasets.b: the models are evaluated on the same split. Choose another "
+        "(method.split=train or validation), or set allow_test_split=true; the report will say so."
     )
     report = run(config, allow_test_split=True)
     assert report.run.tuning is not None and report.run.tuning.test_split
@@ -189,7 +189,7 @@ def test_the_evaluated_images_are_refused_under_any_name(config: Config) -> None
     taskpool = config["taskpool"] | {"test_datasets": evaluated}
     message = refused(config, taskpool=taskpool)
     assert message.startswith(
-        "modelpool.train_datasets.a: the models are evaluated on this very spl"
+        "modelpool.train_datasets.a: the models are evaluated on the same spl"
     )
     report = run(config, taskpool=taskpool, allow_test_split=True)
     assert report.run.tuning is not None and report.run.tuning.test_split
@@ -205,7 +205,7 @@ def test_the_report_owns_up_to_the_test_split(
         (
             "tuned",
             LEARNING["learned soup"] | {"split": "test"},
-            "tuned on the test split with its labels: the figures say nothing of new data",
+            "tuned on the test split with its labels: the figures do not apply to new data",
         ),
     ):
         caplog.clear()
@@ -235,8 +235,8 @@ def test_names_match_whatever_the_spelling(config: Config) -> None:
 
 def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
     assert refused(config, taskpool=None) == (
-        "taskpool: AdaMergingAlgorithm learns from data. Give the task pool that its classifiers "
-        "are from."
+        "taskpool: AdaMergingAlgorithm learns from data. Set the task pool that provides its "
+        "classifiers."
     )
     train = config["modelpool"]["train_datasets"]
 
@@ -254,8 +254,8 @@ def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
         "Name a dataset for each model there, or choose another method.split."
     )
     assert refused(with_data({"a": train["a"]})) == (
-        "modelpool.train_datasets: There is no data for the model 'b'. Name its dataset beside the "
-        "others', as 'b': there is a."
+        "modelpool.train_datasets: There is no data for the model 'b'. Add a dataset with this "
+        "name; there are datasets for: a."
     )
     assert refused(with_data(train | {"c": train["a"]})) == (
         "modelpool.train_datasets.c: the task pool has no such task. Known: a, b."

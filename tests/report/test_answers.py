@@ -68,5 +68,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         {"samples/t": one, "labels/t": one, "predictions/t/m": numbers(1, 2)},
     ):
         save_file(arrays, tmp_path / "r.answers.safetensors")
-        with pytest.raises(FusionBenchError, match="holds no answers"):
+        with pytest.raises(FusionBenchError, match="does not contain the predictions"):
             Answers.load(tmp_path / "r.json")

@@ -88,7 +88,7 @@ def test_the_comparison_in_percent_with_standard_errors() -> None:
 
 def test_where_it_loses_and_what_it_keeps() -> None:
     found = read(evaluated())
-    assert found.tables["Accuracy in percent, beside the task's individual model"][1:] == [
+    assert found.tables["Accuracy in percent, compared with the task's individual model"][1:] == [
         ["a", "80.0", "60.0", "−20.0", "–", "75.0"],
         ["b", "60.0", "45.0", "−15.0", "–", "75.0"],
     ]
@@ -177,7 +177,7 @@ def test_what_was_run() -> None:
     found.run.command = ["fusion_bench", "method.x=a b"]
     found.run.packages = {"torch": "9.9"}
     shown = read(found)
-    assert "3 models fused by TiesMergingAlgorithm" in shown.words  # a, b and c
+    assert "3 models merged by TiesMergingAlgorithm" in shown.words  # a, b and c
     for text in ("threshold: 20", "weights: null", "fusion_bench 'method.x=a b'", "torch 9.9"):
         assert text in shown.words
     assert "_target_: fusion_bench.method.TiesMergingAlgorithm" in shown.words  # the config
@@ -211,10 +211,10 @@ def confused(num_classes: int) -> tuple[Report, Answers]:
 
 def test_few_classes_have_a_confusion_matrix() -> None:
     shown = read(*confused(3))
-    assert shown.tables["Right answers, of the classes that lose most"][1:] == [
+    assert shown.tables["Correct predictions, for the classes that lose most"][1:] == [
         ["class 0", "3", "3", "1", "2"]
     ]
-    assert shown.tables["What merged takes samples of each class (rows) for (columns)"] == [
+    assert shown.tables["Confusion matrix of merged: true (rows), predicted (columns)"] == [
         ["class", "class 0", "class 1", "class 2"],
         ["class 0", "1", "2", "0"],
         ["class 1", "0", "2", "0"],

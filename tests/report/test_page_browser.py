@@ -72,7 +72,7 @@ def test_it_opens_without_errors_and_asks_for_nothing(browser: Chrome, path: Pat
 
 def test_hostile_names_stay_text(browser: Chrome, path: Path) -> None:
     open_page(browser, path)
-    assert browser.title == "6 models fused by Method"
+    assert browser.title == "6 models merged by Method"
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
     assert browser.find_elements(By.CSS_SELECTOR, "img, iframe, object") == []
     names = browser.find_elements(By.CSS_SELECTOR, "bdi")

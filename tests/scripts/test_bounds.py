@@ -51,8 +51,8 @@ BOMBS = {
     "many values": ("a: [" + "1," * 20_001 + "]", "20,000 values"),
     "many keys": ("\n".join(f"k{i}: 1" for i in range(20_001)), "20,000 values"),
     "long texts": (f"a: &a {LONG}\nb: [" + "*a," * 20 + "]", "4,194,304 characters"),
-    "deep lists": ("a: " + "[" * 5_000 + "]" * 5_000, "50 lists"),
-    "deep aliases": (chain("&a0 [x]", "&a# [*a@]", 300), "50 lists"),
+    "deep lists": ("a: " + "[" * 5_000 + "]" * 5_000, "50 nested lists"),
+    "deep aliases": (chain("&a0 [x]", "&a# [*a@]", 300), "50 nested lists"),
     "a number of base 60": ("a: " + ":".join("1" * 100_000), "1,000 digits"),
     "a large file": ("a: " + "x" * 2**20, "1,048,576 bytes"),
     "a long interpolation": ("a: x\nb: " + "${a}" * 10_000, "10,000 characters"),
@@ -72,7 +72,7 @@ def test_a_file_that_stands_for_too_much(composed: Any, tmp_path: Path, name: st
 
 
 def test_the_main_config_is_measured_too(composed: Any) -> None:
-    with pytest.raises(ConfigError, match=r"main\.yaml' stands for"):
+    with pytest.raises(ConfigError, match=r"main\.yaml' expands to"):
         composed(BOMBS["lists of aliases"][0])
 
 
@@ -100,7 +100,7 @@ def test_interpolations_that_stand_for_too_much(composed: Any, name: str) -> Non
 def test_what_is_interpolated_only_later() -> None:
     """Escaped at first, so that it is a text of plain data by then."""
     links = dict(line.split(": ") for line in chain("lol", "${a@}${a@}").splitlines())
-    with pytest.raises(ConfigError, match="interpolations of this config stand for"):
+    with pytest.raises(ConfigError, match="interpolations of this config expand to"):
         instantiate({"_target_": "fusion_bench.method.SimpleAverageAlgorithm", **links})
 
 
@@ -121,7 +121,7 @@ def test_a_large_file_named_often(composed: Any, tmp_path: Path) -> None:
 
 
 def test_a_defaults_list_that_names_itself(composed: Any) -> None:
-    with pytest.raises(ConfigError, match="holds itself"):
+    with pytest.raises(ConfigError, match="refers to itself"):
         composed("defaults: [main@x]")
 
 

@@ -154,7 +154,7 @@ def test_what_a_file_sweeps_is_not_the_command_line(composed: Any) -> None:
 
 def test_no_file_sweeps_what_is_searched(composed: Any) -> None:
     word = "hydra.searchpath=[pkg://stranger]"
-    with pytest.raises(ConfigError, match=r"hydra\.searchpath: is not swept"):
+    with pytest.raises(ConfigError, match=r"hydra\.searchpath: cannot be swept"):
         composed({"a": 1}, word, typed=False)
 
 

@@ -151,7 +151,7 @@ BAD = [
     (["seed=1,2"], "seed=1,2", "add -m"),
     (["hydra.mode=nonsense"], "hydra.mode", "RUN"),
     (["hydra.verbose=1"], "hydra.verbose", "the name of a logger"),
-    (["hydra.run.dir=/dev/null/x"], "hydra.run.dir", "Name another place"),
+    (["hydra.run.dir=/dev/null/x"], "hydra.run.dir", "Choose another directory"),
     (["--experimental-rerun", "x.pickle"], "pickle", "--config-path"),
     (["method@x=simple_average"], "method@x", "+method@x=simple_average"),
     (["--config-name", "smal"], "smal", "Did you mean 'small'?"),

@@ -97,7 +97,7 @@ def test_a_folder_of_the_users_is_left_alone(
         job(config)
         Path("hidden/cli.log").unlink()
     else:
-        with pytest.raises(ConfigError, match="which no run has left"):
+        with pytest.raises(ConfigError, match="which is not from a run"):
             job(config)
     assert here() == before
 
@@ -108,7 +108,7 @@ def test_what_only_looks_like_a_record_is_left_alone(job: Any, files: tuple[str,
     for name in files:
         Path("settings", name).write_text("hydra: notes on fusion_bench")
     before = here()
-    with pytest.raises(ConfigError, match="'settings', which no run has left"):
+    with pytest.raises(ConfigError, match="'settings', which is not from a run"):
         job({"hydra": {"run": {"dir": "."}, "output_subdir": "settings"}, "overwrite": True})
     assert here() == before
 
@@ -202,7 +202,7 @@ def test_a_runs_own_folder_is_used_again(job: Any) -> None:
     assert yaml.safe_load(Path("out/.hydra/config.yaml").read_text())["seed"] == 2
     Path("out/report.md").write_text("a result")
     job({"hydra": out, "seed": 2})  # the same run, to go on
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .* of another run"):
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .* belongs to another run"):
         job({"hydra": out, "seed": 3})
     assert yaml.safe_load(Path("out/.hydra/config.yaml").read_text())["seed"] == 2
     job({"hydra": out, "seed": 3, "overwrite": True})

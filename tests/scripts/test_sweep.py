@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
 from fusion_bench.report import Report
 from fusion_bench.report.leaderboard import Leaderboard
-from fusion_bench.scripts.sweep import check_grid, check_strategy, directory_name, lost_workers
+from fusion_bench.scripts.sweep import check_grid, check_strategy, directory_name, killed_workers
 
 #: Runs the command line, and writes a line for each model that is evaluated on a task, and for each
 #: that is fused; once enough are evaluated it kills itself.
@@ -155,7 +155,7 @@ def test_a_mistake_in_the_grid_is_told_before_anything_runs(conf: Path) -> None:
     [
         (["seed=range(0,10,0)"], "its step is 0"),
         (["seed=range(0,1,0.0)"], "its step is 0"),
-        (["seed=range(5,1)"], "lists no value"),
+        (["seed=range(5,1)"], "has no value"),
         (["seed=interval(0,1)"], "range(start,stop,step)"),
         (["seed=range(0,1000000000)"], "1,000,000,000 jobs"),
         (["a=range(0,1000)", "b=range(0,1,0.001)", "c=1,2"], "2,000,000 jobs"),
@@ -348,5 +348,5 @@ def test_slurm_is_asked_for_what_the_config_says(
 
 
 def test_a_worker_that_is_killed_is_named_in_one_line() -> None:
-    with pytest.raises(EnvironmentProblem, match="ended from outside"), lost_workers():
+    with pytest.raises(EnvironmentProblem, match="ended from outside"), killed_workers():
         raise BrokenProcessPool("A worker process managed by the executor was terminated")

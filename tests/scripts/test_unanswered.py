@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BEGIN = "import os, sys\nfrom fusion_bench.scripts.cli import unanswered\n"
+BEGIN = "import os, sys\nfrom fusion_bench.scripts.cli import closed_stdin\n"
 
 
 def child(code: str, answers: str = "y\n" * 99, close: bool = False) -> list[str]:
@@ -23,7 +23,7 @@ def child(code: str, answers: str = "y\n" * 99, close: bool = False) -> list[str
 @pytest.mark.parametrize("close", [False, True])
 def test_nothing_is_read_from_what_a_script_pipes_in(close: bool) -> None:
     code = """
-with unanswered():
+with closed_stdin():
     try:
         print(input("run the code? "))
     except EOFError:
@@ -35,18 +35,18 @@ with unanswered():
 
 
 def test_afterwards_the_terminal_is_there_again() -> None:
-    code = "with unanswered():\n    pass\nprint(input())\nprint(os.read(0, 2))"
+    code = "with closed_stdin():\n    pass\nprint(input())\nprint(os.read(0, 2))"
     assert child(code, "one\n") == ["one", "b''"]
-    assert child("with unanswered():\n    pass\nprint(os.read(0, 3))", "one") == ["b'one'"]
+    assert child("with closed_stdin():\n    pass\nprint(os.read(0, 3))", "one") == ["b'one'"]
 
 
 def test_a_breakpoint_gets_the_terminal_back() -> None:
-    code = "with unanswered():\n    answer = 'none'\n    breakpoint()\n    print(answer)"
+    code = "with closed_stdin():\n    answer = 'none'\n    breakpoint()\n    print(answer)"
     assert child(code, "answer = 'mine'\ncontinue\n")[-1] == "(Pdb) (Pdb) mine"
 
 
 def test_a_debugger_keeps_it() -> None:
-    code = "sys.settrace(lambda *_: None)\nwith unanswered():\n    print(input())"
+    code = "sys.settrace(lambda *_: None)\nwith closed_stdin():\n    print(input())"
     assert child(code, "mine\n") == ["mine"]
 
 

@@ -50,4 +50,4 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "file"))
     HeadStore().save("name", made())
-    assert "goes on without" in caplog.text
+    assert "continues without" in caplog.text

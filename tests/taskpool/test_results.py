@@ -97,5 +97,5 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "file"))
     ResultStore().save(KEY, SCORE)
-    assert "goes on without" in caplog.text
+    assert "continues without" in caplog.text
     assert ResultStore().load(KEY) is None

@@ -151,13 +151,13 @@ def test_overrides_may_come_from_a_hydra_config() -> None:
         ({"class_names": ["a", "b", "a"]}, "class_names: repeats 'a'"),
         ({"class_names": ["a", 7]}, "class_names: 7 is not a string: put it in quotes"),
         ({"class_names": ["on", False]}, "class_names: False is not a string"),
-        ({"class_names": ["a", " "]}, "class_names: an empty string is no name"),
+        ({"class_names": ["a", " "]}, "class_names: an empty string is not a name"),
         ({"class_names": {"a": 0}}, "class_names: {'a': 0} is not a list of strings"),
         ({"class_names": ["a", "b"], "num_classes": 3}, "2 class_names, but num_classes is 3"),
         ({"num_classes": "ten"}, "num_classes: 'ten' is not a positive integer"),
         ({"num_classes": 0}, "num_classes: 0 is not a positive integer"),
         ({"num_classes": True}, "num_classes: True is not a positive integer"),
-        ({"label_column": 3}, "label_column: 3 is not a column's name"),
+        ({"label_column": 3}, "label_column: 3 is not a column name"),
     ],
 )
 def test_mistakes_are_refused_by_name(mapping: dict[str, Any], message: str) -> None:

@@ -211,7 +211,7 @@ def test_prefixes_may_differ(ours: str, theirs: str) -> None:
         for name, tensor in (QUERY | {f"{PEFT}block.0.q.bias": torch.zeros(4)}).items()
     }
     if ours and theirs:
-        with pytest.raises(FusionBenchError, match="do not name so"):
+        with pytest.raises(FusionBenchError, match="do not have under this name"):
             AdapterWeights(base, TensorWeights(tensors), config())
         return
     adapted = AdapterWeights(base, TensorWeights(tensors), config())
@@ -428,8 +428,8 @@ def test_a_tied_head_that_the_base_does_not_store_may_be_stored_twice(kind: str)
     ("tensors", "tokens", "fact"),
     [
         (QUERY, {"": (1,)}, "not whole"),
-        (trained("embed", 2), {}, "do not say which"),
-        (trained("embed", 2), {"head": (1, 2)}, "do not say which"),
+        (trained("embed", 2), {}, "do not list them"),
+        (trained("embed", 2), {"head": (1, 2)}, "do not list them"),
         (trained("embed", 2), {"": (1,)}, "does not fit"),
         (trained("embed", 2), {"": (1, 7)}, "does not fit"),
         (trained("embed", 2, width=4), {"": (1, 2)}, "does not fit"),
@@ -511,7 +511,7 @@ def test_what_is_no_configuration_is_named(content: str, tmp_path: Path) -> None
         ({"monteclora_config": {"x": 1}}, "its 'monteclora_config' is not supported"),
         ({"arrow_config": {"top_k": 1}}, "its 'arrow_config' is not supported"),
         ({"target_parameters": ["x"]}, "its 'target_parameters' is not supported"),
-        ({"lora_bias": True, "use_dora": True}, "lora_bias beside use_dora"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias together with use_dora"),
     ],
 )
 def test_adapters_whose_arithmetic_is_another_are_refused(

@@ -230,7 +230,7 @@ def test_a_policy_names_its_choices() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat61", "int8", "nn", 16])
 def test_a_policys_dtype_is_a_floating_point_type(dtype: Any) -> None:
-    with pytest.raises(FusionBenchError, match=f"dtype: '{dtype}' is no floating-point"):
+    with pytest.raises(FusionBenchError, match=f"dtype: '{dtype}' is not a floating-point"):
         MergePolicy(dtype=dtype)
 
 

@@ -190,15 +190,15 @@ def test_a_pickle_that_would_run_code_is_refused(zipped: bool, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([torch.ones(1)], "holds no state dict"),
-        (torch.ones(1), "holds no state dict"),
-        ({}, "holds no state dict"),
-        ({"state_dict": {}}, "holds no state dict"),
-        ({"a": torch.ones(1), "epoch": 3}, "'epoch' is no tensor"),
-        ({"model": {"a": torch.ones(1)}}, "'model' is no tensor"),
-        ({1: torch.ones(1)}, "'1' is no tensor"),
-        ({"a": torch.eye(2).to_sparse()}, "'a' is no plain dense tensor"),
-        ({"a": torch.empty(2, device="meta")}, "'a' is no plain dense tensor"),
+        ([torch.ones(1)], "does not contain a state dict"),
+        (torch.ones(1), "does not contain a state dict"),
+        ({}, "does not contain a state dict"),
+        ({"state_dict": {}}, "does not contain a state dict"),
+        ({"a": torch.ones(1), "epoch": 3}, "'epoch' is not a tensor"),
+        ({"model": {"a": torch.ones(1)}}, "'model' is not a tensor"),
+        ({1: torch.ones(1)}, "'1' is not a tensor"),
+        ({"a": torch.eye(2).to_sparse()}, "'a' is not a plain dense tensor"),
+        ({"a": torch.empty(2, device="meta")}, "'a' is not a plain dense tensor"),
     ],
 )
 def test_what_is_no_state_dict(content: Any, said: str, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_nonsense_is_damaged(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     path = to_sharded_bin(tmp_path)
     (tmp_path / "2.bin").unlink()
-    assert "names '2.bin', which is not there" in refusal(path)
+    assert "names '2.bin', which is missing" in refusal(path)
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_shard_outside_of_the_directory_is_refused(name: str, tmp_path: Path) 
 def test_what_is_no_index(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(content)
-    assert "is no index of shards" in refusal(path)
+    assert "is not an index of shards" in refusal(path)
 
 
 def test_an_index_lists_what_its_shards_hold(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_an_index_lists_what_its_shards_hold(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
-    assert "which is not there" in refusal(index(tmp_path, {"a": "a\0b"}))
+    assert "which is missing" in refusal(index(tmp_path, {"a": "a\0b"}))
 
 
 def test_ties_across_pickled_shards_are_none(tmp_path: Path) -> None:

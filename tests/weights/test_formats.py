@@ -45,7 +45,7 @@ def refusal(folder: Path) -> str:
         ("weights.npz", "NumPy"),
         ("__0_0.distcp", r"dcp_to_torch"),
         ("mp_rank_00_model_states.pt", "DeepSpeed.*zero_to_fp32"),
-        ("model_index.json", "pipeline of diffusers"),
+        ("model_index.json", "diffusers pipeline"),
         ("consolidated.00.pth", r"Name one of its files: '.*consolidated\.00\.pth'"),
         ("pytorch_model.pt", r"Name one of its files: '.*pytorch_model\.pt'"),
     ],
@@ -92,11 +92,11 @@ def test_a_repository_is_fetched_first() -> None:
     [
         (b"GGUF\x03\0\0\0" + bytes(40), "is a GGUF file.*Name the model"),
         (b"tjgg" + bytes(40), "is a GGML file"),
-        (LFS, "pointer of Git LFS.*git lfs pull"),
+        (LFS, "Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"\x89HDF\r\n\x1a\n" + bytes(40), "is HDF5"),
-        (b"\x1f\x8b\x08" + bytes(40), "compressed by gzip"),
-        (b"\x28\xb5\x2f\xfd" + bytes(40), "compressed by zstd"),
+        (b"\x1f\x8b\x08" + bytes(40), "compressed with gzip"),
+        (b"\x28\xb5\x2f\xfd" + bytes(40), "compressed with zstd"),
         (b"\x93NUMPY" + bytes(40), "NumPy"),
     ],
 )
@@ -214,8 +214,8 @@ def test_plain_fp8_is_merged_with_its_like(tmp_path: Path) -> None:
     [
         ("IA3", "merge_and_unload"),
         ("VERA", "merge_and_unload"),
-        ("PROMPT_TUNING", "not to its weights"),
-        ("XLORA", "not to its weights"),
+        ("PROMPT_TUNING", "not its weights"),
+        ("XLORA", "not its weights"),
     ],
 )
 def test_an_adapter_of_another_kind(tmp_path: Path, kind: str, told: str) -> None:

@@ -224,5 +224,5 @@ def test_a_local_index_that_names_a_missing_shard_is_said_so(tmp_path: Path) -> 
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"a": torch.zeros(1)}, tmp_path / "1.safetensors")
-    with pytest.raises(FusionBenchError, match=r"names '2\.safetensors', which is not there"):
+    with pytest.raises(FusionBenchError, match=r"names '2\.safetensors', which is missing"):
         open_repository(locate(str(tmp_path)))

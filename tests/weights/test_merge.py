@@ -243,7 +243,7 @@ def test_a_method_that_writes_to_its_input_is_an_error(which: str, elementwise: 
     merged = merge(
         {"m": weights(w=torch.ones(3))}, in_place, weights(w=torch.ones(3)), elementwise=elementwise
     )
-    with pytest.raises(RuntimeError, match="wrote to the tensors of 'w'"):
+    with pytest.raises(RuntimeError, match="changed the input tensors of 'w'"):
         in_memory(merged)
 
 

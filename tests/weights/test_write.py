@@ -112,7 +112,7 @@ def test_finish_is_asked_when_all_is_written(tmp_path: Path) -> None:
 
 
 def test_longer_final_metadata_is_a_programs_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="longer than what was announced"):
+    with pytest.raises(ValueError, match="longer than the reserved space"):
         written(
             weights(a=1.0), tmp_path / "out", metadata={"a": ""}, finish=lambda: {"a": "x" * 99}
         )
@@ -122,7 +122,7 @@ def test_longer_final_metadata_is_a_programs_mistake(tmp_path: Path) -> None:
     "size", ["5XB", "", "GB", "many", "-1GB", "0MB", 0, -5, "nanGB", None, [1]]
 )
 def test_an_impossible_size_is_a_plain_error(size: object, tmp_path: Path) -> None:
-    with pytest.raises(FusionBenchError, match=r"max_shard_size: .* is no size"):
+    with pytest.raises(FusionBenchError, match=r"max_shard_size: .* is not a size"):
         write_checkpoint(weights(a=1.0), tmp_path, max_shard_size=size)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
