@@ -57,7 +57,7 @@ def address_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def refuse_addresses(node: Mapping[str, Any]) -> None:
-    """Raise for the addresses in a call's arguments that are not opened.
+    """Refuse forbidden addresses in a call's arguments.
 
     Raises:
         AddressError: with a problem for each, whose place is relative to the node.

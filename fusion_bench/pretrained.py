@@ -60,7 +60,7 @@ def checked_node(node: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key, value in node.items():
         if _FILE.fullmatch(str(key)) and isinstance(value, str) and re.search(r"[/\\]", value):
-            reason = f"'{value}' is refused; files are read from the model's own folder."
+            reason = f"'{value}' is refused; files are read only from the model's own folder."
             raise ConfigError(reason, "Remove the key.", place=(str(key),))
     name = node.get("pretrained_model_name_or_path")
     if isinstance(name, str | os.PathLike):

@@ -290,7 +290,7 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path | None, key: Place, *, inside: bool = False) -> Iterator[None]:
-    """Hold a place that is written to, against other runs; a run that is killed holds nothing.
+    """Lock an output path against other runs; the lock of a killed run is released.
 
     The first process of a run holds the lock for all its processes.
 
@@ -333,7 +333,7 @@ def claimed(path: Path | None, key: Place, *, inside: bool = False) -> Iterator[
 
 
 def check_unclaimed(path: Path, key: Place, *, inside: bool = False) -> None:
-    """Look whether a place could be claimed, and leave nothing there.
+    """Check that a path is not locked by another run, without a trace.
 
     Raises:
         EnvironmentProblem: another run holds it.
@@ -359,7 +359,7 @@ def _note(path: Path, inside: bool) -> Path:
 
 
 def _lock(file: int, path: Path, key: Place) -> bool:
-    """Lock a claim's file; tell whether the file system can."""
+    """Lock a file; return whether the file system supports locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -121,7 +121,7 @@ class TaskData(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, count: int | None, seed: int = 0) -> "NDArray[np.int64]":
-        """Draw so many samples, none twice; all where there are no more, or for ``None``."""
+        """Draw samples without replacement; ``None`` takes all."""
 
     def batches(
         self, samples: "NDArray[np.int64]", batch_size: int

@@ -71,7 +71,7 @@ class Ensemble(nn.Module):
         return total
 
     def save(self, directory: Path, modelpool: Saving, config: Mapping[str, Any]) -> None:
-        """Write each model into a directory of its name, and beside them what they make together.
+        """Write each model into a directory with its name, and the ensemble's description.
 
         ``load_ensemble`` reads it back.
         """

@@ -81,7 +81,7 @@ class CompareProgram:
         runs = {name: _read(path) for name, path in self.paths.items()}
         tasks = common_tasks(runs)
         if not tasks:
-            raise FusionBenchError("there is no task that all of them have.", place=("reports",))
+            raise FusionBenchError("they have no common task.", place=("reports",))
         left_out = {t: None for run in runs.values() for t in run.report.tasks if t not in tasks}
         if left_out:
             log.warning("%s was not evaluated in all runs and is left out.", ", ".join(left_out))
@@ -89,7 +89,7 @@ class CompareProgram:
         if found and self.strict:
             raise FusionBenchError(
                 "these runs are not comparable.",
-                "Evaluate them in the same way, or give strict=false to compare them all the same.",
+                "Evaluate them in the same way, or set strict=false to compare them anyway.",
                 details=found,
                 place=("reports",),
             )
@@ -162,4 +162,4 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
         if len(set(names)) == len(names):
             return dict(zip(names, paths, strict=True))
     twice = next(path for path in paths if paths.count(path) > 1)
-    raise FusionBenchError(f"'{twice}' is named twice.", place=("reports",))
+    raise FusionBenchError(f"'{twice}' is listed twice.", place=("reports",))

@@ -85,12 +85,9 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
     except ProcessExitedException as error:
         raise EnvironmentProblem(
             f"process {error.error_index} was ended from outside "
-            f"({error.signal_name or f'exit code {error.exit_code}'}), maybe for want of memory. "
-            "Start the command again; it goes on from here.",
-            place=(
-                "fabric",
-                "devices",
-            ),
+            f"({error.signal_name or f'exit code {error.exit_code}'}); memory may have run out.",
+            "Start the command again to resume.",
+            place=("fabric", "devices"),
         ) from error
 
 

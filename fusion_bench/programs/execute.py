@@ -50,7 +50,7 @@ class Savable(Protocol):
     """A module that writes itself, instead of a plain checkpoint."""
 
     def save(self, directory: Path, modelpool: Saving, config: Mapping[str, Any]) -> None:
-        """Write the directory, whole or not at all."""
+        """Write the directory atomically."""
 
 
 def execute(prepared: Prepared, plan: Plan) -> Report:

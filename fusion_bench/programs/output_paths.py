@@ -193,7 +193,7 @@ class OutputPaths:
             (self.model_path, ("merged_model_save_path",)),
         )
         claimed_too = {self.output_dir, self.model_path}
-        for path, key in paths:
+        for path, key in places:
             # What lies in another of them is held with it.
             if path is not None and not claimed_too & set(path.parents):
                 yield path, key, path == self.output_dir

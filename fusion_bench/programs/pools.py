@@ -24,7 +24,7 @@ Nodes = Mapping[str, Any]
 
 
 class ModelPool(contract.ModelPool, contract.Saving, Protocol):
-    """What programs ask of a model pool; places in what it raises are relative to the pool."""
+    """The interface of a model pool for programs; places in errors are relative to the pool."""
 
     @property
     def notes(self) -> list[str]:
@@ -242,7 +242,7 @@ class _PlainPool:
 
 @runtime_checkable
 class TaskPool(Protocol):
-    """What programs ask of a task pool; places in what it raises are relative to the pool."""
+    """The interface of a task pool for programs; places in errors are relative to the pool."""
 
     task_names: list[str]
     per_class: bool
@@ -260,18 +260,18 @@ class TaskPool(Protocol):
         """Return what the pool will do and what stands in its way; no data is read."""
 
     def plan_tuning(self, datasets: Nodes, place: Place, scratch: Path | None = None) -> Plan:
-        """Likewise for the datasets that ``tuning`` is given, once ``plan`` has run.
+        """Return the plan for the datasets of ``tuning``, after ``plan``.
 
-        What is wrong with them stands at their own, whole place.
+        ``place`` is the datasets' whole place in the config; their problems have it too.
         """
 
     def prepare(self, fabric: Fabric) -> None:
         """Load the datasets and the classifiers, once."""
 
     def tuning(self, datasets: Nodes, fabric: Fabric, place: Place) -> "dict[str, TuningImages]":
-        """Return what a method may learn from, by the datasets' names.
+        """Return the data for learning, by dataset name.
 
-        ``place`` is the datasets' in the whole config, and that of what is wrong with them.
+        ``place`` is the datasets' whole place in the config; their problems have it too.
         """
 
     def evaluating(self, data: "Mapping[str, TuningImages]") -> "TaskPool":

@@ -111,8 +111,8 @@ def show(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _look_at_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
-    """Find what a pool's node names where the pool itself could not be made."""
+def _check_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
+    """Check the nodes of a pool that could not be created."""
     config = prepared.spec.config
     if prepared.modelpool is None:
         with plan.collect("modelpool"):

@@ -65,7 +65,7 @@ class ReproduceProgram:
                 )
         if not self.rows:
             raise FusionBenchError(
-                "is empty. Name a row, or leave it out to check all.", place=("methods",)
+                "is empty.", "Name a row, or remove the key to check all.", place=("methods",)
             )
         runs = {r: self.reference.rows[r].overrides for r in self.rows if r not in BASELINES}
         self.programs = {

@@ -133,15 +133,9 @@ class ScalingStudy:
         for model in base.experts:
             if canonical_name(model) not in tasks:
                 raise FusionBenchError(
-                    f"the task pool has no task of that "
-                    f"name. {did_you_mean(model, tasks.values())}",
-                    place=(
-                        "bases",
-                        name,
-                        "modelpool",
-                        "models",
-                        model,
-                    ),
+                    "the task pool has no task with this name.",
+                    did_you_mean(model, tasks.values()),
+                    place=("bases", name, "modelpool", "models", model),
                 )
         for count in counts:
             if not 1 <= count <= len(base.experts):
@@ -237,8 +231,9 @@ class ScalingStudy:
             fused = materialize(fuse(made, pool, fabric, data))
             if list(fused) != [MERGED]:
                 raise FusionBenchError(
-                    f"{method} makes several models, {', '.join(fused)}, none of which "
-                    "is for all tasks. Leave it out.",
+                    f"{method} returns several models, {', '.join(fused)}, and none is for all "
+                    "tasks.",
+                    "Remove the method.",
                     place=("methods",),
                 )
             evaluator = Evaluator(pool, source.taskpool, fabric, "none")

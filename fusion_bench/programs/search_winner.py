@@ -122,8 +122,8 @@ class SweptSearch:
         now = describe_data(data)
         if any(search.tasks != now for search in self._found):
             raise FusionBenchError(
-                f"the jobs in '{self.sweep}' were evaluated on other data than there is "
-                "now. Sweep again.",
+                f"the jobs in '{self.sweep}' were evaluated on different data.",
+                "Run the sweep again.",
                 place=("sweep",),
             )
         candidates = [
@@ -158,7 +158,7 @@ def _trials(sweep: Path) -> list[Report]:
     if not trials:
         raise FusionBenchError(
             f"there is no job with search.judge_test=false in '{sweep}' that has a report. "
-            "Name the directory of such a sweep.",
+            "Give the directory of such a sweep.",
             place=("sweep",),
         )
     first = trials[0].run.config
@@ -166,8 +166,8 @@ def _trials(sweep: Path) -> list[Report]:
         for key in sorted({*first, *trial.run.config} - {"method"}):
             if trial.run.config.get(key) != first.get(key):
                 raise FusionBenchError(
-                    f"the jobs in '{sweep}' differ in '{key}' and not in the method alone. "
-                    "Sweep its options, and nothing else, for one winner.",
+                    f"the jobs in '{sweep}' differ in '{key}', not only in the method.",
+                    "Sweep only the method's options to get one winner.",
                     place=("sweep",),
                 )
     return trials

@@ -104,8 +104,8 @@ class Reference(_Strict):
         if not path.is_file():
             known = [file.stem for file in _DIRECTORY.glob("*.yaml")]
             raise FusionBenchError(
-                f"there is no '{name}'. {did_you_mean(name, known)} A file of your own "
-                "is named by its path, with '.yaml'.",
+                f"there is no '{name}'.",
+                f"{did_you_mean(name, known)} Name your own file by its path, with '.yaml'.",
                 place=("reference",),
             )
         try:

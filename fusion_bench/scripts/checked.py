@@ -164,11 +164,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         for word in overrides:  # some of which a file may have given, to be swept
             if word.lstrip("+").startswith("hydra.searchpath") and word not in typed():
                 raise ConfigError(
-                    "is not swept. Give it on the command line.",
-                    place=(
-                        "hydra",
-                        "searchpath",
-                    ),
+                    "cannot be swept.",
+                    "Give a single value on the command line.",
+                    place=("hydra", "searchpath"),
                 )
         found = self.repository.load_config(config_name) if config_name else None
         main = found.config if found is not None else None
@@ -178,12 +176,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             ours = package in {"fusion_bench", "hydra"} | allowed_packages()
             if str(place).startswith("pkg://") and not ours:
                 raise ConfigError(
-                    f"'{place}' would import a package. If you trust it, allow "
-                    f"it outside of the config: --allow {package}.",
-                    place=(
-                        "hydra",
-                        "searchpath",
-                    ),
+                    f"'{place}' would import a package.",
+                    f"If you trust it, allow it outside the config: --allow {package}.",
+                    place=("hydra", "searchpath"),
                 )
 
 
@@ -211,60 +206,60 @@ def _problems(config: DictConfig) -> Iterator[Problem]:
         ("job.name", _at(hydra, "job.name"), r"\?\?\?|[\w-][\w.=,+-]*"),
     ):
         if value is not None and not _fits(value, pattern):
-            yield Problem(("hydra", key), f"'{value}' is no plain name.")
+            yield Problem(("hydra", key), f"'{value}' is not a plain name.")
     yield from _value_problems(hydra)
     for key, value in _leaves(hydra):
         if isinstance(value, str) and "${" in _PLAIN.sub("", value) and _FREE.fullmatch(key):
-            yield Problem(("hydra", key), f"'{value}' is no plain text; write it out.")
+            yield Problem(("hydra", key), f"'{value}' is not plain text; write it out.")
     yield from _call_problems(hydra, ("hydra",))
     yield from _command_problems(hydra)
 
 
 def _value_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each setting whose value Hydra would stumble over."""
+    """Yield a problem for each setting with a value that would crash Hydra."""
     for key in ("launcher", "sweeper"):
         if not isinstance(_at(hydra, f"{key}._target_"), str):
-            remedy = f"Choose one: 'hydra/{key}=…', or leave it out."
-            yield Problem(("hydra", key), "is none.", remedy)
+            remedy = f"Choose one: 'hydra/{key}=…', or remove the key."
+            yield Problem(("hydra", key), "is empty.", remedy)
     size = _at(hydra, "sweeper.max_batch_size")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         place = ("hydra", "sweeper", "max_batch_size")
-        yield Problem(place, f"'{size}' is no whole number from 1 on, and not null.")
+        yield Problem(place, f"'{size}' is neither a positive integer nor null.")
     if not isinstance(verbose := hydra.get("verbose"), bool | str | list):
-        reason = f"'{verbose}' is neither true or false nor the name of a logger."
+        reason = f"'{verbose}' is not true, false or the name of a logger."
         yield Problem(("hydra", "verbose"), reason)
 
 
 def _call_problems(node: Any, place: Place) -> Iterator[Problem]:
-    """Yield a problem for each thing under Hydra's own key that may not be called."""
+    """Yield a problem for each forbidden call under Hydra's own key."""
     if isinstance(node, Mapping):
         for name, child in node.items():
             if name == "_target_" and child is not None:
                 if not (_TARGETS.fullmatch(str(child)) or is_users(str(child))):
-                    yield Problem((*place, name), f"Hydra may not make '{child}' here.")
+                    yield Problem((*place, name), f"Hydra may not create '{child}' here.")
             else:
                 yield from _call_problems(child, (*place, str(name)))
     elif isinstance(node, list):
         for index, child in enumerate(node):
             yield from _call_problems(child, (*place, index))
     elif place[:2] == ("hydra", "launcher") and re.search(r"[\0-\x1f]", str(node)):
-        yield Problem(place, "holds a line break, which would start another command.")
+        yield Problem(place, "contains a line break, which would start another command.")
 
 
 def _logging_problems(config: Any, place: Place) -> Iterator[Problem]:
-    """Yield a problem for each thing that logging may not call, open or set."""
+    """Yield a problem for each forbidden logging setting."""
     if not isinstance(config, Mapping):
         if config is not None:
-            yield Problem(place, f"'{config}' is no mapping.")
+            yield Problem(place, f"'{config}' is not a mapping.")
         return
     parts = {name: value for name, value in config.items() if name != "root"}
     for name, value in parts.items():
         if name in ("version", "disable_existing_loggers"):
             if not isinstance(value, bool | int):
-                reason = f"'{value}' is neither a number nor true or false."
+                reason = f"'{value}' is not a number, true or false."
                 yield Problem((*place, name), reason)
         elif name not in _LOGGING:
-            yield Problem((*place, name), "may not be used from a file.")
+            yield Problem((*place, name), "is not allowed in a file.")
         else:
             yield from _setting_problems(value, (*place, name), _LOGGING[name])
     root = {"root": config.get("root")}
@@ -272,20 +267,20 @@ def _logging_problems(config: Any, place: Place) -> Iterator[Problem]:
 
 
 def _setting_problems(section: Any, place: Place, known: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield a problem for each setting, of things by their names, that is not of a known form."""
+    """Yield a problem for each setting of named items with an unknown form."""
     if section is not None and not isinstance(section, Mapping):
-        yield Problem(place, f"'{section}' is no mapping.")
+        yield Problem(place, f"'{section}' is not a mapping.")
         return
     for name, settings in (section or {}).items():
         if settings is not None and not isinstance(settings, Mapping):
-            yield Problem((*place, name), f"'{settings}' is no mapping.")
+            yield Problem((*place, name), f"'{settings}' is not a mapping.")
             continue
         for setting, given in (settings or {}).items():
             # A mapping elsewhere is of no form at all.
             colours = setting == "log_colors" and isinstance(given, Mapping)
             values = list(given.values()) if colours else _values(given)
             if not all(_fits(value, known.get(str(setting), "(?!)")) for value in values):
-                reason = f"'{given}' may not be used from a file."
+                reason = f"'{given}' is not allowed in a file."
                 yield Problem((*place, name, setting), reason)
 
 
@@ -301,7 +296,7 @@ def _fits(value: Any, pattern: str) -> bool:
 
 
 def _command_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each setting that must come from the command line, and does not."""
+    """Yield a problem for each setting that is allowed only on the command line."""
     ours = [
         OmegaConf.to_container(OmegaConf.load(file))
         for file in (CONFIG_DIR / "launcher").glob("*.yaml")
@@ -322,7 +317,7 @@ def _command_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
         if _COMMANDS.fullmatch(key) and not _HARMLESS.fullmatch(key):
             yield Problem(
                 ("hydra", key),
-                "may run commands or carry secrets, so that it is not taken from a file.",
+                "may run commands or contain secrets, so it is not allowed in a file.",
                 f"Give it on the command line: '++hydra.{key.partition('[')[0]}=…'.",
             )
 

@@ -23,7 +23,7 @@ _configure_log = utils.configure_log
 
 
 def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
-    """Refuse a folder that holds what no run has left. Logs are left out: they are appended to.
+    """Refuse a folder with files that are not from a run; logs are ignored and appended to.
 
     Args:
         folder: the output folder of a run or a sweep.
@@ -39,14 +39,14 @@ def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
     for path in files:
         if path.is_symlink():
             raise ConfigError(
-                f"'{path}' is a link, and is not written to.", "Remove it.", place=key
+                f"'{path}' is a link, and links are not written to.", "Remove it.", place=key
             )
     if overrides().get("overwrite") == "true":
         return
     if record and record != ".hydra" and files[0].exists() and not _is_record(files[0]):
         raise ConfigError(
-            f"'{folder}' holds '{record}', which no run has left.",
-            "Name a new folder or another hydra.output_subdir, or type overwrite=true.",
+            f"'{folder}' contains '{record}', which is not from a run.",
+            "Choose a new folder or another hydra.output_subdir, or type overwrite=true.",
             place=key,
         )
     left = ("multirun.yaml", "report.json", ".hydra/hydra.yaml", f"{record or '.hydra'}/hydra.yaml")
@@ -55,8 +55,8 @@ def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
     kept = [path for path in files[2:] if path.exists()]
     for path in (*_results(folder), *kept):
         raise ConfigError(
-            f"'{folder}' holds '{path.relative_to(folder)}', which no run has left.",
-            "Name a new folder, or type overwrite=true.",
+            f"'{folder}' holds '{path.relative_to(folder)}', which is not from a run.",
+            "Choose a new folder, or type overwrite=true.",
             place=key,
         )
 
@@ -95,7 +95,7 @@ def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
 
 
 def _check_record(folder: Path, key: Place) -> None:
-    """Refuse to replace the record of another run whose results are there."""
+    """Refuse to replace the record of another run with results."""
     hydra = HydraConfig.get()
     whole: Any = hydra._get_root()  # type: ignore[attr-defined]
     if hydra.output_subdir is None or whole.get("overwrite") is True or not any(_results(folder)):
@@ -105,7 +105,7 @@ def _check_record(folder: Path, key: Place) -> None:
         record = (folder / hydra.output_subdir / _RECORD[0]).read_text(encoding="utf-8")
         if record != OmegaConf.to_yaml(task):
             raise ConfigError(
-                f"'{folder}' exists already, and is of another run.",
+                f"'{folder}' exists already and belongs to another run.",
                 "Choose another path, or give overwrite=true.",
                 place=key,
             )

@@ -260,13 +260,10 @@ def check_strategy(fabric: Mapping[str, Any] | None) -> None:
     started = "SLURM_NTASKS" in os.environ  # by SLURM, all of them
     if isinstance(strategy, str) and not (one or started or _FORKS.fullmatch(strategy)):
         raise FusionBenchError(
-            f"'{strategy}' runs the command line again for each device, and each "
-            "would start a sweep of its own. Give fabric.strategy=ddp_spawn, or one device a job "
-            "and a launcher.",
-            place=(
-                "fabric",
-                "strategy",
-            ),
+            f"'{strategy}' runs the command line again for each device, and each process would "
+            "start its own sweep.",
+            "Set fabric.strategy=ddp_spawn, or use one device per job and a launcher.",
+            place=("fabric", "strategy"),
         )
 
 
@@ -275,7 +272,9 @@ def _make(directory: Path, key: Place) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"'{directory}' cannot be made: {error.strerror}.", "Name another place.", place=key
+            f"'{directory}' cannot be created: {error.strerror}.",
+            "Choose another directory.",
+            place=key,
         ) from error
 
 

@@ -166,7 +166,7 @@ class _Shard:
 
 
 def check_size(size: int | str | None) -> None:
-    """Refuse what is no size of a file.
+    """Refuse an invalid file size.
 
     Raises:
         FusionBenchError: it is none.
@@ -178,7 +178,7 @@ def check_size(size: int | str | None) -> None:
 def _no_size(size: int | str | None) -> FusionBenchError:
     said = "null" if size is None else f"'{size}'"
     return FusionBenchError(
-        f"{said} is no size.", "Write it like '5GB' or '500MB'.", place=("max_shard_size",)
+        f"{said} is not a size.", "Write it like '5GB' or '500MB'.", place=("max_shard_size",)
     )
 
 
