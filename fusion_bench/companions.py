@@ -175,7 +175,7 @@ def module_folders(modules: Any, where: str) -> dict[str, str]:
             continue  # the model itself
         if PurePosixPath(path).name != path or path.startswith(".") or re.search(r"[\\\0]", path):
             raise ConfigError(
-                f"'{where}' names the folder {path!r}, which is not a folder next to it. This is "
+                f"'{where}' names the folder {path!r}, which is not a folder next to it. It is "
                 "refused."
             )
         folders[path] = kind

@@ -54,7 +54,7 @@ def check_folder(folder: Path, key: str, record: str | None = None) -> None:
     kept = [path for path in files[2:] if path.exists()]
     for path in (*_results(folder), *kept):
         raise ConfigError(
-            f"{key}: '{folder}' holds '{path.relative_to(folder)}', which is not from a run. "
+            f"{key}: '{folder}' contains '{path.relative_to(folder)}', which is not from a run. "
             "Choose a new folder, or type overwrite=true."
         )
 

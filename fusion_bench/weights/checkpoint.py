@@ -66,7 +66,7 @@ def shards(index: Path) -> dict[str, list[str]]:
     for name in files:
         if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise ConfigError(
-                f"'{index}' names {name!r}, which is outside its directory. This is refused."
+                f"'{index}' names {name!r}, which is outside its directory. It is refused."
             )
         if "\0" not in name and os.path.lexists(index.parent / name):
             own_file(index.parent, name)
