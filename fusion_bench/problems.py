@@ -28,14 +28,14 @@ _KEY = re.compile(r"([a-z_]+(?:(?:\.[^\s:]+)|(?:\[\d+\]))*): (.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A problem with its place, reason and fix.
 
     Attributes:
         place: the key in the config, relative to the raising code; empty without a key.
         reason: what is wrong, as a sentence that names the culprit.
-        remedy: how to fix it, as a sentence; what it tells to type works when typed. A key beside
-            the last of ``place`` is written ``{here}key``.
-        kind: whose fault it is.
+        remedy: how to fix it, as a sentence; text to type must work when typed. ``{here}key`` is a
+            sibling key of ``place``.
+        kind: the kind of the error.
         details: lines of evidence, such as the keys that two models do not share.
     """
 
@@ -57,7 +57,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The place as it is typed: ``search.space.sparsity_ratio[1]``."""
+        """The place as text: ``search.space.sparsity_ratio[1]``."""
         return key_of(self.place)
 
 
@@ -67,7 +67,7 @@ class FusionBenchError(Exception):
     Args:
         reason: what is wrong, as a sentence that names the culprit.
         remedy: how to fix it, as a sentence.
-        place: where in the config, relative to whoever raises.
+        place: the key in the config, relative to the raising code.
         details: lines of evidence.
 
     Attributes:
