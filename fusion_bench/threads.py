@@ -66,5 +66,5 @@ def _refuse_fewer(count: int) -> None:
         if refused:
             raise ConfigError(
                 f"{name}={os.environ[name]}: prevents torch from using {count} threads, so a "
-                f"trained model would differ from other machines. Unset {name}."
+                f"trained model would differ between machines. Unset {name}."
             )
