@@ -1,10 +1,9 @@
 """The rules for addresses: which ones may be opened, for every caller.
 
-``datasets`` hands every address on to fsspec, which knows dozens of schemes and chains of them
-(``reference://…::http://…``). Some of them render templates that read the environment, and send
-what they read to a server. So only local paths, ``hf://``, and ``http(s)://`` in the user's own
-config are allowed. A dataset's card, metadata and rows may name only local files in the dataset's
-own folder.
+``datasets`` passes every address to fsspec, which supports dozens of schemes and chains of them
+(``reference://…::http://…``). Some schemes render templates that read the environment and send it
+to a server. So only local paths, ``hf://``, and ``http(s)://`` in the user's own config are
+allowed. A dataset's card, metadata and rows may name only local files in the dataset's own folder.
 """
 
 import os
@@ -109,8 +108,8 @@ class Folders:
     """The folders and files of a dataset.
 
     Attributes:
-        own: folders and files that the user's config names; None where all may be read, since the
-            data set is made by code that the user allows.
+        own: folders and files in the user's config; ``None`` allows all, for a dataset from code
+            that the user trusts.
     """
 
     own: tuple[Path, ...] | None = ()
@@ -168,14 +167,14 @@ class Folders:
         return any(path.is_relative_to(place) for place in known)
 
     def holds(self, name: str) -> bool:
-        """Return whether a picture of that name would lie in the data set's folders."""
+        """Return whether an image with this name is in the dataset's folders."""
         return self.own is None or self._hold(_absolute(Path(name)))
 
     def picture(self, name: str) -> bytes:
         """Return the content of an image that a row names.
 
         Raises:
-            AddressError: it is no local file of the data set.
+            AddressError: it is not a local file of the dataset.
             OSError: it cannot be read.
         """
         scheme, _, rest = name.partition("://")
@@ -249,8 +248,8 @@ def _caches() -> Iterable[Path]:
 def fence(node: Any, *scratch: Path) -> Iterator[None]:
     """Limit what ``datasets`` may open while it loads a dataset's node.
 
-    For the length of the context fsspec, through which every address goes, knows no other schemes,
-    and no local files but the data set's own: whatever a card names comes to it.
+    In this context, fsspec supports only the allowed schemes and the dataset's own local files,
+    also for names in a card.
 
     Args:
         node: the config's node.
@@ -291,7 +290,7 @@ def fence(node: Any, *scratch: Path) -> Iterator[None]:
 
 
 def _refusing(scheme: str) -> "type[AbstractFileSystem]":
-    """Return what fsspec is to take for the file system of a scheme that is not opened."""
+    """Return a file system class for fsspec that refuses a scheme."""
     from fsspec import AbstractFileSystem
 
     class Refusing(AbstractFileSystem):
@@ -312,7 +311,7 @@ def _refusing(scheme: str) -> "type[AbstractFileSystem]":
 
 
 def _fenced(folders: Folders) -> "type[AbstractFileSystem]":
-    """Return fsspec's local file system, with no files but a data set's own."""
+    """Return fsspec's local file system, limited to a dataset's own files."""
     from fsspec.implementations.local import LocalFileSystem
 
     class Fenced(LocalFileSystem):

@@ -1,7 +1,7 @@
 """The files of a model's folder that are read and copied, and their allowed locations.
 
-Libraries read whatever they find under the names that they know. So every file under such a name is
-looked at before a folder is read, whoever reads it.
+Libraries read every file with a name that they know. So each such file is checked before any
+library reads the folder.
 """
 
 import os
@@ -156,11 +156,11 @@ def module_folders(modules: Any, where: str) -> dict[str, str]:
     """Return the folder and class of each module in a ``modules.json``.
 
     Args:
-        modules: what the file holds.
+        modules: the content of the file.
         where: the file, for messages.
 
     Raises:
-        ConfigError: it is no such list, or names a folder elsewhere.
+        ConfigError: it is not such a list, or names a folder elsewhere.
     """
     folders = {}
     for module in modules if isinstance(modules, list) else [None]:
@@ -175,7 +175,7 @@ def module_folders(modules: Any, where: str) -> dict[str, str]:
             continue  # the model itself
         if PurePosixPath(path).name != path or path.startswith(".") or re.search(r"[\\\0]", path):
             raise ConfigError(
-                f"'{where}' names the folder {path!r}, which is not a folder next to it. This is "
+                f"'{where}' names the folder {path!r}, which is not a folder next to it. It is "
                 "refused."
             )
         folders[path] = kind
@@ -192,9 +192,8 @@ def _is_inside(real: Path, home: Path) -> bool:
 def _is_blob(real: Path, home: Path) -> bool:
     """Return whether a file is a blob in a cache of the Hub's client.
 
-    That is the cache that the folder is in, or else the user's: earlier clients filled a folder of
-    the user's choice with links. Names there are hashes of the contents, so that nobody can name a
-    file that he does not know.
+    That is the cache of the folder, or else the user's: earlier clients filled a chosen folder with
+    links. File names there are hashes of the content, so an attacker cannot guess them.
     """
     from huggingface_hub import constants
 

@@ -21,14 +21,14 @@ CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") i
 
 
 def register() -> None:
-    """Give Hydra the choices of which one file stands for several: data sets and suites."""
+    """Register the config choices of datasets and suites, where one file defines several."""
     store = ConfigStore.instance()
     for group, name, node in (*datasets(), *suites()):
         store.store(name, node, group, provider="fusion_bench")
 
 
 def datasets() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield group, name and node of each split of each data set."""
+    """Yield group, name and node of each split of each dataset."""
     for file, content in _read("dataset"):
         call = {"_target_": "datasets.load_dataset", **content}
         group = file.parent.relative_to(CONFIG_DIR).as_posix()

@@ -74,8 +74,8 @@ def instantiate(node: Any, section: str = "", **arguments: Any) -> Any:
 
     Args:
         node: of the config.
-        section: whether it has to make a ``method``, a ``modelpool`` …
-        arguments: beside those of the node.
+        section: the required kind of object: ``method``, ``modelpool`` …
+        arguments: additional to those of the node.
 
     Raises:
         ConfigError: a target that may not be called or cannot be found, or keys that its signature
@@ -234,10 +234,10 @@ def _part_problems(node: Any, example: str, *, texts: bool) -> Iterator[Problem]
 def _gathered(
     node: Mapping[Any, Any], section: str, arguments: Mapping[str, Any]
 ) -> tuple[Mapping[Any, Any], dict[str, Any]] | None:
-    """Return node and arguments for a target that tells all problems at once, its parts' too.
+    """Return node and arguments for a target that collects all problems, also of its parts.
 
-    It is called without the keys that are wrong, and told of them. None for any other target, and
-    where a key that it needs is missing.
+    It is called without the invalid keys, and gets their problems. ``None`` for other targets, or
+    if a required key is missing.
     """
     target = node["_target_"]
     try:

@@ -51,11 +51,11 @@ def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
     Waits grow from half a second to eight; ``Retry-After`` is respected.
 
     Args:
-        call: asks the Hub for something, and may be called again from its beginning.
+        call: a request to the Hub that may be repeated.
         briefly: for ``BRIEFLY`` instead of ``PATIENCE``.
 
     Raises:
-        Exception: the last attempt's, or whatever another attempt would not fix.
+        Exception: the last attempt's, or one that a retry would not fix.
     """
     from huggingface_hub import is_offline_mode
 
@@ -81,8 +81,8 @@ def patiently(call: Callable[[], T], *, briefly: bool = False) -> T:
 def refuse_damaged(blobs: Iterable[Path]) -> None:
     """Delete files of the Hub's cache whose content does not match the hash in their names.
 
-    They are named by git's blob id, or by the SHA-256 of a large file. A large one is hashed but
-    once, for its hash is remembered. A file of another name, a download under way for one, is left.
+    They are named by git's blob id, or by the SHA-256 of a large file. A large file is hashed once,
+    and its hash is cached. Files with other names, such as running downloads, are left.
 
     Raises:
         DamagedError: there was such a file.

@@ -110,7 +110,7 @@ def check_configs(place: Path, *, model: bool = True, chosen: bool = False) -> N
         for key, value in _settings(config):
             if key in _OTHER_FILES and value:
                 raise ConfigError(
-                    f"'{file}': {key} names other files to read. This is refused. Remove the key "
+                    f"'{file}': {key} names other files to read. It is refused. Remove the key "
                     "there."
                 )
             if model and _KERNELS.fullmatch(key) and not (chosen and "attn" in key):

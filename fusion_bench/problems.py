@@ -24,7 +24,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A problem with its place, reason and fix.
 
     Attributes:
         place: the key in the config, relative to the raising code; empty without a key.
@@ -54,7 +54,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The place as it is typed: ``search.space.sparsity_ratio[1]``."""
+        """The place as text: ``search.space.sparsity_ratio[1]``."""
         return key_of(self.place)
 
 
@@ -64,7 +64,7 @@ class FusionBenchError(Exception):
     Args:
         reason: what is wrong, as a sentence that names the culprit.
         remedy: how to fix it, as a sentence.
-        place: where in the config, relative to whoever raises.
+        place: the key in the config, relative to the raising code.
         details: lines of evidence.
 
     Attributes:

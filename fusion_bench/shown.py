@@ -1,7 +1,7 @@
 """Plain text for the terminal and logs, on streams that may fail without ending the run.
 
-Names, paths, metadata and the messages of libraries are other people's text. Control characters in
-it would move the cursor, forge lines and colours or reverse what stands beside them.
+Names, paths, metadata and messages of libraries are untrusted. Their control characters could move
+the cursor, forge lines and colours, or reverse text.
 """
 
 import errno
@@ -67,7 +67,7 @@ class Stream(TextIOWrapper):
         binary: where the text goes.
         encoding: the text's.
         by_line: write each line at once.
-        coloured: let colours and cursor movements pass, for text that is clean already.
+        coloured: allow colours and cursor movements, for text that is clean already.
     """
 
     #: Kept, for one that is deleted closes the file.

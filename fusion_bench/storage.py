@@ -60,7 +60,8 @@ def disk_failures() -> Iterator[None]:
 def cache_dir() -> Path:
     """Return the directory for everything kept between runs.
 
-    ``FUSION_BENCH_CACHE`` where set, else the platform's user cache directory. Not created here.
+    It is ``FUSION_BENCH_CACHE`` if set, otherwise the platform's user cache directory. It is not
+    created here.
     """
     override = os.environ.get("FUSION_BENCH_CACHE")
     if override:
@@ -109,8 +110,7 @@ def read_json(path: Path) -> Any:
     """Return the content of an untrusted JSON file.
 
     Raises:
-        ConfigError: it is no JSON, or larger, or its lists and mappings lie deeper in each other,
-            than anybody's.
+        ConfigError: it is not JSON, too large, or nested too deeply.
     """
     refuse_huge(path)
     text = path.read_bytes()
@@ -254,7 +254,7 @@ def _put_in_place(fresh: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap the names of two directories in one step, if the system can; tell whether it did."""
+    """Swap the names of two directories atomically; return whether the system supports it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -277,11 +277,11 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     """Hold an exclusive lock for ``path`` across processes; it is released when the process ends.
 
     Args:
-        path: what is locked; the lock is a file beside it.
-        timeout: seconds to wait for it, by default for ever.
+        path: the locked path; the lock is a file next to it.
+        timeout: seconds to wait, by default without limit.
 
     Raises:
-        TimeoutError: it was not to be had in time.
+        TimeoutError: the lock was not released in time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=timeout):

@@ -47,8 +47,8 @@ def fixed_threads(elements: int, device: torch.device = _CPU) -> Iterator[None]:
 def end_threads() -> None:
     """End torch's threads, so this process can be forked.
 
-    GNU's OpenMP keeps them for the next computation. A child has none of them but does not know it,
-    and would wait for them for ever. Here and in the child they are started again when needed.
+    GNU's OpenMP keeps them for the next computation. A forked child does not have these threads and
+    would wait for them forever. Both processes start new ones when needed.
     """
     with suppress(AttributeError):  # another OpenMP, which sees to it by itself
         ctypes.CDLL(None).omp_pause_resource_all(_PAUSE_HARD)
@@ -66,5 +66,5 @@ def _refuse_fewer(count: int) -> None:
         if refused:
             raise ConfigError(
                 f"{name}={os.environ[name]}: prevents torch from using {count} threads, so a "
-                f"trained model would differ from other machines. Unset {name}."
+                f"trained model would differ between machines. Unset {name}."
             )

@@ -162,7 +162,7 @@ def _installed() -> frozenset[str]:
 def environment_variable(name: str, default: Any = None) -> Any:
     """Return the value of ``${oc.env:name}`` in a config.
 
-    It goes into saved configs and reports, so that a stranger's config could carry away secrets.
+    The value is saved in configs and reports, so an untrusted config could leak secrets.
 
     Raises:
         ConfigError: the user has not allowed it.

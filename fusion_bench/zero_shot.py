@@ -64,6 +64,6 @@ class ZeroShotHead(nn.Module):
         return cls(clip_model.visual_projection.weight.detach().float(), classes * scale)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Map (batch, hidden) to (batch, classes), in float32 whatever the encoder's precision."""
+        """Map (batch, hidden) to (batch, classes), in float32 for any precision of the encoder."""
         with torch.autocast(pooled.device.type, enabled=False):
             return normalize(pooled.float() @ self.projection.T, dim=-1) @ self.classes.T

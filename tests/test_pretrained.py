@@ -186,7 +186,9 @@ def test_no_kernel_is_fetched(model: Path, key: str, value: Any) -> None:
         lambda: load("model", node(model, "AutoModelForCausalLM"), "key"),
     ]
     for attempt in tries:
-        with pytest.raises(ConfigError, match=r"config\.json': .*implementation.* names .*fetched"):
+        with pytest.raises(
+            ConfigError, match=r"config\.json': .*implementation.* names .*downloaded"
+        ):
             attempt()
 
 

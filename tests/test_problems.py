@@ -98,7 +98,7 @@ def test_what_has_one_cause_is_one_line() -> None:
         for name in ("a", "b", "c")
     ]
     assert text_of(lost) == (
-        "models.a: Cannot read 'a': the Hub is down. Likewise: models.b, models.c."
+        "models.a: Cannot read 'a': the Hub is down. The same applies to: models.b, models.c."
     )
     empty = [Problem((key,), "is empty.") for key in ("bases", "counts")]
     assert text_of(empty) == "bases: is empty.\ncounts: is empty."

@@ -160,6 +160,6 @@ def test_a_limit_below_what_large_models_need_is_refused_for_them_alone(
     monkeypatch.setenv("OMP_THREAD_LIMIT", "4")
     with fixed_threads(SMALL):
         pass
-    with pytest.raises(ConfigError, match="the 8 threads"), fixed_threads(LARGE):
+    with pytest.raises(ConfigError, match="using 8 threads"), fixed_threads(LARGE):
         pass
     assert os.environ["OMP_THREAD_LIMIT"] == "4"

@@ -194,7 +194,7 @@ def per_key(weights: Tensor, keys: Sequence[str]) -> dict[str, list[float]]:
 class Mixture:
     """A module whose parameters are the base's plus a weighted sum of vectors.
 
-    The weights' gradient is each vector's product with the parameters' gradient, so that no graph
+    The gradient of a weight is the product of its vector and the parameters' gradient, so no graph
     goes through the sum.
 
     Args:

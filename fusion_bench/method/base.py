@@ -110,10 +110,10 @@ class TensorwiseAlgorithm:
 
         Args:
             key: the entry's name.
-            tensors: in float32, one a model, all of one shape; a tensor is converted each time
-                that it is taken out of the sequence. With ``elementwise`` they are 1-d pieces of
-                the flattened entry.
-            base: the pretrained model's; ``None`` where there is none.
+            tensors: in float32, one per model, all of one shape; a tensor is converted each time it
+                is taken from the sequence. With ``elementwise`` they are 1-d pieces of the
+                flattened entry.
+            base: the pretrained model's tensor, or ``None``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define merge_tensor or merger.")
 
@@ -134,7 +134,7 @@ class TensorwiseAlgorithm:
         Args:
             pool: the models.
             fabric: whose device ``heavy`` methods use, if the pool's policy names no other.
-            data: is not looked at.
+            data: ignored.
 
         Raises:
             FusionBenchError: as ``check_pool``.
@@ -154,9 +154,9 @@ class TensorwiseAlgorithm:
         """Merge a pool's models, or a dict's.
 
         Returns:
-            For a pool what ``fuse`` does. For a dict of modules a state dict, or several by name.
-            The modules stay as they are, unless ``inplace`` is set: then the merged values are
-            written to the pretrained model's tensors, or without one to the first model's.
+            For a pool, the result of ``fuse``. For a dict of modules, a state dict, or several by
+            name. The modules are not changed, unless ``inplace`` is set: then the merged values are
+            written to the tensors of the pretrained model, or of the first model if there is none.
         """
         fused = run(self, modelpool, fabric, data)
         if self.inplace and isinstance(modelpool, Mapping) and _is_state_dict(fused):

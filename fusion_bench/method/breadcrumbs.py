@@ -23,7 +23,7 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
 
     Args:
         scaling_factor: scaling factor of the sum of the kept elements.
-        density: the share of elements that is kept, or all but the largest where there are fewer.
+        density: the share of elements that is kept, at most all except the largest.
         gamma: the share of the largest elements, which are dropped.
         scope: shares of the whole ``tensor``, or of each ``row`` along its last dimension. Shares
             are rounded down. Entries with a single value are kept.

@@ -62,10 +62,10 @@ def drawn_batches(
 def descent(
     data: Data, module: nn.Module, max_steps: int, batch_size: int, seed: int, title: str
 ) -> Iterator[tuple["tqdm[int]", Iterator[tuple[Tensor, Tensor]]]]:
-    """Yield the progress bar and each task's answers and labels, step by step.
+    """Yield the progress bar and each task's outputs and labels, step by step.
 
-    The answers to a task's batch are computed when they are taken, so that the module may be
-    changed at the beginning of a step, and a task's gradients be taken before the next one's.
+    The outputs of a task's batch are computed when they are taken. So the module may be changed at
+    the beginning of a step, and a task's gradients taken before the next task.
     """
     batches = {name: task.endless(batch_size, seed) for name, task in data.items()}
     classify = {name: task.classify(module) for name, task in data.items()}

@@ -259,8 +259,8 @@ class MaxModelPredictorAlgorithm(EnsembleAlgorithm):
     Wu et al., Heterogeneous model reuse, https://icml.cc/virtual/2019/poster/4036
 
     Args:
-        of: as in ``SimpleEnsembleAlgorithm``; the largest of features would tell nothing of
-            confidence, so that it is the logits by default.
+        of: as in ``SimpleEnsembleAlgorithm``; the default is the logits because the maximum of
+            features says nothing about confidence.
     """
 
     def __init__(self, of: Of = "logits"):

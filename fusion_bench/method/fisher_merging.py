@@ -2,8 +2,8 @@ r"""Fisher merging: $\theta_j = \sum_t c_t F_{t,j} \theta_{t,j} / \sum_t c_t F_{
 
 $F_t$ is the diagonal of the Fisher information of model $t$ on its own task,
 $F_{t,j} = \frac{1}{N} \sum_x \sum_y p(y|x) (\partial \log p(y|x) / \partial \theta_j)^2$: the more
-an answer depends on a parameter, the more that model has to say about it.
-Matena and Raffel, Merging models with Fisher-weighted averaging, https://arxiv.org/abs/2111.09832
+a prediction depends on a parameter, the more weight that model has for it. Matena and Raffel,
+Merging models with Fisher-weighted averaging, https://arxiv.org/abs/2111.09832
 """
 
 import math

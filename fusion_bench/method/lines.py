@@ -85,7 +85,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         Args:
             pool: the models.
             fabric: for the base method.
-            data: likewise, where it learns from data.
+            data: for the base method, if it learns from data.
 
         Raises:
             FusionBenchError: no pretrained model; a base method that does not return weights.
@@ -129,7 +129,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
 
 
 class _Scaled(MergedWeights):
-    """Scaled weights, which also tell what was noticed as they were merged."""
+    """Scaled weights that also report problems of the merge."""
 
     def __init__(self, inputs: Inputs, merge_piece: MergePiece, fused: Weights):
         super().__init__(inputs, merge_piece)

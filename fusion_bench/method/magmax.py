@@ -29,7 +29,7 @@ class MagMaxAlgorithm(TensorwiseAlgorithm):
     scaling_factor: float = 0.5
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus the largest change; of equal ones the later model's."""
+        """Return ``base`` plus the largest change; in a tie, the later model's."""
         assert base is not None
         # Faster than to choose between two at a time: the extremes of both signs, and the larger.
         up, down = torch.zeros_like(base), torch.zeros_like(base)

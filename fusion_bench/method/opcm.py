@@ -1,8 +1,8 @@
 r"""OPCM: models merged one after the other, $\theta = \theta_0 + s_T \sum_t \mathcal{P}_t(\tau_t)$.
 
-Of each linear layer's matrix, $\mathcal{P}_t$ takes away what lies along the singular directions of
-the sum so far; $s_T$ gives the sum the mean norm of the task vectors.
-Tang et al., Merging models on the fly, https://arxiv.org/abs/2501.09522
+For each linear layer's matrix, $\mathcal{P}_t$ removes the part along the singular directions of
+the sum so far; $s_T$ scales the sum to the mean norm of the task vectors. Tang et al., Merging
+models on the fly, https://arxiv.org/abs/2501.09522
 """
 
 import math

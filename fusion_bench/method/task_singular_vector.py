@@ -1,8 +1,8 @@
 r"""TSV-Merge: $\tau = U_\perp \Sigma V_\perp^\top$ from the task vectors' largest singular values.
 
-Of each of $T$ task vectors the largest $1/T$ of the singular triplets are kept; side by side, the
-vectors of all tasks are made orthonormal, so that tasks no longer interfere.
-Gargiulo et al., Task singular vectors, https://arxiv.org/abs/2412.00081
+From each of $T$ task vectors, the largest $1/T$ of the singular triplets are kept. The concatenated
+vectors of all tasks are made orthonormal, so tasks no longer interfere. Gargiulo et al., Task
+singular vectors, https://arxiv.org/abs/2412.00081
 """
 
 from collections.abc import Iterator, Mapping, Sequence

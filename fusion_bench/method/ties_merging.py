@@ -1,8 +1,8 @@
 r"""TIES: trim, elect sign, and merge, $\theta = \theta_0 + \lambda\,\tau$.
 
-Of each task vector the elements of largest magnitude are kept; at each element a sign is elected,
-that of the sum; and the values that have it are merged.
-Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708
+In each task vector, the elements with the largest magnitude are kept. For each element, the sign of
+the sum is elected, and the values with this sign are merged. Yadav et al., TIES-Merging,
+https://arxiv.org/abs/2306.01708
 """
 
 from collections.abc import Iterator, Sequence
@@ -139,7 +139,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         tensors: Sequence[Tensor],
         base: Tensor | None,
     ) -> Iterator[Tensor]:
-        """Yield what is kept of each tensor where nothing else is looked at."""
+        """Yield the kept elements of each tensor separately."""
         for vector in vectors(key, start, tensors, base):
             yield keep_largest(vector, self._count(vector.numel()), ties=self.keep == "ge_kth")
 

@@ -37,8 +37,8 @@ _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "sa
 def make_fabric(section: Any) -> Fabric:
     """Return Fabric from a config section; without one, one process on the best device.
 
-    Several local processes are forks, or spawned where there is no safe fork, unless the section
-    names another strategy: one that runs the command line again would start a sweep per process.
+    Several local processes are forked, or spawned without a safe fork, unless the section names
+    another strategy. A strategy that reruns the command line would start a sweep per process.
     """
     if isinstance(section, Fabric):
         return section

@@ -149,7 +149,7 @@ class Evaluator:
     ) -> None:
         """Evaluate a model; it is built only if its results are not cached.
 
-        ``architecture`` tells, with the weights, what the model computes.
+        ``architecture`` and the weights define the model's computation.
         """
         identity = sha256(weights)
         own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]

@@ -233,8 +233,8 @@ class _Run:
     ) -> dict[str, nn.Module | Weights]:
         """Return the merged models by name, saved if a path is given.
 
-        Merged weights are computed as they are written; they are held in memory only if they are
-        to be evaluated or to be thrown away.
+        Merged weights are computed while they are written. They are kept in memory only if they are
+        evaluated or not saved.
         """
         path = self.paths.model_path
         with within("method", keyed_only=True):

@@ -43,7 +43,7 @@ class ModelPool(contract.ModelPool, contract.Saving, Protocol):
         """The datasets for adaptation, without labels."""
 
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
-        """Return what the pool will do and what stands in its way; no weight is read."""
+        """Return the pool's plan; no weight is read."""
 
     def compare(self, names: Collection[str] | None = None) -> list[str]:
         """Return in sentences what differs in some models, by default in all."""
@@ -76,9 +76,8 @@ def placed(pool: object) -> "PlacedModelPool":
 class PlacedModelPool:
     """A pool under ``modelpool`` in a config.
 
-    What its calls raise has that put before its place, once and for all: a method may call them.
-    The places in a plan stay relative, for whoever takes it up. A problem that names no key, such
-    as a damaged file, stays without.
+    It prepends its key to the errors of its calls, because methods may call them too. The places in
+    a plan stay relative. A problem without a key, such as a damaged file, stays without.
     """
 
     def __init__(self, pool: ModelPool):
@@ -257,7 +256,7 @@ class TaskPool(Protocol):
         """The datasets for the evaluation."""
 
     def plan(self, scratch: Path | None = None) -> Plan:
-        """Return what the pool will do and what stands in its way; no data is read."""
+        """Return the pool's plan; no data is read."""
 
     def plan_tuning(self, datasets: Nodes, place: Place, scratch: Path | None = None) -> Plan:
         """Return the plan for the datasets of ``tuning``, after ``plan``.

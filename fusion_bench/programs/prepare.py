@@ -70,9 +70,9 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
 
     Args:
         spec: the config.
-        shared: what other runs of this process have made. A dry run takes nothing from it, for its
-            pools keep what they fetch in a place of its own.
-        known: problems that were found before.
+        shared: objects that are shared between runs of this process. A dry run does not use them
+            because its pools have a temporary download directory.
+        known: known problems.
     """
     if spec.taskpool is not None:  # a merge alone imports neither transformers nor datasets
         quiet_libraries()

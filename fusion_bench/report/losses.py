@@ -119,7 +119,7 @@ def _counts(values: NDArray[np.integer], size: int) -> NDArray[np.int64]:
 
 
 def _interval(report: Report, merged: Contender, task: str, own: str) -> Difference | None:
-    """Return the difference to whichever contender stands for the individual model."""
+    """Return the difference to the contender with the individual model."""
     individuals = {c.name for c in report.contenders() if c.models.get(task) == own}
     for comparison in report.comparisons:
         if comparison.model == merged.name and comparison.other in individuals:

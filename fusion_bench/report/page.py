@@ -138,7 +138,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model: its part in the run, where it comes from, what tells its weights from others."""
+    """A model: its role, its source, and the hash of its weights."""
 
     name: str
     role: str
@@ -161,8 +161,8 @@ class _Accuracies:
 class _Classes:
     """The losses of a task's classes.
 
-    ``matrix`` counts how often a class (row) was taken for another; it is empty where there are
-    too many, which ``confusions`` then lists.
+    ``matrix`` is the confusion matrix; it is empty for too many classes, and ``confusions`` lists
+    the most frequent ones.
     """
 
     task: str

@@ -80,7 +80,7 @@ class Point(_Strict):
 class Study(_Strict):
     """The result of a scaling study, as in ``study.json``.
 
-    ``held_in`` and ``held_out`` tell by whose accuracy the merged model's is divided.
+    ``held_in`` and ``held_out`` are the divisors of the merged model's accuracy.
     """
 
     schema_version: Literal[1] = 1

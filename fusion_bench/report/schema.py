@@ -63,7 +63,7 @@ class TuningTask(_Strict):
 class Tuning(_Strict):
     """The data that the method learned from.
 
-    ``test_split`` tells that it is the very part that the models are evaluated on.
+    ``test_split``: models are evaluated on the same data.
     """
 
     split: str
@@ -84,8 +84,8 @@ class Tuning(_Strict):
 class TaskInfo(_Strict):
     """A dataset that models were evaluated on.
 
-    The hashes tell what else the figures depend on: the classifier's part that is no model's, such
-    as prompts and text tower, and how images are prepared.
+    The hashes cover other inputs of the figures: the classifier's parts outside the model, such as
+    prompts and text tower, and the image preprocessing.
     """
 
     num_classes: int
@@ -171,9 +171,9 @@ class Candidate(_Strict):
 class Search(_Strict):
     """The search for the method's options.
 
-    ``test_split`` tells that it was on the very part that the models are evaluated on,
-    ``judge_test`` whether the winner was evaluated there at all. ``winner`` is its place in
-    ``candidates``, and ``method`` the whole config of the method with its options.
+    ``test_split``: the search used the data of the final evaluation. ``judge_test``: the winner was
+    evaluated there. ``winner`` is an index into ``candidates``, and ``method`` the full config of
+    the method.
     """
 
     split: Split
@@ -371,8 +371,8 @@ class Report(_Strict):
     def main_comparisons(self) -> list[Comparison]:
         """Return the most important comparisons.
 
-        One merged contender stands beside the pretrained and the individual models as a whole;
-        of several, each stands beside the first.
+        A single merged contender is compared with the pretrained and the individual models; if
+        there are several, each is compared with the first.
         """
         merged = [contender.name for contender in self.contenders() if contender.role == "merged"]
         others = merged[:1] if len(merged) > 1 else ["pretrained", "individual"]

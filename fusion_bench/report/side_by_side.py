@@ -68,9 +68,9 @@ def _short(sha256: str | None) -> str:
 def combined_models(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResult], Answers]:
     """Return all runs' models with results and predictions on the common samples.
 
-    A merged model bears its run's name. A baseline that did the same in several runs is there
-    once. Only tasks that all runs have are looked at. Where the runs have no samples in common, or
-    other labels for them, the figures are what each run found, and there are no answers.
+    A merged model has its run's name. A baseline with the same results in several runs is included
+    once. Only common tasks are used. Without common samples, or with different labels, each run
+    keeps its own figures, and there are no predictions.
     """
     tasks = common_tasks(runs)
     models: dict[str, ModelResult] = {}

@@ -1,8 +1,8 @@
 r"""Paired bootstrap intervals for models that were evaluated on the same samples.
 
-The samples of a task are drawn anew, with replacement, as often as there are: the paired bootstrap
-(Efron and Tibshirani, An introduction to the bootstrap, 1993). Only how often each pattern of right
-and wrong answers occurs matters, so that a resample is one draw from a multinomial distribution.
+The samples of a task are resampled with replacement: the paired bootstrap (Efron and Tibshirani, An
+introduction to the bootstrap, 1993). Only the counts of each pattern of correct and wrong
+predictions matter, so a resample is one draw from a multinomial distribution.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,9 @@ def compare(
 ) -> Comparison:
     """Return the difference in accuracy between ``one`` and ``other`` on their common tasks.
 
-    Tasks are resampled apart and weigh the same in the average. The normalised difference divides
-    by the individual models' accuracies, which are resampled along; it is empty where a task has
-    no individual model, or one that is never right.
+    Tasks are resampled independently and have equal weight in the average. The normalised
+    difference divides by the individual models' accuracies on the same resample. It is empty if a
+    task has no individual model, or one with accuracy 0.
 
     Args:
         model: the first model's name.

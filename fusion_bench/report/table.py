@@ -174,7 +174,7 @@ def settings(search: Search) -> tuple[list[str], list[list[str]]]:
 def differences(report: Report) -> tuple[list[str], list[list[str]]]:
     """Return each merged model's difference to the first, in points, for each task.
 
-    A column is a pair of models, so that any number of tasks fits.
+    Each column is a pair of models, so any number of tasks fits.
     """
     pairs = report.main_comparisons()
     header = ["difference, points", *(f"{pair.model} – {pair.other}" for pair in pairs)]

@@ -1,8 +1,7 @@
 """Limits the size of a config, before Hydra copies it.
 
-An alias of YAML, and an entry of a defaults list, stand for something else as a whole, so that a
-few hundred bytes may stand for more than any memory holds. (What interpolations stand for is
-counted in ``fusion_bench.resolving``.)
+YAML aliases and defaults lists may expand a few hundred bytes beyond any memory. (Interpolations
+are counted in ``fusion_bench.resolving``.)
 """
 
 from dataclasses import dataclass, replace
@@ -72,7 +71,7 @@ def check_file(path: Path) -> int:
     """Return the number of values of a YAML file; invalid YAML is left to the parser.
 
     Raises:
-        ConfigError: they are too many, lie too deep in each other or are too long.
+        ConfigError: they are too many, nested too deeply or too long.
     """
     with path.open("rb") as file:
         content = file.read(_BYTES + 1)

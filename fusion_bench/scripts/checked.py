@@ -1,8 +1,8 @@
 """Checks a config's settings for Hydra itself, before Hydra uses them.
 
-Hydra makes callbacks, log handlers, launchers and sweepers before our own code runs, sets
-environment variables, and imports packages that it searches for configs. All of it may stand in a
-stranger's YAML. What runs commands must come from the command line.
+Before our own code runs, Hydra creates callbacks, log handlers, launchers and sweepers, sets
+environment variables, and imports packages to search for configs. An untrusted YAML may contain all
+of these. Settings that run commands are accepted only on the command line.
 """
 
 import re

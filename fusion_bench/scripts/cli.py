@@ -97,7 +97,7 @@ def main() -> None:
 def closed_stdin() -> Iterator[None]:
     """Prevent libraries from reading standard input.
 
-    Only ``breakpoint()`` gets the terminal back; under a debugger it is left as it is.
+    Only ``breakpoint()`` gets the terminal back; under a debugger it stays open.
     """
     if sys.gettrace() is not None:
         yield

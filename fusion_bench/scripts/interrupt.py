@@ -31,9 +31,9 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise ``Interrupted`` at a signal, and end the process if it does not react in time.
 
-    Python tells of a signal only between two of its own steps, and threads are waited for: a long
-    operation of torch or a large file that is being read would hold the process up. So a thread
-    watches the signals too. To be used once in a process, around all that it does.
+    Python handles signals only between bytecode steps and waits for threads, so a long operation of
+    torch or a large read would delay the end. So a thread watches the signals too. Use it once in a
+    process, around all its work.
     """
     handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
     noticed, notice = os.pipe()

@@ -282,7 +282,7 @@ def check_grid(config: DictConfig) -> None:
     """Check the number of jobs of a grid before they are listed.
 
     Raises:
-        ConfigError: there are none, or more than anybody waits for.
+        ConfigError: there are none, or too many.
     """
     if "GridSweeper" not in (target := config.hydra.sweeper._target_) and "Basic" not in target:
         return

@@ -41,7 +41,7 @@ class Task:
     def from_mapping(cls, mapping: Mapping[str, Any], base: Task | None = None) -> Task:
         """Check the fields in ``mapping`` and lay them over ``base`` (default: the defaults).
 
-        Class names that come without ``num_classes`` set it, whatever ``base`` says.
+        Class names without ``num_classes`` set it, overriding ``base``.
 
         Args:
             mapping: field names to plain values, as YAML gives them.

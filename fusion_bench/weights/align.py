@@ -109,10 +109,10 @@ class Aligned:
 
     Attributes:
         reference: the pretrained model or the first one.
-        base: the pretrained model, where there is one.
+        base: the pretrained model, if there is one.
         models: the models to merge, by name.
-        copied: entries that are taken from the reference as they are.
-        common_rows: for entries whose number of rows differs, how many rows all models have.
+        copied: entries that are copied from the reference.
+        common_rows: the number of common rows of entries with different row counts.
         notes: accepted differences, as sentences for the plan and the report.
     """
 

@@ -39,7 +39,7 @@ def open_checkpoint(path: Path) -> TensorWeights:
             an ``.index.json`` that names shards of either kind.
 
     Raises:
-        ConfigError: what is not there, damaged, or would run code when it is unpickled.
+        ConfigError: a file that is missing, damaged, or would run code when it is unpickled.
     """
     with reading("model", str(path)):
         if path.name.endswith(".index.json"):
@@ -51,8 +51,8 @@ def shards(index: Path) -> dict[str, list[str]]:
     """Return the files that an index names, each with its keys.
 
     Raises:
-        ConfigError: an index that is damaged or too large, or names what is not a plain file
-            beside it.
+        ConfigError: an index that is damaged or too large, or names anything except files next to
+            it.
     """
     refuse_huge(index)
     try:
@@ -66,7 +66,7 @@ def shards(index: Path) -> dict[str, list[str]]:
     for name in files:
         if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise ConfigError(
-                f"'{index}' names {name!r}, which is outside its directory. This is refused."
+                f"'{index}' names {name!r}, which is outside its directory. It is refused."
             )
         if "\0" not in name and os.path.lexists(index.parent / name):
             own_file(index.parent, name)

@@ -11,7 +11,7 @@ _CHUNK = 2**22  # elements that are hashed at once
 
 
 def sha256(weights: Weights) -> str:
-    """Return the SHA-256 over keys, shapes, dtypes and values, whatever the keys' order.
+    """Return the SHA-256 over keys, shapes, dtypes and values, for any order of the keys.
 
     It is the hash of one line an entry, ``key shape dtype hash-of-the-bytes``, in the keys' order.
     """

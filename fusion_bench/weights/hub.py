@@ -20,7 +20,7 @@ from fusion_bench.weights.write import DTYPES
 def open_repository(repository: Repository) -> Weights:
     """Return the weights of a repository, mapped where its files are here.
 
-    Safetensors on the Hub are not downloaded: one request a file, for its header, tells the keys,
+    Safetensors on the Hub are not downloaded: one request per file reads the header with keys,
     shapes and dtypes.
 
     Raises:

@@ -141,7 +141,7 @@ class Inputs:
     def survey(self, look: Visit, piece: int = PIECE, every: int = 1) -> None:
         """Call ``look`` with every merged element, in pieces, in any order.
 
-        ``every`` shows only one piece in so many, for an estimate.
+        ``every`` uses only one of so many pieces, for an estimate.
         """
 
         def work(key: str, start: int, stop: int) -> None:

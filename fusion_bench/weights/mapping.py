@@ -63,7 +63,7 @@ class Weights(Mapping[str, Tensor]):
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return the elements ``start`` to ``stop`` of the flattened entry, 1-d.
 
-        An entry that is computed may come in float32, whatever its dtype.
+        A computed entry may be returned in float32, for any dtype.
         """
         return self[key].reshape(-1)[start:stop]
 
@@ -74,7 +74,7 @@ class Weights(Mapping[str, Tensor]):
             yield start, min(start + size, numel)
 
     def bytes_to_read(self, key: str) -> int:
-        """Return how many bytes lie behind an entry, for progress."""
+        """Return the number of bytes to read for an entry, for progress."""
         return self.spec(key).nbytes
 
     def verify(self) -> None:

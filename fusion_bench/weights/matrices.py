@@ -53,10 +53,10 @@ def svd(
     """Return the thin SVD ``U, S, Vh``, in float64, the largest singular values first.
 
     Args:
-        matrix: any; of one that holds NaN or infinity there is nothing in the SVD.
+        matrix: any matrix; with NaN or infinity, the SVD is empty.
         count: return no more than so many singular values.
-        tol: leave out those that are at most this share of ``scale``, for their vectors are as good
-            as arbitrary. With 0 there are always ``min(m, n)``, or ``count``.
+        tol: leave out those that are at most this share of ``scale`` because their vectors are
+            arbitrary. With 0 there are always ``min(m, n)``, or ``count``.
         scale: by default the largest singular value.
     """
     if matrix.shape[0] > matrix.shape[1]:

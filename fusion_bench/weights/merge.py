@@ -40,11 +40,11 @@ def merge(
 
     Args:
         models: name to weights; their order is that of ``tensors`` in ``merge_tensor``.
-        merge_tensor: the method. It must not write to what it is given, and may be called from
-            several threads.
+        merge_tensor: the method. It must not change its inputs, and may be called from several
+            threads.
         base: the pretrained model.
-        elementwise: each merged element depends on the same element of every model alone, so that
-            ``merge_tensor`` may be given 1-d pieces of an entry.
+        elementwise: each merged element depends only on the same element of every model, so
+            ``merge_tensor`` may get 1-d pieces of an entry.
         shows_nonfinite: NaN or infinity in a model shows in the result, as in a sum.
         policy: what to do when models differ.
         vocabulary: the reference's number of tokens, for ``policy.on_vocabulary``.
@@ -62,9 +62,9 @@ def merge(
 class MergedWeights(Weights):
     """Weights that are merged when they are read, in the reference's order.
 
-    Floating-point entries reach ``merge_piece`` as float32 (float64 stays) and are rounded once,
-    by whoever stores them as their ``spec`` says. Integer and boolean entries are the reference's.
-    Entries that are tied in every model are merged once and stay tied.
+    ``merge_piece`` gets floating-point entries as float32 (float64 stays). They are rounded once to
+    the type of their ``spec``, when they are stored. Integer and boolean entries are the
+    reference's. Entries that are tied in every model are merged once and stay tied.
     """
 
     def __init__(self, inputs: Inputs, merge_piece: MergePiece):
@@ -130,7 +130,7 @@ class MergedWeights(Weights):
         """Report the entries with NaN or infinity.
 
         Raises:
-            FusionBenchError: where there are some and the policy does not let them pass.
+            FusionBenchError: there are some, and the policy does not allow them.
         """
         if not self._inputs.nonfinite:
             return

@@ -1,7 +1,7 @@
 """Common steps of task-vector methods.
 
-In float32 a CPU adds, clamps and shrinks ten times faster than it selects by a mask, so that masks
-are 0.0 and 1.0 here.
+On a CPU, float32 arithmetic is ten times faster than selection by a mask, so masks are 0.0 and 1.0
+here.
 """
 
 import hashlib
@@ -177,8 +177,8 @@ def bernoulli(
 ) -> NDArray[np.float32]:
     """Draw ``numel`` times 1 with the probability ``keep``, else 0.
 
-    The draws belong to the places ``start`` and following of an endless sequence that ``seed``
-    tells from any other: an entry may be drawn whole or in pieces, in any order, on any machine.
+    The draws are the elements from ``start`` of an infinite sequence for ``seed``. So an entry may
+    be drawn whole or in pieces, in any order, on any machine, with the same result.
     """
     if keep >= 1 or keep <= 0 or numel == 0:
         return np.full(numel, float(keep > 0), np.float32)

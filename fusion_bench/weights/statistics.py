@@ -335,7 +335,7 @@ def _last_ties(
 ) -> list[tuple[str, int] | None]:
     """Return the places of the last elements of just the cutoff that are kept.
 
-    ``unknown`` tells, by index, of how many such elements the last is still to be found.
+    ``unknown`` maps indices to the number of such elements to find.
     """
     lasts = list(lasts)
     wanted = {index: keep for index, keep in unknown.items() if numbers[index] > 0}

@@ -42,7 +42,7 @@ class Pieces(Protocol):
         """Yield where pieces of at most ``size`` elements start and stop."""
 
     def bytes_to_read(self, key: str) -> int:
-        """Return how many bytes lie behind an entry."""
+        """Return the number of bytes to read for an entry."""
 
 
 def stream(

@@ -12,7 +12,7 @@ class Renamed(Weights):
     """Some entries of other weights, with new names and a new order.
 
     Args:
-        weights: what is looked at.
+        weights: the original weights.
         names: new key to key in ``weights``.
     """
 
@@ -54,7 +54,7 @@ class Renamed(Weights):
         return self._weights.pieces(self._names[key], size)
 
     def bytes_to_read(self, key: str) -> int:
-        """Return how many bytes lie behind an entry."""
+        """Return the number of bytes to read for an entry."""
         return self._weights.bytes_to_read(self._names[key])
 
     def verify(self) -> None:

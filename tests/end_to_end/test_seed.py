@@ -87,7 +87,7 @@ def test_without_hub_and_cache_one_line_names_the_offline_command(tmp_path: Path
     assert done.returncode == 3
     (line,) = done.stderr.strip().splitlines()
     assert "cannot be reached" in line and "'fusion_bench'" in line
-    assert "Likewise: modelpool.models.sun397, " in line
+    assert "The same applies to: modelpool.models.sun397, " in line
     assert not list(tmp_path.rglob("report.*"))
 
 

@@ -344,7 +344,7 @@ def test_a_layer_without_a_bias_cannot_have_one_added() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_biases_and_their_setting_belong_together(bias: bool) -> None:
     message = refusal(base_model(), QUERY if bias else BIASED, bias=bias)
-    assert "not whole" in message and "block.0.q.bias" in message
+    assert "incomplete" in message and "block.0.q.bias" in message
 
 
 def test_a_bias_of_another_size_does_not_fit() -> None:
@@ -427,7 +427,7 @@ def test_a_tied_head_that_the_base_does_not_store_may_be_stored_twice(kind: str)
 @pytest.mark.parametrize(
     ("tensors", "tokens", "fact"),
     [
-        (QUERY, {"": (1,)}, "not whole"),
+        (QUERY, {"": (1,)}, "incomplete"),
         (trained("embed", 2), {}, "do not list them"),
         (trained("embed", 2), {"head": (1, 2)}, "do not list them"),
         (trained("embed", 2), {"": (1,)}, "does not fit"),

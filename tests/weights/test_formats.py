@@ -32,7 +32,7 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("model-Q4_K_M.gguf", "llama.cpp.*Name the model that it was made from"),
+        ("model-Q4_K_M.gguf", "llama.cpp.*Use the original model"),
         ("MODEL.GGUF", "llama.cpp"),
         ("ggml-model-q4_0.bin", "llama.cpp"),
         ("model.onnx", "exported for inference"),
@@ -90,7 +90,7 @@ def test_a_repository_is_fetched_first() -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"GGUF\x03\0\0\0" + bytes(40), "is a GGUF file.*Name the model"),
+        (b"GGUF\x03\0\0\0" + bytes(40), "is a GGUF file.*Use the original"),
         (b"tjgg" + bytes(40), "is a GGML file"),
         (LFS, "Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html>", "is a web page"),

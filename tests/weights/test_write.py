@@ -163,7 +163,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 
 
 def test_a_type_that_safetensors_do_not_know_is_a_plain_error(tmp_path: Path) -> None:
-    with pytest.raises(FusionBenchError, match="'a' is of the type complex128"):
+    with pytest.raises(FusionBenchError, match="'a' has the type complex128"):
         write_checkpoint(weights(a=torch.ones(1, dtype=torch.complex128)), tmp_path)
 
 
