@@ -145,9 +145,9 @@ def test_of_a_config(address: str) -> None:
         with pytest.raises(ConfigError, match="not supported") as error:
             check(node, "data")
         assert f"{key}: '{address}'" in str(error.value)
-        with pytest.raises(FusionBenchError, match="not opened"):  # a dry run
+        with pytest.raises(FusionBenchError, match="not supported"):  # a dry run
             describe(node)
-        with pytest.raises(FusionBenchError, match=r"not opened|no such directory"):
+        with pytest.raises(FusionBenchError, match=r"not supported|no such directory"):
             load("dataset", node, "data")
 
 

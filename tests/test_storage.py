@@ -439,4 +439,4 @@ def test_a_file_system_without_locks(
 
     monkeypatch.setattr(fcntl, "flock", refused)
     with claimed(tmp_path / "x", ("key",)):
-        assert "cannot be claimed (No locks available)" in caplog.text
+        assert "cannot be locked (No locks available)" in caplog.text

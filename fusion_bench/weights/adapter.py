@@ -374,7 +374,7 @@ class AdapterWeights(Weights):
         raise ConfigError(
             "The adapter changes modules that its base's files do not have under this name, or "
             "in an unsupported way. Set '_pretrained_' to the base that it was trained on; if it "
-            f"is already set: {_WITH_PEFT}\n  {lines}"
+            f"is set already, do this. {_WITH_PEFT}\n  {lines}"
         )
 
     def _trained_rows(self, key: str, values: Tensor, config: AdapterConfig) -> _Rows:

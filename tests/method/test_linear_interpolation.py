@@ -22,7 +22,7 @@ def test_the_pretrained_model_is_the_start() -> None:
 
 
 def test_only_two_models_and_a_t_between_them() -> None:
-    with pytest.raises(FusionBenchError, match="has 3: _pretrained_, a, b"):
+    with pytest.raises(FusionBenchError, match="there are 3: _pretrained_, a, b"):
         merged(LinearInterpolationAlgorithm(), [[0.0], [4.0]], base=[1.0])
     with pytest.raises(FusionBenchError, match="not between 0 and 1"):
         LinearInterpolationAlgorithm(1.5)

@@ -100,7 +100,7 @@ def test_a_single_model_stays() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"axis: 1 is none"):
+    with pytest.raises(FusionBenchError, match=r"axis: 1 is not null"):
         NuSlerpAlgorithm(axis=1)
     with pytest.raises(FusionBenchError, match=r"weights: 3 values for 2 models \(a, b\)"):
         merged(NuSlerpAlgorithm([1, 2, 3]), [A, B])

@@ -83,7 +83,7 @@ def test_a_method_of_ours_with_another_run_does_what_that_says() -> None:
 
 
 def test_what_cannot_be_run_is_no_method() -> None:
-    with pytest.raises(FusionBenchError, match="3 is no method"):
+    with pytest.raises(FusionBenchError, match="3 is not a method"):
         as_method(3)
 
 

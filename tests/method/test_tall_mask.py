@@ -112,5 +112,5 @@ def test_bad_arguments() -> None:
         ConsensusTaskArithmetic(tall_mask_lambda="x")  # type: ignore[arg-type]
     with pytest.raises(FusionBenchError, match=r"k: -1"):
         ConsensusTaskArithmetic(k=-1)
-    with pytest.raises(FusionBenchError, match=r"k: 3 of 2 models"):
+    with pytest.raises(FusionBenchError, match=r"k: 3 is more than the number of models, 2"):
         merged(ConsensusTaskArithmetic(k=3), [[1.0], [2.0]], [0.0])

@@ -215,7 +215,7 @@ def test_a_kernel_that_a_repository_names_is_not_fetched(
         "pretrained_model_name_or_path": "org/kernel",
         "dtype": "float32",
     }
-    with pytest.raises(FusionBenchError, match=r"names 'evil/kernel'.*It is refused"):
+    with pytest.raises(FusionBenchError, match=r"names 'evil/kernel'.*This is refused"):
         CausalLMPool({"a": node if as_node else "org/kernel"}).load_model("a")
     chosen = CausalLMPool({"a": node | {"attn_implementation": "sdpa"}}).load_model("a")
     assert chosen.config._attn_implementation == "sdpa"

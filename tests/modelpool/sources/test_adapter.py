@@ -385,7 +385,7 @@ def test_an_adapter_without_a_base_says_how_to_name_one(family: Path, tmp_path: 
 def test_an_adapter_of_another_base_is_refused(family: Path, tmp_path: Path) -> None:
     other = {"model.layers.7.self_attn.q_proj.weight": torch.zeros(12, 12)}
     write_lora(tmp_path / "x", other, ["model.layers.7.self_attn.q_proj"])
-    with pytest.raises(FusionBenchError, match=r"do not name so(.|\n)*layers\.7"):
+    with pytest.raises(FusionBenchError, match=r"do not have under this name(.|\n)*layers\.7"):
         CausalLMPool({"_pretrained_": family / "base", "x": tmp_path / "x"}).weights("x")
 
 
