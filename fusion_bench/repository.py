@@ -173,7 +173,7 @@ def _on_hub(name: str, repo_id: str, revision: str | None, scratch: Path | None)
     except Exception as error:
         if not may_pass(error):
             raise
-        log.warning("The Hub fails; the last cached version of '%s' is used.", name)
+        log.warning("The Hub does not answer; the last cached version of '%s' is used.", name)
         return cached
 
 

@@ -133,7 +133,7 @@ def reading(kind: str, name: str) -> Iterator[None]:
                 raise refused(f"Cannot read the {kind} '{name}':", reason) from error
             raise
     if offline:
-        log.info("Read the %s '%s' from the local cache alone.", kind, name)
+        log.info("Read the %s '%s' only from the local cache.", kind, name)
 
 
 def read(kind: str, name: str, call: Callable[[], T]) -> T:
@@ -164,7 +164,9 @@ def load(kind: str, node: Any, called: str = "") -> Any:
     refuse_addresses(named)
     # It would hold, and write beside a model, whatever is in a file of that name.
     if kind == "processor" and target.endswith("Config.from_pretrained"):
-        raise ConfigError("a config is no processor.", "Name a tokenizer's or processor's class.")
+        raise ConfigError(
+            "a config is not a processor.", "Name a tokenizer's or processor's class."
+        )
     pretrained = named.get(_PRETRAINED)
     name = pretrained or named.get("path")
     if not isinstance(name, str):

@@ -144,7 +144,7 @@ def test_the_cache_alone_is_read_for_one_context_only(
     answers(False)
     with caplog.at_level("INFO"), reading("model", "owner/name"):
         assert offline()
-    assert "Read the model 'owner/name' from the local cache alone." in caplog.text
+    assert "Read the model 'owner/name' only from the local cache." in caplog.text
     assert not offline()
     with pytest.raises(ZeroDivisionError), reading("model", "owner/name"):
         raise ZeroDivisionError

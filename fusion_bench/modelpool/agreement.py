@@ -84,7 +84,7 @@ def compare_configs(
         "the configs of these models differ in what decides the computation, and a merged model "
         f"has but one, that of '{name}'.",
         "Use models that were fine-tuned from the same base, or give {here}policy.on_config=warn "
-        "to merge them all the same.",
+        "to merge them anyway.",
         details=tuple(first_of(much)),
     )
     return Found((refusal,), tuple(notes))
@@ -121,8 +121,8 @@ def compare_vocabularies(vocabularies: Mapping[str, Vocabulary], *, warn: bool =
         return Found(notes=tuple(notes))
     refusal = Problem(
         ("models",),
-        "the same token ids mean other strings in these models, so that rows of different tokens "
-        "would be merged into one.",
+        "the same token ids mean different strings in these models, so rows of different tokens "
+        "would be merged.",
         "Use models with the same tokenizer, or give {here}policy.on_tokenizer=warn to merge them "
         "all the same.",
         details=tuple(first_of(much)),

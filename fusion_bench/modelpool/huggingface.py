@@ -180,8 +180,8 @@ class HFModelPool:
         if own is False and reference is True:
             raise FusionBenchError(
                 "its output layer is untied (tie_word_embeddings in its config.json), that of "
-                f"'{self._reference}' is tied, so that a merged model would lose it.",
-                "Name models that are tied alike, or give {above}policy.on_extra=drop to leave it "
+                f"'{self._reference}' is tied. The merged model would lose it.",
+                "Use models with the same setting, or give {above}policy.on_extra=drop to leave it "
                 "out.",
                 place=("models", name),
             )
@@ -393,7 +393,9 @@ class HFModelPool:
             self._processor.write(directory)
         file = directory / "config.json"
         if not file.exists():
-            log.warning("No config.json goes beside the merged weights: the models bring none.")
+            log.warning(
+                "The merged weights are saved without a config.json, because the models have none."
+            )
             return
         config = read_json(file)
         before = deepcopy(config)

@@ -475,6 +475,8 @@ def differing_sizes(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 def _bytes(size: int | str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
     if not found:
-        raise FusionBenchError(f"'{size}' is no size. Write it like '50GB'.", place=("cache_size",))
+        raise FusionBenchError(
+            f"'{size}' is not a size. Write it like '50GB'.", place=("cache_size",)
+        )
     power = " KMGT".index(found[2].upper() or " ")
     return int(float(found[1]) * 1000**power)

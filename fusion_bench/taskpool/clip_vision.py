@@ -225,7 +225,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
                 tokenizer = from_pretrained(CLIPTokenizer, self._tokenizer_directory, model=False)
                 tokenizer(["a photo", "of text"], padding=True, truncation=True)  # bad files fail
             if len(tokenizer) < _SMALLEST_VOCABULARY:
-                raise FusionBenchError(f"'{part.name}' comes without a tokenizer.")
+                raise FusionBenchError(f"'{part.name}' has no tokenizer.")
         return tokenizer
 
     @property

@@ -108,7 +108,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
         part = self._processor if self._processor.source is not None else self._classifiers[task]
         if part is not self._processor and part.name is None:
             raise FusionBenchError(
-                f"missing; the classifier of '{task}' brings none.", place=("processor",)
+                f"missing; the classifier of '{task}' has none.", place=("processor",)
             )
         from transformers import AutoImageProcessor
 
@@ -189,8 +189,8 @@ def _order(task: str, labels: list[str], names: Sequence[Sequence[str]]) -> list
     found = class_indices(labels, *names)
     if found is None:
         raise FusionBenchError(
-            f"it calls its classes {some(labels)}, the dataset {some(names[-1])}: which is which "
-            "cannot be told.",
+            f"it calls its classes {some(labels)}, the dataset {some(names[-1])}: they cannot "
+            "be matched.",
             "List the classifier's names in the order of the dataset's labels in the task pool's "
             f"'tasks.{task}.class_names'.",
         )

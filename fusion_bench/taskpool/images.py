@@ -174,7 +174,7 @@ class Columns:
                 if (other := alike.setdefault(name.casefold(), kind)) != kind:
                     raise self._place.refusal(
                         f"the labels {other!r} and {kind!r} are alike.",
-                        f"List every class in {self._class_names}, and they are one.",
+                        f"List every class in {self._class_names}, and they become one class.",
                     )
         else:
             names, others = self.class_names, self._task.label_names or ()
@@ -184,8 +184,8 @@ class Columns:
                 named = by_name(kinds, *known)
                 strange = [kind for kind in kinds if kind not in named]
                 raise self._place.refusal(
-                    f"the labels {some(strange)} in '{self.label_column}' are no classes among "
-                    f"{some(names)}.",
+                    f"the labels {some(strange)} in '{self.label_column}' are not among the "
+                    f"classes {some(names)}.",
                     f"List in {self._class_names} every class as the dataset calls it.",
                 )
             indices = found
@@ -235,7 +235,7 @@ class Columns:
         )
         what = f"{'several' if found else 'no'} {kind} columns of type {feature}"
         if kind == "label" and list(self._features) == [self.image_column]:
-            return self._place.refusal(f"{what}: there are pictures alone.", _LAYOUT)
+            return self._place.refusal(f"{what}: there are only images.", _LAYOUT)
         key = key_of((*self._settings, f"{kind}_column"))
         return self._place.refusal(
             f"{what} among: {columns}.", f"Name the one to use in the task pool's '{key}'."
@@ -271,7 +271,7 @@ class Columns:
                 return list(given)
             raise FusionBenchError(
                 f"{self._place} calls its classes {some(own)}, and the task's class names are "
-                f"{some(given)}: which is which cannot be told.",
+                f"{some(given)}: they cannot be matched.",
                 "Take the dataset's own names with '{here}class_names=null', or list names in the "
                 "order of its labels: '{here}class_names: […]'.",
                 place=(*self._settings, "class_names"),
@@ -356,7 +356,7 @@ class LabelledImages:
         if converted is not None and converted not in self._said:
             self._said.add(converted)
             log.warning(
-                "%s: sample %d has more than 8 bits a channel, %s; others like it, too.",
+                "%s: sample %d has more than 8 bits a channel, %s; others may have them too.",
                 self._place,
                 index,
                 converted,

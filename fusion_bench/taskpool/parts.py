@@ -130,6 +130,6 @@ class Part:
     def _with_image_processor(self) -> Repository:
         if _IMAGE_PROCESSOR not in self.repository.files:
             raise FusionBenchError(
-                f"Cannot read the processor '{self.name}': it comes without an image processor."
+                f"Cannot read the processor '{self.name}': it has no image processor."
             )
         return self.repository

@@ -179,7 +179,7 @@ def _make_room(needed: int, max_bytes: int, keep: Path) -> None:
             continue
         shutil.rmtree(store, ignore_errors=True)
         sizes.pop(store)
-        log.info("Preprocessed images in %s made room for others.", store)
+        log.info("Preprocessed images in %s were removed to free space.", store)
     free = shutil.disk_usage(_root()).free + _allocated(keep)
     if not enough or needed > 0.9 * free:
         raise OSError(f"no room for {needed / 1e9:.1f} GB of preprocessed images")

@@ -110,7 +110,7 @@ def test_nor_by_a_processor_that_is_made_and_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "more", "fact"),
     [
-        ("BertConfig", {}, "a config is no processor"),
+        ("BertConfig", {}, "a config is not a processor"),
         ("AutoTokenizer", {"tokenizer_file": "{there}/secret"}, "tokenizer_file: .* is refused"),
         ("AutoTokenizer", {"vocab_file": "../secret"}, "vocab_file: .* is refused"),
         ("AutoImageProcessor", {"image_processor_filename": "../secret"}, "filename: .* refused"),

@@ -259,7 +259,7 @@ def test_sizes(evaluate: Evaluator, size: int | str) -> None:
 
 
 def test_what_is_no_size(evaluate: Evaluator) -> None:
-    with pytest.raises(FusionBenchError, match=r"cache_size: 'much' is no size"):
+    with pytest.raises(FusionBenchError, match=r"cache_size: 'much' is not a size"):
         evaluate(cache_size="much")
 
 

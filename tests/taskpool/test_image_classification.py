@@ -261,7 +261,7 @@ def test_classes_of_other_names(zoo: Path, family: Path, tmp_path: Path) -> None
     text = refused(zoo, family, str(strange))
     assert text.startswith(
         "classifiers.a: it calls its classes 'Abtei', 'Kabine', 'Strand', the dataset "
-        "'abbey', 'airplane cabin', 'beach': which is which cannot be told."
+        "'abbey', 'airplane cabin', 'beach': they cannot be matched."
     )
     (problem,) = tasks(family, {"a": str(strange)}).plan().problems
     assert str(problem) == text

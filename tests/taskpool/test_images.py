@@ -265,8 +265,8 @@ def test_text_is_matched_with_the_class_names(caplog: pytest.LogCaptureFixture) 
     [
         (["cat", None], None, "sample 1 has no label"),
         (["cat", " "], ["cat"], "sample 1 has no label"),
-        (["cat", "emu"], ["cat", "dog"], "the labels 'emu' in 'label' are no classes among"),
-        (["5", "6"], ["a", "b", "c"], "the labels '5', '6' in 'label' are no classes"),
+        (["cat", "emu"], ["cat", "dog"], "the labels 'emu' in 'label' are not among the classes"),
+        (["5", "6"], ["a", "b", "c"], "the labels '5', '6' in 'label' are not among"),
         (["cat", "Cat"], None, "the labels 'Cat' and 'cat' are alike"),
         (["cat", "cat "], None, "the labels 'cat' and 'cat ' are alike"),
     ],
@@ -288,7 +288,7 @@ def test_folders_of_splits_are_no_classes() -> None:
 
 def test_pictures_alone_are_told_the_layout() -> None:
     text = message(dataset([0]).remove_columns("label"))
-    assert "there are pictures alone" in text and "<split>/<class>/<picture>" in text
+    assert "there are only images" in text and "<split>/<class>/<picture>" in text
 
 
 def named(task: str, names: list[str], **changes: Any) -> LabelledImages:
@@ -312,7 +312,7 @@ def test_names_that_tell_nothing_are_refused_and_the_ways_out_work() -> None:
     with pytest.raises(FusionBenchError) as error:
         named("fashion_mnist", strange)
     text = str(error.value)
-    assert "which is which cannot be told" in text
+    assert "they cannot be matched" in text
     assert "'tasks.fashion_mnist.class_names=null'" in text
     assert named("fashion_mnist", strange, class_names=None).class_names == strange
     own = [letter * 2 for letter in "abcdefghij"]

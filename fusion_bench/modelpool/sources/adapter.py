@@ -70,7 +70,7 @@ class Adapter:
             if below in above:
                 names = " on ".join(adapter.named.name for adapter in [*above, below])
                 remedy = "Name a whole model as the base of one."
-                raise ConfigError(f"its base stands on itself: {names}.", remedy)
+                raise ConfigError(f"its base depends on itself: {names}.", remedy)
             above.append(below)
             below = below._below
         return self._below
@@ -100,7 +100,7 @@ class Adapter:
         if not (below := base.named.name):
             return base.plan(plan) and self.at.has(*files)
         if declared is None:
-            plan.note(f"{self.named.name}: the adapter names no base; it is put on '{below}'.")
+            plan.note(f"{self.named.name}: the adapter names no base and is merged into '{below}'.")
         elif self.named.base is not None:
             plan.note(
                 f"{self.named.name}: the adapter's config says that it was trained on "

@@ -186,7 +186,7 @@ def test_an_adapter_that_names_no_base_is_put_on_the_pretrained_model_and_it_is_
     models = pool(root, x=root / "x")
     plan = models.plan(built=False)
     assert plan.problems == [] and "x" in plan.weights
-    assert plan.notes == ["x: the adapter names no base; it is put on '_pretrained_'."]
+    assert plan.notes == ["x: the adapter names no base and is merged into '_pretrained_'."]
 
 
 HUB = "/h/models--Owner--Name/snapshots/abc1234567"
