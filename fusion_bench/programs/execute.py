@@ -150,7 +150,7 @@ class _Run:
         with clock.measure("fuse"):
             wanted = evaluated or self.paths.model_path is not None
             merged = self._fuse(fabric, method, data, search) if wanted else {}
-        with clock.measure("evaluate"):
+        with clock.measure("evaluate", says=evaluated and self.taskpool is not None):
             if evaluated:
                 evaluator.take(self._evaluated_baselines(fabric, inputs))
                 evaluator.evaluate_merged(merged)
@@ -305,11 +305,11 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def measure(self, step: str) -> Iterator[None]:
+    def measure(self, step: str, *, says: bool = True) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[step] = round(time.perf_counter() - start, 3)
-        if self._says:
+        if self._says and says:
             log.info("%s in %.1f s.", _DONE[step], self.seconds[step])
 
     def total(self) -> float:

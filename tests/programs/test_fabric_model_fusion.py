@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -242,3 +243,15 @@ def test_the_report_says_what_was_merged_although_it_differs(tmp_path: Path) -> 
     config["modelpool"]["policy"] = {"on_dtype": "error"}
     with pytest.raises(ConfigError, match=r"b: 'lm_head\.weight' is bfloat16, in a float32"):
         run(config)
+
+
+def test_the_log_tells_the_seconds_of_each_step(
+    program_config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "fusion_bench"):
+        run(program_config)
+        steps = [message for message in caplog.messages if message.endswith(" s.")]
+        caplog.clear()
+        run(program_config, taskpool=None)
+    assert [step.split(" in ")[0] for step in steps] == ["Loaded", "Fused", "Evaluated"]
+    assert not any(message.startswith("Evaluated in") for message in caplog.messages)
