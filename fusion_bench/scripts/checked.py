@@ -142,6 +142,10 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 "deeply. Check its interpolations and defaults lists."
             ) from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if str(error).startswith("Config group override"):
+                for key in (word[: -len("=null")] for word in overrides if word.endswith("=null")):
+                    reason = "null is not a choice of a config group."
+                    raise ConfigError(reason, f"Type '~{key}' instead.", place=(key,)) from error
             # What Hydra makes of no text, of trees without end, or of its own key set to null.
             raise ConfigError(f"'{config_name}' cannot be composed: {error}.") from error
         Problems(dict.fromkeys(_problems(config))).raise_all()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commandline import fusion_bench
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -161,3 +162,9 @@ def test_no_file_sweeps_what_is_searched(composed: Any) -> None:
 def test_a_dry_run_leaves_no_config(composed: Any) -> None:
     assert composed({"dry_run": True}).hydra.output_subdir is None
     assert composed({"dry_run": False}).hydra.output_subdir == ".hydra"
+
+
+def test_null_for_a_config_group_is_answered_with_what_to_type(tmp_path: Path) -> None:
+    done = fusion_bench("taskpool=null", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "taskpool: null is not a choice of a config group. Type '~taskpool'" in done.stderr
