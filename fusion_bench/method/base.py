@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -14,8 +14,10 @@ from fusion_bench.method.contract import (
     FusionMethod,
     ModelPool,
     Needs,
+    Ran,
 )
 from fusion_bench.method.plain import refuse_without_pretrained
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import (
     Aligned,
     Inputs,
@@ -63,7 +65,6 @@ class ModuleDict:
         return module.eval()
 
 
-@dataclass(eq=False, kw_only=True)
 class TensorwiseAlgorithm:
     """A method that merges each tensor separately.
 
@@ -72,7 +73,10 @@ class TensorwiseAlgorithm:
     each element depends on that element alone set ``elementwise``. Where NaN or infinity in a model
     always shows in the result, as in a weighted sum, ``shows_nonfinite`` saves looking for it
     twice. ``heavy`` ones, which factorise matrices or descend gradients, compute where Fabric
-    computes. As dataclasses they take the two options of every method besides their own.
+    computes.
+
+    Most subclasses are dataclasses, whose fields are their options. The options of every method are
+    added to these, as the last ones.
 
     Args:
         show_pbar: show a progress bar.
@@ -83,8 +87,16 @@ class TensorwiseAlgorithm:
     elementwise = False
     heavy = False
     shows_nonfinite = False
-    show_pbar: bool = True
-    inplace: bool = False
+    show_pbar = True
+    inplace = False
+
+    def __init__(self, show_pbar: bool = True, inplace: bool = False):
+        self.show_pbar = show_pbar
+        self.inplace = inplace
+
+    def __init_subclass__(cls) -> None:
+        """Add the options of every method to a dataclass's own."""
+        cls.__annotations__ = {**cls.__annotations__, "show_pbar": bool, "inplace": bool}
 
     @property
     def needs(self) -> Needs:
@@ -150,21 +162,30 @@ class TensorwiseAlgorithm:
         modelpool: ModelPool | Mapping[str, nn.Module],
         fabric: "Fabric | None" = None,
         data: Data | None = None,
-    ) -> Any:
+    ) -> Ran:
         """Merge a pool's models, or a dict's.
 
         Returns:
             For a pool, the result of ``fuse``. For a dict of modules, a state dict, or several by
             name. The modules are not changed, unless ``inplace`` is set: then the merged values are
             written to the tensors of the pretrained model, or of the first model if there is none.
+
+        Raises:
+            FusionBenchError: as ``fuse``, and ``inplace`` where there are several results.
         """
-        fused = run(self, modelpool, fabric, data)
-        if self.inplace and isinstance(modelpool, Mapping) and _is_state_dict(fused):
-            pool = ModuleDict(modelpool)
-            name = "_pretrained_" if pool.has_pretrained else pool.model_names[0]
-            target = pool.weights(name)
-            return {key: target[key].copy_(tensor) for key, tensor in fused.items()}
-        return fused
+        if not self.inplace or not isinstance(modelpool, Mapping):
+            return run(self, modelpool, fabric, data)
+        pool = ModuleDict(modelpool)
+        fused = self.fuse(pool, fabric, data)
+        if not isinstance(fused, Weights):
+            raise FusionBenchError(
+                f"{type(self).__name__} makes {len(fused)} models, and only one can be written in "
+                "place.",
+                "Remove it.",
+                place=("inplace",),
+            )
+        target = pool.weights("_pretrained_" if pool.has_pretrained else pool.model_names[0])
+        return {key: target[key].copy_(tensor) for key, tensor in in_memory(fused).items()}
 
     def inputs(self, pool: ModelPool, fabric: "Fabric | None" = None) -> Inputs:
         """Return the pool's models, aligned and checked; of no weight more than its shape is read.
@@ -192,7 +213,7 @@ def run(
     modelpool: ModelPool | Mapping[str, nn.Module],
     fabric: "Fabric | None" = None,
     data: Data | None = None,
-) -> Any:
+) -> Ran:
     """Fuse a pool's models; of a dict of modules merged weights become plain state dicts."""
     if not isinstance(modelpool, Mapping):
         return method.fuse(modelpool, fabric, data)
@@ -204,10 +225,6 @@ def run(
     return {
         name: in_memory(part) if isinstance(part, Weights) else part for name, part in fused.items()
     }
-
-
-def _is_state_dict(fused: Mapping[str, Any]) -> bool:
-    return all(isinstance(value, Tensor) for value in fused.values())
 
 
 def aligned(

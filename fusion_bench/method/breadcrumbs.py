@@ -6,6 +6,7 @@ Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -18,6 +19,7 @@ from fusion_bench.weights.ops import add_scaled, keep_largest, ranks, task_vecto
 Scope = Literal["tensor", "row"]
 
 
+@dataclass(eq=False)
 class ModelBreadcrumbs(TensorwiseAlgorithm):
     """Task arithmetic with the elements of medium magnitude.
 
@@ -31,20 +33,15 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
 
     needs_pretrained = True
 
-    def __init__(
-        self,
-        scaling_factor: float = 0.3,
-        density: float = 0.1,
-        gamma: float = 0.01,
-        scope: Scope = "tensor",
-    ):
-        check_between("density", density, 0, 1)
-        check_between("gamma", gamma, 0, 1)
-        check_choice("scope", scope, Scope)
-        self.scaling_factor = scaling_factor
-        self.density = density
-        self.gamma = gamma
-        self.scope = scope
+    scaling_factor: float = 0.3
+    density: float = 0.1
+    gamma: float = 0.01
+    scope: Scope = "tensor"
+
+    def __post_init__(self) -> None:
+        check_between("density", self.density, 0, 1)
+        check_between("gamma", self.gamma, 0, 1)
+        check_choice("scope", self.scope, Scope)
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus the scaled sum of what is kept."""

@@ -19,6 +19,8 @@ Split = Literal["train", "validation", "test"]
 
 #: What a method makes of a pool: one model, or several by name.
 Fused = Weights | nn.Module | Mapping[str, Weights | nn.Module]
+#: What ``run`` returns: the same, with state dicts instead of weights for a dict of modules.
+Ran = Fused | dict[str, Tensor] | Mapping[str, dict[str, Tensor] | nn.Module]
 
 
 @dataclass(frozen=True)
@@ -176,5 +178,5 @@ class FusionMethod(Protocol):
         modelpool: ModelPool | Mapping[str, nn.Module],
         fabric: "Fabric | None" = None,
         data: Data | None = None,
-    ) -> Any:
+    ) -> Ran:
         """Merge a pool, or a dict of modules by name, from Python."""

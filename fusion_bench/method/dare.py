@@ -60,6 +60,7 @@ class _Dropping:
         return dropped
 
 
+@dataclass(eq=False)
 class DareTaskArithmetic(TensorwiseAlgorithm):
     """Task arithmetic on sparse task vectors.
 
@@ -75,23 +76,24 @@ class DareTaskArithmetic(TensorwiseAlgorithm):
     needs_pretrained = True
     shows_nonfinite = True
 
-    def __init__(
-        self,
-        scaling_factor: float = 0.3,
-        sparsity_ratio: float = 0.5,
-        only_on_linear_weights: bool = False,
-        rescale: bool | Rescale = True,
-        seed: int | None = None,
-    ):
-        self.scaling_factor = scaling_factor
-        self._dropping = _Dropping(sparsity_ratio, only_on_linear_weights, rescale, seed)
-        self.elementwise = rescale != "l1"
+    scaling_factor: float = 0.3
+    sparsity_ratio: float = 0.5
+    only_on_linear_weights: bool = False
+    rescale: bool | Rescale = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._dropping = _Dropping(
+            self.sparsity_ratio, self.only_on_linear_weights, self.rescale, self.seed
+        )
+        self.elementwise = self.rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that adds the sparse task vectors to the pretrained model."""
         return _sum_merger(self._dropping.vectors(inputs), self.scaling_factor)
 
 
+@dataclass(eq=False)
 class DareSimpleAverage(TensorwiseAlgorithm):
     """The average of models with sparse task vectors.
 
@@ -105,21 +107,23 @@ class DareSimpleAverage(TensorwiseAlgorithm):
     needs_pretrained = True
     shows_nonfinite = True
 
-    def __init__(
-        self,
-        sparsity_ratio: float = 0.5,
-        only_on_linear_weights: bool = False,
-        rescale: bool | Rescale = True,
-        seed: int | None = None,
-    ):
-        self._dropping = _Dropping(sparsity_ratio, only_on_linear_weights, rescale, seed)
-        self.elementwise = rescale != "l1"
+    sparsity_ratio: float = 0.5
+    only_on_linear_weights: bool = False
+    rescale: bool | Rescale = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._dropping = _Dropping(
+            self.sparsity_ratio, self.only_on_linear_weights, self.rescale, self.seed
+        )
+        self.elementwise = self.rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that adds the mean sparse task vector to the pretrained model."""
         return _sum_merger(self._dropping.vectors(inputs), 1 / len(inputs.names))
 
 
+@dataclass(eq=False)
 class DareTiesMerging(TensorwiseAlgorithm):
     """TIES on sparse task vectors.
 
@@ -140,25 +144,32 @@ class DareTiesMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     shows_nonfinite = True
 
-    def __init__(
-        self,
-        sparsity_ratio: float = 0.5,
-        only_on_linear_weights: bool = False,
-        rescale: bool | Rescale = True,
-        scaling_factor: float = 0.5,
-        threshold: float = 20,
-        remove_keys: Sequence[str] = (),
-        merge_func: MergeFunc = "sum",
-        scope: Scope = "model",
-        keep: Keep = "exact_topk",
-        zero_sign: ZeroSign = "global_majority",
-        seed: int | None = None,
-    ):
-        self._dropping = _Dropping(sparsity_ratio, only_on_linear_weights, rescale, seed)
-        self._ties = TiesMergingAlgorithm(
-            scaling_factor, threshold, remove_keys, merge_func, scope, keep, zero_sign
+    sparsity_ratio: float = 0.5
+    only_on_linear_weights: bool = False
+    rescale: bool | Rescale = True
+    scaling_factor: float = 0.5
+    threshold: float = 20
+    remove_keys: Sequence[str] = ()
+    merge_func: MergeFunc = "sum"
+    scope: Scope = "model"
+    keep: Keep = "exact_topk"
+    zero_sign: ZeroSign = "global_majority"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._dropping = _Dropping(
+            self.sparsity_ratio, self.only_on_linear_weights, self.rescale, self.seed
         )
-        self.elementwise = rescale != "l1" and self._ties.elementwise
+        self._ties = TiesMergingAlgorithm(
+            self.scaling_factor,
+            self.threshold,
+            self.remove_keys,
+            self.merge_func,
+            self.scope,
+            self.keep,
+            self.zero_sign,
+        )
+        self.elementwise = self.rescale != "l1" and self._ties.elementwise
         self.shows_nonfinite = self._ties.shows_nonfinite
 
     def merger(self, inputs: Inputs) -> MergePiece:

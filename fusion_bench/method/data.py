@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fusion_bench.method.base import aligned, refuse_disagreeing, run
-from fusion_bench.method.contract import Data, ModelPool, Needs, Split, TaskData
+from fusion_bench.method.contract import Data, ModelPool, Needs, Ran, Split, TaskData
 from fusion_bench.method.plain import refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_between
 from fusion_bench.progress import bar
@@ -138,7 +138,7 @@ class LearningAlgorithm:
         modelpool: ModelPool | Mapping[str, nn.Module],
         fabric: "Fabric | None" = None,
         data: Data | None = None,
-    ) -> Any:
+    ) -> Ran:
         """Learn and merge a pool's models, or those of a dict, which become a state dict."""
         return run(self, modelpool, fabric, data)
 

@@ -6,6 +6,7 @@ Deep et al., DELLA-Merging, https://arxiv.org/abs/2406.11617
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ Window = Literal["full", "half"]
 Merge = Literal["elect", "linear"]
 
 
+@dataclass(eq=False)
 class DellaMerging(TensorwiseAlgorithm):
     """The pretrained model plus merged task vectors, made sparse by magnitude.
 
@@ -48,39 +50,32 @@ class DellaMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     shows_nonfinite = True
 
-    def __init__(
-        self,
-        scaling_factor: float = 1.0,
-        density: float = 0.7,
-        epsilon: float = 0.14,
-        window: Window = "full",
-        rescale: Rescale = "inverse_keep",
-        merge: Merge = "elect",
-        merge_func: MergeFunc = "mean",
-        seed: int | None = None,
-    ):
-        check_between("density", density, 0, 1)
-        check_between("epsilon", epsilon, 0, 1)
-        check_choice("window", window, Window)
-        check_choice("rescale", rescale, Rescale)
-        check_choice("merge", merge, Merge)
-        check_choice("merge_func", merge_func, MergeFunc)
-        self._half = epsilon / 2 if window == "full" else epsilon
-        if not 0 < density - self._half <= density + self._half <= 1:
+    scaling_factor: float = 1.0
+    density: float = 0.7
+    epsilon: float = 0.14
+    window: Window = "full"
+    rescale: Rescale = "inverse_keep"
+    merge: Merge = "elect"
+    merge_func: MergeFunc = "mean"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_between("density", self.density, 0, 1)
+        check_between("epsilon", self.epsilon, 0, 1)
+        check_choice("window", self.window, Window)
+        check_choice("rescale", self.rescale, Rescale)
+        check_choice("merge", self.merge, Merge)
+        check_choice("merge_func", self.merge_func, MergeFunc)
+        self._half = self.epsilon / 2 if self.window == "full" else self.epsilon
+        least, most = self.density - self._half, self.density + self._half
+        if not 0 < least <= most <= 1:
             raise FusionBenchError(
-                f"with density {density} elements would be kept with probabilities from "
-                f"{density - self._half:g} to {density + self._half:g}, which must be greater "
-                "than 0 and at most 1.",
+                f"with density {self.density} elements would be kept with probabilities from "
+                f"{least:g} to {most:g}, which must be greater than 0 and at most 1.",
                 place=("epsilon",),
             )
-        if merge == "linear" and merge_func == "max":
+        if self.merge == "linear" and self.merge_func == "max":
             raise FusionBenchError("'max' is only for merge=elect.", place=("merge_func",))
-        self.scaling_factor = scaling_factor
-        self.density = density
-        self.rescale = rescale
-        self.merge = merge
-        self.merge_func = merge_func
-        self.seed = seed or 0
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that makes the task vectors sparse and merges them."""
@@ -90,7 +85,7 @@ class DellaMerging(TensorwiseAlgorithm):
         ) -> Iterator[Tensor]:
             vectors = task_vectors(key, start, tensors, base)
             for name, vector in zip(inputs.names, vectors, strict=True):
-                yield self._pruned(vector, (self.seed, name, key))
+                yield self._pruned(vector, (self.seed or 0, name, key))
 
         if self.merge == "elect":
             everything = 1  # nothing is trimmed

@@ -6,6 +6,7 @@ Huang et al., EMR-Merging, https://arxiv.org/abs/2405.17461
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -20,6 +21,7 @@ from fusion_bench.weights.statistics import sums, total
 Rescale = Literal["paper", "released"]
 
 
+@dataclass(eq=False)
 class EMRMerging(TensorwiseAlgorithm):
     """A model for each task: the pretrained model plus a masked, rescaled unified task vector.
 
@@ -31,9 +33,10 @@ class EMRMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     elementwise = True
 
-    def __init__(self, rescale: Rescale = "paper"):
-        check_choice("rescale", rescale, Rescale)
-        self.rescale = rescale
+    rescale: Rescale = "paper"
+
+    def __post_init__(self) -> None:
+        check_choice("rescale", self.rescale, Rescale)
 
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
         """Compute the scales; return the merge function of each task's model by name."""

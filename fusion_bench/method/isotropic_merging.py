@@ -7,6 +7,7 @@ Marczak et al., No task left behind, https://arxiv.org/abs/2502.04959
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -18,30 +19,8 @@ from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd, wi
 from fusion_bench.weights.ops import add_scaled, task_vectors
 
 
-class _Isotropic(TensorwiseAlgorithm):
-    """Merges matrices by ``_flat``; other entries get the mean task vector."""
-
-    needs_pretrained = True
-    heavy = True
-
-    def __init__(self, scaling_factor: float, exclude_keys: Sequence[str] | None):
-        self.scaling_factor = scaling_factor
-        self.exclude_keys = list(exclude_keys or ())
-
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus the scaled merged task vector."""
-        assert base is not None
-        if is_matrix(key, base.shape, self.exclude_keys):
-            return self._flat(key, tensors, base).to(base).mul_(self.scaling_factor).add_(base)
-        vectors = task_vectors(key, 0, tensors, base)
-        return add_scaled(base, vectors, self.scaling_factor / len(tensors))
-
-    def _flat(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> Tensor:
-        """Return a merged task vector with equal singular values."""
-        raise NotImplementedError
-
-
-class ISO_C_Merge(_Isotropic):  # noqa: N801
+@dataclass(eq=False)
+class ISO_C_Merge(TensorwiseAlgorithm):  # noqa: N801
     """The pretrained model plus the sum of the task vectors with equal singular values.
 
     Entries that are not matrices get the mean task vector.
@@ -53,21 +32,26 @@ class ISO_C_Merge(_Isotropic):  # noqa: N801
             With 0 all count the same, even those in which nothing changed.
     """
 
-    def __init__(
-        self,
-        scaling_factor: float = 1.0,
-        exclude_keys: Sequence[str] | None = None,
-        rank_tol: float = 0.0,
-    ):
-        check_between("rank_tol", rank_tol, 0, 1)
-        super().__init__(scaling_factor, exclude_keys)
-        self.rank_tol = rank_tol
+    needs_pretrained = True
+    heavy = True
 
-    def _flat(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> Tensor:
-        return _flattened(_sum(key, tensors, base), self.rank_tol)
+    scaling_factor: float = 1.0
+    exclude_keys: Sequence[str] | None = None
+    rank_tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_between("rank_tol", self.rank_tol, 0, 1)
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return ``base`` plus the scaled sum with equal singular values, or the mean."""
+        assert base is not None
+        if not is_matrix(key, base.shape, self.exclude_keys or ()):
+            return _with_mean(key, tensors, base, self.scaling_factor)
+        return _with(_flattened(_sum(key, tensors, base), self.rank_tol), base, self.scaling_factor)
 
 
-class ISO_CTS_Merge(_Isotropic):  # noqa: N801
+@dataclass(eq=False)
+class ISO_CTS_Merge(TensorwiseAlgorithm):  # noqa: N801
     """Iso-C with some task-specific directions outside the common ones.
 
     Entries that are not matrices get the mean task vector.
@@ -78,17 +62,25 @@ class ISO_CTS_Merge(_Isotropic):  # noqa: N801
         exclude_keys: keys or key patterns of matrices that are merged like other entries.
     """
 
-    def __init__(
-        self,
-        scaling_factor: float = 1.0,
-        common_space_fraction: float = 0.8,
-        exclude_keys: Sequence[str] | None = None,
-    ):
-        check_between("common_space_fraction", common_space_fraction, 0, 1)
-        super().__init__(scaling_factor, exclude_keys)
-        self.common_space_fraction = common_space_fraction
+    needs_pretrained = True
+    heavy = True
+
+    scaling_factor: float = 1.0
+    common_space_fraction: float = 0.8
+    exclude_keys: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_between("common_space_fraction", self.common_space_fraction, 0, 1)
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return ``base`` plus the scaled common and own directions, or the mean."""
+        assert base is not None
+        if not is_matrix(key, base.shape, self.exclude_keys or ()):
+            return _with_mean(key, tensors, base, self.scaling_factor)
+        return _with(self._flat(key, tensors, base), base, self.scaling_factor)
 
     def _flat(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> Tensor:
+        """Return a merged task vector with equal singular values."""
         rank = min(base.shape)
         total = _sum(key, tensors, base)
         own = self._own(rank, len(tensors))
@@ -108,6 +100,16 @@ class ISO_CTS_Merge(_Isotropic):  # noqa: N801
         """Return how many directions each task has of its own."""
         common = math.floor(rank * Fraction(str(self.common_space_fraction)))
         return min(round(Fraction(rank - common, models)), rank // models)
+
+
+def _with(task_vector: Tensor, base: Tensor, factor: float) -> Tensor:
+    """Return ``base`` plus a scaled task vector, which is used up."""
+    return task_vector.to(base).mul_(factor).add_(base)
+
+
+def _with_mean(key: str, tensors: Sequence[Tensor], base: Tensor, factor: float) -> Tensor:
+    """Return ``base`` plus the scaled mean task vector."""
+    return add_scaled(base, task_vectors(key, 0, tensors, base), factor / len(tensors))
 
 
 def _sum(key: str, tensors: Sequence[Tensor], base: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from fusion_bench.weights.ops import task_vectors
 _AT_HAND = 2**29
 
 
+@dataclass(eq=False)
 class KnOTSMerging(TensorwiseAlgorithm):
     """The pretrained model plus the aligned task vectors, merged by another method.
 
@@ -42,36 +42,32 @@ class KnOTSMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     heavy = True
 
-    def __init__(
-        self,
-        base_method: Any = None,
-        scaling_factor: float = 1.0,
-        exclude_keys: Sequence[str] | None = None,
-        rank_tol: float = 1e-5,
-    ):
-        check_between("rank_tol", rank_tol, 0, 1)
+    base_method: object = None
+    scaling_factor: float = 1.0
+    exclude_keys: Sequence[str] | None = None
+    rank_tol: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_between("rank_tol", self.rank_tol, 0, 1)
         with within("base_method"):
-            made = instantiate(base_method, "method") or TiesMergingAlgorithm()
+            made = instantiate(self.base_method, "method") or TiesMergingAlgorithm()
             if not isinstance(made, TensorwiseAlgorithm) or made.needs.split is not None:
                 raise FusionBenchError(
                     f"{type(made).__name__} does not merge weights tensor by tensor.",
                     "Choose another method.",
                 )
-        self.base_method = made
-        self.scaling_factor = scaling_factor
-        self.exclude_keys = list(exclude_keys or ())
-        self.rank_tol = rank_tol
+        self.base_method = self._base = made
 
     def check(self, inputs: Inputs) -> None:
         """Refuse what the base method cannot merge."""
         with within("base_method"):
-            self.base_method.check(inputs)
+            self._base.check(inputs)
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Merge the aligned task vectors with the base method, and transform the result back."""
-        alignment = _Alignment(inputs, self.exclude_keys, self.rank_tol)
+        alignment = _Alignment(inputs, self.exclude_keys or (), self.rank_tol)
         with within("base_method", keyed_only=True):
-            fused = self.base_method.fuse(_AlignedPool(alignment))
+            fused = self._base.fuse(_AlignedPool(alignment))
         if isinstance(fused, Weights):
             return self._turned_back(alignment, fused)
         return {name: self._turned_back(alignment, own) for name, own in fused.items()}

@@ -8,8 +8,8 @@ Wang et al., LiNeS, https://arxiv.org/abs/2410.17146
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class LiNeSAlgorithm(TensorwiseAlgorithm):
     """Another method's change, scaled from block to block.
 
@@ -46,36 +47,34 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
 
     needs_pretrained = True
 
-    def __init__(
-        self,
-        base_method: Any,
-        alpha: float | Literal["auto"] = "auto",
-        beta: float | None = 1.0,
-    ):
+    base_method: object
+    alpha: float | Literal["auto"] = "auto"
+    beta: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        alpha = self.alpha
         if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
             raise FusionBenchError(f"{alpha!r} is neither a number nor 'auto'.", place=("alpha",))
         with within("base_method"):
-            made = instantiate(base_method, "method")
+            made = instantiate(self.base_method, "method")
         if not isinstance(made, Runs):
             raise FusionBenchError(
-                f"{base_method!r} is not a method.",
+                f"{self.base_method!r} is not a method.",
                 "On the command line, choose one with 'method@{here}base_method=ties_merging'.",
                 place=("base_method",),
             )
-        self.base_method = as_method(made)
-        self.alpha = alpha
-        self.beta = beta
+        self.base_method = self._base = as_method(made)
 
     @property
     def needs(self) -> Needs:
         """What the base method asks for, and the pretrained model."""
-        return replace(self.base_method.needs, base=True)
+        return replace(self._base.needs, base=True)
 
     def check_pool(self, pool: ModelPool) -> None:
         """Refuse what the base method cannot merge."""
         refuse_without_pretrained(self, pool)
         with within("base_method"):
-            self.base_method.check_pool(pool)
+            self._base.check_pool(pool)
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
@@ -92,7 +91,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         """
         refuse_without_pretrained(self, pool)
         with within("base_method", keyed_only=True):
-            fused = self.base_method.fuse(pool, fabric, data)
+            fused = self._base.fuse(pool, fabric, data)
         if isinstance(fused, Weights | nn.Module):
             return self._scaled(pool, fused)
         return {name: self._scaled(pool, own) for name, own in fused.items()}
@@ -101,7 +100,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         """Return weights that scale ``merged`` when they are read."""
         if not isinstance(merged, Weights):
             raise FusionBenchError(
-                f"{class_name(self.base_method)} returns a module instead of weights, which "
+                f"{class_name(self._base)} returns a module instead of weights, which "
                 "cannot be scaled.",
                 "Choose another method.",
                 place=("base_method",),

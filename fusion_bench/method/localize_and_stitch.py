@@ -6,6 +6,7 @@ He et al., Localize-and-Stitch, https://arxiv.org/abs/2408.13656
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -18,6 +19,7 @@ from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import largest
 
 
+@dataclass(eq=False)
 class LocalizeAndStitch(TensorwiseAlgorithm):
     """The pretrained model plus the largest changes, averaged where they overlap.
 
@@ -30,9 +32,10 @@ class LocalizeAndStitch(TensorwiseAlgorithm):
     shows_nonfinite = True
     elementwise = True
 
-    def __init__(self, density: float = 0.1):
-        check_between("density", density, 0, 1)
-        self.density = density
+    density: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_between("density", self.density, 0, 1)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""

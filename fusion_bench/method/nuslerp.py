@@ -9,6 +9,7 @@ of WARP: Ramé et al., https://arxiv.org/abs/2406.16768
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from fusion_bench.problems import FusionBenchError, check_one_each
 from fusion_bench.weights import Inputs
 
 
+@dataclass(eq=False)
 class NuSlerpAlgorithm(TensorwiseAlgorithm):
     """A weighted mean along arcs: of the task vectors, or without a pretrained model of the models.
 
@@ -28,11 +30,12 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
             last dimension; 0 for each column, along the first.
     """
 
-    def __init__(self, weights: Sequence[float] | None = None, axis: int | None = None):
-        if axis not in (None, 0, -1):
-            raise FusionBenchError(f"{axis!r} is not null, 0 or -1.", place=("axis",))
-        self.weights = None if weights is None else list(weights)
-        self.axis = axis
+    weights: Sequence[float] | None = None
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.axis not in (None, 0, -1):
+            raise FusionBenchError(f"{self.axis!r} is not null, 0 or -1.", place=("axis",))
 
     def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""

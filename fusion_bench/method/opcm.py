@@ -7,6 +7,7 @@ models on the fly, https://arxiv.org/abs/2501.09522
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
@@ -24,6 +25,7 @@ from fusion_bench.weights.statistics import sums, total
 Rho = Literal["paper", "fusionbench"]
 
 
+@dataclass(eq=False)
 class OPCM(TensorwiseAlgorithm):
     """Sequential merging where each model adds only new directions to the merged one.
 
@@ -42,22 +44,16 @@ class OPCM(TensorwiseAlgorithm):
     shows_nonfinite = True
     heavy = True
 
-    def __init__(
-        self,
-        alpha: float = 0.5,
-        shuffle_order: bool = False,
-        seed: int | None = None,
-        save_on_every_step: bool = False,
-        evaluate_on_every_step: bool = False,
-        rho: Rho = "paper",
-    ):
-        check_between("alpha", alpha, 0, 1)
-        check_choice("rho", rho, Rho)
-        self.alpha = alpha
-        self.shuffle_order = shuffle_order
-        self.seed = seed
-        self.every_step = save_on_every_step or evaluate_on_every_step
-        self.rho = rho
+    alpha: float = 0.5
+    shuffle_order: bool = False
+    seed: int | None = None
+    save_on_every_step: bool = False
+    evaluate_on_every_step: bool = False
+    rho: Rho = "paper"
+
+    def __post_init__(self) -> None:
+        check_between("alpha", self.alpha, 0, 1)
+        check_choice("rho", self.rho, Rho)
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Add up the task vectors, and find the scale after each step.
@@ -72,7 +68,7 @@ class OPCM(TensorwiseAlgorithm):
         path = _Path(self, inputs, order)
         steps = range(1, len(order) + 1)
         scales = path.scales()
-        if not self.every_step:
+        if not (self.save_on_every_step or self.evaluate_on_every_step):
             return path.merger(len(order), scales[-1])
         digits = len(str(len(order)))
         return {

@@ -6,9 +6,10 @@ Du et al., Parameter competition balancing, https://arxiv.org/abs/2410.02396
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations_with_replacement
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +18,14 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import extremes, largest, sums, total
+from fusion_bench.weights.statistics import Piece, extremes, largest, sums, total
 
 Variant = Literal["paper", "released"]
 #: Of a piece, for each model: the score of each element, 0 where it does not count, and its change.
-Scored = Callable[..., Iterator[tuple[Tensor, Tensor]]]
+Scored = Callable[[*Piece], Iterator[tuple[Tensor, Tensor]]]
 
 
+@dataclass(eq=False)
 class PCBMerging(TensorwiseAlgorithm):
     """The pretrained model plus the mean of the changes, weighted by their scores.
 
@@ -36,14 +38,13 @@ class PCBMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     elementwise = True
 
-    def __init__(
-        self, density: float = 0.1, scaling_factor: float = 1.0, variant: Variant = "paper"
-    ):
-        check_between("density", density, 0, 1)
-        check_choice("variant", variant, Variant)
-        self.density = density
-        self.scaling_factor = scaling_factor
-        self.variant = variant
+    density: float = 0.1
+    scaling_factor: float = 1.0
+    variant: Variant = "paper"
+
+    def __post_init__(self) -> None:
+        check_between("density", self.density, 0, 1)
+        check_choice("variant", self.variant, Variant)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the ranges of all scores, and the elements to keep."""
@@ -71,24 +72,24 @@ def _as_in_the_paper(inputs: Inputs, count: int) -> Scored:
     pairs = list(combinations_with_replacement(tasks, 2))
     sharpness = [1] * len(pairs) + [len(tasks)] * len(tasks)
 
-    def products(*piece: Any) -> Iterator[Tensor]:
+    def products(*piece: *Piece) -> Iterator[Tensor]:
         vectors = list(task_vectors(*piece))
         for i, j in [*pairs, *zip(tasks, tasks, strict=True)]:
             yield vectors[i] * vectors[j]
 
     ranges = extremes(inputs, products)
 
-    def exponentials(*piece: Any) -> Iterator[Tensor]:
+    def exponentials(*piece: *Piece) -> Iterator[Tensor]:
         for product, sharp, (low, high) in zip(products(*piece), sharpness, ranges, strict=True):
             # At most 1: nothing overflows. The shift, as the scale below, leaves the mean alone.
             yield product.sub_(high).div_((high - low) or 1).mul_(sharp).exp_()
 
     scales = [size / mass for mass in total(sums(inputs, exponentials))]
 
-    def scores(*piece: Any) -> Iterator[Tensor]:
+    def scores(*piece: *Piece) -> Iterator[Tensor]:
         found = zip(exponentials(*piece), scales, strict=True)
         softmaxes = (exponential.mul_(scale) for exponential, scale in found)
-        between: list[Any] = [0.0 for _ in tasks]
+        between: list[Tensor | float] = [0.0 for _ in tasks]
         for pair, softmax in zip(pairs, softmaxes, strict=False):
             for task in set(pair):
                 between[task] = softmax + between[task]
@@ -97,9 +98,9 @@ def _as_in_the_paper(inputs: Inputs, count: int) -> Scored:
 
     cutoffs = largest(inputs, scores, [count for _ in tasks])
 
-    def scored(key: str, start: int, *piece: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        vectors = task_vectors(key, start, *piece)
-        found = zip(cutoffs, scores(key, start, *piece), vectors, strict=True)
+    def scored(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor]]:
+        key, start, *_ = piece
+        found = zip(cutoffs, scores(*piece), task_vectors(*piece), strict=True)
         for cutoff, score, vector in found:
             yield cutoff.keep(key, start, score), vector
 
@@ -113,11 +114,11 @@ def _as_released(inputs: Inputs, count: int) -> Scored:
     """
     size, tasks = inputs.count(), len(inputs.names)
 
-    def magnitudes(*piece: Any) -> Iterator[Tensor]:
+    def magnitudes(*piece: *Piece) -> Iterator[Tensor]:
         for vector in task_vectors(*piece):
             yield vector.abs_()
 
-    def both_ends(*piece: Any) -> Iterator[Tensor]:
+    def both_ends(*piece: *Piece) -> Iterator[Tensor]:
         for magnitude in magnitudes(*piece):
             yield from (magnitude, magnitude)
 
@@ -129,7 +130,7 @@ def _as_released(inputs: Inputs, count: int) -> Scored:
         for low, cutoff, high in zip(least, ends[::2], ends[1::2], strict=False)
     ]
 
-    def signed_scores(*piece: Any) -> Iterator[Tensor]:
+    def signed_scores(*piece: *Piece) -> Iterator[Tensor]:
         vectors = list(task_vectors(*piece))
         together = sum(vectors[1:], vectors[0])
         for vector, (low, high) in zip(vectors, limits, strict=True):
@@ -139,13 +140,13 @@ def _as_released(inputs: Inputs, count: int) -> Scored:
 
     ranges = extremes(inputs, signed_scores)
 
-    def scores(*piece: Any) -> Iterator[Tensor]:
+    def scores(*piece: *Piece) -> Iterator[Tensor]:
         for score, (low, _) in zip(signed_scores(*piece), ranges, strict=True):
             yield score.sub_(low)
 
     cuts = largest(inputs, scores, [min(count + 1, size)] * tasks, ties=True)
 
-    def scored(*piece: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def scored(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor]]:
         found = zip(scores(*piece), task_vectors(*piece), cuts, ranges, limits, strict=True)
         for score, vector, cut, (low, high), limit in found:
             score.sub_(cut.value).clamp_(min=0).div_((high - low - cut.value) or 1)

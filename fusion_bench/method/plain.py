@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Runs(Protocol):
     """The interface that an object needs to be a method."""
 
-    def run(self, modelpool: ModelPool) -> Any:
+    def run(self, modelpool: ModelPool) -> object:
         """Return tensors by key, a module, or several of either by name."""
 
 
@@ -36,18 +36,17 @@ class PlainMethod:
     @property
     def needs(self) -> Needs:
         """What the object says; models that it has to see as weights are compared by itself."""
-
-        def said(name: str) -> Any:
-            return getattr(self.method, name, None)
-
-        learns = bool(said("needs_data"))
+        learns = self._says("needs_data")
         return Needs(
-            base=bool(said("needs_pretrained")),
+            base=self._says("needs_pretrained"),
             weights=learns,
-            split=said("split") if learns else None,
-            own_data=bool(said("needs_own_data")),
-            labels=bool(said("uses_labels")),
+            split=getattr(self.method, "split", None) if learns else None,
+            own_data=self._says("needs_own_data"),
+            labels=self._says("uses_labels"),
         )
+
+    def _says(self, name: str) -> bool:
+        return bool(getattr(self.method, name, False))
 
     def check_pool(self, pool: ModelPool) -> None:
         """Refuse a pool without a required pretrained model."""
@@ -68,7 +67,7 @@ class PlainMethod:
         modelpool: ModelPool | Mapping[str, nn.Module],
         fabric: "Fabric | None" = None,
         data: Data | None = None,
-    ) -> Any:
+    ) -> Fused:
         """Return what ``fuse`` does, for a pool."""
         assert not isinstance(modelpool, Mapping)
         return self.fuse(modelpool, fabric, data)
@@ -111,10 +110,18 @@ def _fuses_in_run(own: type) -> bool:
     return run is not fuse and issubclass(run, fuse)
 
 
-def _named(result: Any, name: str = "") -> dict[str, nn.Module | Weights]:
-    """Return by name what a ``run`` returned: weights, a module, or a family of either."""
+def _named(result: object, name: str = "") -> dict[str, nn.Module | Weights]:
+    """Return by name what a ``run`` returned: weights, a module, or a family of either.
+
+    Raises:
+        FusionBenchError: it returned something else.
+    """
     if isinstance(result, nn.Module | Weights):
         return {name: result}
+    if not isinstance(result, Mapping):
+        raise FusionBenchError(
+            f"its run returned {result!r}.", "Return tensors by key, a module, or these by name."
+        )
     if all(isinstance(value, Tensor) for value in result.values()):
         return {name: TensorWeights(result)}
     parts = [_named(part, f"{name}/{own}" if name else own) for own, part in result.items()]

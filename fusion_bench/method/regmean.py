@@ -7,7 +7,7 @@ to those of all models. Jin et al., Dataless knowledge fusion, https://arxiv.org
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -189,13 +189,14 @@ def collected_grams(module: nn.Module) -> Iterator[Mapping[str, Gram]]:
     For layers that are fed one tensor, such as those of query, key and value, it is computed once.
     """
     grams: dict[str, Gram] = {}
-    last: list[Any] = [None, 0, None]  # a tensor, how often it was written to, and its matrix
+    last: tuple[Tensor, int, Tensor] | None = None  # a tensor, its version, and its matrix
 
     def hook(key: str) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+            nonlocal last
             inputs = args[0] if args else kwargs["input"]
-            if inputs is not last[0] or inputs._version != last[1]:
-                last[:] = inputs, inputs._version, gram_sum(inputs)
+            if last is None or inputs is not last[0] or inputs._version != last[1]:
+                last = inputs, inputs._version, gram_sum(inputs)
             grams.setdefault(key, Gram()).add(last[2], inputs.numel() // inputs.shape[-1])
 
         return look

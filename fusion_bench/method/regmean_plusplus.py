@@ -3,16 +3,15 @@ r"""RegMean++: RegMean with layer inputs from the merged blocks before the layer
 Nguyen et al., RegMean++, https://arxiv.org/abs/2508.03121
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.method.contract import Data, ModelPool, TaskData
-from fusion_bench.method.data import (
-    own_data,
-    parameter_keys,
-)
+from fusion_bench.method.contract import Data, ModelPool, Split, TaskData
+from fusion_bench.method.data import LearningAlgorithm, own_data, parameter_keys
 from fusion_bench.method.regmean import NormalEquations, RegMeanAlgorithm, collected_grams
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import bar
@@ -22,11 +21,30 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
+#: The arguments of a call.
+Call = tuple[tuple[object, ...], dict[str, object]]
+
+
+@dataclass(eq=False)
+class RegMeanAlgorithmPlusPlus(LearningAlgorithm):
     """RegMean block by block, with the outputs of the merged blocks as inputs.
 
     Parameters before and after the blocks are averaged. It has the options of ``RegMeanAlgorithm``.
     """
+
+    needs_own_data = True
+
+    num_regmean_examples: int | None = 256
+    exclude_param_names_regex: Sequence[str] = ()
+    reduce_non_diagonal_ratio: float = 0.95
+    batch_size: int = 32
+    split: Split = "train"
+    seed: int | None = None
+    weight_transpose: bool = True
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        self._regmean = RegMeanAlgorithm(**vars(self))
 
     @torch.no_grad()
     def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
@@ -37,7 +55,7 @@ class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
         """
         own = own_data(pool.model_names, data)
         normal = NormalEquations(self.reduce_non_diagonal_ratio)
-        weights = self.solved(pool, normal)
+        weights = self._regmean.solved(pool, normal)
         merged = fabric.to_device(pool.build_model(weights))  # all is averaged so far
         parameter_keys(merged, weights)
         prefix, blocks = blocks_of(merged)
@@ -57,18 +75,18 @@ class RegMeanAlgorithmPlusPlus(RegMeanAlgorithm):
                 calls[name] = [_next_call(block, *call) for call in calls[name]]
         return weights
 
-    def _calls(self, model: nn.Module, block: nn.Module, name: str, task: TaskData) -> list[Any]:
+    def _calls(self, model: nn.Module, block: nn.Module, name: str, task: TaskData) -> list[Call]:
         """Return the inputs of ``block``, batch by batch."""
-        calls: list[Any] = []
+        calls: list[Call] = []
 
-        def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             calls.append((args, kwargs))
             raise _Reached
 
         classify = task.classify(model)
         handle = block.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            for images in self.batches(name, task):
+            for images in self._regmean.batches(name, task):
                 try:
                     classify(images)
                 except _Reached:
@@ -97,7 +115,7 @@ def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
     return f"{name}.", blocks
 
 
-def _next_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _next_call(block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
     """Return what the next block is called with: the output in place of the input."""
     output = block(*args, **kwargs)
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]

@@ -4,14 +4,12 @@ Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 
 
-@dataclass(eq=False)
 class SimpleAverageAlgorithm(TensorwiseAlgorithm):
     """The mean of all models, without the pretrained model."""
 

@@ -8,6 +8,7 @@ Wang et al., Localizing task information, https://arxiv.org/abs/2405.07813
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 
 
+@dataclass(eq=False)
 class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
     """A model for each task: the pretrained model plus the masked sum of all task vectors.
 
@@ -32,9 +34,12 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
     shows_nonfinite = True
     elementwise = True
 
-    def __init__(self, tall_mask_lambda: float = 0.6, debug: int = 0, verbose: int = 0):
-        check_between("tall_mask_lambda", tall_mask_lambda, 0, math.inf)
-        self.tall_mask_lambda = tall_mask_lambda
+    tall_mask_lambda: float = 0.6
+    debug: int = 0
+    verbose: int = 0
+
+    def __post_init__(self) -> None:
+        check_between("tall_mask_lambda", self.tall_mask_lambda, 0, math.inf)
 
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
         """Return the merge function of each task's model by name."""
@@ -49,6 +54,7 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
         return mask.mul_(total).add_(base)
 
 
+@dataclass(eq=False)
 class ConsensusTaskArithmetic(TensorwiseAlgorithm):
     """Task arithmetic on elements in several tasks' masks; elsewhere the pretrained model.
 
@@ -65,12 +71,14 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
     shows_nonfinite = True
     elementwise = True
 
-    def __init__(self, scaling_factor: float = 0.3, tall_mask_lambda: float = 0.6, k: int = 2):
-        check_between("tall_mask_lambda", tall_mask_lambda, 0, math.inf)
-        check_between("k", k, 0, math.inf)
-        self.scaling_factor = scaling_factor
-        self.tall_mask_lambda = tall_mask_lambda
-        self.k = math.ceil(k)
+    scaling_factor: float = 0.3
+    tall_mask_lambda: float = 0.6
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        check_between("tall_mask_lambda", self.tall_mask_lambda, 0, math.inf)
+        check_between("k", self.k, 0, math.inf)
+        self.k = math.ceil(self.k)
 
     def check(self, inputs: Inputs) -> None:
         """Refuse a consensus of more tasks than there are."""

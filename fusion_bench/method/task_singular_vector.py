@@ -6,6 +6,7 @@ singular vectors, https://arxiv.org/abs/2412.00081
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd
 from fusion_bench.weights.ops import add_scaled, task_vectors
 
 
+@dataclass(eq=False)
 class TaskSingularVectorMerging(TensorwiseAlgorithm):
     """The pretrained model plus the main directions of the task vectors, made orthogonal.
 
@@ -34,15 +36,9 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     heavy = True
 
-    def __init__(
-        self,
-        alpha: float | Sequence[float] | None = 1.0,
-        exclude_keys: Sequence[str] | None = None,
-        return_single_task_models: bool = False,
-    ):
-        self.alpha = 1.0 if alpha is None else alpha
-        self.exclude_keys = list(exclude_keys or ())
-        self.return_single_task_models = return_single_task_models
+    alpha: float | Sequence[float] | None = 1.0
+    exclude_keys: Sequence[str] | None = None
+    return_single_task_models: bool = False
 
     def check(self, inputs: Inputs) -> None:
         """Refuse a wrong number of factors."""
@@ -76,7 +72,7 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
 
     def _scaled(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> Iterator[Tensor]:
         """Yield the task vectors times their factors."""
-        alpha = self.alpha
+        alpha = 1.0 if self.alpha is None else self.alpha
         factors = alpha if isinstance(alpha, Sequence) else [alpha] * len(tensors)
         for vector, factor in zip(task_vectors(key, 0, tensors, base), factors, strict=True):
             yield vector.mul_(factor)
@@ -84,7 +80,9 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
     def _rank(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> int:
         """Return how many directions each model has in the entry."""
         return (
-            min(base.shape) // len(tensors) if is_matrix(key, base.shape, self.exclude_keys) else 0
+            min(base.shape) // len(tensors)
+            if is_matrix(key, base.shape, self.exclude_keys or ())
+            else 0
         )
 
     def _truncated(

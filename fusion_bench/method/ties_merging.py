@@ -6,9 +6,10 @@ https://arxiv.org/abs/2306.01708
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -24,13 +25,14 @@ from fusion_bench.weights.ops import (
     keep_largest,
     task_vectors,
 )
-from fusion_bench.weights.statistics import Values, largest, once, sums, total
+from fusion_bench.weights.statistics import Piece, Values, largest, once, sums, total
 
 Scope = Literal["model", "tensor"]
 Keep = Literal["exact_topk", "ge_kth"]
 ZeroSign = Literal["global_majority", "positive"]
 
 
+@dataclass(eq=False)
 class TiesMergingAlgorithm(TensorwiseAlgorithm):
     """The pretrained model plus the merged task vector of the elements that agree in sign.
 
@@ -49,29 +51,21 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
     needs_pretrained = True
     shows_nonfinite = True
 
-    def __init__(
-        self,
-        scaling_factor: float = 1.0,
-        threshold: float = 20,
-        remove_keys: Sequence[str] = (),
-        merge_func: MergeFunc = "mean",
-        scope: Scope = "model",
-        keep: Keep = "exact_topk",
-        zero_sign: ZeroSign = "global_majority",
-    ):
-        check_between("threshold", threshold, 0, 100)
-        check_choice("merge_func", merge_func, MergeFunc)
-        check_choice("scope", scope, Scope)
-        check_choice("keep", keep, Keep)
-        check_choice("zero_sign", zero_sign, ZeroSign)
-        self.scaling_factor = scaling_factor
-        self.threshold = threshold
-        self.remove_keys = list(remove_keys)
-        self.merge_func = merge_func
-        self.scope = scope
-        self.keep = keep
-        self.zero_sign = zero_sign
-        self.elementwise = self.shows_nonfinite = scope == "model"
+    scaling_factor: float = 1.0
+    threshold: float = 20
+    remove_keys: Sequence[str] = ()
+    merge_func: MergeFunc = "mean"
+    scope: Scope = "model"
+    keep: Keep = "exact_topk"
+    zero_sign: ZeroSign = "global_majority"
+
+    def __post_init__(self) -> None:
+        check_between("threshold", self.threshold, 0, 100)
+        check_choice("merge_func", self.merge_func, MergeFunc)
+        check_choice("scope", self.scope, Scope)
+        check_choice("keep", self.keep, Keep)
+        check_choice("zero_sign", self.zero_sign, ZeroSign)
+        self.elementwise = self.shows_nonfinite = self.scope == "model"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""
@@ -153,7 +147,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         if self.zero_sign == "positive":
             return 1
 
-        def signs(*piece: Any) -> Iterator[Tensor]:
+        def signs(*piece: *Piece) -> Iterator[Tensor]:
             yield elected_signs(trimmed(*piece))
 
         return int(np.sign(total(sums(inputs, signs))[0]))

@@ -5,6 +5,7 @@ Cheng et al., Whoever started the interference should end it, https://arxiv.org/
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ Rest = Literal["mean", "base"]
 _LEARNING_RATE = 1e-5
 
 
+@dataclass(eq=False)
 class WUDIMerging(TensorwiseAlgorithm):
     """The pretrained model plus a task vector that is fitted to all models, for each matrix.
 
@@ -41,28 +43,22 @@ class WUDIMerging(TensorwiseAlgorithm):
     shows_nonfinite = True
     heavy = True
 
-    def __init__(
-        self,
-        iter_num: int = 400,
-        exclude_keys: Sequence[str] | None = None,
-        solver: Solver = "adam",
-        divisor: Divisor = "squared",
-        rest: Rest = "mean",
-    ):
-        check_between("iter_num", iter_num, 0, 1_000_000)
-        check_choice("solver", solver, Solver)
-        check_choice("divisor", divisor, Divisor)
-        check_choice("rest", rest, Rest)
-        self.iter_num = iter_num
-        self.exclude_keys = list(exclude_keys or ())
-        self.solver = solver
-        self.divisor = divisor
-        self.rest = rest
+    iter_num: int = 400
+    exclude_keys: Sequence[str] | None = None
+    solver: Solver = "adam"
+    divisor: Divisor = "squared"
+    rest: Rest = "mean"
+
+    def __post_init__(self) -> None:
+        check_between("iter_num", self.iter_num, 0, 1_000_000)
+        check_choice("solver", self.solver, Solver)
+        check_choice("divisor", self.divisor, Divisor)
+        check_choice("rest", self.rest, Rest)
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus the fitted, or else the mean task vector."""
         assert base is not None
-        fitted = is_matrix(key, base.shape, self.exclude_keys)
+        fitted = is_matrix(key, base.shape, self.exclude_keys or ())
         if self.rest == "base" and not fitted:
             return base.clone()
         merged = torch.zeros_like(base)

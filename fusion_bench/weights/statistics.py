@@ -21,6 +21,8 @@ from fusion_bench.weights.stream import PIECE
 T = TypeVar("T")
 #: What is measured of a piece: one tensor of its shape for each quantity.
 Values = Callable[[str, int, Sequence[Tensor], Tensor | None], Iterable[Tensor]]
+#: The arguments of such a function.
+Piece = tuple[str, int, Sequence[Tensor], Tensor | None]
 #: Bins of a histogram that spans all floats, and the most of one that resolves single floats.
 _COARSE, _FINE = 2**16, 2**21
 #: An estimate looks at one piece of ``_SAMPLE_PIECE`` elements in so many.

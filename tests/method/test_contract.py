@@ -4,6 +4,7 @@ A new YAML is covered without a change here; where it differs from the rest, ``S
 `fixtures_contract.py` says so.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -54,7 +55,6 @@ from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory,
 METHODS = list(nodes())
 PLAIN = [name for name in METHODS if kind(name) == "weights"]
 RANDOM = [name for name in PLAIN if takes(name, "seed")]
-INPLACE = [name for name in PLAIN if takes(name, "inplace")]
 WITHOUT_BASE = [name for name in PLAIN if not method_class(name).needs_pretrained]
 
 VARIANTS = [variant for name in PLAIN for variant in variants(name)]
@@ -354,11 +354,25 @@ def test_what_is_not_finite_is_noticed(name: str, where: str, key: str, value: f
         entries(fuse(name, weights_of(states)))
 
 
-@pytest.mark.parametrize("name", INPLACE)
+@every
+def test_the_options_of_all_methods_come_last(name: str) -> None:
+    given = inspect.signature(method_class(name)).parameters.values()
+    last = [(own.name, own.default, own.kind) for own in given][-2:]
+    anyhow = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert last == [("show_pbar", True, anyhow), ("inplace", False, anyhow)]
+
+
+@every
 def test_inplace_writes_to_one_model_alone(name: str) -> None:
     modules = chosen(name, {key: deepcopy(model) for key, model in family("net").items()})
-    expected = entries(fuse(name, modules))
+    made = fuse(name, modules)
+    expected = entries(made)
     before = state_bits(modules)
+    if list(members(made)) != [""]:
+        with pytest.raises(FusionBenchError, match=r"^inplace: \w+ makes \d models"):
+            method(name, inplace=True).run(modules)
+        assert state_bits(modules) == before
+        return
     fused = method(name, inplace=True).run(modules)
     after = state_bits(modules)
     assert all_bits(members(fused)[""]) == after[BASE]

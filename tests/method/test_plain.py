@@ -113,3 +113,20 @@ def test_a_dict_of_modules_is_a_pool() -> None:
     built = pool.build_model(in_memory(pool.weights("a")))
     assert built.weight.tolist() == [[1, 3]]  # type: ignore[union-attr,operator]
     assert pool.load_model("_pretrained_").weight.tolist() == [[0, 0]]  # type: ignore[union-attr,operator]
+
+
+def test_a_run_that_returns_no_weights_is_said() -> None:
+    class Nothing:
+        def run(self, modelpool: Any) -> None:
+            return None
+
+    with pytest.raises(FusionBenchError, match=r"its run returned None\. Return tensors by key"):
+        as_method(Nothing()).fuse(POOL)
+
+
+def test_a_subclass_may_have_a_constructor_of_its_own() -> None:
+    class Own(TensorwiseAlgorithm):
+        def __init__(self, factor: float):
+            self.factor = factor
+
+    assert Own(2).show_pbar is True and Own(2).inplace is False

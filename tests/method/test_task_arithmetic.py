@@ -41,3 +41,8 @@ def test_one_over_the_number_of_models_gives_the_average() -> None:
 def test_the_pretrained_model_is_needed() -> None:
     with pytest.raises(FusionBenchError, match="_pretrained_"):
         TaskArithmeticAlgorithm().run({"a": nn.Linear(1, 1)})
+
+
+def test_progress_bar_and_inplace_by_position() -> None:
+    method = TaskArithmeticAlgorithm(0.3, False, True)
+    assert (method.scaling_factor, method.show_pbar, method.inplace) == (0.3, False, True)
