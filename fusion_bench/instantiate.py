@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import isnan
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from omegaconf import OmegaConf
 
@@ -66,6 +66,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
 
+@runtime_checkable
+class TellsAllProblems(Protocol):
+    """A target that takes the problems of its arguments, and raises them with its own."""
+
+    tells_all_problems: Literal[True]
+
+
 def instantiate(node: Any, section: str = "", **arguments: Any) -> Any:
     """Call what ``node`` names in ``_target_`` with the node's other keys and ``arguments``.
 
@@ -79,8 +86,8 @@ def instantiate(node: Any, section: str = "", **arguments: Any) -> Any:
 
     Raises:
         ConfigError: a target that may not be called or cannot be found, or keys that its signature
-            does not take; all such problems of the node and of the nodes inside it are told at
-            once.
+            does not take; all such problems of the node and of the nodes inside it are raised
+            together.
     """
     plain = _resolved(node)
     if not isinstance(plain, Mapping) or "_target_" not in plain:
@@ -244,7 +251,7 @@ def _gathered(
         function = target if callable(target) else find(target)
     except ConfigError:
         return None
-    if not getattr(function, "tells_all_problems", False):
+    if not isinstance(function, TellsAllProblems):
         return None
     wrong: dict[Any, Problem] = {}
     for problem in _signature_problems(node, section, arguments):

@@ -5,6 +5,7 @@ The code that raises gives a place relative to itself. Each caller prepends its 
 run can report all problems.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -255,4 +256,7 @@ def check_between(name: str, value: float, least: float, most: float) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         reason = f"{value!r} is not a number from {least} to {most}."
+        if most == math.inf:
+            below = isinstance(value, float | int) and not isinstance(value, bool) and value < least
+            reason = f"{value!r} is {f'less than {least}' if below else 'not a number'}."
         raise ConfigError(reason, place=(name,))

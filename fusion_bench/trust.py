@@ -16,8 +16,6 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
-from hydra.utils import get_object
-
 from fusion_bench.addresses import address_problems
 from fusion_bench.problems import ConfigError, did_you_mean
 
@@ -83,7 +81,7 @@ def find(name: str, *, called: bool = True) -> Any:
     if not isinstance(name, str) or not _DOTTED.fullmatch(name) or not _may_be_imported(name):
         raise ConfigError(_refusal(name))
     try:
-        found = get_object(name)
+        found = _imported(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot find '{name}'. {_nearest(name)}".rstrip()) from error
     if not _allowed(name, found) or (called and not callable(found)):
@@ -175,6 +173,17 @@ def environment_variable(name: str, default: Any = None) -> Any:
     return os.environ.get(name, default)
 
 
+def _imported(name: str) -> Any:
+    """Import the object of a dotted name; Hydra would also log what cannot be found."""
+    first, *rest = name.split(".")
+    found: Any = import_module(first)
+    for number, part in enumerate(rest, 2):
+        if not hasattr(found, part):
+            import_module(".".join(name.split(".")[:number]))
+        found = getattr(found, part)
+    return found
+
+
 def _may_be_imported(name: str) -> bool:
     """Return whether a target may be imported, by its name."""
     first, _, rest = name.partition(".")
@@ -225,7 +234,7 @@ def _allowed(name: str, found: Any) -> bool:
 
 
 def _classes(names: tuple[str, ...]) -> tuple[type, ...]:
-    return tuple(get_object(name) for name in names)
+    return tuple(_imported(name) for name in names)
 
 
 def _refusal(name: Any) -> str:

@@ -1,5 +1,6 @@
 """Problems name true places, and become text once."""
 
+import math
 import pickle
 
 import pytest
@@ -146,3 +147,9 @@ def test_all_are_listed_where_none_is_near() -> None:
 
 def test_nothing_is_said_where_there_is_nothing() -> None:
     assert did_you_mean("x", []) == ""
+
+
+def test_a_number_without_an_upper_limit() -> None:
+    for value, said in ((0, "0 is less than 1."), ("x", "'x' is not a number.")):
+        with pytest.raises(ConfigError, match=f"^batch_size: {said}$"):
+            check_between("batch_size", value, 1, math.inf)  # type: ignore[arg-type]

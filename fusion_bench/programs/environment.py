@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -55,9 +55,23 @@ def make_fabric(section: Any) -> Fabric:
         if node.get("strategy", "auto") == "auto" and reruns_command:
             fabric = instantiate({**node, "strategy": _local_strategy()}, "fabric")
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        key = _wrong_key(node)
         fix = "Set fabric.accelerator=auto and fabric.devices=1 to use an available device."
-        raise ConfigError(str(error), fix, place=("fabric",)) from error
+        raise ConfigError(
+            f"{str(error).rstrip('.')}.",
+            fix if key in (None, "accelerator", "devices") else "",
+            place=("fabric",) if key is None else ("fabric", key),
+        ) from error
     return fabric
+
+
+def _wrong_key(node: Mapping[str, Any]) -> str | None:
+    """Return the key without which Fabric could be made, if there is one."""
+    for key in (key for key in node if key != "_target_"):
+        with suppress(ValueError, TypeError, RuntimeError, MisconfigurationException):
+            instantiate({name: node[name] for name in node if name != key}, "fabric")
+            return key
+    return None
 
 
 def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:

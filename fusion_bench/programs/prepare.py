@@ -115,7 +115,20 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
             check(done=made.previous is not None)
     with collect():
         made.fabric = make_fabric(spec.fabric)
+    _tell_once(made.problems)
     return made
+
+
+def _tell_once(problems: Problems) -> None:
+    """Drop the problem of a seed that a method has from the program, which has it too."""
+    told = {problem.reason for problem in problems if problem.place == ("seed",)}
+    problems[:] = [
+        problem
+        for problem in problems
+        if problem.place == ("seed",)
+        or problem.place[-1:] != ("seed",)
+        or problem.reason not in told
+    ]
 
 
 def _check_seed(seed: object) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -40,7 +40,7 @@ from fusion_bench.problems import (
 )
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
-from fusion_bench.scripts.hydra_patches import set_up_hydra
+from fusion_bench.scripts.hydra_version import check_hydra
 from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.shown import colour, message, set_up_streams
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
-    r"(seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
+    r"((method|modelpool|taskpool|fabric|search)(?=={)|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
     r"method\.(base_method\.)*(show_pbar|inplace)|fabric\.\w+|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
@@ -59,6 +59,15 @@ _PROGRAM_KEY = re.compile(
 EXPECTED = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
 _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A result with a figure that a sweeper may maximise."""
+
+    @property
+    def objective(self) -> float | None:
+        """The figure, if something was evaluated."""
 
 
 def main() -> None:
@@ -88,6 +97,9 @@ def main() -> None:
         closed_stdin(),
     ):
         _leave_working_directory()
+        check_hydra()
+        from fusion_bench.scripts.hydra_patches import set_up_hydra  # not before the check
+
         set_up_hydra()
         with replaced(_prepared(typed()[1:])):
             run()
@@ -231,7 +243,7 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
     if accepts(settings["_target_"], "parts"):
         arguments["parts"] = parts
     result = instantiate(settings, **arguments).run()
-    return getattr(result, "objective", None)
+    return result.objective if isinstance(result, Judged) else None
 
 
 @contextmanager

@@ -132,3 +132,7 @@ def _names_fusion_bench(path: Path) -> bool:
     with suppress(OSError, ValueError):
         return "fusion_bench" in path.read_text(encoding="utf-8")
     return False
+
+
+# At once: where a job runs in another process, this module comes along.
+utils.configure_log = configure_log

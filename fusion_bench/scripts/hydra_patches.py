@@ -1,17 +1,14 @@
-"""All patches of Hydra.
+"""Patches of Hydra; import it after ``check_hydra``.
 
-Hydra has no hooks to check a config before it is used, to report errors in one line, and to protect
-other runs' folders. So internals of the versions in ``KNOWN`` are replaced. Other versions are
-refused because the checks of untrusted configs could be skipped silently.
+Hydra has no hooks to check a config before it is used and to report errors in one line. So
+internals are replaced, of the versions that are known.
 """
 
 import sys
 
-import hydra
 from hydra._internal import hydra as hydra_internal
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf
-from hydra.core import utils
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -19,17 +16,9 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from fusion_bench.configs import CONFIG_DIR, register
-from fusion_bench.problems import EnvironmentProblem
 from fusion_bench.scripts.arguments import arguments_parser
 from fusion_bench.scripts.bounds import FileConfigSource
 from fusion_bench.scripts.checked import CheckedConfigLoader
-from fusion_bench.scripts.folder import configure_log
-
-#: The versions whose insides are known.
-KNOWN = "1.3"
-
-# At once: where a job runs in another process, this module comes along.
-utils.configure_log = configure_log
 
 
 class PackagedConfigs(SearchPathPlugin):
@@ -43,12 +32,7 @@ class PackagedConfigs(SearchPathPlugin):
 
 
 def set_up_hydra() -> None:
-    """Set up Hydra with our config groups, sweeps, launchers and checks.
-
-    Raises:
-        EnvironmentProblem: a Hydra whose insides are not known.
-    """
-    _refuse_other(hydra.__version__)
+    """Set up Hydra with our config groups, sweeps, launchers and checks."""
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     sys.modules["hydra.main"].get_args_parser = arguments_parser  # type: ignore[attr-defined]
     Plugins.instance().register(PackagedConfigs)
@@ -64,12 +48,3 @@ def set_up_hydra() -> None:
     # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
     for file in (CONFIG_DIR / "launcher").glob("*.yaml"):
         store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
-
-
-def _refuse_other(version: str) -> None:
-    if not version.startswith(f"{KNOWN}."):
-        raise EnvironmentProblem(
-            f"Hydra {version} is not supported: the checks of untrusted configs depend on its "
-            "internals.",
-            f"Install the tested version: pip install 'hydra-core=={KNOWN}.*'.",
-        )

@@ -96,8 +96,23 @@ def test_other_errors_are_not_disguised() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"^fabric: .*CUDA"):
+    with pytest.raises(ConfigError, match=r"^fabric\.accelerator: .*CUDA"):
         make_fabric({"accelerator": "cuda"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("precision", "foo", "bf16-mixed"),
+        ("strategy", "foo", "ddp_spawn"),
+        ("num_nodes", 0, "positive integer"),
+        ("devices", 0, "Set fabric.accelerator=auto and fabric.devices=1"),
+    ],
+)
+def test_the_key_that_fabric_refuses(key: str, value: object, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^fabric\.{key}: .*{said}") as caught:
+        make_fabric({"accelerator": "cpu", key: value})
+    assert ("fabric.devices=1" in str(caught.value)) == (key == "devices")
 
 
 def test_the_report_tells_that_memory_ran_out(

@@ -170,6 +170,8 @@ BAD = [
     (["taskpool.test_datasets.a.split=tst"], "tst", "Did you mean 'test'?"),
     (["baselines=all"], "all", "all_tasks"),
     (["seed=abc"], "seed", "whole number"),
+    (["fabric.precision=foo"], "fabric.precision: ", "'bf16-mixed'"),
+    (["modelpool._target_=fusion_bench.modelpool.No"], "modelpool._target_: ", "cannot find"),
     (["merged_model_save_path='{logdir}/m'"], "{logdir}", "Did you mean 'log_dir'?"),
     (["report_save_path={log_dir}/r.json"], "{log_dir}", "Quote it"),
     (["seed=[1"], "[1", "input"),
@@ -185,8 +187,25 @@ def test_bad_input_ends_with_one_message(
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("fusion_bench: ") and done.stderr.count("fusion_bench: ") == 1
     assert culprit in done.stderr and fix in done.stderr
+    assert "[ERROR]" not in done.stdout  # a library's log
     written = {path.name for path in conf.parent.glob("outputs/*/*/*")}
     assert written <= {".hydra", "cli.log"}  # what Hydra itself keeps of a run
+
+
+def test_a_seed_that_the_method_takes_over_is_told_once(conf: Path) -> None:
+    (conf / "opcm.yaml").write_text("defaults: [small, {method: opcm/opcm}]")
+    done = small(conf, "--config-name", "opcm", "seed=x")
+    assert done.stderr == "fusion_bench: seed: 'x' is not a whole number.\n"
+    done = small(conf, "--config-name", "opcm", "seed=x", "method.seed=y")
+    assert "\n  method.seed: 'y' is not a whole number.\n" in done.stderr
+
+
+def test_a_method_is_given_whole(conf: Path) -> None:
+    target = "fusion_bench.method.TaskArithmeticAlgorithm"
+    whole = f"method={{_target_: {target}, scaling_factor: 0.5, show_pbar: false}}"
+    done = small(conf, whole, "--cfg", "job")
+    method = {"_target_": target, "scaling_factor": 0.5, "show_pbar": False}
+    assert yaml.safe_load(done.stdout)["method"] == method
 
 
 def test_the_traceback_is_there_for_who_asks(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
