@@ -198,7 +198,7 @@ class Mixture:
     goes through the sum.
 
     Args:
-        module: takes the parameters; on its device the vectors are held.
+        module: takes the parameters; the vectors are kept on its device.
         keys: of the parameters, and buffers, that are mixed.
         base: what the vectors are added to; ``None`` adds them to nothing.
         models: by name; the vectors are their differences from the base.

@@ -201,9 +201,9 @@ def _place(name: str) -> tuple[str, str]:
 def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Return whether two updates are equal; one may be transposed, for an embedding."""
 
-    def plain(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def plain(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         swapped = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
-        return {swapped.get(p, p): t.T if p in swapped else t for p, t in held.items()}
+        return {swapped.get(p, p): t.T if p in swapped else t for p, t in own.items()}
 
     if "lora_A" in one and "lora_A" in other:
         return False  # two layers, none of which is an embedding
@@ -217,8 +217,8 @@ def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bo
 
 def _refuse_half_biases(parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> None:
     """Refuse biases without products or without ``lora_bias``, and vice versa."""
-    wanted = {f"{k.removesuffix('.weight')}.bias" for k, held in parts.items() if "lora_B" in held}
-    there = {key for key, held in parts.items() if "bias" in held}
+    wanted = {f"{k.removesuffix('.weight')}.bias" for k, own in parts.items() if "lora_B" in own}
+    there = {key for key, own in parts.items() if "bias" in own}
     if there and not config.bias:
         raise ConfigError(
             "The adapter is incomplete: it has biases of its products, 'lora_B.bias', but its "
@@ -264,14 +264,14 @@ class AdapterWeights(Weights):
             del unknown[entry]
         self._refuse_unknown([name for name in adapter if _place(name)[0] in unknown])
         _refuse_half_biases(parts, config)
-        self._replaced = {key: held[""] for key, held in parts.items() if "" in held}
-        for key, held in parts.items():
-            if "delta" in held:
-                self._rows[key] = self._trained_rows(key, held["delta"], config)
-            low_rank = {p: held[p].float() for p in held if p.startswith("lora_")}
-            if "bias" in held:
+        self._replaced = {key: own[""] for key, own in parts.items() if "" in own}
+        for key, own in parts.items():
+            if "delta" in own:
+                self._rows[key] = self._trained_rows(key, own["delta"], config)
+            low_rank = {p: own[p].float() for p in own if p.startswith("lora_")}
+            if "bias" in own:
                 rank = parts[f"{key.removesuffix('.bias')}.weight"]["lora_A"].shape[0]
-                self._updates[key] = self._shift(key, held["bias"].float(), rank, config)
+                self._updates[key] = self._shift(key, own["bias"].float(), rank, config)
             elif low_rank:
                 self._updates[key] = self._update(key, low_rank, config)
         if config.tokens and not self._rows:

@@ -86,11 +86,11 @@ def _open_sharded(index: Path) -> TensorWeights:
             )
         files.append(file)
         with reading("model", str(file)):
-            held = _open_file(file)
-        problems += [f"'{key}' is not in '{name}'" for key in keys if key not in held]
+            found = _open_file(file)
+        problems += [f"'{key}' is not in '{name}'" for key in keys if key not in found]
         listed = set(keys)
-        problems += [f"'{key}' is in '{name}' unlisted" for key in held if key not in listed]
-        tensors |= held
+        problems += [f"'{key}' is in '{name}' unlisted" for key in found if key not in listed]
+        tensors |= found
     if problems:
         raise ConfigError(
             f"'{index}' does not match its shards. Download them again.\n  {shortened(problems)}"

@@ -1,4 +1,4 @@
-"""A model's config: what of it decides what the model computes."""
+"""A model's config, and which of its keys affect what the model computes."""
 
 import json
 import re
@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 #: A model's config, as ``config.json`` has it.
 Config = Mapping[str, Any]
-#: How much a key decides. What decides nothing changes no number, or is told by the weights' shapes
-#: and names as well. Weights that were trained with one value of what decides much are no good with
-#: another.
+#: How much a key affects the result. "nothing": no number changes, or the value follows from the
+#: weights' shapes and names. "much": weights trained with one value do not work with another.
 Decides = Literal["nothing", "little", "much"]
 
 _NOTHING = re.compile(
-    # What a model is called, and how it is stored and loaded.
+    # Names, storage and loading.
     r"_?name_or_path|transformers_version|_commit_hash|architectures|(torch_)?dtype|use_bfloat16"
     r"|torchscript|_?(attn|experts)_implementation\w*|gradient_checkpointing|quantization_config"
     r"|disable_custom_kernels|reorder_and_upcast_attn|pretraining_tp|freeze_\w+"
-    # What it returns, and how it goes on with a text.
+    # What it returns, and how it generates text.
     r"|output_(attentions|hidden_states|scores|past|router_logits)|(use_)?return_dict\w*|use_cache"
     r"|chunk_size_feed_forward|task_specific_params|prefix|(min|max)_length|max_new_tokens|top_[kp]"
     r"|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|typical_p"
@@ -26,7 +25,7 @@ _NOTHING = re.compile(
     r"|(begin_)?suppress_tokens|forced_[a-z]+_token_id"
     # Its classes.
     r"|id2label|label2id|_?num_labels|num_classes|label_names|problem_type|finetuning_task|summary_\w+"
-    # What shapes and names tell, tied entries among them.
+    # What follows from shapes and names, including tied entries.
     r"|tie_\w+|vocab_size|type_vocab_size|hidden_sizes|hidden_dim|\w*_bias|depths?"
     r"|(\w+_)?(hidden|intermediate|output)_size"
     r"|num_(hidden_|encoder_|decoder_)?layers|n_layers?|(encoder|decoder)_(layers|ffn_dim)|ffn_dim"
@@ -41,11 +40,11 @@ _LITTLE = re.compile(
 _MUCH = re.compile(
     # Activations and norms.
     r"(^|_)act(_|$)|activation|gated|feed_forward_proj|act_fn|norm|softcap|scal|multiplier"
-    # Attention, and where a token stands.
+    # Attention and positions.
     r"|head|(^|_)[dn]?_?kv(_|$)|multi_query|qk_|parallel|decoder_architecture|attention_(types|layers)"
     r"|window|sliding|layer_types|chunk|local|global|causal|bidirectional|is_decoder|is_encoder"
     r"|rope|rotary|alibi|position|(abs|rel)_pos|relative|timescale"
-    # Pictures and sounds.
+    # Images and audio.
     r"|image_size|patch|stride|kernel|channels|sampl|merge_size|pool|feature_layer|select_strategy"
     # Experts.
     r"|expert|topk|routed"
@@ -54,7 +53,7 @@ _MUCH = re.compile(
 
 
 def decides(key: str) -> Decides:
-    """Return how much a key decides, by its name; of one that is not known, little."""
+    """Return how much a key affects the result, by its name; an unknown key counts as little."""
     if _NOTHING.fullmatch(key):
         return "nothing"
     if _LITTLE.fullmatch(key):
@@ -63,7 +62,7 @@ def decides(key: str) -> Decides:
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """Return the keys that decide anything, at any depth."""
+    """Return the keys that affect the result, at any depth."""
     return {
         key: deciding(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -72,13 +71,13 @@ def deciding(config: Config) -> dict[str, Any]:
 
 
 def plain(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a config as it would be read from a file."""
+    """Return a config as it would be read from a JSON file."""
     content: dict[str, Any] = json.loads(json.dumps(config, default=str, skipkeys=True))
     return content
 
 
 def vocabulary(config: Config | None) -> int | None:
-    """Return how many tokens a config says that there are, if it does."""
+    """Return the vocabulary size that a config states, if any."""
     own = config or {}
     of_text = own.get("text_config")
     size = own.get("vocab_size")

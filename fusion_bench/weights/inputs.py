@@ -178,7 +178,7 @@ class Inputs:
 class Working(Sequence[Tensor]):
     """The tensors of one entry, each converted when the method asks for it.
 
-    So each is worked on while it is in the cache, and no more than one copy is held.
+    So each is worked on while it is in the cache, and at most one copy is in memory.
     """
 
     #: What is stored of all models, the pretrained one too.

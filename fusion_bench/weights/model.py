@@ -1,4 +1,4 @@
-"""A model: weights, and what else decides what is computed with them."""
+"""A model: weights with their config, class and companion files."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from fusion_bench.weights.mapping import Weights
 
 @dataclass(frozen=True)
 class Model:
-    """Weights, and what else decides what is computed with them.
+    """Weights, and everything else that determines what the model computes.
 
     Attributes:
-        weights: its entries.
-        config: as its ``config.json`` has it; None where it has none.
-        kind: what is made of both: a class of transformers, or how a module prints itself.
-        companions: the folders with its tokenizer and its processors, its own first.
+        weights: the entries.
+        config: the content of ``config.json``, or None.
+        kind: the class of transformers, or a module's printed form.
+        companions: the folders with the tokenizer and the processors, the model's own first.
     """
 
     weights: Weights
@@ -29,9 +29,9 @@ class Model:
 
     @cached_property
     def identity(self) -> str:
-        """The key under which anything about the model may be kept; its weights are read for it.
+        """The hash of weights, class and config; computing it reads all weights.
 
-        Models with the same compute the same. No name and no place is in it.
+        Equal identities mean equal results, so caches use it as a key. It contains no name or path.
         """
         parts = [sha256(self.weights), self.kind, deciding(self.config or {})]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -86,8 +86,8 @@ def write_checkpoint(
             files: dict[str, _Shard] = {}
             to_flush: SimpleQueue[int | None] = SimpleQueue()
             for name, keys in plan.items():
-                held = {key: specs[key] for key in keys}
-                shard = _Shard(directory / name, held, metadata, to_flush.put)
+                contained = {key: specs[key] for key in keys}
+                shard = _Shard(directory / name, contained, metadata, to_flush.put)
                 stack.callback(shard.close)
                 shards.append(shard)
                 files |= dict.fromkeys(keys, shard)

@@ -36,7 +36,7 @@ class Folder:
 
     @classmethod
     def take(cls, named: Named) -> Optional["Folder"]:
-        """Take any name; where nothing is there, that is told when it is looked at."""
+        """Take any name; a missing folder is reported when it is inspected."""
         return cls(named, named.node) if isinstance(named.node, str) else None
 
     @property
@@ -88,9 +88,9 @@ class Folder:
         """Return the weights in its files, known by their headers."""
         self.named.refuse_base()
         weights = self._weights()
-        if told := quantised(weights):
+        if found := quantised(weights):
             raise FusionBenchError(
-                f"'{self.at.name}' is quantised ({told}), and such weights mean nothing without "
+                f"'{self.at.name}' is quantised ({found}), and such weights mean nothing without "
                 "their scales, so they cannot be merged.",
                 "Name the model that it was made from, or a copy with plain weights.",
             )

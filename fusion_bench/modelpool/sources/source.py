@@ -67,7 +67,7 @@ class Source(Protocol):
         """What an adapter is put on; None for a whole model.
 
         Raises:
-            FusionBenchError: an adapter whose base is not there, not told, or another.
+            FusionBenchError: an adapter whose base is missing, unknown or a different one.
         """
 
     @property
