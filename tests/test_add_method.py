@@ -1,0 +1,89 @@
+"""What follows from a method's module and page is written by a command."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+MODULE = '''
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fusion_bench.method.base import TensorwiseAlgorithm
+
+
+@dataclass(eq=False)
+class CoolMerging(TensorwiseAlgorithm):
+    """The pretrained model, cooled."""
+
+    needs_pretrained = True
+
+    weights: Sequence[float]
+    factor: float = 0.3
+    how: Literal["all", "some"] = "all"
+    keys: Sequence[str] = ()
+    seed: int | None = None
+'''
+YAML = """\
+_target_: fusion_bench.method.CoolMerging
+weights: ???
+factor: 0.3
+how: all # or some
+keys: []
+seed: ${oc.select:seed,null}
+"""
+
+
+def files(root: Path) -> dict[str, list[str]]:
+    return {
+        path.relative_to(root).as_posix(): path.read_text("utf-8").splitlines()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
+    for name in ("docs", "config/method", "fusion_bench/method", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "fusion_bench/method/cool.py").write_text(MODULE)
+    (tmp_path / "docs/methods/cool.md").write_text("# Cool\n")
+    before = files(tmp_path)
+    command = [sys.executable, "-B", str(tmp_path / "tools" / "add_method.py"), "cool"]
+    for _ in range(2):  # the second time there is nothing to do
+        subprocess.run(command, cwd=ROOT, check=True)
+    after = files(tmp_path)
+    assert after.pop("config/method/cool.yaml") == YAML.splitlines()
+    added = {}
+    for name in before:
+        rest = iter(after[name])
+        lines = [next((line for line in rest if line == old), None) for old in before[name]]
+        assert None not in lines, f"{name} has lost a line"
+        if after[name] != before[name]:
+            added[name] = [line for line in after[name] if "ool" in line and line not in lines]
+    assert after.keys() == before.keys()
+    assert added == {
+        "docs/methods/index.md": [
+            "| [Cool](cool.md) | `cool` | yes | no | the pretrained model, cooled |"
+        ],
+        "docs/reference.md": ["::: fusion_bench.method.CoolMerging"],
+        "fusion_bench/method/__init__.py": [
+            "from fusion_bench.method.cool import CoolMerging",
+            '    "CoolMerging",',
+        ],
+        "mkdocs.yml": ["          - Cool: methods/cool.md"],
+    }
+    lines = after["fusion_bench/method/__init__.py"]
+    place = lines.index('    "CoolMerging",')
+    assert lines[place - 1 : place + 2 : 2] == [
+        '    "ConsensusTaskArithmetic",',
+        '    "DareSimpleAverage",',
+    ]
+    nav = yaml.safe_load((tmp_path / "mkdocs.yml").read_text("utf-8"))["nav"]
+    methods = next(part["Methods"] for part in nav if "Methods" in part)
+    vectors = next(part["Task vectors"] for part in methods if "Task vectors" in part)
+    assert vectors[-1] == {"Cool": "methods/cool.md"}
