@@ -6,7 +6,6 @@ are counted in ``fusion_bench.resolving``.)
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra._internal.config_repository import CachingConfigRepository
@@ -98,7 +97,7 @@ def check_text(text: str, where: str) -> int:
     return 0
 
 
-def _measured(text: str, loader: Any, where: str) -> int:
+def _measured(text: str, loader: "type[yaml.SafeLoader | yaml.CSafeLoader]", where: str) -> int:
     """Measure a YAML text from its parser events."""
     anchored: dict[str, _Size] = {}
     whole = _Size()

@@ -101,7 +101,7 @@ _HARMLESS = re.compile(
 class _Repository(ConfigRepository):
     """The config repository; Hydra copies it for each listed group, some 300 times."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Repository":
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Repository":
         twin = copy(self)  # only the list of places is ever changed, not what is in them
         twin.sources = list(self.sources)
         return twin
@@ -198,7 +198,8 @@ def _problems(config: DictConfig) -> Iterator[Problem]:
         )
     for section in ("job_logging", "hydra_logging"):
         yield from _logging_problems(hydra.get(section), ("hydra", section))
-    for name, handler in (_at(hydra, "hydra_logging.handlers") or {}).items():
+    handlers = _at(hydra, "hydra_logging.handlers")
+    for name, handler in handlers.items() if isinstance(handlers, Mapping) else ():
         if isinstance(handler, Mapping) and handler.get("filename") is not None:
             yield Problem(
                 ("hydra", "hydra_logging", "handlers", name, "filename"),
@@ -219,7 +220,7 @@ def _problems(config: DictConfig) -> Iterator[Problem]:
     yield from _command_problems(hydra)
 
 
-def _value_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
+def _value_problems(hydra: Mapping[str, object]) -> Iterator[Problem]:
     """Yield a problem for each setting with a value that would crash Hydra."""
     for key in ("launcher", "sweeper"):
         if not isinstance(_at(hydra, f"{key}._target_"), str):
@@ -234,7 +235,7 @@ def _value_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("hydra", "verbose"), reason)
 
 
-def _call_problems(node: Any, place: Place) -> Iterator[Problem]:
+def _call_problems(node: object, place: Place) -> Iterator[Problem]:
     """Yield a problem for each forbidden call under Hydra's own key."""
     if isinstance(node, Mapping):
         for name, child in node.items():
@@ -250,7 +251,7 @@ def _call_problems(node: Any, place: Place) -> Iterator[Problem]:
         yield Problem(place, "contains a line break, which would start another command.")
 
 
-def _logging_problems(config: Any, place: Place) -> Iterator[Problem]:
+def _logging_problems(config: object, place: Place) -> Iterator[Problem]:
     """Yield a problem for each forbidden logging setting."""
     if not isinstance(config, Mapping):
         if config is not None:
@@ -270,7 +271,7 @@ def _logging_problems(config: Any, place: Place) -> Iterator[Problem]:
     yield from _setting_problems(root, place, _LOGGING["loggers"])
 
 
-def _setting_problems(section: Any, place: Place, known: Mapping[str, str]) -> Iterator[Problem]:
+def _setting_problems(section: object, place: Place, known: Mapping[str, str]) -> Iterator[Problem]:
     """Yield a problem for each setting of named items with an unknown form."""
     if section is not None and not isinstance(section, Mapping):
         yield Problem(place, f"'{section}' is not a mapping.")
@@ -288,18 +289,18 @@ def _setting_problems(section: Any, place: Place, known: Mapping[str, str]) -> I
                 yield Problem((*place, name, setting), reason)
 
 
-def _values(given: Any) -> Sequence[Any]:
+def _values(given: object) -> Sequence[object]:
     return given if isinstance(given, list) else [given]
 
 
-def _fits(value: Any, pattern: str) -> bool:
+def _fits(value: object, pattern: str) -> bool:
     """Return whether a value is plain, and of a form."""
     if value is None or not isinstance(value, str | bool | int | float):
         return value is None
     return re.fullmatch(pattern, str(value), re.DOTALL) is not None
 
 
-def _command_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
+def _command_problems(hydra: Mapping[str, object]) -> Iterator[Problem]:
     """Yield a problem for each setting that is allowed only on the command line."""
     ours = [
         OmegaConf.to_container(OmegaConf.load(file))
@@ -326,13 +327,13 @@ def _command_problems(hydra: Mapping[str, Any]) -> Iterator[Problem]:
             )
 
 
-def _at(node: Any, path: str) -> Any:
+def _at(node: object, path: str) -> object:
     for name in path.split("."):
         node = node.get(name) if isinstance(node, Mapping) else None
     return node
 
 
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(node: object, key: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(node, Mapping):
         for name, child in node.items():
             yield from _leaves(child, f"{key}.{name}" if key else str(name))

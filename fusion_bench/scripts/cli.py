@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import hydra
@@ -144,8 +145,11 @@ def closed_stdin() -> Iterator[None]:
                 os.close(terminal)
 
 
-def _print_traceback(*error: Any) -> None:
-    print(message("".join(traceback.format_exception(*error)).rstrip()), file=sys.stderr)
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(message(text.rstrip()), file=sys.stderr)
 
 
 def _leave_working_directory() -> None:

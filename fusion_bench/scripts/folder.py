@@ -3,7 +3,7 @@
 A config names the folder, and Hydra replaces what it finds there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,9 @@ def check_folder(folder: Path, key: Place, record: str | None = None) -> None:
         )
 
 
-def configure_log(log_config: DictConfig, verbose_config: Any = False) -> None:
+def configure_log(
+    log_config: DictConfig, verbose_config: bool | str | Sequence[str] = False
+) -> None:
     """Open a job's logs in its folder for appending, after a check.
 
     Hydra calls it for each job, before it writes anything.

@@ -140,18 +140,18 @@ class SweepCallback(Callback):
         self._begun = 0.0
         self._claim = ExitStack()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return the state to pickle; the lock stays with the sweep."""
         return {name: value for name, value in vars(self).items() if name != "_claim"}
 
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         """Create the run's directory, or report the problem."""
         try:
             _make(Path(config.hydra.run.dir), ("hydra", "run", "dir"))
         except FusionBenchError as error:
             exit_with_error(error)
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """Set the jobs' directories, unless the user does, and refuse invalid sweeps."""
         try:
             check_strategy(config.get("fabric"))
@@ -188,11 +188,11 @@ class SweepCallback(Callback):
         key = "hydra.job.config.override_dirname.exclude_keys"
         self._set(config, key, [*OmegaConf.select(config, key), *common])
 
-    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_start(self, config: DictConfig, **kwargs: object) -> None:
         """Record the job's start time, to recognise an older report."""
         self._begun = time.time()
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: object) -> None:
         """Write the job's record, and print its result on the console."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
@@ -210,7 +210,7 @@ class SweepCallback(Callback):
         write_text(directory / _RECORD, json.dumps(asdict(record), indent=2) + "\n")
         print(_line(record, directory, self._begun), flush=True)
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Write and print the leaderboard; the process fails where a job did."""
         with self._claim:
             self._end(config)
@@ -237,13 +237,13 @@ class SweepCallback(Callback):
         return dict(sorted(found.items(), key=lambda job: job[1].number))
 
     @staticmethod
-    def _set(config: DictConfig, key: str, value: Any) -> None:
+    def _set(config: DictConfig, key: str, value: object) -> None:
         """Set a key of Hydra's own, for this process and for each job."""
         OmegaConf.update(config, key, value)
         config.hydra.overrides.hydra.append(f"{key}={json.dumps(value)}")
 
 
-def check_strategy(fabric: Mapping[str, Any] | None) -> None:
+def check_strategy(fabric: Mapping[str, object] | None) -> None:
     """Refuse strategies whose processes would each start the sweep again.
 
     Raises:
@@ -344,7 +344,7 @@ def directory_name(text: str) -> str:
     return f"{plain or 'job'}-{_hash(text)}"
 
 
-def _sweep_directory(config_name: str, swept: Sequence[str], about: Any) -> str:
+def _sweep_directory(config_name: str, swept: Sequence[str], about: object) -> str:
     keys = [key.rpartition(".")[2] for key in swept]
     name = directory_name("-".join([config_name.rpartition("/")[2], *keys])[:_LONGEST_NAME])
     return f"multirun/{name}-{_hash(json.dumps(about, default=str))}"

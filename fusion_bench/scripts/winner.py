@@ -1,7 +1,6 @@
 """Evaluates the winner at the end of a sweep on the validation split."""
 
 from pathlib import Path
-from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -13,7 +12,7 @@ from fusion_bench.scripts.sweep import exit_with_error
 class JudgeWinner(Callback):
     """Evaluates a sweep's best job on the test split, once; the report goes to ``winner/``."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Run ``SearchWinner``; the process fails where it does."""
         from fusion_bench.programs import SearchWinner
 
