@@ -119,18 +119,6 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
     return made
 
 
-def _tell_once(problems: Problems) -> None:
-    """Drop the problem of a seed that a method has from the program, which has it too."""
-    told = {problem.reason for problem in problems if problem.place == ("seed",)}
-    problems[:] = [
-        problem
-        for problem in problems
-        if problem.place == ("seed",)
-        or problem.place[-1:] != ("seed",)
-        or problem.reason not in told
-    ]
-
-
 def _check_seed(seed: object) -> None:
     if seed is None:
         return
@@ -152,3 +140,15 @@ def _lazily(section: Any) -> Any:
     # A pool's datasets and models are made when their turn comes, also where the YAML forgets
     # to say so.
     return {"_recursive_": False, **section} if isinstance(section, Mapping) else section
+
+
+def _tell_once(problems: Problems) -> None:
+    """Drop the problem of a seed that a method has from the program, which has it too."""
+    told = {problem.reason for problem in problems if problem.place == ("seed",)}
+    problems[:] = [
+        problem
+        for problem in problems
+        if problem.place == ("seed",)
+        or problem.place[-1:] != ("seed",)
+        or problem.reason not in told
+    ]
