@@ -9,10 +9,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.resolving import to_container
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -86,8 +87,22 @@ def composed(*overrides: str) -> dict[str, Any]:
         with (
             nullcontext() if inside else initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
         ):
-            config = compose("fabric_model_fusion", list(overrides))
+            try:
+                config = compose("fabric_model_fusion", list(overrides))
+            except MissingConfigException as error:
+                group, _, name = (error.missing_cfg_file or "").partition("/")
+                hint = did_you_mean(name, _choices(group))
+                raise FusionBenchError(f"there is no {group} '{name}'.", hint) from error
         found: Any = to_container(config, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise FusionBenchError(str(error).splitlines()[0]) from error
     return dict(found)
+
+
+def _choices(group: str) -> list[str]:
+    """Return the names of a group's configs, and of those in its subgroups, as Hydra finds them."""
+    loader = GlobalHydra.instance().config_loader()
+    found = loader.get_group_options(group)
+    for inner in loader.get_group_options(group, ObjectType.GROUP):
+        found += [f"{inner}/{name}" for name in _choices(f"{group}/{inner}")]
+    return [name for name in found if not name.startswith("_")]

@@ -6,11 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fusion_bench import __version__
 from fusion_bench.command import typed
-from fusion_bench.problems import FusionBenchError, within
+from fusion_bench.problems import FusionBenchError, Problems
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.publish import publish
 from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
@@ -33,7 +32,7 @@ class CompareProgram:
         reports: the runs' ``report.json``, or their directories; a mapping sets their names.
         strict: refuse runs that are not comparable.
         output_dir: the directory for the comparison's own report; ``None`` writes none.
-        dry_run: check the config and stop before anything is read.
+        dry_run: read and check the reports, and stop before they are compared.
 
     Raises:
         FusionBenchError: fewer than two reports, or two of the same name.
@@ -51,6 +50,7 @@ class CompareProgram:
                 "name at least two, for example 'reports=[a/report.json,b/report.json]'.",
                 place=("reports",),
             )
+        self.named = isinstance(reports, Mapping)
         named = reports if isinstance(reports, Mapping) else _names([str(p) for p in reports])
         self.paths = {str(name): _file(Path(path)) for name, path in named.items()}
         for name in self.paths:
@@ -61,7 +61,7 @@ class CompareProgram:
         self.strict = strict
         self.output_dir = None if output_dir is None else Path(output_dir).absolute()
         self.dry_run = dry_run
-        self.config: dict[str, Any] = {
+        self.config: dict[str, object] = {
             "_target_": "fusion_bench.programs.CompareProgram",
             "reports": {name: str(path) for name, path in self.paths.items()},
             "strict": strict,
@@ -74,11 +74,8 @@ class CompareProgram:
             FusionBenchError: a file that is no report, no task in common, or, unless ``strict`` is
                 off, runs that are not comparable.
         """
-        if self.dry_run:
-            log.info("Dry run: the config is valid; nothing was read.")
-            return None
         start = time.perf_counter()
-        runs = {name: _read(path) for name, path in self.paths.items()}
+        runs = self._read()
         tasks = common_tasks(runs)
         if not tasks:
             raise FusionBenchError("they have no common task.", place=("reports",))
@@ -95,6 +92,9 @@ class CompareProgram:
             )
         for obstacle in found:
             log.warning("Not comparable: %s.", obstacle)
+        if self.dry_run:
+            log.info("Dry run: the reports can be compared; nothing was written.")
+            return None
         models, answers = combined_models(runs)
         first = next(iter(runs.values())).report
         evaluated = {
@@ -113,6 +113,19 @@ class CompareProgram:
             publish(report, answers, self.output_dir, None)
         print_differences(report, wide_console())
         return report
+
+    def _read(self) -> dict[str, Evaluated]:
+        """Return the reports.
+
+        Raises:
+            FusionBenchError: with each that cannot be read.
+        """
+        runs, problems = {}, Problems()
+        for place, (name, path) in enumerate(self.paths.items()):
+            with problems.collect("reports", name if self.named else place):
+                runs[name] = _read(path)
+        problems.raise_all()
+        return runs
 
     def _described(
         self, runs: Mapping[str, Evaluated], seconds: float, found: Sequence[str]
@@ -142,11 +155,10 @@ def _file(path: Path) -> Path:
 
 
 def _read(path: Path) -> Evaluated:
-    with within("reports"):
-        report = Report.load(path)
-        answers = Answers.load(path, report)
-        if not report.tasks:
-            raise FusionBenchError(f"nothing was evaluated in '{path}'.")
+    report = Report.load(path)
+    answers = Answers.load(path, report)
+    if not report.tasks:
+        raise FusionBenchError(f"nothing was evaluated in '{path}'.")
     return Evaluated(report, answers)
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from multiprocessing.queues import SimpleQueue
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -24,6 +24,7 @@ from fusion_bench.command import typed
 from fusion_bench.instantiate import instantiate
 from fusion_bench.memory import out_of_memory
 from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError, within
+from fusion_bench.programs.spec import Section
 from fusion_bench.report import Run, Search, Seconds, Tuning
 from fusion_bench.shown import are_set_up, set_up_streams
 from fusion_bench.storage import disk_failures
@@ -34,7 +35,7 @@ T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "safetensors", "numpy")
 
 
-def make_fabric(section: Any) -> Fabric:
+def make_fabric(section: Section) -> Fabric:
     """Return Fabric from a config section; without one, one process on the best device.
 
     Several local processes are forked, or spawned without a safe fork, unless the section names
@@ -144,7 +145,7 @@ def plain_failures() -> Iterator[None]:
 
 def describe_run(
     fabric: Fabric,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     seed: int | None,
     seconds: Seconds,
     inputs: Mapping[str, str],
@@ -172,7 +173,7 @@ def describe_run(
     )
 
 
-def config_sha256(config: Mapping[str, Any]) -> str:
+def config_sha256(config: Mapping[str, object]) -> str:
     """Return the hash of a config, as JSON with sorted keys."""
     canonical = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()

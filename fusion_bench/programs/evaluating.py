@@ -10,10 +10,10 @@ from urllib.parse import quote
 from lightning.fabric import Fabric
 from torch import nn
 
-from fusion_bench.problems import within
+from fusion_bench.problems import Place, within
 from fusion_bench.programs.fusing import MERGED
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
-from fusion_bench.programs.spec import Baselines
+from fusion_bench.programs.spec import Baselines, Places
 from fusion_bench.report import Answers, ModelResult, TaskAnswers, TaskInfo, TaskResult, summarise
 from fusion_bench.report.schema import Role
 from fusion_bench.storage import write_bytes
@@ -36,6 +36,7 @@ class Evaluator:
         baselines: which of the pool's models are evaluated, and on which tasks.
         fast_dev_run: evaluate only the first batch of each task.
         output_dir: the directory for predictions as parquet files, if the task pool saves them.
+        place: where the task pool is in the config.
 
     Attributes:
         models: the results by model name.
@@ -50,6 +51,7 @@ class Evaluator:
         baselines: Baselines,
         fast_dev_run: bool = False,
         output_dir: Path | None = None,
+        place: Place = Places.taskpool,
     ):
         self.modelpool = modelpool
         self.taskpool = taskpool
@@ -57,6 +59,7 @@ class Evaluator:
         self.baselines = baselines
         self.fast_dev_run = fast_dev_run
         self.output_dir = output_dir
+        self.place = place
         self.models: dict[str, ModelResult] = {}
         self.answers = Answers()
 
@@ -155,7 +158,7 @@ class Evaluator:
         own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
         scores: dict[str, Score] = {}
         if self.taskpool is not None:
-            with within("taskpool", keyed_only=True):
+            with within(*self.place, keyed_only=True):
                 scores = self.taskpool.evaluate(
                     model,
                     self.fabric,

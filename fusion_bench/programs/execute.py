@@ -1,7 +1,6 @@
 """Executes a prepared run: loads, merges, evaluates and reports."""
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fusion_bench.method.contract import FusionMethod, Saving
 from fusion_bench.method.plain import class_name
 from fusion_bench.plan import Plan
 from fusion_bench.problems import EnvironmentProblem, within
+from fusion_bench.programs.clock import Clock
 from fusion_bench.programs.environment import describe_run, launch, plain_failures
 from fusion_bench.programs.evaluating import Evaluator
 from fusion_bench.programs.fusing import (
@@ -41,9 +41,6 @@ from fusion_bench.weights import Weights
 
 log = logging.getLogger(__name__)
 
-#: What the log says when a step is done.
-_DONE = {"load": "Loaded", "search": "Searched", "fuse": "Fused", "evaluate": "Evaluated"}
-
 
 @runtime_checkable
 class Savable(Protocol):
@@ -67,12 +64,13 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     run.quiet()
     for note in run.notes:
         log.warning("%s", note)
-    log.info("Merging %s with %s", ", ".join(run.modelpool.model_names), class_name(run.method))
+    merged, method = ", ".join(run.modelpool.model_names), class_name(run.settings[0].method)
+    log.info("Merging %s with %s", merged, method)
     with run.paths.claimed():
         report, answers = launch(run.fabric, run.fuse_and_evaluate)
         # Where processes were started by us, this one is their parent.
         if run.fabric.global_rank == 0:
-            with plain_failures():
+            with plain_failures(), Clock().measure("report"):
                 publish(report, answers, run.spec.output_dir, run.paths.report_path)
             run.paths.finished()
             if run.paths.model_path is not None:
@@ -88,14 +86,13 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
 def _complete(prepared: Prepared, plan: Plan) -> "_Run":
     """Return the prepared objects as a complete run."""
     made = prepared
-    assert made.modelpool is not None and made.method is not None and made.fabric is not None
+    assert made.modelpool is not None and made.settings and made.fabric is not None
     return _Run(
         made.spec,
         made.shared,
         made.paths,
         made.modelpool,
         made.taskpool,
-        made.method,
         made.search,
         made.settings,
         made.previous,
@@ -113,7 +110,6 @@ class _Run:
     paths: OutputPaths
     modelpool: PlacedModelPool
     taskpool: TaskPool | None
-    method: FusionMethod
     search: OptionSearch | None
     settings: list[Setting]
     previous: Previous | None
@@ -124,11 +120,12 @@ class _Run:
         """Do the work; called in every process, with the same result in each."""
         self.quiet()  # again, for a process that was spawned
         self._seed_everything(fabric)
-        clock = _Clock(fabric.global_rank == 0)
+        clock = Clock(fabric.global_rank == 0)
+        chosen = self.settings[0]
         evaluator = self._evaluator(fabric)
         with clock.measure("load"):
             if self.taskpool is not None:
-                with within("taskpool", keyed_only=True):
+                with within(*self.spec.places.taskpool, keyed_only=True):
                     self.taskpool.prepare(fabric)
             inputs = identities(self.modelpool)
             searched = None
@@ -136,20 +133,20 @@ class _Run:
                 searched = self.search.learned.data(
                     self.modelpool, self.taskpool, fabric, self.spec.allow_test_split
                 )
-            data = self._data(self.method, fabric)
+            data = self._data(chosen.method, fabric)
         if (done := self._earlier_result(inputs, data, searched, fabric)) is not None:
             return done
         self._seed_everything(fabric)  # again: what was loaded before need not have been loaded now
-        method, search = self.method, None
+        search = None
         if searched is not None:
             with clock.measure("search"):
                 search = self._search(searched, fabric)
-            method = self.settings[search.winner].method
-            data = self._data(method, fabric)
+            chosen = self.settings[search.winner]
+            data = self._data(chosen.method, fabric)
         evaluated = search is None or search.judge_test
         with clock.measure("fuse"):
             wanted = evaluated or self.paths.model_path is not None
-            merged = self._fuse(fabric, method, data, search) if wanted else {}
+            merged = self._fuse(fabric, chosen, data, search) if wanted else {}
         with clock.measure("evaluate", says=evaluated and self.taskpool is not None):
             if evaluated:
                 evaluator.take(self._evaluated_baselines(fabric, inputs))
@@ -165,7 +162,7 @@ class _Run:
                 self.spec.seed,
                 Seconds(**clock.seconds, total=clock.total()),
                 inputs,
-                describe_tuning(method, self.taskpool, data),
+                describe_tuning(chosen.method, self.taskpool, data),
                 search,
                 self._all_notes(),
             ),
@@ -194,6 +191,7 @@ class _Run:
             self.spec.baselines,
             self.spec.fast_dev_run,
             self.spec.output_dir,
+            self.spec.places.taskpool,
         )
 
     def _evaluated_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Evaluator:
@@ -216,8 +214,8 @@ class _Run:
             fabric.seed_everything(self.spec.seed, verbose=False)
 
     def _data(self, method: FusionMethod, fabric: Fabric) -> TuningData:
-        allowed = self.spec.allow_test_split
-        return tuning_data(method, self.modelpool, self.taskpool, fabric, allowed)
+        allowed, places = self.spec.allow_test_split, self.spec.places
+        return tuning_data(method, self.modelpool, self.taskpool, fabric, allowed, places)
 
     def _search(self, data: TuningData, fabric: Fabric) -> Search:
         """Search the method's options; the random state is restored afterwards."""
@@ -229,7 +227,7 @@ class _Run:
         return found
 
     def _fuse(
-        self, fabric: Fabric, method: FusionMethod, data: TuningData, search: Search | None
+        self, fabric: Fabric, chosen: Setting, data: TuningData, search: Search | None
     ) -> dict[str, nn.Module | Weights]:
         """Return the merged models by name, saved if a path is given.
 
@@ -237,8 +235,8 @@ class _Run:
         evaluated or not saved.
         """
         path = self.paths.model_path
-        with within("method", keyed_only=True):
-            merged = fuse(method, self.modelpool, fabric, data)
+        with chosen.located(keyed_only=True):
+            merged = fuse(chosen.method, self.modelpool, fabric, data)
         if self.taskpool is not None or path is None:
             merged = materialize(merged)
         if path is None:
@@ -294,26 +292,6 @@ class _Run:
             return None
         log.info("This run is already done; its report is unchanged.")
         return found
-
-
-class _Clock:
-    """Measures the time of named steps and logs it."""
-
-    def __init__(self, says: bool) -> None:
-        self._says = says
-        self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, step: str, *, says: bool = True) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
-        if self._says and says:
-            log.info("%s in %.1f s.", _DONE[step], self.seconds[step])
-
-    def total(self) -> float:
-        return round(time.perf_counter() - self._start, 3)
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from fusion_bench.instantiate import SharedObjects
 from fusion_bench.problems import Problem
+from fusion_bench.programs.clock import Clock
 from fusion_bench.programs.execute import execute
 from fusion_bench.programs.preflight import preflight
 from fusion_bench.programs.prepare import prepare
 from fusion_bench.programs.spec import Baselines, FusionSpec, Section
 from fusion_bench.report import Report
+from fusion_bench.storage import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +40,6 @@ class FabricModelFusionProgram:
         dry_run: print the plan and all problems, and stop before anything is loaded.
         parts: objects that are shared between runs of this process.
         problems: known problems of the config, reported with the others.
-
-    Raises:
-        ConfigError: with all problems of the arguments and of what they name.
     """
 
     #: What is wrong with the sections is said here, for all of them at once.
@@ -83,14 +82,22 @@ class FabricModelFusionProgram:
             fast_dev_run=fast_dev_run,
             dry_run=dry_run,
         )
-        self.prepared = prepare(self.spec, SharedObjects() if parts is None else parts, problems)
-        if self.prepared.problems:
-            preflight(self.prepared)  # which finds the others, and tells them all
+        # The pools of a dry run have a temporary directory for downloads.
+        self.parts = SharedObjects() if parts is None or dry_run else parts
+        self.problems = problems
 
     def run(self) -> Report | None:
-        """Fuse, evaluate, save and print; returns the report, or ``None`` after a dry run."""
-        plan = preflight(self.prepared)
+        """Fuse, evaluate, save and print; returns the report, or ``None`` after a dry run.
+
+        Raises:
+            ConfigError: with all problems of the arguments and of what they name.
+        """
+        clock = Clock(is_first_process())
+        with clock.measure("prepare"):
+            prepared = prepare(self.spec, self.parts, self.problems)
+        with clock.measure("plan"):
+            plan = preflight(prepared)
         if self.spec.dry_run:
             log.info("Dry run: the config is valid; nothing was loaded.")
             return None
-        return execute(self.prepared, plan)
+        return execute(prepared, plan)

@@ -1,18 +1,18 @@
 """Runs a method on a pool, with its training data, and names the results."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from lightning.fabric import Fabric
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fusion_bench.instantiate import accepts
 from fusion_bench.method.contract import FusionMethod, ModelPool, Split
 from fusion_bench.method.plain import class_name
-from fusion_bench.problems import ConfigError, FusionBenchError, Place, within
+from fusion_bench.problems import ConfigError, FusionBenchError, Place, key_of, within
 from fusion_bench.programs.pools import Nodes, PlacedModelPool, TaskPool
+from fusion_bench.programs.spec import Places, Section, plain
 from fusion_bench.report import Tuning, TuningTask
 from fusion_bench.weights import TensorWeights, Weights, in_memory
 
@@ -28,9 +28,9 @@ Classifying = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 TuningData = Mapping[str, "TuningImages"] | None
 
 
-def seeded(method: Any, seed: int | None) -> Any:
+def seeded(method: Section, seed: int | None) -> Section:
     """Return a method's node with the program's seed, if it accepts one and sets none."""
-    node = OmegaConf.to_container(method, resolve=True) if OmegaConf.is_config(method) else method
+    node = plain(method)
     if seed is None or not isinstance(node, Mapping) or "seed" in node:
         return method
     return {**node, "seed": seed} if accepts(node.get("_target_"), "seed") else method
@@ -60,6 +60,7 @@ def tuning_data(
     taskpool: TaskPool | None,
     fabric: Fabric,
     allow_test_split: bool,
+    places: Places,
 ) -> TuningData:
     """Return the data that the method learns from; ``None`` if it needs no data.
 
@@ -68,23 +69,18 @@ def tuning_data(
     """
     if method.needs.split is None:
         return None
-    split = LearnedSplit.of(method)
-    return split.data(modelpool, require_taskpool(method, taskpool), fabric, allow_test_split)
-
-
-def require_taskpool(method: FusionMethod, taskpool: TaskPool | None) -> TaskPool:
-    """Return the task pool, which the method requires.
-
-    Raises:
-        FusionBenchError: there is none.
-    """
     if taskpool is None:
-        raise FusionBenchError(
-            f"{class_name(method)} learns from data.",
-            "Set the task pool that provides its classifiers.",
-            place=("taskpool",),
-        )
-    return taskpool
+        raise without_taskpool(method, places)
+    return LearnedSplit.of(method, places).data(modelpool, taskpool, fabric, allow_test_split)
+
+
+def without_taskpool(method: FusionMethod, places: Places) -> FusionBenchError:
+    """Return the problem of a method that learns and has no task pool."""
+    return FusionBenchError(
+        f"{class_name(method)} learns from data.",
+        "Set the task pool that provides its classifiers.",
+        place=places.taskpool,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,23 +90,26 @@ class LearnedSplit:
     Attributes:
         split: train, validation or test.
         user: what uses it, for messages.
-        place: the config key of the split, for messages.
+        place: where the split is chosen in the config.
+        places: where the pools are.
     """
 
     split: Split
     user: str
     place: Place
+    places: Places = field(default_factory=Places)
 
     @classmethod
-    def of(cls, method: FusionMethod) -> "LearnedSplit":
+    def of(cls, method: FusionMethod, places: Places) -> "LearnedSplit":
         """Return the split that a method learns from."""
         assert method.needs.split is not None
-        return cls(method.needs.split, f"{class_name(method)} learns from", ("method", "split"))
+        user = f"{class_name(method)} learns from"
+        return cls(method.needs.split, user, (*places.method, "split"), places)
 
     @property
     def key(self) -> str:
         """The key of the split, as text."""
-        return ".".join(map(str, self.place))
+        return key_of(self.place)
 
     def data(
         self,
@@ -131,16 +130,17 @@ class LearnedSplit:
             FusionBenchError: no such data, or the test split without leave.
         """
         datasets, place = self.named(modelpool, taskpool)
-        with within("taskpool", keyed_only=True):
+        with within(*self.places.taskpool, keyed_only=True):
             data = taskpool.tuning(datasets, fabric, place)
         for name, images in data.items():
             if not allow_test_split and images.is_test(taskpool.data(images.task)):
                 raise self.refusal((*place, name))
-        return {name: replace(own, classify=_placed(own.classify)) for name, own in data.items()}
+        return {
+            name: replace(own, classify=_placed(own.classify, self.places.taskpool))
+            for name, own in data.items()
+        }
 
-    def named(
-        self, modelpool: PlacedModelPool, taskpool: TaskPool
-    ) -> tuple[Nodes, tuple[str, str]]:
+    def named(self, modelpool: PlacedModelPool, taskpool: TaskPool) -> tuple[Nodes, Place]:
         """Return the dataset nodes, and their place in the config.
 
         Raises:
@@ -153,13 +153,13 @@ class LearnedSplit:
             "test": modelpool.test_datasets,
         }[self.split]
         if nodes:
-            return nodes, ("modelpool", group)
+            return nodes, (*modelpool.place, group)
         if self.split == "test" and taskpool.test_datasets:
-            return taskpool.test_datasets, ("taskpool", group)
+            return taskpool.test_datasets, (*self.places.taskpool, group)
         raise FusionBenchError(
             f"missing; {self.user} the {self.split} split.",
             f"Name a dataset for each model there, or choose another {self.key}.",
-            place=("modelpool" if self.split != "test" else "taskpool", group),
+            place=(*(self.places.taskpool if self.split == "test" else modelpool.place), group),
         )
 
     def refusal(self, place: Place) -> ConfigError:
@@ -172,11 +172,11 @@ class LearnedSplit:
         )
 
 
-def _placed(classify: Classifying) -> Classifying:
+def _placed(classify: Classifying, place: Place) -> Classifying:
     """Return the same for a method, in which what the task pool raises keeps its whole key."""
 
     def placed(model: nn.Module) -> Callable[[Tensor], Tensor]:
-        with within("taskpool", keyed_only=True, whole=True):
+        with within(*place, keyed_only=True, whole=True):
             return classify(model)
 
     return placed

@@ -17,8 +17,6 @@ from fusion_bench.weights import MergePolicy, TensorWeights, Weights
 if TYPE_CHECKING:
     from fusion_bench.taskpool import LabelledImages, Score, TuningImages
 
-#: Where every program's config has its pool.
-_SECTION = "modelpool"
 #: A name to a dataset's node.
 Nodes = Mapping[str, Any]
 
@@ -68,20 +66,21 @@ def _is_whole(pool: object) -> TypeGuard[ModelPool]:
     return isinstance(pool, _Plans)
 
 
-def placed(pool: object) -> "PlacedModelPool":
+def placed(pool: object, place: Place = ("modelpool",)) -> "PlacedModelPool":
     """Return a pool, possibly a user's object, whose problems have their full key."""
-    return PlacedModelPool(pool if _is_whole(pool) else _PlainPool(pool))
+    return PlacedModelPool(pool if _is_whole(pool) else _PlainPool(pool), place)
 
 
 class PlacedModelPool:
-    """A pool under ``modelpool`` in a config.
+    """A pool with its place in the config.
 
-    It prepends its key to the errors of its calls, because methods may call them too. The places in
-    a plan stay relative. A problem without a key, such as a damaged file, stays without.
+    It prepends its place to the errors of its calls, because methods may call them too. The places
+    in a plan stay relative. A problem without a key, such as a damaged file, stays without.
     """
 
-    def __init__(self, pool: ModelPool):
+    def __init__(self, pool: ModelPool, place: Place):
         self._pool = pool
+        self.place = place
 
     @property
     def model_names(self) -> list[str]:
@@ -96,12 +95,12 @@ class PlacedModelPool:
     @property
     def policy(self) -> MergePolicy:
         """The pool's policy, with its full key."""
-        return replace(self._pool.policy, place=(_SECTION, "policy"))
+        return replace(self._pool.policy, place=(*self.place, "policy"))
 
     @property
     def vocabulary(self) -> int | None:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.vocabulary
 
     @property
@@ -126,37 +125,37 @@ class PlacedModelPool:
 
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.plan(scratch, built=built)
 
     def compare(self, names: Collection[str] | None = None) -> list[str]:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.compare(names)
 
     def weights(self, name: str) -> Weights:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.weights(name)
 
     def architecture(self, name: str | None = None) -> str | None:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.architecture(name)
 
     def load_model(self, name: str) -> nn.Module:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.load_model(name)
 
     def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.build_model(weights)
 
     def open_saved(self, path: Path) -> Weights:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             return self._pool.open_saved(path)
 
     def save_model(
@@ -166,12 +165,11 @@ class PlacedModelPool:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """As in ``ModelPool``."""
-        with _here():
+        with self._here():
             self._pool.save_model(model, path, config)
 
-
-def _here() -> AbstractContextManager[None]:
-    return within(_SECTION, keyed_only=True, whole=True)
+    def _here(self) -> AbstractContextManager[None]:
+        return within(*self.place, keyed_only=True, whole=True)
 
 
 class _PlainPool:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,14 +24,16 @@ from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import ConfigError, Problem, Problems
-from fusion_bench.programs.fusing import LearnedSplit, require_taskpool
+from fusion_bench.programs.fusing import LearnedSplit, without_taskpool
 from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
-from fusion_bench.programs.search import Located
+from fusion_bench.programs.search import Setting
+from fusion_bench.programs.spec import plain
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
-from fusion_bench.weights import MergePolicy, Weights
+from fusion_bench.storage import is_first_process
+from fusion_bench.weights import MergePolicy, TensorWeights, Weights
 
 log = logging.getLogger(__name__)
 
@@ -41,46 +44,60 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def preflight(prepared: Prepared) -> Plan:
-    """Find all problems of a run before it begins; a dry run prints the plan.
+def preflight(*runs: Prepared, known: Sequence[Problem] = ()) -> Plan:
+    """Find all problems of runs before the first begins; a dry run prints the plan.
+
+    Args:
+        runs: the runs, which are planned together.
+        known: problems that are none of theirs.
 
     Raises:
         ConfigError: with every problem that there is.
     """
-    spec = prepared.spec
-    plan = Plan(problems=Problems(prepared.problems))
-    with plan.collect():
-        prepared.paths.check_unclaimed()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
-        with TemporaryDirectory() if spec.dry_run else nullcontext() as scratch:
-            _look(plan, prepared, None if scratch is None else Path(scratch))
-        if spec.dry_run:
+    plan = Plan(problems=Problems(known))
+    for run in runs:
+        plan.problems.add(run.problems)
+        with plan.collect():
+            run.paths.check_unclaimed()
+    if is_first_process():
+        dry_run = any(run.spec.dry_run for run in runs)
+        with TemporaryDirectory() if dry_run else nullcontext() as scratch:
+            planned: dict[int, Plan] = {}
+            for run in runs:
+                plan.take(_seen(run, None if scratch is None else Path(scratch), planned))
+        _check_room(plan)
+        if dry_run:
             show(plan, wide_console())
     plan.problems.raise_all()
     announce(plan)
     return plan
 
 
-def _look(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
-    """Add the steps and problems of the run's parts to ``plan``.
+def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan:
+    """Return the steps and problems of a run's parts.
 
     Args:
-        plan: has the problems that are known already.
-        prepared: the parts.
+        run: the parts.
         scratch: a temporary directory for small downloads, in a dry run.
+        planned: the plans of pools, some of which several runs share, by their ids.
     """
-    modelpool, taskpool = prepared.modelpool, prepared.taskpool
+    plan = Plan(problems=Problems(run.problems))
+    modelpool, taskpool, places = run.modelpool, run.taskpool, run.spec.places
     if modelpool is not None:
-        plan.take(modelpool.plan(scratch, built=taskpool is not None), "modelpool")
+        if id(modelpool) not in planned:
+            planned[id(modelpool)] = modelpool.plan(scratch, built=taskpool is not None)
+        plan.take(planned[id(modelpool)], *places.modelpool)
     if taskpool is not None:
-        plan.take(taskpool.plan(scratch), "taskpool")
-    _check_nodes(plan, prepared, scratch)
+        if id(taskpool) not in planned:
+            planned[id(taskpool)] = taskpool.plan(scratch)
+        plan.take(planned[id(taskpool)], *places.taskpool)
+    _check_nodes(plan, run, scratch)
     if modelpool is not None:
-        _compare(plan, modelpool, prepared.methods())
-        _compare_data(plan, prepared, modelpool, scratch)
-    _add_steps(plan, prepared)
-    _check_room(plan)
-    _check_memory(plan, prepared)
+        _compare(plan, modelpool, run.settings)
+        _compare_data(plan, run, modelpool, scratch)
+    _add_steps(plan, run)
+    _check_memory(plan, run)
+    return plan
 
 
 def announce(plan: Plan) -> None:
@@ -113,20 +130,21 @@ def show(plan: Plan, console: Console) -> None:
 
 def _check_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
     """Check the nodes of a pool that could not be created."""
-    config = prepared.spec.config
+    spec = prepared.spec
     if prepared.modelpool is None:
-        with plan.collect("modelpool"):
-            sources = Sources(_mapping(config["modelpool"], "models"), "AutoModel")
+        place = spec.places.modelpool
+        with plan.collect(*place):
+            sources = Sources(_mapping(plain(spec.modelpool), "models"), "AutoModel")
             sources.scratch = scratch
             for name in sources:
-                with plan.collect("modelpool", "models", name):
+                with plan.collect(*place, "models", name):
                     sources[name].plan(plan)
     if prepared.taskpool is None:
         from fusion_bench.taskpool.described import describe
 
-        for name, node in _mapping(config["taskpool"], "test_datasets").items():
-            place = ("taskpool", "test_datasets", name)
-            if not any(problem.place[:3] == place for problem in plan.problems):
+        for name, node in _mapping(plain(spec.taskpool), "test_datasets").items():
+            place = (*spec.places.taskpool, "test_datasets", name)
+            if not any(problem.place[: len(place)] == place for problem in plan.problems):
                 with plan.collect(*place):
                     describe(node, scratch)
 
@@ -137,20 +155,28 @@ def _mapping(node: object, key: str) -> Mapping[str, object]:
     return found if isinstance(found, Mapping) else {}
 
 
-class _Opened:
-    """A pool of the models with readable headers."""
+class _Headers:
+    """Some models of a pool, as far as they are known.
 
-    def __init__(self, pool: PlacedModelPool, opened: Mapping[str, Weights]):
+    Args:
+        pool: the pool.
+        names: the models to merge.
+        opened: their weights; of a model that is not among them nothing but the name is known.
+            ``None`` asks the pool.
+        has_pretrained: whether there is a pretrained model.
+    """
+
+    def __init__(
+        self,
+        pool: PlacedModelPool,
+        names: Sequence[str],
+        opened: Mapping[str, Weights] | None,
+        has_pretrained: bool,
+    ):
         self._pool = pool
         self._opened = opened
-
-    @property
-    def model_names(self) -> Sequence[str]:
-        return [name for name in self._pool.model_names if name in self._opened]
-
-    @property
-    def has_pretrained(self) -> bool:
-        return self._pool.has_pretrained
+        self.model_names = names
+        self.has_pretrained = has_pretrained
 
     @property
     def policy(self) -> MergePolicy:
@@ -158,10 +184,12 @@ class _Opened:
 
     @property
     def vocabulary(self) -> int | None:
-        return self._pool.vocabulary
+        return None if self._opened == {} else self._pool.vocabulary
 
     def weights(self, name: str) -> Weights:
-        return self._opened[name]
+        if self._opened is None:
+            return self._pool.weights(name)
+        return self._opened.get(name, TensorWeights({}))
 
     def load_model(self, name: str) -> nn.Module:
         return self._pool.load_model(name)
@@ -170,61 +198,68 @@ class _Opened:
         return self._pool.build_model(weights)
 
 
-def _compare(
-    plan: Plan, modelpool: PlacedModelPool, methods: Sequence[tuple[FusionMethod, Located]]
-) -> None:
-    """Compare keys, shapes, types and tying by headers, and models with methods."""
-    pool: ModelPool = _Opened(modelpool, plan.weights)
+def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> None:
+    """Compare keys, shapes, types and tying by headers, and models with methods.
+
+    Where not all models can be compared, methods are still asked about their number and names.
+    """
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
-    merging = any(method.needs.weights for method, _ in methods)
-    sound = _can_be_merged(plan, modelpool, pool, needed) if merging else True
-    whole = sound and all(name in plan.weights for name in needed)
-    for method, located in methods:
-        with plan.collect(), located():
-            refuse_without_pretrained(method, modelpool)
-            if not method.needs.weights:
-                method.check_pool(modelpool)
-            elif whole:
-                method.check_pool(pool)
+    merging = any(setting.method.needs.weights for setting in settings)
+    sound = merging and _can_be_merged(plan, modelpool, needed)
+    opened = plan.weights if sound and all(name in plan.weights for name in needed) else {}
+    for setting in settings:
+        needs, based = setting.method.needs, modelpool.has_pretrained
+        with plan.collect(), setting.located():
+            refuse_without_pretrained(setting.method, modelpool)
+        names = modelpool.model_names if setting.models is None else setting.models
+        known = None if not needs.weights else opened if based or not needs.base else {}
+        # A method of the user's may look for an entry.
+        unknown = suppress(LookupError) if known == {} else nullcontext()
+        with plan.collect(), setting.located(), unknown:
+            # That the pretrained model is missing is said already.
+            setting.method.check_pool(_Headers(modelpool, names, known, based or needs.base))
 
 
-def _can_be_merged(
-    plan: Plan, modelpool: PlacedModelPool, opened: ModelPool, needed: Sequence[str]
-) -> bool:
+def _can_be_merged(plan: Plan, modelpool: PlacedModelPool, needed: Sequence[str]) -> bool:
     """Check whether the opened models can be merged."""
-    if not opened.model_names or needed[0] not in plan.weights:
+    names = [name for name in modelpool.model_names if name in plan.weights]
+    if not names or needed[0] not in plan.weights:
         return False
     before = len(plan.problems)
-    with plan.collect("modelpool", "models"):
+    opened: ModelPool = _Headers(modelpool, names, plan.weights, modelpool.has_pretrained)
+    with plan.collect(*modelpool.place, "models"):
         plan.note(*aligned(opened).notes)
-    with plan.collect("modelpool", "models"):
+    with plan.collect(*modelpool.place, "models"):
         plan.note(*modelpool.compare(list(plan.weights)))
     return len(plan.problems) == before
 
 
 def _compare_data(
-    plan: Plan, prepared: Prepared, modelpool: PlacedModelPool, scratch: Path | None
+    plan: Plan, run: Prepared, modelpool: PlacedModelPool, scratch: Path | None
 ) -> None:
     """Check the datasets for learning and for a search."""
     uses: dict[LearnedSplit, list[FusionMethod]] = {}
-    for method, _ in prepared.methods():
+    for setting in run.settings:
+        method = setting.method
         if method.needs.split is not None:
-            uses.setdefault(LearnedSplit.of(method), []).append(method)
-            with plan.collect():
-                require_taskpool(method, prepared.taskpool)
-    if prepared.search is not None:
-        uses[prepared.search.learned] = []
-    if prepared.taskpool is None:
+            places = replace(run.spec.places, method=setting.place)
+            uses.setdefault(LearnedSplit.of(method, places), []).append(method)
+            if run.spec.taskpool is None:
+                plan.problems.add(without_taskpool(method, places).problems)
+    if run.search is not None:
+        uses[run.search.learned] = []
+    if run.taskpool is None:
         return
     for learned, methods in uses.items():
         with plan.collect():
-            datasets, place = learned.named(modelpool, prepared.taskpool)
+            datasets, place = learned.named(modelpool, run.taskpool)
             if any(method.needs.own_data for method in methods):
                 with plan.collect(*place):
                     own_data(modelpool.model_names, datasets)
-            plan.take(prepared.taskpool.plan_tuning(datasets, place, scratch), "taskpool")
+            tuning = run.taskpool.plan_tuning(datasets, place, scratch)
+            plan.take(tuning, *run.spec.places.taskpool)
             for name, node in datasets.items():
-                if _is_test_split(node) and not prepared.spec.allow_test_split:
+                if _is_test_split(node) and not run.spec.allow_test_split:
                     with plan.collect():
                         raise learned.refusal((*place, name))
 
@@ -237,14 +272,18 @@ def _is_test_split(node: object) -> bool:
 
 
 def _add_steps(plan: Plan, prepared: Prepared) -> None:
-    modelpool, taskpool, methods = prepared.modelpool, prepared.taskpool, prepared.methods()
+    modelpool, taskpool, settings = prepared.modelpool, prepared.taskpool, prepared.settings
     if plan.weights:
         total = sum(sum(w.spec(key).nbytes for key in w) for w in plan.weights.values())
         plan.add(Step("read", f"{_count(len(plan.weights), 'model')}", total))
-    if modelpool is not None and methods:
-        what = f"{class_name(methods[0][0])} of {_count(len(modelpool.model_names), 'model')}"
+    if modelpool is not None and settings:
+        merged = (modelpool.model_names if s.models is None else s.models for s in settings)
+        *sizes, largest = dict.fromkeys(map(len, merged))
+        names = dict.fromkeys(class_name(setting.method) for setting in settings)
+        what = f"{', '.join(names)} of {''.join(f'{size}, ' for size in sizes)}"
+        what += _count(largest, "model")
         if prepared.search is not None:
-            what += f", with {_count(len(methods), 'setting')}"
+            what += f", with {_count(len(settings), 'setting')}"
         device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
     if taskpool is not None:
@@ -325,13 +364,14 @@ def _check_memory(plan: Plan, prepared: Prepared) -> None:
     needed, free = _merged_bytes(plan, modelpool), _free_memory()
     if needed is None:
         return
+    smaller = modelpool.policy.typed("dtype", "bfloat16")
     if free is not None and needed > free:
         plan.problems.append(
             Problem(
-                ("modelpool", "models"),
+                (*modelpool.place, "models"),
                 f"a merged model takes {decimal(needed)} of memory, and {decimal(free)} are free.",
-                "Set modelpool.policy.dtype=bfloat16, or use '~taskpool' with a "
-                "merged_model_save_path, to write it to disk entry by entry.",
+                f"Set {smaller}, or merge without a task pool to a merged_model_save_path, which "
+                "writes it to disk entry by entry.",
             )
         )
     # Asking a GPU sets it up, after which processes cannot be forked.
@@ -344,7 +384,7 @@ def _check_memory(plan: Plan, prepared: Prepared) -> None:
                 ("fabric", "accelerator"),
                 f"a merged model takes {decimal(needed)} on {fabric.device}, where "
                 f"{decimal(free)} are free.",
-                "Set modelpool.policy.dtype=bfloat16 or fabric.accelerator=cpu.",
+                f"Set {smaller} or {{here}}accelerator=cpu.",
             )
         )
 

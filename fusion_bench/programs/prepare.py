@@ -3,28 +3,27 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning.fabric import Fabric
 
 from fusion_bench.instantiate import SharedObjects, check_part, instantiate
-from fusion_bench.method.contract import FusionMethod
 from fusion_bench.method.plain import as_method
 from fusion_bench.problems import (
     ConfigError,
+    Place,
     Problem,
     Problems,
     check_between,
     check_choice,
-    within,
 )
 from fusion_bench.programs.environment import make_fabric
 from fusion_bench.programs.fusing import seeded
 from fusion_bench.programs.output_paths import OutputPaths
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool, as_taskpool, placed
 from fusion_bench.programs.previous import Previous
-from fusion_bench.programs.search import Located, OptionSearch, Setting, as_search
-from fusion_bench.programs.spec import Baselines, FusionSpec, plain
+from fusion_bench.programs.search import OptionSearch, Setting, as_search
+from fusion_bench.programs.spec import Baselines, FusionSpec, Section, plain
 from fusion_bench.progress import quiet_libraries
 
 P = TypeVar("P")
@@ -41,8 +40,7 @@ class Prepared:
         shared: objects that are shared between runs of this process.
         paths: the output paths.
         problems: the problems, with full config keys.
-        settings: the method with each combination of options that ``search`` tries.
-        method: the method; with a search, that of the first setting.
+        settings: the method, or each that a search or a study tries.
         previous: the earlier report of the same run.
     """
 
@@ -52,17 +50,10 @@ class Prepared:
     problems: Problems
     search: OptionSearch | None = None
     settings: list[Setting] = field(default_factory=list)
-    method: FusionMethod | None = None
     modelpool: PlacedModelPool | None = None
     taskpool: TaskPool | None = None
     fabric: Fabric | None = None
     previous: Previous | None = None
-
-    def methods(self) -> list[tuple[FusionMethod, Located]]:
-        """Return each tried method, with a function that locates its options."""
-        if self.settings:
-            return [(setting.method, setting.located) for setting in self.settings]
-        return [] if self.method is None else [(self.method, partial(within, "method"))]
 
 
 def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = ()) -> Prepared:
@@ -70,13 +61,11 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
 
     Args:
         spec: the config.
-        shared: objects that are shared between runs of this process. A dry run does not use them
-            because its pools have a temporary download directory.
+        shared: objects that are shared between runs of this process.
         known: known problems.
     """
     if spec.taskpool is not None:  # a merge alone imports neither transformers nor datasets
         quiet_libraries()
-    shared = SharedObjects() if spec.dry_run else shared
     paths = OutputPaths(spec.config, spec.output_dir, spec.overwrite)
     made = Prepared(spec, shared, paths, Problems(known))
     collect = made.problems.collect
@@ -87,21 +76,15 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
     with collect("search"):
         check_part(spec.search, "search")
         made.search = as_search(instantiate(_lazily(spec.search), "search"))
-    with collect("method"):
+    with collect(*spec.places.method):
         check_part(spec.method, "method")
         if made.search is None:
-            made.method = as_method(instantiate(seeded(spec.method, spec.seed), "method"))
+            method = as_method(instantiate(seeded(spec.method, spec.seed), "method"))
+            made.settings = [Setting(method, spec.places.method)]
     with collect():
         if made.search is not None:
             made.settings = made.search.settings(plain(seeded(spec.method, spec.seed)))
-            made.method = made.settings[0].method
-    with collect("modelpool"):
-        made.modelpool = _shared(spec.modelpool, "modelpool", placed, shared)
-    with collect("taskpool"):
-        if spec.taskpool is not None:
-            made.taskpool = _shared(spec.taskpool, "taskpool", as_taskpool, shared)
-            if spec.output_dir is None and made.taskpool.save_predictions:
-                raise ConfigError("needs an output_dir.", place=("save_predictions",))
+    prepare_pools(made)
     with collect("search"):
         if spec.search is not None and spec.taskpool is None:
             raise ConfigError("needs a task pool to evaluate the settings on.")
@@ -119,6 +102,22 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
     return made
 
 
+def prepare_pools(made: Prepared) -> None:
+    """Create the pools of a run."""
+    spec, collect = made.spec, made.problems.collect
+    modelpool, taskpool = spec.places.modelpool, spec.places.taskpool
+    with collect(*modelpool):
+        if spec.modelpool is None:
+            raise ConfigError("missing; give it as a config node.")
+        seen = partial(placed, place=modelpool)
+        made.modelpool = _shared(spec.modelpool, "modelpool", modelpool, seen, made.shared)
+    with collect(*taskpool):
+        if spec.taskpool is not None:
+            made.taskpool = _shared(spec.taskpool, "taskpool", taskpool, as_taskpool, made.shared)
+            if spec.output_dir is None and made.taskpool.save_predictions:
+                raise ConfigError("needs an output_dir.", place=("save_predictions",))
+
+
 def _check_seed(seed: object) -> None:
     if seed is None:
         return
@@ -127,16 +126,22 @@ def _check_seed(seed: object) -> None:
     check_between("seed", seed, 0, _LARGEST_SEED)
 
 
-def _shared(section: Any, name: str, seen: Callable[[object], P], shared: SharedObjects) -> P:
-    """Return a pool, created once for the same config."""
+def _shared(
+    section: Section,
+    name: str,
+    place: Place,
+    seen: Callable[[object], P],
+    shared: SharedObjects,
+) -> P:
+    """Return a pool, created once for the same config at the same place."""
     check_part(section, name)
     node = plain(section)
     if not isinstance(node, Mapping):
         return seen(section)
-    return shared.get([name, node], lambda: seen(instantiate(_lazily(node), name)))
+    return shared.get([*place, node], lambda: seen(instantiate(_lazily(node), name)))
 
 
-def _lazily(section: Any) -> Any:
+def _lazily(section: Section) -> Section:
     # A pool's datasets and models are made when their turn comes, also where the YAML forgets
     # to say so.
     return {"_recursive_": False, **section} if isinstance(section, Mapping) else section

@@ -2,16 +2,19 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from fusion_bench import __version__
 from fusion_bench.configs import composed
-from fusion_bench.instantiate import instantiate
-from fusion_bench.problems import FusionBenchError, ResultError, did_you_mean, within
+from fusion_bench.instantiate import SharedObjects, instantiate
+from fusion_bench.problems import FusionBenchError, Problem, ResultError, did_you_mean, within
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.programs.preflight import preflight
+from fusion_bench.programs.prepare import Prepared, prepare
+from fusion_bench.programs.spec import Places, Section
 from fusion_bench.report.reference import BASELINES, Reference
 from fusion_bench.report.reproduction import Reproduction, check
 from fusion_bench.report.table import wide_console
@@ -38,14 +41,14 @@ class ReproduceProgram:
         dry_run: check the reference and each row's config, and stop before anything is loaded.
 
     Raises:
-        FusionBenchError: a reference that cannot be read, or rows that cannot be run.
+        FusionBenchError: a reference that cannot be read, or rows that are none.
     """
 
     def __init__(
         self,
         reference: str,
         methods: Sequence[str] | None = None,
-        fabric: Any = None,
+        fabric: Section = None,
         seed: int | None = None,
         output_dir: str | Path | None = None,
         dry_run: bool = False,
@@ -74,7 +77,7 @@ class ReproduceProgram:
         }
 
     def _program(
-        self, row: str, overrides: Sequence[str], fabric: Any, seed: int | None
+        self, row: str, overrides: Sequence[str], fabric: Section, seed: int | None
     ) -> FabricModelFusionProgram:
         reference = self.reference
         pools = [f"modelpool={reference.modelpool}", f"taskpool={reference.taskpool}"]
@@ -85,22 +88,36 @@ class ReproduceProgram:
                 node["fabric"] = fabric
             place = self.output_dir and self.output_dir / "rows" / quote(row, safe="")
             program: FabricModelFusionProgram = instantiate(node, output_dir=place)
-        taskpool = program.prepared.taskpool
-        known = [] if taskpool is None else taskpool.task_names
-        for task in reference.tasks:
-            if task not in known:
-                raise FusionBenchError(
-                    f"tasks: '{reference.taskpool}' has no '{task}'. {did_you_mean(task, known)}",
-                    place=("reference",),
-                )
         return program
+
+    def prepared(self) -> dict[str, Prepared]:
+        """Return the parts of every row's run."""
+        shared, runs = SharedObjects(), {}
+        for row, program in self.programs.items():
+            place = ("reference", "rows", row)
+            # The rows have the same pools, and so the same problems with them.
+            places = Places(
+                (*place, "method"), ("reference", "modelpool"), ("reference", "taskpool")
+            )
+            spec = replace(program.spec, places=places, dry_run=self.dry_run)
+            known = [problem.inside(*place) for problem in program.problems]
+            run = runs[row] = prepare(spec, shared, known)
+            tasks = [] if run.taskpool is None else run.taskpool.task_names
+            for task in self.reference.tasks if tasks else ():
+                if task not in tasks:
+                    reason = f"'{self.reference.taskpool}' has no '{task}'."
+                    problem = Problem(("reference", "tasks"), reason, did_you_mean(task, tasks))
+                    run.problems.add([problem])
+        return runs
 
     def run(self) -> Reproduction | None:
         """Run every row, compare and write; returns the figures, or ``None`` after a dry run.
 
         Raises:
+            FusionBenchError: with all problems of the rows' configs.
             ResultError: figures that are off by more than their tolerance.
         """
+        preflight(*self.prepared().values())
         if self.dry_run:
             log.info("Dry run: the reference is valid; nothing was loaded.")
             return None

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,16 @@ from pydantic import ValidationError
 
 from fusion_bench import __version__
 from fusion_bench.configs import composed
-from fusion_bench.instantiate import instantiate
+from fusion_bench.instantiate import SharedObjects, instantiate
 from fusion_bench.method.plain import as_method
-from fusion_bench.problems import FusionBenchError, check_choice, did_you_mean, within
+from fusion_bench.problems import (
+    FusionBenchError,
+    Problem,
+    Problems,
+    check_choice,
+    did_you_mean,
+    within,
+)
 from fusion_bench.programs.environment import describe_run, launch, make_fabric
 from fusion_bench.programs.evaluating import Evaluator
 from fusion_bench.programs.fusing import (
@@ -32,8 +40,13 @@ from fusion_bench.programs.fusing import (
     seeded,
     tuning_data,
 )
-from fusion_bench.programs.pools import PlacedModelPool, TaskPool, as_taskpool, placed
+from fusion_bench.programs.output_paths import OutputPaths
+from fusion_bench.programs.pools import PlacedModelPool, TaskPool, placed
+from fusion_bench.programs.preflight import preflight
+from fusion_bench.programs.prepare import Prepared, prepare_pools
 from fusion_bench.programs.previous import identities
+from fusion_bench.programs.search import Setting
+from fusion_bench.programs.spec import Baselines, FusionSpec, Places, Section, plain
 from fusion_bench.progress import bar, quiet_libraries
 from fusion_bench.report import Seconds, Tuning
 from fusion_bench.report.scaling import Base, Merge, Normalizer, Study
@@ -67,26 +80,42 @@ class ScalingStudy:
         output_dir: the directory for the study; ``None`` writes none.
         dry_run: check the config and stop before anything is loaded.
 
-    Raises:
-        FusionBenchError: no base, method or count, or more experts than there are.
+        problems: known problems of the config, reported with the others.
     """
+
+    #: What is wrong with the bases and methods is said here, for all of them at once.
+    tells_all_problems = True
 
     def __init__(
         self,
-        bases: Mapping[str, Any],
-        methods: Sequence[Any],
-        counts: Sequence[int],
+        bases: Mapping[str, Section] | None = None,
+        methods: Sequence[Section] | None = None,
+        counts: Sequence[int] | None = None,
         subsets: int = 3,
         held_in: Normalizer = "expert",
         held_out: Normalizer = "base",
         categories: Mapping[str, Sequence[str]] | None = None,
-        fabric: Any = None,
+        fabric: Section = None,
         seed: int = 0,
         allow_test_split: bool = False,
         output_dir: str | Path | None = None,
         dry_run: bool = False,
+        problems: Sequence[Problem] = (),
     ):
-        self.config: dict[str, Any] = {
+        self.bases = bases or {}
+        self.methods = methods or []
+        self.counts = sorted(set(counts or []))
+        self.subsets = subsets
+        self.held_in = held_in
+        self.held_out = held_out
+        self.categories = {name: list(tasks) for name, tasks in (categories or {}).items()}
+        self.fabric = fabric
+        self.seed = seed
+        self.allow_test_split = allow_test_split
+        self.output_dir = None if output_dir is None else Path(output_dir).absolute()
+        self.dry_run = dry_run
+        self.problems = problems
+        self.config: dict[str, object] = {
             "_target_": "fusion_bench.programs.ScalingStudy",
             "_recursive_": False,
             "bases": bases,
@@ -100,83 +129,151 @@ class ScalingStudy:
             "seed": seed,
             "allow_test_split": allow_test_split,
         }
-        check_choice("held_in", held_in, Normalizer)
-        check_choice("held_out", held_out, Normalizer)
-        for key, values in {"bases": bases, "methods": methods, "counts": counts}.items():
-            if not values:
-                raise FusionBenchError("is empty.", "Name at least one.", place=(key,))
-        if subsets < 1:
-            raise FusionBenchError(f"{subsets} is not 1 or more.", place=("subsets",))
-        self.bases = {name: _Source(name, node) for name, node in bases.items()}
-        for name, base in self.bases.items():
-            self._check_base(name, base, counts, categories or {})
-        self.methods = _named([_method(method, seed) for method in methods])
-        self.counts = sorted(set(counts))
-        self.subsets = subsets
-        self.held_in = held_in
-        self.held_out = held_out
-        self.categories = {name: list(tasks) for name, tasks in (categories or {}).items()}
-        self.fabric_config = fabric
-        self.seed = seed
-        self.allow_test_split = allow_test_split
-        self.output_dir = None if output_dir is None else Path(output_dir).absolute()
-        self.dry_run = dry_run
-
-    @staticmethod
-    def _check_base(
-        name: str,
-        base: "_Source",
-        counts: Sequence[int],
-        categories: Mapping[str, Sequence[str]],
-    ) -> None:
-        tasks = {canonical_name(task): task for task in base.taskpool.task_names}
-        for model in base.experts:
-            if canonical_name(model) not in tasks:
-                raise FusionBenchError(
-                    "the task pool has no task with this name.",
-                    did_you_mean(model, tasks.values()),
-                    place=("bases", name, "modelpool", "models", model),
-                )
-        for count in counts:
-            if not 1 <= count <= len(base.experts):
-                raise FusionBenchError(
-                    f"{count} is not a number from 1 to {len(base.experts)}, the experts "
-                    f"of '{name}'.",
-                    place=("counts",),
-                )
-        for category, members in categories.items():
-            for task in members:
-                if task not in base.taskpool.task_names:
-                    raise FusionBenchError(
-                        f"'{name}' has no task '{task}'. "
-                        f"{did_you_mean(task, base.taskpool.task_names)}",
-                        place=(
-                            "categories",
-                            category,
-                        ),
-                    )
 
     def run(self) -> Study | None:
-        """Merge, evaluate, save and print; returns the study, or ``None`` after a dry run."""
+        """Merge, evaluate, save and print; returns the study, or ``None`` after a dry run.
+
+        Raises:
+            FusionBenchError: with all problems of the arguments and of what they name.
+        """
+        quiet_libraries()
+        work = self._prepared()
         if self.dry_run:
             log.info("Dry run: the config is valid; nothing was loaded.")
             return None
-        quiet_libraries()
-        fabric = make_fabric(self.fabric_config)
         with claimed(self.output_dir, ("hydra", "run", "dir"), inside=True):
-            study: Study = launch(fabric, self._merge_and_evaluate)
-            if fabric.global_rank == 0 and self.output_dir is not None:
+            study: Study = launch(work.fabric, work.merge_and_evaluate)
+            if work.fabric.global_rank == 0 and self.output_dir is not None:
                 study.save(self.output_dir)
                 log.info("Study: %s", self.output_dir / "study.html")
-        if fabric.global_rank == 0:
+        if work.fabric.global_rank == 0:
             study.print(wide_console())
         return study
 
-    def _merge_and_evaluate(self, fabric: Fabric) -> Study:
+    def _prepared(self) -> "_Work":
+        """Return what there is to do.
+
+        Raises:
+            FusionBenchError: with all problems.
+        """
+        problems = Problems(self.problems)
+        self._check_arguments(problems)
+        fabric = None
+        with problems.collect():
+            fabric = make_fabric(self.fabric)
+        methods = self._methods(problems)
+        runs = {}
+        for name, node in self.bases.items():
+            runs[name] = self._base(name, node, methods, problems)
+            runs[name].fabric = fabric
+        preflight(*runs.values(), known=problems)
+        assert fabric is not None
+        return _Work(self, fabric, methods, {name: _Source.of(run) for name, run in runs.items()})
+
+    def _check_arguments(self, problems: Problems) -> None:
+        with problems.collect():
+            check_choice("held_in", self.held_in, Normalizer)
+        with problems.collect():
+            check_choice("held_out", self.held_out, Normalizer)
+        told = {problem.place[0] for problem in self.problems}
+        needed = {"bases": self.bases, "methods": self.methods, "counts": self.counts}
+        for key, values in needed.items():
+            if not values and key not in told:
+                problems.append(Problem((key,), "is empty.", "Name at least one."))
+        if self.subsets < 1:
+            problems.append(Problem(("subsets",), f"{self.subsets} is not 1 or more."))
+
+    def _methods(self, problems: Problems) -> dict[str, Setting]:
+        """Return the methods by name; equal names get numbers."""
+        found: dict[str, Setting] = {}
+        for index, method in enumerate(self.methods):
+            place = ("methods", index)
+            with problems.collect(*place):
+                name, node = _method(method, self.seed)
+                made = as_method(instantiate(node, "method"))
+                same = sum(known.partition(" ")[0] == name for known in found)
+                name = f"{name} {same + 1}" if same else name
+                found[name] = Setting(made, place, node=node)
+        return found
+
+    def _base(
+        self, name: str, node: Section, methods: Mapping[str, Setting], problems: Problems
+    ) -> Prepared:
+        """Return the parts of a base's run: of each method, a merge of each number of experts."""
+        place, node = ("bases", name), plain(node)
+        parts = node if isinstance(node, Mapping) else {}
+        modelpool, taskpool = (
+            own if isinstance(own := parts.get(part), Mapping) else None
+            for part in ("modelpool", "taskpool")
+        )
+        if taskpool is None:
+            problems.append(Problem((*place, "taskpool"), "missing; give it as a config node."))
+        spec = FusionSpec(
+            method=None,
+            modelpool=modelpool,
+            taskpool=taskpool,
+            seed=self.seed,
+            allow_test_split=self.allow_test_split,
+            dry_run=self.dry_run,
+            places=Places(modelpool=(*place, "modelpool"), taskpool=(*place, "taskpool")),
+        )
+        paths = OutputPaths(spec.config, self.output_dir, overwrite=False)
+        run = Prepared(spec, SharedObjects(), paths, Problems())
+        prepare_pools(run)
+        if run.modelpool is not None and run.taskpool is not None:
+            self._check_base(name, run.modelpool, run.taskpool, run.problems)
+        if run.modelpool is not None:
+            experts = run.modelpool.model_names
+            counts = [count for count in self.counts if 1 <= count <= len(experts)]
+            chosen = [choices(len(experts), count, 1, self.seed)[0] for count in counts]
+            run.settings = [
+                replace(setting, models=[experts[index] for index in indices])
+                for setting in methods.values()
+                for indices in chosen
+            ]
+        return run
+
+    def _check_base(
+        self, name: str, modelpool: PlacedModelPool, taskpool: TaskPool, problems: Problems
+    ) -> None:
+        """Check that the base's experts, the tasks and the counts belong together."""
+        place, experts = (*modelpool.place, "models"), modelpool.model_names
+        tasks = {canonical_name(task): task for task in taskpool.task_names}
+        if not modelpool.has_pretrained:
+            problems.append(Problem(place, "add '_pretrained_', the base."))
+        for expert in experts:
+            if canonical_name(expert) not in tasks:
+                reason = "the task pool has no task with this name."
+                hint = did_you_mean(expert, tasks.values())
+                problems.append(Problem((*place, expert), reason, hint))
+        for count in self.counts:
+            if not 1 <= count <= len(experts):
+                reason = (
+                    f"{count} is not a number from 1 to {len(experts)}, the experts of '{name}'."
+                )
+                problems.append(Problem(("counts",), reason))
+        for category, members in self.categories.items():
+            for task in members:
+                if task not in taskpool.task_names:
+                    reason = f"'{name}' has no task '{task}'."
+                    hint = did_you_mean(task, taskpool.task_names)
+                    problems.append(Problem(("categories", category), reason, hint))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A study with all that it merges and evaluates."""
+
+    study: ScalingStudy
+    fabric: Fabric
+    methods: Mapping[str, Setting]
+    sources: "Mapping[str, _Source]"
+
+    def merge_and_evaluate(self, fabric: Fabric) -> Study:
         """Do the work; called in every process, with the same result in each."""
         quiet_libraries()
         start = time.perf_counter()
-        evaluated = {name: self._evaluated(base, fabric) for name, base in self.bases.items()}
+        evaluated = {name: self._evaluated(base, fabric) for name, base in self.sources.items()}
         jobs = list(self._jobs())
         log.info("Merges: %d", len(jobs))
         merges = []
@@ -185,10 +282,10 @@ class ScalingStudy:
         total = round(time.perf_counter() - start, 3)
         seconds = Seconds(load=0, fuse=0, evaluate=0, total=total)
         study = Study(
-            run=describe_run(fabric, self.config, self.seed, seconds, {}),
-            held_in=self.held_in,
-            held_out=self.held_out,
-            categories=self.categories,
+            run=describe_run(fabric, self.study.config, self.study.seed, seconds, {}),
+            held_in=self.study.held_in,
+            held_out=self.study.held_out,
+            categories=self.study.categories,
             bases=evaluated,
             merges=merges,
         )
@@ -197,7 +294,7 @@ class ScalingStudy:
 
     def _evaluated(self, base: "_Source", fabric: Fabric) -> Base:
         """Evaluate a base and its experts, once for all merges."""
-        evaluator = Evaluator(base.pool(base.experts), base.taskpool, fabric, "own_task")
+        evaluator = base.evaluator(base.experts, fabric, "own_task")
         evaluator.evaluate_baselines()
         pretrained = evaluator.models["_pretrained_"]
         experts = [evaluator.models[model].tasks for model in base.experts]
@@ -209,9 +306,10 @@ class ScalingStudy:
 
     def _jobs(self) -> Iterator[tuple[str, str, int, int, list[str]]]:
         """Yield base, method, count, number of the subset and experts of each merge."""
-        for base, source in self.bases.items():
-            for count in self.counts:
-                chosen = choices(len(source.experts), count, self.subsets, self.seed)
+        study = self.study
+        for base, source in self.sources.items():
+            for count in study.counts:
+                chosen = choices(len(source.experts), count, study.subsets, study.seed)
                 for subset, indices in enumerate(chosen):
                     for method in self.methods:
                         yield base, method, count, subset, [source.experts[i] for i in indices]
@@ -219,24 +317,27 @@ class ScalingStudy:
     def _merge(
         self, base: str, method: str, count: int, subset: int, models: list[str], fabric: Fabric
     ) -> Merge:
-        source, node = self.bases[base], self.methods[method]
-        made = as_method(instantiate(node, "method"))
-        pool = source.pool(models)
-        data = tuning_data(made, pool, source.taskpool, fabric, self.allow_test_split)
-        learned = describe_tuning(made, source.taskpool, data)
-        path = _place(pool, source.taskpool, node, learned, fabric, self.seed)
+        source, setting, seed = self.sources[base], self.methods[method], self.study.seed
+        made = as_method(instantiate(setting.node, "method"))
+        evaluator = source.evaluator(models, fabric, "none")
+        pool, taskpool = evaluator.modelpool, source.taskpool
+        places = replace(source.places, method=setting.place)
+        allowed = self.study.allow_test_split
+        data = tuning_data(made, pool, taskpool, fabric, allowed, places)
+        learned = describe_tuning(made, taskpool, data)
+        path = _cached(pool, taskpool, setting.node, learned, fabric, seed)
         merge = _known(path, fabric)
         if merge is None:
-            fabric.seed_everything(self.seed, verbose=False)
-            fused = materialize(fuse(made, pool, fabric, data))
+            fabric.seed_everything(seed, verbose=False)
+            with setting.located(keyed_only=True):
+                fused = materialize(fuse(made, pool, fabric, data))
             if list(fused) != [MERGED]:
                 raise FusionBenchError(
                     f"{method} returns several models, {', '.join(fused)}, and none is for all "
                     "tasks.",
                     "Remove the method.",
-                    place=("methods",),
+                    place=setting.place,
                 )
-            evaluator = Evaluator(pool, source.taskpool, fabric, "none")
             evaluator.evaluate_merged(fused)
             merge = Merge(
                 base=base,
@@ -252,35 +353,34 @@ class ScalingStudy:
         return merge.model_copy(update={"base": base, "method": method, "subset": subset})
 
 
+@dataclass(frozen=True)
 class _Source:
-    """A base of the config: its model pool and its tasks."""
+    """A base of the config: the node of its model pool, its experts and its tasks."""
 
-    def __init__(self, name: str, node: Any):
-        place = ("bases", name)
-        for part in ("modelpool", "taskpool"):
-            if not isinstance(node, Mapping) or not isinstance(node.get(part), Mapping):
-                raise FusionBenchError("missing; give it as a config node.", place=(*place, part))
-        self._node = {"_recursive_": False, **node["modelpool"]}
-        with within("bases", name, "modelpool"):
-            whole = placed(instantiate(self._node, "modelpool"))
-        self.experts = whole.model_names
-        if not whole.has_pretrained:
-            raise FusionBenchError(
-                "add '_pretrained_', the base.", place=(*place, "modelpool", "models")
-            )
-        with within("bases", name, "taskpool"):
-            made = instantiate({"_recursive_": False, **node["taskpool"]}, "taskpool")
-            self.taskpool = as_taskpool(made)
+    node: Mapping[str, Any]
+    experts: list[str]
+    taskpool: TaskPool
+    places: Places
 
-    def pool(self, experts: Sequence[str]) -> PlacedModelPool:
-        """Return a model pool of some experts, with their data."""
+    @classmethod
+    def of(cls, run: Prepared) -> "_Source":
+        """Return the base of a prepared run without problems."""
+        assert run.modelpool is not None and run.taskpool is not None
+        node = run.spec.modelpool
+        assert isinstance(node, Mapping)
+        return cls(node, run.modelpool.model_names, run.taskpool, run.spec.places)
+
+    def evaluator(self, experts: Sequence[str], fabric: Fabric, baselines: Baselines) -> Evaluator:
+        """Return what evaluates a pool of some experts, with their data."""
         own = {canonical_name(expert) for expert in experts}
-        node = dict(self._node)
+        node = {**self.node, "_recursive_": False}
         node["models"] = {k: v for k, v in node["models"].items() if is_special(k) or k in experts}
         for key in ("train_datasets", "val_datasets", "test_datasets"):
             if node.get(key):
                 node[key] = {k: v for k, v in node[key].items() if canonical_name(k) in own}
-        return placed(instantiate(node, "modelpool"))
+        with within(*self.places.modelpool):
+            pool = placed(instantiate(node, "modelpool"), self.places.modelpool)
+        return Evaluator(pool, self.taskpool, fabric, baselines, place=self.places.taskpool)
 
 
 def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, ...]]:
@@ -294,32 +394,21 @@ def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, 
     return list(found)
 
 
-def _method(method: Any, seed: int) -> tuple[str, Any]:
+def _method(method: Section, seed: int) -> tuple[str, dict[str, Any]]:
     """Return a method's name and node."""
     if isinstance(method, str):
         return method, composed(f"method={method}", f"seed={seed}")["method"]
     if not isinstance(method, Mapping) or "_target_" not in method:
-        raise FusionBenchError(
-            f"'{method}' is neither a config's name nor a config node.", place=("methods",)
-        )
-    return str(method["_target_"]).rpartition(".")[2], seeded(method, seed)
+        raise FusionBenchError(f"'{method}' is neither a config's name nor a config node.")
+    node = seeded(method, seed)
+    assert isinstance(node, Mapping)
+    return str(method["_target_"]).rpartition(".")[2], dict(node)
 
 
-def _named(methods: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the methods by name; equal names get numbers."""
-    found: dict[str, Any] = {}
-    for index, (name, node) in enumerate(methods):
-        with within("methods", index):
-            as_method(instantiate(node, "method"))
-        same = sum(known.partition(" ")[0] == name for known in found)
-        found[f"{name} {same + 1}" if same else name] = node
-    return found
-
-
-def _place(
+def _cached(
     pool: PlacedModelPool,
     taskpool: TaskPool,
-    node: Any,
+    node: Mapping[str, Any],
     learned: Tuning | None,
     fabric: Fabric,
     seed: int,

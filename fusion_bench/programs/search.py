@@ -1,8 +1,8 @@
 """Searches a method's options on a validation split."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import hypot
 from statistics import fmean
@@ -17,8 +17,10 @@ from fusion_bench.problems import (
     FusionBenchError,
     Place,
     Problem,
+    Problems,
     check_choice,
     did_you_mean,
+    error_of,
     within,
 )
 from fusion_bench.programs.evaluating import Evaluator
@@ -32,7 +34,7 @@ from fusion_bench.programs.fusing import (
     uses_test_split,
 )
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
-from fusion_bench.programs.spec import FusionSpec
+from fusion_bench.programs.spec import FusionSpec, Places, Section
 from fusion_bench.progress import bar
 from fusion_bench.report import Candidate, Search, TaskResult
 from fusion_bench.report.schema import Metric, Split
@@ -41,42 +43,49 @@ if TYPE_CHECKING:
     from fusion_bench.taskpool import TuningImages
 
 
-#: A context that says where in the config a method's options stand.
-Located = Callable[[], AbstractContextManager[None]]
-
-
 @dataclass(frozen=True)
 class Setting:
-    """A method with chosen options: the options, the full node, the object."""
+    """A method that a run tries.
 
-    options: dict[str, Any]
-    node: dict[str, Any]
+    Attributes:
+        method: the method.
+        place: where it is in the config.
+        models: the models that it merges; ``None`` for all of the pool.
+        node: its whole config node, where a search or a study tries several.
+        options: the options that a search chose.
+        keys: where these are in the config.
+    """
+
     method: FusionMethod
-    keys: dict[str, Place]
+    place: Place = Places.method
+    models: Sequence[str] | None = None
+    node: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, Place] = field(default_factory=dict)
 
-    @contextmanager
-    def located(self, *, keyed_only: bool = False) -> Iterator[None]:
+    def located(self, *, keyed_only: bool = False) -> AbstractContextManager[None]:
         """Map each problem of the method to the key of its option."""
-        with _located(self.keys, keyed_only):
-            yield
+        return _located(self.keys, self.place, keyed_only)
 
 
 @contextmanager
-def _located(keys: Mapping[str, Place], keyed_only: bool = False) -> Iterator[None]:
+def _located(
+    keys: Mapping[str, Place], place: Place = Places.method, keyed_only: bool = False
+) -> Iterator[None]:
     try:
         yield
     except FusionBenchError as error:
         error.problems = tuple(
-            problem if keyed_only and not problem.place else _from_space(problem, keys)
+            problem if keyed_only and not problem.place else _from_space(problem, keys, place)
             for problem in error.problems
         )
         raise
 
 
-def _from_space(problem: Problem, keys: Mapping[str, Place]) -> Problem:
+def _from_space(problem: Problem, keys: Mapping[str, Place], place: Place) -> Problem:
     first, *rest = problem.place or ("",)
     if problem.whole or first not in keys:
-        return problem.inside("method")
+        return problem.inside(*place)
     return replace(problem, place=(*keys[str(first)], *rest))
 
 
@@ -88,7 +97,7 @@ class OptionSearch(Protocol):
     def learned(self) -> LearnedSplit:
         """The split that settings are evaluated on."""
 
-    def settings(self, method: Any) -> list[Setting]:
+    def settings(self, method: Section) -> list[Setting]:
         """Return the method's config node with each combination of options; nothing is loaded."""
 
     def run(
@@ -132,7 +141,7 @@ class GridSearch:
         judge_test: evaluate the winner on the test split, once.
 
     Raises:
-        FusionBenchError: values that are not a list, an empty list, an unknown split or metric.
+        FusionBenchError: an unknown split or metric.
     """
 
     def __init__(
@@ -142,78 +151,93 @@ class GridSearch:
         metric: Metric | None = None,
         judge_test: bool = True,
     ):
-        check_choice("split", split, Split)
-        if metric is not None:
-            check_choice("metric", metric, Metric)
-        for option, values in space.items():
-            if isinstance(values, str) or not isinstance(values, Sequence):
-                raise FusionBenchError(
-                    f"'{values}' is not a list.",
-                    "Write it like '[0.1, 0.2]'.",
-                    place=("space", option),
-                )
-            if not values:
-                raise FusionBenchError(
-                    "the list is empty.",
-                    f"Add a value, or remove the option: '~{{here}}{option}'.",
-                    place=("space", option),
-                )
-        if judge_test and not space:
-            raise FusionBenchError(
-                "is empty.", "Name an option of the method to try.", place=("space",)
-            )
-        self.space = {option: list(values) for option, values in space.items()}
+        problems = Problems()
+        with problems.collect():
+            check_choice("split", split, Split)
+        with problems.collect():
+            if metric is not None:
+                check_choice("metric", metric, Metric)
+        problems.raise_all()
+        self.space = dict(space)
         self.split = split
         self.metric = metric
         self.judge_test = judge_test
 
-    def settings(self, method: Any) -> list[Setting]:
+    def settings(self, method: Section) -> list[Setting]:
         """Return the method with each combination of options; nothing is loaded.
 
         Args:
             method: the method's config node.
 
         Raises:
-            FusionBenchError: no node, an option that the method does not take, or takes no such
-                value of, or data that it learns from and would be evaluated on.
+            FusionBenchError: with all problems: no node, values that are not a list, an empty list,
+                an option that the method does not take, or takes no such value of, or data that it
+                learns from and would be evaluated on.
         """
-        with within("search"):
-            if not isinstance(method, Mapping) or "_target_" not in method:
+        problems = Problems()
+        if not isinstance(method, Mapping) or "_target_" not in method:
+            with problems.collect("search"):
                 raise FusionBenchError("needs the method as a config node with '_target_'.")
-        with within("method"):
+            problems.add(self._space_problems(None))
+            raise error_of(problems)
+        with problems.collect("method"):
             check({"_target_": method["_target_"], "_partial_": True}, "method")
-        with within("search"):
-            self._refuse_unknown_options(method)
+        wrong = self._space_problems(None if problems else method["_target_"])
+        problems.add(wrong)
+        refused = {problem.place for problem in wrong}
+        space = {o: v for o, v in self.space.items() if ("search", "space", o) not in refused}
         settings = []
-        for numbered in product(*(enumerate(values) for values in self.space.values())):
-            tried = dict(zip(self.space, numbered, strict=True))
+        for numbered in product(*(enumerate(values) for values in space.values())):
+            tried = dict(zip(space, numbered, strict=True))
             options = {option: value for option, (_, value) in tried.items()}
             keys: dict[str, Place] = {
                 option: ("search", "space", option, index) for option, (index, _) in tried.items()
             }
             node = {**method, **options}
-            with _located(keys):
+            with problems.collect(), _located(keys):
                 made = as_method(instantiate(node, "method"))
-            if made.needs.split == self.split:
-                raise FusionBenchError(
-                    f"{class_name(made)} learns from the {self.split} split itself, so this split "
-                    "cannot evaluate the options.",
-                    "Choose another method.split or another {here}split.",
-                    place=("search", "split"),
-                )
-            settings.append(Setting(options, node, made, keys))
+                settings.append(Setting(made, node=node, options=options, keys=keys))
+        with problems.collect("search"):
+            for setting in settings:
+                self._refuse_learned(setting.method)
+        problems.raise_all()
         return settings
 
-    def _refuse_unknown_options(self, method: Mapping[str, Any]) -> None:
-        known = list(parameters(method["_target_"]))
-        for option in self.space:
-            if option not in known:
-                name = str(method["_target_"]).rpartition(".")[2]
-                raise FusionBenchError(
-                    f"{name} takes no such key.",
-                    f"{did_you_mean(option, known)} To remove it: '~{{here}}{option}'.",
-                    place=("space", option),
-                )
+    def _refuse_learned(self, method: FusionMethod) -> None:
+        """Refuse a method that learns from what its options are evaluated on."""
+        if method.needs.split == self.split:
+            raise FusionBenchError(
+                f"{class_name(method)} learns from the {self.split} split itself, so this split "
+                "cannot evaluate the options.",
+                "Choose another {above}method.split or another {here}split.",
+                place=("split",),
+            )
+
+    def _space_problems(self, target: object | None) -> list[Problem]:
+        """Return what is wrong with the space of a method's options, whatever their values.
+
+        Args:
+            target: the method's ``_target_``; ``None`` where it is not known.
+        """
+        place: Place = ("search", "space")
+        if self.judge_test and not self.space:
+            return [Problem(place, "is empty.", "Name an option of the method to try.")]
+        known = [] if target is None else list(parameters(target))
+        found = []
+        for option, values in self.space.items():
+            remove = f"'~{{here}}{option}'."
+            if target is not None and option not in known:
+                reason = f"{str(target).rpartition('.')[2]} takes no such key."
+                remedy = f"{did_you_mean(option, known)} To remove it: {remove}"
+            elif isinstance(values, str) or not isinstance(values, Sequence):
+                reason, remedy = f"'{values}' is not a list.", "Write it like '[0.1, 0.2]'."
+            elif not values:
+                reason = "the list is empty."
+                remedy = f"Add a value, or remove the option: {remove}"
+            else:
+                continue
+            found.append(Problem((*place, option), reason, remedy))
+        return found
 
     @property
     def learned(self) -> LearnedSplit:
@@ -253,7 +277,9 @@ class GridSearch:
             method, source = setting.method, setting.method.needs.split
             if source not in learned:
                 allowed = spec.allow_test_split
-                learned[source] = tuning_data(method, modelpool, taskpool, fabric, allowed)
+                learned[source] = tuning_data(
+                    method, modelpool, taskpool, fabric, allowed, spec.places
+                )
             evaluator.models = dict(individuals)
             with setting.located(keyed_only=True):
                 merged = fuse(method, modelpool, fabric, learned[source])
@@ -267,7 +293,7 @@ class GridSearch:
             metric=metric,
             test_split=uses_test_split(data, taskpool),
             judge_test=self.judge_test,
-            space=self.space,
+            space={option: list(values) for option, values in self.space.items()},
             tasks=describe_data(data),
             candidates=candidates,
             winner=winner,

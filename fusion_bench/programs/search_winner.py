@@ -9,12 +9,12 @@ from lightning.fabric import Fabric
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.plain import as_method
-from fusion_bench.problems import ConfigError, FusionBenchError
+from fusion_bench.problems import ConfigError, FusionBenchError, within
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.fusing import LearnedSplit, describe_data, uses_test_split
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.search import GridSearch, Setting
-from fusion_bench.programs.spec import FusionSpec
+from fusion_bench.programs.spec import FusionSpec, Section
 from fusion_bench.report import Report, Search
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class SearchWinner:
         report_save_path: as in ``FabricModelFusionProgram``; so are the next two.
         merged_model_save_path: directory for the winner.
         overwrite: replace what is at these two paths.
-        dry_run: check this config and stop before anything is read.
+        dry_run: check the sweep and the winner's config, and stop before anything is loaded.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class SearchWinner:
         dry_run: bool = False,
     ):
         self.sweep = Path(sweep).absolute()
-        self.dry_run = dry_run
         self._changes = {
             "search": {"_target_": "fusion_bench.programs.SweptSearch", "sweep": str(self.sweep)},
             "output_dir": output_dir,
             "report_save_path": report_save_path,
             "merged_model_save_path": merged_model_save_path,
             "overwrite": overwrite,
+            "dry_run": dry_run,
         }
 
     def run(self) -> Report | None:
@@ -59,8 +59,6 @@ class SearchWinner:
         Raises:
             FusionBenchError: no such jobs there, or jobs that differ in more than the method.
         """
-        if self.dry_run:
-            return None
         config = SweptSearch(str(self.sweep)).config
         program: FabricModelFusionProgram = instantiate(config | self._changes)
         return program.run()
@@ -93,17 +91,17 @@ class SweptSearch:
         """The split that the settings were evaluated on."""
         return self._grid.learned
 
-    def settings(self, method: Any) -> list[Setting]:
+    def settings(self, method: Section) -> list[Setting]:
         """Return the jobs' settings; ``method`` is ignored."""
-        return [
-            Setting(
-                self._options(search),
-                search.method,
-                as_method(instantiate(search.method, "method")),
-                {},
-            )
-            for search in self._found
-        ]
+        with within("method"):
+            return [
+                Setting(
+                    as_method(instantiate(search.method, "method")),
+                    node=search.method,
+                    options=self._options(search),
+                )
+                for search in self._found
+            ]
 
     def run(
         self,

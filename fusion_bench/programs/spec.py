@@ -8,9 +8,20 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from fusion_bench.problems import Place
+
 Baselines = Literal["own_task", "all_tasks", "none"]
 #: A section of the config: a node, or an object that was made by somebody else.
-Section = Any
+Section = object
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a run stand in the config, which may name several runs."""
+
+    method: Place = ("method",)
+    modelpool: Place = ("modelpool",)
+    taskpool: Place = ("taskpool",)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class FusionSpec:
     similarity: bool = True
     fast_dev_run: bool = False
     dry_run: bool = False
+    places: Places = Places()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -42,11 +54,11 @@ class FusionSpec:
         return {
             "_target_": "fusion_bench.programs.FabricModelFusionProgram",
             "_recursive_": False,
-            "method": plain(self.method),
-            "modelpool": plain(self.modelpool),
-            "taskpool": plain(self.taskpool),
-            "fabric": plain(self.fabric),
-            "search": plain(self.search),
+            "method": _named(plain(self.method)),
+            "modelpool": _named(plain(self.modelpool)),
+            "taskpool": _named(plain(self.taskpool)),
+            "fabric": _named(plain(self.fabric)),
+            "search": _named(plain(self.search)),
             "seed": self.seed,
             "baselines": self.baselines,
             "report_save_path": self.report_save_path,
@@ -59,10 +71,21 @@ class FusionSpec:
         }
 
 
-def plain(section: Section) -> Any:
-    """Return a section as plain data; an object is replaced by its class name."""
-    if OmegaConf.is_config(section):
-        return OmegaConf.to_container(section, resolve=True)
-    if section is None or isinstance(section, Mapping):
-        return section
-    return f"{type(section).__module__}.{type(section).__qualname__}"
+def plain(section: Section) -> object:
+    """Return a config section as plain data; anything else stays as it is."""
+    return (
+        OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
+    )
+
+
+def _named(value: object) -> object:
+    """Return a value with each object in it replaced by the name of its class."""
+    if isinstance(value, Mapping):
+        return {str(name): _named(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -86,7 +86,7 @@ def test_names_that_no_file_can_have(program_config: Config, name: str) -> None:
     test = config["taskpool"]["test_datasets"]
     test[name] = test["a"]
     with pytest.raises(FusionBenchError) as refused:
-        instantiate({**config, "dry_run": True})
+        instantiate({**config, "dry_run": True}).run()
     keys = [
         re.split(r": '[^']*' is not a valid file name", line)[0]
         for line in str(refused.value).split("\n")
@@ -112,10 +112,10 @@ def test_places_that_are_in_each_others_way(program_config: Config, tmp_path: Pa
         with pytest.raises(
             FusionBenchError, match=r"merged_model_save_path: .* the path of the report"
         ):
-            instantiate(program_config, report_save_path=place, merged_model_save_path=model)
+            instantiate(program_config, report_save_path=place, merged_model_save_path=model).run()
     (tmp_path / "x.json").mkdir()
     with pytest.raises(FusionBenchError, match=r"report_save_path: .* is a directory"):
-        instantiate(program_config, report_save_path=place, overwrite=True)
+        instantiate(program_config, report_save_path=place, overwrite=True).run()
 
 
 def test_a_stream_of_the_users_own_is_refused(family: Path) -> None:

@@ -253,5 +253,7 @@ def test_the_log_tells_the_seconds_of_each_step(
         steps = [message for message in caplog.messages if message.endswith(" s.")]
         caplog.clear()
         run(program_config, taskpool=None)
-    assert [step.split(" in ")[0] for step in steps] == ["Loaded", "Fused", "Evaluated"]
+    assert [step.split(" in ")[0] for step in steps] == [
+        *("Prepared", "Planned", "Loaded", "Fused", "Evaluated", "Reported")
+    ]
     assert not any(message.startswith("Evaluated in") for message in caplog.messages)

@@ -204,9 +204,9 @@ def test_methods_of_a_study(program_config: Config) -> None:
     study = {"bases": {"tiny": base}, "counts": [2], "fabric": {"accelerator": "cpu"}}
     wrong = TIES | {"threshold": 200}
     with pytest.raises(FusionBenchError, match=r"^methods\[0\]\.threshold: 200 is not a number"):
-        ScalingStudy(**study, methods=[wrong])
+        ScalingStudy(**study, methods=[wrong]).run()
     with pytest.raises(FusionBenchError, match=r"^methods\[1\]\.base_method\.threshold: 200"):
-        ScalingStudy(**study, methods=["simple_average", over("LiNeSAlgorithm", wrong)])
+        ScalingStudy(**study, methods=["simple_average", over("LiNeSAlgorithm", wrong)]).run()
 
 
 #: What messages tell people to type, of each kind once.

@@ -141,7 +141,7 @@ def test_a_wrong_figure_is_named_and_fails_the_process(conf: Path) -> None:
 def refused(path: Path, changes: Config, **arguments: Any) -> str:
     path.write_text(yaml.safe_dump(changes))
     with pytest.raises(FusionBenchError) as caught:
-        ReproduceProgram(str(path), **arguments)
+        ReproduceProgram(str(path), dry_run=True, **arguments).run()
     return str(caught.value).replace(str(path), "FILE")
 
 
@@ -197,9 +197,10 @@ def test_published_tables_are_whole_and_can_be_run(name: str, tmp_path: Path) ->
         if row.accuracy is not None:
             assert row.average == pytest.approx(sum(row.accuracy) / 8, abs=0.1)
     program = ReproduceProgram(name, dry_run=True, output_dir=tmp_path)
-    assert program.run() is None and not list(tmp_path.iterdir())
-    first = next(iter(program.programs.values()))
-    made = first.prepared
+    runs = program.prepared()
+    assert [run.problems for run in runs.values()] == [[]] * len(runs)
+    assert not list(tmp_path.iterdir())
+    made = next(iter(runs.values()))
     assert made.taskpool is not None and made.modelpool is not None
     assert made.taskpool.task_names == reference.tasks == made.modelpool.model_names
     learned = {r for r, p in program.programs.items() if p.spec.allow_test_split}

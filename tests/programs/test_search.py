@@ -299,7 +299,7 @@ def test_mistakes_give_one_clear_message_and_load_nothing(
 
     def message(**arguments: Any) -> str:
         with pytest.raises(FusionBenchError) as caught:
-            instantiate(config | {"search": grid(**arguments)})
+            instantiate(config | {"search": grid(**arguments)}).run()
         return str(caught.value)
 
     assert message(space={"scaling_facto": [1]}) == (
