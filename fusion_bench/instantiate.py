@@ -300,6 +300,9 @@ def _pool_problems(node: Mapping[Any, Any]) -> Iterator[Problem]:
         for name, child in nodes.items() if isinstance(nodes, Mapping) else ():
             if group == "models" and isinstance(child, Mapping):
                 continue  # the pool tells what else a model may be: an adapter with its base
+            if child is None:
+                remedy = f"Give a node or remove the key: '~{{here}}{name}'."
+                yield Problem((group, name), "null is not allowed.", remedy)
             for problem in _part_problems(child, example, texts=texts):
                 yield problem.inside(group, name)
 

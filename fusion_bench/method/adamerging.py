@@ -24,7 +24,13 @@ from fusion_bench.method.data import (
     parameter_keys,
 )
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
-from fusion_bench.problems import ConfigError, FusionBenchError, check_between, check_choice
+from fusion_bench.problems import (
+    ConfigError,
+    FusionBenchError,
+    Problems,
+    check_between,
+    check_choice,
+)
 from fusion_bench.storage import read_json, write_text
 from fusion_bench.weights import Weights
 from fusion_bench.weights.ops import task_vectors
@@ -91,6 +97,20 @@ class AdaMergingAlgorithm(LearningAlgorithm):
         self.split = split
         self.seed = seed or 0
 
+    def check_pool(self, pool: ModelPool) -> None:
+        """Refuse models that cannot be merged, and a file of coefficients that does not fit.
+
+        Raises:
+            FusionBenchError: with both.
+        """
+        problems = Problems()
+        with problems.collect():
+            super().check_pool(pool)
+        with problems.collect():
+            if self.weights is not None:
+                self._known(self.weights, list(pool.model_names))
+        problems.raise_all()
+
     def learn(self, pool: ModelPool, fabric: "Fabric", data: Data) -> Weights:
         """Learn the coefficients and merge; other entries are copied from the pretrained model.
 
@@ -132,21 +152,29 @@ class AdaMergingAlgorithm(LearningAlgorithm):
         if self.weights is None:
             value = 1 / len(names) if self.init_values is None else self.init_values
             return torch.full((len(names), columns), float(value))
-        try:
-            known = read_json(Path(self.weights))
-            found = torch.tensor(known["coefficients"], dtype=torch.float32)
-            fits = known["models"] == names and found.shape == (len(names), columns)
-            fits &= columns == 1 or known["keys"] == keys
-        except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
-            raise FusionBenchError(
-                f"'{self.weights}' is not a file of coefficients ({error}).", place=("weights",)
-            ) from error
-        if not fits:
-            raise FusionBenchError(
-                f"'{self.weights}' contains coefficients of other models, tensors or granularity.",
-                place=("weights",),
-            )
+        found, known = self._known(self.weights, names)
+        if found.shape[1] != columns or (columns > 1 and known != keys):
+            raise _other_coefficients(self.weights)
         return found
+
+    @staticmethod
+    def _known(file: str, names: list[str]) -> tuple[Tensor, list[str]]:
+        """Return the coefficients in a file, a row for each model, and the columns' keys.
+
+        Raises:
+            FusionBenchError: no such file, or one of other models.
+        """
+        try:
+            known = read_json(Path(file))
+            found = torch.tensor(known["coefficients"], dtype=torch.float32)
+            models, keys = known["models"], list(known.get("keys", []))
+        except (ConfigError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise FusionBenchError(
+                f"'{file}' is not a file of coefficients ({error}).", place=("weights",)
+            ) from error
+        if models != names or found.ndim != 2 or len(found) != len(names):
+            raise _other_coefficients(file)
+        return found, keys
 
     def _save(self, coefficients: Mapping[str, object]) -> None:
         assert self.save_merging_weights is not None
@@ -178,6 +206,12 @@ class AdaMergingAlgorithm(LearningAlgorithm):
             used.backward(mixture.gradient(used.shape[1]))
             optimizer.step()
             shown.set_postfix(entropy=f"{entropy / len(data):.4f}", refresh=False)
+
+
+def _other_coefficients(file: str) -> FusionBenchError:
+    """Return the problem of a file that does not fit."""
+    reason = f"'{file}' contains coefficients of other models, tensors or granularity."
+    return FusionBenchError(reason, place=("weights",))
 
 
 def entropies(logits: Tensor) -> Tensor:

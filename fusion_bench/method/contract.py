@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from fusion_bench.problems import Place
 from fusion_bench.weights import MergePolicy, Weights
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Needs:
         base: the ``_pretrained_`` model.
         weights: models with the same tensors, which it merges; an ensemble takes any models.
         split: the part of the datasets that it learns from; ``None`` where it learns from none.
+        split_place: where in the method's config that is chosen.
         own_data: a dataset for each model, not just some datasets.
         labels: the datasets' labels.
     """
@@ -40,6 +42,7 @@ class Needs:
     split: Split | None = None
     own_data: bool = False
     labels: bool = False
+    split_place: Place = ("split",)
 
 
 class ModelPool(Protocol):

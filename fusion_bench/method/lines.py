@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.contract import Data, ModelPool, Needs
+from fusion_bench.method.contract import Data, FusionMethod, ModelPool, Needs
+from fusion_bench.method.ensemble import EnsembleAlgorithm
 from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.weights import (
@@ -68,11 +69,14 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
     @property
     def needs(self) -> Needs:
         """What the base method asks for, and the pretrained model."""
-        return replace(self._base.needs, base=True)
+        needs = self._base.needs
+        return replace(needs, base=True, split_place=("base_method", *needs.split_place))
 
     def check_pool(self, pool: ModelPool) -> None:
-        """Refuse what the base method cannot merge."""
+        """Refuse what the base method cannot merge, and what it makes a module of."""
         refuse_without_pretrained(self, pool)
+        if isinstance(self._base, EnsembleAlgorithm):
+            raise _no_weights(self._base)
         with within("base_method"):
             self._base.check_pool(pool)
 
@@ -99,12 +103,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
     def _scaled(self, pool: ModelPool, merged: Weights | nn.Module) -> Weights:
         """Return weights that scale ``merged`` when they are read."""
         if not isinstance(merged, Weights):
-            raise FusionBenchError(
-                f"{class_name(self._base)} returns a module instead of weights, which "
-                "cannot be scaled.",
-                "Choose another method.",
-                place=("base_method",),
-            )
+            raise _no_weights(self._base)
         base = pool.weights("_pretrained_")
         # What was merged may be stored in another type than the models.
         policy = replace(pool.policy, on_dtype="cast")
@@ -125,6 +124,15 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
                 "LiNeS: no key contains a block's index, so all changes are scaled equally."
             )
         return _Scaled(inputs({"merged": merged}), _scale(alpha, beta, depths), merged)
+
+
+def _no_weights(method: FusionMethod) -> FusionBenchError:
+    """Return the problem of a base method that returns a module."""
+    return FusionBenchError(
+        f"{class_name(method)} returns a module instead of weights, which cannot be scaled.",
+        "Choose another method.",
+        place=("base_method",),
+    )
 
 
 class _Scaled(MergedWeights):

@@ -28,7 +28,14 @@ from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
 from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan
-from fusion_bench.problems import FusionBenchError, Problems, did_you_mean, error_of, within
+from fusion_bench.problems import (
+    FusionBenchError,
+    Problem,
+    Problems,
+    did_you_mean,
+    error_of,
+    within,
+)
 from fusion_bench.repository import Repository, locate
 from fusion_bench.storage import check_file_name, read_json, write_text
 from fusion_bench.weights import (
@@ -448,9 +455,13 @@ class HFModelPool:
 
 
 def _policy(section: Mapping[str, Any]) -> MergePolicy:
-    known = MergePolicy.options()
+    known, problems = MergePolicy.options(), Problems()
     for name in section:
         if name not in known:
             hint = did_you_mean(name, known)
-            raise FusionBenchError("there is no such key.", hint, place=(name,))
-    return MergePolicy(**section)
+            problems.append(Problem((name,), "there is no such key.", hint))
+    policy = MergePolicy()
+    with problems.collect():
+        policy = MergePolicy(**{name: own for name, own in section.items() if name in known})
+    problems.raise_all()
+    return policy

@@ -104,7 +104,8 @@ class LearnedSplit:
         """Return the split that a method learns from."""
         assert method.needs.split is not None
         user = f"{class_name(method)} learns from"
-        return cls(method.needs.split, user, (*places.method, "split"), places)
+        place = (*places.method, *method.needs.split_place)
+        return cls(method.needs.split, user, place, places)
 
     @property
     def key(self) -> str:

@@ -3,12 +3,19 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fusion_bench.problems import FusionBenchError, Place, did_you_mean, key_of
+from fusion_bench.problems import (
+    FusionBenchError,
+    Place,
+    Problems,
+    check_choice,
+    did_you_mean,
+    key_of,
+)
 from fusion_bench.weights.computed import is_computed
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
@@ -43,7 +50,7 @@ class MergePolicy:
         place: the policy's own key in the config; not an option.
 
     Raises:
-        FusionBenchError: a value that is not among the choices.
+        FusionBenchError: with each value that is not among the choices.
     """
 
     on_missing: Literal["error", "base", "skip"] = "error"
@@ -58,24 +65,18 @@ class MergePolicy:
     place: Place = field(default=("policy",), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for option in self.options():
-            value, choices = getattr(self, option), get_args(hints[option])
-            if option.startswith("on_") and value not in choices:
-                hint = did_you_mean(str(value), choices)
-                raise FusionBenchError(f"'{value}' is unknown.", hint, place=(option,))
-        _refuse_device(self.device)
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", _short(self.dtype))
-        if self.dtype is not None:
-            dtype = getattr(torch, str(self.dtype), None)
-            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                names = ["float64", "float32", "bfloat16", "float16"]
-                raise FusionBenchError(
-                    f"'{self.dtype}' is not a floating-point type.",
-                    did_you_mean(str(self.dtype), names),
-                    place=("dtype",),
-                )
+        hints, problems = get_type_hints(type(self)), Problems()
+        for option in self.options():
+            if option.startswith("on_"):
+                with problems.collect():
+                    check_choice(option, getattr(self, option), hints[option])
+        with problems.collect():
+            _refuse_device(self.device)
+        with problems.collect():
+            _refuse_dtype(self.dtype)
+        problems.raise_all()
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -101,6 +102,16 @@ def _refuse_device(name: str) -> None:
         raise FusionBenchError(
             f"'{name}' cannot be used here.", did_you_mean(str(name), here), place=("device",)
         ) from error
+
+
+def _refuse_dtype(name: str | None) -> None:
+    """Refuse what is not a floating-point type."""
+    dtype = None if name is None else getattr(torch, str(name), None)
+    if name is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    names = ["float64", "float32", "bfloat16", "float16"]
+    hint = did_you_mean(str(name), names)
+    raise FusionBenchError(f"'{name}' is not a floating-point type.", hint, place=("dtype",))
 
 
 @dataclass(frozen=True)
