@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 from urllib.parse import quote
 
 from lightning.fabric import Fabric
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Savable(Protocol):
     """A module that writes itself, instead of a plain checkpoint."""
 
-    def save(self, directory: Path, modelpool: Saving, config: Mapping[str, Any]) -> None:
+    def save(self, directory: Path, modelpool: Saving, config: Mapping[str, object]) -> None:
         """Write the directory atomically."""
 
 
@@ -260,7 +260,7 @@ class _Run:
                 merged[name] = self.modelpool.open_saved(directory)
         return merged
 
-    def _save(self, model: nn.Module | Weights, place: Path, config: Mapping[str, Any]) -> None:
+    def _save(self, model: nn.Module | Weights, place: Path, config: Mapping[str, object]) -> None:
         try:
             if isinstance(model, Savable):
                 model.save(place, self.modelpool, config)

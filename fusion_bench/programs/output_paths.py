@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -46,7 +45,7 @@ class OutputPaths:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         output_dir: Path | None,
         overwrite: bool,
     ):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fusion_bench.taskpool import LabelledImages, Score, TuningImages
 
 #: A name to a dataset's node.
-Nodes = Mapping[str, Any]
+Nodes = Mapping[str, object]
 
 
 class ModelPool(contract.ModelPool, contract.Saving, Protocol):
@@ -162,7 +162,7 @@ class PlacedModelPool:
         self,
         model: nn.Module | Weights,
         path: str | Path,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
     ) -> None:
         """As in ``ModelPool``."""
         with self._here():
@@ -222,7 +222,7 @@ class _PlainPool:
         self,
         model: nn.Module | Weights,
         path: str | Path,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
     ) -> None:
         self._call("save_model", model, path, config)
 

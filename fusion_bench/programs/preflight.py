@@ -54,17 +54,17 @@ def preflight(*runs: Prepared, known: Sequence[Problem] = ()) -> Plan:
     Raises:
         ConfigError: with every problem that there is.
     """
-    plan = Plan(problems=Problems(known))
-    for run in runs:
-        plan.problems.add(run.problems)
-        with plan.collect():
-            run.paths.check_unclaimed()
-    if is_first_process():
-        dry_run = any(run.spec.dry_run for run in runs)
-        with TemporaryDirectory() if dry_run else nullcontext() as scratch:
-            planned: dict[int, Plan] = {}
-            for run in runs:
+    plan, planned = Plan(problems=Problems(known)), dict[int, Plan]()
+    first = is_first_process()  # of several, one is enough to look at everything
+    dry_run = any(run.spec.dry_run for run in runs)
+    with TemporaryDirectory() if dry_run else nullcontext() as scratch:
+        for run in runs:
+            plan.problems.add(run.problems)
+            with plan.collect():
+                run.paths.check_unclaimed()
+            if first:
                 plan.take(_seen(run, None if scratch is None else Path(scratch), planned))
+    if first:
         _check_room(plan)
         if dry_run:
             show(plan, wide_console())

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -43,7 +42,7 @@ class Previous:
     answers: Answers
 
     @classmethod
-    def find(cls, reports: Iterable[Path], config: Mapping[str, Any]) -> "Previous | None":
+    def find(cls, reports: Iterable[Path], config: Mapping[str, object]) -> "Previous | None":
         """Return it, if it is complete and of this version."""
         for path in reports:
             with suppress(FusionBenchError):

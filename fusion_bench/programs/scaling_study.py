@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -357,7 +356,7 @@ class _Work:
 class _Source:
     """A base of the config: the node of its model pool, its experts and its tasks."""
 
-    node: Mapping[str, Any]
+    node: Mapping[str, object]
     experts: list[str]
     taskpool: TaskPool
     places: Places
@@ -374,10 +373,11 @@ class _Source:
         """Return what evaluates a pool of some experts, with their data."""
         own = {canonical_name(expert) for expert in experts}
         node = {**self.node, "_recursive_": False}
-        node["models"] = {k: v for k, v in node["models"].items() if is_special(k) or k in experts}
-        for key in ("train_datasets", "val_datasets", "test_datasets"):
-            if node.get(key):
-                node[key] = {k: v for k, v in node[key].items() if canonical_name(k) in own}
+        for key, value in self.node.items():
+            if key == "models" and isinstance(value, Mapping):
+                node[key] = {k: v for k, v in value.items() if is_special(k) or k in experts}
+            elif key.endswith("_datasets") and isinstance(value, Mapping):
+                node[key] = {k: v for k, v in value.items() if canonical_name(k) in own}
         with within(*self.places.modelpool):
             pool = placed(instantiate(node, "modelpool"), self.places.modelpool)
         return Evaluator(pool, self.taskpool, fabric, baselines, place=self.places.taskpool)
@@ -394,7 +394,7 @@ def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, 
     return list(found)
 
 
-def _method(method: Section, seed: int) -> tuple[str, dict[str, Any]]:
+def _method(method: Section, seed: int) -> tuple[str, dict[str, object]]:
     """Return a method's name and node."""
     if isinstance(method, str):
         return method, composed(f"method={method}", f"seed={seed}")["method"]
@@ -408,7 +408,7 @@ def _method(method: Section, seed: int) -> tuple[str, dict[str, Any]]:
 def _cached(
     pool: PlacedModelPool,
     taskpool: TaskPool,
-    node: Mapping[str, Any],
+    node: Mapping[str, object],
     learned: Tuning | None,
     fabric: Fabric,
     seed: int,

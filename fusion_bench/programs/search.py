@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import hypot
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lightning.fabric import Fabric
 
@@ -59,8 +59,8 @@ class Setting:
     method: FusionMethod
     place: Place = Places.method
     models: Sequence[str] | None = None
-    node: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    node: dict[str, object] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     keys: Mapping[str, Place] = field(default_factory=dict)
 
     def located(self, *, keyed_only: bool = False) -> AbstractContextManager[None]:
@@ -146,7 +146,7 @@ class GridSearch:
 
     def __init__(
         self,
-        space: Mapping[str, Any],
+        space: Mapping[str, object],
         split: Split = "validation",
         metric: Metric | None = None,
         judge_test: bool = True,
@@ -185,7 +185,7 @@ class GridSearch:
         wrong = self._space_problems(None if problems else method["_target_"])
         problems.add(wrong)
         refused = {problem.place for problem in wrong}
-        space = {o: v for o, v in self.space.items() if ("search", "space", o) not in refused}
+        space = {o: v for o, v in self._values.items() if ("search", "space", o) not in refused}
         settings = []
         for numbered in product(*(enumerate(values) for values in space.values())):
             tried = dict(zip(space, numbered, strict=True))
@@ -202,6 +202,12 @@ class GridSearch:
                 self._refuse_learned(setting.method)
         problems.raise_all()
         return settings
+
+    @property
+    def _values(self) -> dict[str, list[object]]:
+        """The values of each option that has a list of them."""
+        lists = {o: v for o, v in self.space.items() if isinstance(v, Sequence)}
+        return {option: list(v) for option, v in lists.items() if not isinstance(v, str)}
 
     def _refuse_learned(self, method: FusionMethod) -> None:
         """Refuse a method that learns from what its options are evaluated on."""
@@ -229,7 +235,7 @@ class GridSearch:
             if target is not None and option not in known:
                 reason = f"{str(target).rpartition('.')[2]} takes no such key."
                 remedy = f"{did_you_mean(option, known)} To remove it: {remove}"
-            elif isinstance(values, str) or not isinstance(values, Sequence):
+            elif option not in self._values:
                 reason, remedy = f"'{values}' is not a list.", "Write it like '[0.1, 0.2]'."
             elif not values:
                 reason = "the list is empty."
@@ -293,7 +299,7 @@ class GridSearch:
             metric=metric,
             test_split=uses_test_split(data, taskpool),
             judge_test=self.judge_test,
-            space={option: list(values) for option, values in self.space.items()},
+            space=self._values,
             tasks=describe_data(data),
             candidates=candidates,
             winner=winner,

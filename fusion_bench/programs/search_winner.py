@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.fabric import Fabric
 
@@ -141,7 +141,7 @@ class SweptSearch:
             }
         )
 
-    def _options(self, search: Search) -> dict[str, Any]:
+    def _options(self, search: Search) -> dict[str, object]:
         return {key: search.method.get(key) for key in self._varying}
 
 
@@ -171,8 +171,8 @@ def _trials(sweep: Path) -> list[Report]:
     return trials
 
 
-def _distinct(values: Iterable[Any]) -> list[Any]:
-    found: list[Any] = []
+def _distinct(values: Iterable[object]) -> list[object]:
+    found: list[object] = []
     for value in values:
         if value not in found:
             found.append(value)

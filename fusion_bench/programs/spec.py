@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import OmegaConf
 
@@ -49,7 +49,7 @@ class FusionSpec:
     places: Places = Places()
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The config as plain data for the report, enough to repeat the run."""
         return {
             "_target_": "fusion_bench.programs.FabricModelFusionProgram",

@@ -200,6 +200,22 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         compared(good, other)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_every_file_that_cannot_be_read_is_named(tmp_path: Path, dry_run: bool) -> None:
+    good = write(tmp_path / "good", {"a": 60, "b": 40})
+    with pytest.raises(FusionBenchError) as caught:
+        CompareProgram(["/no/a.json", str(good), "/no/b.json"], dry_run=dry_run).run()
+    assert [problem.key for problem in caught.value.problems] == ["reports[0]", "reports[2]"]
+    with pytest.raises(FusionBenchError, match=r"^reports\.x: "):
+        CompareProgram({"x": "/no/a.json", "y": str(good)}, dry_run=dry_run).run()
+
+
+def test_a_dry_run_reads_the_reports_and_writes_nothing(tmp_path: Path) -> None:
+    runs = [str(write(tmp_path / name, {"a": 60, "b": 40})) for name in ("x", "y")]
+    assert CompareProgram(runs, output_dir=tmp_path / "out", dry_run=True).run() is None
+    assert not (tmp_path / "out").exists()
+
+
 def test_on_the_command_line(program_config: dict[str, Any], tmp_path: Path) -> None:
     scaled = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.9}
     for name, method in (("average", program_config["method"]), ("sum", scaled)):

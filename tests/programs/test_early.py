@@ -60,6 +60,19 @@ LATE: list[tuple[str, Any, str]] = [
 ]
 
 
+LINES = {"_target_": "fusion_bench.method.LiNeSAlgorithm"}
+ADAMERGING = {"_target_": "fusion_bench.method.AdaMergingAlgorithm"}
+LATE += [
+    ("modelpool.models.x", None, r"modelpool\.models\.x: null is not allowed.*'~modelpool"),
+    ("modelpool.models._pretrained_", None, r"models\._pretrained_: null is not allowed"),
+    ("taskpool.test_datasets.a", None, r"taskpool\.test_datasets\.a: null is not allowed"),
+    ("modelpool.train_datasets", {"a": None}, r"train_datasets\.a: null is not allowed"),
+    ("method", {**LINES, "base_method": ENSEMBLE}, r"method\.base_method: .* returns a module"),
+    ("method", {**ADAMERGING, "weights": "/no/f"}, r"method\.weights: '/no/f' is not a file of"),
+    ("modelpool", None, "modelpool: missing"),
+]
+
+
 def changed(config: Config, key: str, value: Any) -> Config:
     config = deepcopy(config)
     *above, last = key.split(".")
@@ -137,3 +150,37 @@ def test_markup_in_a_path_stays_text(program_config: Config, tmp_path: Path) -> 
         instantiate(config).run()
     assert "\x1b" not in out.getvalue() and "\x07" not in out.getvalue()
     assert "[red]x[/blue]\\x1b]8;;x\\x07" in "".join(out.getvalue().split())
+
+
+def test_the_coefficients_of_other_models_are_found_before(
+    program_config: Config, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.json"
+    file.write_text(json.dumps({"models": ["a"], "keys": [], "coefficients": [[0.1]]}))
+    config = changed(program_config, "method", {**ADAMERGING, "weights": str(file)})
+    with pytest.raises(FusionBenchError, match="contains coefficients of other models"):
+        instantiate({**config, "dry_run": True}).run()
+
+
+def test_a_wrong_number_of_weights_is_told_beside_other_problems(program_config: Config) -> None:
+    one = {"_target_": "fusion_bench.method.WeightedAverageAlgorithm", "weights": [1.0]}
+    config = changed(program_config, "method", {**LINES, "base_method": one})
+    del config["modelpool"]["models"]["_pretrained_"]
+    expected = "method.base_method.weights: 1 value for 2 models (a, b). Give one for each."
+    for key, value, told in (
+        ("seed", -1, "seed: -1"),
+        ("modelpool.models.b", "/no/such", "modelpool.models.b: There is no such directory"),
+    ):
+        with pytest.raises(FusionBenchError) as refused:
+            instantiate({**changed(config, key, value), "dry_run": True}).run()
+        first, second, third = str(refused.value).splitlines()
+        assert first.startswith(told) and third == expected
+        assert second.startswith("method: LiNeSAlgorithm needs the pretrained model.")
+
+
+def test_a_task_pool_that_cannot_be_made_is_not_missing(program_config: Config) -> None:
+    config = changed(program_config, "method", ADAMERGING)
+    config = changed(config, "taskpool.max_samples", 0)
+    with pytest.raises(FusionBenchError) as refused:
+        instantiate({**config, "dry_run": True}).run()
+    assert [problem.key for problem in refused.value.problems] == ["taskpool.max_samples"]

@@ -257,3 +257,29 @@ def test_the_log_tells_the_seconds_of_each_step(
         *("Prepared", "Planned", "Loaded", "Fused", "Evaluated", "Reported")
     ]
     assert not any(message.startswith("Evaluated in") for message in caplog.messages)
+
+
+def test_a_dict_of_modules_is_no_pool(capsys: pytest.CaptureFixture[str]) -> None:
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError) as refused:
+        FabricModelFusionProgram(SimpleAverageAlgorithm(), {"a": module}).run()
+    assert str(refused.value).startswith("modelpool: has no _target_. Add one, such as ")
+
+
+def test_a_node_may_hold_modules(tmp_path: Path) -> None:
+    modules = {name: torch.nn.Linear(2, 2) for name in "ab"}
+    pool = {"_target_": "fusion_bench.modelpool.HFModelPool", "models": modules}
+    report = FabricModelFusionProgram(
+        SimpleAverageAlgorithm(), pool, fabric={"accelerator": "cpu"}, output_dir=tmp_path / "out"
+    ).run()
+    assert report is not None
+    named = dict.fromkeys("ab", "torch.nn.modules.linear.Linear")
+    assert report.run.config["modelpool"]["models"] == named
+
+
+def test_nothing_is_looked_at_before_it_runs() -> None:
+    program = FabricModelFusionProgram(None, None, seed=-1, baselines="x", fabric="y")
+    with pytest.raises(ConfigError) as refused:
+        program.run()
+    keys = [problem.key for problem in refused.value.problems]
+    assert keys == ["baselines", "seed", "method", "modelpool", "fabric"]

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from datasets import Dataset, Image, Value, load_dataset
 from transformers import CLIPConfig, CLIPModel
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.programs import ScalingStudy
+from fusion_bench.programs.pools import placed
 
 Config = dict[str, Any]
 METHOD = "fusion_bench.method."
@@ -84,7 +86,9 @@ def test_parts_of_pools(program_config: Config) -> None:
     modelpool, taskpool = program_config["modelpool"], program_config["taskpool"]
     policy = {"on_missing": "guess", "dtype": "int8"}
     found = lines(program_config, modelpool=modelpool | {"policy": policy})
-    assert starts(found, "modelpool.policy.on_missing: 'guess' is unknown.")
+    assert starts(
+        found, "modelpool.policy.on_missing: 'guess' is unknown.", "modelpool.policy.dtype: 'int8'"
+    )
     found = lines(program_config, modelpool=modelpool | {"max_shard_size": "abc"})
     assert starts(found, "modelpool.max_shard_size: 'abc' is not a size.")
     known = {"a": {"templates": ["no braces"]}}
@@ -207,6 +211,62 @@ def test_methods_of_a_study(program_config: Config) -> None:
         ScalingStudy(**study, methods=[wrong]).run()
     with pytest.raises(FusionBenchError, match=r"^methods\[1\]\.base_method\.threshold: 200"):
         ScalingStudy(**study, methods=["simple_average", over("LiNeSAlgorithm", wrong)]).run()
+
+
+def test_pools_of_a_study(program_config: Config) -> None:
+    base = {name: program_config[name] for name in ("modelpool", "taskpool")}
+    a, b = deepcopy(base), deepcopy(base)
+    a["taskpool"]["test_datasets"]["a"]["split"] = "tset"
+    a["modelpool"]["models"]["b"] = "zoo:nothing"
+    b["modelpool"]["policy"] = {"dtype": "int8", "device": "abacus"}
+    b["taskpool"]["test_datasets"]["b"] = None
+    target = {"_target_": "fusion_bench.programs.ScalingStudy"}
+    one = {"_target_": f"{METHOD}WeightedAverageAlgorithm", "weights": [1.0]}
+    study = target | {"bases": {"a": a, "b": b}, "methods": [one], "counts": [1, 2]}
+    assert starts(
+        lines(study, fabric={"accelerator": "cpu"}),
+        "bases.a.modelpool.models.b: ",
+        "bases.a.taskpool.test_datasets.a: Cannot read the dataset ",
+        "methods[0].weights: 1 value for 2 models (a, b).",
+        "bases.b.modelpool.policy.device: 'abacus' cannot be used here.",
+        "bases.b.modelpool.policy.dtype: 'int8' is not a floating-point type.",
+        "bases.b.taskpool.test_datasets.b: null is not allowed. "
+        "Give a node or remove the key: '~bases.b.taskpool.test_datasets.b'.",
+    )
+    study["bases"] = {"a": base}
+    study["counts"] = [1]
+    assert instantiate(study | {"dry_run": True, "fabric": {"accelerator": "cpu"}}).run() is None
+
+
+def test_what_methods_of_a_study_learn_from(program_config: Config) -> None:
+    base = {name: program_config[name] for name in ("modelpool", "taskpool")}
+    target = {"_target_": "fusion_bench.programs.ScalingStudy", "fabric": {"accelerator": "cpu"}}
+    study = target | {"bases": {"x": base}, "counts": [2]}
+    learns = {"_target_": f"{METHOD}AdaMergingAlgorithm"}
+    (line,) = lines(study, methods=["simple_average", over("LiNeSAlgorithm", learns)])
+    assert line.startswith("bases.x.modelpool.train_datasets: missing;")
+    assert line.endswith("or choose another methods[1].base_method.split.")
+    test = learns | {"split": "test"}
+    assert all(
+        line.startswith(f"bases.x.taskpool.test_datasets.{task}: the models are evaluated on")
+        and "(methods[0].split=train or validation)" in line
+        for task, line in zip("ab", lines(study, methods=[test]), strict=True)
+    )
+    with pytest.raises(FusionBenchError, match=r"^bases\.x\.taskpool\.test_datasets\.a: "):
+        instantiate(study | {"methods": [test]}).run()
+
+
+def test_a_study_names_a_pool_that_fails_while_it_merges(program_config: Config) -> None:
+    """What shows only when weights are read stands at the same key."""
+    place = ("bases", "x", "modelpool")
+    program_config["modelpool"]["models"]["a"] = "/no/such"
+    made = placed(instantiate(program_config["modelpool"] | {"_recursive_": False}), place)
+    assert made.policy.typed("dtype", "bfloat16") == "bases.x.modelpool.policy.dtype=bfloat16"
+    with (
+        pytest.raises(FusionBenchError, match=r"^bases\.x\.modelpool\.models\.a: There is no"),
+        within("methods", 0),
+    ):
+        made.weights("a")
 
 
 #: What messages tell people to type, of each kind once.

@@ -205,3 +205,21 @@ def test_published_tables_are_whole_and_can_be_run(name: str, tmp_path: Path) ->
     assert made.taskpool.task_names == reference.tasks == made.modelpool.model_names
     learned = {r for r, p in program.programs.items() if p.spec.allow_test_split}
     assert learned == {r for r in program.programs if r.startswith("adamerging")}
+
+
+def test_a_dry_run_finds_the_problems_of_all_rows_once(conf: Path) -> None:
+    pool = yaml.safe_load((conf / "conf" / "modelpool" / "family.yaml").read_text())
+    pool["models"]["a"] = "/no/such"
+    (conf / "conf" / "modelpool" / "family.yaml").write_text(yaml.safe_dump(pool))
+    rows = change(conf)["rows"]
+    for row, weights in (("average", "[1]"), ("sharp", "[1,2,3]")):
+        rows[row]["overrides"] = ["method=linear/weighted_average", f"method.weights={weights}"]
+    change(conf, rows=rows)
+    done = reproduce(conf, "dry_run=true")
+    assert done.returncode == 2
+    told = done.stderr.removeprefix("fusion_bench: ").splitlines()
+    assert [line.strip().split(": ")[0] for line in told] == [
+        "reference.modelpool.models.a",
+        "reference.rows.average.method.weights",
+        "reference.rows.sharp.method.weights",
+    ]

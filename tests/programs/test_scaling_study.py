@@ -120,7 +120,10 @@ def test_mistakes_give_one_clear_message(config: Config) -> None:
         "bases.x.taskpool: missing; give it as a config node."
     )
     assert refused(categories={"k": ["aa"]}).startswith("categories.k: 'tiny' has no task 'aa'.")
-    assert "simple_avrage" in refused(methods=["simple_avrage"])
+    assert refused(methods=["simple_average", "simple_avrage"]) == (
+        "methods[1]: there is no method 'simple_avrage'. Did you mean 'simple_average'?"
+    )
+    assert refused(methods=["foo"]).startswith("methods[0]: there is no method 'foo'. Known: ")
     assert refused(methods=[{"scaling": 1}]).endswith("neither a config's name nor a config node.")
     models = {k: v for k, v in tiny["modelpool"]["models"].items() if k != "_pretrained_"}
     pool = tiny["modelpool"] | {"models": models}
@@ -131,6 +134,33 @@ def test_mistakes_give_one_clear_message(config: Config) -> None:
     assert refused(bases={"x": tiny | {"modelpool": pool}}).startswith(
         "bases.x.modelpool.models.d: the task pool has no task with this name."
     )
+
+
+def test_all_mistakes_are_told_at_once(config: Config) -> None:
+    tiny = config["bases"]["tiny"]
+    ties = {"_target_": "fusion_bench.method.TiesMergingAlgorithm", "threshold": 200}
+    changes = {
+        "bases": {"x": {"modelpool": tiny["modelpool"]}, "y": {"taskpool": tiny["taskpool"]}},
+        "methods": ["foo", ties],
+        "counts": ["two"],
+        "subsets": 0,
+        "held_in": "a",
+        "held_out": "b",
+        "sed": 1,
+    }
+    node = {"_target_": "fusion_bench.programs.ScalingStudy", "_recursive_": False}
+    with pytest.raises(FusionBenchError) as caught:
+        instantiate(node | config | changes | {"dry_run": True}).run()
+    assert [problem.key for problem in caught.value.problems] == [
+        *("sed", "counts", "held_in", "held_out", "subsets"),
+        *("methods[0]", "methods[1].threshold", "bases.x.taskpool", "bases.y.modelpool"),
+    ]
+
+
+def test_a_dry_run_shows_the_plan(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ScalingStudy(**config, dry_run=True).run() is None
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "SimpleAverageAlgorithm, TaskArithmeticAlgorithm of 2, 3 models, on cpu" in shown
 
 
 def test_a_model_for_each_task_is_refused(config: Config) -> None:

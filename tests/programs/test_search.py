@@ -337,6 +337,31 @@ def test_mistakes_give_one_clear_message_and_load_nothing(
     assert refused(config, method=made).startswith("search: needs the method as a config node")
 
 
+def test_all_mistakes_in_the_space_are_told_at_once(config: Config) -> None:
+    ties = method("TiesMergingAlgorithm", threshold=200)
+    space = {
+        "scaling_factor": ["x", 0.3, "y"],
+        "threshold": [10, -1, 120],
+        "scaling": [1],
+        "remove_keys": [],
+        "merge_func": "sum",
+    }
+    found = refused(config, method=ties, search=grid(space=space), dry_run=True)
+    assert sorted(line.split(": ")[0] for line in found.splitlines()) == [
+        *("search.space.merge_func", "search.space.remove_keys", "search.space.scaling"),
+        *("search.space.scaling_factor[0]", "search.space.scaling_factor[2]"),
+        *("search.space.threshold[1]", "search.space.threshold[2]"),
+    ]
+    found = refused(config, search=grid(space=space, split="x", metric="y"), dry_run=True)
+    assert [line.split(": ")[0] for line in found.splitlines()] == ["search.split", "search.metric"]
+
+
+def test_what_all_settings_have_is_told_once(config: Config) -> None:
+    ties = method("TiesMergingAlgorithm", threshold=200)
+    found = refused(config, method=ties, search=grid(space={"scaling_factor": [0.1, 0.2, 0.3]}))
+    assert found == "method.threshold: 200 is not a number from 0 to 100."
+
+
 def test_several_models_a_task_have_no_one_figure(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,14 +65,17 @@ def test_the_best_job_is_evaluated_on_the_test_split(config: Config, tmp_path: P
     alone = config | {"method": config["method"] | {"scaling_factor": best}, "search": None}
     assert report.models == instantiate(alone).run().models
     assert Report.load(tmp_path / "winner" / "report.json") == report
+    dry = SearchWinner(str(tmp_path / "sweep"), output_dir=tmp_path / "dry", dry_run=True)
+    assert dry.run() is None and not (tmp_path / "dry").exists()
 
 
 def test_what_is_no_such_sweep_is_refused(config: Config, family: Path, tmp_path: Path) -> None:
     place = tmp_path / "sweep"
-    with pytest.raises(
-        FusionBenchError, match=r"sweep: there is no job with search\.judge_test=fal"
-    ):
-        SearchWinner(str(place)).run()
+    for dry_run in (False, True):
+        with pytest.raises(
+            FusionBenchError, match=r"sweep: there is no job with search\.judge_test=fal"
+        ):
+            SearchWinner(str(place), dry_run=dry_run).run()
     sweep(config, place)
     other = config | {"baselines": "none", "output_dir": place / "other"}
     instantiate(other).run()

@@ -246,3 +246,10 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 
 def test_a_dtype_may_be_torchs_own() -> None:
     assert MergePolicy(dtype=torch.float16) == MergePolicy(dtype="float16")  # type: ignore[arg-type]
+
+
+def test_all_values_that_a_policy_cannot_have_are_told() -> None:
+    with pytest.raises(FusionBenchError) as refused:
+        MergePolicy(on_extra="x", device="abacus", dtype="int8")  # type: ignore[arg-type]
+    keys = [problem.key for problem in refused.value.problems]
+    assert keys == ["on_extra", "device", "dtype"]
