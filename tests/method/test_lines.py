@@ -210,7 +210,8 @@ class Learner(StateDict):
 
 def test_a_base_method_may_learn_from_data() -> None:
     method = LiNeSAlgorithm(Learner(), 1, 0)
-    assert method.needs == Needs(base=True, split="validation", labels=True)
+    place = ("base_method", "split")
+    assert method.needs == Needs(base=True, split="validation", labels=True, split_place=place)
     assert LiNeSAlgorithm(StateDict()).needs.split is None
     result = method.run(TWO, None, {"a": "data"})
     assert [t.item() for t in result.values()] == [2, 3, 4, 5, 6, 7]  # type: ignore[union-attr]
