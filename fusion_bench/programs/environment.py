@@ -66,7 +66,7 @@ def make_fabric(section: Section) -> Fabric:
     return fabric
 
 
-def _wrong_key(node: Mapping[str, Any]) -> str | None:
+def _wrong_key(node: Mapping[str, object]) -> str | None:
     """Return the key without which Fabric could be made, if there is one."""
     for key in (key for key in node if key != "_target_"):
         with suppress(ValueError, TypeError, RuntimeError, MisconfigurationException):

@@ -75,7 +75,7 @@ def test_mistakes_of_all_sections_come_at_once(program_config: Config) -> None:
         "seed",
         "baselines",
         "method.scaling_facto",
-        "fabric",
+        "fabric.accelerator",
         "modelpool.models.a",
         "modelpool.models.b",
         "taskpool.test_datasets.a",
