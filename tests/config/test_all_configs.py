@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from fusion_bench.configs import datasets, register, suites
 from fusion_bench.instantiate import check, instantiate
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.scripts.hydra_patches import set_up_hydra
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -41,6 +42,8 @@ NEEDS = {
 }
 #: A dry run would look for their models there.
 ON_HUB = ("merge_llm",)
+#: A dry run looks for the earlier results that they name.
+ON_RESULTS = ("compare", "search_winner")
 #: What is made without loading anything; the rest is bound to its signature.
 LIGHT = ("method/", "modelpool/", "taskpool/", "fabric/")
 
@@ -106,5 +109,9 @@ def test_it_composes_and_binds(name: str, tmp_path: Path) -> None:
         assert instantiate({"_recursive_": False, **node}) is not None
     elif "_target_" in resolved:
         program = instantiate({**resolved, "dry_run": True}, output_dir=tmp_path)
-        assert name in ON_HUB or program.run() is None
+        if name in ON_RESULTS:
+            with pytest.raises(FusionBenchError, match=str(Path.cwd())):
+                program.run()
+        else:
+            assert name in ON_HUB or program.run() is None
         assert list(tmp_path.iterdir()) == []
