@@ -46,7 +46,7 @@ from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.programs.fusing import fuse
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
-from fusion_bench.taskpool.evaluate import Loading, batches
+from fusion_bench.taskpool.images.evaluate import Loading, batches
 from fusion_bench.weights import Weights, in_memory
 
 MERGING = "merging eight {} encoders"

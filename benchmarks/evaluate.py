@@ -235,7 +235,7 @@ def starting(root: Path, rounds: int) -> dict[str, Any]:
         """
         import os, sys
         from fusion_bench.scripts.cli import main
-        import fusion_bench.taskpool.preprocess as preprocess
+        import fusion_bench.taskpool.images.preprocess as preprocess
 
         calls = []
         def finish(self, pixels, real=preprocess.Preprocessor.finish):

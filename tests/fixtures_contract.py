@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
+
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from fixtures_clip import vision_config
 from fixtures_weights import bits
@@ -24,6 +25,7 @@ from fusion_bench.method import TensorwiseAlgorithm
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
 from fusion_bench.modelpool import CausalLMPool, HFModelPool
+from fusion_bench.results import ACCURACY, Metric, SampleScores
 from fusion_bench.weights import (
     MergePolicy,
     TensorWeights,
@@ -344,10 +346,14 @@ class Task:
         for turn in count():
             yield from self.batches(self.sample(None, seed + turn), batch_size)
 
-    def evaluate(self, model: nn.Module) -> SimpleNamespace:
+    @property
+    def metric(self) -> Metric:
+        return ACCURACY
+
+    def evaluate(self, model: nn.Module) -> SampleScores:
         with torch.no_grad():
-            right = int((model(self._images).argmax(1) == self._labels).sum())
-        return SimpleNamespace(num_correct=right, num_samples=12)
+            answers = model(self._images).argmax(1).numpy()
+        return SampleScores.classified(np.arange(12), self._labels.numpy(), answers)
 
 
 def members(fused: Any) -> dict[str, Any]:

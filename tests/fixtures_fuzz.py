@@ -47,8 +47,8 @@ from fusion_bench.scripts.cli import EXPECTED
 from fusion_bench.scripts.hydra_patches import set_up_hydra
 from fusion_bench.sources import load as load_source
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
-from fusion_bench.taskpool.described import describe
-from fusion_bench.taskpool.images import DatasetPlace, LabelledImages
+from fusion_bench.taskpool.datasets import describe
+from fusion_bench.taskpool.images.labelled import DatasetPlace, LabelledImages
 from fusion_bench.tasks import Task
 from fusion_bench.weights import AdapterConfig, open_repository, sha256
 from fusion_bench.weights.checkpoint import shards

@@ -5,26 +5,64 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fusion_bench.report import (
-    Answers,
     ModelResult,
     Report,
     Run,
+    Scores,
     Seconds,
     Similarity,
-    TaskAnswers,
     TaskInfo,
     TaskResult,
+    Value,
     compare_contenders,
+    metric_info,
     summarise,
 )
+from fusion_bench.results import ACCURACY, LOSS, SampleScores
+
+#: What image classification measures.
+ACCURACY_AND_LOSS = [metric_info(ACCURACY), metric_info(LOSS)]
+
+
+def result(right: int, samples: int = 100, loss: float = 0.5) -> TaskResult:
+    share = right / samples
+    error = (share * (1 - share) / samples) ** 0.5
+    return TaskResult(
+        num_samples=samples,
+        metrics={"accuracy": Value(value=share, stderr=error), "loss": Value(value=loss)},
+    )
 
 
 def model(role: str, **correct: int) -> ModelResult:
     return ModelResult(
         role=role,
-        weights_sha256="0" * 64,
+        identity="0" * 64,
         num_parameters=1,
-        tasks={t: TaskResult.from_counts(n, 50.0, 100) for t, n in correct.items()},
+        tasks={task: result(right) for task, right in correct.items()},
+    )
+
+
+def task_info(
+    task: str,
+    owner: str | None = None,
+    num_classes: int = 2,
+    samples: int = 100,
+    fingerprint: str | None = None,
+    classes: list[str] | None = None,
+) -> TaskInfo:
+    return TaskInfo(
+        kind="image_classification",
+        main="accuracy",
+        metrics=ACCURACY_AND_LOSS,
+        num_samples=samples,
+        identity={
+            "dataset": fingerprint or task,
+            "classes, prompts or text tower": None,
+            "image preprocessing": None,
+        },
+        owner=owner,
+        num_classes=num_classes,
+        classes=classes,
     )
 
 
@@ -44,7 +82,7 @@ def report(models: dict[str, ModelResult]) -> Report:
             packages={},
             seconds=Seconds(load=1, fuse=2, evaluate=3, total=6),
         ),
-        tasks={t: TaskInfo(num_classes=2, num_samples=100, fingerprint=t) for t in tasks},
+        tasks={t: task_info(t, t if t in models else None) for t in tasks},
         models=models,
     )
 
@@ -59,7 +97,7 @@ def synthetic(
     full: bool = False,
     per_class: bool = False,
     parts: int = 3,
-) -> tuple[Report, Answers]:
+) -> tuple[Report, Scores]:
     """Return a report with random answers: a model a task, and merged ones.
 
     Args:
@@ -81,7 +119,7 @@ def synthetic(
     for name in merged:
         own = name.removeprefix("merged/")
         plan[name] = ("merged", 0.7, [own] if own in tasks and not full else list(tasks))
-    answers = Answers()
+    scores = Scores()
     models: dict[str, ModelResult] = {}
     labels = {t: random.integers(0, n, samples, dtype=np.int32) for t, n in tasks.items()}
     where = np.arange(samples, dtype=np.int32)
@@ -90,23 +128,28 @@ def synthetic(
         for task in evaluated:
             other = random.integers(0, tasks[task], samples, dtype=np.int32)
             predictions = np.where(random.random(samples) < share, labels[task], other)
-            right = int((predictions == labels[task]).sum())
-            answers.add(task, name, TaskAnswers(where, labels[task], {name: predictions}))
-            results[task] = TaskResult.from_counts(right, 0.5 * samples, samples)
+            losses = np.full(samples, 0.5)
+            own = SampleScores.classified(where, labels[task], predictions, losses)
+            scores.add(task, name, own)
+            results[task] = TaskResult.of(own, [ACCURACY, LOSS])
         models[name] = ModelResult(
-            role=role, weights_sha256="ab" * 32, num_parameters=12_345, tasks=results
+            role=role, identity="ab" * 32, num_parameters=12_345, tasks=results
         )
-    summarise(models, {task: task for task in tasks if individual})
-    found = report(models)
-    found.tasks = {
-        task: TaskInfo(
-            num_classes=number,
-            num_samples=samples,
-            fingerprint="f" * 16,
-            class_names=[f"{task} {i}" for i in range(number)] if per_class else None,
+    infos = {
+        task: task_info(
+            task,
+            task if individual else None,
+            number,
+            samples,
+            "f" * 16,
+            [f"{task} {i}" for i in range(number)] if per_class else None,
         )
         for task, number in tasks.items()
     }
+    summarise(models, infos)
+    found = report(models)
+    found.tasks = infos
+    scores.metrics = {task: [ACCURACY, LOSS] for task in tasks}
     if parts:
         vectors = random.normal(size=(parts + 1, len(tasks), 64)) + 0.2
         norms = np.linalg.norm(vectors, axis=2)
@@ -119,5 +162,5 @@ def synthetic(
         )
     sources = {t: f"owner/clip-vit-base-patch32_{t}" for t in tasks}
     found.run.config["modelpool"] = {"models": {"_pretrained_": "owner/clip", **sources}}
-    found.comparisons = compare_contenders(found, answers)
-    return found, answers
+    found.comparisons = compare_contenders(found, scores)
+    return found, scores

@@ -25,8 +25,8 @@ from fusion_bench.addresses import AddressError, Folders, fence
 from fusion_bench.instantiate import check
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.sources import load
-from fusion_bench.taskpool.described import describe
-from fusion_bench.taskpool.images import DatasetPlace, LabelledImages
+from fusion_bench.taskpool.datasets import describe
+from fusion_bench.taskpool.images.labelled import DatasetPlace, LabelledImages
 from fusion_bench.tasks import Task
 
 WATCH = Watch()
@@ -295,8 +295,8 @@ import sys
 from fusion_bench.addresses import Folders
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.sources import load
-from fusion_bench.taskpool.described import describe
-from fusion_bench.taskpool.images import DatasetPlace, LabelledImages
+from fusion_bench.taskpool.datasets import describe
+from fusion_bench.taskpool.images.labelled import DatasetPlace, LabelledImages
 from fusion_bench.tasks import Task
 
 asked = []

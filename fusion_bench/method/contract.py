@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from fusion_bench.problems import Place
+from fusion_bench.results import Metric, SampleScores
 from fusion_bench.weights import MergePolicy, Weights
 
 if TYPE_CHECKING:
@@ -92,18 +93,6 @@ class Comparing(Protocol):
         """
 
 
-class Counts(Protocol):
-    """How many of a task's samples were answered correctly."""
-
-    @property
-    def num_correct(self) -> int:
-        """Those whose most likely class is the right one."""
-
-    @property
-    def num_samples(self) -> int:
-        """All of them."""
-
-
 class Saving(Protocol):
     """A pool that writes models."""
 
@@ -118,6 +107,10 @@ class Saving(Protocol):
 
 class TaskData(Protocol):
     """A task's images for learning, on Fabric's device."""
+
+    @property
+    def metric(self) -> Metric:
+        """What models are evaluated by."""
 
     @property
     def classify(self) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
@@ -136,8 +129,8 @@ class TaskData(Protocol):
     def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches forever, in a new order in each epoch."""
 
-    def evaluate(self, model: nn.Module) -> Counts:
-        """Return how the model does on all images."""
+    def evaluate(self, model: nn.Module) -> SampleScores:
+        """Return how the model does on all samples."""
 
 
 Data = Mapping[str, TaskData]

@@ -6,7 +6,7 @@ Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,8 +24,9 @@ from fusion_bench.method.data import (
     parameter_keys,
 )
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
-from fusion_bench.problems import check_choice
+from fusion_bench.problems import FusionBenchError, check_choice
 from fusion_bench.progress import bar
+from fusion_bench.results import Metric, normalized
 from fusion_bench.weights import Weights
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ Granularity = Literal["layer", "model"]
 class GreedySoupAlgorithm(LearningAlgorithm):
     """The average of the models that improve it; equally good models keep the pool's order.
 
-    The score is the mean accuracy over all tasks.
+    The score is the mean over all tasks of their metric. Where the tasks have different metrics, it
+    is the mean share of the best single model's value.
 
     Args:
         accept_equal: also add a model if the score stays the same.
@@ -60,23 +62,62 @@ class GreedySoupAlgorithm(LearningAlgorithm):
             models = {name: pool.weights(name) for name in names}
             return merged(pool, models, SimpleAverageAlgorithm().merge_tensor)
 
-        def score(weights: Weights) -> float:
+        def values(weights: Weights) -> list[float]:
             module = fabric.to_device(pool.build_model(weights))
-            scores = [task.evaluate(module) for task in data.values()]
-            return sum(s.num_correct / s.num_samples for s in scores) / len(scores)
+            return [task.evaluate(module).value(task.metric) for task in data.values()]
 
         names = list(pool.model_names)
         alone = {
-            name: score(soup([name])) for name in bar(names, "soup", total=len(names), unit="model")
+            name: values(soup([name]))
+            for name in bar(names, "soup", total=len(names), unit="model")
         }
-        ranked = sorted(names, key=lambda name: -alone[name])  # stable
+        score = _score([task.metric for task in data.values()], list(alone.values()))
+        ranked = sorted(names, key=lambda name: -score(alone[name]))  # stable
         chosen, best = ranked[:1], alone[ranked[0]]
         for name in ranked[1:]:
-            found = score(soup([*chosen, name]))
-            if found > best or (self.accept_equal and found == best):
+            found = values(soup([*chosen, name]))
+            difference = score(found) - score(best)
+            if difference > 0 or (self.accept_equal and difference == 0):
                 chosen, best = [*chosen, name], found
-        log.info("The soup contains %s (%.1f %%).", ", ".join(chosen), 100 * best)
+        figures = (f"{task} {value:.4g}" for task, value in zip(data, best, strict=True))
+        log.info("The soup contains %s (%s).", ", ".join(chosen), ", ".join(figures))
         return soup(chosen)
+
+
+def _score(
+    metrics: Sequence[Metric], alone: Sequence[Sequence[float]]
+) -> Callable[[Sequence[float]], float]:
+    """Return what makes one figure, greater for a better model, of a value per task.
+
+    Args:
+        metrics: the tasks'.
+        alone: the values of each model alone.
+
+    Raises:
+        FusionBenchError: metrics that differ and cannot be normalised.
+    """
+    if len({(metric.name, metric.unit) for metric in metrics}) == 1:
+        sign = 1 if metrics[0].higher_is_better else -1
+        return lambda values: sign * sum(values) / len(values)
+    for metric in metrics:
+        if not metric.normalise:
+            raise FusionBenchError(
+                f"The tasks have different metrics, and {metric.name} cannot be normalised, so "
+                "that models cannot be ranked by all tasks."
+            )
+    best = [
+        (max if metric.higher_is_better else min)(own)
+        for metric, own in zip(metrics, zip(*alone, strict=True), strict=True)
+    ]
+
+    def score(values: Sequence[float]) -> float:
+        shares = (
+            float(normalized(value, reference, metric.higher_is_better))
+            for value, reference, metric in zip(values, best, metrics, strict=True)
+        )
+        return sum(shares) / len(metrics)
+
+    return score
 
 
 class LearnedSoupAlgorithm(LearningAlgorithm):

@@ -12,7 +12,7 @@ from fusion_bench.command import typed
 from fusion_bench.problems import FusionBenchError, Problems
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.publish import publish
-from fusion_bench.report import Answers, Report, Run, Seconds, compare_contenders
+from fusion_bench.report import Report, Run, Scores, Seconds, compare_contenders
 from fusion_bench.report.side_by_side import (
     Evaluated,
     combined_models,
@@ -95,22 +95,15 @@ class CompareProgram:
         if self.dry_run:
             log.info("Dry run: the reports can be compared; nothing was written.")
             return None
-        models, answers = combined_models(runs)
-        first = next(iter(runs.values())).report
-        evaluated = {
-            t: result.num_samples for m in models.values() for t, result in m.tasks.items()
-        }
+        infos, models, scores = combined_models(runs)
         report = Report(
             run=self._described(runs, time.perf_counter() - start, found),
-            tasks={
-                task: first.tasks[task].model_copy(update={"num_samples": evaluated[task]})
-                for task in tasks
-            },
+            tasks=infos,
             models=models,
         )
-        report.comparisons = compare_contenders(report, answers)
+        report.comparisons = compare_contenders(report, scores)
         with claimed(self.output_dir, ("hydra", "run", "dir"), inside=True):
-            publish(report, answers, self.output_dir, None)
+            publish(report, scores, self.output_dir, None)
         print_differences(report, wide_console())
         return report
 
@@ -156,10 +149,10 @@ def _file(path: Path) -> Path:
 
 def _read(path: Path) -> Evaluated:
     report = Report.load(path)
-    answers = Answers.load(path, report)
+    scores = Scores.load(path, report)
     if not report.tasks:
         raise FusionBenchError(f"nothing was evaluated in '{path}'.")
-    return Evaluated(report, answers)
+    return Evaluated(report, scores)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from multiprocessing.queues import SimpleQueue
 from typing import TypeVar, cast
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -158,6 +159,7 @@ def describe_run(
         version=__version__,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=typed(),
+        method=_chosen_method(),
         config=dict(config),
         config_sha256=config_sha256(config),
         seed=seed,
@@ -177,6 +179,13 @@ def config_sha256(config: Mapping[str, object]) -> str:
     """Return the hash of a config, as JSON with sorted keys."""
     canonical = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _chosen_method() -> str | None:
+    """Return the name of the method's config, if the command chose one."""
+    if not HydraConfig.initialized():
+        return None
+    return HydraConfig.get().runtime.choices.get("method")
 
 
 def _local_strategy() -> str:

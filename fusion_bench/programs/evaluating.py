@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from lightning.fabric import Fabric
@@ -12,16 +11,16 @@ from torch import nn
 
 from fusion_bench.problems import Place, within
 from fusion_bench.programs.fusing import MERGED
+from fusion_bench.programs.owners import owners
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.spec import Baselines, Places
-from fusion_bench.report import Answers, ModelResult, TaskAnswers, TaskInfo, TaskResult, summarise
+from fusion_bench.report import ModelResult, Scores, TaskInfo, TaskResult, metric_info, summarise
+from fusion_bench.report.losses import per_class_accuracy
 from fusion_bench.report.schema import Role
+from fusion_bench.results import SampleScores
 from fusion_bench.storage import write_bytes
 from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import TensorWeights, Weights, sha256
-
-if TYPE_CHECKING:
-    from fusion_bench.taskpool import Score
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,8 @@ class Evaluator:
 
     Attributes:
         models: the results by model name.
-        answers: the predictions of each model.
+        scores: every model's scores of single samples.
+        owners: the model that was trained for each task.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class Evaluator:
         self.output_dir = output_dir
         self.place = place
         self.models: dict[str, ModelResult] = {}
-        self.answers = Answers()
+        self.scores = Scores()
+        self.owners = {} if taskpool is None else owners(taskpool, modelpool.model_names, place)
 
     @property
     def task_names(self) -> list[str]:
@@ -81,16 +82,16 @@ class Evaluator:
         for name in self.modelpool.model_names:
             tasks = self.own_tasks(name) if self.baselines == "own_task" else None
             if tasks == []:
-                log.info("'%s' is not evaluated: no task has this name.", name)
+                log.info("'%s' is not evaluated: it has no task of its own.", name)
                 continue
             self._evaluate_baseline(name, "individual", tasks)
 
     def take(self, other: "Evaluator") -> None:
         """Add another evaluator's results."""
         self.models |= {name: model.model_copy(deep=True) for name, model in other.models.items()}
-        for task, found in other.answers.tasks.items():
-            for model in found.predictions:
-                self.answers.add(task, model, found)
+        for task, models in other.scores.tasks.items():
+            for model, found in models.items():
+                self.scores.add(task, model, found)
 
     def evaluate_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
         """Evaluate the merged models."""
@@ -107,34 +108,49 @@ class Evaluator:
                 weights = TensorWeights(model.state_dict())
                 self._evaluate(name, "merged", weights, model, None, tasks)
 
+    def describe_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Add the pool's models that were not evaluated, with their hashes."""
+        described = {}
+        for name, identity in inputs.items():
+            role: Role = "pretrained" if name == "_pretrained_" else "individual"
+            described[name] = self.models.get(name) or ModelResult(
+                role=role,
+                identity=identity,
+                num_parameters=_num_parameters(self.modelpool.weights(name)),
+                tasks={},
+            )
+        self.models = described | self.models
+
     def summarise(self) -> None:
-        """Fill in normalised accuracies and averages, once all models are evaluated."""
-        summarise(self.models, {t: name for name in self.models for t in self.own_tasks(name)})
+        """Fill in normalised values and averages, once all models are evaluated."""
+        summarise(self.models, self.task_infos())
 
     def own_tasks(self, model: str) -> list[str]:
-        """Return the tasks with a model's name."""
+        """Return the tasks that a model was trained for."""
         own = canonical_name(model)
-        return [task for task in self.task_names if canonical_name(task) == own]
+        return [t for t, owner in self.owners.items() if owner and canonical_name(owner) == own]
 
-    def task_infos(self) -> dict[str, TaskInfo]:
-        """Describe the tasks that models were evaluated on."""
+    def task_infos(self, *, every: bool = False) -> dict[str, TaskInfo]:
+        """Describe the tasks that models were evaluated on, or ``every`` task."""
         if self.taskpool is None:
             return {}
         evaluated = {t: r.num_samples for m in self.models.values() for t, r in m.tasks.items()}
-        return {
-            task: TaskInfo(
-                num_classes=len(self.taskpool.data(task).class_names),
-                num_samples=evaluated[task],
-                fingerprint=self.taskpool.data(task).fingerprint,
-                head_sha256=self.taskpool.head_sha256(task),
-                images_sha256=self.taskpool.images_sha256(task),
-                class_names=(
-                    self.taskpool.data(task).class_names if self.taskpool.per_class else None
-                ),
-            )
-            for task in self.taskpool.task_names
-            if task in evaluated
-        }
+        infos = {}
+        for task in self.taskpool.task_names:
+            if every or task in evaluated:
+                described = self.taskpool.describe(task)
+                self.scores.metrics[task] = list(described.metrics)
+                infos[task] = TaskInfo(
+                    kind=described.kind,
+                    main=described.main.name,
+                    metrics=[metric_info(metric) for metric in described.metrics],
+                    num_samples=evaluated.get(task, 0),
+                    identity=dict(described.identity),
+                    owner=self.owners[task],
+                    num_classes=described.num_classes,
+                    classes=None if described.classes is None else list(described.classes),
+                )
+        return infos
 
     def _evaluate_baseline(self, name: str, role: Role, tasks: list[str] | None = None) -> None:
         pool = self.modelpool
@@ -155,8 +171,7 @@ class Evaluator:
         ``architecture`` and the weights define the model's computation.
         """
         identity = sha256(weights)
-        own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
-        scores: dict[str, Score] = {}
+        scores: dict[str, SampleScores] = {}
         if self.taskpool is not None:
             with within(*self.place, keyed_only=True):
                 scores = self.taskpool.evaluate(
@@ -170,28 +185,33 @@ class Evaluator:
                 )
             if self.taskpool.save_predictions and self.fabric.global_rank == 0:
                 self._save_predictions(name, scores)
-        for task, score in scores.items():
-            found = (score.samples, score.labels, score.predictions)
-            samples, labels, predictions = (array.astype("int32") for array in found)
-            self.answers.add(task, name, TaskAnswers(samples, labels, {name: predictions}))
+        for task, found in scores.items():
+            self.scores.add(task, name, found)
         self.models[name] = ModelResult(
             role=role,
-            weights_sha256=identity,
-            num_parameters=sum(spec.numel for spec in own if spec.dtype.is_floating_point),
-            tasks={task: self._task_result(task, score) for task, score in scores.items()},
+            identity=identity,
+            num_parameters=_num_parameters(weights),
+            tasks={task: self._task_result(task, found) for task, found in scores.items()},
         )
 
-    def _task_result(self, task: str, score: "Score") -> TaskResult:
+    def _task_result(self, task: str, scores: SampleScores) -> TaskResult:
+        assert self.taskpool is not None
+        described = self.taskpool.describe(task)
         per_class = None
-        if self.taskpool is not None and self.taskpool.per_class:
-            per_class = score.per_class(len(self.taskpool.data(task).class_names))
-        return TaskResult.from_counts(
-            score.num_correct, score.loss_sum, score.num_samples, per_class
-        )
+        if described.classes is not None:
+            per_class = per_class_accuracy(scores, len(described.classes))
+        return TaskResult.of(scores, described.metrics, per_class)
 
-    def _save_predictions(self, model: str, scores: "Mapping[str, Score]") -> None:
-        """Write each task's answers as a parquet file."""
-        assert self.output_dir is not None
+    def _save_predictions(self, model: str, scores: Mapping[str, SampleScores]) -> None:
+        """Write each task's scores of single samples as a parquet file."""
+        if self.output_dir is None:
+            return
         directory = self.output_dir / "predictions" / quote(model, safe="")
-        for task, score in scores.items():
-            write_bytes(directory / f"{quote(task, safe='')}.parquet", score.parquet())
+        for task, found in scores.items():
+            write_bytes(directory / f"{quote(task, safe='')}.parquet", found.parquet())
+
+
+def _num_parameters(weights: Weights) -> int:
+    """Return the number of elements of floating point, each tensor counted once."""
+    own = [weights.spec(key) for key in weights if weights.tied_to(key) == key]
+    return sum(spec.numel for spec in own if spec.dtype.is_floating_point)

@@ -35,7 +35,7 @@ from fusion_bench.programs.publish import publish
 from fusion_bench.programs.search import OptionSearch, Setting
 from fusion_bench.programs.spec import FusionSpec
 from fusion_bench.progress import quiet_libraries
-from fusion_bench.report import Answers, Report, Search, Seconds, compare_contenders
+from fusion_bench.report import Report, Scores, Search, Seconds, compare_contenders
 from fusion_bench.storage import whole_directory
 from fusion_bench.weights import Weights
 
@@ -67,11 +67,11 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     merged, method = ", ".join(run.modelpool.model_names), class_name(run.settings[0].method)
     log.info("Merging %s with %s", merged, method)
     with run.paths.claimed():
-        report, answers = launch(run.fabric, run.fuse_and_evaluate)
+        report, scores = launch(run.fabric, run.fuse_and_evaluate)
         # Where processes were started by us, this one is their parent.
         if run.fabric.global_rank == 0:
             with plain_failures(), Clock().measure("report"):
-                publish(report, answers, run.spec.output_dir, run.paths.report_path)
+                publish(report, scores, run.spec.output_dir, run.paths.report_path)
             run.paths.finished()
             if run.paths.model_path is not None:
                 log.info("Merged model: %s", run.paths.model_path)
@@ -116,7 +116,7 @@ class _Run:
     fabric: Fabric
     notes: list[str]
 
-    def fuse_and_evaluate(self, fabric: Fabric) -> tuple[Report, Answers]:
+    def fuse_and_evaluate(self, fabric: Fabric) -> tuple[Report, Scores]:
         """Do the work; called in every process, with the same result in each."""
         self.quiet()  # again, for a process that was spawned
         self._seed_everything(fabric)
@@ -151,7 +151,8 @@ class _Run:
             if evaluated:
                 evaluator.take(self._evaluated_baselines(fabric, inputs))
                 evaluator.evaluate_merged(merged)
-                evaluator.summarise()
+            evaluator.describe_inputs(inputs)
+            evaluator.summarise()
         similarity = None
         if self.spec.similarity and fabric.global_rank == 0:
             similarity = known_similarity(self.modelpool, inputs)
@@ -170,8 +171,8 @@ class _Run:
             models=evaluator.models,
             similarity=similarity,
         )
-        report.comparisons = compare_contenders(report, evaluator.answers)
-        return report, evaluator.answers
+        report.comparisons = compare_contenders(report, evaluator.scores)
+        return report, evaluator.scores
 
     def quiet(self) -> None:
         """Silence libraries; a pure merge imports none of them."""
@@ -277,7 +278,7 @@ class _Run:
         data: TuningData,
         searched: TuningData,
         fabric: Fabric,
-    ) -> tuple[Report, Answers] | None:
+    ) -> tuple[Report, Scores] | None:
         """Return the earlier result of the same run, if nothing has changed since."""
         found = None
         path = self.paths.model_path

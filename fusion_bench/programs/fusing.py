@@ -1,7 +1,7 @@
 """Runs a method on a pool, with its training data, and names the results."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning.fabric import Fabric
@@ -17,7 +17,7 @@ from fusion_bench.report import Tuning, TuningTask
 from fusion_bench.weights import TensorWeights, Weights, in_memory
 
 if TYPE_CHECKING:
-    from fusion_bench.taskpool import TuningImages
+    from fusion_bench.taskpool import LearningData
 
 #: What the fused model is called; one of several has its own name after a slash.
 MERGED = "merged"
@@ -25,7 +25,7 @@ MERGED = "merged"
 #: Gives the function from images to logits that a model makes for a task.
 Classifying = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 
-TuningData = Mapping[str, "TuningImages"] | None
+TuningData = Mapping[str, "LearningData"] | None
 
 
 def seeded(method: Section, seed: int | None) -> Section:
@@ -118,7 +118,7 @@ class LearnedSplit:
         taskpool: TaskPool,
         fabric: Fabric,
         allow_test_split: bool,
-    ) -> "dict[str, TuningImages]":
+    ) -> "dict[str, LearningData]":
         """Return the datasets, with the tasks that they belong to.
 
         Args:
@@ -134,12 +134,9 @@ class LearnedSplit:
         with within(*self.places.taskpool, keyed_only=True):
             data = taskpool.tuning(datasets, fabric, place)
         for name, images in data.items():
-            if not allow_test_split and images.is_test(taskpool.data(images.task)):
+            if not allow_test_split and images.is_test:
                 raise self.refusal((*place, name))
-        return {
-            name: replace(own, classify=_placed(own.classify, self.places.taskpool))
-            for name, own in data.items()
-        }
+        return {name: own.placed(*self.places.taskpool) for name, own in data.items()}
 
     def named(self, modelpool: PlacedModelPool, taskpool: TaskPool) -> tuple[Nodes, Place]:
         """Return the dataset nodes, and their place in the config.
@@ -173,16 +170,6 @@ class LearnedSplit:
         )
 
 
-def _placed(classify: Classifying, place: Place) -> Classifying:
-    """Return the same for a method, in which what the task pool raises keeps its whole key."""
-
-    def placed(model: nn.Module) -> Callable[[Tensor], Tensor]:
-        with within(*place, keyed_only=True, whole=True):
-            return classify(model)
-
-    return placed
-
-
 def describe_tuning(
     method: FusionMethod, taskpool: TaskPool | None, data: TuningData
 ) -> Tuning | None:
@@ -193,19 +180,19 @@ def describe_tuning(
     return Tuning(
         split=needs.split,
         labels=needs.labels,
-        test_split=uses_test_split(data, taskpool),
+        test_split=uses_test_split(data),
         tasks=describe_data(data),
     )
 
 
-def uses_test_split(data: "Mapping[str, TuningImages]", taskpool: TaskPool) -> bool:
+def uses_test_split(data: "Mapping[str, LearningData]") -> bool:
     """Return whether models are evaluated on some of the data."""
-    return any(images.is_test(taskpool.data(images.task)) for images in data.values())
+    return any(images.is_test for images in data.values())
 
 
-def describe_data(data: "Mapping[str, TuningImages]") -> dict[str, TuningTask]:
+def describe_data(data: "Mapping[str, LearningData]") -> dict[str, TuningTask]:
     """Return the report's description of each used dataset."""
     return {
-        name: TuningTask(num_samples=len(images), fingerprint=images.data.fingerprint)
+        name: TuningTask(num_samples=len(images), fingerprint=images.fingerprint)
         for name, images in data.items()
     }

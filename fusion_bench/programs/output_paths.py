@@ -25,7 +25,8 @@ _REPORT_FILES = (
     "config.yaml",
     "report.md",
     "report.html",
-    "report.answers.safetensors",
+    "report.scores.safetensors",
+    "report.answers.safetensors",  # of earlier versions
     "report.json",
 )
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fusion_bench.method import contract
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, within
+from fusion_bench.results import SampleScores
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights
 
 if TYPE_CHECKING:
-    from fusion_bench.taskpool import LabelledImages, Score, TuningImages
+    from fusion_bench.taskpool import LearningData, TaskDescription
 
 #: A name to a dataset's node.
 Nodes = Mapping[str, object]
@@ -241,9 +242,11 @@ class _PlainPool:
 class TaskPool(Protocol):
     """The interface of a task pool for programs; places in errors are relative to the pool."""
 
-    task_names: list[str]
-    per_class: bool
     save_predictions: bool
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks' names."""
 
     @property
     def notes(self) -> list[str]:
@@ -251,7 +254,10 @@ class TaskPool(Protocol):
 
     @property
     def test_datasets(self) -> Nodes:
-        """The datasets for the evaluation."""
+        """The datasets for the evaluation, if a method may learn from them."""
+
+    def owners(self) -> dict[str, str | None]:
+        """Return the model that the config names as trained for each task."""
 
     def plan(self, scratch: Path | None = None) -> Plan:
         """Return the pool's plan; no data is read."""
@@ -263,25 +269,19 @@ class TaskPool(Protocol):
         """
 
     def prepare(self, fabric: Fabric) -> None:
-        """Load the datasets and the classifiers, once."""
+        """Load the tasks' data, once."""
 
-    def tuning(self, datasets: Nodes, fabric: Fabric, place: Place) -> "dict[str, TuningImages]":
+    def tuning(self, datasets: Nodes, fabric: Fabric, place: Place) -> "dict[str, LearningData]":
         """Return the data for learning, by dataset name.
 
         ``place`` is the datasets' whole place in the config; their problems have it too.
         """
 
-    def evaluating(self, data: "Mapping[str, TuningImages]") -> "TaskPool":
+    def evaluating(self, data: "Mapping[str, LearningData]") -> "TaskPool":
         """Return a copy of this pool that evaluates on the data of ``tuning``."""
 
-    def data(self, name: str) -> "LabelledImages":
-        """Return a task's images and labels, once ``prepare`` has run."""
-
-    def head_sha256(self, task: str) -> str:
-        """Return the hash of a task's classifier, without the model."""
-
-    def images_sha256(self, task: str) -> str:
-        """Return the hash of a task's image preprocessing, after ``prepare``."""
+    def describe(self, task: str) -> "TaskDescription":
+        """Return what a task measures, after ``prepare``."""
 
     def identity(self, task: str, fabric: Fabric) -> str | None:
         """Return the cache key of a task's results, without the model; ``None`` without a cache."""
@@ -296,7 +296,7 @@ class TaskPool(Protocol):
         fast_dev_run: bool = False,
         weights_sha256: str | None = None,
         architecture: str = "",
-    ) -> "dict[str, Score]":
+    ) -> dict[str, SampleScores]:
         """Evaluate a model on ``tasks``, by default all."""
 
 

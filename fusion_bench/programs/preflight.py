@@ -25,6 +25,7 @@ from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import ConfigError, Problem, Problems
 from fusion_bench.programs.fusing import LearnedSplit, without_taskpool
+from fusion_bench.programs.owners import owners, ownership_hint
 from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
@@ -91,6 +92,11 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
         if id(taskpool) not in planned:
             planned[id(taskpool)] = taskpool.plan(scratch)
         plan.take(planned[id(taskpool)], *places.taskpool)
+    if modelpool is not None and taskpool is not None:
+        names = modelpool.model_names
+        with plan.collect():
+            hint = ownership_hint(owners(taskpool, names, places.taskpool), names)
+            plan.note(*([] if hint is None else [hint]))
     _check_nodes(plan, run, scratch)
     if modelpool is not None:
         _compare(plan, modelpool, run.settings)
@@ -140,7 +146,7 @@ def _check_nodes(plan: Plan, prepared: Prepared, scratch: Path | None) -> None:
                 with plan.collect(*place, "models", name):
                     sources[name].plan(plan)
     if prepared.taskpool is None:
-        from fusion_bench.taskpool.described import describe
+        from fusion_bench.taskpool.datasets import describe
 
         for name, node in _mapping(plain(spec.taskpool), "test_datasets").items():
             place = (*spec.places.taskpool, "test_datasets", name)
@@ -265,7 +271,7 @@ def _compare_data(
 
 
 def _is_test_split(node: object) -> bool:
-    from fusion_bench.taskpool.tuning import is_test_split
+    from fusion_bench.taskpool.images.tuning import is_test_split
 
     split = node.get("split") if isinstance(node, Mapping) else None
     return isinstance(split, str) and is_test_split(split)

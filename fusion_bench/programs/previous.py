@@ -14,7 +14,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.fusing import TuningData, describe_data
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
-from fusion_bench.report import Answers, Report, Similarity
+from fusion_bench.report import Report, Scores, Similarity
 from fusion_bench.storage import cache_dir, file_sha256, write_text
 from fusion_bench.weights import Inputs, Weights, align, sha256
 from fusion_bench.weights.similarity import similarity
@@ -39,7 +39,7 @@ class Previous:
     """An earlier report of a run with the same config."""
 
     report: Report
-    answers: Answers
+    scores: Scores
 
     @classmethod
     def find(cls, reports: Iterable[Path], config: Mapping[str, object]) -> "Previous | None":
@@ -49,8 +49,8 @@ class Previous:
                 report = Report.load(path)
                 run = report.run
                 if (run.version, run.config_sha256) == (__version__, config_sha256(config)):
-                    answers = Answers.load(path, report) if report.tasks else Answers()
-                    return cls(report, answers)
+                    scores = Scores.load(path, report) if report.tasks else Scores()
+                    return cls(report, scores)
         return None
 
     def still_true(
@@ -59,7 +59,7 @@ class Previous:
         taskpool: TaskPool | None,
         data: TuningData = None,
         searched: TuningData = None,
-    ) -> tuple[Report, Answers] | None:
+    ) -> tuple[Report, Scores] | None:
         """Return it, unless a model or a dataset has changed."""
         run = self.report.run
         same = run.inputs == dict(inputs)
@@ -67,13 +67,8 @@ class Previous:
             same = same and (used.tasks if used else {}) == describe_data(now or {})
         for task, known in self.report.tasks.items():
             assert taskpool is not None  # the config is the same
-            identity = (
-                taskpool.data(task).fingerprint,
-                taskpool.head_sha256(task),
-                taskpool.images_sha256(task),
-            )
-            same = same and identity == (known.fingerprint, known.head_sha256, known.images_sha256)
-        return (self.report, self.answers) if same else None
+            same = same and dict(taskpool.describe(task).identity) == known.identity
+        return (self.report, self.scores) if same else None
 
 
 def known_similarity(modelpool: PlacedModelPool, inputs: Mapping[str, str]) -> Similarity | None:

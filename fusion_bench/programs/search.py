@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import hypot
-from statistics import fmean
+from math import inf, isnan
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lightning.fabric import Fabric
@@ -36,11 +35,16 @@ from fusion_bench.programs.fusing import (
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.spec import FusionSpec, Places, Section
 from fusion_bench.progress import bar
-from fusion_bench.report import Candidate, Search, TaskResult
-from fusion_bench.report.schema import Metric, Split
+from fusion_bench.report import Candidate, MetricInfo, Search, Value
+from fusion_bench.report.schema import NORMALIZED, Split, mean_value, same_metric
+from fusion_bench.results import METRICS
 
 if TYPE_CHECKING:
-    from fusion_bench.taskpool import TuningImages
+    from fusion_bench.taskpool import LearningData
+
+
+#: What configs of earlier versions call it.
+_NORMALIZED_BEFORE = "normalized_accuracy"
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class OptionSearch(Protocol):
     def run(
         self,
         settings: Sequence[Setting],
-        data: "Mapping[str, TuningImages]",
+        data: "Mapping[str, LearningData]",
         modelpool: PlacedModelPool,
         taskpool: TaskPool,
         fabric: Fabric,
@@ -136,8 +140,8 @@ class GridSearch:
         space: maps options of the method to values; the last option changes fastest. An empty
             space, without ``judge_test``, evaluates the method unchanged.
         split: the datasets of the model pool to evaluate on: ``train``, ``validation`` or ``test``.
-        metric: ``normalized_accuracy``, which needs an individual model for each task, or
-            ``accuracy``; by default the first if possible.
+        metric: ``normalized``, which needs an own model for each task, or the main metric of all
+            tasks, such as ``accuracy``; by default the first if possible.
         judge_test: evaluate the winner on the test split, once.
 
     Raises:
@@ -148,15 +152,18 @@ class GridSearch:
         self,
         space: Mapping[str, object],
         split: Split = "validation",
-        metric: Metric | None = None,
+        metric: str | None = None,
         judge_test: bool = True,
     ):
         problems = Problems()
         with problems.collect():
             check_choice("split", split, Split)
-        with problems.collect():
-            if metric is not None:
-                check_choice("metric", metric, Metric)
+        metric = NORMALIZED if metric == _NORMALIZED_BEFORE else metric
+        if metric is not None and metric not in (known := [NORMALIZED, *METRICS]):
+            with problems.collect():
+                raise FusionBenchError(
+                    f"'{metric}' is unknown.", did_you_mean(str(metric), known), place=("metric",)
+                )
         problems.raise_all()
         self.space = dict(space)
         self.split = split
@@ -253,7 +260,7 @@ class GridSearch:
     def run(
         self,
         settings: Sequence[Setting],
-        data: "Mapping[str, TuningImages]",
+        data: "Mapping[str, LearningData]",
         modelpool: PlacedModelPool,
         taskpool: TaskPool,
         fabric: Fabric,
@@ -268,7 +275,6 @@ class GridSearch:
                 one task.
         """
         pool = taskpool.evaluating(data)
-        pool.per_class = pool.save_predictions = False
         evaluator = Evaluator(modelpool, pool, fabric, "own_task", spec.fast_dev_run)
         if spec.baselines != "none":
             evaluator.evaluate_individuals()
@@ -292,12 +298,15 @@ class GridSearch:
             evaluator.evaluate_merged(materialize(merged))
             evaluator.summarise()
             candidates.append(_candidate(setting, evaluator, metric))
-        scores = [candidate.score for candidate in candidates]
-        winner = scores.index(max(scores))
+        sign = 1 if metric.higher_is_better else -1
+        merits = [-inf if isnan(c.score) else sign * c.score for c in candidates]
+        winner = merits.index(max(merits))
         return Search(
             split=self.split,
-            metric=metric,
-            test_split=uses_test_split(data, taskpool),
+            metric=metric.name,
+            unit=metric.unit,
+            higher_is_better=metric.higher_is_better,
+            test_split=uses_test_split(data),
             judge_test=self.judge_test,
             space=self._values,
             tasks=describe_data(data),
@@ -306,23 +315,36 @@ class GridSearch:
             method=settings[winner].node,
         )
 
-    def _metric(self, evaluator: Evaluator) -> Metric:
+    def _metric(self, evaluator: Evaluator) -> MetricInfo:
         """Return the metric for comparing settings."""
+        infos = evaluator.task_infos(every=True)
         own = {task: r for model in evaluator.models.values() for task, r in model.tasks.items()}
         without = [
-            task for task in evaluator.task_names if task not in own or not own[task].accuracy
+            task
+            for task, info in infos.items()
+            if task not in own or not info.main_metric.normalise or not own[task].main.value > 0
         ]
-        if self.metric == "normalized_accuracy" and without:
+        common = same_metric(infos.values())
+        if self.metric in (None, NORMALIZED) and not without:
+            return MetricInfo(name=NORMALIZED, unit="%", higher_is_better=True)
+        if common is not None and self.metric in (None, common.name):
+            return common
+        others = f" Give {{here}}metric={common.name}." if common is not None else ""
+        if self.metric in (None, NORMALIZED):
             raise FusionBenchError(
-                f"there is no normalised accuracy on '{without[0]}': its individual model was not "
-                "evaluated, or has an accuracy of 0.",
-                "Give {here}metric=accuracy.",
+                f"there is no normalised value on '{without[0]}': its own model was not evaluated, "
+                "or has a value of 0 there.",
+                others.strip(),
                 place=("metric",),
             )
-        return self.metric or ("accuracy" if without else "normalized_accuracy")
+        raise FusionBenchError(
+            f"'{self.metric}' is not the main metric of all tasks.",
+            f"Give {{here}}metric={NORMALIZED}.{others}",
+            place=("metric",),
+        )
 
 
-def _candidate(setting: Setting, evaluator: Evaluator, metric: Metric) -> Candidate:
+def _candidate(setting: Setting, evaluator: Evaluator, metric: MetricInfo) -> Candidate:
     merged = {name: model for name, model in evaluator.models.items() if model.role == "merged"}
     results = [(task, r) for model in merged.values() for task, r in model.tasks.items()]
     tasks = dict(results)
@@ -333,19 +355,22 @@ def _candidate(setting: Setting, evaluator: Evaluator, metric: Metric) -> Candid
             "Choose another method.",
             place=("search",),
         )
-    scores, errors = zip(*(_score(result, metric) for result in tasks.values()), strict=True)
+    values = [r.main for r in tasks.values()]
+    if metric.name == NORMALIZED:
+        values = [_share(value) for value in values]
+    mean = mean_value(values)
     return Candidate(
         options=setting.options,
-        score=fmean(scores),
-        score_stderr=hypot(*errors) / len(errors),
-        tasks=tasks,
+        score=mean.value,
+        score_stderr=mean.stderr,
+        tasks={task: r.model_copy(update={"per_class": None}) for task, r in tasks.items()},
     )
 
 
-def _score(result: TaskResult, metric: Metric) -> tuple[float, float]:
-    """Return a task's figure and its standard error."""
-    if metric == "accuracy":
-        return result.accuracy, result.accuracy_stderr
-    normalized = result.normalized_accuracy or 0.0
-    scale = normalized / result.accuracy if result.accuracy else 0.0
-    return normalized, scale * result.accuracy_stderr
+def _share(value: Value) -> Value:
+    """Return a normalised value and its standard error, which takes the own model's as given."""
+    share = value.normalized or 0.0
+    error = None
+    if value.stderr is not None:
+        error = abs(share / value.value) * value.stderr if value.value else 0.0
+    return Value(value=share, stderr=error)

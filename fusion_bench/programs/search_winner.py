@@ -18,7 +18,7 @@ from fusion_bench.programs.spec import FusionSpec, Section
 from fusion_bench.report import Report, Search
 
 if TYPE_CHECKING:
-    from fusion_bench.taskpool import TuningImages
+    from fusion_bench.taskpool import LearningData
 
 
 class SearchWinner:
@@ -106,7 +106,7 @@ class SweptSearch:
     def run(
         self,
         settings: Sequence[Setting],
-        data: "Mapping[str, TuningImages]",
+        data: "Mapping[str, LearningData]",
         modelpool: PlacedModelPool,
         taskpool: TaskPool,
         fabric: Fabric,
@@ -132,7 +132,7 @@ class SweptSearch:
         winner = scores.index(max(scores))
         return self._found[0].model_copy(
             update={
-                "test_split": uses_test_split(data, taskpool),
+                "test_split": uses_test_split(data),
                 "judge_test": True,
                 "space": {k: _distinct(c.options[k] for c in candidates) for k in self._varying},
                 "candidates": candidates,

@@ -1,11 +1,12 @@
 """The result's schema, and its tables."""
 
-from fusion_bench.report.answers import Answers, TaskAnswers
+from fusion_bench.report.comparing import compare_contenders
 from fusion_bench.report.schema import (
     Average,
     Candidate,
     Comparison,
     Contender,
+    MetricInfo,
     ModelResult,
     Report,
     Run,
@@ -16,31 +17,34 @@ from fusion_bench.report.schema import (
     TaskResult,
     Tuning,
     TuningTask,
+    Value,
     summarise,
 )
-from fusion_bench.report.statistics import compare_contenders
+from fusion_bench.report.scores import Scores, metric_info
 from fusion_bench.report.table import comparison, markdown, print_comparison
 
 __all__ = [
-    "Answers",
     "Average",
     "Candidate",
     "Comparison",
     "Contender",
+    "MetricInfo",
     "ModelResult",
     "Report",
     "Run",
+    "Scores",
     "Search",
     "Seconds",
     "Similarity",
-    "TaskAnswers",
     "TaskInfo",
     "TaskResult",
     "Tuning",
     "TuningTask",
+    "Value",
     "compare_contenders",
     "comparison",
     "markdown",
+    "metric_info",
     "print_comparison",
     "summarise",
 ]

@@ -7,28 +7,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+import numpy as np
 
-from fusion_bench.report.answers import Answers
+from fusion_bench.report.comparing import ByTask, compare, contender_scores, own_scores
+from fusion_bench.report.figures import PERCENT
 from fusion_bench.report.schema import (
-    Average,
+    NORMALIZED,
     Contender,
     Difference,
+    MetricInfo,
     Report,
     Role,
+    Strict,
     TaskResult,
+    Value,
+    same_metric,
 )
-from fusion_bench.report.statistics import Right, compare, individual_answers, right
-
-Score = Literal["normalized_accuracy", "accuracy"]
-
+from fusion_bench.report.scores import Scores
+from fusion_bench.results import SampleScores
+from fusion_bench.results.statistics import is_proportion
 
 #: So many standard errors apart, no resampling would find two models alike.
 _APART = 6
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Job:
         directory: its path, relative to the sweep.
         overrides: its own settings, as ``key=value``.
         report: its result.
-        answers: the predictions of its models.
+        scores: those of its models on single samples.
     """
 
     directory: str
     overrides: Sequence[str]
     report: Report
-    answers: Answers
+    scores: Scores
 
     @property
     def name(self) -> str:
@@ -53,12 +53,13 @@ class Job:
         return " ".join(self.overrides) or self.directory
 
 
-class Line(_Strict):
+class Line(Strict):
     """A row of a leaderboard: a merged model, or a baseline without a rank.
 
-    Accuracies are fractions. ``stderr`` is the standard error of what the table is ranked by;
-    ``difference`` is that from the best of the same rank; for this one itself from the best of the
-    rank before.
+    ``average`` is that of the main metric, if all tasks have the same; ``normalized`` the average
+    share of the own models' values. ``stderr`` is the standard error of what the table is ranked
+    by; ``difference`` is that from the best of the same rank; for this one itself from the best of
+    the rank before.
     """
 
     rank: int | None = None
@@ -66,40 +67,77 @@ class Line(_Strict):
     role: Role
     directory: str
     overrides: list[str]
-    accuracy: float
-    accuracy_stderr: float
-    normalized_accuracy: float | None
-    tasks: dict[str, float]
-    task_stderrs: dict[str, float]
-    stderr: float
+    average: Value | None
+    normalized: float | None
+    tasks: dict[str, Value]
+    stderr: float | None
     difference: Difference | None = None
 
 
-class Standings(_Strict):
+class Standings(Strict):
     """A table of comparable models: evaluated on the same samples in the same way.
 
     Attributes:
         facts: the differences to other tables, if there are several.
-        ranked_by: the accuracy itself where a model has no normalised one, or where the individual
-            models differ from job to job.
-        tasks: what the models were evaluated on.
+        ranked_by: the main metric itself where a model has no normalised value, or where the own
+            models differ from job to job; otherwise ``normalized``.
+        metrics: what the models were evaluated on, and each task's main metric.
+        held_out: the tasks that no fused model was trained for.
         lines: the ranked models, then the others.
     """
 
     facts: dict[str, str]
-    ranked_by: Score
-    tasks: list[str]
+    ranked_by: str
+    metrics: dict[str, MetricInfo]
+    held_out: list[str]
     lines: list[Line]
 
+    @property
+    def tasks(self) -> list[str]:
+        """What the models were evaluated on."""
+        return list(self.metrics)
+
+    @property
+    def common(self) -> MetricInfo | None:
+        """The main metric of all tasks; ``None`` where they differ."""
+        mains = {(metric.name, metric.unit): metric for metric in self.metrics.values()}
+        return next(iter(mains.values())) if len(mains) == 1 else None
+
+    @property
+    def unit(self) -> str:
+        """The unit of what the table is ranked by."""
+        by_value = self.ranked_by != NORMALIZED and self.common is not None
+        return self.common.unit if by_value and self.common else PERCENT
+
+    @property
+    def label(self) -> str:
+        """What the table is ranked by, in words."""
+        name = self.common.label if self.common is not None else "value"
+        if self.ranked_by == NORMALIZED:
+            return f"average normalised {name}"
+        return f"average {name}"
+
     def score(self, line: Line) -> float:
-        """Return the score that a line is ranked by."""
-        return _value(line, self.ranked_by)
+        """Return the value that a line is ranked by."""
+        if self.ranked_by == NORMALIZED or line.average is None:
+            return math.nan if line.normalized is None else line.normalized
+        return line.average.value
+
+    def merit(self, line: Line) -> float:
+        """Return the same, greater for a better model."""
+        value = self.score(line)
+        if math.isnan(value):
+            return -math.inf
+        lower = self.ranked_by != NORMALIZED and self.common and not self.common.higher_is_better
+        return -value if lower else value
 
     def sentence(self) -> str:
         """Say what the ranks mean."""
-        by = "average accuracy"
-        if self.ranked_by == "normalized_accuracy":
-            by = "average normalised accuracy (of the individual models')"
+        by = self.label
+        if self.ranked_by == NORMALIZED:
+            by += " (share of the own models' values)"
+        elif self.common is not None and not self.common.higher_is_better:
+            by += ", the lowest first"
         return (
             f"Ranked by {by}. Models with the same rank are not distinguishable from the best of "
             f"them on {'these test sets' if len(self.tasks) > 1 else 'this test set'} (paired "
@@ -107,7 +145,7 @@ class Standings(_Strict):
         )
 
 
-class Failure(_Strict):
+class Failure(Strict):
     """A job without a result."""
 
     name: str
@@ -115,10 +153,10 @@ class Failure(_Strict):
     message: str
 
 
-class Leaderboard(_Strict):
+class Leaderboard(Strict):
     """The whole result of a sweep, as in ``leaderboard.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     tables: list[Standings]
     failures: list[Failure]
@@ -163,30 +201,34 @@ class _Entry:
     def results(self) -> dict[str, TaskResult]:
         return self.job.report.results(self.contender)
 
-    @cached_property
-    def right(self) -> Right:
-        return right(self.contender, self.job.answers)
+    @property
+    def metrics(self) -> dict[str, MetricInfo]:
+        return {task: self.job.report.tasks[task].main_metric for task in self.contender.models}
 
     @cached_property
-    def individual(self) -> Right:
-        """The predictions of each task's own model, if there is one."""
-        found = individual_answers(self.job.report, self.job.answers)
+    def scores(self) -> ByTask:
+        return contender_scores(self.contender, self.job.scores)
+
+    @cached_property
+    def references(self) -> ByTask:
+        """The scores of each task's own model, if there is one."""
+        found = own_scores(self.job.report, self.job.scores)
         return {task: found[task] for task in self.contender.models if task in found}
 
-    def line(self, ranked_by: Score) -> Line:
-        average = Average.over(self.results.values())
+    def line(self, ranked_by: str) -> Line:
+        average = self.job.report.average(self.contender)
+        assert average is not None
         errors = [_stderr(result, ranked_by) for result in self.results.values()]
+        known = [error for error in errors if error is not None]
         return Line(
             name=self.name,
             role=self.contender.role,
             directory=self.job.directory,
             overrides=list(self.job.overrides),
-            accuracy=average.accuracy,
-            accuracy_stderr=average.accuracy_stderr,
-            normalized_accuracy=average.normalized_accuracy,
-            tasks={task: result.accuracy for task, result in self.results.items()},
-            task_stderrs={task: r.accuracy_stderr for task, r in self.results.items()},
-            stderr=math.hypot(*errors) / len(errors),
+            average=average.main,
+            normalized=average.normalized,
+            tasks={task: result.main for task, result in self.results.items()},
+            stderr=math.hypot(*known) / len(errors) if len(known) == len(errors) else None,
         )
 
 
@@ -199,18 +241,26 @@ def _entries(job: Job) -> Iterator[_Entry]:
 def _facts(entry: _Entry) -> dict[str, str]:
     """Return the properties that comparable models share, with names for a table's header."""
     infos = {task: entry.job.report.tasks[task] for task in sorted(entry.contender.models)}
-    answers = [entry.job.answers.tasks[task] for task in infos]
+    parts = [
+        part for scores in map(entry.scores.get, infos) if scores for part in _selected(scores)
+    ]
+    depends = dict.fromkeys(what for info in infos.values() for what in info.identity)
     return {
         "tasks": ", ".join(infos),
         "samples": ", ".join(str(info.num_samples) for info in infos.values()),
         "precision": entry.job.report.run.precision,
-        "datasets": _hash(info.fingerprint for info in infos.values()),
-        "selection of samples": _hash(
-            part.tobytes() for found in answers for part in (found.samples, found.labels)
-        ),
-        "classifiers": _hash(str(info.head_sha256) for info in infos.values()),
-        "image preprocessing": _hash(str(info.images_sha256) for info in infos.values()),
+        "metrics": ", ".join(f"{info.main} {info.main_metric.unit}" for info in infos.values()),
+        "selection of samples": _hash(parts),
+        **{
+            what: _hash(str(info.identity.get(what)) for info in infos.values()) for what in depends
+        },
     }
+
+
+def _selected(scores: SampleScores) -> Iterator[bytes]:
+    """Yield what is the same for all models on a task: the samples, and their true labels."""
+    yield scores.samples.tobytes()
+    yield scores.details.get("labels", np.empty(0)).tobytes()
 
 
 def _hash(parts: Iterable[str | bytes]) -> str:
@@ -221,18 +271,27 @@ def _hash(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _stderr(result: TaskResult, ranked_by: Score) -> float:
-    """Return the standard error of a score; that of the individual model is not counted in."""
-    if ranked_by == "accuracy" or result.accuracy == 0:
-        return result.accuracy_stderr
-    assert result.normalized_accuracy is not None
-    return result.accuracy_stderr * result.normalized_accuracy / result.accuracy
+def _stderr(result: TaskResult, ranked_by: str) -> float | None:
+    """Return the standard error of a score; that of the own model is not counted in."""
+    value = result.main
+    if ranked_by != NORMALIZED or value.value == 0 or value.stderr is None:
+        return value.stderr
+    assert value.normalized is not None
+    return value.stderr * abs(value.normalized / value.value)
 
 
 def _standings(entries: Sequence[_Entry], facts: Mapping[str, str]) -> Standings:
-    ranked_by = _score(entries)
+    first = entries[0]
+    table = Standings(
+        facts=dict(facts),
+        ranked_by=_ranked_by(entries),
+        metrics=first.metrics,
+        held_out=[task for task, r in first.results.items() if r.relation == "held_out"],
+        lines=[],
+    )
+    ranked_by = table.ranked_by
     lines = {id(entry): entry.line(ranked_by) for entry in entries}
-    waiting = sorted(entries, key=lambda e: (-_value(lines[id(e)], ranked_by), lines[id(e)].name))
+    waiting = sorted(entries, key=lambda e: (-table.merit(lines[id(e)]), lines[id(e)].name))
     ranked: list[Line] = []
     best: _Entry | None = None
     while waiting:
@@ -249,52 +308,56 @@ def _standings(entries: Sequence[_Entry], facts: Mapping[str, str]) -> Standings
             else:
                 others.append(entry)
         waiting = others
-    return Standings(
-        facts=dict(facts),
-        ranked_by=ranked_by,
-        tasks=list(entries[0].contender.models),
-        lines=[*ranked, *_references(entries, ranked_by)],
+    table.lines = [*ranked, *_references(entries)]
+    return table
+
+
+def _ranked_by(entries: Sequence[_Entry]) -> str:
+    results = [result for entry in entries for result in entry.results.values()]
+    normal = all(result.main.normalized is not None for result in results)
+    own = {
+        _hash(part for task in sorted(own) for part in (task, _content(own[task])))
+        for own in (entry.references for entry in entries)
+    }
+    common = same_metric(entries[0].job.report.tasks[t] for t in entries[0].contender.models)
+    if (normal and len(own) == 1) or common is None:
+        return NORMALIZED
+    return common.name
+
+
+def _content(scores: SampleScores) -> bytes:
+    return b"".join(
+        array.tobytes() for kept in (scores.statistics, scores.details) for array in kept.values()
     )
 
 
-def _score(entries: Sequence[_Entry]) -> Score:
-    results = [result for entry in entries for result in entry.results.values()]
-    normal = all(result.normalized_accuracy is not None for result in results)
-    own = {
-        _hash(part for task in sorted(own) for part in (task, own[task].tobytes()))
-        for own in (entry.individual for entry in entries)
-    }
-    return "normalized_accuracy" if normal and len(own) == 1 else "accuracy"
+def _difference(one: _Entry, other: _Entry, ranked_by: str) -> Difference | None:
+    references = one.references if ranked_by == NORMALIZED else {}
+    metrics = {task: one.job.scores.main(task) for task in one.scores}
+    found = compare(one.name, one.scores, other.name, other.scores, references, metrics)
+    return found.normalized if ranked_by == NORMALIZED and found.normalized else found.average
 
 
-def _value(line: Line, ranked_by: Score) -> float:
-    if ranked_by == "accuracy":
-        return line.accuracy
-    assert line.normalized_accuracy is not None
-    return line.normalized_accuracy
+def _clearly_differ(one: _Entry, other: _Entry, ranked_by: str) -> bool:
+    """Return whether two models' shares of right samples clearly differ, without resampling.
 
-
-def _difference(one: _Entry, other: _Entry, ranked_by: Score) -> Difference:
-    individual = one.individual if ranked_by == "normalized_accuracy" else {}
-    found = compare(one.name, one.right, other.name, other.right, individual)
-    if ranked_by == "normalized_accuracy" and found.normalized_accuracy is not None:
-        return found.normalized_accuracy
-    return found.accuracy
-
-
-def _clearly_differ(one: _Entry, other: _Entry, ranked_by: Score) -> bool:
-    """Return whether two models clearly differ, without resampling."""
+    Of other metrics only resampling tells.
+    """
     total, variance = 0.0, 0.0
-    for task, answers in one.right.items():
-        change = answers.astype(float) - other.right[task]
-        if ranked_by == "normalized_accuracy":
-            change /= one.individual[task].mean()
+    for task, scores in one.scores.items():
+        metric = one.job.scores.main(task)
+        if not is_proportion(metric, scores) or not is_proportion(metric, other.scores[task]):
+            return False
+        mine, theirs = (s.statistics[metric.name][:, 0] for s in (scores, other.scores[task]))
+        change = mine - theirs
+        if ranked_by == NORMALIZED:
+            change = change / one.references[task].value(metric)
         total += change.mean()
         variance += change.var() / len(change)
     return abs(total) > _APART * math.sqrt(variance)
 
 
-def _references(entries: Sequence[_Entry], ranked_by: Score) -> list[Line]:
+def _references(entries: Sequence[_Entry]) -> list[Line]:
     """Return the pretrained and individual models, each different one once."""
     tasks = set(entries[0].contender.models)
     found: dict[str, Line] = {}
@@ -302,9 +365,10 @@ def _references(entries: Sequence[_Entry], ranked_by: Score) -> list[Line]:
         for contender in job.report.contenders():
             if contender.role == "merged" or set(contender.models) != tasks:
                 continue
-            line = _Entry(job, contender, several=True).line(ranked_by="accuracy")
+            line = _Entry(job, contender, several=True).line(ranked_by="")
             line.name, line.overrides = contender.name, []
-            own = f"{contender.name} {sorted(line.tasks.items())}"
+            values = sorted((task, value.value) for task, value in line.tasks.items())
+            own = f"{contender.name} {values}"
             if own not in found and any(other.name == line.name for other in found.values()):
                 line.name = f"{contender.name} of {job.name}"
             found.setdefault(own, line)

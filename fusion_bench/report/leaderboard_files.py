@@ -10,14 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fusion_bench.report.figures import metric_label, shown, with_stderr
 from fusion_bench.report.leaderboard import Leaderboard, Line, Standings
 from fusion_bench.report.page import render
+from fusion_bench.report.schema import Value
 from fusion_bench.report.table import (
     markdown_table,
     markdown_text,
     rich_table,
     table_width,
-    with_stderr,
 )
 from fusion_bench.storage import write_text
 
@@ -57,7 +58,8 @@ def save(board: Leaderboard, directory: Path) -> None:
 def page(board: Leaderboard) -> str:
     """Return the leaderboard as one HTML file."""
     pictures = [(table, _picture(table)) for table in board.tables]
-    return render("leaderboard.html.j2", {"board": board, "shown": pictures})
+    values = {"board": board, "shown": pictures, "table_tasks": table_tasks}
+    return render("leaderboard.html.j2", values)
 
 
 def markdown(board: Leaderboard) -> str:
@@ -75,18 +77,25 @@ def markdown(board: Leaderboard) -> str:
 
 
 def table_of_values(board: Leaderboard) -> str:
-    """Return all lines of all tables as CSV; accuracies are fractions, those missing are empty."""
+    """Return all lines of all tables as CSV; ``%`` are fractions, those missing are empty.
+
+    The columns of averages bear the metric's name, if all tasks have the same.
+    """
     tasks = list(dict.fromkeys(task for table in board.tables for task in table.tasks))
+    commons = [table.common for table in board.tables]
+    names = {None if common is None else common.name for common in commons}
+    main = next(iter(names)) if len(names) == 1 else None
+    averages = [f"normalized_{main or 'value'}", main or "average", f"{main or 'average'}_stderr"]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    head = ["table", "rank", "name", "role", "directory", "normalized_accuracy", "accuracy"]
+    head = ["table", "rank", "name", "role", "directory"]
     columns = [column for task in tasks for column in (task, f"{task} stderr")]
-    writer.writerow([*head, "accuracy_stderr", *map(_no_formula, columns), "error"])
+    writer.writerow([*head, *map(_no_formula, [*averages, *columns]), "error"])
     for number, table in enumerate(board.tables, start=1):
         for line in table.lines:
-            own = [line.normalized_accuracy, line.accuracy, line.accuracy_stderr]
+            own = [line.normalized, *_both(line.average)]
             for task in tasks:
-                own += [line.tasks.get(task), line.task_stderrs.get(task)]
+                own += _both(line.tasks.get(task))
             texts = map(_no_formula, (line.name, line.role, line.directory))
             writer.writerow([number, line.rank, *texts, *own, None])
     for failure in board.failures:
@@ -94,6 +103,10 @@ def table_of_values(board: Leaderboard) -> str:
         blank = [None] * (3 + len(columns))
         writer.writerow([None, None, *texts, *blank, _no_formula(failure.message)])
     return file.getvalue()
+
+
+def _both(value: Value | None) -> list[float | None]:
+    return [None, None] if value is None else [value.value, value.stderr]
 
 
 def tex(board: Leaderboard) -> str:
@@ -130,7 +143,8 @@ def print_leaderboard(board: Leaderboard, console: Console) -> None:
         header, body = _grid(table)
         whole = rich_table(header, body, left=2)
         if table_width(whole, console) > console.width:
-            whole = rich_table(header[:4], [row[:4] for row in body], left=2)
+            few = len(header) - len(table.tasks)
+            whole = rich_table(header[:few], [row[:few] for row in body], left=2)
         console.print(whole)
         console.print(Text(table.sentence()))
     for failure in board.failures:
@@ -138,23 +152,33 @@ def print_leaderboard(board: Leaderboard, console: Console) -> None:
 
 
 def _grid(table: Standings, *, errors: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows; with ``errors`` each accuracy has its standard error."""
+    """Return the head and the rows; with ``errors`` each value has its standard error."""
 
-    def cell(value: float | None, stderr: float | None) -> str:
-        values = (None if v is None else 100 * v for v in (value, stderr if errors else None))
-        return with_stderr(*values)
+    def cell(value: Value | None, unit: str) -> str:
+        if value is None:
+            return shown(None)
+        return with_stderr(value.value, value.stderr if errors else None, unit)
 
-    header = ["rank", "accuracy, %", "normalised", "average", *table.tasks]
-    return header, [
-        [
-            "–" if line.rank is None else str(line.rank),
-            line.name,
-            cell(line.normalized_accuracy, None),
-            cell(line.accuracy, line.accuracy_stderr),
-            *(cell(line.tasks.get(t), line.task_stderrs.get(t)) for t in table.tasks),
-        ]
-        for line in table.lines
-    ]
+    common = table.common
+    header = ["rank", "run", "normalised, %"]
+    header += [] if common is None else [f"average {metric_label(common)}"]
+    header += table_tasks(table)
+    body = []
+    for line in table.lines:
+        row = ["–" if line.rank is None else str(line.rank), line.name, shown(line.normalized)]
+        row += [] if common is None else [cell(line.average, common.unit)]
+        row += [cell(line.tasks.get(task), m.unit) for task, m in table.metrics.items()]
+        body.append(row)
+    return header, body
+
+
+def table_tasks(table: Standings) -> list[str]:
+    """Return the headers of the tasks: with the metric where it differs, and what is held out."""
+    labels = []
+    for task, metric in table.metrics.items():
+        label = task if table.common is not None else f"{task}: {metric_label(metric)}"
+        labels.append(f"{label} (held out)" if task in table.held_out else label)
+    return labels
 
 
 def _no_formula(text: str) -> str:
@@ -176,15 +200,14 @@ def _picture(table: Standings) -> Any:
 
     from fusion_bench.report.pictures import curves, ranking
 
-    normal = table.ranked_by == "normalized_accuracy"
-    title = "Average normalised accuracy" if normal else "Average accuracy"
+    title, unit = table.label.capitalize(), table.unit
     ranked = [line for line in table.lines if line.rank is not None]
     swept = _swept_number(table, ranked)
     if swept is not None:
-        return Markup(curves(*swept, title))
+        return Markup(curves(*swept, title, unit))
     best = ranked[:_SHOWN]
-    values, errors = map(table.score, best), (_Z * line.stderr for line in best)
-    return Markup(ranking([line.name for line in best], list(values), list(errors), title))
+    values, errors = map(table.score, best), map(_half, best)
+    return Markup(ranking([line.name for line in best], list(values), list(errors), title, unit))
 
 
 def _swept_number(
@@ -205,11 +228,16 @@ def _swept_number(
     for line, own in zip(lines, settings, strict=True):
         name = " ".join(f"{k}={v}" for k, v in own.items() if k != key) or "merged"
         at = [float(own[key])] if key in own else [min(values), max(values)]
-        series.setdefault(name, []).extend((x, table.score(line), _Z * line.stderr) for x in at)
+        series.setdefault(name, []).extend((x, table.score(line), _half(line)) for x in at)
     distinct = all(len({x for x, _, _ in found}) == len(found) for found in series.values())
     if not distinct or len(set(values)) < 3 or len(series) > _CURVES:
         return None
     return key, series
+
+
+def _half(line: Line) -> float:
+    """Return half the width of a line's interval; 0 where it is not known."""
+    return _Z * (line.stderr or 0.0)
 
 
 def _is_number(text: str) -> bool:

@@ -6,35 +6,41 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_bench.report.answers import TaskAnswers
-from fusion_bench.report.schema import Contender, Difference, Report
+from fusion_bench.report.schema import Contender, Difference, MetricInfo, Report
+from fusion_bench.results import SampleScores
 
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """The accuracies of a task's individual model and the merged model; fractions.
+    """A task's value of its own model and of the merged model.
 
     Attributes:
         task: its name.
-        individual: the accuracy of the task's own model.
+        metric: its main metric.
+        own: the value of the task's own model.
         merged: that of the merged model.
+        kept: the merged model's normalised value.
         interval: the interval of their difference, if they were compared.
     """
 
     task: str
-    individual: float
+    metric: MetricInfo
+    own: float
     merged: float
+    kept: float | None
     interval: Difference | None
 
     @property
     def change(self) -> float:
-        """The merged model's accuracy minus the individual one's."""
-        return self.merged - self.individual
+        """The merged model's value minus the own one's."""
+        return self.merged - self.own
 
     @property
-    def kept(self) -> float | None:
-        """The normalised accuracy."""
-        return self.merged / self.individual if self.individual else None
+    def gain(self) -> float:
+        """The same, greater for a better model: of shares where there are any."""
+        if self.kept is not None:
+            return self.kept - 1
+        return self.change if self.metric.higher_is_better else -self.change
 
 
 @dataclass(frozen=True)
@@ -66,40 +72,64 @@ class Confusion:
 
 
 def task_losses(report: Report, merged: Contender) -> list[TaskLoss]:
-    """Return the tasks with an individual model, the greatest loss first."""
+    """Return the tasks with an own model, the greatest loss first."""
     found = []
+    results = report.results(merged)
     for task, own in report.own_models().items():
         if task in merged.models:
-            individual = report.models[own].tasks[task].accuracy
-            accuracy = report.results(merged)[task].accuracy
-            found.append(TaskLoss(task, individual, accuracy, _interval(report, merged, task, own)))
-    return sorted(found, key=lambda loss: loss.change)
+            value = results[task].main
+            found.append(
+                TaskLoss(
+                    task,
+                    report.tasks[task].main_metric,
+                    report.models[own].tasks[task].main.value,
+                    value.value,
+                    value.normalized,
+                    _interval(report, merged, task, own),
+                )
+            )
+    if all(loss.metric == found[0].metric for loss in found):
+        return sorted(found, key=lambda loss: loss.change * (2 * loss.metric.higher_is_better - 1))
+    return sorted(found, key=lambda loss: loss.gain)
+
+
+def per_class_accuracy(scores: SampleScores, num_classes: int) -> list[float | None]:
+    """Return each class's accuracy; ``None`` for one without samples."""
+    labels, predictions = _whole(scores, "labels"), _whole(scores, "predictions")
+    right = _counts(labels[predictions == labels], num_classes)
+    there = _counts(labels, num_classes)
+    return [int(r) / int(n) if n else None for r, n in zip(right, there, strict=True)]
 
 
 def class_losses(
-    names: Sequence[str], found: TaskAnswers, merged: str, individual: str | None
+    names: Sequence[str], merged: SampleScores, own: SampleScores | None
 ) -> list[ClassLoss]:
     """Return the classes that lost correct predictions, the greatest loss first.
 
     Args:
         names: the classes, in the order of their labels.
-        found: the task's answers.
-        merged: the model that was evaluated.
-        individual: the task's own model, if there is one.
+        merged: the scores of the merged model.
+        own: those of the task's own model, if there is one.
     """
-    samples = _counts(found.labels, len(names))
-    right = _counts(found.labels[found.right(merged)], len(names))
-    own = _counts(found.labels[found.right(individual)], len(names)) if individual else None
+    labels = _whole(merged, "labels")
+    samples = _counts(labels, len(names))
+    right, owns = (
+        None
+        if scores is None
+        else _counts(labels[_whole(scores, "predictions") == labels], len(names))
+        for scores in (merged, own)
+    )
+    assert right is not None
     losses = [
-        ClassLoss(name, int(samples[i]), None if own is None else int(own[i]), int(right[i]))
+        ClassLoss(name, int(samples[i]), None if owns is None else int(owns[i]), int(right[i]))
         for i, name in enumerate(names)
     ]
     return sorted((loss for loss in losses if loss.lost > 0), key=lambda loss: -loss.lost)
 
 
-def confusion_matrix(found: TaskAnswers, model: str, num_classes: int) -> NDArray[np.int64]:
+def confusion_matrix(scores: SampleScores, num_classes: int) -> NDArray[np.int64]:
     """Return the confusion matrix: true classes (rows), predicted classes (columns)."""
-    pairs = found.labels.astype(np.int64) * num_classes + found.predictions[model]
+    pairs = _whole(scores, "labels") * num_classes + _whole(scores, "predictions")
     return _counts(pairs, num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -118,10 +148,14 @@ def _counts(values: NDArray[np.integer], size: int) -> NDArray[np.int64]:
     return np.bincount(values, minlength=size).astype(np.int64)
 
 
+def _whole(scores: SampleScores, name: str) -> NDArray[np.int64]:
+    return scores.details[name].astype(np.int64)
+
+
 def _interval(report: Report, merged: Contender, task: str, own: str) -> Difference | None:
     """Return the difference to the contender with the individual model."""
     individuals = {c.name for c in report.contenders() if c.models.get(task) == own}
     for comparison in report.comparisons:
-        if comparison.model == merged.name and comparison.other in individuals:
-            return comparison.tasks.get(task)
+        if comparison.of == merged.name and comparison.beside in individuals:
+            return comparison.on(task)
     return None

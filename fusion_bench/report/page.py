@@ -13,7 +13,16 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from fusion_bench.report.answers import Answers
+from fusion_bench.report.figures import (
+    PERCENT,
+    comparison_sentence,
+    legend,
+    metric_label,
+    search_metric,
+    search_sentence,
+    shown,
+    signed,
+)
 from fusion_bench.report.losses import (
     ClassLoss,
     Confusion,
@@ -22,7 +31,16 @@ from fusion_bench.report.losses import (
     confusions,
     task_losses,
 )
-from fusion_bench.report.schema import Average, Comparison, Contender, Report, Similarity
+from fusion_bench.report.schema import (
+    Comparison,
+    Contender,
+    MetricInfo,
+    Report,
+    Similarity,
+    Value,
+    same_metric,
+)
+from fusion_bench.report.scores import Scores
 from fusion_bench.report.table import compared_runs, method_name, sources
 
 #: So many classes have a confusion matrix that can be read.
@@ -35,15 +53,15 @@ _DIFFERENCES = 1500
 _PAIRS = 28
 
 
-def page(report: Report, answers: Answers) -> str:
+def page(report: Report, scores: Scores) -> str:
     """Return a report as a self-contained HTML file.
 
     Args:
         report: the result; the page leaves out missing parts.
-        answers: the models' predictions, for classes and confusions.
+        scores: those of single samples, for classes and confusions.
     """
     merged = _focus(report)
-    models = _models(report)
+    models, lines = _models(report), _lines(report)
     values = {
         "report": report,
         "method": method_name(report),
@@ -51,16 +69,22 @@ def page(report: Report, answers: Answers) -> str:
         "options": _options(report),
         "models": models,
         "fused": [model for model in models if model.role == "individual"],
-        "lines": _lines(report),
+        "lines": lines,
+        "marks_own": any(cell.own for line in lines for cell in line.cells),
         "merged": merged,
         "rivals": [c for c in report.contenders() if c.role == "merged" and c != merged],
         "differences": _differences(report),
-        "accuracies": _accuracies(report, merged),
+        "pictured": _pictured_tasks(report, merged),
         "losses": task_losses(report, merged) if merged else [],
-        "classes": _classes(report, answers, merged),
+        "classes": _classes(report, scores, merged),
         "matrices": _matrices(report.similarity),
         "extremes": _extremes(report.similarity),
         "command": shlex.join(report.run.command),
+        "common": report.main_metric,
+        "legend": legend(info.main_metric for info in report.tasks.values()),
+        "every_metric": _every_metric(report),
+        "held_out": _held_out(report),
+        "has_classes": any(info.num_classes is not None for info in report.tasks.values()),
         "config": yaml.safe_dump(
             report.model_dump(mode="json")["run"]["config"], sort_keys=False, allow_unicode=True
         ),
@@ -71,7 +95,8 @@ def page(report: Report, answers: Answers) -> str:
 def render(template: str, values: Mapping[str, Any]) -> str:
     """Return a page from a template under ``templates/``; all text in it is escaped.
 
-    Templates extend ``base.html.j2``. The filters ``percent`` and ``points`` show fractions.
+    Templates extend ``base.html.j2``. The filters ``figure`` and ``signed`` show values and
+    differences, by default fractions in percent and points.
 
     Args:
         template: the file's name.
@@ -93,11 +118,15 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points}
+    environment.filters |= {"figure": shown, "signed": _signed, "label": metric_label}
     script, style = (_text(environment, name) for name in ("sort.js", "style.css"))
     # The page's policy lets this one script run and no other.
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {
+        "comparison_sentence": comparison_sentence,
+        "same_metric": same_metric,
+        "search_metric": search_metric,
+        "search_sentence": search_sentence,
         "script": Markup(script),
         "script_sha256": digest,
         "style": Markup(style),
@@ -105,14 +134,8 @@ def _environment() -> Any:
     return environment
 
 
-def percent(fraction: float | None) -> str:
-    """Return a fraction in percent, or a dash where there is none."""
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
-
-
-def points(difference: float | None) -> str:
-    """Return a difference of fractions in percentage points, with its sign."""
-    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+def _signed(difference: float | None, unit: str = PERCENT) -> str:
+    return signed(difference, unit).replace("-", "−")
 
 
 def _text(environment: Any, name: str) -> str:
@@ -122,11 +145,20 @@ def _text(environment: Any, name: str) -> str:
 
 @dataclass
 class _Cell:
-    """A fraction, its standard error, and whether no other merged model has a greater one."""
+    """A value, its standard error and unit, and whether no other merged model has a better one.
+
+    ``own``: the model was trained for the task.
+    """
 
     value: float | None = None
     error: float | None = None
+    unit: str = PERCENT
     best: bool = False
+    own: bool = False
+
+    @classmethod
+    def of(cls, value: Value, unit: str, *, own: bool = False) -> "_Cell":
+        return cls(value.value, value.stderr, unit, own=own)
 
 
 @dataclass(frozen=True)
@@ -148,13 +180,24 @@ class _Model:
 
 
 @dataclass(frozen=True)
-class _Accuracies:
-    """Some models' accuracies, normalised where they can be, a list over the tasks each."""
+class _PicturedTasks:
+    """Some models' values, normalised where they can be, a list over the tasks each."""
 
+    title: str
     normal: bool
+    unit: str
     tasks: list[str]
     series: dict[str, list[float | None]]
     picture: Any
+
+
+@dataclass(frozen=True)
+class _MetricRow:
+    """A metric of a task, and its value of each contender."""
+
+    task: str
+    metric: MetricInfo
+    values: list[Value | None]
 
 
 @dataclass(frozen=True)
@@ -185,13 +228,19 @@ class _Matrix:
 
 
 def _focus(report: Report) -> Contender | None:
-    """Return the merged model that the page shows in detail: the most accurate one."""
+    """Return the merged model that the page shows in detail: the best one on average."""
     evaluated = [c for c in report.contenders() if c.role == "merged" and c.models]
-    return max(evaluated, key=lambda c: _average(report, c).accuracy, default=None)
+    return max(evaluated, key=lambda c: _merit(report, c), default=None)
 
 
-def _average(report: Report, contender: Contender) -> Average:
-    return Average.over(report.results(contender).values())
+def _merit(report: Report, contender: Contender) -> float:
+    """Return a contender's average, greater for a better model."""
+    average, common = report.average(contender), report.main_metric
+    assert average is not None
+    if common is None or average.main is None:
+        return average.normalized or 0.0
+    value = average.main.value
+    return value if common.higher_is_better else -value
 
 
 def _options(report: Report) -> dict[str, str]:
@@ -220,7 +269,7 @@ def _models(report: Report) -> list[_Model]:
         if made:
             source = "the run of that name" if compared_runs(report) else "made by this run"
         parameters = model.num_parameters if model else None
-        identity = model.weights_sha256 if model else report.run.inputs.get(name)
+        identity = model.identity if model else report.run.inputs.get(name)
         found.append(_Model(name, role, source, parameters, identity))
     return found
 
@@ -229,27 +278,53 @@ def _lines(report: Report) -> list[_Line]:
     """Return the comparison: a cell for each task, the average and the normalised average."""
     lines = [_Line(c.name, c.role, _cells(report, c)) for c in report.contenders()]
     merged = [line.cells for line in lines if line.role == "merged"]
+    common = report.main_metric
+    metrics = [info.main_metric for info in report.tasks.values()]
+    better = [metric.higher_is_better for metric in metrics]
+    better += [True] if common is None else [common.higher_is_better, True]
     if len(merged) > 1:
-        for column in zip(*merged, strict=True):
-            greatest = max((c.value for c in column if c.value is not None), default=None)
+        for column, higher in zip(zip(*merged, strict=True), better, strict=True):
+            values = [cell.value for cell in column if cell.value is not None]
+            best = (max if higher else min)(values, default=None)
             for cell in column:
-                cell.best = cell.value is not None and cell.value == greatest
+                cell.best = cell.value is not None and cell.value == best
     return lines
 
 
 def _cells(report: Report, contender: Contender) -> list[_Cell]:
     results = report.results(contender)
-    cells = [
-        _Cell(results[task].accuracy, results[task].accuracy_stderr) if task in results else _Cell()
-        for task in report.tasks
-    ]
-    if not results:
-        return [*cells, _Cell(), _Cell()]
-    average = Average.over(results.values())
+    full = contender.role == "individual" and len(set(contender.models.values())) == 1
+    cells = []
+    for task, info in report.tasks.items():
+        unit, found = info.main_metric.unit, results.get(task)
+        own = full and found is not None and found.relation == "own"
+        cells.append(_Cell() if found is None else _Cell.of(found.main, unit, own=own))
+    average, common = report.average(contender), report.main_metric
+    if common is not None:
+        main = None if average is None else average.main
+        cells.append(_Cell() if main is None else _Cell.of(main, common.unit))
+    return [*cells, _Cell(average.normalized if average else None)]
+
+
+def _held_out(report: Report) -> set[str]:
+    """Return the tasks that no model of the pool was trained for, unless that holds for all."""
+    found = {task for task, info in report.tasks.items() if info.owner not in report.models}
+    return set() if len(found) == len(report.tasks) else found
+
+
+def _every_metric(report: Report) -> list[_MetricRow]:
+    """Return a row for each metric of each task, if some task has several."""
+    if all(len(info.metrics) == 1 for info in report.tasks.values()):
+        return []
+    results = [report.results(contender) for contender in report.contenders()]
     return [
-        *cells,
-        _Cell(average.accuracy, average.accuracy_stderr),
-        _Cell(average.normalized_accuracy),
+        _MetricRow(
+            task,
+            metric,
+            [found[task].metrics.get(metric.name) if task in found else None for found in results],
+        )
+        for task, info in report.tasks.items()
+        for metric in info.metrics
     ]
 
 
@@ -259,8 +334,11 @@ def _differences(report: Report) -> list[Comparison]:
     return report.comparisons if rows <= _DIFFERENCES else report.main_comparisons()
 
 
-def _accuracies(report: Report, merged: Contender | None) -> _Accuracies | None:
-    """Return the accuracies of the merged and the pretrained model for each task."""
+def _pictured_tasks(report: Report, merged: Contender | None) -> _PicturedTasks | None:
+    """Return the values of the merged and the pretrained model for each task.
+
+    There is no picture of values with different units.
+    """
     if merged is None:
         return None
     from markupsafe import Markup
@@ -268,24 +346,30 @@ def _accuracies(report: Report, merged: Contender | None) -> _Accuracies | None:
     from fusion_bench.report.pictures import accuracies
 
     tasks = list(merged.models)
-    shown = [merged, *(c for c in report.contenders() if c.role == "pretrained")]
-    results = {c.name: report.results(c) for c in shown}
-    normal = all(r.normalized_accuracy is not None for r in results[merged.name].values())
+    models = [merged, *(c for c in report.contenders() if c.role == "pretrained")]
+    results = {c.name: report.results(c) for c in models}
+    normal = all(r.main.normalized is not None for r in results[merged.name].values())
+    metric = same_metric(report.tasks[task] for task in tasks)
+    if not normal and metric is None:
+        return None
     series = {
         name: [
-            (found[task].normalized_accuracy if normal else found[task].accuracy)
+            (found[task].main.normalized if normal else found[task].main.value)
             if task in found
             else None
             for task in tasks
         ]
         for name, found in results.items()
     }
-    title = "Normalised accuracy" if normal else "Accuracy"
-    picture = accuracies(tasks, series, title, "individual model" if normal else None)
-    return _Accuracies(normal, tasks, series, Markup(picture))
+    label = "value" if metric is None else metric.label
+    title = f"Normalised {label}" if normal else label.capitalize()
+    unit = PERCENT if normal or metric is None else metric.unit
+    whole = "individual model" if normal else None
+    picture = accuracies(tasks, series, title, whole, unit)
+    return _PicturedTasks(title, normal, unit, tasks, series, Markup(picture))
 
 
-def _classes(report: Report, answers: Answers, merged: Contender | None) -> list[_Classes]:
+def _classes(report: Report, scores: Scores, merged: Contender | None) -> list[_Classes]:
     """Return the losses of each task's classes, the worst task first, if classes are named."""
     if merged is None:
         return []
@@ -293,17 +377,19 @@ def _classes(report: Report, answers: Answers, merged: Contender | None) -> list
     own = report.own_models()
     classes = []
     for task in dict.fromkeys([*order, *merged.models]):
-        names, found = report.tasks[task].class_names, answers.tasks.get(task)
+        names, found = report.tasks[task].classes, scores.tasks.get(task)
         if names is None or found is None:
             continue
-        matrix = confusion_matrix(found, merged.models[task], len(names))
+        mine = found[merged.models[task]]
+        theirs = found[own[task]] if task in own else None
+        matrix = confusion_matrix(mine, len(names))
         small = len(names) <= _MATRIX
         classes.append(
             _Classes(
                 task,
                 names,
                 task in own,
-                class_losses(names, found, merged.models[task], own.get(task))[:_LISTED],
+                class_losses(names, mine, theirs)[:_LISTED],
                 matrix.tolist() if small else [],
                 [] if small else confusions(names, matrix)[:_LISTED],
             )

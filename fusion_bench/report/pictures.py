@@ -60,25 +60,31 @@ def accuracies(
     series: Mapping[str, Sequence[float | None]],
     title: str,
     whole: str | None = None,
+    unit: str = "%",
 ) -> str:
-    """Return a plot of accuracies by task: a radar chart for 3 to 12 tasks, otherwise bars.
+    """Return a plot of values by task: a radar chart for fractions of 3 to 12 tasks, else bars.
 
     Args:
         tasks: their names.
-        series: a model's name to a fraction for each task, ``None`` where it was not evaluated;
-            three models at most.
+        series: a model's name to a value for each task, ``None`` where it was not evaluated; three
+            models at most.
         title: what the figures are.
         whole: the meaning of the line at 100 %; without it there is no line.
+        unit: of the values; those in ``%`` are fractions.
     """
-    values = {name: _floats(fractions) for name, fractions in series.items()}
-    whole_radar = len(tasks) in RADAR and all(np.isfinite(v).all() for v in values.values())
-    draw = _radar if whole_radar else _bars
+    values = {name: _floats(own, unit) for name, own in series.items()}
+    complete = len(tasks) in RADAR and all(np.isfinite(v).all() for v in values.values())
+    names = [label(task) for task in tasks]
     with _style():
-        figure = draw([label(task) for task in tasks], values, title, whole)
+        figure = (
+            _radar(names, values, whole)
+            if complete and unit == "%"
+            else _bars(names, values, _axis(title, unit), whole, percent=unit == "%")
+        )
         words = "; ".join(
             f"{name}: "
             + ", ".join(
-                f"{task} {value:.1f} %"
+                f"{task} {_worded(value, unit)}"
                 for task, value in zip(tasks, found, strict=True)
                 if math.isfinite(value)
             )
@@ -132,15 +138,20 @@ def heat_map(
 
 
 def ranking(
-    names: Sequence[str], values: Sequence[float], errors: Sequence[float], title: str
+    names: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float],
+    title: str,
+    unit: str = "%",
 ) -> str:
     """Return a plot of ranked scores with their intervals.
 
     Args:
         names: what was scored, the best first.
-        values: fractions.
-        errors: half the width of each interval; fractions.
+        values: of the scores.
+        errors: half the width of each interval.
         title: what the figures are.
+        unit: of the values; those in ``%`` are fractions.
     """
     height = max(1.0, 0.24 * len(names))
     with _style():
@@ -148,9 +159,9 @@ def ranking(
         axes = figure.add_axes((0, 0, 1, 1))
         positions = np.arange(len(names))
         axes.errorbar(
-            _floats(values),
+            _floats(values, unit),
             positions,
-            xerr=_floats(errors),
+            xerr=_floats(errors, unit),
             fmt=_MARKERS[0],
             ms=4,
             color=_SERIES[0],
@@ -159,49 +170,72 @@ def ranking(
         )
         axes.set_yticks(positions, [label(name, 48) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
-        _percent_axes(axes, title, "x")
-        return _svg(figure, title, _in_words(dict(zip(names, values, strict=True))))
+        _value_axes(axes, _axis(title, unit), "x")
+        return _svg(figure, title, _in_words(dict(zip(names, values, strict=True)), unit))
 
 
 def curves(
-    parameter: str, series: Mapping[str, Sequence[tuple[float, float, float]]], title: str
+    parameter: str,
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
+    title: str,
+    unit: str = "%",
 ) -> str:
     """Return a plot of scores over a parameter, with their intervals.
 
     Args:
         parameter: its name.
-        series: a curve's name to its points: parameter, fraction, half the interval's width; three
+        series: a curve's name to its points: parameter, value, half the interval's width; three
             curves at most.
         title: what the figures are.
+        unit: of the values; those in ``%`` are fractions.
     """
     with _style():
         figure = Figure((4.6, 2.8))
         axes = figure.add_axes((0, 0, 1, 1))
         words: dict[str, float] = {}
         for place, (name, points) in enumerate(series.items()):
-            at, value, error = np.array(sorted(points)).T * np.array([[1], [100], [100]])
+            at, value, error = np.array(sorted(points)).T * _scales(unit)
             axes.plot(at, value, **_look(place), label=label(name))
             axes.fill_between(
                 at, value - error, value + error, color=_SERIES[place], alpha=0.15, lw=0
             )
             words |= {f"{name} {parameter}={x:g}": y for x, y, _ in sorted(points)}
         axes.set_xlabel(label(parameter, 48))
-        _percent_axes(axes, title, "y")
+        _value_axes(axes, _axis(title, unit), "y")
         if len(series) > 1:
             _legend(figure, axes, below=0.16)
-        return _svg(figure, title, _in_words(words))
+        return _svg(figure, title, _in_words(words, unit))
 
 
-def _percent_axes(axes: Axes, title: str, axis: Literal["x", "y"]) -> None:
-    (axes.set_xlabel if axis == "x" else axes.set_ylabel)(f"{title}, %")
+def _value_axes(axes: Axes, title: str, axis: Literal["x", "y"]) -> None:
+    (axes.set_xlabel if axis == "x" else axes.set_ylabel)(title)
     axes.grid(axis=axis, lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
-def _in_words(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name}: {100 * value:.1f} %" for name, value in values.items())
+def _in_words(values: Mapping[str, float], unit: str) -> str:
+    scale = _scale_of(unit)
+    return ", ".join(f"{name}: {_worded(scale * value, unit)}" for name, value in values.items())
+
+
+def _worded(value: float, unit: str) -> str:
+    """Return a drawn value with its unit."""
+    return f"{value:.1f} %" if unit == "%" else f"{value:.3g} {unit}".rstrip()
+
+
+def _axis(title: str, unit: str) -> str:
+    return f"{title}, {unit}" if unit else title
+
+
+def _scale_of(unit: str) -> float:
+    """Return how much longer fractions are drawn than other values."""
+    return 100.0 if unit == "%" else 1.0
+
+
+def _scales(unit: str) -> NDArray[np.float64]:
+    return np.array([[1.0], [_scale_of(unit)], [_scale_of(unit)]])
 
 
 class Line(NamedTuple):
@@ -276,8 +310,8 @@ def label(name: str, longest: int = 22) -> str:
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
-def _floats(fractions: Sequence[float | None]) -> NDArray[np.float64]:
-    return np.array([math.nan if f is None else 100 * f for f in fractions])
+def _floats(values: Sequence[float | None], unit: str) -> NDArray[np.float64]:
+    return _scale_of(unit) * np.array([math.nan if v is None else v for v in values])
 
 
 def _largest(values: NDArray[np.float64]) -> float:
@@ -291,10 +325,7 @@ def _top(values: Mapping[str, NDArray[np.float64]]) -> float:
 
 
 def _radar(
-    tasks: Sequence[str],
-    values: Mapping[str, NDArray[np.float64]],
-    title: str,
-    whole: str | None,
+    tasks: Sequence[str], values: Mapping[str, NDArray[np.float64]], whole: str | None
 ) -> Figure:
     figure = Figure((3.6, 3.6))
     axes = figure.add_axes((0, 0, 1, 1), projection="polar")
@@ -331,6 +362,8 @@ def _bars(
     values: Mapping[str, NDArray[np.float64]],
     title: str,
     whole: str | None,
+    *,
+    percent: bool,
 ) -> Figure:
     thick = 0.16  # of a bar, in inches
     height = max(1.0, len(tasks) * (len(values) * thick + 0.12))
@@ -350,8 +383,9 @@ def _bars(
         )
     axes.set_yticks(positions, tasks)
     axes.set_ylim(len(tasks) - 0.5, -0.5)
-    axes.set_xlim(0, _top(values))
-    axes.set_xlabel(f"{title}, %")
+    if percent:
+        axes.set_xlim(0, _top(values))
+    axes.set_xlabel(title)
     axes.grid(axis="x", lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)

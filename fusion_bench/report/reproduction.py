@@ -180,7 +180,7 @@ def _accuracies(row: str, report: Report) -> dict[str, float]:
             place=("reference",),
         )
     results = report.results(contenders[0])
-    return {task: result.accuracy for task, result in results.items()}
+    return {task: result.main.value for task, result in results.items()}
 
 
 def _signed(points: float) -> str:

@@ -6,9 +6,9 @@ The measures are those of "What Matters for Model Merging at Scale?", https://ar
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import model_validator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +16,8 @@ from rich.text import Text
 
 from fusion_bench.report.page import render
 from fusion_bench.report.pictures import Line, panels_of_curves, standalone
-from fusion_bench.report.schema import Run, TaskResult, read_model
+from fusion_bench.report.schema import Run, Strict, TaskResult, read_model
+from fusion_bench.report.schema_1 import lifted_study
 from fusion_bench.report.table import markdown_table
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
@@ -26,11 +27,7 @@ Side = Literal["held_in", "held_out"]
 SIDES: tuple[Side, Side] = ("held_in", "held_out")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Merge(_Strict):
+class Merge(Strict):
     """One merged model: its inputs, and its result on each task.
 
     ``subset`` numbers the random choices of ``count`` experts.
@@ -49,7 +46,7 @@ class Merge(_Strict):
         return [task for task in self.tasks if (canonical_name(task) in own) == (side == "held_in")]
 
 
-class Base(_Strict):
+class Base(Strict):
     """A pretrained model and its experts: each task's result by either."""
 
     num_parameters: int
@@ -57,7 +54,7 @@ class Base(_Strict):
     experts: dict[str, TaskResult]
 
 
-class Point(_Strict):
+class Point(Strict):
     """Fractions: the mean over the subsets of a score, and its standard deviation.
 
     A score is the mean over the tasks of a category, and then over the categories.
@@ -77,13 +74,13 @@ class Point(_Strict):
         return mean if self.subsets == 1 else f"{mean} ± {100 * self.spread:.1f}"
 
 
-class Study(_Strict):
+class Study(Strict):
     """The result of a scaling study, as in ``study.json``.
 
     ``held_in`` and ``held_out`` are the divisors of the merged model's accuracy.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     run: Run
     held_in: Normalizer
     held_out: Normalizer
@@ -92,6 +89,11 @@ class Study(_Strict):
     merges: list[Merge]
     points: list[Point] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, content: Any) -> Any:
+        return lifted_study(content)
+
     def score(self, merge: Merge, side: Side) -> float | None:
         """Return a merged model's score; ``None`` without tasks, or for a zero divisor."""
         values: dict[str, float] = {}
@@ -99,11 +101,11 @@ class Study(_Strict):
         base = self.bases[merge.base]
         references = {"expert": base.experts, "base": base.pretrained, "none": {}}[normalizer]
         for task in merge.on(side):
-            value = merge.tasks[task].accuracy
+            value = merge.tasks[task].main.value
             if normalizer != "none":
-                if task not in references or not references[task].accuracy:
+                if task not in references or not references[task].main.value:
                     return None
-                value /= references[task].accuracy
+                value /= references[task].main.value
             values[task] = value
         return _by_category(values, self.categories)
 

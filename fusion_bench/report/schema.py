@@ -1,7 +1,7 @@
 """The result of a run, as in ``report.json``."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -9,23 +9,27 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fusion_bench.problems import ConfigError
+from fusion_bench.report.schema_1 import lifted_report
+from fusion_bench.results import Interval, Metric, SampleScores, normalized, stderr
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
 
 Role = Literal["pretrained", "individual", "merged"]
+Relation = Literal["own", "other", "held_out"]
 Split = Literal["train", "validation", "test"]
-Metric = Literal["normalized_accuracy", "accuracy"]
 Verdict = Literal["better", "worse", "not distinguishable"]
+#: What several tasks are compared by where their metrics differ.
+NORMALIZED = "normalized"
 
 
 T = TypeVar("T", bound=BaseModel)
 
 
 def read_model(kind: type[T], path: Path, name: str) -> T:
-    """Read a run's JSON file; ``name`` is its name in messages.
+    """Read a run's JSON file, of this or an earlier schema; ``name`` is its name in messages.
 
     Raises:
-        ConfigError: there is none, or it is none of this version.
+        ConfigError: there is none, or it is none of a known version.
     """
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -39,11 +43,16 @@ def read_model(kind: type[T], path: Path, name: str) -> T:
         ) from error
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Strict(BaseModel):
+    """What a file holds; a key that is not known is refused.
+
+    JSON has no nan: a value that does not exist is written as text.
+    """
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
-class Seconds(_Strict):
+class Seconds(Strict):
     """Wall-clock time of each step, in seconds."""
 
     load: float
@@ -53,14 +62,14 @@ class Seconds(_Strict):
     search: float = 0.0
 
 
-class TuningTask(_Strict):
+class TuningTask(Strict):
     """A dataset that a method learned from."""
 
     num_samples: int
     fingerprint: str
 
 
-class Tuning(_Strict):
+class Tuning(Strict):
     """The data that the method learned from.
 
     ``test_split``: models are evaluated on the same data.
@@ -78,89 +87,182 @@ class Tuning(_Strict):
             return f"tuned on the {self.split} split, {labels}"
         if self.labels:
             return "tuned on the test split with its labels: the figures do not apply to new data"
-        return "adapted to the unlabelled images of the test split (test-time adaptation)"
+        return "adapted to the unlabelled data of the test split (test-time adaptation)"
 
 
-class TaskInfo(_Strict):
-    """A dataset that models were evaluated on.
+class MetricInfo(Strict):
+    """How a metric's values are read.
 
-    The hashes cover other inputs of the figures: the classifier's parts outside the model, such as
-    prompts and text tower, and the image preprocessing.
+    Attributes:
+        name: as in the results.
+        unit: ``%`` for a fraction that is shown in percent; otherwise what follows a value.
+        higher_is_better: whether a greater value is a better one.
+        normalise: whether values may be divided by that of the task's own model.
+        function: for a metric of a user, the importable name of what computes it.
+        from_sums: whether it computes the value from sums over samples.
     """
 
-    num_classes: int
+    name: str
+    unit: str
+    higher_is_better: bool
+    normalise: bool = True
+    function: str | None = None
+    from_sums: bool = True
+
+    @property
+    def label(self) -> str:
+        """The name in words."""
+        return self.name.replace("_", " ")
+
+
+class TaskInfo(Strict):
+    """What models were evaluated on.
+
+    Attributes:
+        kind: the kind of task, such as ``image_classification``.
+        main: the most important metric.
+        metrics: all of them, the main one first.
+        num_samples: how many samples were evaluated.
+        identity: hashes of what the figures depend on besides the models, by what it is.
+        owner: the model that was trained for the task.
+        num_classes: of a task with classes.
+        classes: their names, if results are told class by class.
+    """
+
+    kind: str
+    main: str
+    metrics: list[MetricInfo]
     num_samples: int
-    fingerprint: str
-    head_sha256: str | None = None
-    images_sha256: str | None = None
-    class_names: list[str] | None = None
+    identity: dict[str, str | None]
+    owner: str | None = None
+    num_classes: int | None = None
+    classes: list[str] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "TaskInfo":
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
+        if self.classes is not None and len(self.classes) != self.num_classes:
             raise ValueError("the number of class names differs from the number of classes")
+        if not self.metrics or self.metrics[0].name != self.main:
+            raise ValueError("the main metric is not the first one")
         return self
 
+    @property
+    def main_metric(self) -> MetricInfo:
+        """The most important metric."""
+        return self.metrics[0]
 
-class TaskResult(_Strict):
-    """The result of one model on one task; fractions, and nats per sample."""
 
-    accuracy: float
-    accuracy_stderr: float
-    loss: float
+class Value(Strict):
+    """A metric's value, its standard error, and the share of the value of the task's own model.
+
+    The share is greater for a better model, whatever the metric.
+    """
+
+    value: float
+    stderr: float | None = None
+    normalized: float | None = None
+
+
+class TaskResult(Strict):
+    """The result of one model on one task; the main metric is the first one.
+
+    ``per_class`` is the main metric of each class, where the task has classes and tells them.
+    """
+
     num_samples: int
-    normalized_accuracy: float | None = None
-    per_class_accuracy: list[float | None] | None = None
+    relation: Relation | None = None
+    metrics: dict[str, Value]
+    per_class: list[float | None] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TaskResult":
+        if not self.metrics:
+            raise ValueError("it has no metric")
+        return self
+
+    @property
+    def main(self) -> Value:
+        """The value of the main metric."""
+        return next(iter(self.metrics.values()))
 
     @classmethod
-    def from_counts(
+    def of(
         cls,
-        num_correct: int,
-        loss_sum: float,
-        num_samples: int,
-        per_class_accuracy: list[float | None] | None = None,
+        scores: SampleScores,
+        metrics: Iterable[Metric],
+        per_class: list[float | None] | None = None,
     ) -> "TaskResult":
-        """Compute the figures from sums; the standard error is that of a binomial proportion."""
-        accuracy = num_correct / num_samples
+        """Compute the values of metrics and their standard errors."""
         return cls(
-            accuracy=accuracy,
-            accuracy_stderr=math.sqrt(accuracy * (1 - accuracy) / num_samples),
-            loss=loss_sum / num_samples,
-            num_samples=num_samples,
-            per_class_accuracy=per_class_accuracy,
+            num_samples=scores.num_samples,
+            metrics={
+                metric.name: Value(
+                    value=scores.value(metric), stderr=_finite(stderr(metric, scores))
+                )
+                for metric in metrics
+                if scores.has(metric)
+            },
+            per_class=per_class,
         )
 
 
-class Average(_Strict):
-    """The mean over the tasks that a model was evaluated on, each task weighing the same."""
+class Average(Strict):
+    """The mean over the tasks that a model was evaluated on, each task weighing the same.
 
-    accuracy: float
-    accuracy_stderr: float
-    loss: float
-    normalized_accuracy: float | None = None
+    Attributes:
+        metrics: the averages of metrics, the main one first; none where the tasks have different
+            main metrics, because such values have no meaningful sum.
+        normalized: the average share of the own models' values of the main metrics.
+    """
+
+    metrics: dict[str, Value]
+    normalized: float | None = None
+
+    @property
+    def main(self) -> Value | None:
+        """The average of the main metric, if all tasks have the same."""
+        return next(iter(self.metrics.values()), None)
 
     @classmethod
-    def over(cls, results: Collection[TaskResult]) -> "Average":
-        """Average ``results``; the normalised accuracy is empty where one of them has none."""
-        normalized = [r.normalized_accuracy for r in results if r.normalized_accuracy is not None]
-        return cls(
-            accuracy=fmean(r.accuracy for r in results),
-            accuracy_stderr=math.hypot(*(r.accuracy_stderr for r in results)) / len(results),
-            loss=fmean(r.loss for r in results),
-            normalized_accuracy=fmean(normalized) if len(normalized) == len(results) else None,
-        )
+    def over(cls, results: Mapping[str, TaskResult], tasks: Mapping[str, TaskInfo]) -> "Average":
+        """Average the results of tasks."""
+        found = list(results.values())
+        metrics = {}
+        if same_metric(tasks[task] for task in results):
+            for name in found[0].metrics:
+                if all(name in result.metrics for result in found):
+                    metrics[name] = mean_value([result.metrics[name] for result in found])
+        shares = [r.main.normalized for r in found]
+        return cls(metrics=metrics, normalized=_mean(shares))
 
 
-class Candidate(_Strict):
+def same_metric(tasks: Iterable[TaskInfo]) -> MetricInfo | None:
+    """Return the main metric that all tasks have; ``None`` where it differs."""
+    mains = {(t.main, t.main_metric.unit): t.main_metric for t in tasks}
+    return next(iter(mains.values())) if len(mains) == 1 else None
+
+
+def mean_value(values: Collection[Value]) -> Value:
+    """Return the mean of independent values."""
+    errors = [v.stderr for v in values if v.stderr is not None]
+    complete = len(errors) == len(values)
+    return Value(
+        value=fmean(v.value for v in values),
+        stderr=math.hypot(*errors) / len(errors) if complete else None,
+        normalized=_mean([v.normalized for v in values]),
+    )
+
+
+class Candidate(Strict):
     """A setting of a method, and its result on the search split.
 
     ``score`` is the mean of the search's metric over ``tasks``; its standard error takes the
-    individual models' accuracies as given.
+    individual models' values as given.
     """
 
     options: dict[str, Any]
     score: float
-    score_stderr: float
+    score_stderr: float | None
     tasks: dict[str, TaskResult]
 
     def text(self) -> str:
@@ -168,16 +270,19 @@ class Candidate(_Strict):
         return ", ".join(f"{key}={value}" for key, value in self.options.items()) or "as given"
 
 
-class Search(_Strict):
+class Search(Strict):
     """The search for the method's options.
 
-    ``test_split``: the search used the data of the final evaluation. ``judge_test``: the winner was
-    evaluated there. ``winner`` is an index into ``candidates``, and ``method`` the full config of
-    the method.
+    ``metric``: ``normalized``, or the tasks' main metric, whose unit and direction are the next
+    two. ``test_split``: the search used the data of the final evaluation. ``judge_test``: the
+    winner was evaluated there. ``winner`` is an index into ``candidates``, and ``method`` the full
+    config of the method.
     """
 
     split: Split
-    metric: Metric
+    metric: str
+    unit: str = "%"
+    higher_is_better: bool = True
     test_split: bool
     judge_test: bool
     space: dict[str, list[Any]]
@@ -197,29 +302,17 @@ class Search(_Strict):
         """The winner."""
         return self.candidates[self.winner]
 
-    def sentence(self) -> str:
-        """Return it in words."""
-        metric = self.metric.replace("normalized_", "normalised ")
-        found = (
-            f"{self.best.text()} is the best of {len(self.candidates)} settings"
-            if len(self.candidates) > 1
-            else f"one setting, {self.best.text()}, was evaluated"
-        )
-        found += f" on the {self.split} split"
-        found += f" ({metric} {100 * self.best.score:.1f} ± {100 * self.best.score_stderr:.1f})"
-        if self.test_split:
-            return f"{found}, where the models are evaluated: the figures do not apply to new data"
-        if not self.judge_test:
-            return f"{found}; the test split was not used"
-        return f"{found}; only this setting was evaluated on the test split, once"
 
+class Run(Strict):
+    """The description of a run.
 
-class Run(_Strict):
-    """The description of a run."""
+    ``command`` is as it was typed, ``method`` the name of the method's config, if there was one.
+    """
 
     version: str
     created_at: str
     command: list[str]
+    method: str | None = None
     config: dict[str, Any]
     config_sha256: str
     seed: int | None
@@ -234,53 +327,71 @@ class Run(_Strict):
     search: Search | None = None
 
 
-class ModelResult(_Strict):
-    """A model and its results."""
+class ModelResult(Strict):
+    """A model and its results.
+
+    ``identity`` is the hash of its weights.
+    """
 
     role: Role
-    weights_sha256: str
+    identity: str
     num_parameters: int
     tasks: dict[str, TaskResult]
     average: Average | None = None
 
 
-class Difference(_Strict):
-    """A difference of two models' accuracies, and its interval; fractions."""
+class Difference(Strict):
+    """A difference of two models' values, and its interval; fractions where the unit is ``%``."""
 
-    estimate: float
-    low: float
-    high: float
+    difference: float
+    interval: tuple[float, float]
 
+    @classmethod
+    def of(cls, found: Interval) -> "Difference":
+        """Return an interval as a difference."""
+        return cls(difference=found.estimate, interval=(found.low, found.high))
 
-class Comparison(_Strict):
-    """The differences between ``model`` and ``other``: model minus other."""
+    @property
+    def low(self) -> float:
+        """The lower end."""
+        return self.interval[0]
 
-    model: str
-    other: str
-    tasks: dict[str, Difference]
-    accuracy: Difference
-    normalized_accuracy: Difference | None = None
-    verdict: Verdict
-
-    def sentence(self) -> str:
-        """Return it in words."""
-        estimate, low, high = (
-            f"{100 * value:+.1f}"
-            for value in (self.accuracy.estimate, self.accuracy.low, self.accuracy.high)
-        )
-        what = {
-            "better": f"is better than {self.other}",
-            "worse": f"is worse than {self.other}",
-            "not distinguishable": f"and {self.other} are not distinguishable",
-        }[self.verdict]
-        tasks = f"{len(self.tasks)} test sets" if len(self.tasks) > 1 else "this test set"
-        return (
-            f"{self.model} {what} on {tasks}: {estimate} points of accuracy "
-            f"(95 % interval {low} to {high})."
-        )
+    @property
+    def high(self) -> float:
+        """The upper end."""
+        return self.interval[1]
 
 
-class Similarity(_Strict):
+class Comparison(Strict):
+    """The differences between the model ``of`` and the model ``beside``: of minus beside.
+
+    Attributes:
+        of: the first contender's name.
+        beside: the second one's.
+        tasks: the difference of each task's main metric, under the metric's name.
+        metrics: the average difference of the main metric; empty where the tasks' differ.
+        normalized: that of the normalised values.
+        verdict: by the average, of normalised values where the metrics differ; none without one.
+    """
+
+    of: str
+    beside: str
+    tasks: dict[str, dict[str, Difference]]
+    metrics: dict[str, Difference]
+    normalized: Difference | None = None
+    verdict: Verdict | None
+
+    def on(self, task: str) -> Difference | None:
+        """Return the difference of a task's main metric."""
+        return next(iter(self.tasks.get(task, {}).values()), None)
+
+    @property
+    def average(self) -> Difference | None:
+        """The average difference: of the main metric, or else of normalised values."""
+        return next(iter(self.metrics.values()), self.normalized)
+
+
+class Similarity(Strict):
     """The similarity of the models' task vectors, for each part of the network.
 
     ``norms`` has a row per part and a value per model; ``cosines`` a matrix per part.
@@ -321,21 +432,35 @@ class Contender(NamedTuple):
     models: dict[str, str]
 
 
-class Report(_Strict):
+class Report(Strict):
     """The whole result of a run."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     run: Run
     tasks: dict[str, TaskInfo]
     models: dict[str, ModelResult]
     comparisons: list[Comparison] = []
     similarity: Similarity | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, content: Any) -> Any:
+        return lifted_report(content)
+
     @model_validator(mode="after")
     def _fits(self) -> "Report":
         for name, model in self.models.items():
             if unknown := model.tasks.keys() - self.tasks.keys():
                 raise ValueError(f"'{name}' was evaluated on '{min(unknown)}', which is not a task")
+            for task, result in model.tasks.items():
+                if next(iter(result.metrics)) != self.tasks[task].main:
+                    raise ValueError(f"'{name}' has another main metric than the task '{task}'")
+                known = {metric.name for metric in self.tasks[task].metrics}
+                if strange := result.metrics.keys() - known:
+                    raise ValueError(f"'{task}' has no metric '{min(strange)}'")
+                if result.relation is None:
+                    owner = self.tasks[task].owner
+                    result.relation = _relation(name, model.role, owner, self.models)
         for comparison in self.comparisons:
             if unknown := comparison.tasks.keys() - self.tasks.keys():
                 raise ValueError(f"a comparison is of '{min(unknown)}', which is not a task")
@@ -343,8 +468,19 @@ class Report(_Strict):
 
     @property
     def objective(self) -> float | None:
-        """The value that a sweeper maximises: the search's best score, if there is a search."""
-        return None if self.run.search is None else self.run.search.best.score
+        """The value that a sweeper maximises: the search's best score, if there is a search.
+
+        Where a lower score is better, it is the negated score.
+        """
+        search = self.run.search
+        if search is None:
+            return None
+        return search.best.score if search.higher_is_better else -search.best.score
+
+    @property
+    def main_metric(self) -> MetricInfo | None:
+        """The main metric of all tasks; ``None`` where they differ, or there is no task."""
+        return same_metric(self.tasks.values())
 
     def contenders(self) -> list[Contender]:
         """Return the compared rows: pretrained, individual, merged.
@@ -357,7 +493,7 @@ class Report(_Strict):
         for role in get_args(Role):
             kin: dict[str, dict[str, list[str]]] = {}
             for name, model in self.models.items():
-                if model.role == role:
+                if model.role == role and (model.tasks or role == "merged"):
                     family = name.partition("/")[0] if role == "merged" else role
                     kin.setdefault(family, {})[name] = list(model.tasks)
             for family, models in kin.items():
@@ -368,6 +504,11 @@ class Report(_Strict):
         """Return a contender's result on each evaluated task."""
         return {task: self.models[name].tasks[task] for task, name in contender.models.items()}
 
+    def average(self, contender: Contender) -> Average | None:
+        """Return a contender's average over its tasks."""
+        results = self.results(contender)
+        return Average.over(results, self.tasks) if results else None
+
     def main_comparisons(self) -> list[Comparison]:
         """Return the most important comparisons.
 
@@ -376,16 +517,14 @@ class Report(_Strict):
         """
         merged = [contender.name for contender in self.contenders() if contender.role == "merged"]
         others = merged[:1] if len(merged) > 1 else ["pretrained", "individual"]
-        return [comparison for comparison in self.comparisons if comparison.other in others]
+        return [comparison for comparison in self.comparisons if comparison.beside in others]
 
     def own_models(self) -> dict[str, str]:
-        """Return each task's individual model, if it was evaluated."""
+        """Return each task's own model, if it was evaluated on the task."""
         return {
-            task: name
-            for name, model in self.models.items()
-            if model.role == "individual"
-            for task in model.tasks
-            if canonical_name(task) == canonical_name(name)
+            task: info.owner
+            for task, info in self.tasks.items()
+            if info.owner in self.models and task in self.models[info.owner].tasks
         }
 
     def save(self, path: Path) -> None:
@@ -394,10 +533,10 @@ class Report(_Strict):
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read a report.
+        """Read a report, of this or an earlier schema.
 
         Raises:
-            ConfigError: there is none, or it is none of this version.
+            ConfigError: there is none, or it is none of a known version.
         """
         return read_model(cls, path, "report")
 
@@ -413,17 +552,39 @@ def _contenders(family: str, role: Role, models: Mapping[str, list[str]]) -> lis
     ]
 
 
-def summarise(models: Mapping[str, ModelResult], own_model: Mapping[str, str]) -> None:
-    """Fill in normalised accuracies and averages.
-
-    ``own_model`` names the individual model of each task. The normalised accuracy is the accuracy
-    divided by the individual model's on the same task; it stays empty where none was evaluated.
-    """
-    for model in models.values():
+def summarise(models: Mapping[str, ModelResult], tasks: Mapping[str, TaskInfo]) -> None:
+    """Fill in normalised values, relations and averages, by the owners of the tasks."""
+    for name, model in models.items():
         for task, result in model.tasks.items():
-            individual = models.get(own_model.get(task, ""))
-            reference = individual.tasks.get(task) if individual else None
-            if reference is not None and reference.accuracy > 0:
-                result.normalized_accuracy = result.accuracy / reference.accuracy
-        if model.tasks:
-            model.average = Average.over(model.tasks.values())
+            info = tasks[task]
+            result.relation = _relation(name, model.role, info.owner, models)
+            owner = models.get(info.owner or "")
+            reference = owner.tasks.get(task) if owner else None
+            references = {} if reference is None else reference.metrics
+            for metric in info.metrics:
+                value, own = result.metrics.get(metric.name), references.get(metric.name)
+                if value is not None and own is not None and metric.normalise:
+                    share = normalized(value.value, own.value, metric.higher_is_better)
+                    value.normalized = _finite(float(share))
+        model.average = Average.over(model.tasks, tasks) if model.tasks else None
+
+
+def _relation(
+    name: str, role: Role, owner: str | None, models: Mapping[str, ModelResult]
+) -> Relation:
+    """Return whether a model was trained for a task, or made from the one that was."""
+    if owner is None or owner not in models:
+        return "held_out"
+    made_for = name.partition("/")[2] if role == "merged" else name
+    if role == "merged" and not made_for:
+        return "own"
+    return "own" if canonical_name(made_for) == canonical_name(owner) else "other"
+
+
+def _mean(values: Collection[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return fmean(there) if there and len(there) == len(values) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

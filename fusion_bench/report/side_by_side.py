@@ -7,16 +7,17 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_bench.report.answers import Answers, TaskAnswers
-from fusion_bench.report.schema import ModelResult, Report, TaskResult, summarise
+from fusion_bench.report.schema import ModelResult, Report, TaskInfo, TaskResult, summarise
+from fusion_bench.report.scores import Scores
+from fusion_bench.results import SampleScores
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A run's result: its report and its predictions."""
+    """A run's result: its report and its scores."""
 
     report: Report
-    answers: Answers
+    scores: Scores
 
 
 def common_tasks(runs: Mapping[str, Evaluated]) -> list[str]:
@@ -46,42 +47,56 @@ def evaluation_differences(runs: Mapping[str, Evaluated]) -> list[str]:
 def _facts(task: str, first: Evaluated, other: Evaluated) -> Iterator[tuple[str, object, object]]:
     """Yield the properties of a task that must be equal in both runs: name and both values."""
     one, two = first.report.tasks[task], other.report.tasks[task]
-    yield f"{task}: dataset", one.fingerprint, two.fingerprint
+    yield (
+        f"{task}: main metric",
+        f"{one.main} {one.main_metric.unit}",
+        (f"{two.main} {two.main_metric.unit}"),
+    )
     yield f"{task}: number of samples", one.num_samples, two.num_samples
-    mine, theirs = first.answers.tasks[task], other.answers.tasks[task]
+    mine, theirs = _any(first.scores, task), _any(other.scores, task)
     if one.num_samples == two.num_samples and not np.array_equal(mine.samples, theirs.samples):
         yield f"{task}: selection of samples", "one", "another"
-    elif one.num_samples == two.num_samples and not np.array_equal(mine.labels, theirs.labels):
+    elif one.num_samples == two.num_samples and not np.array_equal(_labels(mine), _labels(theirs)):
         yield f"{task}: labels", "some", "others"
-    yield (
-        f"{task}: classes, prompts or text tower",
-        _short(one.head_sha256),
-        _short(two.head_sha256),
-    )
-    yield f"{task}: image preprocessing", _short(one.images_sha256), _short(two.images_sha256)
+    for what in dict.fromkeys([*one.identity, *two.identity]):
+        yield f"{task}: {what}", _short(one.identity.get(what)), _short(two.identity.get(what))
+
+
+def _any(scores: Scores, task: str) -> SampleScores:
+    """Return the scores of a model on a task; all have the same samples."""
+    return next(iter(scores.tasks[task].values()))
+
+
+def _labels(scores: SampleScores) -> NDArray[np.generic]:
+    """Return the true labels of samples, where the task has such."""
+    return scores.details.get("labels", np.empty(0))
 
 
 def _short(sha256: str | None) -> str:
     return "unknown" if sha256 is None else sha256[:8]
 
 
-def combined_models(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResult], Answers]:
-    """Return all runs' models with results and predictions on the common samples.
+def combined_models(
+    runs: Mapping[str, Evaluated],
+) -> tuple[dict[str, TaskInfo], dict[str, ModelResult], Scores]:
+    """Return the common tasks, and all runs' models with results and scores on common samples.
 
     A merged model has its run's name. A baseline with the same results in several runs is included
     once. Only common tasks are used. Without common samples, or with different labels, each run
-    keeps its own figures, and there are no predictions.
+    keeps its own figures, and there are no scores.
     """
-    tasks = common_tasks(runs)
+    first = next(iter(runs.values()))
+    tasks = {task: first.report.tasks[task] for task in common_tasks(runs)}
     models: dict[str, ModelResult] = {}
-    answers = Answers()
+    scores = Scores()
+    scores.metrics = {task: first.scores.metrics[task] for task in tasks}
     chosen = {task: _common_samples(task, runs) for task in tasks}
     for label, run in runs.items():
         evaluated = {
-            name: _on(name, model, tasks, run.answers, chosen)
+            name: _on(name, model, list(tasks), run.scores, chosen)
             for name, model in run.report.models.items()
         }
-        summarise(evaluated, run.report.own_models())
+        summarise(evaluated, {task: run.report.tasks[task] for task in tasks})
         for name, own in evaluated.items():
             model = run.report.models[name]
             shown = name if model.role != "merged" else _labelled(label, name)
@@ -91,19 +106,21 @@ def combined_models(runs: Mapping[str, Evaluated]) -> tuple[dict[str, ModelResul
                 shown = f"{name} ({label})"
             models[shown] = own
             for task in own.tasks:
-                found = run.answers.tasks[task]
+                found = run.scores.tasks[task][name]
                 keep = np.isin(found.samples, chosen[task])
                 if keep.any():
-                    predictions = {shown: found.predictions[name][keep]}
-                    part = TaskAnswers(found.samples[keep], found.labels[keep], predictions)
-                    answers.add(task, shown, part)
-    return models, answers
+                    scores.add(task, shown, found.at(keep))
+    sizes = {task: r.num_samples for model in models.values() for task, r in model.tasks.items()}
+    tasks = {
+        task: info.model_copy(update={"num_samples": sizes[task]}) for task, info in tasks.items()
+    }
+    return tasks, models, scores
 
 
 def _same(one: ModelResult, other: ModelResult) -> bool:
-    """Return whether a model has the same results in two runs, apart from losses."""
-    counts = [{task: r.accuracy for task, r in model.tasks.items()} for model in (one, other)]
-    return one.weights_sha256 == other.weights_sha256 and counts[0] == counts[1]
+    """Return whether a model has the same results in two runs, by the main metrics."""
+    found = [{task: r.main.value for task, r in model.tasks.items()} for model in (one, other)]
+    return one.identity == other.identity and found[0] == found[1]
 
 
 def _labelled(label: str, name: str) -> str:
@@ -112,11 +129,11 @@ def _labelled(label: str, name: str) -> str:
     return f"{label}{slash}{own}" if family == "merged" else f"{label} {name}"
 
 
-def _common_samples(task: str, runs: Mapping[str, Evaluated]) -> NDArray[np.int32]:
+def _common_samples(task: str, runs: Mapping[str, Evaluated]) -> NDArray[np.int64]:
     """Return the samples that all runs evaluated; none where they have other labels somewhere."""
-    found = [run.answers.tasks[task] for run in runs.values()]
-    samples = reduce(np.intersect1d, (answers.samples for answers in found))
-    labels = [answers.labels[np.isin(answers.samples, samples)] for answers in found]
+    found = [_any(run.scores, task) for run in runs.values()]
+    samples = reduce(np.intersect1d, (scores.samples for scores in found))
+    labels = [_labels(scores.at(np.isin(scores.samples, samples))) for scores in found]
     same = all(np.array_equal(labels[0], other) for other in labels[1:])
     return samples if same else samples[:0]
 
@@ -125,16 +142,15 @@ def _on(
     name: str,
     model: ModelResult,
     tasks: list[str],
-    answers: Answers,
-    chosen: Mapping[str, NDArray[np.int32]],
+    scores: Scores,
+    chosen: Mapping[str, NDArray[np.int64]],
 ) -> ModelResult:
     """Return a model's results on some tasks, and of these on the chosen samples."""
     results = {}
     for task in (task for task in model.tasks if task in tasks):
-        found, result = answers.tasks[task], model.tasks[task]
+        found, result = scores.tasks[task][name], model.tasks[task]
         keep = np.isin(found.samples, chosen[task])
         if keep.any() and not keep.all():
-            right, size = int(found.right(name)[keep].sum()), int(keep.sum())
-            result = TaskResult.from_counts(right, result.loss * size, size)
-        results[task] = result.model_copy()
+            result = TaskResult.of(found.at(keep), scores.metrics[task])
+        results[task] = result.model_copy(deep=True)
     return model.model_copy(update={"tasks": results, "average": None})

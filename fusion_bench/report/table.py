@@ -12,7 +12,19 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from fusion_bench.report.schema import Average, Contender, Difference, Report, Search
+from fusion_bench.report.figures import (
+    PERCENT,
+    comparison_sentence,
+    legend,
+    metric_label,
+    search_metric,
+    search_sentence,
+    shown,
+    signed,
+    task_labels,
+    with_stderr,
+)
+from fusion_bench.report.schema import Contender, Difference, Report, Search, Value
 from fusion_bench.shown import Stream, visible
 
 _ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", "*": "\\*", "`": "\\`", "[": "\\["})
@@ -20,16 +32,16 @@ _ESCAPE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", "*": "\\*", "`": "\
 
 @dataclass(frozen=True)
 class Row:
-    """A model's accuracies in percent, one per task; ``None`` where it was not evaluated.
+    """A model's value of each task's main metric; ``None`` where it was not evaluated.
 
-    ``stderrs`` are the standard errors of these, and last that of the average.
+    ``average`` is that of the main metric, if the tasks have a common one; ``normalized`` the
+    average share of the own models' values.
     """
 
     name: str
-    cells: list[float | None]
-    average: float | None
+    cells: list[Value | None]
+    average: Value | None
     normalized: float | None
-    stderrs: list[float | None]
 
 
 def comparison(report: Report) -> list[Row]:
@@ -39,34 +51,33 @@ def comparison(report: Report) -> list[Row]:
 
 def _row(contender: Contender, report: Report) -> Row:
     results = report.results(contender)
-    average = Average.over(results.values()) if results else None
+    average = report.average(contender)
     return Row(
         contender.name,
-        [_percent(results[t].accuracy if t in results else None) for t in report.tasks],
-        _percent(average.accuracy if average else None),
-        _percent(average.normalized_accuracy if average else None),
-        [
-            *(_percent(results[t].accuracy_stderr if t in results else None) for t in report.tasks),
-            _percent(average.accuracy_stderr if average else None),
-        ],
+        [results[task].main if task in results else None for task in report.tasks],
+        None if average is None else average.main,
+        average.normalized if average else None,
     )
 
 
-def _percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * fraction
+def _grid(report: Report, *, errors: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows; with ``errors`` each value has its standard error."""
+    units = [info.main_metric.unit for info in report.tasks.values()]
+    common = report.main_metric
+    header = ["model" if common is None else metric_label(common), *task_labels(report)]
+    header += ([] if common is None else ["average"]) + ["normalised"]
 
+    def cell(value: Value | None, unit: str) -> str:
+        if value is None:
+            return shown(None)
+        return with_stderr(value.value, value.stderr if errors else None, unit)
 
-def shown(value: float | None) -> str:
-    """Return a figure in percent, or a dash where there is none."""
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _grid(report: Report) -> tuple[list[str], list[list[str]]]:
-    header = ["accuracy, %", *report.tasks, "average", "normalised"]
-    body = [
-        [row.name, *(shown(value) for value in [*row.cells, row.average, row.normalized])]
-        for row in comparison(report)
-    ]
+    body = []
+    for row in comparison(report):
+        cells = [cell(value, unit) for value, unit in zip(row.cells, units, strict=True)]
+        if common is not None:
+            cells.append(cell(row.average, common.unit))
+        body.append([row.name, *cells, shown(row.normalized)])
     return header, body
 
 
@@ -112,18 +123,9 @@ def markdown_text(text: str) -> str:
     return visible(text).translate(_ESCAPE)
 
 
-def with_stderr(value: float | None, stderr: float | None) -> str:
-    """Return a figure in percent, with its standard error if there is one."""
-    return shown(value) if stderr is None else f"{shown(value)} ± {shown(stderr)}"
-
-
 def markdown(report: Report) -> str:
     """Return the report as a Markdown page: the run and the comparison."""
-    header, _ = _grid(report)
-    body = [
-        [row.name, *map(with_stderr, [*row.cells, row.average], row.stderrs), shown(row.normalized)]
-        for row in comparison(report)
-    ]
+    header, body = _grid(report, errors=True)
     lines = ["# Fusion report", ""]
     runs = compared_runs(report)
     if runs:
@@ -142,7 +144,7 @@ def markdown(report: Report) -> str:
     if report.run.tuning is not None:
         lines[-1:] = [f"- {report.run.tuning.sentence()}", ""]
     if report.run.search is not None:
-        lines[-1:] = [f"- search: {markdown_text(report.run.search.sentence())}", ""]
+        lines[-1:] = [f"- search: {markdown_text(search_sentence(report.run.search))}", ""]
     if report.run.search is not None:
         lines += [*markdown_table(*settings(report.run.search)), ""]
     lines += [f"{markdown_text(note)}\n" for note in report.run.notes]
@@ -151,42 +153,59 @@ def markdown(report: Report) -> str:
     if not report.tasks:
         return "\n".join([*lines, "Nothing was evaluated."]) + "\n"
     lines += markdown_table(header, body)
-    lines += ["", "Accuracy ± its standard error. Normalised: the accuracy divided by that of the"]
-    lines += ["task's individual model."]
-    lines += [f"\n{markdown_text(c.sentence())}" for c in report.main_comparisons()]
+    common = report.main_metric
+    label = "Value" if common is None else common.label.capitalize()
+    lines += ["", f"{label} ± its standard error. Normalised: the value divided by that of the"]
+    lines += ["task's own model, or this by the value where lower is better."]
+    if arrow := legend(info.main_metric for info in report.tasks.values()):
+        lines += ["", f"{arrow}."]
+    lines += [
+        f"\n{markdown_text(comparison_sentence(report, c))}" for c in report.main_comparisons()
+    ]
     if runs:
         lines += ["", *markdown_table(*differences(report))]
     return "\n".join(lines) + "\n"
 
 
 def settings(search: Search) -> tuple[list[str], list[list[str]]]:
-    """Return the score of each setting of a search, in percent; the winner is marked."""
-    header = ["setting", f"{search.metric.replace('_', ' ')} on the {search.split} split, %"]
+    """Return the score of each setting of a search; the winner is marked."""
+    unit = f", {search.unit}" if search.unit else ""
+    arrow = "" if search.higher_is_better else " ↓"
+    header = ["setting", f"{search_metric(search)} on the {search.split} split{unit}{arrow}"]
     return header, [
         [
             candidate.text() + (" (chosen)" if place == search.winner else ""),
-            with_stderr(100 * candidate.score, 100 * candidate.score_stderr),
+            with_stderr(candidate.score, candidate.score_stderr, search.unit),
         ]
         for place, candidate in enumerate(search.candidates)
     ]
 
 
 def differences(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return each merged model's difference to the first, in points, for each task.
+    """Return each merged model's difference to the first for each task; fractions in points.
 
     Each column is a pair of models, so any number of tasks fits.
     """
     pairs = report.main_comparisons()
-    header = ["difference, points", *(f"{pair.model} – {pair.other}" for pair in pairs)]
-    body = [[task, *(_interval(pair.tasks.get(task)) for pair in pairs)] for task in report.tasks]
-    return header, [*body, ["average", *(_interval(pair.accuracy) for pair in pairs)]]
+    common = report.main_metric
+    units = [info.main_metric.unit for info in report.tasks.values()]
+    points = "points" if set(units) == {PERCENT} else common.unit if common else ""
+    corner = f"difference, {points}" if points else "difference"
+    header = [corner, *(f"{pair.of} – {pair.beside}" for pair in pairs)]
+    body = [
+        [label, *(_interval(pair.on(task), unit) for pair in pairs)]
+        for label, task, unit in zip(task_labels(report), report.tasks, units, strict=True)
+    ]
+    last = "average" if common else "normalised average, points"
+    unit = common.unit if common else PERCENT
+    return header, [*body, [last, *(_interval(pair.average, unit) for pair in pairs)]]
 
 
-def _interval(difference: Difference | None) -> str:
+def _interval(difference: Difference | None, unit: str) -> str:
     if difference is None:
         return "–"
-    ends = difference.estimate, difference.low, difference.high
-    estimate, low, high = (f"{100 * value:+.1f}" for value in ends)
+    ends = difference.difference, difference.low, difference.high
+    estimate, low, high = (signed(value, unit) for value in ends)
     return f"{estimate}  ({low} to {high})"
 
 
@@ -196,7 +215,9 @@ def print_differences(report: Report, console: Console) -> None:
 
 
 def method_name(report: Report) -> str:
-    """Return the method's class name."""
+    """Return the method's name: that of its config, or else of its class."""
+    if report.run.method is not None:
+        return report.run.method
     node = report.run.config.get("method")
     target = node.get("_target_") if isinstance(node, dict) else node
     return str(target).rpartition(".")[2]

@@ -371,14 +371,19 @@ def _line(record: Record, directory: Path, begun: float) -> str:
     if not (directory / "report.json").exists():
         return f"{record.name}: done"
     from fusion_bench.report import Report, comparison
+    from fusion_bench.report.figures import shown
 
     report = Report.load(directory / "report.json")
-    cells: dict[str, float | None] = {}
+    cells: dict[str, str] = {}
     for row in comparison(report)[-1:]:
-        cells = {"average": row.average, "normalised": row.normalized}
-    if report.objective is not None:
-        cells["validation"] = 100 * report.objective
-    figures = [f"{name} {value:.1f}" for name, value in cells.items() if value is not None]
+        common = report.main_metric
+        if row.average is not None and common is not None:
+            cells["average"] = shown(row.average.value, common.unit)
+        if row.normalized is not None:
+            cells["normalised"] = shown(row.normalized)
+    if (search := report.run.search) is not None:
+        cells["validation"] = shown(search.best.score, search.unit)
+    figures = [f"{name} {value}" for name, value in cells.items()]
     before = (directory / "report.json").stat().st_mtime < begun
     figures.append("done before" if before else f"{report.run.seconds.total:.1f} s")
     return f"{record.name}: {', '.join(figures)}"
@@ -386,7 +391,7 @@ def _line(record: Record, directory: Path, begun: float) -> str:
 
 def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> None:
     """Write and print the leaderboard of the jobs that have evaluated something."""
-    from fusion_bench.report import Answers, Report
+    from fusion_bench.report import Report, Scores
     from fusion_bench.report.leaderboard import Failure, Job, leaderboard
     from fusion_bench.report.leaderboard_files import print_leaderboard, save
     from fusion_bench.report.table import wide_console
@@ -397,7 +402,7 @@ def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> Non
         if job.error is not None:
             failures.append(Failure(name=job.name, directory=place, message=job.error))
         elif report.exists() and (found := Report.load(report)).tasks:
-            finished.append(Job(place, job.overrides, found, Answers.load(report, found)))
+            finished.append(Job(place, job.overrides, found, Scores.load(report, found)))
     if not finished and not failures:
         log.info("Nothing was evaluated, so there is no leaderboard.")
         return

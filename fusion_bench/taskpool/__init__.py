@@ -1,15 +1,17 @@
 """How a model is evaluated."""
 
-from fusion_bench.taskpool.clip_vision import CLIPVisionModelTaskPool
-from fusion_bench.taskpool.image_classification import ImageClassificationTaskPool
-from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.taskpool.results import Score
-from fusion_bench.taskpool.tuning import TuningImages
+from fusion_bench.taskpool.images.clip_vision import CLIPVisionModelTaskPool
+from fusion_bench.taskpool.images.image_classification import ImageClassificationTaskPool
+from fusion_bench.taskpool.images.tuning import TuningImages
+from fusion_bench.taskpool.pool import TaskPool
+from fusion_bench.taskpool.task import LearningData, Task, TaskDescription
 
 __all__ = [
     "CLIPVisionModelTaskPool",
     "ImageClassificationTaskPool",
-    "LabelledImages",
-    "Score",
+    "LearningData",
+    "Task",
+    "TaskDescription",
+    "TaskPool",
     "TuningImages",
 ]

@@ -36,6 +36,8 @@ class Task:
     """``None``: found by feature type."""
     label_column: str | None = None
     """``None``: found by feature type."""
+    owner: str | None = None
+    """The model that was trained for the task; ``None``: the one that has its name."""
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], base: Task | None = None) -> Task:
@@ -133,7 +135,8 @@ def _checked(key: str, value: Any) -> Any:
             raise FusionBenchError(f"{value!r} is not a positive integer.")
         return value
     if not isinstance(value, str):
-        raise FusionBenchError(f"{value!r} is not a column name.")
+        what = "model's name" if key == "owner" else "column name"
+        raise FusionBenchError(f"{value!r} is not a {what}.")
     return value
 
 

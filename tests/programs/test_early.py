@@ -134,7 +134,7 @@ def test_places_that_are_in_each_others_way(program_config: Config, tmp_path: Pa
 def test_a_stream_of_the_users_own_is_refused(family: Path) -> None:
     import datasets
 
-    from fusion_bench.taskpool.images import LabelledImages
+    from fusion_bench.taskpool.images.labelled import LabelledImages
     from fusion_bench.tasks import Task
 
     stream = datasets.load_dataset(str(family / "datasets" / "a"), split="test", streaming=True)

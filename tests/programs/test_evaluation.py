@@ -13,7 +13,7 @@ from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Report
 from fusion_bench.taskpool import base
-from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.taskpool.images.labelled import LabelledImages
 
 
 def run(config: dict[str, Any], taskpool: dict[str, Any] | None = None, **changes: Any) -> Report:

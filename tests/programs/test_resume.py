@@ -33,8 +33,8 @@ def counted(*args):
 setattr(kind, method, counted)
 instantiate(json.loads(sys.argv[1])).run()
 """
-SAVE = ("fusion_bench.taskpool.results", "ResultStore", "save")
-PUT = ("fusion_bench.taskpool.pixels", "PixelStore", "put")
+SAVE = ("fusion_bench.results.store", "ResultStore", "save")
+PUT = ("fusion_bench.taskpool.images.pixels", "PixelStore", "put")
 
 
 def run(config: dict[str, Any]) -> Report:

@@ -11,11 +11,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from fixtures_report import model, report
+from fixtures_report import model, report, task_info
 
-from fusion_bench.report import Answers, TaskAnswers, TaskInfo, TaskResult, summarise
+from fusion_bench.report import Scores, TaskResult, summarise
 from fusion_bench.report.leaderboard import Failure, Job, Leaderboard, leaderboard
 from fusion_bench.report.leaderboard_files import print_leaderboard, save, tex
+from fusion_bench.results import ACCURACY, SampleScores
 
 SIZE = 400
 HOSTILE = "=x|<script>alert(1)</script>&%$#_{}~^\\'\"\n🙂"
@@ -26,26 +27,25 @@ def job(name: str, merged: Mapping[str, np.ndarray], **changes: object) -> Job:
 
     The individual models are right on all but every tenth sample.
     """
-    answers, results = Answers(), {}
+    scores, results = Scores(), {}
     for task, right in merged.items():
         samples = np.arange(len(right), dtype=np.int32)
         labels = np.zeros_like(samples)
         own = (samples % 10 == 0).astype(np.int32)
+        scores.metrics[task] = [ACCURACY]
         for who, wrong in {task: own, "merged": (~right).astype(np.int32)}.items():
-            answers.add(task, who, TaskAnswers(samples, labels, {who: wrong}))
-            counts = TaskResult.from_counts(int((wrong == 0).sum()), 1.0, len(right))
-            results.setdefault(who, {})[task] = counts
+            found = SampleScores.classified(samples, labels, wrong)
+            scores.add(task, who, found)
+            results.setdefault(who, {})[task] = TaskResult.of(found, [ACCURACY])
     models = {who: model("merged" if who == "merged" else "individual") for who in results}
     for who, found in results.items():
         models[who].tasks = found
-    summarise(models, {task: task for task in merged})
+    infos = {task: task_info(task, task, samples=len(right)) for task, right in merged.items()}
+    summarise(models, infos)
     made = report(models)
-    made.tasks = {
-        task: TaskInfo(num_classes=2, num_samples=len(right), fingerprint=task)
-        for task, right in merged.items()
-    }
+    made.tasks = infos
     made.run.precision = str(changes.get("precision", "32-true"))
-    return Job(f"jobs/{name}", name.split(" "), made, answers)
+    return Job(f"jobs/{name}", name.split(" "), made, scores)
 
 
 def first(count: int, size: int = SIZE) -> dict[str, np.ndarray]:
@@ -65,10 +65,10 @@ def test_the_best_come_first_and_those_alike_share_a_rank() -> None:
     assert ranks(board) == {"top": 1, "b": 1, "low": 3, "individual": None}
     lines = {line.name: line for line in board.tables[0].lines}
     assert lines["top"].difference is None
-    assert lines["b"].difference.estimate == pytest.approx(-2 / 360)
+    assert lines["b"].difference.difference == pytest.approx(-2 / 360)
     assert lines["b"].difference.low < 0 <= lines["b"].difference.high
-    assert lines["low"].difference.estimate == pytest.approx(-100 / 360)
-    assert lines["low"].accuracy == 0.5 and lines["low"].normalized_accuracy == 0.5 / 0.9
+    assert lines["low"].difference.difference == pytest.approx(-100 / 360)
+    assert lines["low"].average.value == 0.5 and lines["low"].normalized == 0.5 / 0.9
     assert lines["low"].stderr == pytest.approx(0.5 / 20 / 0.9)  # of 400 throws, over 0.9
 
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_compared_has_a_table_of_its_own() -> None:
 def test_without_individual_models_the_accuracy_ranks() -> None:
     bare = job("x", first(300))
     del bare.report.models["a"]
-    bare.report.models["merged"].tasks["a"].normalized_accuracy = None
+    bare.report.models["merged"].tasks["a"].main.normalized = None
     (table,) = leaderboard("s", [bare, job("y", first(200))]).tables
     assert table.ranked_by == "accuracy" and "normalised" not in table.sentence()
     assert [line.rank for line in table.lines if line.role == "merged"] == [1, 2]
@@ -141,7 +141,7 @@ def hostile(tmp_path: Path) -> tuple[Leaderboard, Path]:
 def test_json_is_read_again(hostile: tuple[Leaderboard, Path]) -> None:
     board, directory = hostile
     assert Leaderboard.model_validate_json((directory / "leaderboard.json").read_text()) == board
-    assert json.loads((directory / "leaderboard.json").read_text())["schema_version"] == 1
+    assert json.loads((directory / "leaderboard.json").read_text())["schema_version"] == 2
 
 
 def test_csv_opens_with_numbers(hostile: tuple[Leaderboard, Path]) -> None:
@@ -150,7 +150,7 @@ def test_csv_opens_with_numbers(hostile: tuple[Leaderboard, Path]) -> None:
     assert frame["accuracy"].dtype == frame["normalized_accuracy"].dtype == np.float64
     assert frame["rank"].max() == 4 and len(frame) == 4 + 1 + 1
     (table,) = board.tables
-    assert frame["accuracy"].tolist()[:5] == [line.accuracy for line in table.lines]
+    assert frame["accuracy"].tolist()[:5] == [line.average.value for line in table.lines]
     assert frame["error"].dropna().tolist() == [f"'{HOSTILE}"]
     # A spreadsheet takes none of it for a formula.
     rows = csv.reader(io.StringIO((directory / "leaderboard.csv").read_text()))

@@ -8,8 +8,10 @@ import pytest
 from fixtures_report import model, report, synthetic
 from jinja2 import UndefinedError
 
-from fusion_bench.report import Answers, Report, TaskAnswers, Tuning, TuningTask, summarise
-from fusion_bench.report.page import page, percent, points, render
+from fusion_bench.report import Report, Scores, Tuning, TuningTask, summarise
+from fusion_bench.report.figures import comparison_sentence, signed
+from fusion_bench.report.page import page, render
+from fusion_bench.results import ACCURACY, LOSS, SampleScores
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -60,8 +62,12 @@ class Reader(HTMLParser):
             self._caption += data
 
 
-def read(found: Report, answers: Answers | None = None) -> Reader:
-    return Reader(page(found, answers or Answers()))
+def minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def read(found: Report, scores: Scores | None = None) -> Reader:
+    return Reader(page(found, scores or Scores()))
 
 
 def evaluated() -> Report:
@@ -71,8 +77,9 @@ def evaluated() -> Report:
         "b": model("individual", b=60),
         "merged": model("merged", a=60, b=45),
     }
-    summarise(models, {"a": "a", "b": "b"})
-    return report(models)
+    found = report(models)
+    summarise(models, found.tasks)
+    return found
 
 
 def test_the_comparison_in_percent_with_standard_errors() -> None:
@@ -88,7 +95,7 @@ def test_the_comparison_in_percent_with_standard_errors() -> None:
 
 def test_where_it_loses_and_what_it_keeps() -> None:
     found = read(evaluated())
-    assert found.tables["Accuracy in percent, compared with the task's individual model"][1:] == [
+    assert found.tables["Accuracy in percent, compared with the task's own model"][1:] == [
         ["a", "80.0", "60.0", "−20.0", "–", "75.0"],
         ["b", "60.0", "45.0", "−15.0", "–", "75.0"],
     ]
@@ -105,8 +112,9 @@ def test_the_best_of_several_merged_models_is_marked() -> None:
         "one": model("merged", a=60, b=45),
         "two": model("merged", a=50, b=45),
     }
-    summarise(models, {"a": "a"})
-    found = read(report(models))
+    told = report(models)
+    summarise(models, told.tasks)
+    found = read(told)
     _, individual, one, two = found.tables["Accuracy in percent, ± its standard error"]
     assert not any("★" in cell for cell in individual)
     assert ["★" in cell for cell in one] == [False, True, True, True, False]
@@ -116,24 +124,25 @@ def test_the_best_of_several_merged_models_is_marked() -> None:
 
 
 def test_sentences_and_intervals() -> None:
-    found, answers = synthetic({"a": 3, "b": 4})
-    shown = read(found, answers)
+    found, scores = synthetic({"a": 3, "b": 4})
+    shown = read(found, scores)
     for comparison in found.main_comparisons():
-        assert comparison.sentence() in shown.words.replace("\u00a0", " ")
+        assert comparison_sentence(found, comparison) in shown.words.replace("\u00a0", " ")
     rows = shown.tables["Average over the tasks that both were evaluated on"][1:]
     assert [row[:2] for row in rows] == [["merged", "pretrained"], ["merged", "individual"]]
-    difference = found.comparisons[0].accuracy
-    assert rows[0][2] == points(difference.estimate)
-    assert rows[0][3] == f"{points(difference.low)} to {points(difference.high)}"
+    difference = found.comparisons[0].average
+    assert difference is not None
+    assert rows[0][2] == minus(signed(difference.difference))
+    assert rows[0][3] == minus(f"{signed(difference.low)} to {signed(difference.high)}")
     assert rows[0][6] == found.comparisons[0].verdict
     assert len(shown.tables["Task by task"]) == 1 + 4
 
 
 def test_a_family_is_one_contender() -> None:
-    found, answers = synthetic(
+    found, scores = synthetic(
         {"a": 3, "b": 4, "c": 5}, merged=["merged/a", "merged/b", "merged/c"]
     )
-    shown = read(found, answers)
+    shown = read(found, scores)
     rows = shown.tables["Accuracy in percent, ± its standard error"]
     assert [row[0] for row in rows[1:]] == ["pretrained", "individual", "merged"]
     assert "Where merged loses most" in shown.words
@@ -152,16 +161,16 @@ def tuning(labels: bool, test_split: bool) -> Tuning:
 def test_what_a_method_learned_from_is_told(labels: bool, test_split: bool, kind: str) -> None:
     found = evaluated()
     found.run.tuning = tuning(labels, test_split)
-    text = page(found, Answers())
+    text = page(found, Scores())
     assert f'class="{kind}"' in text and "a</bdi> (7 samples)" in text
     assert found.run.tuning.sentence() in text
 
 
 def test_a_trial_run_is_called_one() -> None:
     found = evaluated()
-    assert 'class="note"' not in page(found, Answers())
+    assert 'class="note"' not in page(found, Scores())
     found.run.config["fast_dev_run"] = True
-    assert "A trial run." in page(found, Answers())
+    assert "A trial run." in page(found, Scores())
 
 
 def test_what_was_run() -> None:
@@ -183,7 +192,7 @@ def test_what_was_run() -> None:
     assert "_target_: fusion_bench.method.TiesMergingAlgorithm" in shown.words  # the config
     rows = re.findall(
         r'<th scope="row"><bdi>(\w+)</bdi></th><td>(\w+)</td><td><bdi>(.*?)<',
-        page(found, Answers()),
+        page(found, Scores()),
     )
     assert rows == [
         ("_pretrained_", "pretrained", "owner/base"),
@@ -194,19 +203,20 @@ def test_what_was_run() -> None:
     ]
 
 
-def confused(num_classes: int) -> tuple[Report, Answers]:
+def confused(num_classes: int) -> tuple[Report, Scores]:
     """Return a task whose class 0 is taken for 1 twice, by a model that is else right."""
     labels = np.array([0, 0, 0, 1, 1, num_classes - 1], np.int32)
     predictions = {"a": labels, "merged": np.array([0, 1, 1, 1, 1, num_classes - 1], np.int32)}
-    answers = Answers()
+    scores = Scores()
     for name, chosen in predictions.items():
-        answers.add("a", name, TaskAnswers(np.arange(6, dtype=np.int32), labels, {name: chosen}))
+        scores.add("a", name, SampleScores.classified(np.arange(6), labels, chosen))
     models = {"a": model("individual", a=100), "merged": model("merged", a=67)}
-    summarise(models, {"a": "a"})
     found = report(models)
+    summarise(models, found.tasks)
     del found.tasks["b"]
-    found.tasks["a"].class_names = [f"class {i}" for i in range(num_classes)]
-    return found, answers
+    found.tasks["a"].num_classes = num_classes
+    found.tasks["a"].classes = [f"class {i}" for i in range(num_classes)]
+    return found, scores
 
 
 def test_few_classes_have_a_confusion_matrix() -> None:
@@ -231,14 +241,14 @@ def test_of_many_classes_the_most_frequent_confusions_are_listed() -> None:
 
 
 def test_without_named_classes_there_is_no_word_of_them() -> None:
-    found, answers = synthetic({"a": 3, "b": 4})
-    assert "Classes of" not in page(found, answers)
+    found, scores = synthetic({"a": 3, "b": 4})
+    assert "Classes of" not in page(found, scores)
 
 
 def test_similarities_and_their_figures() -> None:
-    found, answers = synthetic({"a": 3, "b": 4, "c": 5}, parts=3)
+    found, scores = synthetic({"a": 3, "b": 4, "c": 5}, parts=3)
     assert found.similarity is not None
-    shown = read(found, answers)
+    shown = read(found, scores)
     for title in (
         "Cosines of the task vectors",
         "Cosines in each part",
@@ -252,41 +262,42 @@ def test_similarities_and_their_figures() -> None:
 
 
 def test_of_many_models_each_is_shown_beside_all_others() -> None:
-    found, answers = synthetic({f"t{i}": 3 for i in range(9)}, samples=20, parts=2)
+    found, scores = synthetic({f"t{i}": 3 for i in range(9)}, samples=20, parts=2)
     assert found.similarity is not None
-    shown = read(found, answers)
+    shown = read(found, scores)
     assert "Mean cosine with all other task vectors, in each part" in shown.words
     mean = (sum(found.similarity.cosines[1][0]) - 1) / 8
     assert f"{mean:.3g}" in shown.words
 
 
-def no_tasks() -> tuple[Report, Answers]:
+def no_tasks() -> tuple[Report, Scores]:
     found, _ = synthetic({"a": 3, "b": 4})
     found.tasks, found.comparisons = {}, []
     for each in found.models.values():
         each.tasks, each.average = {}, None
-    return found, Answers()
+    return found, Scores()
 
 
-def no_lengths() -> tuple[Report, Answers]:
-    found, answers = synthetic({"a": 3, "b": 4}, parts=1)
+def no_lengths() -> tuple[Report, Scores]:
+    found, scores = synthetic({"a": 3, "b": 4}, parts=1)
     assert found.similarity is not None
     found.similarity.norms = [[0.0, 0.0]] * 2
     found.similarity.cosines = [[[0.0, 0.0]] * 2] * 2
-    return found, answers
+    return found, scores
 
 
-def nothing_right() -> tuple[Report, Answers]:
+def nothing_right() -> tuple[Report, Scores]:
     models = {"a": model("individual", a=0), "merged": model("merged", a=0, b=0)}
-    summarise(models, {"a": "a"})
-    return report(models), Answers()
+    found = report(models)
+    summarise(models, found.tasks)
+    return found, Scores()
 
 
 DEGENERATE = {
     "nothing evaluated": no_tasks,
     "nothing evaluated nor described": lambda: (
         report({}).model_copy(update={"tasks": {}}),
-        Answers(),
+        Scores(),
     ),
     "no pretrained model": lambda: synthetic({"a": 3, "b": 4}, pretrained=False),
     "no individual models": lambda: synthetic({"a": 3, "b": 4}, individual=False, per_class=True),
@@ -295,8 +306,8 @@ DEGENERATE = {
     "one model": lambda: synthetic({"a": 3}),
     "task vectors of no length": no_lengths,
     "nothing right": nothing_right,
-    "nothing merged": lambda: (report({"a": model("individual", a=50)}), Answers()),
-    "no answers": lambda: (synthetic({"a": 3, "b": 4}, per_class=True)[0], Answers()),
+    "nothing merged": lambda: (report({"a": model("individual", a=50)}), Scores()),
+    "no scores": lambda: (synthetic({"a": 3, "b": 4}, per_class=True)[0], Scores()),
     "full matrix": lambda: synthetic({"a": 3, "b": 4}, full=True, per_class=True),
     "family in the full matrix": lambda: synthetic(
         {"a": 3, "b": 4}, full=True, merged=["merged/a", "merged/b"]
@@ -306,8 +317,8 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_what_a_report_lacks_the_page_leaves_out(case: str) -> None:
-    found, answers = DEGENERATE[case]()
-    shown = read(found, answers)
+    found, scores = DEGENERATE[case]()
+    shown = read(found, scores)
     for word in ("nan", "None", "Undefined", "inf"):
         assert not re.search(rf"\b{word}\b", shown.words), word
     assert ("Nothing was evaluated." in shown.words) == (not found.tasks)
@@ -322,14 +333,14 @@ def test_what_a_report_lacks_the_page_leaves_out(case: str) -> None:
 
 @pytest.fixture(scope="module")
 def hostile() -> str:
-    found, answers = synthetic(dict.fromkeys(HOSTILE, 3), samples=50, per_class=True)
+    found, scores = synthetic(dict.fromkeys(HOSTILE, 3), samples=50, per_class=True)
     for name, info in found.tasks.items():
-        info.class_names = [name, f"{name} 2", f"{name} 3"]
+        info.classes = [name, f"{name} 2", f"{name} 3"]
     found.run.command = ["fusion_bench", HOSTILE[0]]
     found.run.device = HOSTILE[0]
     found.run.packages = {HOSTILE[0]: HOSTILE[7]}
     found.run.config["method"] = {"_target_": f"x.{HOSTILE[0]}", HOSTILE[1]: HOSTILE[7]}
-    return page(found, answers)
+    return page(found, scores)
 
 
 def test_a_name_is_text_whatever_it_is(hostile: str) -> None:
@@ -339,7 +350,7 @@ def test_a_name_is_text_whatever_it_is(hostile: str) -> None:
         *("h1", "h2", "p", "strong", "dl", "dt", "dd", "ul", "li", "code", "pre", "bdi", "time"),
         *("div", "table", "caption", "thead", "tbody", "tr", "th", "td", "small", "span"),
         *("details", "summary", "figure", "figcaption", "svg", "title", "desc", "g", "path"),
-        *("text", "defs", "clippath", "rect", "use", "image"),
+        *("text", "defs", "clippath", "rect", "use", "image", "button"),
     }
     assert shown.tags.count("script") == 1
     assert not re.search(
@@ -363,11 +374,11 @@ def test_twenty_models_on_twenty_tasks_of_397_classes_stay_small(
     monkeypatch.setattr("fusion_bench.report.statistics.RESAMPLES", 50)
     tasks = dict.fromkeys((f"dataset-number-{i}" for i in range(20)), 397)
     family = [f"merged/{task}" for task in tasks]
-    found, answers = synthetic(
+    found, scores = synthetic(
         tasks, samples=100, full=True, per_class=True, merged=family[:3], parts=30
     )
     found.comparisons *= 10  # as many as for thirty merged models
-    text = page(found, answers)
+    text = page(found, scores)
     assert "report.json has the rest" in text
     assert len(text.encode()) < 1_500_000
 
@@ -404,5 +415,8 @@ def test_a_template_must_be_given_all_that_it_names() -> None:
 
 
 def test_figures_as_people_read_them() -> None:
-    assert percent(0.8371) == "83.7" and percent(None) == "–"
-    assert points(-0.0123) == "−1.2" and points(0.5) == "+50.0" and points(None) == "–"
+    assert shown(0.8371) == "83.7" and shown(None) == "–"
+    assert signed(-0.0123) == "-1.2" and signed(0.5) == "+50.0" and signed(None) == "–"
+    values = [0.031249, 12.3456, 99.96, 1234.5, 1e6, float("inf")]
+    assert [shown(v, "m") for v in values] == ["0.0312", "12.3", "100", "1,234", "1,000,000", "∞"]
+    assert signed(-0.5, "m") == "-0.500" and signed(0.25, "") == "+0.250"

@@ -24,12 +24,12 @@ OPEN_ALL = "for (const each of document.querySelectorAll('details')) each.open =
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a page with everything on it, some of it hostile."""
     tasks = {HOSTILE: 4, "n" * 200: 13, "digits": 5, "{{7*7}}": 3, r"$\alpha$": 3, "مرحبا 😀": 3}
-    found, answers = synthetic(tasks, samples=60, per_class=True, merged=["merged", "other"])
+    found, scores = synthetic(tasks, samples=60, per_class=True, merged=["merged", "other"])
     for name, info in found.tasks.items():
-        info.class_names = [f"{name} {i}" for i in range(info.num_classes)]
+        info.classes = [f"{name} {i}" for i in range(info.num_classes)]
     found.run.config["method"] = {"_target_": "x.Method", "option": HOSTILE}
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page(found, answers), encoding="utf-8")
+    file.write_text(page(found, scores), encoding="utf-8")
     return file
 
 
@@ -132,10 +132,10 @@ def test_the_keyboard_sorts_too(browser: Chrome, path: Path, key: str) -> None:
 
 
 def test_missing_figures_come_last(browser: Chrome, tmp_path: Path) -> None:
-    found, answers = synthetic({"a": 3, "b": 4}, samples=50)
+    found, scores = synthetic({"a": 3, "b": 4}, samples=50)
     del found.models["_pretrained_"].tasks["b"]
     found.comparisons = []
-    (tmp_path / "report.html").write_text(page(found, answers), encoding="utf-8")
+    (tmp_path / "report.html").write_text(page(found, scores), encoding="utf-8")
     open_page(browser, tmp_path / "report.html")
     for _ in range(2):
         click(browser, "b")

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 from browser import console, open_page, requests
-from fixtures_report import report
+from fixtures_report import report, result
 from selenium.webdriver import Chrome
 
 from fusion_bench.report import TaskResult
@@ -13,7 +13,7 @@ from fusion_bench.report.scaling import Base, Merge, Study
 
 
 def results(**percent: int) -> dict[str, TaskResult]:
-    return {task: TaskResult.from_counts(value, 1.0, 100) for task, value in percent.items()}
+    return {task: result(value) for task, value in percent.items()}
 
 
 def study(**changes: object) -> Study:

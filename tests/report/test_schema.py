@@ -1,18 +1,24 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fixtures_report import model, report
+from fixtures_report import model, report, task_info
 from pydantic import ValidationError
 
 from fusion_bench.report import Report, TaskResult, summarise
+from fusion_bench.results import ACCURACY, LOSS, SampleScores
 
 
-def test_figures_from_counts() -> None:
-    result = TaskResult.from_counts(num_correct=90, loss_sum=25.0, num_samples=100)
-    assert result.accuracy == 0.9
-    assert result.loss == 0.25
-    assert result.accuracy_stderr == pytest.approx(math.sqrt(0.9 * 0.1 / 100))
+def test_figures_from_scores() -> None:
+    labels = np.arange(100) % 10
+    predictions = np.where(np.arange(100) < 90, labels, 10)
+    losses = np.full(100, 0.25, np.float32)
+    scores = SampleScores.classified(np.arange(100), labels, predictions, losses)
+    result = TaskResult.of(scores, [ACCURACY, LOSS])
+    assert result.main.value == 0.9 and list(result.metrics) == ["accuracy", "loss"]
+    assert result.metrics["loss"].value == 0.25
+    assert result.main.stderr == pytest.approx(math.sqrt(0.9 * 0.1 / 100))
 
 
 def test_normalised_by_the_tasks_own_model() -> None:
@@ -22,24 +28,24 @@ def test_normalised_by_the_tasks_own_model() -> None:
         "b": model("individual", b=60),
         "merged": model("merged", a=60, b=45),
     }
-    summarise(models, {"a": "A", "b": "b"})
+    summarise(models, {"a": task_info("a", "A"), "b": task_info("b", "b")})
     merged = models["merged"]
-    assert merged.tasks["a"].normalized_accuracy == pytest.approx(0.75)
+    assert merged.tasks["a"].main.normalized == pytest.approx(0.75)
     assert merged.average is not None
-    assert merged.average.accuracy == pytest.approx(0.525)
-    assert merged.average.loss == pytest.approx(0.5)
-    assert merged.average.normalized_accuracy == pytest.approx(0.75)
-    assert models["A"].tasks["a"].normalized_accuracy == 1
-    assert models["_pretrained_"].tasks["b"].normalized_accuracy == pytest.approx(0.5)
+    assert merged.average.main.value == pytest.approx(0.525)
+    assert merged.average.metrics["loss"].value == pytest.approx(0.5)
+    assert merged.average.normalized == pytest.approx(0.75)
+    assert models["A"].tasks["a"].main.normalized == 1
+    assert models["_pretrained_"].tasks["b"].main.normalized == pytest.approx(0.5)
 
 
 def test_no_normalised_accuracy_without_an_individual_model() -> None:
     models = {"A": model("individual", a=0), "merged": model("merged", a=60, b=45)}
-    summarise(models, {"a": "A", "b": "b"})
-    assert models["merged"].tasks["a"].normalized_accuracy is None  # the individual has none right
-    assert models["merged"].tasks["b"].normalized_accuracy is None
+    summarise(models, {"a": task_info("a", "A"), "b": task_info("b", "b")})
+    assert models["merged"].tasks["a"].main.normalized is None  # the individual has none right
+    assert models["merged"].tasks["b"].main.normalized is None
     assert models["merged"].average is not None
-    assert models["merged"].average.normalized_accuracy is None
+    assert models["merged"].average.normalized is None
 
 
 def test_a_saved_report_reads_back(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 import io
 
+import pytest
 from fixtures_report import model, report, synthetic
 from rich.console import Console
 
 from fusion_bench.report import Report, comparison, markdown, print_comparison, summarise
+from fusion_bench.report.figures import comparison_sentence
+from fusion_bench.report.table import Row
 
-OWN = {"a": "a", "b": "b"}
+def values(row: Row) -> list[float | None]:
+    return [None if cell is None else round(cell.value, 6) for cell in row.cells]
 
 
 def evaluated() -> Report:
@@ -15,8 +19,9 @@ def evaluated() -> Report:
         "b": model("individual", b=60),
         "merged": model("merged", a=60, b=45),
     }
-    summarise(models, OWN)
-    return report(models)
+    found = report(models)
+    summarise(models, found.tasks)
+    return found
 
 
 def printed(width: int) -> str:
@@ -28,9 +33,10 @@ def printed(width: int) -> str:
 def test_individual_models_share_a_row() -> None:
     rows = comparison(evaluated())
     assert [row.name for row in rows] == ["pretrained", "individual", "merged"]
-    assert rows[1].cells == [80, 60]
-    assert rows[1].average == 70 and rows[1].normalized == 100
-    assert rows[2].cells == [60, 45]
+    assert values(rows[1]) == [0.8, 0.6]
+    assert rows[1].average is not None and rows[1].normalized == 1
+    assert rows[1].average.value == pytest.approx(0.7)
+    assert values(rows[2]) == [0.6, 0.45]
 
 
 def test_the_full_matrix_has_a_row_a_model() -> None:
@@ -39,16 +45,18 @@ def test_the_full_matrix_has_a_row_a_model() -> None:
         "b": model("individual", a=20, b=60),
         "merged": model("merged", a=60, b=45),
     }
-    summarise(models, OWN)
-    rows = comparison(report(models))
+    found = report(models)
+    summarise(models, found.tasks)
+    rows = comparison(found)
     assert [row.name for row in rows] == ["a", "b", "merged"]
-    assert rows[0].cells == [80, 10]
+    assert values(rows[0]) == [0.8, 0.1]
 
 
 def test_models_evaluated_on_the_same_single_task_do_not_share_a_row() -> None:
     models = {"a": model("individual", a=80), "b": model("individual", a=20)}
-    summarise(models, OWN)
-    assert [row.name for row in comparison(report(models))] == ["a", "b"]
+    found = report(models)
+    summarise(models, found.tasks)
+    assert [row.name for row in comparison(found)] == ["a", "b"]
 
 
 def test_printed_side_by_side_where_it_fits() -> None:
@@ -67,8 +75,9 @@ def test_printed_task_by_task_where_it_does_not_fit() -> None:
 
 def test_markdown_escapes_names() -> None:
     models = {"x|<b>": model("merged", a=60, b=45)}
-    summarise(models, {})
-    page = markdown(report(models))
+    found = report(models)
+    summarise(models, found.tasks)
+    page = markdown(found)
     assert "| x\\|&lt;b> | 60.0 ± 4.9 | 45.0 ± 5.0 | 52.5 ± 3.5 | – |" in page
     assert "SimpleAverageAlgorithm" in page
 
@@ -76,5 +85,5 @@ def test_markdown_escapes_names() -> None:
 def test_markdown_says_what_the_test_sets_tell() -> None:
     found, _ = synthetic({"a": 3, "b": 4})
     lines = markdown(found).splitlines()
-    sentences = [comparison.sentence() for comparison in found.main_comparisons()]
+    sentences = [comparison_sentence(found, each) for each in found.main_comparisons()]
     assert len(sentences) == 2 and lines[-3::2] == sentences

@@ -24,7 +24,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 import fusion_bench.programs.execute as program
-import fusion_bench.taskpool.base as base
+import fusion_bench.taskpool.pool as base
 from fusion_bench.scripts.cli import main
 
 log, times = Path(sys.argv.pop(1)), int(sys.argv.pop(1))

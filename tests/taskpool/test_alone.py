@@ -12,13 +12,13 @@ import pytest
 from commandline import python
 
 from fusion_bench.storage import cache_dir
-from fusion_bench.taskpool.results import ResultStore
+from fusion_bench.results.store import ResultStore
 
 #: Runs a config and notes each model that it evaluates on a task, which it does at leisure.
 DRIVER = """
 import json, sys, time
 from pathlib import Path
-import fusion_bench.taskpool.base as base
+import fusion_bench.taskpool.pool as base
 from fusion_bench.instantiate import instantiate
 
 evaluate = base.evaluate
@@ -73,7 +73,7 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     key = {"weights": "w"}
     code = (
         "import json, os, sys, time\nfrom pathlib import Path\n"
-        "from fusion_bench.taskpool.results import ResultStore\n"
+        "from fusion_bench.results.store import ResultStore\n"
         "with ResultStore().alone(json.loads(sys.argv[1]), -1) as mine:\n"
         "    Path(sys.argv[2]).write_text(f'{os.getpid()} {mine}')\n"
         "    Path(sys.argv[2]).rename(sys.argv[3])\n    time.sleep(100)\n"

@@ -17,8 +17,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.append(...header.childNodes);
     header.append(button);
     button.addEventListener("click", () => {
-      // Numbers start with the largest, words with the first.
-      const first = header.classList.contains("num") ? "descending" : "ascending";
+      // Numbers start with the best, words with the first.
+      const numbers = header.classList.contains("num") && !header.classList.contains("lower");
+      const first = numbers ? "descending" : "ascending";
       const other = first === "descending" ? "ascending" : "descending";
       const order = header.getAttribute("aria-sort") === first ? other : first;
       headers.forEach((each) => each.removeAttribute("aria-sort"));
@@ -28,5 +29,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
       rows.sort(([a], [b]) => missing(a) - missing(b) || sign * compare(a, b));
       table.tBodies[0].append(...rows.map(([, row]) => row));
     });
+  });
+}
+// A copy button copies the text of the element that it names.
+for (const button of document.querySelectorAll("button[data-copies]")) {
+  const source = document.getElementById(button.dataset.copies);
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(source.textContent);
+      button.textContent = "Copied";
+    } catch {
+      // A page from a file may not use the clipboard: select the text for Ctrl-C.
+      getSelection().selectAllChildren(source);
+      button.textContent = "Press Ctrl-C";
+    }
   });
 }

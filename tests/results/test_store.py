@@ -6,17 +6,20 @@ import pandas
 import pyarrow
 import pytest
 from pyarrow import parquet
+from safetensors.numpy import save
 
+from fusion_bench.results import ACCURACY, LOSS, SampleScores, store
+from fusion_bench.results.store import ResultStore
+from fusion_bench.sealed import write_sealed
 from fusion_bench.storage import cache_dir
-from fusion_bench.taskpool import Score, results
-from fusion_bench.taskpool.results import ResultStore
 
-SCORE = Score(
-    samples=np.array([2, 3, 5, 8], np.int64),
-    labels=np.array([0, 1, 1, 3], np.int64),
-    predictions=np.array([0, 1, 2, 3], np.int64),
-    losses=np.array([0.5, 0.25, 2.0, 1e-8], np.float32),
-)
+ARRAYS = {
+    "samples": np.array([2, 3, 5, 8], np.int64),
+    "labels": np.array([0, 1, 1, 3], np.int64),
+    "predictions": np.array([0, 1, 2, 3], np.int64),
+    "losses": np.array([0.5, 0.25, 2.0, 1e-8], np.float32),
+}
+SCORE = SampleScores.classified(**ARRAYS)
 KEY = {"weights": "w", "images": ["d", "image", "p"], "labels": "l", "samples": "s"}
 
 
@@ -25,32 +28,41 @@ def kept() -> Path:
     return file
 
 
-def assert_same(found: Score | None, expected: Score = SCORE) -> None:
+def assert_same(found: SampleScores | None) -> None:
     assert found is not None
-    for name, values in vars(expected).items():
-        assert getattr(found, name).dtype == values.dtype
-        assert getattr(found, name).tolist() == values.tolist()
+    assert {n: a.tolist() for n, a in found.arrays().items()} == {
+        name: array.tolist() for name, array in SCORE.arrays().items()
+    }
+    assert found.samples.dtype == np.int64 and found.statistics["loss"].dtype == np.float64
 
 
 def test_figures() -> None:
-    assert (SCORE.num_samples, SCORE.num_correct) == (4, 3)
-    assert SCORE.loss_sum == 2.75 + float(np.float32(1e-8))
-    assert SCORE.per_class(5) == [1.0, 0.5, None, 1.0, None]
+    assert SCORE.num_samples == 4
+    assert SCORE.value(ACCURACY) == 3 / 4
+    assert SCORE.value(LOSS) == (2.75 + float(np.float32(1e-8))) / 4
 
 
 def test_losses_are_summed_in_float64() -> None:
     ones = np.ones(100, np.int64)
-    score = Score(ones, ones, ones, np.array([2**25] + [1] * 99, np.float32))
-    assert score.loss_sum == 2**25 + 99
+    losses = np.array([2**25] + [1] * 99, np.float32)
+    score = SampleScores.classified(np.arange(100), ones, ones, losses)
+    assert score.totals(LOSS).tolist() == [2**25 + 99, 100]
 
 
 def test_parquet() -> None:
     table = parquet.read_table(pyarrow.BufferReader(SCORE.parquet()))
-    assert table.column_names == ["sample", "label", "prediction", "loss"]
+    assert table.column_names == ["sample", "label", "prediction", "accuracy", "loss"]
     frame: pandas.DataFrame = table.to_pandas()
     assert frame["sample"].tolist() == [2, 3, 5, 8]
     assert frame["prediction"].tolist() == [0, 1, 2, 3]
-    assert frame["loss"].tolist() == SCORE.losses.tolist()
+    assert frame["accuracy"].tolist() == [1, 1, 0, 1]
+    assert frame["loss"].tolist() == ARRAYS["losses"].tolist()
+
+
+def test_results_of_earlier_versions_count() -> None:
+    """Their files hold these four arrays, under the same key."""
+    write_sealed(ResultStore()._path(KEY), save(ARRAYS))
+    assert_same(ResultStore().load(KEY))
 
 
 def test_a_score_is_found_again() -> None:
@@ -69,7 +81,7 @@ def test_another_key_is_another_score(part: str) -> None:
 
 def test_an_older_evaluation_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     ResultStore().save(KEY, SCORE)
-    monkeypatch.setattr(results, "EVALUATION_VERSION", results.EVALUATION_VERSION + 1)
+    monkeypatch.setattr(store, "EVALUATION_VERSION", store.EVALUATION_VERSION + 1)
     assert ResultStore().load(KEY) is None
 
 

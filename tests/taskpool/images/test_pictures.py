@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from fusion_bench.taskpool import pictures
-from fusion_bench.taskpool.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
+from fusion_bench.taskpool.images.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
 DEEP = (NOISE[..., 0].astype(np.uint16) << 8) | NOISE[..., 1]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_bench.taskpool.sealed import read_sealed, write_sealed
+from fusion_bench.sealed import read_sealed, write_sealed
 
 
 @pytest.mark.parametrize("content", [b"", b"x", bytes(range(256))])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusion_bench.storage import cache_dir
-from fusion_bench.taskpool.heads import HeadStore
+from fusion_bench.taskpool.images.heads import HeadStore
 from fusion_bench.zero_shot import ZeroShotHead
 
 

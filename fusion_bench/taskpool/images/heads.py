@@ -2,8 +2,8 @@
 
 from safetensors.torch import load, save
 
+from fusion_bench.sealed import read_sealed, write_sealed
 from fusion_bench.storage import cache_dir, warn_not_kept
-from fusion_bench.taskpool.sealed import read_sealed, write_sealed
 from fusion_bench.zero_shot import ZeroShotHead
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, clip_vision
-from fusion_bench.taskpool.evaluate import Loading
+from fusion_bench.taskpool.images.evaluate import Loading
 from fusion_bench.tasks import readable
 
 

@@ -12,10 +12,10 @@ from transformers import ViTImageProcessorPil
 
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.taskpool import Score
-from fusion_bench.taskpool.evaluate import BatchLimit, Loading, evaluate
-from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.taskpool.pixels import PreparedImages
-from fusion_bench.taskpool.preprocess import Preprocessor
+from fusion_bench.taskpool.images.evaluate import BatchLimit, Loading, evaluate
+from fusion_bench.taskpool.images.labelled import LabelledImages
+from fusion_bench.taskpool.images.pixels import PreparedImages
+from fusion_bench.taskpool.images.preprocess import Preprocessor
 from fusion_bench.tasks import Task
 
 CPU = Fabric(accelerator="cpu", devices=1)

@@ -16,8 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from fusion_bench.storage import cache_dir, locked, warn_not_kept
-from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.taskpool.preprocess import Preprocessor
+from fusion_bench.taskpool.images.labelled import LabelledImages
+from fusion_bench.taskpool.images.preprocess import Preprocessor
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +96,6 @@ class PreparedImages:
         self._store: PixelStore | None = None
         if max_bytes and preprocessor.in_bytes:
             self._store = self._opened(max_bytes)
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The samples' classes."""
-        return self.data.labels
 
     @property
     def identity(self) -> str:

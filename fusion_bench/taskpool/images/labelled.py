@@ -4,8 +4,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +16,18 @@ from fusion_bench.addresses import AddressError, Folders
 from fusion_bench.problems import (
     FusionBenchError,
     Place,
-    Problem,
     did_you_mean,
-    error_of,
     key_of,
-    within,
 )
-from fusion_bench.taskpool.classes import (
+from fusion_bench.taskpool.datasets import WHY_NOT_STREAMED, DatasetPlace, names_no_split
+from fusion_bench.taskpool.images.classes import (
     by_name,
     class_indices,
     name_splits,
     some,
     sorted_by_number,
 )
-from fusion_bench.taskpool.described import WHY_NOT_STREAMED, names_no_split
-from fusion_bench.taskpool.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
+from fusion_bench.taskpool.images.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
 from fusion_bench.tasks import Task, readable
 
 if TYPE_CHECKING:
@@ -51,30 +47,6 @@ _LAYOUT = (
 
 #: How many images are looked for in another dataset.
 _COMPARED = 200
-
-
-@dataclass(frozen=True)
-class DatasetPlace:
-    """Where a dataset stands in the config, for messages.
-
-    Attributes:
-        place: relative to the task pool.
-        whole: it is from the config's beginning instead.
-    """
-
-    place: Place
-    whole: bool = False
-
-    def located(self) -> AbstractContextManager[None]:
-        """Put this place before that of each problem that is raised in the context."""
-        return within(*self.place, whole=self.whole)
-
-    def refusal(self, reason: str, remedy: str = "") -> FusionBenchError:
-        """Return what to raise where the dataset cannot be used."""
-        return error_of([Problem(self.place, reason, remedy, whole=self.whole)])
-
-    def __str__(self) -> str:
-        return key_of(self.place)
 
 
 class Columns:

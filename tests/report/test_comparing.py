@@ -5,15 +5,25 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+from fixtures_report import model, report
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
+from fusion_bench.report.comparing import compare, verdict
+from fusion_bench.report.figures import comparison_sentence
 from fusion_bench.report.schema import Comparison, Difference
-from fusion_bench.report.statistics import compare, verdict
+from fusion_bench.results import ACCURACY, SampleScores, with_ones
 
 Answers = dict[str, NDArray[np.bool_]]
+
+
+def scores(answers: Answers) -> dict[str, SampleScores]:
+    return {
+        task: SampleScores(np.arange(len(right)), {"accuracy": with_ones(right)})
+        for task, right in answers.items()
+    }
 
 
 def draw(seed: int, **rates: tuple[int, float]) -> Answers:
@@ -21,8 +31,21 @@ def draw(seed: int, **rates: tuple[int, float]) -> Answers:
     return {task: random.random(size) < rate for task, (size, rate) in rates.items()}
 
 
+def on(found: Comparison, task: str) -> Difference:
+    of_task = found.on(task)
+    assert of_task is not None
+    return of_task
+
+
+def average(found: Comparison) -> Difference:
+    assert found.average is not None
+    return found.average
+
+
 def difference(one: Answers, other: Answers, individual: Answers | None = None) -> Comparison:
-    return compare("one", one, "other", other, individual or {})
+    metrics = dict.fromkeys([*one, *other], ACCURACY)
+    own = scores(individual or {})
+    return compare("one", scores(one), "other", scores(other), own, metrics)
 
 
 def test_the_estimate_is_the_difference_of_the_accuracies() -> None:
@@ -30,16 +53,16 @@ def test_the_estimate_is_the_difference_of_the_accuracies() -> None:
     other = {"a": np.array([1, 0, 0, 0], bool), "b": np.array([1, 1], bool)}
     own = {"a": np.array([1, 1, 1, 1], bool), "b": np.array([1, 0], bool)}
     found = difference(one, other, own)
-    assert found.tasks["a"].estimate == 0.5 and found.tasks["b"].estimate == -0.5
-    assert found.accuracy.estimate == 0
-    assert found.normalized_accuracy is not None
-    assert found.normalized_accuracy.estimate == pytest.approx(fmean([0.5 / 1, -0.5 / 0.5]))
+    assert on(found, "a").difference == 0.5 and on(found, "b").difference == -0.5
+    assert average(found).difference == 0
+    assert found.normalized is not None
+    assert found.normalized.difference == pytest.approx(fmean([0.5 / 1, -0.5 / 0.5]))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_are_scipys(seed: int) -> None:
     one, other = draw(seed, a=(400, 0.8)), draw(seed + 10, a=(400, 0.7))
-    found = difference(one, other).tasks["a"]
+    found = on(difference(one, other), "a")
     reference = bootstrap(
         (one["a"].astype(float), other["a"].astype(float)),
         lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
@@ -55,7 +78,7 @@ def test_intervals_are_scipys(seed: int) -> None:
 
 def test_the_normalised_interval_is_scipys() -> None:
     one, other, own = (draw(s, a=(300, r)) for s, r in enumerate((0.7, 0.6, 0.9)))
-    found = difference(one, other, own).normalized_accuracy
+    found = difference(one, other, own).normalized
     reference = bootstrap(
         tuple(model["a"].astype(float) for model in (one, other, own)),
         lambda x, y, z, axis: (x.mean(axis=axis) - y.mean(axis=axis)) / z.mean(axis=axis),
@@ -74,9 +97,9 @@ def test_tasks_weigh_the_same_and_are_resampled_apart() -> None:
     one = draw(0, a=(100, 0.9), b=(2000, 0.5))
     other = draw(1, a=(100, 0.5), b=(2000, 0.5))
     found = difference(one, other)
-    spread = [(d.high - d.low) / 2 for d in found.tasks.values()]
-    assert found.accuracy.estimate == pytest.approx(fmean(d.estimate for d in found.tasks.values()))
-    assert (found.accuracy.high - found.accuracy.low) / 2 == pytest.approx(
+    spread = [(d.high - d.low) / 2 for d in map(found.on, found.tasks)]
+    assert average(found).difference == pytest.approx(fmean(d.difference for d in map(found.on, found.tasks)))
+    assert (average(found).high - average(found).low) / 2 == pytest.approx(
         np.hypot(*spread) / 2, rel=0.1
     )
 
@@ -86,10 +109,10 @@ def test_pairing_tells_more_than_two_samples_would() -> None:
     other = {"a": one["a"].copy()}
     other["a"][np.flatnonzero(one["a"])[:15]] = False
     found = difference(one, other)
-    assert found.verdict == "better" and found.accuracy.low > 0
+    assert found.verdict == "better" and average(found).low > 0
     apart = difference(one, draw(5, a=(1000, other["a"].mean())))
-    assert apart.tasks["a"].high - apart.tasks["a"].low > 3 * (
-        found.tasks["a"].high - found.tasks["a"].low
+    assert on(apart, "a").high - on(apart, "a").low > 3 * (
+        on(found, "a").high - on(found, "a").low
     )
 
 
@@ -97,13 +120,13 @@ def test_pairing_tells_more_than_two_samples_would() -> None:
 def test_the_other_way_round_is_the_opposite(pairs: list[tuple[bool, bool]]) -> None:
     one, other = ({"a": np.array(column)} for column in zip(*pairs, strict=True))
     forth, back = difference(one, other), difference(other, one)
-    assert forth.accuracy.estimate == -back.accuracy.estimate
+    assert average(forth).difference == -average(back).difference
     for found in (forth, back):
-        ends = (found.accuracy.low, found.accuracy.estimate, found.accuracy.high)
+        ends = (average(found).low, average(found).difference, average(found).high)
         assert all(-1 <= end <= 1 for end in ends)
         if found.verdict == "not distinguishable":
-            assert found.accuracy.low <= 0 <= found.accuracy.high
-    assert difference(one, one).accuracy == Difference(estimate=0, low=0, high=0)
+            assert average(found).low <= 0 <= average(found).high
+    assert average(difference(one, one)) == Difference(difference=0, interval=(0, 0))
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
@@ -112,7 +135,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         random = np.random.default_rng(seed)
         level = random.random(200)
         one, other = ({"a": level + 0.3 * random.random(200) < rate} for rate in (0.75, 0.65))
-        found = difference(one, other).accuracy
+        found = average(difference(one, other))
         covered.append(found.low <= truth <= found.high)
     assert 0.9 <= fmean(covered) <= 0.99
 
@@ -127,7 +150,9 @@ def _truth() -> float:
 def test_the_same_seed_gives_the_same_interval() -> None:
     one, other = draw(0, a=(200, 0.8)), draw(1, a=(200, 0.8))
     assert difference(one, other) == difference(one, other)
-    assert compare("one", one, "other", other, {}, seed=1) != difference(one, other)
+    assert compare(
+        "one", scores(one), "other", scores(other), {}, {"a": ACCURACY}, seed=1
+    ) != difference(one, other)
 
 
 def test_only_tasks_that_both_have_are_compared() -> None:
@@ -137,25 +162,32 @@ def test_only_tasks_that_both_have_are_compared() -> None:
 
 def test_without_an_individual_model_there_is_no_normalised_difference() -> None:
     one, other = draw(0, a=(50, 0.9)), draw(1, a=(50, 0.9))
-    assert difference(one, other).normalized_accuracy is None
+    assert difference(one, other).normalized is None
     never = {"a": np.zeros(50, bool)}
-    assert difference(one, other, never).normalized_accuracy is None
+    assert difference(one, other, never).normalized is None
 
 
 def test_verdicts_and_sentences() -> None:
     ends = [(0.01, 0.1), (-0.1, -0.01), (-0.1, 0.1), (0.0, 0.1)]
-    found = [Difference(estimate=(low + high) / 2, low=low, high=high) for low, high in ends]
-    assert [verdict(d) for d in found] == [
+    found = [Difference(difference=sum(e) / 2, interval=e) for e in ends]
+    assert [verdict(d, True) for d in found] == [
         *("better", "worse", "not distinguishable", "not distinguishable")
     ]
+    assert [verdict(d, False) for d in found] == [
+        *("worse", "better", "not distinguishable", "not distinguishable")
+    ]
+    shown = report({"merged": model("merged", a=60)})
     texts = [
-        Comparison(
-            model="merged",
-            other="pretrained",
-            tasks={"a": one},
-            accuracy=one,
-            verdict=verdict(one),
-        ).sentence()
+        comparison_sentence(
+            shown,
+            Comparison(
+                of="merged",
+                beside="pretrained",
+                tasks={"a": {"accuracy": one}},
+                metrics={"accuracy": one},
+                verdict=verdict(one, True),
+            ),
+        )
         for one in found
     ]
     assert texts[0] == (

@@ -14,8 +14,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.taskpool.preprocess import Preprocessor
+from fusion_bench.taskpool.images.labelled import LabelledImages
+from fusion_bench.taskpool.images.preprocess import Preprocessor
 from fusion_bench.tasks import Task
 
 SQUARE = {"height": 32, "width": 32}

@@ -1,6 +1,6 @@
 """Evaluating models by the classifiers that they were fine-tuned with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -13,13 +13,21 @@ from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import read_json
-from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
-from fusion_bench.taskpool.classes import class_indices, some
+from fusion_bench.taskpool.images.classes import class_indices, some
+from fusion_bench.taskpool.images.preprocess import Preprocessor
+from fusion_bench.taskpool.images.task import (
+    Classify,
+    ImageTask,
+    cache_bytes,
+    differing_sizes,
+    image_tasks,
+)
 from fusion_bench.taskpool.parts import Part
+from fusion_bench.taskpool.pool import TaskPool
 from fusion_bench.weights import TensorWeights, sha256
 
 
-class ImageClassificationTaskPool(ImageTaskPool):
+class ImageClassificationTaskPool(TaskPool):
     """Image-classification tasks, each with the head of a fine-tuned classifier.
 
     A model's backbone takes the place of the classifier's own: so a merged backbone is evaluated
@@ -31,7 +39,7 @@ class ImageClassificationTaskPool(ImageTaskPool):
             ``AutoModelForImageClassification`` reads, from the Hub or a local directory, a config
             node or a module.
         processor: one image processor for all tasks, in place of the classifiers' own.
-        dataloader_kwargs: as in ``ImageTaskPool``; so are the next arguments.
+        dataloader_kwargs: as in ``TaskPool``; so are the next arguments.
         tasks: task name to what differs: ``class_names``, ``image_column``, ``label_column``.
         max_samples: evaluate no more than so many samples of each task, the same ones in every run.
         per_class: report each class's accuracy too.
@@ -58,18 +66,45 @@ class ImageClassificationTaskPool(ImageTaskPool):
         cache_size: int | str = "50GB",
         compile: bool = False,
     ):
+        size = cache_bytes(cache_size) if cache else 0
+        self._classifiers = OwnHeads(test_datasets, classifiers, processor)
+        self._image_tasks = image_tasks(test_datasets, tasks, self._classifiers, per_class, size)
         super().__init__(
-            test_datasets,
+            self._image_tasks,
             dataloader_kwargs,
-            tasks,
             max_samples,
-            per_class,
             save_predictions,
             cache,
-            cache_size,
             compile,
         )
-        for name in self.task_names:
+        self._test_datasets = dict(test_datasets)
+
+    @property
+    def test_datasets(self) -> Mapping[str, Any]:
+        """The datasets' nodes."""
+        return self._test_datasets
+
+    def plan(self, scratch: Path | None = None) -> Plan:
+        """Plan the tasks, and find the models that give their heads."""
+        plan = super().plan(scratch)
+        self._classifiers.plan(plan, scratch, self._image_tasks)
+        return plan
+
+
+class OwnHeads:
+    """The heads of fine-tuned classifiers.
+
+    Args:
+        names: the tasks'.
+        classifiers: as in ``ImageClassificationTaskPool``; so is the next argument.
+        processor: one image processor for all tasks, in place of the classifiers' own.
+
+    Raises:
+        FusionBenchError: a task without a classifier.
+    """
+
+    def __init__(self, names: Iterable[str], classifiers: Mapping[str, Any], processor: Any):
+        for name in names:
             if name not in classifiers:
                 raise FusionBenchError(
                     "missing.",
@@ -79,18 +114,18 @@ class ImageClassificationTaskPool(ImageTaskPool):
                 )
         repositories: dict[str, Repository] = {}
         self._classifiers = {
-            name: Part(classifiers[name], ("classifiers", name), repositories)
-            for name in self.task_names
+            name: Part(classifiers[name], ("classifiers", name), repositories) for name in names
         }
         self._processor = Part(processor, ("processor",), repositories)
+        self._preprocessors: dict[str, Preprocessor] = {}
         self._heads: dict[str, nn.Module] = {}
         self._orders: dict[str, list[int]] = {}
         self._identities: dict[str, str] = {}
 
-    def find_models(self, plan: Plan, scratch: Path | None) -> None:
+    def plan(self, plan: Plan, scratch: Path | None, tasks: Mapping[str, ImageTask]) -> None:
         """Find each task's classifier and its image processor; compare classes by config.json."""
-        for task in self.task_names:
-            part, columns = self._classifiers[task], self._described.get(task)
+        for task, part in self._classifiers.items():
+            columns = tasks[task].columns
             with plan.collect():
                 if (repository := part.plan_model(plan, scratch)) is None:
                     continue
@@ -103,8 +138,12 @@ class ImageClassificationTaskPool(ImageTaskPool):
         with plan.collect():
             self._processor.plan_image_processor(plan, scratch)
 
-    def image_processor(self, task: str) -> Any:
-        """Return the common image processor, or the one of the task's classifier."""
+    def preprocessor(self, task: str) -> Preprocessor:
+        """Return that of the common image processor, or of the one of the task's classifier."""
+        made = Preprocessor(self._image_processor(task))
+        return self._preprocessors.setdefault(made.identity, made)
+
+    def _image_processor(self, task: str) -> Any:
         part = self._processor if self._processor.source is not None else self._classifiers[task]
         if part is not self._processor and part.name is None:
             raise FusionBenchError(
@@ -114,19 +153,19 @@ class ImageClassificationTaskPool(ImageTaskPool):
 
         return part.image_processor(AutoImageProcessor, backend="pil")
 
-    def head_identity(self, task: str) -> str:
+    def head_identity(self, task: ImageTask) -> str:
         """Return the hash of the head's weights."""
-        if task not in self._identities:
+        if task.name not in self._identities:
             head = self._head(task)
             prefix = f"{head.base_model_prefix}."
             own = {k: v for k, v in head.state_dict().items() if not k.startswith(prefix)}
             config = head.config.to_json_string()
-            self._identities[task] = sha256(TensorWeights(own)) + config
-            if (order := self._orders[task]) != sorted(order):
-                self._identities[task] += str(order)
-        return self._identities[task]
+            self._identities[task.name] = sha256(TensorWeights(own)) + config
+            if (order := self._orders[task.name]) != sorted(order):
+                self._identities[task.name] += str(order)
+        return self._identities[task.name]
 
-    def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
+    def classifier(self, task: ImageTask, model: nn.Module, name: str, fabric: Fabric) -> Classify:
         """Return the task's head on top of the model's backbone."""
         head: Any = self._head(task)
         backbone: Any = getattr(model, "base_model", model)  # those of transformers have one
@@ -136,18 +175,18 @@ class ImageClassificationTaskPool(ImageTaskPool):
                 f"its backbone is a {type(own).__name__}, that of '{name}' a "
                 f"{type(backbone).__name__}.",
                 "Name a classifier of the same kind.",
-                place=("classifiers", task),
+                place=("classifiers", task.name),
             )
         for field, expected, found in differing_sizes(own.config, backbone.config):
             raise FusionBenchError(
                 f"its backbone has {field} {expected}, that of '{name}' {found}.",
                 "Name a classifier of the same size.",
-                place=("classifiers", task),
+                place=("classifiers", task.name),
             )
         head = deepcopy(head, {id(own): backbone})
         dtype = next(backbone.parameters()).dtype  # what learns may be of another than Fabric's
         head = fabric.to_device(head.to(dtype)).eval()
-        order = self._orders[task]
+        order = self._orders[task.name]
         turned = order != sorted(order)
 
         def classify(images: Tensor) -> Tensor:
@@ -156,21 +195,21 @@ class ImageClassificationTaskPool(ImageTaskPool):
 
         return classify
 
-    def _head(self, task: str) -> Any:
+    def _head(self, task: ImageTask) -> Any:
         """Return a task's classifier, without the weights of its backbone."""
-        if task in self._heads:
-            return self._heads[task]
+        if task.name in self._heads:
+            return self._heads[task.name]
         from transformers import AutoModelForImageClassification
 
-        part = self._classifiers[task]
+        part = self._classifiers[task.name]
         head = part.model(AutoModelForImageClassification, "no image classifier")
         count, id2label = head.config.num_labels, head.config.id2label
         labels = [str(id2label[label]) for label in range(count)]
         with part.located():
-            self._orders[task] = _order(task, labels, self._data[task].names)
+            self._orders[task.name] = _order(task.name, labels, task.images.names)
         own = head.base_model
-        self._heads[task] = deepcopy(head, {id(own): deepcopy(own).to("meta")})
-        return self._heads[task]
+        self._heads[task.name] = deepcopy(head, {id(own): deepcopy(own).to("meta")})
+        return self._heads[task.name]
 
 
 def _order(task: str, labels: list[str], names: Sequence[Sequence[str]]) -> list[int]:

@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusion_bench.taskpool.described import split_names
-from fusion_bench.taskpool.evaluate import BatchLimit, Loading, batches, evaluate
-from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.taskpool.pixels import PreparedImages
-from fusion_bench.taskpool.results import Score
+from fusion_bench.problems import within
+from fusion_bench.results import Metric, SampleScores
+from fusion_bench.taskpool.datasets import split_names
+from fusion_bench.taskpool.images.evaluate import batches, evaluate
+from fusion_bench.taskpool.images.labelled import LabelledImages
+from fusion_bench.taskpool.images.pixels import PreparedImages
+from fusion_bench.taskpool.task import Evaluation
 
 #: As a share, how many images may be evaluated as well as learned from.
 _TOLERATED = 0.05
@@ -31,18 +32,21 @@ class TuningImages:
     Attributes:
         task: the task's name.
         split: what the dataset calls the part that the images are from.
+        images: the images.
+        evaluated: those that models are evaluated on.
+        metric: what the task is evaluated by.
         classify: gives the function from images to logits that a model makes for the task; the
             logits follow the model's parameters, so that they can be differentiated.
-        batch_limit: how many images fit into memory at once, as far as is known.
+        how: gives device, loading and memory.
     """
 
     task: str
     split: str
     images: PreparedImages
+    evaluated: LabelledImages
+    metric: Metric
     classify: Callable[[nn.Module], Callable[[Tensor], Tensor]]
-    fabric: Fabric
-    loading: Loading
-    batch_limit: BatchLimit
+    how: Evaluation
 
     @property
     def data(self) -> LabelledImages:
@@ -52,14 +56,20 @@ class TuningImages:
     def __len__(self) -> int:
         return len(self.data)
 
-    def is_test(self, evaluated: LabelledImages) -> bool:
-        """Return whether models are evaluated on such images: by the split's name, or by content.
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the data."""
+        return self.data.fingerprint
+
+    @property
+    def is_test(self) -> bool:
+        """Whether models are evaluated on such images: by the split's name, or by content.
 
         A few images may be in both splits of a published dataset.
         """
         named = is_test_split(self.split)
-        same = self.data.fingerprint == evaluated.fingerprint
-        return named or same or self.data.share_within(evaluated) > _TOLERATED
+        same = self.data.fingerprint == self.evaluated.fingerprint
+        return named or same or self.data.share_within(self.evaluated) > _TOLERATED
 
     def sample(self, count: int | None, seed: int = 0) -> NDArray[np.int64]:
         """Draw ``count`` samples, none twice; all, in order, where there are no more or ``None``.
@@ -76,10 +86,10 @@ class TuningImages:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, as a model takes them, and labels, both on Fabric's device."""
         steps = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-        loaded = batches(self.images, steps, replace(self.loading, batch_size=batch_size))
+        loaded = batches(self.images, steps, replace(self.how.loading, batch_size=batch_size))
         for step, pixels in zip(steps, loaded, strict=True):
-            images = self.images.preprocessor.finish(pixels.to(self.fabric.device))
-            labels = torch.from_numpy(self.images.labels[step]).to(self.fabric.device)
+            images = self.images.preprocessor.finish(pixels.to(self.how.fabric.device))
+            labels = torch.from_numpy(self.data.labels[step]).to(self.how.fabric.device)
             yield images, labels
 
     def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,11 +98,25 @@ class TuningImages:
         while True:
             yield from self.batches(random.permutation(len(self)), batch_size)
 
-    def evaluate(self, model: nn.Module) -> Score:
-        """Return the model's answers on all images."""
+    def evaluate(self, model: nn.Module) -> SampleScores:
+        """Return the model's scores on all images."""
         samples = np.arange(len(self), dtype=np.int64)
-        classify = self.classify(model)
-        what = f"tuning on {self.task}"
         return evaluate(
-            self.fabric, classify, self.images, samples, self.loading, what, self.batch_limit
+            self.how.fabric,
+            self.classify(model),
+            self.images,
+            self.data.labels,
+            samples,
+            self.how.loading,
+            self.how.progress,
+            self.how.batch_limit,
         )
+
+    def placed(self, *place: str | int) -> "TuningImages":
+        """Return the same images; what ``classify`` raises has ``place`` in front."""
+
+        def classify(model: nn.Module) -> Callable[[Tensor], Tensor]:
+            with within(*place, keyed_only=True, whole=True):
+                return self.classify(model)
+
+        return replace(self, classify=classify)

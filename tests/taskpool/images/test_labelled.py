@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 
 from fusion_bench.addresses import Folders
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.taskpool.images import LabelledImages
+from fusion_bench.taskpool.images.labelled import LabelledImages
 from fusion_bench.tasks import Task, load_task
 
 PICTURE = PILImage.fromarray(np.zeros((4, 4, 3), np.uint8))

@@ -19,9 +19,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from fusion_bench.storage import cache_dir
-from fusion_bench.taskpool.images import LabelledImages
-from fusion_bench.taskpool.pixels import PixelStore, PreparedImages
-from fusion_bench.taskpool.preprocess import Preprocessor
+from fusion_bench.taskpool.images.labelled import LabelledImages
+from fusion_bench.taskpool.images.pixels import PixelStore, PreparedImages
+from fusion_bench.taskpool.images.preprocess import Preprocessor
 from fusion_bench.tasks import Task
 
 SHAPE = (3, 8, 8)

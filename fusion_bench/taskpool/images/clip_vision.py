@@ -16,9 +16,17 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.sources import reading
 from fusion_bench.storage import file_sha256
-from fusion_bench.taskpool.base import Classify, ImageTaskPool, differing_sizes
-from fusion_bench.taskpool.heads import HeadStore
+from fusion_bench.taskpool.images.heads import HeadStore
+from fusion_bench.taskpool.images.preprocess import Preprocessor
+from fusion_bench.taskpool.images.task import (
+    Classify,
+    ImageTask,
+    cache_bytes,
+    differing_sizes,
+    image_tasks,
+)
 from fusion_bench.taskpool.parts import Part
+from fusion_bench.taskpool.pool import TaskPool
 from fusion_bench.weights import TensorWeights, sha256
 from fusion_bench.zero_shot import ZeroShotHead, text_head
 
@@ -35,7 +43,7 @@ _TOKENIZER_FILES = (
 )
 
 
-class CLIPVisionModelTaskPool(ImageTaskPool):
+class CLIPVisionModelTaskPool(TaskPool):
     """Image-classification tasks; the classes' names, put into words, are the classifier.
 
     Args:
@@ -46,7 +54,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         processor: likewise, gives tokenizer and image processor. By default ``clip_model``.
         base_model: the repository to use where the two above are not given.
         data_processor: another processor for the images.
-        dataloader_kwargs: as in ``ImageTaskPool``; so are the next arguments.
+        dataloader_kwargs: as in ``TaskPool``; so are the next arguments.
         tasks: task name to what differs from the known data: ``class_names``, ``templates``,
             ``image_column``, ``label_column``.
         max_samples: evaluate no more than so many samples of each task, the same ones in every run.
@@ -73,17 +81,54 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         cache_size: int | str = "50GB",
         compile: bool = False,
     ):
+        size = cache_bytes(cache_size) if cache else 0
+        self._classifiers = ZeroShotClassifiers(
+            clip_model, processor, base_model, data_processor, cache
+        )
         super().__init__(
-            test_datasets,
+            image_tasks(test_datasets, tasks, self._classifiers, per_class, size),
             dataloader_kwargs,
-            tasks,
             max_samples,
-            per_class,
             save_predictions,
             cache,
-            cache_size,
             compile,
         )
+        self._test_datasets = dict(test_datasets)
+
+    @property
+    def test_datasets(self) -> Mapping[str, Any]:
+        """The datasets' nodes."""
+        return self._test_datasets
+
+    def plan(self, scratch: Path | None = None) -> Plan:
+        """Plan the tasks, and find the models that give their heads."""
+        plan = super().plan(scratch)
+        self._classifiers.plan(plan, scratch)
+        return plan
+
+
+class ZeroShotClassifiers:
+    """Text heads for the encoders of images, from one CLIP model.
+
+    Args:
+        clip_model: as in ``CLIPVisionModelTaskPool``; so are the next three arguments.
+        processor: gives tokenizer and image processor.
+        base_model: the repository to use where the two above are not given.
+        data_processor: another processor for the images.
+        cache: keep text heads on disk.
+
+    Raises:
+        FusionBenchError: no CLIP model.
+    """
+
+    def __init__(
+        self,
+        clip_model: Any,
+        processor: Any,
+        base_model: str | None,
+        data_processor: Any,
+        cache: bool,
+    ):
         if clip_model is None and base_model is None:
             raise FusionBenchError(
                 "missing; it gives the text tower, for example "
@@ -99,7 +144,7 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         self._head_store = HeadStore() if cache else None
         self._heads: dict[str, ZeroShotHead] = {}
 
-    def find_models(self, plan: Plan, scratch: Path | None) -> None:
+    def plan(self, plan: Plan, scratch: Path | None) -> None:
         """Find the CLIP model, the tokenizer and the image processor."""
         with plan.collect():
             if self._clip_part.plan_model(plan, scratch) is not None:
@@ -110,18 +155,18 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
         with plan.collect():
             self._image_processor_part.plan_image_processor(plan, scratch)
 
-    def image_processor(self, task: str) -> Any:
-        """Return the one image processor of all tasks."""
-        return self._image_processor
+    def preprocessor(self, task: str) -> Preprocessor:
+        """Return the one preprocessor of all tasks."""
+        return self._preprocessor
 
-    def head_identity(self, task: str) -> str:
+    def head_identity(self, task: ImageTask) -> str:
         """Return what the text head is made from: text weights, tokenizer, prompts."""
         _ = self._clip_config  # refuses what is no CLIP model
-        texts = json.dumps([self._data[task].class_names, self._tasks[task].templates])
+        texts = json.dumps([task.images.class_names, task.settings.templates])
         content = [self._clip_identity, self._tokenizer_identity, texts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def classifier(self, task: str, model: nn.Module, name: str, fabric: Fabric) -> Classify:
+    def classifier(self, task: ImageTask, model: nn.Module, name: str, fabric: Fabric) -> Classify:
         """Return encoder and text head in one."""
         self._check_architecture(model, name)
         head = fabric.to_device(self._head(task, fabric))
@@ -132,23 +177,21 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
 
         return classify
 
-    def _head(self, task: str, fabric: Fabric) -> ZeroShotHead:
+    def _head(self, task: ImageTask, fabric: Fabric) -> ZeroShotHead:
         """Return a task's head, from the cache if it was ever made."""
         identity = self.head_identity(task)
-        if task not in self._heads:
+        if task.name not in self._heads:
             head = self._head_store.load(identity) if self._head_store else None
             if head is None:
                 head = self._made_head(task, fabric)
                 if self._head_store is not None and fabric.global_rank == 0:
                     self._head_store.save(identity, head)
-            self._heads[task] = head
-        return self._heads[task]
+            self._heads[task.name] = head
+        return self._heads[task.name]
 
-    def _made_head(self, task: str, fabric: Fabric) -> ZeroShotHead:
+    def _made_head(self, task: ImageTask, fabric: Fabric) -> ZeroShotHead:
         clip = fabric.to_device(self._clip)
-        classes = text_head(
-            clip, self._tokenizer, self._data[task].class_names, self._tasks[task].templates
-        )
+        classes = text_head(clip, self._tokenizer, task.images.class_names, task.settings.templates)
         return ZeroShotHead.of(clip, classes)
 
     def _check_architecture(self, model: nn.Module, name: str) -> None:
@@ -232,6 +275,10 @@ class CLIPVisionModelTaskPool(ImageTaskPool):
     def _image_processor_part(self) -> Part:
         given = self._data_processor_part.source is not None
         return self._data_processor_part if given else self._processor_part
+
+    @cached_property
+    def _preprocessor(self) -> Preprocessor:
+        return Preprocessor(self._image_processor)
 
     @cached_property
     def _image_processor(self) -> Any:

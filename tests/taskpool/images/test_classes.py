@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from fusion_bench.taskpool.classes import class_indices, name_splits, sorted_by_number
+from fusion_bench.taskpool.images.classes import class_indices, name_splits, sorted_by_number
 from fusion_bench.tasks import load_task
 
 FASHION = load_task("fashion_mnist").class_names or ()

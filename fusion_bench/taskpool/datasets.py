@@ -3,14 +3,22 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench.addresses import fence, refuse_addresses
-from fusion_bench.problems import FusionBenchError, did_you_mean
+from fusion_bench.problems import (
+    FusionBenchError,
+    Place,
+    Problem,
+    did_you_mean,
+    error_of,
+    key_of,
+    within,
+)
 from fusion_bench.sources import load, reading, refuse_missing_path
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
 from fusion_bench.zoo import load_dataset as load_from_zoo
@@ -21,6 +29,30 @@ if TYPE_CHECKING:
 _LOADS = "datasets.load_dataset"
 _READS = "datasets.load_from_disk"
 _ZOO = "fusion_bench.zoo.load_dataset"
+
+
+@dataclass(frozen=True)
+class DatasetPlace:
+    """Where a dataset stands in the config, for messages.
+
+    Attributes:
+        place: relative to the task pool.
+        whole: it is from the config's beginning instead.
+    """
+
+    place: Place
+    whole: bool = False
+
+    def located(self) -> AbstractContextManager[None]:
+        """Put this place before that of each problem that is raised in the context."""
+        return within(*self.place, whole=self.whole)
+
+    def refusal(self, reason: str, remedy: str = "") -> FusionBenchError:
+        """Return what to raise where the dataset cannot be used."""
+        return error_of([Problem(self.place, reason, remedy, whole=self.whole)])
+
+    def __str__(self) -> str:
+        return key_of(self.place)
 
 
 @dataclass(frozen=True)

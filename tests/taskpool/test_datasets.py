@@ -6,7 +6,7 @@ from fixtures_clip import write_dataset
 from PIL import Image as PILImage
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.taskpool.described import describe, load_split, split_names
+from fusion_bench.taskpool.datasets import describe, load_split, split_names
 
 LOAD = "datasets.load_dataset"
 

@@ -1,0 +1,19 @@
+"""Metrics, scores of samples, statistics, and the store of results: numbers alone."""
+
+from fusion_bench.results.metrics import ACCURACY, LOSS, METRICS, Metric, normalized
+from fusion_bench.results.scores import SampleScores, with_ones
+from fusion_bench.results.statistics import Interval, stderr
+from fusion_bench.results.store import ResultStore
+
+__all__ = [
+    "ACCURACY",
+    "LOSS",
+    "METRICS",
+    "Interval",
+    "Metric",
+    "ResultStore",
+    "SampleScores",
+    "normalized",
+    "stderr",
+    "with_ones",
+]

@@ -1,0 +1,1 @@
+"""Classifying images: datasets, preprocessing, heads and the loop over batches."""
