@@ -595,14 +595,14 @@ def all_answers(device: str, precision: str, samples: int | None) -> dict[str, A
 def answers_row(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Return how many answers are the same, and how far losses are apart."""
     pairs = [(found[name], expected[name]) for name in expected]
-    same = np.concatenate([one.predictions == other.predictions for one, other in pairs])
-    apart = max(float(np.abs(one.losses - other.losses).max()) for one, other in pairs)
+    same = np.concatenate([one.details["predictions"] == other.details["predictions"] for one, other in pairs])
+    apart = max(float(np.abs(one.statistics["loss"] - other.statistics["loss"]).max()) for one, other in pairs)
     return {
         "same answers, %": percent(same),
         "others": f"{(~same).sum()} of {len(same)}",
         "largest difference of a loss": f"{apart:.1e}",
-        "right": sum(one.num_correct for one, _ in pairs),
-        "right on cpu, 32-true": sum(other.num_correct for _, other in pairs),
+        "right": sum(int(one.totals(ACCURACY)[0]) for one, _ in pairs),
+        "right on cpu, 32-true": sum(int(other.totals(ACCURACY)[0]) for _, other in pairs),
     }
 
 
@@ -632,7 +632,7 @@ def run_row(bench: Bench, name: str, settings: Sequence[str]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             report = instantiate(composed(*words), output_dir=place).run()
         (model,) = report.models.values()
-        scores = [task.accuracy for task in model.tasks.values()]
+        scores = [task.main.value for task in model.tasks.values()]
         accuracies[device] = round(100 * float(np.mean(scores)), 1)
         return float(report.run.seconds.fuse)
 

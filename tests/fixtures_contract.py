@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
-
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np

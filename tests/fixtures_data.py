@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.results import ACCURACY, SampleScores
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, TuningImages
 from fusion_bench.weights import in_memory
 
@@ -51,10 +51,12 @@ class Task:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(turn))
             yield from self.batches(order, batch_size)
 
-    def evaluate(self, model: nn.Module) -> SimpleNamespace:
+    metric = ACCURACY
+
+    def evaluate(self, model: nn.Module) -> SampleScores:
         with torch.no_grad():
-            right = int((model(self.inputs).argmax(dim=1) == self.labels).sum())
-        return SimpleNamespace(num_correct=right, num_samples=len(self))
+            answers = model(self.inputs).argmax(dim=1).numpy()
+        return SampleScores.classified(np.arange(len(self)), self.labels.numpy(), answers)
 
 
 def linear(weight: Any, bias: Any = None) -> nn.Linear:

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from fixtures_contract import BASE, TrainablePool
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from fusion_bench.results import ACCURACY, SampleScores
 from fusion_bench.weights import Weights, in_memory
 
 CPU = Fabric(accelerator="cpu", devices=1)
@@ -42,11 +43,12 @@ class Images:
         for turn in count():
             yield from self.batches(self.sample(None, 1000 * seed + turn), batch_size)
 
-    def evaluate(self, model: nn.Module) -> SimpleNamespace:
+    metric = ACCURACY
+
+    def evaluate(self, model: nn.Module) -> SampleScores:
         with torch.no_grad():
-            answers = self.classify(model)(self.images).argmax(dim=-1)
-        right = int((answers == self.labels).sum())
-        return SimpleNamespace(num_correct=right, num_samples=len(self))
+            answers = self.classify(model)(self.images).argmax(dim=-1).numpy()
+        return SampleScores.classified(np.arange(len(self)), self.labels.numpy(), answers)
 
 
 def linear(seed: int, inputs: int = 4, classes: int = 3) -> nn.Module:

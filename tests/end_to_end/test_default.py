@@ -61,13 +61,13 @@ def report(run: Path) -> Report:
 def test_it_is_a_fair_miniature(runs: dict[str, Path]) -> None:
     models = report(runs["first"]).models
     pretrained, merged = models.pop("_pretrained_"), models.pop("merged")
-    own = {task: r.accuracy for m in models.values() for task, r in m.tasks.items()}
+    own = {task: r.main.value for m in models.values() for task, r in m.tasks.items()}
     assert len(own) >= 4 and list(own) == list(merged.tasks) == list(pretrained.tasks)
-    assert all(own[task] > result.accuracy + 0.1 for task, result in pretrained.tasks.items())
+    assert all(own[task] > result.main.value + 0.1 for task, result in pretrained.tasks.items())
     assert fmean(own.values()) > 0.85
     assert pretrained.average is not None and merged.average is not None
-    assert pretrained.average.accuracy + 0.02 < merged.average.accuracy
-    assert merged.average.accuracy < fmean(own.values()) - 0.02
+    assert pretrained.average.main.value + 0.02 < merged.average.main.value
+    assert merged.average.main.value < fmean(own.values()) - 0.02
 
 
 def test_the_second_run_says_the_same(runs: dict[str, Path]) -> None:
@@ -81,7 +81,7 @@ def test_a_run_leaves_its_output_directory_and_nothing_else(runs: dict[str, Path
         (out,) = run.glob("outputs/*/*")
         assert {p.name for p in out.iterdir()} == {
             *(".hydra", "cli.log", "config.yaml"),
-            *("report.answers.safetensors", "report.html", "report.json", "report.md"),
+            *("report.scores.safetensors", "report.html", "report.json", "report.md"),
         }
 
 

@@ -68,7 +68,7 @@ def test_differences_by_hand(tmp_path: Path) -> None:
     assert comparison.accuracy.estimate == pytest.approx(0.05)
     assert comparison.verdict == "better"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("config.yaml", "report.answers.safetensors", "report.html", "report.json", "report.md")
+        *("config.yaml", "report.scores.safetensors", "report.html", "report.json", "report.md")
     }
     assert Report.load(tmp_path / "out" / "report.json") == found
     page = (tmp_path / "out" / "report.html").read_text()
@@ -162,7 +162,7 @@ def test_families_stand_as_one(tmp_path: Path) -> None:
 def test_baselines_that_differ_are_kept_apart(tmp_path: Path) -> None:
     one, two = (write(tmp_path / name, {"a": 60, "b": 40}) for name in ("one", "two"))
     made = Report.load(two / "report.json")
-    made.models["a"].weights_sha256 = "1" * 64
+    made.models["a"].identity = "1" * 64
     made.save(two / "report.json")
     assert {"a", "a (two)", "b"} <= set(compared(one, two).models)
 
@@ -194,7 +194,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
             bad.write_text(content)
         with pytest.raises(FusionBenchError, match=message):
             compared(good, bad.parent)
-    (good / "report.answers.safetensors").unlink()
+    (good / "report.scores.safetensors").unlink()
     other = write(tmp_path / "other", {"a": 60, "b": 40})
     with pytest.raises(FusionBenchError, match=r"report\.answers\.safetensors' is missing"):
         compared(good, other)
@@ -249,7 +249,7 @@ def test_fewer_samples_are_said_and_counted(tmp_path: Path) -> None:
     found = compared(one, other, strict=False, output_dir=tmp_path / "out")
     assert found.tasks["a"].num_samples == 50
     # The first 50 samples: all right on a, where 60 of 100 were; 40 right on b.
-    assert [found.models["one"].tasks[t].accuracy for t in ("a", "b")] == [1.0, 0.8]
+    assert [found.models["one"].tasks[t].main.value for t in ("a", "b")] == [1.0, 0.8]
     assert set(found.models) == {"_pretrained_", "a", "b", "one", "other"}
     for file in ("report.md", "report.html"):
         text = (tmp_path / "out" / file).read_text()

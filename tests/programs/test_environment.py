@@ -133,4 +133,4 @@ def test_the_report_tells_that_memory_ran_out(
     assert report.run.notes == ["Memory ran out: 5 images were evaluated at a time."]
     for name, model in report.models.items():
         for task, result in model.tasks.items():
-            assert result.accuracy == whole.models[name].tasks[task].accuracy
+            assert result.main.value == whole.models[name].tasks[task].main.value

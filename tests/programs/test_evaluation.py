@@ -48,8 +48,10 @@ def test_neither_batches_nor_processes_change_the_figures(
         for name, model in alone.models.items():
             for task, result in model.tasks.items():
                 found = other.models[name].tasks[task]
-                assert (found.accuracy, found.num_samples) == (result.accuracy, 23)
-                assert found.loss == pytest.approx(result.loss, rel=1e-6)
+                assert (found.main.value, found.num_samples) == (result.main.value, 23)
+                assert found.metrics["loss"].value == pytest.approx(
+                    result.metrics["loss"].value, rel=1e-6
+                )
         for key, table in answers(out).items():
             assert table["sample"].tolist() == list(range(23))
             assert table["prediction"].equals(tables[key]["prediction"])
@@ -63,7 +65,7 @@ def test_more_processes_than_samples(program_config: dict[str, Any]) -> None:
     for task in CLASSES:
         found, expected = (r.models["merged"].tasks[task] for r in (report, alone))
         assert found.num_samples == 1
-        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.metrics["loss"].value == pytest.approx(expected.loss, rel=1e-5)
 
 
 @pytest.mark.processes
@@ -153,8 +155,10 @@ def test_predictions_are_those_of_the_report(
             data = load_dataset(str(family / "datasets" / task), split="test")
             assert list(table.columns) == ["sample", "label", "prediction", "loss"]
             assert table["label"].tolist() == data["label"][:]
-            assert (table["label"] == table["prediction"]).mean() == result.accuracy
-            assert table["loss"].astype("float64").sum() / 23 == pytest.approx(result.loss)
+            assert (table["label"] == table["prediction"]).mean() == result.main.value
+            assert table["loss"].astype("float64").sum() / 23 == pytest.approx(
+                result.metrics["loss"].value
+            )
 
 
 def test_predictions_of_a_subset_name_their_samples(

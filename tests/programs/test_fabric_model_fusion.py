@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fixtures_llm import rewrite, write_llama
+from fixtures_scores import loss_sum, num_right
 from lightning.fabric import Fabric
 from transformers import CLIPVisionModel
 
@@ -50,10 +51,10 @@ def test_the_report_compares_merged_with_where_it_came_from(
     scores = CLIPVisionModelTaskPool(**arguments).evaluate(mean, fabric)
     for task, score in scores.items():
         result = report.models["merged"].tasks[task]
-        assert result.accuracy == score.num_correct / 23
-        assert result.loss == pytest.approx(score.loss_sum / 23, rel=1e-5)
-        own = report.models[task].tasks[task].accuracy
-        assert result.normalized_accuracy == pytest.approx(result.accuracy / own)
+        assert result.main.value == num_right(score) / 23
+        assert result.metrics["loss"].value == pytest.approx(loss_sum(score) / 23, rel=1e-5)
+        own = report.models[task].tasks[task].main.value
+        assert result.main.normalized == pytest.approx(result.main.value / own)
 
 
 def test_baselines(program_config: dict[str, Any]) -> None:
@@ -61,7 +62,9 @@ def test_baselines(program_config: dict[str, Any]) -> None:
     assert list(full.models["a"].tasks) == ["a", "b"]
     none = run(program_config, baselines="none")
     assert list(none.models) == ["merged"]
-    assert none.models["merged"].tasks["a"].accuracy == full.models["merged"].tasks["a"].accuracy
+    assert (
+        none.models["merged"].tasks["a"].main.value == full.models["merged"].tasks["a"].main.value
+    )
     with pytest.raises(FusionBenchError, match="Did you mean 'own_task'"):
         run(program_config, baselines="own_tasks")
 
@@ -113,9 +116,9 @@ def test_several_processes_give_the_same_counts(
     for name, model in together.models.items():
         for task, result in model.tasks.items():
             expected = alone.models[name].tasks[task]
-            assert result.accuracy == expected.accuracy
+            assert result.main.value == expected.accuracy
             assert result.num_samples == expected.num_samples
-            assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+            assert result.metrics["loss"].value == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> No
     assert (out / "report.html").read_text() == page(report, Answers.load(out / "report.json"))
     assert report.run.seed == 1 and report.run.config["seed"] == 1
     assert {p.name for p in out.iterdir()} == {
-        *("config.yaml", "report.answers.safetensors"),
+        *("config.yaml", "report.scores.safetensors"),
         *("report.html", "report.json", "report.md", "copies", "merged"),
     }
     assert {p.name for p in (out / "copies").iterdir()} == {"r.answers.safetensors", "r.json"}
@@ -147,8 +150,11 @@ def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> No
         }
     )
     for task, result in again.models["merged"].tasks.items():
-        assert result.accuracy == report.models["merged"].tasks[task].accuracy
-        assert result.loss == report.models["merged"].tasks[task].loss
+        assert result.main.value == report.models["merged"].tasks[task].main.value
+        assert (
+            result.metrics["loss"].value
+            == report.models["merged"].tasks[task].metrics["loss"].value
+        )
 
 
 def test_bare_names_are_in_the_working_directory(
@@ -197,10 +203,10 @@ def test_a_method_may_return_several_models_or_a_module(program_config: dict[str
     merged = [name for name, model in family.models.items() if model.role == "merged"]
     assert merged == ["merged/like_a", "merged/like_b"]
     own = family.models["a"]
-    assert family.models["merged/like_a"].weights_sha256 == own.weights_sha256
+    assert family.models["merged/like_a"].identity == own.identity
     assert family.models["merged/like_a"].tasks["a"] == own.tasks["a"]
     module = run(program_config, method=Ensemble(), baselines="none")
-    assert module.models["merged"].weights_sha256 == own.weights_sha256
+    assert module.models["merged"].identity == own.identity
 
 
 def test_objects_serve_as_well_as_nodes(program_config: dict[str, Any], family: Path) -> None:

@@ -76,10 +76,10 @@ def test_another_model_under_the_same_name(
     assert len(merges) == 2
     assert second.run.inputs["b"] == first.run.inputs["b"]
     assert second.run.inputs["a"] != first.run.inputs["a"]
-    assert second.models["merged"].weights_sha256 != first.models["merged"].weights_sha256
+    assert second.models["merged"].identity != first.models["merged"].identity
 
 
-@pytest.mark.parametrize("damage", ["report.json", "report.answers.safetensors"])
+@pytest.mark.parametrize("damage", ["report.json", "report.scores.safetensors"])
 def test_a_damaged_report_counts_as_none(
     program_config: dict[str, Any], tmp_path: Path, merges: list[str], damage: str
 ) -> None:
@@ -102,7 +102,7 @@ def test_the_report_tells_similarities_and_intervals(
     for (_, other), found in pairs.items():
         for task, difference in found.tasks.items():
             beside = report.models["_pretrained_" if other == "pretrained" else task]
-            expected = merged.tasks[task].accuracy - beside.tasks[task].accuracy
+            expected = merged.tasks[task].main.value - beside.tasks[task].main.value
             assert difference.estimate == pytest.approx(expected)
             assert difference.low <= difference.estimate <= difference.high
     assert run(program_config, similarity=False).similarity is None

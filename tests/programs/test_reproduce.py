@@ -22,7 +22,7 @@ Config = dict[str, Any]
 def percents(report: Report, model: str, own: bool = False) -> list[float]:
     """Return a model's accuracies; with ``own`` those of each task's individual model."""
     return [
-        100 * report.models[task if own else model].tasks[task].accuracy for task in report.tasks
+        100 * report.models[task if own else model].tasks[task].main.value for task in report.tasks
     ]
 
 

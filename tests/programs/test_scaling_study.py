@@ -63,14 +63,14 @@ def test_each_merge_is_that_of_an_ordinary_run(config: Config, tmp_path: Path) -
         similarity=False,
     ).run()
     assert report is not None
-    accuracies = {task: result.accuracy for task, result in merge.tasks.items()}
-    assert accuracies == {t: r.accuracy for t, r in report.models["merged"].tasks.items()}
+    accuracies = {task: result.main.value for task, result in merge.tasks.items()}
+    assert accuracies == {t: r.main.value for t, r in report.models["merged"].tasks.items()}
     pretrained, experts = study.bases["tiny"].pretrained, study.bases["tiny"].experts
     for task, result in report.models["_pretrained_"].tasks.items():
-        assert pretrained[task].accuracy == result.accuracy
-    assert experts["b"].accuracy == report.models["b"].tasks["b"].accuracy
+        assert pretrained[task].main.value == result.main.value
+    assert experts["b"].main.value == report.models["b"].tasks["b"].main.value
     assert list(experts) == ["a", "b", "c"]
-    shares = [accuracies[task] / experts[task].accuracy for task in "ab"]
+    shares = [accuracies[task] / experts[task].main.value for task in "ab"]
     assert study.score(merge, "held_in") == pytest.approx(sum(shares) / 2)
 
 

@@ -100,14 +100,13 @@ def test_each_setting_has_the_figures_of_an_ordinary_run(config: Config) -> None
             config, candidate.options["scaling_factor"], config["modelpool"]["val_datasets"]
         ).models
         merged = alone["merged"]
-        assert {t: r.accuracy for t, r in candidate.tasks.items()} == {
-            t: r.accuracy for t, r in merged.tasks.items()
+        assert {t: r.main.value for t, r in candidate.tasks.items()} == {
+            t: r.main.value for t, r in merged.tasks.items()
         }
         assert merged.average is not None
-        assert candidate.score == merged.average.normalized_accuracy
+        assert candidate.score == merged.average.normalized
         errors = [
-            merged.tasks[task].accuracy_stderr / alone[task].tasks[task].accuracy
-            for task in CLASSES
+            merged.tasks[task].main.stderr / alone[task].tasks[task].main.value for task in CLASSES
         ]
         assert candidate.score_stderr == pytest.approx(math.hypot(*errors) / 2)
     assert {t: used.num_samples for t, used in found.tasks.items()} == {"a": 31, "b": 31}
@@ -244,7 +243,7 @@ def test_a_model_for_each_task_is_evaluated_on_its_own(config: Config) -> None:
     report = run(config, method=tall, search=grid(space={"tall_mask_lambda": [0.1, 0.9]}))
     for candidate in search(report).candidates:
         assert list(candidate.tasks) == ["a", "b"]
-        normal = [r.normalized_accuracy or 0 for r in candidate.tasks.values()]
+        normal = [r.main.normalized or 0 for r in candidate.tasks.values()]
         assert candidate.score == pytest.approx(fmean(normal))
 
 
@@ -252,7 +251,7 @@ def test_without_individual_models_accuracy_is_the_metric(config: Config) -> Non
     found = search(run(config, baselines="none"))
     assert found.metric == "accuracy"
     for candidate in found.candidates:
-        assert candidate.score == fmean(r.accuracy for r in candidate.tasks.values())
+        assert candidate.score == fmean(r.main.value for r in candidate.tasks.values())
     space = {"scaling_factor": [0.1]}
     config["modelpool"]["models"] = {
         {"a": "alpha"}.get(name, name): model

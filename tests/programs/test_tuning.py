@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CLASSES
+from fixtures_scores import loss_sum, num_right
 from lightning.fabric import Fabric
 from transformers import (
     ConvNextImageProcessorPil,
@@ -73,7 +74,10 @@ def refused(config: Config, **changes: Any) -> str:
 def figures(report: Report, *names: str) -> dict[str, Any]:
     """Return accuracy and loss by model and task."""
     return {
-        f"{name} on {task}": (result.accuracy, pytest.approx(result.loss, rel=1e-4))
+        f"{name} on {task}": (
+            result.main.value,
+            pytest.approx(result.metrics["loss"].value, rel=1e-4),
+        )
         for name, model in report.models.items()
         for task, result in model.tasks.items()
         if not names or name in names
@@ -103,17 +107,17 @@ def test_a_method_learns_from_the_training_data(name: str, config: Config, tmp_p
     saved = {"_target_": config["modelpool"]["_target_"], "models": {"m": str(tmp_path / "merged")}}
     plain = method("SimpleAverageAlgorithm")
     again = run(config, modelpool=saved, method=plain, baselines="none")
-    assert again.models["merged"].weights_sha256 == report.models["merged"].weights_sha256
+    assert again.models["merged"].identity == report.models["merged"].identity
     assert figures(again, "merged") == figures(report, "merged")
     assert again.run.tuning is None
 
 
 def test_what_is_learned_depends_on_the_data_alone(config: Config, family: Path) -> None:
-    learned = run(config).models["merged"].weights_sha256
-    assert run(config).models["merged"].weights_sha256 == learned
+    learned = run(config).models["merged"].identity
+    assert run(config).models["merged"].identity == learned
     fewer = {task: dataset(family, task, "train[:1]") for task in CLASSES}
     config["modelpool"]["train_datasets"] = fewer
-    assert run(config).models["merged"].weights_sha256 != learned
+    assert run(config).models["merged"].identity != learned
 
 
 def test_without_a_step_adamerging_is_task_arithmetic(config: Config) -> None:
@@ -154,7 +158,7 @@ def test_a_greedy_soup_takes_the_best_model_first(config: Config) -> None:
     soup = method("GreedySoupAlgorithm", split="train")
     report = run(config, method=soup, taskpool=train, baselines="all_tasks", allow_test_split=True)
     scores = {
-        name: sum(result.accuracy for result in model.tasks.values())
+        name: sum(result.main.value for result in model.tasks.values())
         for name, model in report.models.items()
     }
     assert scores["merged"] >= max(scores.values())
@@ -222,7 +226,7 @@ def test_the_report_owns_up_to_the_test_split(
 
 
 def test_names_match_whatever_the_spelling(config: Config) -> None:
-    expected = run(config).models["merged"].weights_sha256
+    expected = run(config).models["merged"].identity
     models, train = config["modelpool"]["models"], config["modelpool"]["train_datasets"]
     evaluated = config["taskpool"]["test_datasets"]
     models["My_Task"], train["my-task"], evaluated["MY_TASK"] = (
@@ -230,7 +234,7 @@ def test_names_match_whatever_the_spelling(config: Config) -> None:
     )
     for section in (models, train, evaluated):
         section["b"] = section.pop("b")
-    assert run(config).models["merged"].weights_sha256 == expected
+    assert run(config).models["merged"].identity == expected
 
 
 def test_mistakes_give_one_clear_message(config: Config, family: Path) -> None:
@@ -313,9 +317,9 @@ def test_a_family_has_a_model_for_each_task(
     for task in CLASSES:
         model = report.models[f"merged/{task}"]
         assert model.role == "merged" and list(model.tasks) == [task]
-        own = report.models[task].tasks[task].accuracy
+        own = report.models[task].tasks[task].main.value
         found = model.tasks[task]
-        assert found.normalized_accuracy == (pytest.approx(found.accuracy / own) if own else None)
+        assert found.main.normalized == (pytest.approx(found.main.value / own) if own else None)
     assert [row.name for row in comparison(report)] == ["pretrained", "individual", "merged"]
     shown = [capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()]
     for text in shown:
@@ -335,8 +339,10 @@ def test_a_family_has_a_model_for_each_task(
             method=method("SimpleAverageAlgorithm"),
             baselines="none",
         ).models["merged"]
-        assert len(saved) and evaluated.weights_sha256 == merged.weights_sha256
-        assert evaluated.tasks[task].loss == pytest.approx(merged.tasks[task].loss)
+        assert len(saved) and evaluated.identity == merged.identity
+        assert evaluated.tasks[task].metrics["loss"].value == pytest.approx(
+            merged.tasks[task].metrics["loss"].value
+        )
 
 
 def test_a_family_may_be_evaluated_on_all_tasks(config: Config) -> None:
@@ -349,7 +355,9 @@ def test_a_family_may_be_evaluated_on_all_tasks(config: Config) -> None:
     assert list(alone.models) == ["merged/a", "merged/b"]
     for task in CLASSES:
         assert list(alone.models[f"merged/{task}"].tasks) == [task]
-        found, expected = (r.models[f"merged/{task}"].tasks[task].loss for r in (alone, report))
+        found, expected = (
+            r.models[f"merged/{task}"].tasks[task].metrics["loss"].value for r in (alone, report)
+        )
         assert found == expected
 
 
@@ -387,7 +395,7 @@ def test_a_family_takes_the_place_of_what_was_there(config: Config, tmp_path: Pa
 def test_a_method_without_a_seed_of_its_own_takes_the_program_s(config: Config) -> None:
     dare = method("DareTaskArithmetic")
     one, other, again, own = (
-        run(config, method=node, seed=seed, baselines="none").models["merged"].weights_sha256
+        run(config, method=node, seed=seed, baselines="none").models["merged"].identity
         for node, seed in ((dare, 1), (dare, 2), (dare, 1), (dare | {"seed": 1}, 2))
     )
     assert one == again == own != other
@@ -419,8 +427,8 @@ def test_an_ensemble_is_evaluated_and_saved_and_loaded_back(
         ensemble, Fabric(accelerator="cpu", devices=1)
     )
     for task, score in scores.items():
-        assert score.num_correct / 23 == model.tasks[task].accuracy
-        assert score.loss_sum / 23 == model.tasks[task].loss
+        assert num_right(score) / 23 == model.tasks[task].main.value
+        assert loss_sum(score) / 23 == model.tasks[task].metrics["loss"].value
 
 
 def test_an_ensemble_of_one_answers_as_that_model(config: Config) -> None:
@@ -431,8 +439,8 @@ def test_an_ensemble_of_one_answers_as_that_model(config: Config) -> None:
             report = run(config, method=one, baselines="all_tasks")
             for task, result in report.models["merged"].tasks.items():
                 alone = report.models["a"].tasks[task]
-                assert result.accuracy == alone.accuracy
-                assert result.loss == pytest.approx(alone.loss, rel=1e-5)
+                assert result.main.value == alone.main.value
+                assert result.metrics["loss"].value == pytest.approx(alone.loss, rel=1e-5)
 
 
 def test_an_ensemble_needs_no_task_pool_to_be_saved(config: Config, tmp_path: Path) -> None:

@@ -98,7 +98,9 @@ def test_tasks_weigh_the_same_and_are_resampled_apart() -> None:
     other = draw(1, a=(100, 0.5), b=(2000, 0.5))
     found = difference(one, other)
     spread = [(d.high - d.low) / 2 for d in map(found.on, found.tasks)]
-    assert average(found).difference == pytest.approx(fmean(d.difference for d in map(found.on, found.tasks)))
+    assert average(found).difference == pytest.approx(
+        fmean(d.difference for d in map(found.on, found.tasks))
+    )
     assert (average(found).high - average(found).low) / 2 == pytest.approx(
         np.hypot(*spread) / 2, rel=0.1
     )
@@ -111,9 +113,7 @@ def test_pairing_tells_more_than_two_samples_would() -> None:
     found = difference(one, other)
     assert found.verdict == "better" and average(found).low > 0
     apart = difference(one, draw(5, a=(1000, other["a"].mean())))
-    assert on(apart, "a").high - on(apart, "a").low > 3 * (
-        on(found, "a").high - on(found, "a").low
-    )
+    assert on(apart, "a").high - on(apart, "a").low > 3 * (on(found, "a").high - on(found, "a").low)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))

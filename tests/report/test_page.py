@@ -9,9 +9,9 @@ from fixtures_report import model, report, synthetic
 from jinja2 import UndefinedError
 
 from fusion_bench.report import Report, Scores, Tuning, TuningTask, summarise
-from fusion_bench.report.figures import comparison_sentence, signed
+from fusion_bench.report.figures import comparison_sentence, shown, signed
 from fusion_bench.report.page import page, render
-from fusion_bench.results import ACCURACY, LOSS, SampleScores
+from fusion_bench.results import SampleScores
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -139,9 +139,7 @@ def test_sentences_and_intervals() -> None:
 
 
 def test_a_family_is_one_contender() -> None:
-    found, scores = synthetic(
-        {"a": 3, "b": 4, "c": 5}, merged=["merged/a", "merged/b", "merged/c"]
-    )
+    found, scores = synthetic({"a": 3, "b": 4, "c": 5}, merged=["merged/a", "merged/b", "merged/c"])
     shown = read(found, scores)
     rows = shown.tables["Accuracy in percent, ± its standard error"]
     assert [row[0] for row in rows[1:]] == ["pretrained", "individual", "merged"]
@@ -371,7 +369,7 @@ def test_the_page_needs_nothing_else(hostile: str) -> None:
 def test_twenty_models_on_twenty_tasks_of_397_classes_stay_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fusion_bench.report.statistics.RESAMPLES", 50)
+    monkeypatch.setattr("fusion_bench.results.statistics.RESAMPLES", 50)
     tasks = dict.fromkeys((f"dataset-number-{i}" for i in range(20)), 397)
     family = [f"merged/{task}" for task in tasks]
     found, scores = synthetic(

@@ -8,6 +8,7 @@ from fusion_bench.report import Report, comparison, markdown, print_comparison, 
 from fusion_bench.report.figures import comparison_sentence
 from fusion_bench.report.table import Row
 
+
 def values(row: Row) -> list[float | None]:
     return [None if cell is None else round(cell.value, 6) for cell in row.cells]
 

@@ -82,7 +82,7 @@ def test_two_processes_from_the_command_line(conf: Path) -> None:
         done = small(conf, f"fabric.devices={devices}", "report_save_path=${fabric.devices}.json")
         assert done.returncode == 0, done.stderr
         models = Report.load(conf.parent / f"{devices}.json").models
-        counts.append({(n, t): r.accuracy for n, m in models.items() for t, r in m.tasks.items()})
+        counts.append({(n, t): r.main.value for n, m in models.items() for t, r in m.tasks.items()})
     assert counts[0] == counts[1] and len(counts[0]) == 6
     assert len(list((conf.parent / "outputs").glob("*/*/report.json"))) == 2
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from commandline import python
 
-from fusion_bench.storage import cache_dir
 from fusion_bench.results.store import ResultStore
+from fusion_bench.storage import cache_dir
 
 #: Runs a config and notes each model that it evaluates on a task, which it does at leisure.
 DRIVER = """
 import json, sys, time
 from pathlib import Path
-import fusion_bench.taskpool.pool as base
+import fusion_bench.taskpool.images.task as base
 from fusion_bench.instantiate import instantiate
 
 evaluate = base.evaluate

@@ -16,6 +16,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from fixtures_scores import answers as predicted
+from fixtures_scores import details, losses
 from lightning.fabric import Fabric
 from PIL import Image as PILImage
 from torch import nn
@@ -23,8 +25,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.results import SampleScores, store
 from fusion_bench.storage import cache_dir
-from fusion_bench.taskpool import CLIPVisionModelTaskPool, Score, results
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
 CPU = Fabric(accelerator="cpu", devices=1)
 
@@ -60,7 +63,7 @@ class Evaluator:
         fast_dev_run: bool = False,
         task: dict[str, Any] | None = None,
         **changes: Any,
-    ) -> Score:
+    ) -> SampleScores:
         arguments = self._arguments | changes
         arguments["tasks"] = {"a": arguments["tasks"]["a"] | (task or {})}
         pool = CLIPVisionModelTaskPool(**arguments)
@@ -77,8 +80,8 @@ def evaluate(family: Path, program_config: dict[str, Any], data: Dataset) -> Eva
     return Evaluator(family, program_config, data)
 
 
-def answers(score: Score) -> list[Any]:
-    return [values.tolist() for values in vars(score).values()]
+def answers(score: SampleScores) -> list[Any]:
+    return details(score)
 
 
 def kept(kind: str) -> dict[Path, bytes]:
@@ -175,7 +178,7 @@ def test_a_newer_evaluation_evaluates_anew(
     evaluate: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate()
-    monkeypatch.setattr(results, "EVALUATION_VERSION", results.EVALUATION_VERSION + 1)
+    monkeypatch.setattr(store, "EVALUATION_VERSION", store.EVALUATION_VERSION + 1)
     evaluate()
     assert evaluate.built == 2
 
@@ -212,7 +215,7 @@ def test_the_model_is_built_once_for_the_tasks_that_need_it(
         assert evaluate.built == 2
         assert [score.num_samples for score in scores.values()] == [23, 7, 9]
         assert answers(scores["a"]) == answers(first)
-        assert scores["b"].predictions.tolist() == first.predictions[:7].tolist()
+        assert predicted(scores["b"]) == first.details["predictions"][:7].tolist()
 
 
 def test_what_cannot_be_prepared_is_refused_each_time(evaluate: Evaluator, family: Path) -> None:
@@ -230,7 +233,7 @@ def test_samples_are_drawn_once_for_all_runs(evaluate: Evaluator) -> None:
     assert some.samples.tolist() != list(range(6))
     assert answers(evaluate(max_samples=6, cache=False)) == answers(some)
     whole = evaluate()
-    assert some.predictions.tolist() == whole.predictions[some.samples].tolist()
+    assert predicted(some) == whole.details["predictions"][some.samples].tolist()
 
 
 def test_max_samples_holds_for_each_task(family: Path, program_config: dict[str, Any]) -> None:
@@ -272,8 +275,8 @@ def test_a_compiled_model_is_evaluated_in_full_batches(
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self)))
     score = evaluate(compile=True, dataloader_kwargs={"batch_size": 5})
     assert compiled == [CLIPVisionModel] and evaluate.built == 2
-    assert score.predictions.tolist() == plain.predictions.tolist()
-    assert score.losses.tolist() == pytest.approx(plain.losses.tolist(), rel=1e-4)
+    assert predicted(score) == predicted(plain)
+    assert losses(score) == pytest.approx(losses(plain), rel=1e-4)
 
 
 def planned(evaluate: Evaluator, node: dict[str, Any], **task: Any) -> list[str]:
@@ -341,10 +344,13 @@ def test_the_same_data_in_any_form_give_the_same_answers(
         arguments = evaluate._arguments | {"test_datasets": {"a": node}, "tasks": told}
         pool = CLIPVisionModelTaskPool(**arguments)
         score = pool.evaluate(evaluate.build, CPU)["a"]
-        right = score.predictions == score.labels
+        right = score.details["predictions"] == score.details["labels"]
         return {
-            name: (int((score.labels == label).sum()), int(right[score.labels == label].sum()))
-            for label, name in enumerate(pool.data("a").class_names)
+            name: (
+                int((score.details["labels"] == label).sum()),
+                int(right[score.details["labels"] == label].sum()),
+            )
+            for label, name in enumerate(pool.tasks["a"].images.class_names)
         }
 
     names = ["abbey", "airplane cabin", "beach"]

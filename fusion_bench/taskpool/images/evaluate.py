@@ -26,7 +26,6 @@ def evaluate(
     fabric: Fabric,
     classify: Callable[[Tensor], Tensor],
     images: PreparedImages,
-    labels: NDArray[np.int64],
     samples: NDArray[np.int64],
     loading: Loading,
     description: str,
@@ -38,7 +37,6 @@ def evaluate(
         fabric: gives device, precision and processes.
         classify: the classifier.
         images: the images.
-        labels: the classes of all samples.
         samples: which of them are evaluated, in ascending order.
         loading: how they come to the model.
         description: what the progress bar says.
@@ -47,7 +45,8 @@ def evaluate(
     Raises:
         EnvironmentProblem: there is not even memory for one image.
     """
-    targets = torch.from_numpy(labels[samples]).to(fabric.device)
+    labels = images.data.labels[samples]
+    targets = torch.from_numpy(labels).to(fabric.device)
 
     def measure(logits: Tensor, places: Tensor) -> dict[str, Tensor]:
         losses = cross_entropy(logits, targets[places], reduction="none")
@@ -57,7 +56,7 @@ def evaluate(
     found = measured(
         fabric, classify, measure, wanted, images, samples, loading, description, batch_limit
     )
-    return SampleScores.classified(samples, labels[samples], **found)
+    return SampleScores.classified(samples, labels, **found)
 
 
 def measured(

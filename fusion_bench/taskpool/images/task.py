@@ -175,7 +175,6 @@ class ImageTask:
             how.fabric,
             self.classifier(model, how.model, how.fabric),
             self._pixels,
-            self.images.labels,
             samples,
             how.loading,
             how.progress,

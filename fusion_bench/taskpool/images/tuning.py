@@ -105,7 +105,6 @@ class TuningImages:
             self.how.fabric,
             self.classify(model),
             self.images,
-            self.data.labels,
             samples,
             self.how.loading,
             self.how.progress,

@@ -5,13 +5,15 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from fixtures_scores import answers as predicted
+from fixtures_scores import loss_sum, losses, num_right
 from lightning.fabric import Fabric
 from PIL import Image
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
-from fusion_bench.taskpool import Score
+from fusion_bench.results import SampleScores
 from fusion_bench.taskpool.images.evaluate import BatchLimit, Loading, evaluate
 from fusion_bench.taskpool.images.labelled import LabelledImages
 from fusion_bench.taskpool.images.pixels import PreparedImages
@@ -40,19 +42,28 @@ def thirds(pixels: Tensor) -> Tensor:
     return 2 * torch.nn.functional.one_hot(answer, 3).float()
 
 
-def evaluated(images: PreparedImages, samples: list[int] | None = None, **loading: Any) -> Score:
+def evaluated(
+    images: PreparedImages, samples: list[int] | None = None, **loading: Any
+) -> SampleScores:
     chosen = np.arange(len(LABELS)) if samples is None else np.array(samples)
-    return evaluate(CPU, thirds, images, chosen, Loading.for_device(loading, CPU), "evaluating")
+    return evaluate(
+        CPU,
+        thirds,
+        images,
+        chosen,
+        Loading.for_device(loading, CPU),
+        "evaluating",
+    )
 
 
 def test_answers_by_hand(images: PreparedImages) -> None:
     score = evaluated(images)
-    assert score.labels.tolist() == LABELS
-    assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert (score.num_correct, score.num_samples) == (4, 7)
+    assert score.details["labels"].tolist() == LABELS
+    assert predicted(score) == [0, 1, 2, 0, 1, 2, 0]
+    assert (num_right(score), score.num_samples) == (4, 7)
     right, wrong = (float(np.log(np.exp(2) + 2) - logit) for logit in (2, 0))
-    assert score.losses.tolist() == pytest.approx([right] * 3 + [wrong] * 2 + [right, wrong])
-    assert score.loss_sum == pytest.approx(4 * right + 3 * wrong)
+    assert losses(score) == pytest.approx([right] * 3 + [wrong] * 2 + [right, wrong])
+    assert loss_sum(score) == pytest.approx(4 * right + 3 * wrong)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
@@ -62,15 +73,15 @@ def test_answers_are_in_the_datasets_order(
 ) -> None:
     loading = Loading(batch_size, workers=3, ahead=ahead, pin_memory=False)
     score = evaluate(CPU, thirds, images, np.arange(7), loading, "evaluating")
-    assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert score.losses.tolist() == evaluated(images).losses.tolist()
+    assert predicted(score) == [0, 1, 2, 0, 1, 2, 0]
+    assert losses(score) == losses(evaluated(images))
 
 
 def test_only_the_samples_asked_for(images: PreparedImages) -> None:
     score = evaluated(images, [2, 3, 5], batch_size=2)
     assert score.samples.tolist() == [2, 3, 5]
-    assert score.labels.tolist() == [2, 1, 2]
-    assert score.predictions.tolist() == [2, 0, 2]
+    assert score.details["labels"].tolist() == [2, 1, 2]
+    assert predicted(score) == [2, 0, 2]
 
 
 def test_full_batches_are_cut_again(images: PreparedImages) -> None:
@@ -83,7 +94,7 @@ def test_full_batches_are_cut_again(images: PreparedImages) -> None:
     loading = Loading(4, workers=1, ahead=0, pin_memory=False, full_batches=True)
     score = evaluate(CPU, classify, images, np.arange(7), loading, "evaluating")
     assert sizes == [4, 4]
-    assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert predicted(score) == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_what_goes_wrong_in_a_thread_is_told(
@@ -108,7 +119,7 @@ def test_arguments_of_a_data_loader_are_accepted(images: PreparedImages) -> None
         "prefetch_factor": 4,
         "timeout": 60,
     }
-    assert evaluated(images, **usual).predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert predicted(evaluated(images, **usual)) == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_what_is_not_given_suits_the_device() -> None:
@@ -164,8 +175,8 @@ def test_where_memory_runs_out_the_batch_is_halved(
     score = evaluate(CPU, classify, images, np.arange(7), loading, "evaluating", room)
     assert tried == ([6, 3, 1, 1, 1, 1, 1, 1, 1])
     assert room.most == 1
-    assert score.predictions.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert score.losses.tolist() == evaluated(images).losses.tolist()
+    assert predicted(score) == [0, 1, 2, 0, 1, 2, 0]
+    assert losses(score) == losses(evaluated(images))
 
     tried.clear()  # what was learnt is remembered
     room.most = 2

@@ -5,6 +5,8 @@ import pytest
 import torch
 from conftest import CLASSES
 from datasets import load_dataset
+from fixtures_scores import answers as predicted
+from fixtures_scores import losses
 from lightning.fabric import Fabric
 from transformers import (
     AutoConfig,
@@ -23,7 +25,8 @@ from transformers import (
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.taskpool import ImageClassificationTaskPool, Score
+from fusion_bench.results import SampleScores
+from fusion_bench.taskpool import ImageClassificationTaskPool
 from fusion_bench.weights import sha256
 
 CPU = Fabric(accelerator="cpu", devices=1)
@@ -101,8 +104,8 @@ def of(zoo: Path, kind: str, family: Path, **more: Any) -> ImageClassificationTa
     return tasks(family, {task: str(zoo / kind / task) for task in CLASSES}, **more)
 
 
-def answers(scores: dict[str, Score]) -> dict[str, Any]:
-    return {task: (s.predictions.tolist(), s.losses.tolist()) for task, s in scores.items()}
+def answers(scores: dict[str, SampleScores]) -> dict[str, Any]:
+    return {task: (predicted(s), losses(s)) for task, s in scores.items()}
 
 
 def by_hand(path: Path, family: Path, task: str, backbone: Any = None) -> tuple[Any, Any]:
@@ -124,10 +127,10 @@ def by_hand(path: Path, family: Path, task: str, backbone: Any = None) -> tuple[
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_individual_model_answers_as_by_hand(zoo: Path, family: Path, kind: str) -> None:
     evaluated = of(zoo, kind, family).evaluate(models(zoo, kind).load_model("b"), CPU, ["b"])["b"]
-    predictions, losses = by_hand(zoo / kind / "b", family, "b")
-    assert len(set(losses)) > 9  # or the comparison would say little
-    assert evaluated.predictions.tolist() == predictions
-    assert evaluated.losses.tolist() == pytest.approx(losses, rel=1e-4, abs=1e-5)
+    predictions, expected = by_hand(zoo / kind / "b", family, "b")
+    assert len(set(expected)) > 9  # or the comparison would say little
+    assert predicted(evaluated) == predictions
+    assert losses(evaluated) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("base", [False, True])
@@ -140,9 +143,9 @@ def test_a_merged_backbone_is_evaluated_with_each_tasks_head(
     module = pool.build_model(merged)
     scores = of(zoo, kind, family).evaluate(module, CPU)
     for task in CLASSES:
-        predictions, losses = by_hand(zoo / kind / task, family, task, module.state_dict())
-        assert scores[task].predictions.tolist() == predictions
-        assert scores[task].losses.tolist() == pytest.approx(losses, rel=1e-4, abs=1e-5)
+        predictions, expected = by_hand(zoo / kind / task, family, task, module.state_dict())
+        assert predicted(scores[task]) == predictions
+        assert losses(scores[task]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
     pool.save_model(merged, tmp_path / "merged")
     again = HFModelPool({"merged": str(tmp_path / "merged")})
@@ -201,14 +204,14 @@ def test_results_are_kept_by_head(zoo: Path, family: Path, tmp_path: Path) -> No
         built.append(1)
         return models(zoo, "vit").load_model("a")
 
-    def evaluate(classifier: Path) -> Score:
+    def evaluate(classifier: Path) -> SampleScores:
         pool = tasks(family, {"a": str(classifier)})
         return pool.evaluate(build, CPU, weights_sha256="w")["a"]
 
     first = evaluate(zoo / "vit" / "a")
-    assert evaluate(zoo / "vit" / "a").losses.tolist() == first.losses.tolist() and len(built) == 1
+    assert losses(evaluate(zoo / "vit" / "a")) == losses(first) and len(built) == 1
     other = write(tmp_path / "other", "vit", CLASSES["a"], seed=9)
-    assert evaluate(other).losses.tolist() != first.losses.tolist() and len(built) == 2
+    assert losses(evaluate(other)) != losses(first) and len(built) == 2
 
 
 def refused(zoo: Path, family: Path, classifier: Any, **more: Any) -> str:
@@ -250,7 +253,7 @@ def test_numbers_of_classes_are_told_as_numbers(zoo: Path, family: Path, tmp_pat
     plain = write(tmp_path / "plain", "vit", ["LABEL_0", "LABEL_1", "LABEL_2"], seed=0)
     model = models(zoo, "vit").load_model("a")
     first, second = (
-        tasks(family, {"a": str(place)}).evaluate(model, CPU)["a"].predictions
+        tasks(family, {"a": str(place)}).evaluate(model, CPU)["a"].details["predictions"]
         for place in (plain, numbers)
     )
     assert second.tolist() == [[1, 0, 2][output] for output in first]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fusion_bench.taskpool import pictures
+from fusion_bench.taskpool.images import pictures
 from fusion_bench.taskpool.images.pictures import HEAD, PictureError, decode, in_eight_bits, is_deep
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from fixtures_data import CPU, clip_family
+from fixtures_scores import loss_sum, losses, num_right
 from lightning.fabric import Fabric
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
@@ -114,12 +115,12 @@ def test_answers_are_those_that_the_task_pool_evaluates(
 ) -> None:
     expected = tasks(program_config).evaluate(model(family), CPU, ["a"])["a"]
     score = images.evaluate(model(family))
-    assert (score.num_correct, score.num_samples) == (expected.num_correct, 23)
-    assert score.losses.tolist() == expected.losses.tolist()
+    assert (num_right(score), score.num_samples) == (num_right(expected), 23)
+    assert losses(score) == losses(expected)
     pixels, labels = next(images.batches(images.sample(None), 23))
     with torch.no_grad():
         logits = images.classify(model(family))(pixels)
-    assert int((logits.argmax(dim=1) == labels).sum()) == expected.num_correct
+    assert int((logits.argmax(dim=1) == labels).sum()) == num_right(expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -129,7 +130,7 @@ def test_evaluating_in_other_precisions(
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     data = tasks(program_config).tuning({"a": node(family, split="test")}, fabric, ("here",))
     exact = images.evaluate(model(family))
-    assert data["a"].evaluate(model(family)).loss_sum == pytest.approx(exact.loss_sum, rel=0.05)
+    assert loss_sum(data["a"].evaluate(model(family))) == pytest.approx(loss_sum(exact), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_the_test_split_is_known_by_its_name(
     pool = tasks(program_config)
     data = pool.tuning({"a": node(family, split=split)}, CPU, ("here",))["a"]
     assert data.split == split
-    assert data.is_test(pool.data("a")) is expected
+    assert data.is_test is expected
 
 
 def test_the_test_split_is_known_by_its_content(
@@ -157,7 +158,7 @@ def test_the_test_split_is_known_by_its_content(
     evaluated = tasks(program_config, test_datasets={"a": node(family)})
     for split in ("train", "train[:2]", "train[1:]"):
         data = evaluated.tuning({"a": node(family, split=split)}, CPU, ("here",))["a"]
-        assert data.is_test(evaluated.data("a"))
+        assert data.is_test
 
 
 def test_a_copy_of_the_test_split_is_known_by_its_images(
@@ -166,10 +167,10 @@ def test_a_copy_of_the_test_split_is_known_by_its_images(
     pool = tasks(program_config)
     pool.prepare(CPU)
     copy = tmp_path / "copy.parquet"
-    pool.data("a").dataset.select(range(3, 20)).to_parquet(copy)
+    pool.tasks["a"].images.dataset.select(range(3, 20)).to_parquet(copy)
     load = {"_target_": "datasets.load_dataset", "path": "parquet", "split": "train"}
     data = pool.tuning({"a": load | {"data_files": str(copy)}}, CPU, ("here",))["a"]
-    assert data.split == "train" and data.is_test(pool.data("a"))
+    assert data.split == "train" and data.is_test
 
 
 def test_names_are_those_of_tasks_however_they_are_written(
