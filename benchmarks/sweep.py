@@ -187,7 +187,8 @@ def profile(words: list[str], root: Path) -> None:
 
 def _forget(root: Path) -> None:
     """Remove what earlier rounds have evaluated."""
-    shutil.rmtree(cache_dir() / "results", ignore_errors=True)
+    for kept in ("results", "scores"):
+        shutil.rmtree(cache_dir() / kept, ignore_errors=True)
     shutil.rmtree(root / "multirun", ignore_errors=True)
 
 

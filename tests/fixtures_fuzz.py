@@ -31,6 +31,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 from PIL import Image as PILImage
+from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
@@ -40,7 +41,7 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import CompareProgram
-from fusion_bench.report import Answers, Report, markdown
+from fusion_bench.report import Report, Scores, markdown
 from fusion_bench.report.page import page
 from fusion_bench.repository import locate
 from fusion_bench.scripts.cli import EXPECTED
@@ -629,34 +630,32 @@ def _pickle_files() -> st.SearchStrategy[Files]:
 
 # --- (c) reports
 
-_REPORT, _ANSWERS = synthetic(
-    {"a": 3, "b": 14}, samples=20, per_class=True, merged=("merged", "m2")
-)
+_REPORT, _SCORES = synthetic({"a": 3, "b": 14}, samples=20, per_class=True, merged=("merged", "m2"))
 _REPORT_JSON = json.loads(_REPORT.model_dump_json())
+#: A run of the first schema, and its predictions.
+_EARLIER = Path(__file__).parent / "report" / "schema_1" / "small"
+_EARLIER_JSON = json.loads((_EARLIER / "report.json").read_text())
+_EARLIER_ARRAYS = load_arrays((_EARLIER / "report.answers.safetensors").read_bytes())
 _SMALL_PARTS = {
     name: _REPORT_JSON[name] for name in ("tasks", "models", "comparisons", "similarity")
 }
 
 
-def _answer_arrays() -> dict[str, np.ndarray[Any, Any]]:
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for task, found in _ANSWERS.tasks.items():
-        arrays[f"samples/{task}"] = found.samples
-        arrays[f"labels/{task}"] = found.labels
-        for model, predictions in found.predictions.items():
-            arrays[f"predictions/{task}/{model.replace('/', '%2F')}"] = predictions
-    return arrays
+def _saved_arrays() -> dict[str, np.ndarray[Any, Any]]:
+    with TemporaryDirectory() as place:
+        _SCORES.save(Path(place) / "report.json")
+        return dict(load_arrays(Scores.path(Path(place) / "report.json").read_bytes()))
 
 
-_ARRAYS = _answer_arrays()
+_ARRAYS = _saved_arrays()
 
 
 @st.composite
-def answer_files(draw: Any) -> bytes:
-    """Return answers that are no answers, or do not fit the report."""
+def score_files(draw: Any, good: dict[str, np.ndarray[Any, Any]]) -> bytes:
+    """Return scores that are no scores, or do not fit the report."""
     if draw(st.integers(0, 3)) == 0:
-        return draw(damaged(save_arrays(_ARRAYS)))
-    arrays = dict(_ARRAYS)
+        return draw(damaged(save_arrays(good)))
+    arrays = dict(good)
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(arrays)))
         kind = draw(st.sampled_from(["drop", "rename", "dtype", "shape", "values", "short"]))
@@ -667,7 +666,11 @@ def answer_files(draw: Any) -> bytes:
                 break
         elif kind == "rename":
             parts = [
-                draw(st.sampled_from(["samples", "labels", "predictions", "a", "b", "%00", ""]))
+                draw(
+                    st.sampled_from(
+                        ["samples", "labels", "predictions", "statistics", "a", "b", "%00", ""]
+                    )
+                )
             ]
             parts += draw(st.lists(st.text(string.printable, max_size=5), max_size=3))
             arrays["/".join(parts)] = arrays.pop(name)
@@ -678,7 +681,7 @@ def answer_files(draw: Any) -> bytes:
             arrays[name] = array[..., None] if draw(st.booleans()) else np.zeros((), np.int32)
         elif kind == "values":
             value = draw(st.sampled_from([-1, 3, 14, 2**31 - 1, -(2**31)]))
-            arrays[name] = np.full_like(array, value) if array.dtype == np.int32 else array
+            arrays[name] = np.full(array.shape, value, np.int32)
         else:
             arrays[name] = array[: draw(st.integers(0, 3))] if array.ndim else array
     return save_arrays({k: np.ascontiguousarray(v) for k, v in arrays.items()})
@@ -686,31 +689,34 @@ def answer_files(draw: Any) -> bytes:
 
 @st.composite
 def runs(draw: Any) -> Files:
-    """Return a run's two files, one or both of them wrong."""
-    report, answers = _REPORT.model_dump_json().encode(), save_arrays(_ARRAYS)
+    """Return a run's two files, of this or the first schema, one or both of them wrong."""
+    earlier = draw(st.booleans())
+    good, arrays = (_EARLIER_JSON, _EARLIER_ARRAYS) if earlier else (_REPORT_JSON, _ARRAYS)
+    name = "answers" if earlier else "scores"
+    report, scores = as_json(good), save_arrays(arrays)
     which = draw(st.integers(0, 2))
     if which != 1:
         part = draw(st.sampled_from([*sorted(_SMALL_PARTS), "run", "all"]))
         if part == "all":
-            report = draw(_texts_of_json(_REPORT_JSON))
+            report = draw(_texts_of_json(good))
         elif draw(st.booleans()):
-            report = as_json(_REPORT_JSON | {part: draw(respelled(_REPORT_JSON[part]))})
+            report = as_json(good | {part: draw(respelled(good[part]))})
         else:
-            report = as_json(_REPORT_JSON | {part: draw(mutated(_REPORT_JSON[part]))})
+            report = as_json(good | {part: draw(mutated(good[part]))})
     if which != 0:
-        answers = draw(answer_files())
+        scores = draw(score_files(arrays))
     return {
         "one/report.json": report,
-        "one/report.answers.safetensors": answers,
-        "two/report.json": _REPORT.model_dump_json().encode(),
-        "two/report.answers.safetensors": save_arrays(_ARRAYS),
+        f"one/report.{name}.safetensors": scores,
+        "two/report.json": as_json(good),
+        f"two/report.{name}.safetensors": save_arrays(arrays),
     }
 
 
 def _read_run(directory: Path) -> None:
     report = Report.load(directory / "one" / "report.json")
-    answers = Answers.load(directory / "one" / "report.json", report)
-    html = page(report, answers)
+    scores = Scores.load(directory / "one" / "report.json", report)
+    html = page(report, scores)
     assert "<script>alert" not in html
     markdown(report)
 
@@ -1151,7 +1157,7 @@ def _read_tokenizer(directory: Path) -> None:
     place = str(directory / "model")
     node = {"_target_": "datasets.load_from_disk", "dataset_path": "none"}
     pool = CLIPVisionModelTaskPool({"t": node}, clip_model=place, processor=place)
-    _ = pool._tokenizer
+    _ = pool._classifiers._tokenizer
 
 
 set_up_hydra()
@@ -1167,8 +1173,8 @@ KINDS = {
         Kind("config.json", _configured(), _read_configured),
         Kind("LoRA adapter", adapters(), _read_adapter),
         Kind("pickled weights", _pickle_files(), _read_checkpoint),
-        Kind("report and answers, shown as a page", runs(), _read_run),
-        Kind("report and answers, compared", runs(), _read_comparison),
+        Kind("report and scores, shown as a page", runs(), _read_run),
+        Kind("report and scores, compared", runs(), _read_comparison),
         Kind("config", configs(), _read_config, EXPECTED),
         Kind("dataset card", cards(), _read_data),
         Kind("metadata file", metadata_files(), _read_data),

@@ -39,7 +39,7 @@ def read_model(kind: type[T], path: Path, name: str) -> T:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its text"
         raise ConfigError(
-            f"'{path}' is not a {name} of this version: {place}: {first['msg']}."
+            f"'{path}' is not a {name} of this version: {place}: {first['msg'].removeprefix('Value error, ')}."
         ) from error
 
 
@@ -575,10 +575,12 @@ def _relation(
     """Return whether a model was trained for a task, or made from the one that was."""
     if owner is None or owner not in models:
         return "held_out"
-    made_for = name.partition("/")[2] if role == "merged" else name
-    if role == "merged" and not made_for:
-        return "own"
-    return "own" if canonical_name(made_for) == canonical_name(owner) else "other"
+    if role == "merged":  # from all models, unless it has the name of one
+        made_for = canonical_name(name.partition("/")[2])
+        if made_for not in map(canonical_name, models):
+            return "own"
+        return "own" if made_for == canonical_name(owner) else "other"
+    return "own" if name == owner else "other"
 
 
 def _mean(values: Collection[float | None]) -> float | None:

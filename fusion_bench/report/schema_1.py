@@ -39,8 +39,10 @@ def _lifted(content: Any, lift: Callable[[Node], Node]) -> Any:
         return content
     try:
         return {**content, "schema_version": 2, **lift(content)}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"it lacks what schema 1 has: {error!r}") from error
+    except KeyError as error:
+        raise ValueError(f"it lacks {error}, which schema 1 has") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"a part is not what schema 1 has there: {error}") from error
 
 
 def _report(report: Node) -> Node:

@@ -132,7 +132,7 @@ class SampleScores:
             LookupError, ValueError: arrays that are no scores.
         """
         parts: dict[str, dict[str, Array]] = {"statistics": {}, "details": {}}
-        for (kind, *name), array in arrays.items():
+        for (kind, *name), array in sorted(arrays.items(), key=lambda item: item[0]):
             if kind in parts:
                 parts[kind][name[0]] = array
         clusters = arrays.get(("clusters",))

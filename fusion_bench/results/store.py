@@ -18,31 +18,34 @@ log = logging.getLogger(__name__)
 
 #: Goes up when the evaluation's figures may change, so that older results count no more.
 EVALUATION_VERSION = 1
-#: The content of a file of a version that knew image classification alone.
-_CLASSIFIED = {"samples", "labels", "predictions", "losses"}
 
 
 class ResultStore:
-    """Scores on disk, under the hash of all that they depend on."""
+    """Scores on disk, under the hash of all that they depend on.
+
+    Those of versions that knew image classification alone lie in a directory of their own, where
+    such versions still find them.
+    """
 
     def __init__(self) -> None:
-        self._root = cache_dir() / "results"
+        self._root = cache_dir() / "scores"
+        self._earlier = cache_dir() / "results"
 
     def load(self, key: Mapping[str, Any]) -> SampleScores | None:
         """Return what is known under ``key``; a damaged file counts as nothing."""
-        content = read_sealed(self._path(key))
-        if content is None:
-            return None
-        arrays = load(content)
-        if arrays.keys() == _CLASSIFIED:
-            return SampleScores.classified(**arrays)
-        return SampleScores.from_arrays({tuple(k.split("/")): v for k, v in arrays.items()})
+        name = _name(key)
+        if (content := read_sealed(self._root / name)) is not None:
+            arrays = load(content)
+            return SampleScores.from_arrays({tuple(k.split("/")): v for k, v in arrays.items()})
+        if (content := read_sealed(self._earlier / name)) is not None:
+            return SampleScores.classified(**load(content))
+        return None
 
     def save(self, key: Mapping[str, Any], scores: SampleScores) -> None:
         """Keep scores; a disk that cannot take them is no reason to stop."""
         content = save({"/".join(name): array for name, array in scores.arrays().items()})
         try:
-            write_sealed(self._path(key), content)
+            write_sealed(self._root / _name(key), content)
         except OSError as error:
             warn_not_kept(error)
 
@@ -58,7 +61,7 @@ class ResultStore:
             timeout: seconds to wait for another process that evaluates it, negative for as long as
                 that lives. With 0 there is no waiting, and it yields false.
         """
-        lock = locked(cache_dir() / "evaluating" / self._path(key).name[:3], timeout)
+        lock = locked(cache_dir() / "evaluating" / _name(key).name[:3], timeout)
         with ExitStack() as held:
             try:
                 held.enter_context(lock)
@@ -70,7 +73,8 @@ class ResultStore:
                 log.debug("Evaluating without a lock: %s", error)
             yield True
 
-    def _path(self, key: Mapping[str, Any]) -> Path:
-        canonical = json.dumps({"version": EVALUATION_VERSION, **key}, sort_keys=True)
-        name = hashlib.sha256(canonical.encode()).hexdigest()
-        return self._root / name[:2] / name
+
+def _name(key: Mapping[str, Any]) -> Path:
+    canonical = json.dumps({"version": EVALUATION_VERSION, **key}, sort_keys=True)
+    name = hashlib.sha256(canonical.encode()).hexdigest()
+    return Path(name[:2], name)

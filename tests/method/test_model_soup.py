@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from fusion_bench.method import GreedySoupAlgorithm, LearnedSoupAlgorithm, SimpleAverageAlgorithm
 from fusion_bench.method.adamerging import Mixture
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.results import ACCURACY, METRICS, Metric
 from fusion_bench.weights import MergePolicy, TensorWeights, in_memory
 
 both = pytest.mark.parametrize("granularity", ["model", "layer"])
@@ -26,13 +27,15 @@ both = pytest.mark.parametrize("granularity", ["model", "layer"])
 class Evaluated:
     """A task whose score is a function of the weight; ``seen`` lists the weights."""
 
-    def __init__(self, score: Callable[[float], float]):
+    def __init__(self, score: Callable[[float], float], metric: Metric = ACCURACY):
         self._score = score
+        self.metric = metric
         self.seen: list[float] = []
 
     def evaluate(self, model: nn.Module) -> SimpleNamespace:
         self.seen.append(model.get_parameter("weight").item())
-        return SimpleNamespace(num_correct=self._score(self.seen[-1]), num_samples=1)
+        found = self._score(self.seen[-1])
+        return SimpleNamespace(value=lambda metric: found)
 
 
 def greedy(
@@ -55,6 +58,34 @@ def test_a_greedy_soup_by_hand() -> None:
     assert seen == [0, 1, 5, 0.5, 2]
     soup, seen = greedy({"c": 5.0, "b": 1.0, "a": 0.0}, near(0.5))
     assert soup == 0.5 and seen == [5, 1, 0, 0.5, 2]
+
+
+def soup_of(values: Mapping[str, float], tasks: Mapping[str, Evaluated]) -> float:
+    models = {name: module(value) for name, value in values.items()}
+    return float(learned(GreedySoupAlgorithm(), models, tasks)["weight"])
+
+
+def test_where_lower_is_better_the_lowest_leads() -> None:
+    def error(weight: float) -> float:
+        return 1 + abs(weight - 0.5)
+
+    tasks = {"t": Evaluated(error, METRICS["rmse"])}
+    assert soup_of({"c": 5.0, "b": 1.0, "a": 0.0}, tasks) == 0.5
+
+
+def test_tasks_of_different_metrics_count_by_shares_of_the_best() -> None:
+    tasks = {
+        "share": Evaluated(lambda weight: 0.9 if weight < 1 else 0.3),
+        "error": Evaluated(lambda weight: 20 + abs(weight), METRICS["rmse"]),
+    }
+    # Of 0 and 4 the first is best on both; half way, the share is kept and the error grows.
+    assert soup_of({"a": 4.0, "b": 0.0}, tasks) == 0.0
+    tasks["error"] = Evaluated(lambda weight: 20 - abs(weight), METRICS["rmse"])
+    # Now 4 has the lower error: the average of both has 18 to 16, and a share of 0.3.
+    assert soup_of({"a": 4.0, "b": 0.0}, tasks) == 0.0
+    plain = {"a": Evaluated(lambda weight: 0.5), "b": Evaluated(abs, METRICS["perplexity"])}
+    with pytest.raises(FusionBenchError, match="perplexity cannot be normalised"):
+        soup_of({"a": 4.0, "b": 1.0}, plain)
 
 
 def test_a_model_that_changes_nothing_joins_only_if_told_to() -> None:
@@ -113,7 +144,7 @@ def test_soups_of_every_kind_of_entry() -> None:
     average = fused(SimpleAverageAlgorithm(), modules)
     stay: Any
     for stay in (GreedySoupAlgorithm(accept_equal=True), LearnedSoupAlgorithm(max_steps=0)):
-        images.evaluate = lambda model: SimpleNamespace(num_correct=1, num_samples=1)  # type: ignore[method-assign]
+        images.evaluate = lambda model: SimpleNamespace(value=lambda metric: 1.0)  # type: ignore[method-assign]
         found = learned(stay, modules, {"a": images})
         assert_close(found, average, 1e-6)  # running statistics and counters too
         assert found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()

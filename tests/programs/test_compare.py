@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,11 +15,18 @@ from fixtures_report import model, report
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import CompareProgram
-from fusion_bench.report import Answers, Report, TaskAnswers, TaskResult, summarise
+from fusion_bench.report import Report, Scores, TaskResult, summarise
+from fusion_bench.results import ACCURACY, LOSS, SampleScores
+
+#: What a task's identity consists of.
+IDENTITY = ("dataset", "classes, prompts or text tower", "image preprocessing")
 
 
-def numbers(values: Any) -> Any:
-    return np.asarray(values, np.int32)
+def first(right: int, samples: range = range(100)) -> SampleScores:
+    """Return the scores of a model that gets so many samples right, the first ones."""
+    wrong = np.arange(len(samples)) >= right
+    labels, losses = np.zeros(len(samples), int), np.full(len(samples), 0.5)
+    return SampleScores.classified(np.array(samples), labels, wrong.astype(int), losses)
 
 
 def write(
@@ -30,20 +38,21 @@ def write(
         **{task: model("individual", **{task: 80}) for task in tasks},
         "merged": model("merged", **merged),
     }
-    summarise(models, {task: task for task in tasks})
     made = report(models)
+    summarise(models, made.tasks)
     made.tasks = {task: made.tasks[task] for task in tasks}
-    answers = Answers()
-    labels = numbers(np.zeros(100))
+    scores = Scores()
     for name, result in models.items():
         for task, counted in result.tasks.items():
-            right = round(100 * counted.accuracy)
-            wrong = numbers(np.arange(100) >= right)
-            answers.add(task, name, TaskAnswers(numbers(range(100)), labels, {name: wrong}))
+            right = round(100 * counted.main.value)
+            scores.add(task, name, first(right))
     for key, value in changes.items():
-        setattr(made.run if key == "precision" else made.tasks["a"], key, value)
+        if key in IDENTITY:
+            made.tasks["a"].identity[key] = value
+        else:
+            setattr(made.run if key == "precision" else made.tasks["a"], key, value)
     made.save(place / "report.json")
-    answers.save(place / "report.json")
+    scores.save(place / "report.json")
     return place
 
 
@@ -59,13 +68,13 @@ def test_differences_by_hand(tmp_path: Path) -> None:
     found = compared(one, other, output_dir=tmp_path / "out")
     assert list(found.models) == ["_pretrained_", "a", "b", "one", "other"]
     (comparison,) = found.main_comparisons()
-    assert (comparison.model, comparison.other) == ("other", "one")
-    assert comparison.tasks["a"].estimate == pytest.approx(0.1)
+    assert (comparison.of, comparison.beside) == ("other", "one")
+    assert comparison.on("a").difference == pytest.approx(0.1)
     # Ten of a hundred samples differ, all one way: the interval is that of a binomial share.
-    assert comparison.tasks["a"].low == pytest.approx(0.04, abs=0.011)
-    assert comparison.tasks["a"].high == pytest.approx(0.16, abs=0.011)
-    assert comparison.tasks["b"].model_dump() == {"estimate": 0, "low": 0, "high": 0}
-    assert comparison.accuracy.estimate == pytest.approx(0.05)
+    assert comparison.on("a").low == pytest.approx(0.04, abs=0.011)
+    assert comparison.on("a").high == pytest.approx(0.16, abs=0.011)
+    assert comparison.on("b").model_dump() == {"difference": 0, "interval": (0, 0)}
+    assert comparison.average.difference == pytest.approx(0.05)
     assert comparison.verdict == "better"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("config.yaml", "report.scores.safetensors", "report.html", "report.json", "report.md")
@@ -91,13 +100,13 @@ def test_a_comparison_is_a_report_that_can_be_compared(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"precision": "bf16-true"}, "precision: 32-true in 'one', bf16-true in 'other'"),
-        ({"fingerprint": "f"}, "a: dataset: a in 'one', f in 'other'"),
+        ({"dataset": "f"}, "a: dataset: a in 'one', f in 'other'"),
         ({"num_samples": 99}, "a: number of samples: 100 in 'one', 99 in 'other'"),
         (
-            {"head_sha256": "1" * 64},
+            {"classes, prompts or text tower": "1" * 64},
             "a: classes, prompts or text tower: unknown in 'one', 11111111",
         ),
-        ({"images_sha256": "2" * 64}, "a: image preprocessing: unknown in 'one', 22222222"),
+        ({"image preprocessing": "2" * 64}, "a: image preprocessing: unknown in 'one', 22222222"),
     ],
 )
 def test_what_is_not_comparable_is_refused_by_name(
@@ -115,18 +124,16 @@ def test_what_is_not_comparable_is_refused_by_name(
 def test_other_samples_of_the_same_number_are_noticed(tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a": 60, "b": 40})
     other = write(tmp_path / "other", {"a": 60, "b": 40})
-    answers = Answers.load(other / "report.json")
-    shifted = Answers()
-    for task, found in answers.tasks.items():
-        for name, predictions in found.predictions.items():
-            part = TaskAnswers(numbers(range(50, 150)), found.labels, {name: predictions})
-            shifted.add(task, name, part)
+    shifted = Scores()
+    for task, models in Scores.load(other / "report.json").tasks.items():
+        for name, found in models.items():
+            shifted.add(task, name, replace(found, samples=np.arange(50, 150)))
     shifted.save(other / "report.json")
     with pytest.raises(FusionBenchError, match="a: selection of samples"):
         compared(one, other)
     # The 50 that both have: 10 of the first run's first 60, 50 of the second's.
     (comparison,) = compared(one, other, strict=False).main_comparisons()
-    assert comparison.tasks["a"].estimate == pytest.approx(50 / 50 - 10 / 50)
+    assert comparison.on("a").difference == pytest.approx(50 / 50 - 10 / 50)
 
 
 def test_only_common_tasks_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,7 +142,7 @@ def test_only_common_tasks_count(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     found = compared(one, other)
     assert list(found.tasks) == ["a"] and "left out" in caplog.text
     average = found.models["one"].average
-    assert average is not None and average.accuracy == 0.6
+    assert average is not None and average.main.value == 0.6
     third = write(tmp_path / "third", {"b": 70}, tasks=("b",))
     with pytest.raises(FusionBenchError, match="no common task"):
         compared(other, third)
@@ -143,20 +150,19 @@ def test_only_common_tasks_count(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 def test_families_stand_as_one(tmp_path: Path) -> None:
     one, two = (write(tmp_path / name, {"a": 60, "b": 40}) for name in ("one", "two"))
-    made, answers = Report.load(two / "report.json"), Answers.load(two / "report.json")
+    made, scores = Report.load(two / "report.json"), Scores.load(two / "report.json")
     made.models["merged/a"] = model("merged", a=90)
     made.models["merged/b"] = model("merged", b=90)
     del made.models["merged"]
     for task in ("a", "b"):
-        found = answers.tasks[task]
-        found.predictions[f"merged/{task}"] = numbers(np.arange(100) >= 90)
-        del found.predictions["merged"]
+        scores.add(task, f"merged/{task}", first(90))
+        del scores.tasks[task]["merged"]
     made.save(two / "report.json")
-    answers.save(two / "report.json")
+    scores.save(two / "report.json")
     found = compared(one, two)
     assert [c.name for c in found.contenders() if c.role == "merged"] == ["one", "two"]
     (comparison,) = found.main_comparisons()
-    assert comparison.accuracy.estimate == pytest.approx(fmean([0.3, 0.5]))
+    assert comparison.average.difference == pytest.approx(fmean([0.3, 0.5]))
 
 
 def test_baselines_that_differ_are_kept_apart(tmp_path: Path) -> None:
@@ -187,7 +193,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     for content, message in (
         (None, "(?i)cannot read '.*bad'"),
         ("{", "is not a report of this version"),
-        (json.dumps({"schema_version": 1}), "is not a report of this version: run"),
+        (
+            json.dumps({"schema_version": 1}),
+            "is not a report of this version: its text: it lacks 'run', which schema 1 has",
+        ),
     ):
         if content is not None:
             bad.parent.mkdir(exist_ok=True)
@@ -196,7 +205,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
             compared(good, bad.parent)
     (good / "report.scores.safetensors").unlink()
     other = write(tmp_path / "other", {"a": 60, "b": 40})
-    with pytest.raises(FusionBenchError, match=r"report\.answers\.safetensors' is missing"):
+    with pytest.raises(FusionBenchError, match=r"report\.scores\.safetensors' is missing"):
         compared(good, other)
 
 
@@ -236,16 +245,15 @@ def test_on_the_command_line(program_config: dict[str, Any], tmp_path: Path) -> 
 def test_fewer_samples_are_said_and_counted(tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a": 60, "b": 40})
     other = write(tmp_path / "other", {"a": 60, "b": 40})
-    made, answers = Report.load(other / "report.json"), Answers()
-    for task, found in Answers.load(other / "report.json").tasks.items():
+    made, scores = Report.load(other / "report.json"), Scores()
+    for task, models in Scores.load(other / "report.json").tasks.items():
         made.tasks[task].num_samples = 50
-        for name, predictions in found.predictions.items():
-            right = int((predictions[:50] == 0).sum())
-            made.models[name].tasks[task] = TaskResult.from_counts(right, 25.0, 50)
-            part = {name: predictions[:50]}
-            answers.add(task, name, TaskAnswers(found.samples[:50], found.labels[:50], part))
+        for name, found in models.items():
+            half = found.at(found.samples < 50)
+            made.models[name].tasks[task] = TaskResult.of(half, [ACCURACY, LOSS])
+            scores.add(task, name, half)
     made.save(other / "report.json")
-    answers.save(other / "report.json")
+    scores.save(other / "report.json")
     found = compared(one, other, strict=False, output_dir=tmp_path / "out")
     assert found.tasks["a"].num_samples == 50
     # The first 50 samples: all right on a, where 60 of 100 were; 40 right on b.

@@ -130,7 +130,7 @@ def test_the_report_tells_that_memory_ran_out(
     program_config["taskpool"]["cache"] = False
     report = instantiate(program_config).run()
     assert isinstance(report, Report)
-    assert report.run.notes == ["Memory ran out: 5 images were evaluated at a time."]
+    assert report.run.notes == ["Memory ran out: 5 samples were evaluated at a time."]
     for name, model in report.models.items():
         for task, result in model.tasks.items():
             assert result.main.value == whole.models[name].tasks[task].main.value

@@ -12,7 +12,7 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Report
-from fusion_bench.taskpool import base
+from fusion_bench.taskpool.images import task as base
 from fusion_bench.taskpool.images.labelled import LabelledImages
 
 
@@ -65,7 +65,9 @@ def test_more_processes_than_samples(program_config: dict[str, Any]) -> None:
     for task in CLASSES:
         found, expected = (r.models["merged"].tasks[task] for r in (report, alone))
         assert found.num_samples == 1
-        assert found.metrics["loss"].value == pytest.approx(expected.loss, rel=1e-5)
+        assert found.metrics["loss"].value == pytest.approx(
+            expected.metrics["loss"].value, rel=1e-5
+        )
 
 
 @pytest.mark.processes
@@ -124,20 +126,20 @@ def test_accuracy_by_class(program_config: dict[str, Any], tmp_path: Path) -> No
     settings = {"per_class": True, "save_predictions": True}
     run(program_config, settings, output_dir=tmp_path)
     report = Report.load(tmp_path / "report.json")
-    assert report.tasks["a"].class_names == ["abbey", "airplane cabin", "beach"]
+    assert report.tasks["a"].classes == ["abbey", "airplane cabin", "beach"]
     for key, table in answers(tmp_path).items():
         model, task = key.split("/")
         expected = []
         for label in range(len(CLASSES[task])):
             own = table[table["label"] == label]
             expected.append((own["prediction"] == label).sum() / len(own) if len(own) else None)
-        assert report.models[model].tasks[task].per_class_accuracy == expected
+        assert report.models[model].tasks[task].per_class == expected
 
 
 def test_without_it_the_report_says_nothing_of_classes(program_config: dict[str, Any]) -> None:
     report = run(program_config)
-    assert report.tasks["a"].class_names is None
-    assert report.models["merged"].tasks["a"].per_class_accuracy is None
+    assert report.tasks["a"].classes is None
+    assert report.models["merged"].tasks["a"].per_class is None
 
 
 def test_predictions_are_those_of_the_report(
@@ -153,7 +155,7 @@ def test_predictions_are_those_of_the_report(
             model, task = key.split("/")
             result = report.models[model].tasks[task]
             data = load_dataset(str(family / "datasets" / task), split="test")
-            assert list(table.columns) == ["sample", "label", "prediction", "loss"]
+            assert list(table.columns) == ["sample", "label", "prediction", "accuracy", "loss"]
             assert table["label"].tolist() == data["label"][:]
             assert (table["label"] == table["prediction"]).mean() == result.main.value
             assert table["loss"].astype("float64").sum() / 23 == pytest.approx(

@@ -17,7 +17,7 @@ from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.programs import FabricModelFusionProgram
-from fusion_bench.report import Answers, Report
+from fusion_bench.report import Report, Scores
 from fusion_bench.report.page import page
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
@@ -61,7 +61,9 @@ def test_baselines(program_config: dict[str, Any]) -> None:
     full = run(program_config, baselines="all_tasks")
     assert list(full.models["a"].tasks) == ["a", "b"]
     none = run(program_config, baselines="none")
-    assert list(none.models) == ["merged"]
+    assert [name for name, model in none.models.items() if model.tasks] == ["merged"]
+    # the others are described
+    assert none.models["a"].num_parameters == full.models["a"].num_parameters > 0
     assert (
         none.models["merged"].tasks["a"].main.value == full.models["merged"].tasks["a"].main.value
     )
@@ -101,7 +103,7 @@ def test_names_match_tasks_whatever_the_spelling(program_config: dict[str, Any])
     datasets["my-task"] = datasets.pop("a")
     report = run(program_config)
     assert list(report.models["My_Task"].tasks) == ["my-task"]
-    assert "other" not in report.models
+    assert report.models["other"].tasks == {}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -116,9 +118,11 @@ def test_several_processes_give_the_same_counts(
     for name, model in together.models.items():
         for task, result in model.tasks.items():
             expected = alone.models[name].tasks[task]
-            assert result.main.value == expected.accuracy
+            assert result.main.value == expected.main.value
             assert result.num_samples == expected.num_samples
-            assert result.metrics["loss"].value == pytest.approx(expected.loss, rel=1e-6)
+            assert result.metrics["loss"].value == pytest.approx(
+                expected.metrics["loss"].value, rel=1e-6
+            )
 
 
 def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> None:
@@ -132,13 +136,13 @@ def test_what_a_run_leaves(program_config: dict[str, Any], tmp_path: Path) -> No
     )
     assert Report.load(out / "report.json") == Report.load(out / "copies" / "r.json") == report
     assert (out / "report.md").read_text().startswith("# Fusion report")
-    assert (out / "report.html").read_text() == page(report, Answers.load(out / "report.json"))
+    assert (out / "report.html").read_text() == page(report, Scores.load(out / "report.json"))
     assert report.run.seed == 1 and report.run.config["seed"] == 1
     assert {p.name for p in out.iterdir()} == {
         *("config.yaml", "report.scores.safetensors"),
         *("report.html", "report.json", "report.md", "copies", "merged"),
     }
-    assert {p.name for p in (out / "copies").iterdir()} == {"r.answers.safetensors", "r.json"}
+    assert {p.name for p in (out / "copies").iterdir()} == {"r.scores.safetensors", "r.json"}
 
     saved = deepcopy(program_config)
     saved["modelpool"]["models"] = {"merged": str(out / "merged")}
@@ -162,7 +166,7 @@ def test_bare_names_are_in_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run(program_config, report_save_path="r.json", merged_model_save_path="merged")
-    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == 1
+    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == 2
     assert CLIPVisionModel.from_pretrained(tmp_path / "merged")
     with pytest.raises(FusionBenchError, match=r"report_save_path.*exists already"):
         run(program_config, report_save_path="r.json")

@@ -96,13 +96,15 @@ def test_the_report_tells_similarities_and_intervals(
     assert report.similarity is not None
     assert report.similarity.models == ["a", "b"] and report.similarity.parts[0] == "all"
     assert set(report.run.inputs) == {"_pretrained_", "a", "b"}
-    pairs = {(c.model, c.other): c for c in report.comparisons}
+    pairs = {(c.of, c.beside): c for c in report.comparisons}
     assert set(pairs) == {("merged", "pretrained"), ("merged", "individual")}
     merged = report.models["merged"]
     for (_, other), found in pairs.items():
-        for task, difference in found.tasks.items():
+        for task in found.tasks:
+            difference = found.on(task)
+            assert difference is not None
             beside = report.models["_pretrained_" if other == "pretrained" else task]
             expected = merged.tasks[task].main.value - beside.tasks[task].main.value
-            assert difference.estimate == pytest.approx(expected)
-            assert difference.low <= difference.estimate <= difference.high
+            assert difference.difference == pytest.approx(expected)
+            assert difference.low <= difference.difference <= difference.high
     assert run(program_config, similarity=False).similarity is None

@@ -11,7 +11,7 @@ from commandline import python
 from fusion_bench.instantiate import instantiate
 from fusion_bench.report import Report
 from fusion_bench.storage import cache_dir
-from fusion_bench.taskpool import base
+from fusion_bench.taskpool.images import task as base
 
 #: Runs a config, and kills itself once a method was called so many times.
 DRIVER = """
@@ -49,7 +49,7 @@ def kill(config: dict[str, Any], place: tuple[str, str, str], times: int) -> Non
 
 
 def num_kept() -> int:
-    return sum(file.is_file() for file in (cache_dir() / "results").rglob("*"))
+    return sum(file.is_file() for file in (cache_dir() / "scores").rglob("*"))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import yaml
 from commandline import fusion_bench
 from conftest import CLASSES
 from fixtures_clip import write_dataset
+from fixtures_report import result
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.report import Candidate, Report, Search, TaskResult
-from fusion_bench.taskpool import base
+from fusion_bench.report import Candidate, Report, Search
+from fusion_bench.report.figures import search_sentence
+from fusion_bench.taskpool.images import task as base
 
 Config = dict[str, Any]
 FACTORS = [-1.0, 0.3, 1.5, 0.3]
@@ -92,7 +94,7 @@ def test_each_setting_has_the_figures_of_an_ordinary_run(config: Config) -> None
     assert [c.options["scaling_factor"] for c in found.candidates] == FACTORS
     assert (found.split, found.metric, found.test_split) == (
         "validation",
-        "normalized_accuracy",
+        "normalized",
         False,
     )
     for candidate in found.candidates[:2]:
@@ -189,7 +191,7 @@ def test_it_is_told_where_people_look(
     best = search(report).best
     sentence = (
         f"scaling_factor={best.options['scaling_factor']} is the best of 4 settings on the "
-        f"validation split (normalised accuracy {100 * best.score:.1f} ± "
+        f"validation split (normalised value {100 * best.score:.1f} ± "
         f"{100 * best.score_stderr:.1f}); only this setting was evaluated on the test split, once"
     )
     assert f"Search: {sentence}." in caplog.messages
@@ -258,14 +260,17 @@ def test_without_individual_models_accuracy_is_the_metric(config: Config) -> Non
         for name, model in config["modelpool"]["models"].items()
     }
     normal = grid(space=space, metric="normalized_accuracy")
-    assert refused(config, search=normal).startswith("search.metric: there is no normalised accur")
+    assert refused(config, search=normal) == (
+        "search.metric: there is no normalised value on 'a': its own model was not evaluated, or "
+        "has a value of 0 there. Give search.metric=accuracy."
+    )
     assert search(run(config)).metric == "accuracy"
 
 
 def test_without_the_test_split_nothing_else_is_evaluated(config: Config, tmp_path: Path) -> None:
     alone = grid(space={}, judge_test=False)
     report = run(config, search=alone, output_dir=tmp_path / "out")
-    assert report.tasks == report.models == {}
+    assert report.tasks == {} and not any(m.tasks for m in report.models.values())
     (candidate,) = search(report).candidates
     assert candidate.options == {} and report.objective == candidate.score
     assert "the test split was not used" in (tmp_path / "out" / "report.md").read_text()
@@ -400,10 +405,10 @@ def test_the_command_line(config: Config, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == "", done.stderr
     report = Report.load(tmp_path / "r.json")
     assert len(search(report).candidates) == 2
-    assert search(report).sentence().split(" (")[0] in " ".join(done.stdout.split())
+    assert search_sentence(search(report)).split(" (")[0] in " ".join(done.stdout.split())
 
 
 def test_scores_in_words() -> None:
-    result = TaskResult.from_counts(30, 1.0, 40)
-    candidate = Candidate(options={}, score=0.75, score_stderr=0.07, tasks={"a": result})
+    found = result(30, 40)
+    candidate = Candidate(options={}, score=0.75, score_stderr=0.07, tasks={"a": found})
     assert candidate.text() == "as given"

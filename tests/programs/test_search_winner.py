@@ -13,6 +13,7 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import SearchWinner
 from fusion_bench.report import Report
+from fusion_bench.report.figures import search_sentence
 from fusion_bench.scripts.cli import CONFIG_DIR
 
 Config = dict[str, Any]
@@ -61,7 +62,7 @@ def test_the_best_job_is_evaluated_on_the_test_split(config: Config, tmp_path: P
     assert found.space == {"scaling_factor": list(FACTORS)} and found.judge_test
     assert {c.options["scaling_factor"]: c.score for c in found.candidates} == scores
     assert found.best.options == {"scaling_factor": best}
-    assert "is the best of 3 settings on the validation split" in found.sentence()
+    assert "is the best of 3 settings on the validation split" in search_sentence(found)
     alone = config | {"method": config["method"] | {"scaling_factor": best}, "search": None}
     assert report.models == instantiate(alone).run().models
     assert Report.load(tmp_path / "winner" / "report.json") == report

@@ -24,7 +24,7 @@ KEY = {"weights": "w", "images": ["d", "image", "p"], "labels": "l", "samples": 
 
 
 def kept() -> Path:
-    (file,) = (f for f in (cache_dir() / "results").rglob("*") if f.is_file())
+    (file,) = (f for f in (cache_dir() / "scores").rglob("*") if f.is_file())
     return file
 
 
@@ -60,8 +60,11 @@ def test_parquet() -> None:
 
 
 def test_results_of_earlier_versions_count() -> None:
-    """Their files hold these four arrays, under the same key."""
-    write_sealed(ResultStore()._path(KEY), save(ARRAYS))
+    """Their files hold these four arrays, under the same name in another directory."""
+    ResultStore().save(KEY, SCORE)
+    name = kept().relative_to(cache_dir() / "scores")
+    kept().unlink()
+    write_sealed(cache_dir() / "results" / name, save(ARRAYS))
     assert_same(ResultStore().load(KEY))
 
 

@@ -24,7 +24,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 import fusion_bench.programs.execute as program
-import fusion_bench.taskpool.pool as base
+import fusion_bench.taskpool.images.task as base
 from fusion_bench.scripts.cli import main
 
 log, times = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -103,7 +103,7 @@ def test_a_sweep_ends_with_a_leaderboard(conf: Path) -> None:
     for line in table.lines:
         if line.rank:
             report = Report.load(directory / line.directory / "report.json")
-            assert report.models["merged"].average.main.value == line.accuracy
+            assert report.models["merged"].average.main.value == line.average.value
             assert report.run.seed == 1
             assert "pretrained" in (directory / line.directory / "cli.log").read_text()
     # One line a job and the table; what jobs print besides is in their logs.
@@ -300,7 +300,7 @@ def test_jobs_side_by_side(conf: Path, launcher: list[str], package: str) -> Non
     assert [f.name for f in found.failures] == ["method.scaling_factor=much"]
     (line,) = (line for line in found.tables[0].lines if line.rank)
     (report,) = (conf.parent / "multirun").glob(f"*/{line.directory}/report.json")
-    assert Report.load(report).models["merged"].average.main.value == line.accuracy
+    assert Report.load(report).models["merged"].average.main.value == line.average.value
     assert not (conf.parent / "canary").exists()  # nothing there was imported by a worker
 
 

@@ -185,12 +185,12 @@ def test_a_newer_evaluation_evaluates_anew(
 
 def test_without_the_cache_nothing_is_read_or_written(evaluate: Evaluator) -> None:
     evaluate(cache=False)
-    for kind in ("results", "images", "heads"):
+    for kind in ("scores", "images", "heads"):
         assert not (cache_dir() / kind).exists()
     evaluate()
-    before = kept("results")
+    before = kept("scores")
     evaluate(cache=False)
-    assert evaluate.built == 3 and kept("results") == before
+    assert evaluate.built == 3 and kept("scores") == before
 
 
 @pytest.mark.parametrize(
@@ -198,10 +198,10 @@ def test_without_the_cache_nothing_is_read_or_written(evaluate: Evaluator) -> No
 )
 def test_a_damaged_result_is_evaluated_again(evaluate: Evaluator, damage: Any) -> None:
     first = evaluate()
-    ((file, content),) = kept("results").items()
+    ((file, content),) = kept("scores").items()
     file.write_bytes(damage(content))
     assert answers(evaluate()) == answers(first)
-    assert evaluate.built == 2 and kept("results") == {file: content}
+    assert evaluate.built == 2 and kept("scores") == {file: content}
 
 
 def test_the_model_is_built_once_for_the_tasks_that_need_it(

@@ -18,6 +18,7 @@ from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import FusionBenchError, did_you_mean, within
 from fusion_bench.repository import hub_cache
 from fusion_bench.results import ACCURACY, LOSS, SampleScores
+from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.datasets import DatasetPlace, datasets_cache, describe, load_split
 from fusion_bench.taskpool.images.classes import some
 from fusion_bench.taskpool.images.evaluate import evaluate
@@ -284,6 +285,8 @@ def image_tasks(
             )
     found = {}
     for name, node in test_datasets.items():
+        with within("test_datasets", name):
+            check_file_name(name)
         with within("tasks", name):
             settings = Settings.from_mapping((tasks or {}).get(name, {}), base=load_task(name))
         found[name] = ImageTask(name, node, settings, classifiers, per_class, cache_bytes)
