@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -87,7 +87,7 @@ class Study(Strict):
     categories: dict[str, list[str]]
     bases: dict[str, Base]
     merges: list[Merge]
-    points: list[Point] = []
+    points: list[Point] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod

@@ -38,8 +38,9 @@ def read_model(kind: type[T], path: Path, name: str) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its text"
+        reason = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"'{path}' is not a {name} of this version: {place}: {first['msg'].removeprefix('Value error, ')}."
+            f"'{path}' is not a {name} of this version: {place}: {reason}."
         ) from error
 
 
@@ -98,16 +99,14 @@ class MetricInfo(Strict):
         unit: ``%`` for a fraction that is shown in percent; otherwise what follows a value.
         higher_is_better: whether a greater value is a better one.
         normalise: whether values may be divided by that of the task's own model.
-        function: for a metric of a user, the importable name of what computes it.
-        from_sums: whether it computes the value from sums over samples.
+        source: the name to import a user's metric by.
     """
 
     name: str
     unit: str
     higher_is_better: bool
     normalise: bool = True
-    function: str | None = None
-    from_sums: bool = True
+    source: str | None = None
 
     @property
     def label(self) -> str:

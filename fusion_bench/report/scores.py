@@ -153,21 +153,14 @@ def metric(info: MetricInfo) -> Metric:
     """Return the metric that a report names.
 
     Raises:
-        FusionBenchError: a user's function that may not be imported.
+        FusionBenchError: a user's metric that may not be imported.
         ValueError: a metric that is not known.
     """
-    known = METRICS.get(info.name)
-    if info.function is not None:
-        function = find(info.function)
-        known = (
-            Metric(info.name, "", True, value=function)
-            if info.from_sums
-            else Metric(info.name, "", True, recompute=function)
-        )
-    if known is None:
-        raise ValueError(f"there is no metric '{info.name}'")
+    found = METRICS.get(info.name) if info.source is None else find(info.source, called=False)
+    if not isinstance(found, Metric):
+        raise ValueError(f"there is no metric '{info.source or info.name}'")
     return replace(
-        known,
+        found,
         unit=info.unit,
         higher_is_better=info.higher_is_better,
         normalise=info.normalise,
@@ -176,17 +169,12 @@ def metric(info: MetricInfo) -> Metric:
 
 def metric_info(metric: Metric) -> MetricInfo:
     """Return how a metric's values are read, for a report."""
-    known = METRICS.get(metric.name)
-    function = metric.recompute if metric.value is None else metric.value
-    assert function is not None
-    ours = known is not None and function in (known.value, known.recompute)
     return MetricInfo(
         name=metric.name,
         unit=metric.unit,
         higher_is_better=metric.higher_is_better,
         normalise=metric.normalise,
-        function=None if ours else f"{function.__module__}.{function.__qualname__}",
-        from_sums=metric.value is not None,
+        source=metric.source,
     )
 
 

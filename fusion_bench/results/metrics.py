@@ -24,6 +24,9 @@ class Metric:
             there is none.
         recompute: for what is no function of sums, such as rank correlations: the samples' details
             and the indices of the counted samples, which may repeat, to the value.
+        measure: details, such as ``labels`` and ``predictions``, to each sample's terms of the
+            sums, of shape ``(samples, m)``; for a metric that a task does not measure itself.
+        source: the name to import a user's metric by.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Metric:
     normalise: bool = True
     value: Callable[[Numbers], Numbers] | None = None
     recompute: Callable[[Details, NDArray[np.int64]], float] | None = None
+    measure: Callable[[Details], Numbers] | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.recompute is None):

@@ -1,7 +1,7 @@
 """Scores of single samples, from which every figure follows."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -82,6 +82,22 @@ class SampleScores:
     def totals(self, metric: Metric) -> Numbers:
         """Return the sums that a metric's value is a function of."""
         return np.ascontiguousarray(self.statistics[metric.name].T).sum(axis=1)
+
+    def measured(self, metrics: Iterable[Metric]) -> "SampleScores":
+        """Return the scores with what metrics measure of the details.
+
+        Raises:
+            ValueError: a metric that finds no such detail, or has no row per sample.
+        """
+        own = dict(self.statistics)
+        for metric in metrics:
+            if metric.measure is not None:
+                try:
+                    rows = np.asarray(metric.measure(self.details), dtype=np.float64)
+                except KeyError as error:
+                    raise ValueError(f"'{metric.name}' needs {error} of each sample") from error
+                own[metric.name] = rows
+        return replace(self, statistics=own)
 
     def at(self, keep: NDArray[np.bool_]) -> "SampleScores":
         """Return the scores of some samples alone."""

@@ -222,10 +222,17 @@ class TaskPool:
                     found = self.tasks[task].evaluate(module, samples, how)
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, found)
-            scores[task] = found
+            scores[task] = self._measured(task, found)
         if known:
             log.info("'%s' was evaluated before on %s.", name, ", ".join(known))
         return {task: scores[task] for task in wanted}
+
+    def _measured(self, task: str, scores: SampleScores) -> SampleScores:
+        """Add what metrics measure of the details, which is not kept: a user may change them."""
+        try:
+            return scores.measured(self.describe(task).metrics)
+        except ValueError as error:
+            raise FusionBenchError(f"{error}.", place=("metrics",)) from error
 
     def identity(self, task: str, fabric: Fabric) -> str | None:
         """Return a hash of what a result depends on besides the model; None if none is kept."""

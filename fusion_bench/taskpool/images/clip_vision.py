@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fusion_bench.plan import Plan
 from fusion_bench.pretrained import from_pretrained
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository
+from fusion_bench.results import Metric
 from fusion_bench.sources import reading
 from fusion_bench.storage import file_sha256
 from fusion_bench.taskpool.images.heads import HeadStore
@@ -63,6 +64,8 @@ class CLIPVisionModelTaskPool(TaskPool):
         cache: keep prepared images, text heads and results on disk and use what is there.
         cache_size: what prepared images may take on disk.
         compile: compile the models with ``torch.compile``.
+        metrics: the most important one first; by default ``accuracy`` and ``loss``. A metric of
+            your own is named by its package.
     """
 
     def __init__(
@@ -80,13 +83,14 @@ class CLIPVisionModelTaskPool(TaskPool):
         cache: bool = True,
         cache_size: int | str = "50GB",
         compile: bool = False,
+        metrics: Sequence[str | Metric] | None = None,
     ):
         size = cache_bytes(cache_size) if cache else 0
         self._classifiers = ZeroShotClassifiers(
             clip_model, processor, base_model, data_processor, cache
         )
         super().__init__(
-            image_tasks(test_datasets, tasks, self._classifiers, per_class, size),
+            image_tasks(test_datasets, tasks, self._classifiers, per_class, size, metrics),
             dataloader_kwargs,
             max_samples,
             save_predictions,

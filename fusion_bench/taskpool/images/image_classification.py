@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository
+from fusion_bench.results import Metric
 from fusion_bench.storage import read_json
 from fusion_bench.taskpool.images.classes import class_indices, some
 from fusion_bench.taskpool.images.preprocess import Preprocessor
@@ -47,6 +48,8 @@ class ImageClassificationTaskPool(TaskPool):
         cache: keep prepared images and results on disk and use what is there.
         cache_size: what prepared images may take on disk.
         compile: compile the models with ``torch.compile``.
+        metrics: the most important one first; by default ``accuracy`` and ``loss``. A metric of
+            your own is named by its package.
 
     Raises:
         FusionBenchError: a task without a classifier.
@@ -65,10 +68,13 @@ class ImageClassificationTaskPool(TaskPool):
         cache: bool = True,
         cache_size: int | str = "50GB",
         compile: bool = False,
+        metrics: Sequence[str | Metric] | None = None,
     ):
         size = cache_bytes(cache_size) if cache else 0
         self._classifiers = OwnHeads(test_datasets, classifiers, processor)
-        self._image_tasks = image_tasks(test_datasets, tasks, self._classifiers, per_class, size)
+        self._image_tasks = image_tasks(
+            test_datasets, tasks, self._classifiers, per_class, size, metrics
+        )
         super().__init__(
             self._image_tasks,
             dataloader_kwargs,

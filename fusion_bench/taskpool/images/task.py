@@ -17,7 +17,7 @@ from fusion_bench.addresses import Folders
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import FusionBenchError, did_you_mean, within
 from fusion_bench.repository import hub_cache
-from fusion_bench.results import ACCURACY, LOSS, SampleScores
+from fusion_bench.results import ACCURACY, LOSS, Metric, SampleScores
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.datasets import DatasetPlace, datasets_cache, describe, load_split
 from fusion_bench.taskpool.images.classes import some
@@ -26,12 +26,16 @@ from fusion_bench.taskpool.images.labelled import Columns, LabelledImages
 from fusion_bench.taskpool.images.pixels import PreparedImages
 from fusion_bench.taskpool.images.preprocess import Preprocessor
 from fusion_bench.taskpool.images.tuning import TuningImages
+from fusion_bench.taskpool.metrics import chosen_metrics
 from fusion_bench.taskpool.task import Evaluation, LearningData, TaskDescription
 from fusion_bench.tasks import Task as Settings
 from fusion_bench.tasks import load_task
 
 #: What configs say of a model's form, as far as they say it.
 _SIZES = ("hidden_size", "hidden_sizes", "depths", "patch_size", "image_size", "num_hidden_layers")
+
+#: What a task measures of each image.
+MEASURED = (ACCURACY, LOSS)
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -73,6 +77,7 @@ class ImageTask:
         classifiers: make models classifiers.
         per_class: report each class's accuracy too.
         cache_bytes: what prepared images may take on disk.
+        metrics: the most important one first.
 
     Attributes:
         columns: what was known of the dataset before it was loaded, once ``plan`` has run.
@@ -87,8 +92,10 @@ class ImageTask:
         classifiers: Classifiers,
         per_class: bool,
         cache_bytes: int,
+        metrics: Sequence[Metric] = MEASURED,
     ):
         self.name = name
+        self.metrics = tuple(metrics)
         self.settings = settings
         self.columns: Columns | None = None
         self._node = node
@@ -142,11 +149,11 @@ class ImageTask:
         self._classifiers.head_identity(self)  # so that what is not there is noticed now
 
     def describe(self) -> TaskDescription:
-        """Return what the task measures: accuracy and loss."""
+        """Return what the task measures, by default accuracy and loss."""
         own = [self.images.image_column, self.preprocessor.identity]
         return TaskDescription(
             kind="image_classification",
-            metrics=(ACCURACY, LOSS),
+            metrics=self.metrics,
             identity={
                 "dataset": self.images.fingerprint,
                 "classes, prompts or text tower": _sha256(self._classifiers.head_identity(self)),
@@ -202,7 +209,7 @@ class ImageTask:
             str(images.dataset.split or ""),
             PreparedImages(images, self.preprocessor, self._cache_bytes),
             self.images,
-            ACCURACY,
+            self.metrics[0],
             classify,
             how,
         )
@@ -255,6 +262,7 @@ def image_tasks(
     classifiers: Classifiers,
     per_class: bool,
     cache_bytes: int,
+    metrics: Sequence[str | Metric] | None,
 ) -> dict[str, ImageTask]:
     """Return the tasks that a config's datasets make.
 
@@ -264,9 +272,11 @@ def image_tasks(
         classifiers: make models classifiers.
         per_class: report each class's accuracy too.
         cache_bytes: what prepared images may take on disk.
+        metrics: names of metrics, the most important one first.
 
     Raises:
-        FusionBenchError: no task, or settings of a task that is not there or that cannot be.
+        FusionBenchError: no task, a metric that is not there, or settings of a task that is not
+            there or that cannot be.
     """
     if not test_datasets:
         raise FusionBenchError(
@@ -283,13 +293,15 @@ def image_tasks(
                 f"'~{{here}}{name}'.",
                 place=("tasks", name),
             )
+    with within("metrics"):
+        chosen = chosen_metrics(metrics, MEASURED)
     found = {}
     for name, node in test_datasets.items():
         with within("test_datasets", name):
             check_file_name(name)
         with within("tasks", name):
             settings = Settings.from_mapping((tasks or {}).get(name, {}), base=load_task(name))
-        found[name] = ImageTask(name, node, settings, classifiers, per_class, cache_bytes)
+        found[name] = ImageTask(name, node, settings, classifiers, per_class, cache_bytes, chosen)
     return found
 
 

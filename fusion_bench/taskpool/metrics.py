@@ -1,0 +1,58 @@
+"""The metrics that a config chooses for tasks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fusion_bench.problems import FusionBenchError, did_you_mean, within
+from fusion_bench.results import METRICS, Metric
+from fusion_bench.trust import find
+
+
+def chosen_metrics(
+    names: Sequence[str | Metric] | None, own: Sequence[Metric]
+) -> tuple[Metric, ...]:
+    """Return metrics by their names, the main one first.
+
+    Args:
+        names: of metrics of this package, such as ``accuracy``, or of a user's, such as
+            ``my_metrics.BALANCED``, a ``Metric`` in a package that may be called; ``None`` takes
+            the task's own.
+        own: what the task measures. Another metric must measure itself, of the samples' details.
+
+    Raises:
+        FusionBenchError: no list, or a metric that is not there or cannot be measured; places are
+            relative to the list.
+    """
+    if names is None:
+        return tuple(own)
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise FusionBenchError(f"'{names}' is not a list.", f"Write it like '[{own[0].name}]'.")
+    found = []
+    for index, name in enumerate(names):
+        with within(index):
+            found.append(_metric(name, own))
+    return tuple(found)
+
+
+def _metric(name: str | Metric, own: Sequence[Metric]) -> Metric:
+    if isinstance(name, Metric):
+        return name
+    measured = {metric.name: metric for metric in own}
+    if name in measured:
+        return measured[name]
+    if "." not in str(name):
+        known = METRICS.get(name)
+        if known is not None and known.recompute is not None:
+            return known
+        raise FusionBenchError(
+            f"'{name}' is not measured by this task.",
+            f"{did_you_mean(str(name), measured)} A metric of yours is named by its package, "
+            "'my_metrics.NAME'.",
+        )
+    found = find(name, called=False)
+    if not isinstance(found, Metric) or (found.recompute is None and found.measure is None):
+        raise FusionBenchError(
+            f"'{name}' is no metric that measures itself.",
+            "Give a fusion_bench.results.Metric with 'measure' or 'recompute'.",
+        )
+    return replace(found, source=name)
