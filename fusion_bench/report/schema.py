@@ -99,7 +99,7 @@ class MetricInfo(Strict):
         unit: ``%`` for a fraction that is shown in percent; otherwise what follows a value.
         higher_is_better: whether a greater value is a better one.
         normalise: whether values may be divided by that of the task's own model.
-        source: the name to import a user's metric by.
+        source: the name of a user's function that returns the metric.
     """
 
     name: str

@@ -156,7 +156,7 @@ def metric(info: MetricInfo) -> Metric:
         FusionBenchError: a user's metric that may not be imported.
         ValueError: a metric that is not known.
     """
-    found = METRICS.get(info.name) if info.source is None else find(info.source, called=False)
+    found = METRICS.get(info.name) if info.source is None else find(info.source)()
     if not isinstance(found, Metric):
         raise ValueError(f"there is no metric '{info.source or info.name}'")
     return replace(

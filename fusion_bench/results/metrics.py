@@ -26,7 +26,7 @@ class Metric:
             and the indices of the counted samples, which may repeat, to the value.
         measure: details, such as ``labels`` and ``predictions``, to each sample's terms of the
             sums, of shape ``(samples, m)``; for a metric that a task does not measure itself.
-        source: the name to import a user's metric by.
+        source: the name of a user's function that returns the metric.
     """
 
     name: str

@@ -15,8 +15,8 @@ def chosen_metrics(
 
     Args:
         names: of metrics of this package, such as ``accuracy``, or of a user's, such as
-            ``my_metrics.BALANCED``, a ``Metric`` in a package that may be called; ``None`` takes
-            the task's own.
+            ``my_metrics.balanced``, a function that returns a ``Metric``, in a package that may be
+            called; ``None`` takes the task's own.
         own: what the task measures. Another metric must measure itself, of the samples' details.
 
     Raises:
@@ -47,12 +47,12 @@ def _metric(name: str | Metric, own: Sequence[Metric]) -> Metric:
         raise FusionBenchError(
             f"'{name}' is not measured by this task.",
             f"{did_you_mean(str(name), measured)} A metric of yours is named by its package, "
-            "'my_metrics.NAME'.",
+            "'my_metrics.name'.",
         )
-    found = find(name, called=False)
+    found = find(name)()
     if not isinstance(found, Metric) or (found.recompute is None and found.measure is None):
         raise FusionBenchError(
-            f"'{name}' is no metric that measures itself.",
-            "Give a fusion_bench.results.Metric with 'measure' or 'recompute'.",
+            f"'{name}' returns no metric that measures itself.",
+            "Return a fusion_bench.results.Metric with 'measure' or 'recompute'.",
         )
     return replace(found, source=name)
