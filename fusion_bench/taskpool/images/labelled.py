@@ -3,8 +3,8 @@
 import hashlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,50 +262,30 @@ class Columns:
         return [given[index] for index in indices]
 
 
-class LabelledImages:
-    """A dataset's images and labels.
+class DatasetImages:
+    """A dataset's images.
 
     Args:
-        name: the task's name, for messages.
-        dataset: one split, with an image column and a label column.
-        task: what is known of the dataset beyond its features.
-        place: the dataset's; by default that of the task's test dataset.
+        dataset: one split.
+        image_column: the column that holds them.
+        place: the dataset's.
         folders: where files lie that the dataset names instead of holding them.
 
     Raises:
-        FusionBenchError: no single split, no image or label column, labels outside the class
-            names, a table that is not the dataset's; places are relative to the task pool.
+        FusionBenchError: no sample.
     """
 
     def __init__(
-        self,
-        name: str,
-        dataset: "Dataset",
-        task: Task,
-        place: DatasetPlace | None = None,
-        folders: Folders = Folders(),  # noqa: B008, frozen
+        self, dataset: "Dataset", image_column: str, place: DatasetPlace, folders: Folders
     ):
-        self._place = place or DatasetPlace(("test_datasets", name))
-        with self._place.located():
-            _refuse_unusable(dataset, folders)
+        self._place = place
         self.dataset = dataset
         self._folders = folders
-        columns = Columns(name, dataset.features, task, self._place)
-        self.image_column = columns.image_column
-        self.label_column = columns.label_column
+        self.image_column = image_column
         if len(dataset) == 0:
             raise self._place.refusal("the split holds no samples.")
-        self.labels = columns.labels(_arrow(dataset, self.label_column))
-        self.names = columns.names
-        self.class_names = self.names[0]
-        if len(self.class_names) > 1 and (self.labels == self.labels[0]).all():
-            log.warning(
-                "%s: all samples are of one class, '%s'.",
-                self._place,
-                self.class_names[self.labels[0]],
-            )
-        self._mode: str | None = getattr(dataset.features[self.image_column], "mode", None)
-        self._images = _undecoded(dataset.select_columns(self.image_column), self.image_column)
+        self._mode: str | None = getattr(dataset.features[image_column], "mode", None)
+        self._images = _undecoded(dataset.select_columns(image_column), image_column)
         self._said: set[str] = set()
 
     def __len__(self) -> int:
@@ -317,14 +297,8 @@ class LabelledImages:
         Raises:
             FusionBenchError: an image that cannot be decoded.
         """
-        stored = self._images[index][self.image_column] or {}
-        name = stored.get("path") if isinstance(stored, dict) else None
-        try:
-            image = decode(self._bytes(stored)) if isinstance(stored, dict) else stored
-            image, converted = in_eight_bits(image)
-        except (OSError, AttributeError, AddressError, PictureError) as error:
-            which = f"sample {index}{f', {name!r},' if name else ''}"
-            raise self._place.refusal(f"{which} holds no readable image ({error}).") from error
+        with self._readable(index) as stored:
+            image, converted = in_eight_bits(self._decoded(stored))
         if converted is not None and converted not in self._said:
             self._said.add(converted)
             log.warning(
@@ -336,6 +310,29 @@ class LabelledImages:
         if self._mode is not None and self._mode != image.mode:
             image = image.convert(self._mode)
         return image
+
+    def picture(self, index: int) -> "PIL.Image.Image":
+        """Return a sample's picture with the values that are stored, such as those of a mask.
+
+        Raises:
+            FusionBenchError: an image that cannot be decoded.
+        """
+        with self._readable(index) as stored:
+            return self._decoded(stored)
+
+    @contextmanager
+    def _readable(self, index: int) -> Iterator[Any]:
+        """Yield what the dataset holds of a sample's picture; say which one cannot be read."""
+        stored = self._images[index][self.image_column] or {}
+        name = stored.get("path") if isinstance(stored, dict) else None
+        try:
+            yield stored
+        except (OSError, AttributeError, AddressError, PictureError) as error:
+            which = f"sample {index}{f', {name!r},' if name else ''}"
+            raise self._place.refusal(f"{which} holds no readable image ({error}).") from error
+
+    def _decoded(self, stored: Any) -> "PIL.Image.Image":
+        return decode(self._bytes(stored)) if isinstance(stored, dict) else stored
 
     def _bytes(self, stored: Mapping[str, Any]) -> bytes:
         """Return the bytes of a picture as the dataset holds it: themselves, or a file's name."""
@@ -380,7 +377,7 @@ class LabelledImages:
                 return True
         return False
 
-    def share_within(self, other: "LabelledImages") -> float:
+    def share_within(self, other: "DatasetImages") -> float:
         """Return about how many of the images, as a share, are among ``other``'s too.
 
         They are compared as they are stored, bytes or names of files, and of this dataset only a
@@ -393,7 +390,7 @@ class LabelledImages:
         return sum(mine.content(index) in known for index in drawn) / len(drawn)
 
     def _encoded(self) -> "_Encoded":
-        return _Encoded(_arrow(self.dataset, self.image_column))
+        return _Encoded(arrow(self.dataset, self.image_column))
 
     def _image_files(self) -> list[Path]:
         """Return the local files that images are read from, where the split does not hold them."""
@@ -408,6 +405,45 @@ class LabelledImages:
         own = filter(self._folders.holds, sorted(files))
         return [Path(file) for file in own if Path(file).is_file()]
 
+
+class LabelledImages(DatasetImages):
+    """A dataset's images and labels.
+
+    Args:
+        name: the task's name, for messages.
+        dataset: one split, with an image column and a label column.
+        task: what is known of the dataset beyond its features.
+        place: the dataset's; by default that of the task's test dataset.
+        folders: where files lie that the dataset names instead of holding them.
+
+    Raises:
+        FusionBenchError: no single split, no image or label column, labels outside the class
+            names, a table that is not the dataset's; places are relative to the task pool.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: "Dataset",
+        task: Task,
+        place: DatasetPlace | None = None,
+        folders: Folders = Folders(),  # noqa: B008, frozen
+    ):
+        place = place or DatasetPlace(("test_datasets", name))
+        refuse_unusable(dataset, place, folders)
+        columns = Columns(name, dataset.features, task, place)
+        super().__init__(dataset, columns.image_column, place, folders)
+        self.label_column = columns.label_column
+        self.labels = columns.labels(arrow(dataset, self.label_column))
+        self.names = columns.names
+        self.class_names = self.names[0]
+        if len(self.class_names) > 1 and (self.labels == self.labels[0]).all():
+            log.warning(
+                "%s: all samples are of one class, '%s'.",
+                self._place,
+                self.class_names[self.labels[0]],
+            )
+
     @property
     def labels_sha256(self) -> str:
         """The hash of the labels and of the number of classes."""
@@ -416,19 +452,24 @@ class LabelledImages:
         ).hexdigest()
 
 
-def _refuse_unusable(dataset: Any, folders: Folders) -> None:
-    """Refuse what is no single split whose samples can be counted, or is read from elsewhere."""
+def refuse_unusable(dataset: Any, place: DatasetPlace, folders: Folders) -> None:
+    """Refuse what is no single split whose samples can be counted, or is read from elsewhere.
+
+    Raises:
+        FusionBenchError: it is so.
+    """
     from datasets import IterableDataset
 
-    if isinstance(dataset, dict):
-        raise names_no_split(dataset)
-    if isinstance(dataset, IterableDataset):
-        raise FusionBenchError(WHY_NOT_STREAMED)
-    for table in dataset.cache_files:
-        folders.refuse_outside(table["filename"])
+    with place.located():
+        if isinstance(dataset, dict):
+            raise names_no_split(dataset)
+        if isinstance(dataset, IterableDataset):
+            raise FusionBenchError(WHY_NOT_STREAMED)
+        for table in dataset.cache_files:
+            folders.refuse_outside(table["filename"])
 
 
-def _arrow(dataset: "Dataset", column: str) -> Any:
+def arrow(dataset: "Dataset", column: str) -> Any:
     """Return one column of a dataset as Arrow's ``ChunkedArray``."""
     return dataset.select_columns(column).with_format("arrow")[:].column(column)
 

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from fusion_bench.storage import cache_dir, locked, warn_not_kept
-from fusion_bench.taskpool.images.labelled import LabelledImages
+from fusion_bench.taskpool.images.labelled import DatasetImages
 from fusion_bench.taskpool.images.preprocess import Preprocessor
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class PreparedImages:
         max_bytes: what all prepared images on disk may take together; 0 keeps none.
     """
 
-    def __init__(self, data: LabelledImages, preprocessor: Preprocessor, max_bytes: int):
+    def __init__(self, data: DatasetImages, preprocessor: Preprocessor, max_bytes: int):
         self.data = data
         self.preprocessor = preprocessor
         self._store: PixelStore | None = None
