@@ -37,8 +37,10 @@ class Step:
 
 
 def zoo_step(place: Path) -> Step:
-    """Return the step that builds the embedded zoo, if it is missing."""
+    """Return the step that builds the embedded zoo, or a family of its own, if it is missing."""
     what = "the zoo of tiny models and images, which takes 2 to 3 minutes"
+    if place.name.startswith("dense-"):
+        what = "the zoo's dense tasks, which takes about a minute"
     return Step("build", what, _ZOO_BYTES, place, "FUSION_BENCH_CACHE")
 
 

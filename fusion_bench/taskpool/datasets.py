@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench.addresses import fence, refuse_addresses
+from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import (
     FusionBenchError,
     Place,
@@ -19,8 +20,9 @@ from fusion_bench.problems import (
     key_of,
     within,
 )
+from fusion_bench.repository import hub_cache
 from fusion_bench.sources import load, reading, refuse_missing_path
-from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS
+from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS, dense
 from fusion_bench.zoo import load_dataset as load_from_zoo
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _LOADS = "datasets.load_dataset"
 _READS = "datasets.load_from_disk"
 _ZOO = "fusion_bench.zoo.load_dataset"
+_SCENES = "fusion_bench.zoo.dense.load_dataset"
 
 
 @dataclass(frozen=True)
@@ -99,18 +102,41 @@ def describe(node: Any, scratch: Path | None = None) -> Described | None:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if target in (_LOADS, _READS):
         refuse_addresses(node)
-    if target not in (_LOADS, _READS, _ZOO) or any(map(_is_node, node.values())):
+    describes = {
+        _LOADS: _described_by_builder,
+        _READS: _described_on_disk,
+        _ZOO: _described_zoo,
+        _SCENES: _described_scenes,
+    }
+    if target not in describes or any(map(_is_node, node.values())):
         return None
     given = {name: value for name, value in node.items() if not str(name).startswith("_")}
     if target == _LOADS and given.get("streaming"):
         raise FusionBenchError(WHY_NOT_STREAMED, place=("streaming",))
-    describes = {_LOADS: _described_by_builder, _READS: _described_on_disk, _ZOO: _described_zoo}
     name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), target)
     with reading("dataset", str(name)), fence(node, *([scratch] if scratch else [])):
         found = describes[target](given, scratch)
-        if found is not None and target != _ZOO:
+        if found is not None and target in (_LOADS, _READS):
             _refuse_split(found, given.get("split"), str(name))
     return found
+
+
+def plan_dataset(
+    plan: Plan, node: Any, place: DatasetPlace, scratch: Path | None
+) -> Described | None:
+    """Note in a plan what loading a dataset takes; return as ``describe``.
+
+    Raises:
+        FusionBenchError: as ``describe``, with the dataset's place.
+    """
+    with place.located():
+        described = describe(node, scratch)
+    if described is not None and described.download != 0:
+        plan.add(Step("download", node["path"], described.download, hub_cache(), "HF_HOME"))
+    if described is not None and described.prepared:
+        cache = Path(node.get("cache_dir") or datasets_cache())
+        plan.add(Step("prepare", node["path"], described.prepared, cache, "HF_HOME"))
+    return described
 
 
 def load_split(node: Any) -> Any:
@@ -201,6 +227,12 @@ def _described_zoo(given: Mapping[str, Any], scratch: Path | None) -> Described:
         load_from_zoo(str(name), str(split))  # says what there is, and builds nothing
     features = Features({"image": Image(), "label": ClassLabel(names=list(CLASS_NAMES[str(name)]))})
     return Described(dict.fromkeys(SPLITS), features)
+
+
+def _described_scenes(given: Mapping[str, Any], scratch: Path | None) -> Described:
+    if (split := given.get("split", "test")) not in SPLITS:
+        dense.load_dataset(str(split))  # says what there is, and builds nothing
+    return Described(dict.fromkeys(SPLITS), dense.columns())
 
 
 def _described_on_disk(given: Mapping[str, Any], scratch: Path | None) -> Described | None:

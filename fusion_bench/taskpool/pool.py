@@ -38,7 +38,7 @@ class TaskPool:
     """Tasks of any kinds.
 
     Args:
-        tasks: a task's name to the task, or to its config node.
+        tasks: a task's name to the task, or to its config node; what that makes is given ``name``.
         dataloader_kwargs: ``batch_size`` and ``num_workers``, which suit the device where they are
             not given.
         max_samples: evaluate no more than so many samples of each task, a random subset that is the
@@ -70,7 +70,8 @@ class TaskPool:
         for name, task in tasks.items():
             with within("tasks", name):
                 check_file_name(name)
-                self.tasks[name] = instantiate(task) if isinstance(task, Mapping) else task
+                named = instantiate(task, name=name) if isinstance(task, Mapping) else task
+                self.tasks[name] = named
         self.save_predictions = save_predictions
         self._dataloader_kwargs = dict(dataloader_kwargs or {})
         self._max_samples = max_samples

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.addresses import Folders
-from fusion_bench.plan import Plan, Step
+from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, did_you_mean, within
-from fusion_bench.repository import hub_cache
 from fusion_bench.results import ACCURACY, LOSS, Metric, SampleScores
 from fusion_bench.storage import check_file_name
-from fusion_bench.taskpool.datasets import DatasetPlace, datasets_cache, describe, load_split
+from fusion_bench.taskpool.datasets import DatasetPlace, load_split, plan_dataset
 from fusion_bench.taskpool.images.classes import some
 from fusion_bench.taskpool.images.evaluate import evaluate
 from fusion_bench.taskpool.images.labelled import Columns, LabelledImages
@@ -233,16 +232,8 @@ class ImageTask:
         self, plan: Plan, node: Any, place: DatasetPlace, scratch: Path | None
     ) -> Columns | None:
         """Note what a dataset takes; return its columns, as far as they can be known."""
-        with place.located():
-            described = describe(node, scratch)
-        if described is None:
-            return None
-        if described.download != 0:
-            plan.add(Step("download", node["path"], described.download, hub_cache(), "HF_HOME"))
-        if described.prepared:
-            cache = Path(node.get("cache_dir") or datasets_cache())
-            plan.add(Step("prepare", node["path"], described.prepared, cache, "HF_HOME"))
-        if described.features is None:
+        described = plan_dataset(plan, node, place, scratch)
+        if described is None or described.features is None:
             return None
         columns = Columns(self.name, described.features, self.settings, place, quiet=True)
         split = node.get("split")

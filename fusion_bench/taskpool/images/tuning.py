@@ -12,7 +12,7 @@ from fusion_bench.problems import within
 from fusion_bench.results import Metric, SampleScores
 from fusion_bench.taskpool.datasets import split_names
 from fusion_bench.taskpool.images.evaluate import batches, evaluate
-from fusion_bench.taskpool.images.labelled import LabelledImages
+from fusion_bench.taskpool.images.labelled import DatasetImages, LabelledImages
 from fusion_bench.taskpool.images.pixels import PreparedImages
 from fusion_bench.taskpool.task import Evaluation
 
@@ -23,6 +23,36 @@ _TOLERATED = 0.05
 def is_test_split(split: str) -> bool:
     """Return whether a split's name says that models are evaluated on it, or on a part of it."""
     return any(name.startswith("test") for name in split_names(split))
+
+
+def are_evaluated(
+    split: str, images: DatasetImages, evaluated: DatasetImages, *, by_content: bool = True
+) -> bool:
+    """Return whether models are evaluated on such images: by the split's name, or by content.
+
+    A few images may be in both splits of a published dataset.
+
+    Args:
+        split: what the dataset calls the part that the images are from.
+        images: those in question.
+        evaluated: those that models are evaluated on.
+        by_content: look for the images themselves, too.
+    """
+    same = images.fingerprint == evaluated.fingerprint
+    return (
+        is_test_split(split) or same or (by_content and images.share_within(evaluated) > _TOLERATED)
+    )
+
+
+def drawn(size: int, count: int | None, seed: int) -> NDArray[np.int64]:
+    """Draw ``count`` of ``size`` samples, none twice; all, in order, where there are no more.
+
+    A dataset may be sorted by class: its first samples would be of few classes.
+    """
+    everything = np.arange(size, dtype=np.int64)
+    if count is None or count >= size:
+        return everything
+    return np.sort(np.random.default_rng(seed % 2**32).permutation(everything)[:count])
 
 
 @dataclass(frozen=True)
@@ -51,6 +81,7 @@ class TuningImages:
     @property
     def data(self) -> LabelledImages:
         """The images and labels as the dataset holds them."""
+        assert isinstance(self.images.data, LabelledImages)
         return self.images.data
 
     def __len__(self) -> int:
@@ -63,23 +94,12 @@ class TuningImages:
 
     @property
     def is_test(self) -> bool:
-        """Whether models are evaluated on such images: by the split's name, or by content.
-
-        A few images may be in both splits of a published dataset.
-        """
-        named = is_test_split(self.split)
-        same = self.data.fingerprint == self.evaluated.fingerprint
-        return named or same or self.data.share_within(self.evaluated) > _TOLERATED
+        """Whether models are evaluated on such images: by the split's name, or by content."""
+        return are_evaluated(self.split, self.data, self.evaluated)
 
     def sample(self, count: int | None, seed: int = 0) -> NDArray[np.int64]:
-        """Draw ``count`` samples, none twice; all, in order, where there are no more or ``None``.
-
-        A dataset may be sorted by class: its first samples would be of few classes.
-        """
-        everything = np.arange(len(self), dtype=np.int64)
-        if count is None or count >= len(self):
-            return everything
-        return np.sort(np.random.default_rng(seed % 2**32).permutation(everything)[:count])
+        """Draw ``count`` samples, none twice; all, in order, where there are no more."""
+        return drawn(len(self), count, seed)
 
     def batches(
         self, samples: NDArray[np.int64], batch_size: int
