@@ -70,8 +70,9 @@ class TaskPool:
         for name, task in tasks.items():
             with within("tasks", name):
                 check_file_name(name)
-                named = instantiate(task, name=name) if isinstance(task, Mapping) else task
-                self.tasks[name] = named
+                if isinstance(task, Mapping):  # nodes in it are for the task: it loads them late
+                    task = instantiate({"_recursive_": False, **task}, name=name)
+                self.tasks[name] = task
         self.save_predictions = save_predictions
         self._dataloader_kwargs = dict(dataloader_kwargs or {})
         self._max_samples = max_samples

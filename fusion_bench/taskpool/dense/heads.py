@@ -33,8 +33,8 @@ class DenseHead:
 
     def __init__(self, head: Any, processor: Any, channels: int | None, place: Place):
         repositories: dict[str, Repository] = {}
-        self._place = (*place, "head")
-        self._part = Part(head, self._place, repositories)
+        self._place = place
+        self._part = Part(head, (*place, "head"), repositories)
         self._processor = Part(processor, (*place, "processor"), repositories)
         self._wanted = channels
 
@@ -84,7 +84,7 @@ class DenseHead:
         part = self._processor_part
         if part is not self._processor and part.name is None:
             raise FusionBenchError(
-                "missing; a head that is a module has none.", place=(*self._place[:-1], "processor")
+                "missing; a head that is a module has none.", place=(*self._place, "processor")
             )
         processor = part.image_processor(AutoImageProcessor, backend="pil")
         if getattr(processor, "do_center_crop", False):
@@ -104,12 +104,12 @@ class DenseHead:
         def predict(images: Tensor) -> Tensor:
             features = patch_features(backbone, images, name)
             width = head.hidden_size if isinstance(head, PatchHead) else features.shape[1]
-            if features.shape[1] != width:
-                reason = f"it is for {width} features, '{name}' has {features.shape[1]}."
-                remedy = "Name a head for an encoder of this size."
-                raise FusionBenchError(reason, remedy, place=self._place)
-            found: Tensor = head(features)
-            self._check(found.shape[1])
+            with self._part.located():
+                if features.shape[1] != width:
+                    reason = f"it is for {width} features, '{name}' has {features.shape[1]}."
+                    raise FusionBenchError(reason, "Name a head for an encoder of this size.")
+                found: Tensor = head(features)
+                self._check(found.shape[1])
             return found
 
         return predict
@@ -121,7 +121,7 @@ class DenseHead:
     def _check(self, channels: int) -> None:
         if self._wanted is not None and channels != self._wanted:
             reason = f"it gives {channels} values a pixel, the task needs {self._wanted}."
-            raise FusionBenchError(reason, "Name the head of this task.", place=self._place)
+            raise FusionBenchError(reason, "Name the head of this task.")
 
 
 def patch_features(encoder: Any, images: Tensor, name: str) -> Tensor:
