@@ -93,3 +93,44 @@ def test_the_figures_that_the_package_holds_are_found_again(
     done = fusion_bench("--config-name", "reproduce", rows, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "35 of 35 figures are within their tolerance." in done.stdout
+
+
+@pytest.fixture(scope="module")
+def dense(runs: dict[str, Path]) -> dict[str, Report]:
+    """Merge the dense family in two ways; it is built first, which takes a minute."""
+    root, found = runs["first"].parent, {}
+    env = client_environment(closed_endpoint(), root / "hf")
+    env["FUSION_BENCH_CACHE"] = str(root / "cache")
+    before = sorted(path.name for path in (root / "cache" / "zoo").iterdir() if path.is_dir())
+    assert len(before) == 1
+    for method in ("simple_average", "task_arithmetic"):
+        place = root / f"dense_{method}"
+        place.mkdir()
+        words = ("--config-name", "demo_dense", f"method={method}")
+        done = fusion_bench(*words, cwd=place, env=env, timeout=600)
+        assert (done.returncode, done.stderr) == (0, "")
+        built = "Built the zoo's dense tasks" in done.stdout
+        assert built == (method == "simple_average")
+        for word in ("mean iou", "rmse", "mean angle", "normalised"):
+            assert word in done.stdout
+        found[method] = report(place)
+    return found
+
+
+@pytest.mark.parametrize("method", ["simple_average", "task_arithmetic"])
+def test_a_merge_lies_between_the_pretrained_encoder_and_the_dense_experts(
+    dense: dict[str, Report], method: str
+) -> None:
+    models, tasks = dense[method].models, dense[method].tasks
+    clearly = {"segmentation": 0.15, "depth": -0.08, "normals": -1.5}
+    assert list(tasks) == list(clearly)
+    for task, gain in clearly.items():
+        before, merged, own = (
+            models[name].tasks[task].metrics[tasks[task].main].value
+            for name in ("_pretrained_", "merged", task)
+        )
+        sign = 1 if gain > 0 else -1
+        assert (own - before) * sign > abs(gain)
+        assert before * sign < merged * sign < own * sign
+    shares = [models[name].average.normalized for name in ("_pretrained_", "merged")]
+    assert 0.5 < shares[0] < shares[1] - 0.03 < 0.97

@@ -18,13 +18,13 @@ from fusion_bench.problems import FusionBenchError, Place
 from fusion_bench.results import Metric, SampleScores
 from fusion_bench.taskpool.datasets import DatasetPlace, load_split, plan_dataset
 from fusion_bench.taskpool.dense.data import DenseImages, find_columns, load_images
-from fusion_bench.taskpool.dense.heads import DenseHead
+from fusion_bench.taskpool.dense.heads import DenseHead, Predict
 from fusion_bench.taskpool.dense.measures import resized
 from fusion_bench.taskpool.dense.tuning import DenseData
 from fusion_bench.taskpool.images.evaluate import Measured, measured
 from fusion_bench.taskpool.images.pixels import PreparedImages
 from fusion_bench.taskpool.images.preprocess import Preprocessor
-from fusion_bench.taskpool.images.task import cache_bytes
+from fusion_bench.taskpool.images.task import EnsembleClassifier, cache_bytes
 from fusion_bench.taskpool.task import Evaluation, LearningData, TaskDescription
 
 
@@ -216,6 +216,24 @@ class DenseTask(ABC):
         self.target(images, 0)  # so that a column of another kind is noticed now
         return images
 
+    def _predictor(self, model: nn.Module, how: Evaluation) -> Predict:
+        """Return the head on a model, or on the members of an ensemble of classifiers."""
+        if not isinstance(model, EnsembleClassifier):
+            return self.head.on(model, how.model, how.fabric)
+        if self.num_classes is None:
+            raise FusionBenchError(
+                "it has no classes, whose logits or probabilities an ensemble puts together.",
+                "Let it put outputs together: method.of=outputs.",
+                place=self.settings,
+            )
+        members = [self.head.on(member, how.model, how.fabric) for member in model.members]
+
+        def predict(images: Tensor) -> Tensor:
+            logits = [member(images).movedim(1, -1) for member in members]
+            return model.combine(logits).movedim(-1, 1)
+
+        return predict
+
     def _scores(
         self, pixels: PreparedImages, model: nn.Module, samples: NDArray[int64], how: Evaluation
     ) -> SampleScores:
@@ -236,7 +254,7 @@ class DenseTask(ABC):
 
         found = measured(
             how.fabric,
-            self.head.on(model, how.model, how.fabric),
+            self._predictor(model, how),
             measure,
             self.wanted(how.fabric.device),
             pixels,

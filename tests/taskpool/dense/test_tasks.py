@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from fusion_bench.method.ensemble import ensemble_of
 from fusion_bench.patch_head import PatchHead
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.results import SampleScores
@@ -301,6 +302,20 @@ def test_a_model_that_does_not_fit_is_told(
     assert "'model', a Pooled, gives no features of patches" in seen
 
 
+def test_an_ensemble_of_logits_has_classes_of_pixels(
+    data: Dataset, heads: dict[str, Path], model: nn.Module
+) -> None:
+    two = ensemble_of({"a": model, "b": model}, [0.5, 0.5], "probabilities")
+    alone = pool(data, heads).evaluate(model, CPU, ["segmentation"])["segmentation"]
+    found = pool(data, heads).evaluate(two, CPU, ["segmentation"])["segmentation"]
+    same(alone, found)
+    seen = refused(lambda: DepthTask(data, str(heads["depth"]), name="t"), two)
+    assert seen.startswith("tasks.t: it has no classes") and "method.of=outputs" in seen
+    outputs = ensemble_of({"a": model, "b": model}, [0.5, 0.5], "outputs")
+    depth = pool(data, heads).evaluate(model, CPU, ["depth"])["depth"]
+    same(depth, pool(data, heads).evaluate(outputs, CPU, ["depth"])["depth"])
+
+
 def test_the_image_is_resized_as_a_whole(heads: dict[str, Path], model: nn.Module) -> None:
     """The processor would cut off the sides of a wide image, whose pixels have targets."""
     wide = np.zeros((SIZE, 2 * SIZE, 3), dtype=np.uint8)
@@ -338,15 +353,15 @@ def test_images_and_targets_may_be_arrays(heads: dict[str, Path], model: nn.Modu
     types = Features({**features, "image": Image(), "segmentation": Image()})
     plain = Dataset.from_dict(pictures | masks, features=types)
 
-    def scores(data: Dataset, **given: Any) -> list[SampleScores]:
-        column = {"image_column": "image"}
+    def scores(data: Dataset, ignored: int) -> list[SampleScores]:
+        mask, depth = str(heads["segmentation"]), str(heads["depth"])
         tasks = {
-            "s": SegmentationTask(data, str(heads["segmentation"]), **column, **given),
-            "d": DepthTask(data, str(heads["depth"]), **column),
+            "s": SegmentationTask(data, mask, image_column="image", ignore_index=ignored),
+            "d": DepthTask(data, depth, image_column="image"),
         }
         return list(TaskPool(tasks, cache=False).evaluate(model, CPU).values())
 
-    for one, other in zip(scores(plain), scores(arrays, ignore_index=-1), strict=True):
+    for one, other in zip(scores(plain, 255), scores(arrays, -1), strict=True):
         same(one, other)
 
 
