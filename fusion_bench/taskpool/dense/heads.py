@@ -46,6 +46,7 @@ class DenseHead:
                 plan.download(found, *FILES)
                 self._check(read_sizes(found.fetch(CONFIG))["channels"])
         with plan.collect():
+            self._refuse_without_processor()
             self._processor_part.plan_image_processor(plan, scratch)
 
     @cached_property
@@ -81,12 +82,8 @@ class DenseHead:
         """What becomes of images; each is resized as a whole, for each pixel has a target."""
         from transformers import AutoImageProcessor
 
-        part = self._processor_part
-        if part is not self._processor and part.name is None:
-            raise FusionBenchError(
-                "missing; a head that is a module has none.", place=(*self._place, "processor")
-            )
-        processor = part.image_processor(AutoImageProcessor, backend="pil")
+        self._refuse_without_processor()
+        processor = self._processor_part.image_processor(AutoImageProcessor, backend="pil")
         if getattr(processor, "do_center_crop", False):
             settings = {"do_center_crop": False, "size": dict(processor.crop_size)}
             processor = type(processor).from_dict({**processor.to_dict(), **settings})
@@ -108,7 +105,7 @@ class DenseHead:
                 if features.shape[1] != width:
                     reason = f"it is for {width} features, '{name}' has {features.shape[1]}."
                     raise FusionBenchError(reason, "Name a head for an encoder of this size.")
-                found: Tensor = head(features)
+                found: Tensor = head(features.float())
                 self._check(found.shape[1])
             return found
 
@@ -117,6 +114,12 @@ class DenseHead:
     @property
     def _processor_part(self) -> Part:
         return self._part if self._processor.source is None else self._processor
+
+    def _refuse_without_processor(self) -> None:
+        if self._processor.source is None and self._part.name is None:
+            raise FusionBenchError(
+                "missing; a head that is a module has none.", place=(*self._place, "processor")
+            )
 
     def _check(self, channels: int) -> None:
         if self._wanted is not None and channels != self._wanted:

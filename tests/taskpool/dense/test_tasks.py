@@ -18,7 +18,14 @@ from fusion_bench.method.ensemble import ensemble_of
 from fusion_bench.patch_head import PatchHead
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.results import SampleScores
-from fusion_bench.taskpool import DepthTask, NormalsTask, SegmentationTask, TaskPool
+from fusion_bench.taskpool import (
+    DepthTask,
+    LearningData,
+    NormalsTask,
+    SegmentationTask,
+    Task,
+    TaskPool,
+)
 
 CPU = Fabric(accelerator="cpu", devices=1)
 COUNT = 7
@@ -84,6 +91,50 @@ def heads(family: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 @pytest.fixture(scope="module")
 def model(family: Path) -> nn.Module:
     return CLIPVisionModel.from_pretrained(family / "models" / "a").eval()
+
+
+def test_it_is_a_task(data: Dataset, heads: dict[str, Path], model: nn.Module) -> None:
+    """As mypy sees it, too; and another of its datasets evaluates the same."""
+    task: Task = SegmentationTask(data, str(heads["segmentation"]), cache_size=0, name="t")
+    tasks = TaskPool({"t": task}, cache=False)
+    learned: LearningData = tasks.tuning({"t": data.select(range(3))}, CPU, ("here",))["t"]
+    assert (learned.task, len(learned), learned.metric.name) == ("t", 3, "mean_iou")
+    whole = tasks.evaluate(model, CPU)["t"]
+    same(whole.at(whole.samples < 3), learned.evaluate(model))
+    same(learned.evaluate(model), tasks.evaluating({"t": learned}).evaluate(model, CPU)["t"])
+    assert learned.is_test  # its images are evaluated, too
+    images, targets = next(learned.batches(learned.sample(2), 2))
+    assert images.shape == (2, 3, SIZE, SIZE) and targets.shape == (2, SIZE, SIZE)
+    with pytest.raises(FusionBenchError, match="an answer for each pixel") as caught:
+        learned.placed("taskpool").classify(model)
+    assert caught.value.problems[0].key == "taskpool.tasks.t"
+
+
+def test_a_dry_run_tells_what_is_wrong(heads: dict[str, Path], tmp_path: Path) -> None:
+    def saved(name: str) -> dict[str, str]:
+        place = str(tmp_path / name)
+        Dataset.from_dict({name: [1], "depth": [[[1.0]]]}).save_to_disk(place)
+        return {"_target_": "datasets.load_from_disk", "dataset_path": place}
+
+    node, other = saved("image"), saved("picture")
+    depth, normals = str(heads["depth"]), str(heads["normals"])
+    kind = "fusion_bench.taskpool.DepthTask"
+    tasks = {
+        "a": {"_target_": kind, "dataset": node, "head": depth, "image_column": "picture"},
+        "b": {"_target_": kind, "dataset": node, "head": depth, "target_column": "far"},
+        "c": {"_target_": kind, "dataset": node, "head": normals},
+        "d": {"_target_": kind, "dataset": other, "head": str(tmp_path), "processor": depth},
+    }
+    plan = TaskPool(tasks).plan()
+    assert [str(problem) for problem in plan.problems] == [
+        "tasks.a.image_column: the dataset has no column 'picture'. Known: depth, image.",
+        "tasks.b.target_column: the dataset has no column 'far'. Known: depth, image.",
+        "tasks.c.head: it gives 3 values a pixel, the task needs 1. Name the head of this task.",
+        "tasks.d.dataset: no image columns among: picture, depth. Name the one to use in the "
+        "task's 'image_column'.",
+        f"tasks.d.head: '{tmp_path}' has no head: it lacks 'head.json'. Write one there with "
+        "fusion_bench.taskpool.PatchHead, or name another folder.",
+    ]
 
 
 def pool(data: Any, heads: dict[str, Path], **arguments: Any) -> TaskPool:

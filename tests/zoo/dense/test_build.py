@@ -108,9 +108,9 @@ def test_unknown_names_are_refused_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build, "ensure", lambda recipe: pytest.fail("built"))
-    for call in (resolve, unbuilt):
+    for find_model in (resolve, unbuilt):
         with pytest.raises(FusionBenchError, match="'clip-tiny-dense_depth'"):
-            call("zoo:clip-tiny-dense_dept")
+            find_model("zoo:clip-tiny-dense_dept")
     node = {"_target_": "fusion_bench.zoo.dense.load_dataset", "split": "tset"}
     for call in (lambda: dense.load_dataset("tset"), lambda: describe(node)):
         with pytest.raises(FusionBenchError, match="no split 'tset'"):
