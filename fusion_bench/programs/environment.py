@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -10,6 +11,8 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar, cast
 
 import torch
@@ -91,9 +94,13 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
     # A process that was started by ours could else only tell its traceback.
     errors = multiprocessing.get_context(launcher._start_method).SimpleQueue()
     try:
-        return cast(
-            T, fabric.launch(partial(_sending_errors, work=work, errors=errors, shown=are_set_up()))
-        )
+        # Lightning's own queue holds 64 KB: a process with more to tell would wait for ever.
+        with TemporaryDirectory() as place:
+            result = Path(place) / "result"
+            fabric.launch(
+                partial(_sending, work=work, errors=errors, shown=are_set_up(), result=result)
+            )
+            return cast(T, pickle.loads(result.read_bytes()))
     except ProcessRaisedException as error:
         if errors.empty():
             raise
@@ -107,18 +114,21 @@ def launch(fabric: Fabric, work: Callable[[Fabric], T]) -> T:
         ) from error
 
 
-def _sending_errors(
+def _sending(
     fabric: Fabric,
     work: Callable[[Fabric], T],
     errors: "SimpleQueue[FusionBenchError]",
     shown: bool,
-) -> T:
-    """Run the work; send expected errors to the parent without a traceback."""
+    result: Path,
+) -> None:
+    """Run the work; leave its result in a file, and send expected errors without a traceback."""
     if shown:  # as in the parent
         set_up_streams()
     try:
         with plain_failures():
-            return work(fabric)
+            found = work(fabric)
+            if fabric.local_rank == 0:
+                result.write_bytes(pickle.dumps(found))
     except FusionBenchError as error:
         errors.put(error)
         raise

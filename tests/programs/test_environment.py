@@ -75,6 +75,18 @@ def test_failures_in_one_of_two_processes(
         launch(make_fabric({"accelerator": "cpu", "devices": 2}), work)
 
 
+def tell_much(fabric: Fabric) -> bytes:
+    fabric.barrier()
+    return bytes(1_000_000)
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(60)
+def test_a_result_may_be_larger_than_a_pipe() -> None:
+    found = launch(make_fabric({"accelerator": "cpu", "devices": 2}), tell_much)
+    assert len(found) == 1_000_000
+
+
 def compute(fabric: Fabric) -> float:
     with fixed_threads(1_000):
         return float(torch.ones(1_000, 1_000).sum())
