@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
 Details = Mapping[str, NDArray[np.generic]]
+#: Of a difference of two nearly equal sums, this share of them may be rounding.
+_ROUNDING = 1e-13
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,12 @@ def _mean_iou(totals: Numbers) -> Numbers:
 
 def _pearson(totals: Numbers) -> Numbers:
     n, x, y, xx, yy, xy = (totals[..., i] for i in range(6))
-    spread = np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0)
-    return ratio(n * xy - x * y, np.sqrt(spread))
+    spread = [n * own - total * total for total, own in ((x, xx), (y, yy))]
+    # what is left of constant values is rounding
+    some = [
+        np.where(s > _ROUNDING * n * own, s, 0) for s, own in zip(spread, (xx, yy), strict=True)
+    ]
+    return ratio(n * xy - x * y, np.sqrt(some[0]) * np.sqrt(some[1]))
 
 
 def _spearman(details: Details, indices: NDArray[np.int64]) -> float:

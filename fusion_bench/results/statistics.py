@@ -166,35 +166,32 @@ def _of_proportions(rows: Sequence[Numbers], random: np.random.Generator) -> Dif
 def _sums(rows: Numbers, random: np.random.Generator) -> Numbers:
     """Return the sums of resampled rows: models × samples × m to models × resamples × m.
 
-    The sums are of float32 products. They lose nothing that could be seen: the mean of each column
-    is added in float64, and the models after the first count by their difference from it.
+    Sums of whole numbers are exact. Where all drawn entries are 0, so is the sum: a metric tells
+    from it that there is no such class. Models with the same rows have the same sums.
     """
     models, size, width = rows.shape
-    parts = rows.copy()
-    parts[1:] -= rows[0]
-    means = parts.mean(axis=1, keepdims=True)
-    table = np.moveaxis(parts - means, 0, 1).reshape(size, models * width)
+    table = np.moveaxis(rows, 0, 1).reshape(size, models * width)
     kinds, times = np.unique(table, axis=0, return_counts=True)
     repeated = len(kinds) * _REPEATED <= size
-    table = (kinds if repeated else table).astype(np.float32)
-    found = np.empty((RESAMPLES, models * width))
-    step = max(1, _CHUNK // (4 * len(table)))
+    if repeated:
+        rows = np.moveaxis(kinds.reshape(-1, models, width), 1, 0)
+    rows = np.ascontiguousarray(rows)
+    sums = np.empty((models, RESAMPLES, width))
+    step = max(1, _CHUNK // (8 * rows.shape[1]))
     for start in range(0, RESAMPLES, step):
         count = min(step, RESAMPLES - start)
         counts = (
-            random.multinomial(size, times / size, count).astype(np.float32)
+            random.multinomial(size, times / size, count).astype(np.float64)
             if repeated
             else _counts(size, count, random)
         )
-        found[start : start + count] = counts @ table
-    sums = np.moveaxis(found.reshape(RESAMPLES, models, width), 1, 0) + size * means
-    sums[1:] += sums[0]
+        np.matmul(counts, rows, out=sums[:, start : start + count])
     return sums
 
 
-def _counts(size: int, resamples: int, random: np.random.Generator) -> NDArray[np.float32]:
+def _counts(size: int, resamples: int, random: np.random.Generator) -> Numbers:
     """Draw how often each sample is in each resample."""
-    counts = np.empty((resamples, size), dtype=np.float32)
+    counts = np.empty((resamples, size))
     small = np.uint16 if size <= 2**16 else np.int64
     for row in counts:
         row[:] = np.bincount(random.integers(0, size, size, dtype=small), minlength=size)
