@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fusion_bench.results.metrics import Metric, Numbers, mean, normalized
 from fusion_bench.results.scores import SampleScores
