@@ -1,6 +1,7 @@
 """`fusion_bench`, with no arguments, in an empty directory, with no network."""
 
 import re
+import shlex
 from pathlib import Path
 from statistics import fmean
 
@@ -93,6 +94,49 @@ def test_the_figures_that_the_package_holds_are_found_again(
     done = fusion_bench("--config-name", "reproduce", rows, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "35 of 35 figures are within their tolerance." in done.stdout
+
+
+def shown_command(page: str, start: str) -> list[str]:
+    """Return the words of a command on a page, by its beginning."""
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if line.startswith(start))
+    return shlex.split(line)[1:]
+
+
+def test_the_metric_of_ones_own(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(runs["first"].parent / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "examples"))
+    words = shown_command("metrics.md", "fusion_bench --allow own_metric")
+    done = fusion_bench(*words, "taskpool.save_predictions=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "balanced accuracy, %" in done.stdout
+    for model, result in report(tmp_path).models.items():
+        assert f"'{model}' was evaluated before" in done.stdout
+        for value in result.tasks.values():
+            balanced, accuracy, _ = value.metrics.values()
+            assert balanced.value == pytest.approx(accuracy.value, abs=0.02)
+            # smaller, as the classes differ: their numbers are part of the value
+            assert 0.5 < balanced.stderr / accuracy.stderr < 1.05
+    refused = fusion_bench(*words[2:], cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--allow own_metric" in refused.stderr
+
+
+def test_the_owner_that_the_page_names(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(runs["first"].parent / "cache"))
+    words = shown_command("metrics.md", "fusion_bench modelpool.models.numbers=")
+    done = fusion_bench(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, same = report(tmp_path), report(runs["first"])
+    assert found.tasks["digits"].owner == "numbers"
+    assert found.models["numbers"].tasks == same.models["digits"].tasks
+    assert found.models["merged"].tasks["digits"].relation == "own"
+    share = same.models["merged"].average.normalized
+    assert found.models["merged"].average.normalized == pytest.approx(share, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
