@@ -45,6 +45,7 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.programs.fusing import fuse
 from fusion_bench.progress import quiet_libraries
+from fusion_bench.results import ACCURACY
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.images.evaluate import Loading, batches
 from fusion_bench.weights import Weights, in_memory
@@ -595,8 +596,13 @@ def all_answers(device: str, precision: str, samples: int | None) -> dict[str, A
 def answers_row(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Return how many answers are the same, and how far losses are apart."""
     pairs = [(found[name], expected[name]) for name in expected]
-    same = np.concatenate([one.details["predictions"] == other.details["predictions"] for one, other in pairs])
-    apart = max(float(np.abs(one.statistics["loss"] - other.statistics["loss"]).max()) for one, other in pairs)
+    same = np.concatenate(
+        [one.details["predictions"] == other.details["predictions"] for one, other in pairs]
+    )
+    apart = max(
+        float(np.abs(one.statistics["loss"] - other.statistics["loss"]).max())
+        for one, other in pairs
+    )
     return {
         "same answers, %": percent(same),
         "others": f"{(~same).sum()} of {len(same)}",

@@ -50,7 +50,7 @@ class Differences:
 def stderr(metric: Metric, scores: SampleScores) -> float:
     """Return the standard error of a value: the jackknife's, or that of a binomial proportion.
 
-    ``nan`` where there is none, such as for one sample alone.
+    ``nan`` where there is none, such as for one sample alone, or for an infinite value.
     """
     scores = clustered(metric, scores)
     n = scores.num_samples
@@ -62,7 +62,7 @@ def stderr(metric: Metric, scores: SampleScores) -> float:
     rows = scores.statistics[metric.name]
     without = metric.value(rows.sum(axis=0) - rows) if n > 1 else np.full(1, np.nan)
     without = without[np.isfinite(without)]
-    if not without.size:
+    if not without.size or not np.isfinite(scores.value(metric)):
         return float("nan")
     spread = np.square(without - without.mean()).mean() * n
     return float((n - 1) / n * np.sqrt(spread))

@@ -366,6 +366,10 @@ class TestStandardErrors:
         own = scores(metric, drawn(name, 300, np.random.default_rng(2)))
         assert stderr(metric, own) == pytest.approx(drawn_alone(metric, own).std(), rel=0.1)
 
+    def test_an_infinite_value_has_none(self):
+        rows = np.array([[1e6, 1], [1, 1], [2, 1]])
+        assert math.isnan(stderr(PERPLEXITY, scores(PERPLEXITY, rows)))
+
     def test_one_sample_has_none(self):
         assert math.isnan(stderr(LOSS, scores(LOSS, with_ones(np.array([0.3])))))
 
