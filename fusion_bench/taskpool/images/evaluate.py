@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from fusion_bench.memory import out_of_memory
 from fusion_bench.progress import bar
 from fusion_bench.results import SampleScores
+from fusion_bench.taskpool.images.labelled import LabelledImages
 from fusion_bench.taskpool.images.pixels import PreparedImages
 from fusion_bench.taskpool.loading import BatchLimit, Loading
 
@@ -45,6 +46,7 @@ def evaluate(
     Raises:
         EnvironmentProblem: there is not even memory for one image.
     """
+    assert isinstance(images.data, LabelledImages)
     labels = images.data.labels[samples]
     targets = torch.from_numpy(labels).to(fabric.device)
 
