@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ class ResultStore:
     def load(self, key: Mapping[str, Any]) -> SampleScores | None:
         """Return what is known under ``key``; a damaged file counts as nothing."""
         name = _name(key)
-        if (content := read_sealed(self._root / name)) is not None:
-            arrays = load(content)
-            return SampleScores.from_arrays({tuple(k.split("/")): v for k, v in arrays.items()})
-        if (content := read_sealed(self._earlier / name)) is not None:
-            return SampleScores.classified(**load(content))
+        with suppress(LookupError, TypeError, ValueError):  # of a version that kept something else
+            if (content := read_sealed(self._root / name)) is not None:
+                arrays = load(content)
+                return SampleScores.from_arrays({tuple(k.split("/")): v for k, v in arrays.items()})
+            if (content := read_sealed(self._earlier / name)) is not None:
+                return SampleScores.classified(**load(content))
         return None
 
     def save(self, key: Mapping[str, Any], scores: SampleScores) -> None:

@@ -114,3 +114,12 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     ResultStore().save(KEY, SCORE)
     assert "continues without" in caplog.text
     assert ResultStore().load(KEY) is None
+
+
+@pytest.mark.parametrize("directory", ["scores", "results"])
+def test_other_content_counts_as_nothing(directory: str) -> None:
+    ResultStore().save(KEY, SCORE)
+    name = kept().relative_to(cache_dir() / "scores")
+    kept().unlink()
+    write_sealed(cache_dir() / directory / name, save({"surprise": ARRAYS["samples"]}))
+    assert ResultStore().load(KEY) is None
