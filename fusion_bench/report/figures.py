@@ -43,6 +43,11 @@ def with_stderr(value: float | None, stderr: float | None, unit: str = PERCENT) 
     return shown(value, unit) if stderr is None else f"{shown(value, unit)} ± {shown(stderr, unit)}"
 
 
+def sentence_case(text: str) -> str:
+    """Return a text with a capital letter at its start; the rest stays."""
+    return text[:1].upper() + text[1:]
+
+
 def metric_label(metric: MetricInfo) -> str:
     """Return a metric's name, unit and direction: ``accuracy, %``, or ``rmse, m ↓``."""
     unit = f", {metric.unit}" if metric.unit else ""

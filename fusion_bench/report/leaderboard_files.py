@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fusion_bench.report.figures import metric_label, shown, with_stderr
+from fusion_bench.report.figures import metric_label, sentence_case, shown, with_stderr
 from fusion_bench.report.leaderboard import Leaderboard, Line, Standings
 from fusion_bench.report.page import render
 from fusion_bench.report.schema import Value
@@ -200,7 +200,7 @@ def _picture(table: Standings) -> Any:
 
     from fusion_bench.report.pictures import curves, ranking
 
-    title, unit = table.label.capitalize(), table.unit
+    title, unit = sentence_case(table.label), table.unit
     ranked = [line for line in table.lines if line.rank is not None]
     swept = _swept_number(table, ranked)
     if swept is not None:

@@ -20,6 +20,7 @@ from fusion_bench.report.figures import (
     metric_label,
     search_metric,
     search_sentence,
+    sentence_case,
     shown,
     signed,
 )
@@ -118,7 +119,12 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": shown, "signed": _signed, "label": metric_label}
+    environment.filters |= {
+        "figure": shown,
+        "signed": _signed,
+        "label": metric_label,
+        "sentence_case": sentence_case,
+    }
     script, style = (_text(environment, name) for name in ("sort.js", "style.css"))
     # The page's policy lets this one script run and no other.
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -362,7 +368,7 @@ def _pictured_tasks(report: Report, merged: Contender | None) -> _PicturedTasks 
         for name, found in results.items()
     }
     label = "value" if metric is None else metric.label
-    title = f"Normalised {label}" if normal else label.capitalize()
+    title = f"Normalised {label}" if normal else sentence_case(label)
     unit = PERCENT if normal or metric is None else metric.unit
     whole = "individual model" if normal else None
     picture = accuracies(tasks, series, title, whole, unit)

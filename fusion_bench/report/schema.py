@@ -18,6 +18,7 @@ Role = Literal["pretrained", "individual", "merged"]
 Relation = Literal["own", "other", "held_out"]
 Split = Literal["train", "validation", "test"]
 Verdict = Literal["better", "worse", "not distinguishable"]
+_ABBREVIATIONS = {"auc": "AUC", "f1": "F1", "iou": "IoU", "rmse": "RMSE"}
 #: What several tasks are compared by where their metrics differ.
 NORMALIZED = "normalized"
 
@@ -111,7 +112,7 @@ class MetricInfo(Strict):
     @property
     def label(self) -> str:
         """The name in words."""
-        return self.name.replace("_", " ")
+        return " ".join(_ABBREVIATIONS.get(word, word) for word in self.name.split("_"))
 
 
 class TaskInfo(Strict):

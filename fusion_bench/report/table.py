@@ -19,6 +19,7 @@ from fusion_bench.report.figures import (
     metric_label,
     search_metric,
     search_sentence,
+    sentence_case,
     shown,
     signed,
     task_labels,
@@ -154,7 +155,7 @@ def markdown(report: Report) -> str:
         return "\n".join([*lines, "Nothing was evaluated."]) + "\n"
     lines += markdown_table(header, body)
     common = report.main_metric
-    label = "Value" if common is None else common.label.capitalize()
+    label = "Value" if common is None else sentence_case(common.label)
     lines += ["", f"{label} ± its standard error. Normalised: the value divided by that of the"]
     lines += ["task's own model, or this by the value where lower is better."]
     if arrow := legend(info.main_metric for info in report.tasks.values()):

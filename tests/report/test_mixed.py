@@ -87,7 +87,7 @@ def test_only_normalised_values_have_an_average() -> None:
     assert depth.normalized == pytest.approx(own / depth.value) and depth.normalized < 1
     assert merged.average is not None and merged.average.metrics == {}
     assert merged.average.normalized == pytest.approx((shape.normalized + depth.normalized) / 2)
-    assert found.main_metric is None and task_labels(found)[1] == "depth: rmse ↓"
+    assert found.main_metric is None and task_labels(found)[1] == "depth: RMSE ↓"
     rows = {row.name: row for row in comparison(found)}
     assert rows["merged"].average is None and rows["individual"].normalized == pytest.approx(1)
 
@@ -101,7 +101,7 @@ def test_a_lower_error_is_better() -> None:
     assert theirs["pretrained"].average.difference < 0
     sentence = comparison_sentence(found, theirs["pretrained"])
     assert re.fullmatch(
-        r"merged is better than pretrained on this test set: rmse -\d\.\d+ \(95 % interval -.*\)\.",
+        r"merged is better than pretrained on this test set: RMSE -\d\.\d+ \(95 % interval -.*\)\.",
         sentence,
     )
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_normalised_has_no_average() -> None:
 def test_the_page_and_the_table_show_units_and_directions() -> None:
     found, scores = mixed()
     text, shown = markdown(found), page(found, scores)
-    assert "| model | shapes: accuracy, % | depth: rmse ↓ | normalised |" in text
+    assert "| model | shapes: accuracy, % | depth: RMSE ↓ | normalised |" in text
     assert "↓ lower is better" in text and "↓ lower is better" in shown
     assert "only normalised values have an average" in shown
     assert ">average<" not in shown
@@ -176,12 +176,12 @@ def test_a_leaderboard_puts_the_lowest_error_first(metrics: str) -> None:
     head = values.splitlines()[0].split(",")
     if metrics == "mixed":
         assert table.ranked_by == "normalized" and table.common is None
-        assert header == "| rank | run | normalised, % | shapes: accuracy, % | depth: rmse ↓ |"
+        assert header == "| rank | run | normalised, % | shapes: accuracy, % | depth: RMSE ↓ |"
         assert head[5:8] == ["normalized_value", "average", "average_stderr"]
-        assert "average rmse" not in shown
+        assert "average RMSE" not in shown
     else:
         assert table.ranked_by == "rmse" and "the lowest first" in table.sentence()
-        assert header == "| rank | run | normalised, % | average rmse ↓ | depth (held out) |"
+        assert header == "| rank | run | normalised, % | average RMSE ↓ | depth (held out) |"
         assert head[5:8] == ["normalized_rmse", "rmse", "rmse_stderr"]
         assert table.lines[1].difference is not None and table.lines[1].difference.low > 0
 
