@@ -125,7 +125,8 @@ def _auc(details: Details, indices: NDArray[np.int64]) -> float:
 
     positive = details["labels"][indices] == 1
     count, others = int(positive.sum()), int((~positive).sum())
-    if not count or not others:
+    two = np.isin(details["labels"], (0, 1)).all()
+    if not count or not others or not two:
         return float("nan")
     ranks = rankdata(details["predictions"][indices])
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
@@ -162,7 +163,8 @@ MEAN_IOU = Metric("mean_iou", "%", True, value=_mean_iou)
 PEARSON = Metric("pearson", "", True, value=_pearson)
 #: Details: ``predictions`` and ``labels``.
 SPEARMAN = Metric("spearman", "", True, recompute=_spearman)
-#: The area under the ROC curve. Details: ``predictions``, greater for class 1, and ``labels``.
+#: The area under the ROC curve. Details: ``predictions``, greater for class 1, and ``labels``, 0 or
+#: 1; ``nan`` for others.
 AUC = Metric("auc", "%", True, recompute=_auc)
 
 #: The metrics of this package, by name.

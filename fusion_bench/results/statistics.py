@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fusion_bench.results.metrics import Metric, Numbers, mean, normalized
 from fusion_bench.results.scores import SampleScores
@@ -24,6 +25,8 @@ RESAMPLES = 10_000
 RECOMPUTED = 1_000
 #: So many times fewer kinds of samples than samples make the multinomial draw the faster one.
 _REPEATED = 8
+#: Up to here float32 holds every whole number.
+_EXACT = 2**24
 #: Bytes of counts that are drawn at once.
 _CHUNK = 32_000_000
 
@@ -174,26 +177,36 @@ def _sums(rows: Numbers, random: np.random.Generator) -> Numbers:
     repeated = len(kinds) * _REPEATED <= size
     if repeated:
         rows = np.moveaxis(kinds.reshape(-1, models, width), 1, 0)
-    rows = np.ascontiguousarray(rows)
+    # Whole numbers whose sums float32 holds are exact in it, at twice the speed.
+    whole = size * np.abs(rows).max(initial=0) <= _EXACT and (rows == np.rint(rows)).all()
+    dtype: type[np.floating] = np.float32 if whole else np.float64
+    rows = np.ascontiguousarray(rows, dtype=dtype)
     sums = np.empty((models, RESAMPLES, width))
     step = max(1, _CHUNK // (8 * rows.shape[1]))
     for start in range(0, RESAMPLES, step):
         count = min(step, RESAMPLES - start)
         counts = (
-            random.multinomial(size, times / size, count).astype(np.float64)
+            random.multinomial(size, times / size, count).astype(dtype)
             if repeated
-            else _counts(size, count, random)
+            else _counts(size, count, random, dtype)
         )
-        np.matmul(counts, rows, out=sums[:, start : start + count])
+        sums[:, start : start + count] = np.matmul(counts, rows)
     return sums
 
 
-def _counts(size: int, resamples: int, random: np.random.Generator) -> Numbers:
-    """Draw how often each sample is in each resample."""
-    counts = np.empty((resamples, size))
-    small = np.uint16 if size <= 2**16 else np.int64
+def _counts(
+    size: int, resamples: int, random: np.random.Generator, dtype: type[np.floating]
+) -> NDArray[np.floating]:
+    """Draw how often each sample is in each resample.
+
+    A random number of 32 bits times the size, of which the upper half is taken, is a place; each is
+    as likely as any other but for ``size`` / 2³².
+    """
+    counts = np.empty((resamples, size), dtype=dtype)
     for row in counts:
-        row[:] = np.bincount(random.integers(0, size, size, dtype=small), minlength=size)
+        bits = random.integers(0, 2**64, (size + 1) // 2, dtype=np.uint64).view(np.uint32)[:size]
+        places = (bits * np.uint64(size)) >> np.uint64(32)
+        row[:] = np.bincount(places.view(np.int64), minlength=size)
     return counts
 
 

@@ -27,10 +27,13 @@ def chosen_metrics(
         return tuple(own)
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise FusionBenchError(f"'{names}' is not a list.", f"Write it like '[{own[0].name}]'.")
-    found = []
+    found: list[Metric] = []
     for index, name in enumerate(names):
         with within(index):
-            found.append(_metric(name, own))
+            metric = _metric(name, own)
+            if metric.name in [known.name for known in found]:
+                raise FusionBenchError(f"'{metric.name}' is listed twice.", "Remove one.")
+            found.append(metric)
     return tuple(found)
 
 

@@ -97,8 +97,12 @@ def scores(metric: Metric, rows: np.ndarray, clusters: np.ndarray | None = None)
 def resamples(size: int, seed: int, count: int) -> list[np.ndarray]:
     """Return how often each sample is in each resample, drawn as the code draws them."""
     random = np.random.default_rng(seed)
-    draws = (random.integers(0, size, size, dtype=np.uint16) for _ in range(count))
-    return [np.bincount(draw, minlength=size) for draw in draws]
+    found = []
+    for _ in range(count):
+        bits = random.integers(0, 2**64, (size + 1) // 2, dtype=np.uint64).view(np.uint32)[:size]
+        places = (bits.astype(object) * size) // 2**32
+        found.append(np.bincount(places.astype(np.int64), minlength=size))
+    return found
 
 
 def by_hand(
@@ -453,3 +457,21 @@ def test_many_draws_are_like_one(monkeypatch):
     whole = resampled(RMSE, given, np.random.default_rng(1))
     monkeypatch.setattr(ours, "_CHUNK", 7 * 4 * 50)
     assert np.allclose(resampled(RMSE, given, np.random.default_rng(1)), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_each_place_is_drawn_as_often(size: int) -> None:
+    counts = ours._counts(size, 400, np.random.default_rng(0), np.float64)
+    assert (counts.sum(axis=1) == size).all()
+    assert counts.mean(axis=0) == pytest.approx(np.ones(size), abs=0.3)
+    assert counts.var() == pytest.approx(1 - 1 / size, rel=0.05)
+
+
+@pytest.mark.parametrize("largest", [2**24 // 100, 2**24 // 100 + 1, 2**40])
+def test_sums_of_whole_numbers_are_exact(largest: int) -> None:
+    random = np.random.default_rng(0)
+    rows = random.integers(0, largest, (1, 100, 3), endpoint=True).astype(np.float64)
+    rows[0, 0] = largest
+    sums = ours._sums(rows, np.random.default_rng(1))
+    counts = np.stack(resamples(100, 1, ours.RESAMPLES))
+    assert (sums[0] == counts.astype(np.int64) @ rows[0].astype(np.int64)).all()
