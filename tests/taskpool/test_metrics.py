@@ -24,10 +24,10 @@ def test_the_order_is_the_configs() -> None:
     [
         ("accuracy", "'accuracy' is not a list. Write it like '[accuracy]'."),
         ([], "'[]' is not a list"),
-        (["acuracy"], "0: 'acuracy' is not measured by this task. Did you mean 'accuracy'?"),
-        (["loss", "loss"], "1: 'loss' is listed twice."),
-        (["loss", "mean_iou"], "1: 'mean_iou' is not measured by this task."),
-        (["os.system"], "0: 'os.system' may not be called from a config"),
+        (["acuracy"], "[0]: 'acuracy' is not measured by this task. Did you mean 'accuracy'?"),
+        (["loss", "loss"], "[1]: 'loss' is listed twice."),
+        (["loss", "mean_iou"], "[1]: 'mean_iou' is not measured by this task."),
+        (["os.system"], "[0]: 'os.system' may not be called from a config"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_place(names: list[str], message: str) -> None:
