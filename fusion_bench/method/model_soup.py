@@ -110,6 +110,13 @@ def _score(
         for metric, own in zip(metrics, zip(*alone, strict=True), strict=True)
     ]
 
+    for metric, reference in zip(metrics, best, strict=True):
+        if not reference > 0:
+            raise FusionBenchError(
+                f"The best model's {metric.name} is {reference:g}, so that other values are no "
+                "shares of it, and models cannot be ranked by all tasks."
+            )
+
     def score(values: Sequence[float]) -> float:
         shares = (
             float(normalized(value, reference, metric.higher_is_better))

@@ -62,7 +62,7 @@ class Evaluator:
         self.place = place
         self.models: dict[str, ModelResult] = {}
         self.scores = Scores()
-        self.owners = {} if taskpool is None else owners(taskpool, modelpool.model_names, place)
+        self.owners = {} if taskpool is None else owners(taskpool, modelpool.model_names)
 
     @property
     def task_names(self) -> list[str]:

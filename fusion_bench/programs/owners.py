@@ -2,34 +2,37 @@
 
 from collections.abc import Mapping, Sequence
 
-from fusion_bench.problems import FusionBenchError, Place, did_you_mean, within
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.programs.pools import TaskPool
 from fusion_bench.tasks import canonical_name
 
 
-def owners(taskpool: TaskPool, models: Sequence[str], place: Place) -> dict[str, str | None]:
+def owners(taskpool: TaskPool, models: Sequence[str]) -> dict[str, str | None]:
     """Return each task's model: the one that the config names, or the one of the same name.
 
-    Args:
-        taskpool: names the tasks, and owners where they have other names.
-        models: the names of the model pool's models.
-        place: the task pool's, for messages.
-
-    Raises:
-        FusionBenchError: an owner that is no model of the pool.
+    An owner that is none of ``models``, which may be a part of a pool's, counts as none.
     """
     by_name = {canonical_name(model): model for model in models}
     found = {}
+    for task, named in taskpool.owners().items():
+        owner = by_name.get(canonical_name(task)) if named is None else named
+        found[task] = owner if owner in models else None
+    return found
+
+
+def check_owners(taskpool: TaskPool, models: Sequence[str]) -> None:
+    """Refuse owners that are no models; places are relative to the task pool.
+
+    Raises:
+        FusionBenchError: there is one.
+    """
     for task, owner in taskpool.owners().items():
         if owner is not None and owner not in models:
-            with within(*place, "tasks", task):
-                raise FusionBenchError(
-                    f"the model pool has no model '{owner}'.",
-                    did_you_mean(owner, models),
-                    place=("owner",),
-                )
-        found[task] = owner or by_name.get(canonical_name(task))
-    return found
+            raise FusionBenchError(
+                f"the model pool has no model '{owner}'.",
+                did_you_mean(owner, models),
+                place=("tasks", task, "owner"),
+            )
 
 
 def ownership_hint(owned: Mapping[str, str | None], models: Sequence[str]) -> str | None:

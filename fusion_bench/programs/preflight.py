@@ -25,7 +25,7 @@ from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import ConfigError, Problem, Problems
 from fusion_bench.programs.fusing import LearnedSplit, without_taskpool
-from fusion_bench.programs.owners import owners, ownership_hint
+from fusion_bench.programs.owners import check_owners, owners, ownership_hint
 from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
@@ -94,8 +94,9 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
         plan.take(planned[id(taskpool)], *places.taskpool)
     if modelpool is not None and taskpool is not None:
         names = modelpool.model_names
-        with plan.collect():
-            hint = ownership_hint(owners(taskpool, names, places.taskpool), names)
+        with plan.collect(*places.taskpool):
+            check_owners(taskpool, names)
+            hint = ownership_hint(owners(taskpool, names), names)
             plan.note(*([] if hint is None else [hint]))
     _check_nodes(plan, run, scratch)
     if modelpool is not None:

@@ -47,7 +47,7 @@ from fusion_bench.programs.previous import identities
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import Baselines, FusionSpec, Places, Section, plain
 from fusion_bench.progress import bar, quiet_libraries
-from fusion_bench.report import Seconds, Tuning
+from fusion_bench.report import Seconds, Tuning, metric_info
 from fusion_bench.report.scaling import Base, Merge, Normalizer, Study
 from fusion_bench.report.table import wide_console
 from fusion_bench.storage import cache_dir, claimed, write_text
@@ -285,6 +285,11 @@ class _Work:
             held_in=self.study.held_in,
             held_out=self.study.held_out,
             categories=self.study.categories,
+            metrics={
+                task: metric_info(source.taskpool.describe(task).main)
+                for source in self.sources.values()
+                for task in source.taskpool.task_names
+            },
             bases=evaluated,
             merges=merges,
         )

@@ -160,10 +160,10 @@ class GridSearch:
             check_choice("split", split, Split)
         metric = NORMALIZED if metric == _NORMALIZED_BEFORE else metric
         if metric is not None and metric not in (known := [NORMALIZED, *METRICS]):
-            with problems.collect():
-                raise FusionBenchError(
-                    f"'{metric}' is unknown.", did_you_mean(str(metric), known), place=("metric",)
-                )
+            hint = did_you_mean(str(metric), known)
+            if not isinstance(metric, str) or hint.startswith("Did you mean"):  # else a user's
+                with problems.collect():
+                    raise FusionBenchError(f"'{metric}' is unknown.", hint, place=("metric",))
         problems.raise_all()
         self.space = dict(space)
         self.split = split
@@ -339,7 +339,7 @@ class GridSearch:
             )
         raise FusionBenchError(
             f"'{self.metric}' is not the main metric of all tasks.",
-            f"Give {{here}}metric={NORMALIZED}.{others}",
+            f"Give {{here}}metric={NORMALIZED if common is None else common.name}.",
             place=("metric",),
         )
 
@@ -357,7 +357,8 @@ def _candidate(setting: Setting, evaluator: Evaluator, metric: MetricInfo) -> Ca
         )
     values = [r.main for r in tasks.values()]
     if metric.name == NORMALIZED:
-        values = [_share(value) for value in values]
+        infos = evaluator.task_infos()
+        values = [_share(r.main, infos[task].main_metric) for task, r in tasks.items()]
     mean = mean_value(values)
     return Candidate(
         options=setting.options,
@@ -367,9 +368,13 @@ def _candidate(setting: Setting, evaluator: Evaluator, metric: MetricInfo) -> Ca
     )
 
 
-def _share(value: Value) -> Value:
-    """Return a normalised value and its standard error, which takes the own model's as given."""
-    share = value.normalized or 0.0
+def _share(value: Value, metric: MetricInfo) -> Value:
+    """Return a normalised value and its standard error, which takes the own model's as given.
+
+    An error of 0 is infinitely better than any other.
+    """
+    perfect = value.value == 0 and not metric.higher_is_better
+    share = inf if perfect else value.normalized or 0.0
     error = None
     if value.stderr is not None:
         error = abs(share / value.value) * value.stderr if value.value else 0.0

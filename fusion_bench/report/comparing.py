@@ -113,8 +113,10 @@ def _verdict(
     return None if normalized is None else verdict(normalized, True)
 
 
-def verdict(difference: Difference, higher_is_better: bool) -> Verdict:
-    """Return the verdict of an interval: above 0, below 0, or around 0."""
+def verdict(difference: Difference, higher_is_better: bool) -> Verdict | None:
+    """Return the verdict of an interval: above 0, below 0, or around 0; none without numbers."""
+    if not np.isfinite([difference.difference, *difference.interval]).all():
+        return None
     if not (difference.low > 0 or difference.high < 0):
         return "not distinguishable"
     return "better" if (difference.low > 0) == higher_is_better else "worse"

@@ -72,8 +72,8 @@ def comparison_sentence(report: Report, comparison: Comparison) -> str:
     average, verdict = comparison.average, comparison.verdict
     if average is None or verdict is None:
         return (
-            f"{comparison.of} and {beside} have no average: the tasks have different metrics, and "
-            "not all can be normalised."
+            f"{comparison.of} and {beside} have no average: a value is missing, or the tasks have "
+            "different metrics and not all can be normalised."
         )
     what = {
         "better": f"is better than {beside}",

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from fusion_bench.report.comparing import ByTask, compare, contender_scores, own_scores
-from fusion_bench.report.figures import PERCENT
+from fusion_bench.report.figures import LOWER, PERCENT, legend
 from fusion_bench.report.schema import (
     NORMALIZED,
     Contender,
@@ -27,6 +27,8 @@ from fusion_bench.report.scores import Scores
 from fusion_bench.results import SampleScores
 from fusion_bench.results.statistics import is_proportion
 
+#: What a table is ranked by whose values have no common scale.
+UNRANKED = ""
 #: So many standard errors apart, no resampling would find two models alike.
 _APART = 6
 
@@ -80,7 +82,7 @@ class Standings(Strict):
     Attributes:
         facts: the differences to other tables, if there are several.
         ranked_by: the main metric itself where a model has no normalised value, or where the own
-            models differ from job to job; otherwise ``normalized``.
+            models differ from job to job; otherwise ``normalized``; empty where neither can be.
         metrics: what the models were evaluated on, and each task's main metric.
         held_out: the tasks that no fused model was trained for.
         lines: the ranked models, then the others.
@@ -133,6 +135,12 @@ class Standings(Strict):
 
     def sentence(self) -> str:
         """Say what the ranks mean."""
+        arrow = f" {LOWER[0].upper()}{LOWER[1:]}." if legend(self.metrics.values()) else ""
+        if self.ranked_by == UNRANKED:
+            return (
+                "Not ranked: the tasks have different metrics, and not all values can be "
+                f"normalised.{arrow}"
+            )
         by = self.label
         if self.ranked_by == NORMALIZED:
             by += " (share of the own models' values)"
@@ -141,7 +149,7 @@ class Standings(Strict):
         return (
             f"Ranked by {by}. Models with the same rank are not distinguishable from the best of "
             f"them on {'these test sets' if len(self.tasks) > 1 else 'this test set'} (paired "
-            "bootstrap, 95 % interval)."
+            f"bootstrap, 95 % interval).{arrow}"
         )
 
 
@@ -291,6 +299,9 @@ def _standings(entries: Sequence[_Entry], facts: Mapping[str, str]) -> Standings
     )
     ranked_by = table.ranked_by
     lines = {id(entry): entry.line(ranked_by) for entry in entries}
+    if ranked_by == UNRANKED:
+        table.lines = [*lines.values(), *_references(entries)]
+        return table
     waiting = sorted(entries, key=lambda e: (-table.merit(lines[id(e)]), lines[id(e)].name))
     ranked: list[Line] = []
     best: _Entry | None = None
@@ -320,9 +331,9 @@ def _ranked_by(entries: Sequence[_Entry]) -> str:
         for own in (entry.references for entry in entries)
     }
     common = same_metric(entries[0].job.report.tasks[t] for t in entries[0].contender.models)
-    if (normal and len(own) == 1) or common is None:
+    if normal and (len(own) == 1 or common is None):
         return NORMALIZED
-    return common.name
+    return UNRANKED if common is None else common.name
 
 
 def _content(scores: SampleScores) -> bytes:

@@ -37,6 +37,8 @@ _TEX = str.maketrans(
         '"': r"\textquotedbl{}",
         "–": "--",
         "±": r"\textpm{}",
+        "↓": r"$\downarrow$",
+        "∞": r"$\infty$",
         **{character: f"\\{character}" for character in "&%$#_{}"},
     }
 )
@@ -189,7 +191,7 @@ def _no_formula(text: str) -> str:
 def _tex(text: str) -> str:
     """Return escaped text for TeX; unsupported characters are replaced by their code point."""
     plain = "".join(
-        c if c == "–" or (c.isprintable() and c <= "\u017f") else f"U+{ord(c):04X}" for c in text
+        c if c in "–↓∞" or (c.isprintable() and c <= "\u017f") else f"U+{ord(c):04X}" for c in text
     )
     return plain.translate(_TEX)
 
@@ -202,6 +204,8 @@ def _picture(table: Standings) -> Any:
 
     title, unit = sentence_case(table.label), table.unit
     ranked = [line for line in table.lines if line.rank is not None]
+    if not ranked:
+        return None
     swept = _swept_number(table, ranked)
     if swept is not None:
         return Markup(curves(*swept, title, unit))

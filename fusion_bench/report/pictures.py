@@ -248,16 +248,23 @@ class Line(NamedTuple):
 
 
 def panels_of_curves(
-    panels: Mapping[str, Sequence[Line]], title: str, below: str, *, whole: bool
+    panels: Mapping[str, Sequence[Line]],
+    title: str,
+    below: str,
+    *,
+    whole: bool,
+    unit: str = "%",
 ) -> str:
-    """Return a plot of fractions as lines, each with a band for the spread.
+    """Return a plot of values as lines, each with a band for the spread.
 
     Args:
         panels: a panel's name to its lines; a name has one colour in all panels.
         title: what the values are.
         below: what the positions are.
         whole: draw a line at 100 %.
+        unit: of the values; those in ``%`` are fractions.
     """
+    scale = _scale_of(unit)
     with _style():
         figure = Figure((2.9 * len(panels), 2.6))
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
@@ -268,7 +275,7 @@ def panels_of_curves(
                 number = names.index(line.name)
                 colour = _PALETTE[number % len(_PALETTE)]
                 look: Any = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)]}
-                middle, spread = 100 * np.array(line.values), 100 * np.array(line.spread)
+                middle, spread = scale * np.array(line.values), scale * np.array(line.spread)
                 axes.plot(line.positions, middle, lw=1.6, ms=4, label=label(line.name), **look)
                 axes.fill_between(
                     line.positions, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0
@@ -282,12 +289,12 @@ def panels_of_curves(
             axes.set_axisbelow(True)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        grid[0][0].set_ylabel("%")
+        grid[0][0].set_ylabel(unit)
         _legend(figure, grid[0][0], below=0.06)
         words = "; ".join(
             f"{panel}, {line.name}: "
             + ", ".join(
-                f"{100 * value:.1f} % at {place}"
+                f"{_worded(scale * value, unit)} at {place}"
                 for place, value in zip(line.positions, line.values, strict=True)
             )
             for panel, lines in panels.items()

@@ -4,6 +4,7 @@ The measures are those of "What Matters for Model Merging at Scale?", https://ar
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Literal
@@ -14,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fusion_bench.report.figures import PERCENT, with_stderr
 from fusion_bench.report.page import render
 from fusion_bench.report.pictures import Line, panels_of_curves, standalone
-from fusion_bench.report.schema import Run, Strict, TaskResult, read_model
+from fusion_bench.report.schema import MetricInfo, Run, Strict, TaskResult, read_model
 from fusion_bench.report.schema_1 import lifted_study
+from fusion_bench.report.scores import metric_info
 from fusion_bench.report.table import markdown_table
+from fusion_bench.results import ACCURACY, normalized
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
 
@@ -55,7 +59,7 @@ class Base(Strict):
 
 
 class Point(Strict):
-    """Fractions: the mean over the subsets of a score, and its standard deviation.
+    """The mean over the subsets of a score, and its standard deviation.
 
     A score is the mean over the tasks of a category, and then over the categories.
     """
@@ -68,16 +72,16 @@ class Point(Strict):
     spread: float
     subsets: int
 
-    def shown(self) -> str:
-        """Return it in percent; without a standard deviation for one subset."""
-        mean = f"{100 * self.mean:.1f}"
-        return mean if self.subsets == 1 else f"{mean} ± {100 * self.spread:.1f}"
+    def shown(self, unit: str) -> str:
+        """Return it with its unit; without a standard deviation for one subset."""
+        return with_stderr(self.mean, None if self.subsets == 1 else self.spread, unit)
 
 
 class Study(Strict):
     """The result of a scaling study, as in ``study.json``.
 
-    ``held_in`` and ``held_out`` are the divisors of the merged model's accuracy.
+    ``held_in`` and ``held_out`` are what the merged model's values are shares of; ``metrics`` is
+    each task's main metric.
     """
 
     schema_version: Literal[2] = 2
@@ -85,6 +89,7 @@ class Study(Strict):
     held_in: Normalizer
     held_out: Normalizer
     categories: dict[str, list[str]]
+    metrics: dict[str, MetricInfo] = Field(default_factory=dict)
     bases: dict[str, Base]
     merges: list[Merge]
     points: list[Point] = Field(default_factory=list)
@@ -95,7 +100,10 @@ class Study(Strict):
         return lifted_study(content)
 
     def score(self, merge: Merge, side: Side) -> float | None:
-        """Return a merged model's score; ``None`` without tasks, or for a zero divisor."""
+        """Return a merged model's score; ``None`` without tasks or a share, or for mixed metrics.
+
+        A share of a lower-is-better value is the reference divided by it: greater is better.
+        """
         values: dict[str, float] = {}
         normalizer = self.held_in if side == "held_in" else self.held_out
         base = self.bases[merge.base]
@@ -103,11 +111,37 @@ class Study(Strict):
         for task in merge.on(side):
             value = merge.tasks[task].main.value
             if normalizer != "none":
-                if task not in references or not references[task].main.value:
+                if task not in references:
                     return None
-                value /= references[task].main.value
+                metric = self._metric(task)
+                reference = references[task].main.value
+                value = float(normalized(value, reference, metric.higher_is_better))
+                if not metric.normalise or not isfinite(value):
+                    return None
+            elif self.common is None:
+                return None
             values[task] = value
         return _by_category(values, self.categories)
+
+    def _metric(self, task: str) -> MetricInfo:
+        """Return a task's main metric; earlier versions knew accuracy alone."""
+        return self.metrics.get(task) or metric_info(ACCURACY)
+
+    def unit_of(self, task: str) -> str:
+        """Return the unit of a task's values."""
+        return self._metric(task).unit
+
+    @property
+    def common(self) -> MetricInfo | None:
+        """The main metric of all tasks; ``None`` where they differ."""
+        tasks = dict.fromkeys(task for base in self.bases.values() for task in base.pretrained)
+        mains = {(m.name, m.unit): m for m in map(self._metric, tasks)}
+        return next(iter(mains.values())) if len(mains) == 1 else None
+
+    def unit(self, side: Side) -> str:
+        """Return the unit of a side's figures."""
+        normalizer = self.held_in if side == "held_in" else self.held_out
+        return PERCENT if normalizer != "none" or self.common is None else self.common.unit
 
     def summarise(self) -> None:
         """Fill in the points."""
@@ -139,7 +173,8 @@ class Study(Strict):
         """Return the title of a side's figures."""
         normalizer = self.held_in if side == "held_in" else self.held_out
         of = {"expert": ", of the expert's", "base": ", of the pretrained model's", "none": ""}
-        return f"{side.replace('_', '-').capitalize()} accuracy{of[normalizer]}"
+        label = "value" if self.common is None else self.common.label
+        return f"{side.replace('_', '-').capitalize()} {label}{of[normalizer]}"
 
     def pictures(self) -> dict[Side, str]:
         """Return each side's curves as SVG: one panel per base, one line per method."""
@@ -148,6 +183,7 @@ class Study(Strict):
                 {base: self._lines(base, side) for base in self.bases},
                 self.title(side),
                 "number of merged experts",
+                unit=self.unit(side),
                 whole=(self.held_in if side == "held_in" else self.held_out) != "none",
             )
             for side in SIDES
@@ -174,7 +210,7 @@ class Study(Strict):
             for method in dict.fromkeys(merge.method for merge in self.merges):
                 for side in SIDES:
                     found = [known.get((base, method, side, count)) for count in counts]
-                    cells = ["–" if point is None else point.shown() for point in found]
+                    cells = ["–" if p is None else p.shown(self.unit(side)) for p in found]
                     rows.append([base, method, side.replace("_", "-"), *cells])
         return rows
 

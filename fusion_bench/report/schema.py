@@ -166,7 +166,7 @@ class Value(Strict):
 class TaskResult(Strict):
     """The result of one model on one task; the main metric is the first one.
 
-    ``per_class`` is the main metric of each class, where the task has classes and tells them.
+    ``per_class`` is the accuracy of each class, where the task has classes and tells them.
     """
 
     num_samples: int
@@ -485,17 +485,17 @@ class Report(Strict):
     def contenders(self) -> list[Contender]:
         """Return the compared rows: pretrained, individual, merged.
 
-        Individual models that were each evaluated on their own task alone are one contender, which
+        Individual models that were each evaluated on their own tasks alone are one contender, which
         has each task's own model; in the full matrix each model is one. So it is with merged
         models, such as ``merged/a`` and ``merged/b``, that have the same name before the slash.
         """
         found = []
         for role in get_args(Role):
-            kin: dict[str, dict[str, list[str]]] = {}
+            kin: dict[str, dict[str, ModelResult]] = {}
             for name, model in self.models.items():
                 if model.role == role and (model.tasks or role == "merged"):
                     family = name.partition("/")[0] if role == "merged" else role
-                    kin.setdefault(family, {})[name] = list(model.tasks)
+                    kin.setdefault(family, {})[name] = model
             for family, models in kin.items():
                 found += _contenders(family, role, models)
         return found
@@ -541,14 +541,19 @@ class Report(Strict):
         return read_model(cls, path, "report")
 
 
-def _contenders(family: str, role: Role, models: Mapping[str, list[str]]) -> list[Contender]:
-    """Return one contender for models that have a task each, none twice; else one a model."""
-    evaluated = [task for tasks in models.values() for task in tasks]
-    if len(evaluated) == len(models) == len(set(evaluated)) and role != "pretrained" and evaluated:
-        return [Contender(family, role, {tasks[0]: name for name, tasks in models.items()})]
+def _contenders(family: str, role: Role, models: Mapping[str, ModelResult]) -> list[Contender]:
+    """Return one contender for models on their own tasks, none twice; else one a model."""
+    evaluated = {task: name for name, model in models.items() for task in model.tasks}
+    apart = len(evaluated) == sum(len(model.tasks) for model in models.values())
+    if role == "individual":
+        own = all(r.relation == "own" for m in models.values() for r in m.tasks.values())
+    else:
+        own = all(len(model.tasks) == 1 for model in models.values())
+    if apart and own and role != "pretrained" and evaluated:
+        return [Contender(family, role, evaluated)]
     return [
-        Contender(role if name == "_pretrained_" else name, role, dict.fromkeys(tasks, name))
-        for name, tasks in models.items()
+        Contender(role if name == "_pretrained_" else name, role, dict.fromkeys(model.tasks, name))
+        for name, model in models.items()
     ]
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fusion_bench.report.schema import ModelResult, Report, TaskInfo, TaskResult, summarise
 from fusion_bench.report.scores import Scores
-from fusion_bench.results import SampleScores
+from fusion_bench.results import Metric, SampleScores
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,24 @@ def combined_models(
     once. Only common tasks are used. Without common samples, or with different labels, each run
     keeps its own figures, and there are no scores.
     """
-    first = next(iter(runs.values()))
-    tasks = {task: first.report.tasks[task] for task in common_tasks(runs)}
+    tasks: dict[str, TaskInfo] = {}
     models: dict[str, ModelResult] = {}
     scores = Scores()
-    scores.metrics = {task: first.scores.metrics[task] for task in tasks}
+    for task in common_tasks(runs):
+        if (info := _common_metrics(task, runs)) is not None:
+            tasks[task] = info
+            known = {m.name: m for m in next(iter(runs.values())).scores.metrics[task]}
+            scores.metrics[task] = [known[metric.name] for metric in info.metrics]
     chosen = {task: _common_samples(task, runs) for task in tasks}
     for label, run in runs.items():
         evaluated = {
-            name: _on(name, model, list(tasks), run.scores, chosen)
+            name: _on(name, model, scores.metrics, run.scores, chosen)
             for name, model in run.report.models.items()
         }
-        summarise(evaluated, {task: run.report.tasks[task] for task in tasks})
+        owners = {task: run.report.tasks[task].owner for task in tasks}
+        summarise(
+            evaluated, {t: i.model_copy(update={"owner": owners[t]}) for t, i in tasks.items()}
+        )
         for name, own in evaluated.items():
             model = run.report.models[name]
             shown = name if model.role != "merged" else _labelled(label, name)
@@ -115,6 +121,19 @@ def combined_models(
         task: info.model_copy(update={"num_samples": sizes[task]}) for task, info in tasks.items()
     }
     return tasks, models, scores
+
+
+def _common_metrics(task: str, runs: Mapping[str, Evaluated]) -> TaskInfo | None:
+    """Return the first run's description of a task, with the metrics of all runs alone."""
+    first, *others = (run.report.tasks[task] for run in runs.values())
+    common = [
+        metric
+        for metric in first.metrics
+        if all(metric.name in [m.name for m in info.metrics] for info in others)
+    ]
+    if not common:
+        return None
+    return first.model_copy(update={"metrics": common, "main": common[0].name})
 
 
 def _same(one: ModelResult, other: ModelResult) -> bool:
@@ -141,16 +160,17 @@ def _common_samples(task: str, runs: Mapping[str, Evaluated]) -> NDArray[np.int6
 def _on(
     name: str,
     model: ModelResult,
-    tasks: list[str],
+    metrics: Mapping[str, list[Metric]],
     scores: Scores,
     chosen: Mapping[str, NDArray[np.int64]],
 ) -> ModelResult:
-    """Return a model's results on some tasks, and of these on the chosen samples."""
+    """Return a model's results in some metrics, and of these on the chosen samples."""
     results = {}
-    for task in (task for task in model.tasks if task in tasks):
+    for task in (task for task in model.tasks if task in metrics):
         found, result = scores.tasks[task][name], model.tasks[task]
         keep = np.isin(found.samples, chosen[task])
         if keep.any() and not keep.all():
-            result = TaskResult.of(found.at(keep), scores.metrics[task])
-        results[task] = result.model_copy(deep=True)
+            result = TaskResult.of(found.at(keep), metrics[task])
+        values = {m.name: result.metrics[m.name] for m in metrics[task] if m.name in result.metrics}
+        results[task] = result.model_copy(update={"metrics": values}).model_copy(deep=True)
     return model.model_copy(update={"tasks": results, "average": None})

@@ -53,8 +53,8 @@ def normalized(
     ``nan`` where there is none, such as for a reference of 0.
     """
     above, below = (value, reference) if higher_is_better else (reference, value)
-    below = np.asarray(below, dtype=np.float64)
-    return ratio(above, np.where(below > 0, below, 0.0))
+    valid = (np.asarray(reference) > 0) & (np.asarray(below) > 0)
+    return ratio(above, np.where(valid, below, 0.0))
 
 
 def ratio(above: Numbers | float, below: Numbers | float) -> Numbers:

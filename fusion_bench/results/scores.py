@@ -96,6 +96,9 @@ class SampleScores:
                     rows = np.asarray(metric.measure(self.details), dtype=np.float64)
                 except KeyError as error:
                     raise ValueError(f"'{metric.name}' needs {error} of each sample") from error
+                except Exception as error:  # a user's function
+                    what = f"{type(error).__name__}: {error}"
+                    raise ValueError(f"'{metric.name}' cannot be measured: {what}") from error
                 own[metric.name] = rows
         return replace(self, statistics=own)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fusion_bench.problems import FusionBenchError, did_you_mean, within
-from fusion_bench.results import METRICS, Metric
+from fusion_bench.results import Metric
 from fusion_bench.trust import find
 
 
@@ -44,9 +44,6 @@ def _metric(name: str | Metric, own: Sequence[Metric]) -> Metric:
     if name in measured:
         return measured[name]
     if "." not in str(name):
-        known = METRICS.get(name)
-        if known is not None and known.recompute is not None:
-            return known
         raise FusionBenchError(
             f"'{name}' is not measured by this task.",
             f"{did_you_mean(str(name), measured)} A metric of yours is named by its package, "

@@ -155,7 +155,7 @@ def dense(runs: dict[str, Path]) -> dict[str, Report]:
         assert (done.returncode, done.stderr) == (0, "")
         built = "Built the zoo's dense tasks" in done.stdout
         assert built == (method == "simple_average")
-        for word in ("mean iou", "rmse", "mean angle", "normalised"):
+        for word in ("mean IoU", "RMSE", "mean angle", "normalised"):
             assert word in done.stdout
         found[method] = report(place)
     return found

@@ -25,7 +25,7 @@ from fusion_bench.method import (
 from fusion_bench.method.ensemble import Ensemble, LogitEnsemble, load_ensemble
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.taskpool.pool import EnsembleClassifier
+from fusion_bench.taskpool.images.task import EnsembleClassifier
 
 KINDS = ["logits", "probabilities", "log_probabilities"]
 
