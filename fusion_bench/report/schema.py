@@ -545,10 +545,10 @@ def _contenders(family: str, role: Role, models: Mapping[str, ModelResult]) -> l
     """Return one contender for models on their own tasks, none twice; else one a model."""
     evaluated = {task: name for name, model in models.items() for task in model.tasks}
     apart = len(evaluated) == sum(len(model.tasks) for model in models.values())
-    if role == "individual":
-        own = all(r.relation == "own" for m in models.values() for r in m.tasks.values())
-    else:
-        own = all(len(model.tasks) == 1 for model in models.values())
+    own = all(len(model.tasks) == 1 for model in models.values()) or (
+        role == "individual"
+        and all(r.relation == "own" for m in models.values() for r in m.tasks.values())
+    )
     if apart and own and role != "pretrained" and evaluated:
         return [Contender(family, role, evaluated)]
     return [

@@ -7,6 +7,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from fusion_bench.report.figures import metric_label
 from fusion_bench.report.schema import ModelResult, Report, TaskInfo, TaskResult, summarise
 from fusion_bench.report.scores import Scores
 from fusion_bench.results import Metric, SampleScores
@@ -47,11 +48,7 @@ def evaluation_differences(runs: Mapping[str, Evaluated]) -> list[str]:
 def _facts(task: str, first: Evaluated, other: Evaluated) -> Iterator[tuple[str, object, object]]:
     """Yield the properties of a task that must be equal in both runs: name and both values."""
     one, two = first.report.tasks[task], other.report.tasks[task]
-    yield (
-        f"{task}: main metric",
-        f"{one.main} {one.main_metric.unit}",
-        (f"{two.main} {two.main_metric.unit}"),
-    )
+    yield f"{task}: main metric", metric_label(one.main_metric), metric_label(two.main_metric)
     yield f"{task}: number of samples", one.num_samples, two.num_samples
     mine, theirs = _any(first.scores, task), _any(other.scores, task)
     if one.num_samples == two.num_samples and not np.array_equal(mine.samples, theirs.samples):

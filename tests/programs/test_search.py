@@ -356,7 +356,7 @@ def test_all_mistakes_in_the_space_are_told_at_once(config: Config) -> None:
         *("search.space.scaling_factor[0]", "search.space.scaling_factor[2]"),
         *("search.space.threshold[1]", "search.space.threshold[2]"),
     ]
-    found = refused(config, search=grid(space=space, split="x", metric="y"), dry_run=True)
+    found = refused(config, search=grid(space=space, split="x", metric="acuracy"), dry_run=True)
     assert [line.split(": ")[0] for line in found.splitlines()] == ["search.split", "search.metric"]
 
 

@@ -1,11 +1,15 @@
 """Tasks of different metrics: what has an average, which way is better, and how it is shown."""
 
+import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fixtures_report import report
 
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.programs import CompareProgram
 from fusion_bench.report import (
     Contender,
     ModelResult,
@@ -23,7 +27,7 @@ from fusion_bench.report.figures import comparison_sentence, task_labels
 from fusion_bench.report.leaderboard import Job, leaderboard
 from fusion_bench.report.leaderboard_files import markdown as board_markdown
 from fusion_bench.report.leaderboard_files import page as board_page
-from fusion_bench.report.leaderboard_files import table_of_values
+from fusion_bench.report.leaderboard_files import table_of_values, tex
 from fusion_bench.report.losses import task_losses
 from fusion_bench.report.page import page
 from fusion_bench.results import ACCURACY, METRICS, Metric, SampleScores, with_ones
@@ -205,3 +209,63 @@ def test_relations() -> None:
     shown = page(found, Scores())
     assert shown.count("held out</small>") == 1 and shown.count('title="its own task"') == 2
     assert isinstance(found.contenders()[0], Contender)
+
+
+def test_runs_with_different_metrics_are_compared_in_the_common_ones(tmp_path: Path) -> None:
+    both = {"depth": {"depth": 1.0}, "merged": {"depth": 2.0}}
+    runs = {}
+    for name in ("rmse", "loss"):
+        metrics = [RMSE, METRICS["loss"]] if name == "rmse" else [METRICS["loss"], RMSE]
+        found, scores = evaluated({"depth": metrics[0]}, **both)
+        scores.metrics["depth"] = metrics
+        found.tasks["depth"].metrics = [metric_info(metric) for metric in metrics]
+        for model, own in scores.tasks["depth"].items():
+            rows = next(iter(own.statistics.values()))
+            own = SampleScores(own.samples, {m.name: rows for m in metrics})
+            scores.add("depth", model, own)
+            found.models[model].tasks["depth"] = TaskResult.of(own, metrics)
+        found.save(tmp_path / name / "report.json")
+        scores.save(tmp_path / name / "report.json")
+        runs[name] = str(tmp_path / name)
+    with pytest.raises(FusionBenchError) as refused:
+        CompareProgram(runs).run()
+    assert "depth: main metric: RMSE ↓ in 'rmse', loss, nats ↓ in 'loss'" in str(refused.value)
+    found = CompareProgram(runs, strict=False).run()
+    assert found is not None and found.tasks["depth"].main == "rmse"
+    assert [c.average.difference for c in found.main_comparisons()] == [0]
+
+
+def test_what_cannot_be_ranked_has_a_table_all_the_same() -> None:
+    boards = []
+    for name in "xy":
+        found, scores = evaluated(
+            {"shapes": ACCURACY, "depth": RMSE}, merged={"shapes": 0.8, "depth": 2.0}
+        )
+        boards.append(Job(f"jobs/{name}", [name], found, scores))
+    board = leaderboard("s", boards)
+    (table,) = board.tables
+    assert [(line.name, line.rank) for line in table.lines] == [("x", None), ("y", None)]
+    assert "Not ranked: the tasks have different metrics" in board_markdown(board)
+    assert "<svg" not in board_page(board) and "Not ranked" in board_page(board)
+    assert table_of_values(board).count("\n") == 3 and r"\downarrow" in tex(board)
+
+
+def test_values_that_are_no_numbers_have_no_verdict() -> None:
+    found, scores = evaluated(
+        {"depth": RMSE}, _pretrained_={"depth": math.nan}, depth={"depth": 1.0}, merged={"depth": 2}
+    )
+    verdicts = {c.beside: c.verdict for c in found.comparisons}
+    assert verdicts == {"pretrained": None, "individual": "worse"}
+    assert "a value is missing" in page(found, scores)
+
+
+def test_a_model_may_own_two_tasks() -> None:
+    found, _ = evaluated(
+        {"a": ACCURACY, "b": ACCURACY, "c": ACCURACY},
+        a={"a": 0.9, "b": 0.8},
+        c={"c": 0.9},
+        merged=dict.fromkeys("abc", 0.7),
+    )
+    found.tasks["b"].owner = "a"
+    summarise(found.models, found.tasks)
+    assert [c.name for c in found.contenders()] == ["individual", "merged"]

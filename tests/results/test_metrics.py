@@ -221,7 +221,7 @@ class TestNormalized:
         assert np.isnan(normalized(0.5, 0.0, True))
         assert np.isnan(normalized(0.5, -0.1, True))
         assert np.isnan(normalized(0.0, 0.5, False))
-        assert normalized(0.5, 0.0, False) == 0
+        assert np.isnan(normalized(0.5, 0.0, False))
 
     def test_arrays(self):
         found = normalized(np.array([0.2, 0.4]), np.array([0.4, 0.0]), True)
