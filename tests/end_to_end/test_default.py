@@ -161,6 +161,8 @@ def dense(runs: dict[str, Path]) -> dict[str, Report]:
     return found
 
 
+# Takes two minutes: the family is built as people build it. Smaller ones are in tests/zoo/dense.
+@pytest.mark.exhaustive(only=True)
 @pytest.mark.parametrize("method", ["simple_average", "task_arithmetic"])
 def test_a_merge_lies_between_the_pretrained_encoder_and_the_dense_experts(
     dense: dict[str, Report], method: str

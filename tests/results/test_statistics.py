@@ -125,7 +125,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.array_equal(np.isfinite(found), np.isfinite(expected))
     there = np.isfinite(expected)
     if there.any():
-        allowed = 1e-5 * np.std(expected[there]) + 1e-11 * np.abs(expected[there]).max() + 1e-11
+        allowed = 1e-5 * np.std(expected[there]) + 1e-9 * np.abs(expected[there]).max() + 1e-9
         assert np.abs(found[there] - expected[there]).max() <= allowed
 
 
