@@ -40,7 +40,21 @@ def signed(difference: float | None, unit: str = PERCENT) -> str:
 
 def with_stderr(value: float | None, stderr: float | None, unit: str = PERCENT) -> str:
     """Return a figure, with its standard error if there is one."""
-    return shown(value, unit) if stderr is None else f"{shown(value, unit)} ± {shown(stderr, unit)}"
+    if value is None or stderr is None:
+        return shown(value, unit)
+    return f"{shown(value, unit)} ± {shown_error(stderr, value, unit)}"
+
+
+def shown_error(stderr: float, value: float, unit: str = PERCENT) -> str:
+    """Return a value's standard error, with as many decimals as the value has; one digit at least.
+
+    So ``0.250 ± 0.003``.
+    """
+    if unit == PERCENT or not math.isfinite(stderr):
+        return shown(stderr, unit)
+    decimals = len(shown(value, unit).partition(".")[2])
+    text = f"{stderr:,.{decimals}f}"
+    return text if float(text.replace(",", "")) or not stderr else f"{stderr:.1g}"
 
 
 def sentence_case(text: str) -> str:

@@ -22,6 +22,7 @@ from fusion_bench.report.figures import (
     search_sentence,
     sentence_case,
     shown,
+    shown_error,
     signed,
 )
 from fusion_bench.report.losses import (
@@ -124,6 +125,7 @@ def _environment() -> Any:
         "signed": _signed,
         "label": metric_label,
         "sentence_case": sentence_case,
+        "error_of": shown_error,
     }
     script, style = (_text(environment, name) for name in ("sort.js", "style.css"))
     # The page's policy lets this one script run and no other.

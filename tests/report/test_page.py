@@ -9,7 +9,13 @@ from fixtures_report import model, report, synthetic
 from jinja2 import UndefinedError
 
 from fusion_bench.report import Report, Scores, Tuning, TuningTask, summarise
-from fusion_bench.report.figures import comparison_sentence, shown, signed
+from fusion_bench.report.figures import (
+    comparison_sentence,
+    shown,
+    shown_error,
+    signed,
+    with_stderr,
+)
 from fusion_bench.report.page import page, render
 from fusion_bench.results import SampleScores
 
@@ -417,4 +423,8 @@ def test_figures_as_people_read_them() -> None:
     assert signed(-0.0123) == "-1.2" and signed(0.5) == "+50.0" and signed(None) == "–"
     values = [0.031249, 12.3456, 99.96, 1234.5, 1e6, float("inf")]
     assert [shown(v, "m") for v in values] == ["0.0312", "12.3", "100", "1,234", "1,000,000", "∞"]
+    errors = [(0.00282, 0.25), (0.127, 13.4), (0.4, 1234.5), (25.4, 1234.5), (0.0, 0.5)]
+    told = [shown_error(error, value, "m") for error, value in errors]
+    assert told == ["0.003", "0.1", "0.4", "25", "0.000"] and shown_error(0.012, 0.5) == "1.2"
+    assert with_stderr(0.25, 0.00282, "m") == "0.250 ± 0.003" and with_stderr(0.5, None) == "50.0"
     assert signed(-0.5, "m") == "-0.500" and signed(0.25, "") == "+0.250"
