@@ -63,7 +63,7 @@ _DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
 
 
 @runtime_checkable
-class Judged(Protocol):
+class Scored(Protocol):
     """A result with a figure that a sweeper may maximise."""
 
     @property
@@ -247,7 +247,7 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
     if accepts(settings["_target_"], "parts"):
         arguments["parts"] = parts
     result = instantiate(settings, **arguments).run()
-    return result.objective if isinstance(result, Judged) else None
+    return result.objective if isinstance(result, Scored) else None
 
 
 @contextmanager
