@@ -38,6 +38,7 @@ from fusion_bench.problems import (
 )
 from fusion_bench.repository import Repository, locate
 from fusion_bench.storage import check_file_name, read_json, write_text
+from fusion_bench.tokenizer import TokenizerSource, tokenizer_files
 from fusion_bench.weights import (
     Config,
     MergePolicy,
@@ -260,6 +261,17 @@ class HFModelPool:
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
         return vocabulary(self._source(self._reference).config())
+
+    @cached_property
+    def tokenizer(self) -> TokenizerSource:
+        """The models' tokenizer: the one that a merged model gets."""
+        return TokenizerSource(self._tokenizer)
+
+    def _tokenizer(self) -> object:
+        if self._processor is not None:
+            return self._processor.folder or self._processor.made()
+        folders = self._source(self._reference).companions
+        return next((folder for folder in folders if tokenizer_files(folder)), None)
 
     def model(self, name: str) -> Model:
         """Return a model, with weights under the reference's keys.

@@ -13,6 +13,7 @@ from fusion_bench.method import contract
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, within
 from fusion_bench.results import SampleScores
+from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class ModelPool(contract.ModelPool, contract.Saving, Protocol):
     @property
     def test_datasets(self) -> Nodes:
         """The datasets for adaptation, without labels."""
+
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        """The models' tokenizer, which need not exist."""
 
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
         """Return the pool's plan; no weight is read."""
@@ -124,6 +129,11 @@ class PlacedModelPool:
         """As in ``ModelPool``."""
         return self._pool.test_datasets
 
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        """As in ``ModelPool``."""
+        return self._pool.tokenizer
+
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
         """As in ``ModelPool``."""
         with self._here():
@@ -185,6 +195,7 @@ class _PlainPool:
         self.train_datasets: Nodes = getattr(pool, "train_datasets", {})
         self.val_datasets: Nodes = getattr(pool, "val_datasets", {})
         self.test_datasets: Nodes = getattr(pool, "test_datasets", {})
+        self.tokenizer = TokenizerSource(lambda: getattr(pool, "tokenizer", None))
 
     @property
     def notes(self) -> list[str]:
@@ -298,6 +309,14 @@ class TaskPool(Protocol):
         architecture: str = "",
     ) -> dict[str, SampleScores]:
         """Evaluate a model on ``tasks``, by default all."""
+
+
+@runtime_checkable
+class ReadsTexts(Protocol):
+    """A task pool whose tasks may need the models' tokenizer."""
+
+    def with_tokenizer(self, source: TokenizerSource) -> TaskPool:
+        """Return the pool for models with this tokenizer."""
 
 
 def as_taskpool(made: object) -> TaskPool:

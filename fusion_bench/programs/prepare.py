@@ -20,7 +20,13 @@ from fusion_bench.problems import (
 from fusion_bench.programs.environment import make_fabric
 from fusion_bench.programs.fusing import seeded
 from fusion_bench.programs.output_paths import OutputPaths
-from fusion_bench.programs.pools import PlacedModelPool, TaskPool, as_taskpool, placed
+from fusion_bench.programs.pools import (
+    PlacedModelPool,
+    ReadsTexts,
+    TaskPool,
+    as_taskpool,
+    placed,
+)
 from fusion_bench.programs.previous import Previous
 from fusion_bench.programs.search import OptionSearch, Setting, as_search
 from fusion_bench.programs.spec import Baselines, FusionSpec, Section, plain
@@ -116,6 +122,8 @@ def prepare_pools(made: Prepared) -> None:
             made.taskpool = _shared(spec.taskpool, "taskpool", taskpool, as_taskpool, made.shared)
             if spec.output_dir is None and made.taskpool.save_predictions:
                 raise ConfigError("needs an output_dir.", place=("save_predictions",))
+            if made.modelpool is not None and isinstance(made.taskpool, ReadsTexts):
+                made.taskpool = made.taskpool.with_tokenizer(made.modelpool.tokenizer)
 
 
 def _check_seed(seed: object) -> None:

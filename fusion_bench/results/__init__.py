@@ -1,6 +1,7 @@
 """Metrics, scores of samples, statistics, and the store of results: numbers alone."""
 
 from fusion_bench.results.metrics import ACCURACY, LOSS, METRICS, Metric, normalized
+from fusion_bench.results.requests import RequestStore
 from fusion_bench.results.scores import SampleScores, with_ones
 from fusion_bench.results.statistics import Interval, stderr
 from fusion_bench.results.store import ResultStore
@@ -11,6 +12,7 @@ __all__ = [
     "METRICS",
     "Interval",
     "Metric",
+    "RequestStore",
     "ResultStore",
     "SampleScores",
     "normalized",

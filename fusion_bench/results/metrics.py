@@ -136,6 +136,8 @@ def _auc(details: Details, indices: NDArray[np.int64]) -> float:
 ACCURACY = Metric("accuracy", "%", True, value=mean)
 #: The same of an answer that must be the expected text.
 EXACT_MATCH = Metric("exact_match", "%", True, value=mean)
+#: The same of the choice whose log-likelihood by byte is the greatest.
+ACCURACY_PER_BYTE = Metric("accuracy_per_byte", "%", True, value=mean)
 #: Cross entropy in nats, and 1.
 LOSS = Metric("loss", "nats", False, value=mean)
 #: Nats, and the number of tokens or words.

@@ -7,16 +7,22 @@ from fusion_bench.taskpool.dense.segmentation import SegmentationTask
 from fusion_bench.taskpool.images.clip_vision import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.images.image_classification import ImageClassificationTaskPool
 from fusion_bench.taskpool.images.tuning import TuningImages
+from fusion_bench.taskpool.language.choices import MultipleChoiceTask
+from fusion_bench.taskpool.language.generation import GenerationTask
+from fusion_bench.taskpool.language.perplexity import PerplexityTask
 from fusion_bench.taskpool.pool import TaskPool
 from fusion_bench.taskpool.task import LearningData, Task, TaskDescription
 
 __all__ = [
     "CLIPVisionModelTaskPool",
     "DepthTask",
+    "GenerationTask",
     "ImageClassificationTaskPool",
     "LearningData",
+    "MultipleChoiceTask",
     "NormalsTask",
     "PatchHead",
+    "PerplexityTask",
     "SegmentationTask",
     "Task",
     "TaskDescription",

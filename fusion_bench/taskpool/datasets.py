@@ -1,5 +1,6 @@
 """What is known of a dataset before it is loaded: columns, classes, splits and sizes."""
 
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_bench.addresses import fence, refuse_addresses
+from fusion_bench.addresses import Folders, fence, refuse_addresses
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import (
     FusionBenchError,
@@ -26,7 +27,7 @@ from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS, dense
 from fusion_bench.zoo import load_dataset as load_from_zoo
 
 if TYPE_CHECKING:
-    from datasets import DatasetBuilder, Features
+    from datasets import Dataset, DatasetBuilder, Features
 
 _LOADS = "datasets.load_dataset"
 _READS = "datasets.load_from_disk"
@@ -182,6 +183,51 @@ def split_names(split: str) -> list[str]:
 def names_no_split(splits: Mapping[str, Any]) -> FusionBenchError:
     """Return what to say of a node that stands for several splits."""
     return FusionBenchError("names no split.", f"Add 'split: …', one of: {', '.join(splits)}.")
+
+
+def refuse_unusable(dataset: Any, place: DatasetPlace, folders: Folders) -> None:
+    """Refuse what is no single split whose samples can be counted, or is read from elsewhere.
+
+    Raises:
+        FusionBenchError: it is so.
+    """
+    from datasets import IterableDataset
+
+    with place.located():
+        if isinstance(dataset, dict):
+            raise names_no_split(dataset)
+        if isinstance(dataset, IterableDataset):
+            raise FusionBenchError(WHY_NOT_STREAMED)
+        for table in dataset.cache_files:
+            folders.refuse_outside(table["filename"])
+
+
+def columns_sha256(dataset: "Dataset", columns: Sequence[str], known: str = "") -> str:
+    """Return the hash of what some columns of a split hold, after that of ``known``."""
+    from pyarrow import PythonFile, ipc
+
+    digest = _Digest(known)
+    table = dataset.select_columns(list(columns)).with_format("arrow")[:]
+    with ipc.new_stream(PythonFile(digest, "w"), table.schema) as stream:
+        stream.write_table(table.replace_schema_metadata(None).combine_chunks())
+    return digest.sha256.hexdigest()
+
+
+class _Digest:
+    """A file that keeps no more than the hash of what is written into it."""
+
+    closed = False
+
+    def __init__(self, known: str) -> None:
+        self.sha256 = hashlib.sha256(known.encode())
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def datasets_cache() -> Path:

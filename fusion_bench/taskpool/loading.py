@@ -127,12 +127,12 @@ class BatchLimit:
         """
         if tried == 1:
             raise EnvironmentProblem(
-                f"Out of memory while {description}, one image at a time. Choose another device "
+                f"Out of memory while {description}, one sample at a time. Choose another device "
                 "(fabric.accelerator=cpu) or a smaller number format "
                 "(fabric.precision=bf16-true), or end what else uses it."
             )
         self.most = tried // 2
-        log.warning("Out of memory while %s: now %d images at a time.", description, self.most)
+        log.warning("Out of memory while %s: now %d samples at a time.", description, self.most)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

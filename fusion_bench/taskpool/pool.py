@@ -25,6 +25,7 @@ from fusion_bench.taskpool.datasets import DatasetPlace
 from fusion_bench.taskpool.loading import BatchLimit, Loading, check_loading
 from fusion_bench.taskpool.task import Evaluation, LearningData, Task, TaskDescription
 from fusion_bench.tasks import canonical_name
+from fusion_bench.tokenizer import TokenizerSource
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class TaskPool:
         self._compile = compile
         self._batch_limit = BatchLimit()
         self._is_prepared = False
+        self._notes: list[str] = []
+        self._for_tokenizers: dict[TokenizerSource, Self] = {}
 
     @property
     def task_names(self) -> list[str]:
@@ -89,9 +92,11 @@ class TaskPool:
     @property
     def notes(self) -> list[str]:
         """What the report is to say of how models were evaluated."""
-        if self._batch_limit.most is None:
-            return []
-        return [f"Memory ran out: {self._batch_limit.most} samples were evaluated at a time."]
+        notes = list(self._notes)
+        if self._batch_limit.most is not None:
+            most = self._batch_limit.most
+            notes.append(f"Memory ran out: {most} samples were evaluated at a time.")
+        return notes
 
     @property
     def test_datasets(self) -> Mapping[str, Any]:
@@ -101,6 +106,16 @@ class TaskPool:
     def owners(self) -> dict[str, str | None]:
         """Return the model that the config names as trained for each task."""
         return {name: task.owner for name, task in self.tasks.items()}
+
+    def with_tokenizer(self, source: TokenizerSource) -> Self:
+        """Return the pool for models with this tokenizer, the same one each time."""
+        if source not in self._for_tokenizers:
+            pool = copy(self)
+            pool.tasks = {name: task.with_tokenizer(source) for name, task in self.tasks.items()}
+            pool._is_prepared, pool._notes = False, []
+            same = all(pool.tasks[name] is task for name, task in self.tasks.items())
+            self._for_tokenizers[source] = self if same else pool
+        return self._for_tokenizers[source]
 
     def plan(self, scratch: Path | None = None) -> Plan:
         """Compare what is known of the tasks' data; no data is read.
@@ -221,10 +236,13 @@ class TaskPool:
                     if module is None:
                         module = self._on_device(model, fabric)
                     how = self._evaluation(fabric, name, f"evaluating {name} on {task}")
+                    how = replace(how, computation=self._computation(key))
                     found = self.tasks[task].evaluate(module, samples, how)
                     if key is not None and self._results is not None and fabric.global_rank == 0:
                         self._results.save(key, found)
             scores[task] = self._measured(task, found)
+            new = self.tasks[task].notes(name, found)
+            self._notes += [note for note in new if note not in self._notes]
         if known:
             log.info("'%s' was evaluated before on %s.", name, ", ".join(known))
         return {task: scores[task] for task in wanted}
@@ -301,6 +319,13 @@ class TaskPool:
             "device": fabric.device.type,
             "compile": self._compile,
         }
+
+    def _computation(self, key: Mapping[str, Any] | None) -> str | None:
+        """Return the hash of what a model's answers depend on besides what it is asked."""
+        if key is None:
+            return None
+        own = {k: key[k] for k in ("weights", "architecture", "precision", "device", "compile")}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
     def _known(self, key: dict[str, Any] | None, fabric: Fabric) -> SampleScores | None:
         """Return what the first process finds in the cache, so that all take the same way."""

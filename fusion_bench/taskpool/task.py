@@ -14,6 +14,7 @@ from fusion_bench.plan import Plan
 from fusion_bench.results import Metric, SampleScores
 from fusion_bench.taskpool.datasets import DatasetPlace
 from fusion_bench.taskpool.loading import BatchLimit, Loading
+from fusion_bench.tokenizer import TokenizerSource
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Evaluation:
         batch_limit: how many samples fit into memory at once, as far as is known.
         model: what messages call the model.
         progress: what the progress bar says.
+        computation: the hash of the model and of how it computes, under which answers to single
+            requests are kept; ``None`` keeps none.
     """
 
     fabric: Fabric
@@ -60,6 +63,7 @@ class Evaluation:
     batch_limit: BatchLimit
     model: str
     progress: str
+    computation: str | None = None
 
 
 class LearningData(Protocol):
@@ -116,6 +120,9 @@ class Task(Protocol):
     def owner(self) -> str | None:
         """The model that was trained for the task, if the config names it."""
 
+    def with_tokenizer(self, source: TokenizerSource) -> Self:
+        """Return the task for models with this tokenizer; itself, where it has no texts."""
+
     def plan(self, plan: Plan, scratch: Path | None) -> None:
         """Note in a plan what the task takes, and what is wrong; no data is read."""
 
@@ -144,6 +151,9 @@ class Task(Protocol):
             EnvironmentProblem: there is not even memory for one sample.
             FusionBenchError: a model that does not fit the task.
         """
+
+    def notes(self, model: str, scores: SampleScores) -> list[str]:
+        """Return in sentences what readers of a model's scores should know."""
 
     def plan_data(self, plan: Plan, node: Any, place: DatasetPlace, scratch: Path | None) -> None:
         """Note in a plan what ``data`` takes; ``plan`` has run."""

@@ -1,6 +1,5 @@
 """A dataset's images, and a column with an answer for each of their pixels."""
 
-import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from numpy.typing import NDArray
 
 from fusion_bench.addresses import Folders
 from fusion_bench.problems import FusionBenchError, Place, did_you_mean
-from fusion_bench.taskpool.datasets import DatasetPlace
-from fusion_bench.taskpool.images.labelled import DatasetImages, refuse_unusable
+from fusion_bench.taskpool.datasets import DatasetPlace, columns_sha256, refuse_unusable
+from fusion_bench.taskpool.images.labelled import DatasetImages
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -79,15 +78,8 @@ class DenseImages(DatasetImages):
     @cached_property
     def targets_sha256(self) -> str:
         """The hash of all targets; of picture files that the split names, of their states."""
-        from pyarrow import PythonFile, ipc
-
-        digest = _Digest()
-        if self._pictures is not None:
-            digest.write(self._pictures.fingerprint.encode())
-        table = self.dataset.select_columns(self.target_column).with_format("arrow")[:]
-        with ipc.new_stream(PythonFile(digest, "w"), table.schema) as stream:
-            stream.write_table(table.replace_schema_metadata(None).combine_chunks())
-        return digest.sha256.hexdigest()
+        known = "" if self._pictures is None else self._pictures.fingerprint
+        return columns_sha256(self.dataset, [self.target_column], known)
 
     def wrong(self, index: int, column: str, reason: str, remedy: str = "") -> FusionBenchError:
         """Return what to raise where a sample cannot be used."""
@@ -101,23 +93,6 @@ class DenseImages(DatasetImages):
         if found.dtype.kind not in "biuf":
             raise self.wrong(index, column, "is no array of numbers.")
         return found
-
-
-class _Digest:
-    """A file that keeps no more than the hash of what is written into it."""
-
-    closed = False
-
-    def __init__(self) -> None:
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return len(data)
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def load_images(

@@ -26,6 +26,7 @@ from fusion_bench.taskpool.images.pixels import PreparedImages
 from fusion_bench.taskpool.images.preprocess import Preprocessor
 from fusion_bench.taskpool.images.task import EnsembleClassifier, cache_bytes
 from fusion_bench.taskpool.task import Evaluation, LearningData, TaskDescription
+from fusion_bench.tokenizer import TokenizerSource
 
 
 class DenseTask(ABC):
@@ -96,6 +97,14 @@ class DenseTask(ABC):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def with_tokenizer(self, source: TokenizerSource) -> Self:
+        """Return itself, for there are no texts."""
+        return self
+
+    def notes(self, model: str, scores: SampleScores) -> list[str]:
+        """Return nothing: the scores say it all."""
+        return []
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:
         """Look for the dataset, its columns, the head and the image processor."""

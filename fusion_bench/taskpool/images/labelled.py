@@ -19,7 +19,7 @@ from fusion_bench.problems import (
     did_you_mean,
     key_of,
 )
-from fusion_bench.taskpool.datasets import WHY_NOT_STREAMED, DatasetPlace, names_no_split
+from fusion_bench.taskpool.datasets import DatasetPlace, refuse_unusable
 from fusion_bench.taskpool.images.classes import (
     by_name,
     class_indices,
@@ -450,23 +450,6 @@ class LabelledImages(DatasetImages):
         return hashlib.sha256(
             f"{len(self.class_names)}:".encode() + self.labels.tobytes()
         ).hexdigest()
-
-
-def refuse_unusable(dataset: Any, place: DatasetPlace, folders: Folders) -> None:
-    """Refuse what is no single split whose samples can be counted, or is read from elsewhere.
-
-    Raises:
-        FusionBenchError: it is so.
-    """
-    from datasets import IterableDataset
-
-    with place.located():
-        if isinstance(dataset, dict):
-            raise names_no_split(dataset)
-        if isinstance(dataset, IterableDataset):
-            raise FusionBenchError(WHY_NOT_STREAMED)
-        for table in dataset.cache_files:
-            folders.refuse_outside(table["filename"])
 
 
 def arrow(dataset: "Dataset", column: str) -> Any:

@@ -29,6 +29,7 @@ from fusion_bench.taskpool.metrics import chosen_metrics
 from fusion_bench.taskpool.task import Evaluation, LearningData, TaskDescription
 from fusion_bench.tasks import Task as Settings
 from fusion_bench.tasks import load_task
+from fusion_bench.tokenizer import TokenizerSource
 
 #: What configs say of a model's form, as far as they say it.
 _SIZES = ("hidden_size", "hidden_sizes", "depths", "patch_size", "image_size", "num_hidden_layers")
@@ -125,6 +126,14 @@ class ImageTask:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def with_tokenizer(self, source: TokenizerSource) -> Self:
+        """Return itself, for there are no texts."""
+        return self
+
+    def notes(self, model: str, scores: SampleScores) -> list[str]:
+        """Return nothing: the scores say it all."""
+        return []
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:
         """Compare what is known of the dataset with the task."""

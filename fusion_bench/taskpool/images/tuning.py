@@ -17,7 +17,7 @@ from fusion_bench.taskpool.images.pixels import PreparedImages
 from fusion_bench.taskpool.task import Evaluation
 
 #: As a share, how many images may be evaluated as well as learned from.
-_TOLERATED = 0.05
+TOLERATED = 0.05
 
 
 def is_test_split(split: str) -> bool:
@@ -40,7 +40,7 @@ def are_evaluated(
     """
     same = images.fingerprint == evaluated.fingerprint
     return (
-        is_test_split(split) or same or (by_content and images.share_within(evaluated) > _TOLERATED)
+        is_test_split(split) or same or (by_content and images.share_within(evaluated) > TOLERATED)
     )
 
 

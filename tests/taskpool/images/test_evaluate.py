@@ -189,7 +189,7 @@ def test_without_memory_for_one_image_it_ends(images: PreparedImages) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     loading = Loading(6, workers=1, ahead=0, pin_memory=False)
-    with pytest.raises(EnvironmentProblem, match="evaluating a on b, one image at a time"):
+    with pytest.raises(EnvironmentProblem, match="evaluating a on b, one sample at a time"):
         evaluate(CPU, classify, images, np.arange(7), loading, "evaluating a on b")
 
 

@@ -1,0 +1,298 @@
+"""One batch of requests through a language model."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusion_bench.taskpool.language.requests import Tokens
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+#: So many numbers are made of the logits in float32 at once.
+_NUMBERS = 2**25
+#: A context is read once for several continuations that are not much longer together.
+_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """A context, and continuations that share it.
+
+    Attributes:
+        context: its tokens.
+        continuations: their tokens; none of them is empty.
+        places: of the continuations among all requests.
+    """
+
+    context: Tokens
+    continuations: list[Tokens]
+    places: list[int]
+
+    @property
+    def length(self) -> int:
+        """How many tokens are read; the last of a continuation is only predicted."""
+        return len(self.context) + sum(len(own) - 1 for own in self.continuations)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one sequence, without branches."""
+        return sum(len(own) > 1 for own in self.continuations) <= 1
+
+    def takes(self, continuation: Tokens) -> bool:
+        """Return whether one more continuation is worth its place in the same row."""
+        longest = max(map(len, self.continuations))
+        room = len(self.context) + longest + max(len(self.context), _TOGETHER)
+        return self.length + len(continuation) - 1 <= room
+
+    def alone(self) -> "list[Row]":
+        """Return a row for each of the continuations."""
+        both = zip(self.continuations, self.places, strict=True)
+        return [Row(self.context, [own], [place]) for own, place in both]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Where tokens are predicted in a batch, and which they are; arrays with an entry a token.
+
+    Attributes:
+        rows: the row.
+        columns: the position, counted from the end: 1 is the last.
+        tokens: the token.
+        requests: its request's number in the batch.
+    """
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    requests: NDArray[np.int64]
+
+
+class Forward:
+    """A model that reads tokens and gives logits, with or without an encoder.
+
+    Args:
+        module: a model of transformers, or what returns such output, on Fabric's device.
+        fabric: gives device and precision.
+        padding: a token for where nothing is read.
+    """
+
+    def __init__(self, module: nn.Module, fabric: "Fabric", padding: int):
+        self.module = module
+        self._fabric = fabric
+        self._padding = padding
+        self._takes = set(inspect.signature(module.forward).parameters)
+        config: Any = getattr(module, "config", None)
+        self.is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+        self._start = getattr(config, "decoder_start_token_id", None)
+        attention = getattr(config, "_attn_implementation", None)
+        window = getattr(config, "sliding_window", None)
+        self._window: int = window if isinstance(window, int) and window > 0 else 2**62
+        #: Whether rows with branches may be read at once.
+        self.branches = attention in ("sdpa", "eager") and not self.is_seq2seq
+        self.branches = self.branches and {"position_ids", "attention_mask"} <= self._takes
+
+    @property
+    def rows_of_embedding(self) -> int | None:
+        """How many tokens the model knows, as far as it tells."""
+        get = getattr(self.module, "get_input_embeddings", None)
+        try:
+            return None if get is None else int(get().weight.shape[0])
+        except (AttributeError, NotImplementedError):
+            return None
+
+    def log_likelihoods(self, rows: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return each continuation's log-likelihood, and whether it is the likeliest at each token.
+
+        In the order of the rows, and of the continuations in each. Either all rows have branches or
+        none, and they have them only where the model can read these.
+        """
+        if self.is_seq2seq:
+            logits, predicted = self._seq2seq(rows)
+        elif rows[0].is_plain:
+            logits, predicted = self._plain(rows)
+        else:
+            logits, predicted = self._branched(rows)
+        return self._summed(logits, predicted)
+
+    def can_branch(self, row: Row) -> bool:
+        """Return whether a row's continuations may be read with its context in one sequence."""
+        return row.is_plain or (self.branches and row.length <= self._window)
+
+    def hidden_call(self, ids: Tensor, keep: int, **arguments: Any) -> Tensor:
+        """Return the logits at the last ``keep`` positions."""
+        if "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = keep
+        if "use_cache" in self._takes:
+            arguments["use_cache"] = False
+        with self._fabric.autocast():
+            output = self.module(input_ids=ids, **arguments)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits[:, -keep:]
+
+    def _plain(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
+        """Read sequences that are filled up at their ends, which nothing looks at."""
+        read, starts = [], []
+        for row in rows:
+            longest = max(row.continuations, key=len)
+            read.append(row.context + longest[:-1])
+            starts.append(len(row.context) - 1)
+        width = max(map(len, read))
+        keep = width - min(starts)
+        logits = self.hidden_call(self._padded(read, width, left=False), keep)
+        return logits, _predicted(
+            rows, lambda i, j, n: np.arange(n) + starts[i], [width] * len(rows)
+        )
+
+    def _branched(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
+        """Read rows whose continuations see the context and themselves, but not each other."""
+        width = max(row.length for row in rows)
+        keep = 1 + max(row.length - len(row.context) for row in rows)
+        ids = np.full((len(rows), width), self._padding)
+        branch = np.full((len(rows), width), -1)
+        position = np.zeros((len(rows), width), dtype=np.int64)
+        firsts: list[list[int]] = []
+        for i, row in enumerate(rows):
+            at = width - row.length
+            end = at + len(row.context)
+            ids[i, at:end], branch[i, at:end] = row.context, 0
+            position[i, at:end] = np.arange(len(row.context))
+            firsts.append([])
+            for j, own in enumerate(row.continuations, start=1):
+                firsts[i].append(end)
+                stop = end + len(own) - 1
+                ids[i, end:stop], branch[i, end:stop] = own[:-1], j
+                position[i, end:stop] = len(row.context) + np.arange(len(own) - 1)
+                end = stop
+        device = self._fabric.device
+        logits = self.hidden_call(
+            torch.from_numpy(ids).to(device),
+            keep,
+            attention_mask=self._mask(torch.from_numpy(branch).to(device)),
+            position_ids=torch.from_numpy(position).to(device),
+        )
+
+        def columns(i: int, j: int, count: int) -> NDArray[np.int64]:
+            # The context's last token predicts the first of each continuation.
+            before = width - rows[i].length + len(rows[i].context) - 1
+            return np.concatenate([[before], firsts[i][j] + np.arange(count - 1)])
+
+        return logits, _predicted(rows, columns, [width] * len(rows))
+
+    def _mask(self, branch: Tensor) -> Tensor:
+        """Return what is added to attention scores, of shape (rows, 1, width, width)."""
+        width = branch.shape[1]
+        queries, keys = branch[:, :, None], branch[:, None, :]
+        seen = (keys == 0) | (keys == queries)
+        seen &= torch.ones(width, width, dtype=torch.bool, device=branch.device).tril()
+        dtype = next(self.module.parameters()).dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=branch.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+    def _seq2seq(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
+        """Read each context once by the encoder, and each continuation by the decoder."""
+        module: Any = self.module
+        width = max(len(row.context) for row in rows)
+        ids = self._padded([row.context for row in rows], width, left=False)
+        mask = self._padded([(1,) * len(row.context) for row in rows], width, left=False, fill=0)
+        counts = torch.tensor([len(row.continuations) for row in rows], device=ids.device)
+        with self._fabric.autocast():
+            states = module.get_encoder()(input_ids=ids, attention_mask=mask)
+        states.last_hidden_state = states.last_hidden_state.repeat_interleave(counts, dim=0)
+        alone = [one for row in rows for one in row.alone()]
+        start = self._padding if self._start is None else self._start
+        written = [(start, *one.continuations[0][:-1]) for one in alone]
+        longest = max(map(len, written))
+        with self._fabric.autocast():
+            logits: Tensor = module(
+                encoder_outputs=states,
+                attention_mask=mask.repeat_interleave(counts, dim=0),
+                decoder_input_ids=self._padded(written, longest, left=False),
+                use_cache=False,
+            ).logits
+        return logits, _predicted(alone, lambda i, j, n: np.arange(n), [longest] * len(alone))
+
+    def _padded(
+        self, parts: Sequence[Tokens], width: int, *, left: bool, fill: int | None = None
+    ) -> Tensor:
+        ids = np.full((len(parts), width), self._padding if fill is None else fill)
+        for i, own in enumerate(parts):
+            if left:
+                ids[i, width - len(own) :] = own
+            else:
+                ids[i, : len(own)] = own
+        return torch.from_numpy(ids).to(self._fabric.device)
+
+    def _summed(
+        self, logits: Tensor, predicted: Predicted
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Add up the log-likelihoods of each request's tokens; a token's is taken in float32."""
+        device = logits.device
+        rows = torch.from_numpy(predicted.rows).to(device)
+        columns = torch.from_numpy(logits.shape[1] - predicted.columns).to(device)
+        tokens = torch.from_numpy(predicted.tokens).to(device)
+        values, likeliest = [], []
+        step = max(1, _NUMBERS // logits.shape[-1])
+        for i in range(0, len(rows), step):
+            part = logits[rows[i : i + step], columns[i : i + step]].float()
+            wanted = tokens[i : i + step]
+            own = part.gather(1, wanted[:, None])[:, 0]
+            values.append(own - part.logsumexp(dim=-1))
+            likeliest.append(part.argmax(dim=-1) == wanted)
+        found = torch.cat(values).cpu().numpy().astype(np.float64)
+        wrong = ~torch.cat(likeliest).cpu().numpy()
+        count = int(predicted.requests[-1]) + 1
+        sums = np.bincount(predicted.requests, weights=found, minlength=count)
+        missed = np.bincount(predicted.requests, weights=wrong, minlength=count)
+        return sums.astype(np.float64), np.asarray(missed == 0)
+
+
+def _predicted(
+    rows: Sequence[Row],
+    columns: Callable[[int, int, int], NDArray[np.int64]],
+    widths: Sequence[int],
+) -> Predicted:
+    """Put together where the rows' tokens are predicted.
+
+    Args:
+        rows: the rows.
+        columns: a row's number, a continuation's in it and its length to its tokens' positions.
+        widths: the positions of each row.
+    """
+    where: list[NDArray[np.int64]] = []
+    tokens: list[int] = []
+    numbers: list[int] = []
+    lengths: list[int] = []
+    for i, row in enumerate(rows):
+        for j, own in enumerate(row.continuations):
+            where.append(widths[i] - columns(i, j, len(own)))
+            tokens += own
+            numbers.append(i)
+            lengths.append(len(own))
+    return Predicted(
+        rows=np.repeat(numbers, lengths),
+        columns=np.concatenate(where),
+        tokens=np.array(tokens, dtype=np.int64),
+        requests=np.repeat(np.arange(len(lengths)), lengths),
+    )
+
+
+@contextmanager
+def own_generation(module: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
+    """Let a model generate by these settings alone, not by its own ``generation_config``."""
+    from transformers import GenerationConfig
+
+    model: Any = module
+    before = model.generation_config
+    model.generation_config = GenerationConfig(**config)
+    try:
+        yield
+    finally:
+        model.generation_config = before

@@ -1,0 +1,303 @@
+"""What all tasks that ask language models have in common."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+from lightning.fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusion_bench.plan import Plan
+from fusion_bench.problems import FusionBenchError, Place, check_between, within
+from fusion_bench.repository import locate
+from fusion_bench.results import Metric, SampleScores
+from fusion_bench.sources import plain_source, unbuilt
+from fusion_bench.taskpool.datasets import DatasetPlace, plan_dataset
+from fusion_bench.taskpool.language.encoding import Encoder
+from fusion_bench.taskpool.language.model import LanguageModel
+from fusion_bench.taskpool.language.templates import Template
+from fusion_bench.taskpool.language.texts import Texts
+from fusion_bench.taskpool.language.tuning import TextData
+from fusion_bench.taskpool.metrics import chosen_metrics
+from fusion_bench.taskpool.task import Evaluation, LearningData, TaskDescription
+from fusion_bench.tokenizer import TokenizerSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
+
+
+class LanguageTask(ABC, Generic[Item]):
+    """Texts of a dataset, and what a language model makes of them.
+
+    Args:
+        dataset: the dataset's config node.
+        templates: the key in the config to the template under it.
+        tokenizer: a folder, a repository on the Hub, a ``zoo:`` name, a config node or a tokenizer;
+            by default that of the models.
+        owner: the model that was trained for the task; by default the one of the same name.
+        max_length: the most tokens that a model is given at once; by default what it says.
+        metrics: names of metrics, the main one first; by default all of the task's own.
+        name: the task's; the task pool gives it.
+    """
+
+    kind: ClassVar[str]
+    measured: ClassVar[Sequence[Metric]]
+
+    def __init__(
+        self,
+        dataset: Any,
+        templates: Mapping[str, Template],
+        tokenizer: Any = None,
+        owner: str | None = None,
+        max_length: int | None = None,
+        metrics: Sequence[str | Metric] | None = None,
+        name: str = "",
+    ):
+        self.name = name
+        self.settings: Place = ("tasks", name) if name else ()
+        self.templates = dict(templates)
+        self._node = dataset
+        self._place = DatasetPlace((*self.settings, "dataset"))
+        self._owner = owner
+        if max_length is not None:
+            check_between("max_length", max_length, 2, 10**9)
+        self._max_length = max_length
+        with within("metrics"):
+            self.metrics = chosen_metrics(metrics, self.measured)
+        self._given_tokenizer = tokenizer is not None
+        given = plain_source(tokenizer)
+        self._tokenizer = TokenizerSource(
+            (lambda: locate(given)) if isinstance(given, str) else lambda: given
+        )
+        self._unbuilt = given if isinstance(given, str) else None
+        self._texts: Texts | None = None
+        self._items: list[Item] | None = None
+
+    @property
+    def owner(self) -> str | None:
+        """The model that was trained for the task, if the config names it."""
+        return self._owner
+
+    @property
+    def texts(self) -> Texts:
+        """The rows, once ``prepare`` has run."""
+        assert self._texts is not None
+        return self._texts
+
+    @property
+    def items(self) -> list[Item]:
+        """What models are asked, once ``prepare`` has run."""
+        assert self._items is not None
+        return self._items
+
+    def encoder(self, seq2seq: bool = False) -> Encoder:
+        """Return what encodes texts for a kind of model."""
+        return Encoder(self.tokenizer, seq2seq)
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer.
+
+        Raises:
+            FusionBenchError: there is none, or it cannot be read.
+        """
+        with within(*self.settings, "tokenizer"):
+            return self._tokenizer.tokenizer
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def with_tokenizer(self, source: TokenizerSource) -> Self:
+        """Return the task for models with this tokenizer, unless it has one of its own."""
+        if self._given_tokenizer:
+            return self
+        task = copy(self)
+        task._tokenizer = source
+        task._items = None
+        return task
+
+    def plan(self, plan: Plan, scratch: Path | None) -> None:
+        """Look for the dataset, its columns and the tokenizer."""
+        with plan.collect():
+            self.plan_data(plan, self._node, self._place, scratch)
+        with plan.collect(*self.settings, "tokenizer"):
+            if self._unbuilt is None or unbuilt(self._unbuilt) is None:
+                self._plan_tokenizer(plan)
+
+    def _plan_tokenizer(self, plan: Plan) -> None:
+        if not self._tokenizer.exists:
+            raise no_tokenizer(self._given_tokenizer)
+        self._tokenizer.plan(plan)
+
+    def plan_data(self, plan: Plan, node: Any, place: DatasetPlace, scratch: Path | None) -> None:
+        """Likewise for another dataset of the task."""
+        described = plan_dataset(plan, node, place, scratch)
+        if described is not None and described.features is not None:
+            self._check_columns(described.features)
+
+    def prepare(self, fabric: Fabric) -> None:
+        """Load the dataset and the tokenizer, and look at each sample.
+
+        Raises:
+            FusionBenchError: a source that cannot be read, or a sample that is not the task's.
+        """
+        _ = self.tokenizer
+        if self._texts is None:
+            self._texts = self._load(self._node, self._place)
+        self._items = self._made(self._texts)
+
+    def describe(self) -> TaskDescription:
+        """Return what the task measures."""
+        options = json.dumps([self._written(), self.options], sort_keys=True, default=str)
+        return TaskDescription(
+            kind=self.kind,
+            metrics=self.metrics,
+            identity={
+                "dataset": self.texts.fingerprint,
+                "tokenizer": self._tokenizer.identity,
+                "prompts": hashlib.sha256(options.encode()).hexdigest(),
+            },
+            owner=self.owner,
+        )
+
+    def key(self) -> Mapping[str, Any]:
+        """Return what scores depend on besides model and samples."""
+        return {
+            "kind": [self.kind, self._written(), dict(self.options)],
+            "texts": self.texts.fingerprint,
+            "tokenizer": self._tokenizer.identity,
+            "max_length": self._max_length,
+        }
+
+    def evaluate(
+        self, model: nn.Module, samples: NDArray[np.int64], how: Evaluation
+    ) -> SampleScores:
+        """Return the model's scores on samples.
+
+        Raises:
+            FusionBenchError: a model that gives no logits of tokens, or values that are no numbers.
+        """
+        with within(*self.settings):
+            asked = LanguageModel(model, self._tokenizer, how, self._max_length)
+            return self.scores(asked, [self.items[i] for i in samples], samples)
+
+    def notes(self, model: str, scores: SampleScores) -> list[str]:
+        """Return how many samples were cut, and for how many choices were tied."""
+        notes = []
+        if cut := _count(scores, "truncated"):
+            notes.append(
+                f"Task '{self.name}': {cut} of {scores.num_samples} samples are longer than what "
+                "the model reads, and lost their beginnings."
+            )
+        if tied := _count(scores, "tied"):
+            notes.append(
+                f"'{model}' on '{self.name}': the best choices of {tied} of {scores.num_samples} "
+                "samples are tied; the first of them is taken."
+            )
+        return notes
+
+    def data(self, name: str, node: Any, place: DatasetPlace, how: Evaluation) -> LearningData:
+        """Return another dataset of the task, for methods to learn from.
+
+        Raises:
+            FusionBenchError: a dataset that cannot be read, or does not fit the task.
+        """
+        with how.fabric.rank_zero_first():
+            texts = self._load(node, place)
+        return TextData(self, texts, self._made(texts), how)
+
+    def on(self, data: LearningData) -> Self:
+        """Return the task, evaluated on what ``data`` has returned."""
+        assert isinstance(data, TextData)
+        task = copy(self)
+        task._texts, task._items = data.texts, data.items
+        return task
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What figures depend on besides data, templates and model."""
+        return {}
+
+    @abstractmethod
+    def item(self, row: Mapping[str, Any]) -> Item:
+        """Return what a model is asked of a row.
+
+        Raises:
+            FusionBenchError: the row is not the task's.
+        """
+
+    @abstractmethod
+    def learned(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Return what methods learn from: tokens, filled up with -1, and labels; a row an item."""
+
+    @abstractmethod
+    def classifier(self, model: nn.Module, how: Evaluation) -> Callable[[Tensor], Tensor]:
+        """Return the function from such tokens to logits that a model makes."""
+
+    @abstractmethod
+    def scores(
+        self, model: LanguageModel, items: Sequence[Item], samples: NDArray[np.int64]
+    ) -> SampleScores:
+        """Ask a model.
+
+        Args:
+            model: the model.
+            items: what it is asked.
+            samples: their numbers.
+        """
+
+    def _load(self, node: Any, place: DatasetPlace) -> Texts:
+        texts = Texts.load(node, place)
+        self._check_columns(texts.features)
+        return texts
+
+    def _check_columns(self, features: Mapping[str, Any]) -> None:
+        for key, template in self.templates.items():
+            with within(*self.settings, key):
+                template.check(features)
+
+    def _made(self, texts: Texts) -> list[Item]:
+        items = []
+        for index, row in enumerate(texts):
+            try:
+                items.append(self.item(row))
+            except FusionBenchError as error:
+                raise texts.wrong(index, error) from error
+        return items
+
+    def _written(self) -> dict[str, str]:
+        return {key: template.text for key, template in self.templates.items()}
+
+
+def no_tokenizer(given: bool) -> FusionBenchError:
+    """Return what to raise where there is no tokenizer."""
+    if given:
+        return FusionBenchError("there is no tokenizer.", "Name a folder that has one.")
+    return FusionBenchError(
+        "the models have no tokenizer.", "Name one: '{here}tokenizer=path/to/one'."
+    )
+
+
+def marked(numbers: "set[int]", owners: Sequence[int], count: int) -> NDArray[np.int64]:
+    """Return 1 for each of ``count`` samples that has one of some requests, else 0.
+
+    Args:
+        numbers: those of the requests.
+        owners: the sample of each request, counted from 0.
+        count: how many samples there are.
+    """
+    found = np.zeros(count, dtype=np.int64)
+    found[[owners[number] for number in numbers]] = 1
+    return found
+
+
+def _count(scores: SampleScores, name: str) -> int:
+    return int(scores.details[name].astype(np.int64).sum()) if name in scores.details else 0

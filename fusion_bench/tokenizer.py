@@ -1,0 +1,94 @@
+"""The tokenizer of models: found when it is asked for, and known by its content."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from fusion_bench.pretrained import from_pretrained
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.repository import Repository
+from fusion_bench.sources import load, reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fusion_bench.plan import Plan
+
+
+class TokenizerSource:
+    """Where a tokenizer comes from.
+
+    Args:
+        find: returns the folder with its files, a config node, or the tokenizer; ``None`` where
+            there is none. It may raise a ``FusionBenchError`` that names its own place.
+    """
+
+    def __init__(self, find: Callable[[], object]):
+        self._find = find
+
+    @cached_property
+    def _found(self) -> object:
+        return self._find()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one, as far as files tell."""
+        found = self._found
+        return bool(tokenizer_files(found)) if isinstance(found, Repository) else found is not None
+
+    def plan(self, plan: "Plan") -> None:
+        """Note files that are not here."""
+        if isinstance(found := self._found, Repository):
+            plan.download(found, *tokenizer_files(found))
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, which nobody may change.
+
+        Raises:
+            FusionBenchError: there is none, or it cannot be read.
+        """
+        found = self._found
+        if not self.exists:
+            raise FusionBenchError("there is no tokenizer.", "Name one.")
+        if not isinstance(found, Repository):
+            return cast("PreTrainedTokenizerBase", load("processor", found, "tokenizer"))
+        from transformers import AutoTokenizer
+
+        with reading("processor", found.name):
+            place = found.fetch(*tokenizer_files(found), *({"config.json"} & found.files))
+            made = from_pretrained(AutoTokenizer, place, model=False)
+        return cast("PreTrainedTokenizerBase", made)
+
+    @cached_property
+    def identity(self) -> str:
+        """The hash of all that decides which tokens a text becomes, and back."""
+        return identity(self.tokenizer)
+
+
+def tokenizer_files(repository: Repository) -> list[str]:
+    """Return the files of a folder that a tokenizer is made of."""
+    from fusion_bench.companions import PROCESSORS, TEMPLATES
+
+    own = [name for name in PROCESSORS if name in repository.files and "preproc" not in name]
+    if not any("config" not in name and "template" not in name for name in own):
+        return []
+    if TEMPLATES in repository.folders:
+        own += sorted(repository.inside(TEMPLATES))
+    return own
+
+
+def identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the hash of a tokenizer's content; names and paths are no part of it."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    own = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    parts = [
+        type(tokenizer).__name__,
+        own,
+        tokenizer.special_tokens_map,
+        str(tokenizer.chat_template),
+        tokenizer.model_max_length,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
