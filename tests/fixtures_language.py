@@ -23,7 +23,9 @@ CPU = Fabric(accelerator="cpu", devices=1)
 LENGTH = 64
 
 
-def letters(*, bos: bool = True, eos: bool = False, chat: bool = False) -> "PreTrainedTokenizerFast":
+def letters(
+    *, bos: bool = True, eos: bool = False, chat: bool = False
+) -> "PreTrainedTokenizerFast":
     """Return a tokenizer of ASCII; it puts a token in front, or at the end, where asked to."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -71,7 +73,11 @@ def tiny(kind: str, seed: int = 0, **more: Any) -> nn.Module:
 
     def make() -> nn.Module:
         model = getattr(hf, f"{kind}{head}")(config)
-        if kind in ("GPT2", "Bloom", "T5"):  # whose own initialisation gives nearly the same everywhere
+        if kind in (
+            "GPT2",
+            "Bloom",
+            "T5",
+        ):  # whose own initialisation gives nearly the same everywhere
             for parameter in model.parameters():
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=0.3)

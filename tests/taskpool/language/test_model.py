@@ -140,9 +140,7 @@ def test_an_overlong_continuation_is_read_in_parts(models: dict[str, nn.Module])
     longest=st.integers(4, 20),
     share=st.floats(0.1, 1),
 )
-def test_windows_score_each_token_once(
-    length: int, first: int, longest: int, share: float
-) -> None:
+def test_windows_score_each_token_once(length: int, first: int, longest: int, share: float) -> None:
     tokens = tuple(range(length))
     found = windows(tokens, first, longest, max(1, int(share * longest)))
     assert [token for own in found for token in own.continuation] == list(tokens[first:])
@@ -157,7 +155,9 @@ def test_windows_score_each_token_once(
 def test_generation_is_greedy_and_stops(models: dict[str, nn.Module], kind: str) -> None:
     contexts = [own.context for own in questions(6, 20)[::4]]
     requests = [Generation(context, (), 9) for context in contexts]
-    expected = [letters().decode(greedy(models[kind], own), skip_special_tokens=True) for own in requests]
+    expected = [
+        letters().decode(greedy(models[kind], own), skip_special_tokens=True) for own in requests
+    ]
     assert asked(models[kind], batch_size=4).generate(requests) == expected
     letter = next(text[3] for text in expected if len(text) > 3)
     stopped = [Generation(own, (letter,), 9) for own in contexts]

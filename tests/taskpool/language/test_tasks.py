@@ -11,7 +11,7 @@ from fixtures_language import BOS, CPU, LENGTH, asked, greedy, letters, referenc
 from torch import nn
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.results import SampleScores
+from fusion_bench.results import SampleScores, array_texts, text_array
 from fusion_bench.results.metrics import METRICS
 from fusion_bench.taskpool import (
     GenerationTask,
@@ -20,7 +20,6 @@ from fusion_bench.taskpool import (
     Task,
     TaskPool,
 )
-from fusion_bench.taskpool.language.generation import array_texts, text_array
 from fusion_bench.taskpool.language.requests import Generation
 from fusion_bench.taskpool.language.tuning import NOTHING, by_length, filled
 from fusion_bench.tokenizer import TokenizerSource
@@ -268,7 +267,8 @@ def test_no_tokenizer() -> None:
     pool = TaskPool({"t": PerplexityTask(rows, name="t")}, cache=False)
     plan = pool.with_tokenizer(TokenizerSource(lambda: None)).plan()
     assert [str(problem) for problem in plan.problems] == [
-        "tasks.t.tokenizer: the models have no tokenizer. Name one: 'tasks.t.tokenizer=path/to/one'."
+        "tasks.t.tokenizer: the models have no tokenizer. Name one: "
+        "'tasks.t.tokenizer=path/to/one'."
     ]
     own = TaskPool({"t": PerplexityTask(rows, tokenizer=letters(), name="t")}, cache=False)
     same = own.with_tokenizer(TokenizerSource(lambda: None))
