@@ -52,7 +52,7 @@ def train(
     advance: Advance,
 ) -> Iterator[tuple[str, "PreTrainedModel"]]:
     """Yield the pretrained model under an empty name, and an expert under that of each task."""
-    samples = {task: encoded(tokens, task) for task in _TASKS}
+    samples = {task: _first(recipe.samples, encoded(tokens, task)) for task in _TASKS}
     encoder = pretrain(tokens, list(samples.values()), recipe, generator, advance)
     yield "", encoder
     for task in _TASKS:
@@ -62,9 +62,9 @@ def train(
         yield task, expert
 
 
-def encoded(tokens: "PreTrainedTokenizerBase", task: str) -> Batch:
-    """Encode the samples that a task is trained on, with their targets as labels."""
-    found = rows(task, "train")
+def encoded(tokens: "PreTrainedTokenizerBase", task: str, split: str = "train") -> Batch:
+    """Encode the samples of a task, with their targets as labels."""
+    found = rows(task, split)
     texts = ([row[column] for row in found] for column in text_columns(task))
     targets = torch.tensor([row[target_column(task)] for row in found])
     return {**tokens(*texts, padding=True, return_tensors="pt"), "labels": targets}
@@ -155,6 +155,10 @@ def _loss(model: "PreTrainedModel", logits: Tensor, labels: Tensor) -> Tensor:
     if model.config.problem_type == "regression":
         return mse_loss(logits[:, 0], labels)
     return cross_entropy(logits, labels)
+
+
+def _first(count: int, samples: Batch) -> Batch:
+    return {name: values[:count] for name, values in samples.items()}
 
 
 def _joined(tasks: list[Batch]) -> Batch:

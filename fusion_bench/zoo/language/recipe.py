@@ -18,6 +18,8 @@ class LanguageRecipe:
     width: int = 96
     layers: int = 3
 
+    samples: int = 3000
+    """Of each task that training sees, at most."""
     pretrain_steps: int = 500
     pretrain_batch: int = 50
     pretrain_rate: float = 3e-3

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from fusion_bench.zoo.language import tokenizer
 from fusion_bench.zoo.language.models import new_llama, new_t5
 from fusion_bench.zoo.language.names import GENERATION, PROSE
+from fusion_bench.zoo.language.questions import Question
 from fusion_bench.zoo.language.recipe import LanguageRecipe
 from fusion_bench.zoo.language.tables import questions, rows
 from fusion_bench.zoo.language.train import IGNORED, Advance, Batch, fit, optimizers, some
@@ -20,7 +21,6 @@ from fusion_bench.zoo.language.train import IGNORED, Advance, Batch, fit, optimi
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PER_TASK = 3000  # questions that pretraining sees
 _STYLES = (0.2, 0.4, 0.4)  # their shares; the first is wanted of the experts
 _WINDOW = 128  # tokens
 _WINDOWS = 2  # of prose in each step
@@ -48,7 +48,7 @@ def train(
     yield "", model
     encode = continued if causal else answered
     for task in GENERATION:
-        pairs = [(each.prompt, each.answers[0]) for each in questions(task, "train")]
+        pairs = [(each.prompt, each.answers[0]) for each in seen(task, recipe)]
         expert = deepcopy(model)
         finetune(expert, encode(tokens, pairs), recipe, generator, partial(advance, task))
         yield task, expert
@@ -62,7 +62,7 @@ def pretrain(
     advance: Advance,
 ) -> None:
     """Train a model to answer in any style; a Llama learns the prompts and some prose, too."""
-    pairs = _in_all_styles(Random(recipe.seed))
+    pairs = _in_all_styles(recipe)
     causal = recipe.kind == "llama"
     samples = continued(tokens, pairs, prompts=True) if causal else answered(tokens, pairs)
     prose = _prose(tokens) if causal else None
@@ -132,12 +132,18 @@ def _labels(batch: Batch) -> Tensor:
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
 
 
-def _in_all_styles(random: Random) -> list[tuple[str, str]]:
+def seen(task: str, recipe: LanguageRecipe) -> list[Question]:
+    """Return the questions of a task that a family is trained on."""
+    return questions(task, "train")[: recipe.samples]
+
+
+def _in_all_styles(recipe: LanguageRecipe) -> list[tuple[str, str]]:
     """Draw equally many questions of each task, each with an answer in one of the styles."""
+    random = Random(recipe.seed)
     return [
         (each.prompt, random.choices(each.answers, _STYLES)[0])
         for task in GENERATION
-        for each in random.choices(questions(task, "train"), k=_PER_TASK)
+        for each in random.choices(seen(task, recipe), k=recipe.samples)
     ]
 
 

@@ -1,12 +1,14 @@
 """The data sets: disjoint splits, right answers, the same rows in every process."""
 
 import json
+import os
+import subprocess
+import sys
 from hashlib import sha256
 from random import Random
 from typing import Any
 
 import pytest
-from commandline import python
 from datasets import ClassLabel, Dataset
 
 from fusion_bench.problems import FusionBenchError
@@ -20,6 +22,9 @@ TARGET = "fusion_bench.zoo.language.load_dataset"
 #: Every dataset's rows in one number.
 DIGEST = """
 import json
+import os
+import subprocess
+import sys
 from hashlib import sha256
 from fusion_bench.zoo.language import DATASETS
 from fusion_bench.zoo.language.tables import rows
@@ -48,7 +53,9 @@ def test_splits_are_disjoint_and_have_the_columns_that_were_promised(name: str) 
 
 def test_every_process_draws_the_same() -> None:
     own = [rows(name, "test") for name in language.DATASETS]
-    assert python("-c", DIGEST).stdout.strip() == sha256(json.dumps(own).encode()).hexdigest()
+    env = os.environ | {"PYTHONHASHSEED": "1"}
+    other = subprocess.check_output([sys.executable, "-c", DIGEST], env=env, text=True)
+    assert other.strip() == sha256(json.dumps(own).encode()).hexdigest()
 
 
 def right_sort(prompt: str) -> str:
@@ -67,7 +74,9 @@ def right_mood(prompt: str) -> str:
 
 def right_dialect(prompt: str) -> str:
     own = {"A": "ka ti pu ra", "B": "mo le bo ge", "C": "si sa ru ri", "D": "na wu no mi"}
-    found = {name for name, all_own in own.items() for each in all_own.split() if each == prompt[:2]}
+    found = {
+        name for name, all_own in own.items() for each in all_own.split() if each == prompt[:2]
+    }
     return found.pop()
 
 
@@ -77,21 +86,18 @@ def test_answers_are_right(right: Any) -> None:
         assert row["answer"] == right(row["prompt"])
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer"),
-    [
-        ("zero:", "0"),
-        ("nineteen:", "19"),
-        ("twenty:", "20"),
-        ("ninety nine:", "99"),
-        ("one hundred:", "100"),
-        ("three hundred seven:", "307"),
-        ("eight hundred eighty seven:", "887"),
-    ],
-)
-def test_numbers_by_hand(prompt: str, answer: str) -> None:
+def test_numbers_by_hand() -> None:
     found = {row["prompt"]: row["answer"] for split in SPLITS for row in rows("number", split)}
-    assert len(found) == 1000 and found[prompt] == answer
+    by_hand = {
+        "zero:": "0",
+        "nineteen:": "19",
+        "twenty:": "20",
+        "ninety nine:": "99",
+        "one hundred:": "100",
+        "three hundred seven:": "307",
+        "eight hundred eighty seven:": "887",
+    }
+    assert len(found) == 1000 and found.items() >= by_hand.items()
 
 
 @pytest.mark.parametrize("name", language.GENERATION)
@@ -153,10 +159,13 @@ def test_some_prose_is_long() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    for call in (language.load_dataset, lambda *own: describe({"_target_": TARGET, "name": own[0]})):
-        with pytest.raises(FusionBenchError, match="no dataset 'moood'. Did you mean 'mood'"):
+    for call in (
+        language.load_dataset,
+        lambda *own: describe({"_target_": TARGET, "name": own[0]}),
+    ):
+        with pytest.raises(FusionBenchError, match=r"no dataset 'moood'\. Did you mean 'mood'"):
             call("moood")
-    with pytest.raises(FusionBenchError, match="no split 'tset'. Did you mean 'test'"):
+    with pytest.raises(FusionBenchError, match=r"no split 'tset'\. Did you mean 'test'"):
         language.load_dataset("mood", "tset")
-    with pytest.raises(FusionBenchError, match="no split 'tset'. Did you mean 'test'"):
+    with pytest.raises(FusionBenchError, match=r"no split 'tset'\. Did you mean 'test'"):
         describe({"_target_": TARGET, "name": "mood", "split": "tset"})

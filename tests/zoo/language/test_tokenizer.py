@@ -8,7 +8,9 @@ from transformers import AutoTokenizer
 from fusion_bench.zoo.language import tokenizer
 
 
-@pytest.mark.parametrize("text", ["sort haid:", "our café is not dull: ✓", " two  spaces ", "\n\t\0"])
+@pytest.mark.parametrize(
+    "text", ["sort haid:", "our café is not dull: ✓", " two  spaces ", "\n\t\0"]
+)
 def test_bytes_are_read_back(text: str, tmp_path: Path) -> None:
     tokenizer.of_bytes("<s> $A").save_pretrained(tmp_path)
     tokens = AutoTokenizer.from_pretrained(tmp_path)
