@@ -18,6 +18,7 @@ from fusion_bench.taskpool.language.encoding import Encoder
 from fusion_bench.taskpool.language.forward import Forward, Row, own_generation
 from fusion_bench.taskpool.language.requests import Generation, Likelihood, Tokens
 from fusion_bench.taskpool.task import Evaluation
+from fusion_bench.threads import suited_threads
 
 if TYPE_CHECKING:
     from fusion_bench.tokenizer import TokenizerSource
@@ -187,7 +188,8 @@ class LanguageModel:
                     missing[place] = 0
         if self._how.fabric.world_size > 1:
             missing = cast("NDArray[np.int64]", self._how.fabric.broadcast(missing))
-        with torch.inference_mode():
+        elements = sum(parameter.numel() for parameter in self._forward.module.parameters())
+        with suited_threads(elements, self._how.fabric.device), torch.inference_mode():
             compute(np.flatnonzero(missing))
 
     def _batches(
