@@ -26,9 +26,9 @@ class LanguageRecipe:
     """Of what is no matrix of a layer."""
     probe_steps: int = 300
     """Of an encoder's head, on the pretrained encoder's features."""
-    finetune_steps: int = 120
+    finetune_steps: int = 80
     finetune_batch: int = 32
-    finetune_rate: float = 7e-4
+    finetune_rate: float = 5e-4
 
     def key(self) -> str:
         """Return a name that changes with the recipe and with the code that follows it."""
@@ -43,7 +43,14 @@ class LanguageRecipe:
 RECIPES: dict[str, LanguageRecipe] = {
     "llama-tiny": LanguageRecipe("llama"),
     "llama-tiny-tied": LanguageRecipe("llama", tied=True),
-    "t5-tiny": LanguageRecipe("t5", layers=2, pretrain_steps=1000, pretrain_rate=2e-2),
+    "t5-tiny": LanguageRecipe(
+        "t5",
+        layers=2,
+        pretrain_steps=1000,
+        pretrain_rate=2e-2,
+        finetune_steps=120,
+        finetune_rate=7e-4,
+    ),
     "bert-tiny": LanguageRecipe(
         "bert",
         pretrain_steps=400,
