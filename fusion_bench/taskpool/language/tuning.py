@@ -131,17 +131,73 @@ def by_length(ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield rows, ids[rows, :length]
 
 
+def apart(ids: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return what ``answer`` makes of ``by_length``'s parts, a row for each of ``ids``."""
+    both = [(rows, answer(rows, own)) for rows, own in by_length(ids)]
+    order = torch.cat([rows for rows, _ in both]).argsort()
+    return torch.cat([found for _, found in both])[order]
+
+
+def without_end(model: nn.Module, ids: Tensor, end: int | None) -> Tensor:
+    """Return contexts as a model reads them: with a token ``end`` only before an encoder."""
+    if end is None or _is_seq2seq(model):
+        return ids
+    last = (ids != NOTHING).sum(dim=1, keepdim=True) - 1
+    own = ids.gather(1, last)
+    return ids.scatter(1, last, torch.where(own == end, NOTHING, own))
+
+
 def next_logits(model: nn.Module, ids: Tensor, how: Evaluation) -> Tensor:
     """Return the logits of the token after each row of tokens, (rows, vocabulary), float32."""
     module: Any = model
-    seq2seq = bool(getattr(module.config, "is_encoder_decoder", False))
-    parts, order = [], []
-    for rows, own in by_length(ids):
+
+    def answer(rows: Tensor, own: Tensor) -> Tensor:
         options: dict[str, Any] = {}
-        if seq2seq:
+        if _is_seq2seq(model):
             start = module.config.decoder_start_token_id
             options["decoder_input_ids"] = own.new_full((len(own), 1), start)
         with how.fabric.autocast():
-            parts.append(module(input_ids=own, use_cache=False, **options).logits[:, -1].float())
-        order.append(rows)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+            logits: Tensor = module(input_ids=own, use_cache=False, **options).logits
+        return logits[:, -1].float()
+
+    return apart(ids, answer)
+
+
+def label_likelihoods(
+    model: nn.Module, ids: Tensor, labels: Sequence[Tokens], how: Evaluation
+) -> Tensor:
+    """Return each label's log-likelihood after each context, of shape (rows, labels), float32.
+
+    Args:
+        model: a causal model or an encoder-decoder.
+        ids: the contexts, filled up with -1.
+        labels: the labels' tokens.
+        how: gives the precision.
+    """
+    module: Any = model
+
+    def answer(rows: Tensor, own: Tensor) -> Tensor:
+        found = []
+        with how.fabric.autocast():
+            states = module.get_encoder()(input_ids=own) if _is_seq2seq(model) else None
+            for label in labels:
+                written = own.new_tensor(label).expand(len(own), -1)
+                if states is None:
+                    read = torch.cat([own, written[:, :-1]], dim=1)
+                    logits = module(input_ids=read, use_cache=False).logits
+                else:
+                    start = own.new_full((len(own), 1), module.config.decoder_start_token_id)
+                    read = torch.cat([start, written[:, :-1]], dim=1)
+                    logits = module(
+                        encoder_outputs=states, decoder_input_ids=read, use_cache=False
+                    ).logits
+                each = logits[:, -len(label) :].float().log_softmax(dim=-1)
+                found.append(each.gather(2, written[..., None])[..., 0].sum(dim=1))
+        return torch.stack(found, dim=1)
+
+    return apart(ids, answer)
+
+
+def _is_seq2seq(model: nn.Module) -> bool:
+    config: Any = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
