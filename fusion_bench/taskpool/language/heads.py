@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.storage import read_json
+from fusion_bench.taskpool.language.forward import wide
 from fusion_bench.taskpool.language.passages import Batch, longest_text
 from fusion_bench.taskpool.parts import Part
 from fusion_bench.weights import TensorWeights, sha256
@@ -86,7 +87,7 @@ class ClassificationHead:
         return longest_text(self._parts[1], tokenizer)
 
     def on(self, model: nn.Module, name: str, fabric: Fabric) -> Callable[[Batch], Tensor]:
-        """Return the function from texts to logits, float32 of shape (rows, labels).
+        """Return the function from texts to logits, at least float32, of shape (rows, labels).
 
         Args:
             model: a base model on Fabric's device, or a larger one that has it.
@@ -111,7 +112,7 @@ class ClassificationHead:
                 else:  # it would look for the last token by that of padding
                     states = backbone(**arguments, use_cache=False).last_hidden_state
                     logits = made.score(batch.last(states))
-            return logits.float()
+            return wide(logits)
 
         return classify
 

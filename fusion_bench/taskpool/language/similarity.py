@@ -18,6 +18,7 @@ from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.repository import Repository
 from fusion_bench.results import Metric, SampleScores
 from fusion_bench.storage import read_json
+from fusion_bench.taskpool.language.forward import wide
 from fusion_bench.taskpool.language.measures import CORRELATIONS, number, numbers
 from fusion_bench.taskpool.language.model import LanguageModel
 from fusion_bench.taskpool.language.passages import Batch, Passage, longest_text, passages
@@ -155,7 +156,8 @@ class SimilarityTask(LanguageTask[Pair]):
         directions = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), _SHORTEST)
         place = {passage: i for i, passage in enumerate(different)}
         pairs = directions[[place[passage] for passage in own]].reshape(len(items), 2, -1)
-        cosines = (pairs[:, 0] * pairs[:, 1]).sum(axis=1)
+        exact = (pairs[:, 0] * pairs[:, 1]).sum(axis=1)
+        cosines = exact.astype(np.float32).astype(np.float64)  # ranks are not decided by rounding
         truth = np.array([item.score for item in items])
         cut = np.array([passage.truncated for passage in own]).reshape(-1, 2).any(axis=1)
         details = {"labels": truth, "predictions": cosines, "truncated": cut.astype(np.int64)}
@@ -216,11 +218,11 @@ class Pooling:
         return size
 
     def embeddings(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the embeddings of texts, float32 of shape (rows, width)."""
+        """Return the embeddings of texts, at least float32, of shape (rows, width)."""
         module: Any = getattr(model, "base_model", model)
         if getattr(module.config, "is_encoder_decoder", False):
             module = module.get_encoder()
-        states = module(**batch.arguments(module.config)).last_hidden_state.float()
+        states = wide(module(**batch.arguments(module.config)).last_hidden_state)
         if self.mode == "cls":
             return states[:, 0]
         if self.mode == "last":

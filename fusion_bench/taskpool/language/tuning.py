@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusion_bench.problems import within
 from fusion_bench.results import Metric, SampleScores
 from fusion_bench.taskpool.images.tuning import TOLERATED, drawn, is_test_split
+from fusion_bench.taskpool.language.forward import wide
 from fusion_bench.taskpool.language.requests import Tokens
 from fusion_bench.taskpool.language.texts import Texts
 from fusion_bench.taskpool.task import Evaluation
@@ -148,7 +149,7 @@ def without_end(model: nn.Module, ids: Tensor, end: int | None) -> Tensor:
 
 
 def next_logits(model: nn.Module, ids: Tensor, how: Evaluation) -> Tensor:
-    """Return the logits of the token after each row of tokens, (rows, vocabulary), float32."""
+    """Return the logits of the token after each row of tokens, (rows, vocabulary)."""
     module: Any = model
 
     def answer(rows: Tensor, own: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def next_logits(model: nn.Module, ids: Tensor, how: Evaluation) -> Tensor:
             options["decoder_input_ids"] = own.new_full((len(own), 1), start)
         with how.fabric.autocast():
             logits: Tensor = module(input_ids=own, use_cache=False, **options).logits
-        return logits[:, -1].float()
+        return wide(logits[:, -1])
 
     return apart(ids, answer)
 
@@ -166,7 +167,7 @@ def next_logits(model: nn.Module, ids: Tensor, how: Evaluation) -> Tensor:
 def label_likelihoods(
     model: nn.Module, ids: Tensor, labels: Sequence[Tokens], how: Evaluation
 ) -> Tensor:
-    """Return each label's log-likelihood after each context, of shape (rows, labels), float32.
+    """Return each label's log-likelihood after each context, of shape (rows, labels).
 
     Args:
         model: a causal model or an encoder-decoder.
@@ -191,7 +192,7 @@ def label_likelihoods(
                     logits = module(
                         encoder_outputs=states, decoder_input_ids=read, use_cache=False
                     ).logits
-                each = logits[:, -len(label) :].float().log_softmax(dim=-1)
+                each = wide(logits[:, -len(label) :]).log_softmax(dim=-1)
                 found.append(each.gather(2, written[..., None])[..., 0].sum(dim=1))
         return torch.stack(found, dim=1)
 
