@@ -81,10 +81,6 @@ class TextData:
 
         return classify
 
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        return self.owner.learned(self.items)
-
     def sample(self, count: int | None, seed: int = 0) -> NDArray[np.int64]:
         """Draw samples without replacement; ``None`` takes all."""
         return drawn(len(self), count, seed)
@@ -93,11 +89,12 @@ class TextData:
         self, samples: NDArray[np.int64], batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield tokens, filled up with -1, and labels, both on Fabric's device."""
-        inputs, labels = self._tensors
         device = self.how.fabric.device
         for i in range(0, len(samples), batch_size):
-            part = torch.from_numpy(samples[i : i + batch_size])
-            yield inputs[part].to(device), labels[part].to(device)
+            inputs, labels = self.owner.learned(
+                [self.items[j] for j in samples[i : i + batch_size]]
+            )
+            yield inputs.to(device), labels.to(device)
 
     def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches forever, in a new order in each epoch."""
