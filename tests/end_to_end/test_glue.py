@@ -72,14 +72,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def program(hub: Path, out: Path, *overrides: str) -> Any:
+def program(hub: Path, out: Path, *overrides: str, **more: Any) -> Any:
     def names(text: str) -> str:
         place = hub / text.replace("/", "_")
         return str(place) if place.is_dir() and "/" in text else text
 
     config = replaced(composed(*overrides, "baselines=none"), names, hub / "glue")
     config["taskpool"]["cache"] = False
-    return instantiate(config, output_dir=out)
+    return instantiate(config | more, output_dir=out)
 
 
 T5 = ("modelpool=Seq2SeqLMPool/flan-t5-base_glue_lora16", "taskpool=flan-t5_glue_text_generation")
@@ -97,6 +97,33 @@ def test_the_suite_runs(hub: Path, suite: tuple[str, ...], tasks: int, tmp_path:
     main = {name.removeprefix("glue-"): next(iter(own.metrics)) for name, own in found.items()}
     expected = dict.fromkeys(GLUE, "accuracy") | {"stsb": "spearman"}
     assert main == {name: expected[name] for name in main}
+
+
+@pytest.mark.parametrize(
+    ("suite", "method"),
+    [
+        (T5, ["adamerging/task_wise", "max_steps=2", "batch_size=4"]),
+        (GPT2, ["fisher_merging/clip_fisher_merging", "num_fisher_examples=4"]),
+    ],
+    ids=["t5", "gpt2"],
+)
+def test_methods_learn(
+    hub: Path, suite: tuple[str, ...], method: list[str], tmp_path: Path
+) -> None:
+    name, *options = method
+    overrides = [f"method={name}", *(f"method.{option}" for option in options)]
+    report = program(hub, tmp_path, *suite, *overrides, "merged_model_save_path=null").run()
+    assert isinstance(report, Report) and report.run.tuning is not None
+    assert not report.run.tuning.test_split
+
+
+def test_a_search_evaluates_on_other_texts(hub: Path, tmp_path: Path) -> None:
+    target = "fusion_bench.programs.GridSearch"
+    search = {"_target_": target, "space": {"scaling_factor": [0.1, 0.5]}, "split": "train"}
+    method = "method=task_arithmetic"
+    report = program(hub, tmp_path, *GPT2, method, similarity=False, search=search).run()
+    assert isinstance(report, Report) and report.run.search is not None
+    assert report.run.search.split == "train"
 
 
 def test_data_that_are_evaluated_need_leave(hub: Path, tmp_path: Path) -> None:
