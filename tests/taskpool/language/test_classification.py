@@ -86,6 +86,24 @@ def test_it_is_the_classifier_whatever_the_batch(family: Path, kind: str, pairs:
     assert getattr(models(family, kind).tokenizer.tokenizer, "pad_token", None) in (None, "<pad>")
 
 
+def test_memory_that_runs_out_halves_the_batch(family: Path) -> None:
+    model: Any = models(family).load_model("a")
+    forward, sizes = model.forward, []
+
+    def greedy(input_ids: Tensor, **more: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError
+        return forward(input_ids, **more)
+
+    expected = tasks(family).evaluate(model, CPU)["t"].statistics["loss"]
+    model.forward = greedy
+    pool = tasks(family, batch_size=5)
+    found = pool.evaluate(model, CPU)["t"].statistics["loss"]
+    assert sizes == [5, 2, 2, 1] and found == pytest.approx(expected)
+    assert "2 samples were evaluated at a time" in pool.notes[-1]
+
+
 def test_it_is_a_task(family: Path) -> None:
     """As mypy sees it, too; and another of its datasets evaluates the same."""
     task: Task = SequenceClassificationTask(data(), str(family / "bert" / "a"), name="t")
