@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 from fusion_bench.problems import Problems
 from fusion_bench.repository import Repository
+from fusion_bench.zoo import families
 
 if TYPE_CHECKING:
     from fusion_bench.weights import Weights
-
-#: What the embedded zoo takes on disk, rounded up.
-_ZOO_BYTES = 150_000_000
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,9 @@ class Step:
 
 
 def zoo_step(place: Path) -> Step:
-    """Return the step that builds the embedded zoo, or a family of its own, if it is missing."""
-    what = "the zoo of tiny models and images, which takes 2 to 3 minutes"
-    if place.name.startswith("dense-"):
-        what = "the zoo's dense tasks, which takes about a minute"
-    return Step("build", what, _ZOO_BYTES, place, "FUSION_BENCH_CACHE")
+    """Return the step that builds the family of embedded models that is missing at ``place``."""
+    family = families.at(place)
+    return Step("build", family.what, family.nbytes, place, "FUSION_BENCH_CACHE")
 
 
 @dataclass

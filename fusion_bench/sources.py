@@ -62,10 +62,10 @@ def resolve(name: str) -> str:
         ConfigError: a path that does not exist, or what can be no repository's name.
     """
     if name.startswith(_ZOO):
-        from fusion_bench.zoo import dense, model_path
+        from fusion_bench.zoo import families
 
         model = name.removeprefix(_ZOO)
-        return str(dense.model_path(model) if _is_dense(model) else model_path(model))
+        return str(families.find(model).model_path(model))
     if _exists(name):
         return str(_path(name).absolute())
     refuse_missing_path(name)
@@ -91,28 +91,10 @@ def unbuilt(name: str) -> Path | None:
     """
     if not name.startswith(_ZOO):
         return None
-    from fusion_bench import zoo
+    from fusion_bench.zoo import families
 
-    model = name.removeprefix(_ZOO)
-    if _is_dense(model):
-        from fusion_bench.zoo import dense
-
-        dense.check_name(model)
-        return None if dense.place().is_dir() else dense.place()
-    family, underscore, task = model.partition("_")
-    recipe = zoo._RECIPES.get(family)
-    if recipe is None or f"{zoo.PRETRAINED}{underscore}{task}" not in zoo.MODELS:
-        zoo.model_path(model)  # says what there is
-    assert recipe is not None
-    place = cache_dir() / "zoo" / recipe.key()
+    place = families.find(name.removeprefix(_ZOO)).place()
     return None if place.is_dir() else place
-
-
-def _is_dense(model: str) -> bool:
-    """Return whether a model of the zoo, or what is meant for one, is of its dense family."""
-    from fusion_bench.zoo import dense
-
-    return model.startswith(dense.FAMILY)
 
 
 @contextmanager

@@ -23,10 +23,12 @@ class TokenizerSource:
     Args:
         find: returns the folder with its files, a config node, or the tokenizer; ``None`` where
             there is none. It may raise a ``FusionBenchError`` that names its own place.
+        check: raises one where files that are here do not fit the models.
     """
 
-    def __init__(self, find: Callable[[], object]):
+    def __init__(self, find: Callable[[], object], check: Callable[[], None] = lambda: None):
         self._find = find
+        self._check = check
 
     @cached_property
     def _found(self) -> object:
@@ -39,7 +41,12 @@ class TokenizerSource:
         return bool(tokenizer_files(found)) if isinstance(found, Repository) else found is not None
 
     def plan(self, plan: "Plan") -> None:
-        """Note files that are not here."""
+        """Note files that are not here, and check those that are.
+
+        Raises:
+            FusionBenchError: they do not fit the models.
+        """
+        self._check()
         if isinstance(found := self._found, Repository):
             plan.download(found, *tokenizer_files(found))
 

@@ -34,6 +34,7 @@ _EXACT = frozenset(
         "datasets.load_dataset",
         "datasets.load_from_disk",
         "fusion_bench.zoo.dense.load_dataset",
+        "fusion_bench.zoo.language.load_dataset",
         "fusion_bench.zoo.load_dataset",
         "lightning.Fabric",
         "lightning.fabric.Fabric",

@@ -16,6 +16,7 @@ class CausalLMPool(HFModelPool):
             model, which is the pretrained one or else the first.
         policy: as in ``HFModelPool``.
         max_shard_size: of a merged model's files.
+        train_datasets: as in ``HFModelPool``; so are the other datasets.
     """
 
     def __init__(
@@ -24,5 +25,17 @@ class CausalLMPool(HFModelPool):
         tokenizer: str | None = None,
         policy: Mapping[str, Any] | MergePolicy | None = None,
         max_shard_size: int | str = "5GB",
+        train_datasets: Mapping[str, Any] | None = None,
+        val_datasets: Mapping[str, Any] | None = None,
+        test_datasets: Mapping[str, Any] | None = None,
     ):
-        super().__init__(models, "AutoModelForCausalLM", tokenizer, policy, max_shard_size)
+        super().__init__(
+            models,
+            "AutoModelForCausalLM",
+            tokenizer,
+            policy,
+            max_shard_size,
+            train_datasets,
+            val_datasets,
+            test_datasets,
+        )

@@ -265,13 +265,32 @@ class HFModelPool:
     @cached_property
     def tokenizer(self) -> TokenizerSource:
         """The models' tokenizer: the one that a merged model gets."""
-        return TokenizerSource(self._tokenizer)
+        return TokenizerSource(self._tokenizer, self._check_tokenizer)
 
     def _tokenizer(self) -> object:
         if self._processor is not None:
             return self._processor.folder or self._processor.made()
         folders = self._source(self._reference).companions
         return next((folder for folder in folders if tokenizer_files(folder)), None)
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer with tokens that the models do not know, if its files are here.
+
+        Raises:
+            FusionBenchError: it has some.
+        """
+        found, size = self._tokenizer(), self.vocabulary
+        own = Vocabulary.of(found) if isinstance(found, Repository) else None
+        if own is None or size is None or not own.repository.has(*own.needed()):
+            return
+        if tokens := own.known():
+            largest = max(tokens)
+            if largest >= size:
+                raise FusionBenchError(
+                    f"the tokenizer of '{own.repository.name}' has a token {largest} "
+                    f"({tokens[largest]!r}), and the models' vocabulary has {size}.",
+                    "Name the tokenizer that belongs to the models.",
+                )
 
     def model(self, name: str) -> Model:
         """Return a model, with weights under the reference's keys.

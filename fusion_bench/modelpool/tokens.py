@@ -70,6 +70,13 @@ class Vocabulary:
             self._read[name] = _tokens(self.fetch(name)) | self.additions(name)
         return self._read[name]
 
+    def known(self) -> Tokens:
+        """Return what ids mean by the file that tells most; nothing where it cannot be read."""
+        try:
+            return self.tokens(self.files[0])
+        except _UnreadError:
+            return {}
+
     def additions(self, name: str) -> Tokens:
         """Return the tokens that were added later, and take the place of any others."""
         place, tokens = self.fetch(name).parent, Tokens()

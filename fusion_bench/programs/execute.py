@@ -28,7 +28,7 @@ from fusion_bench.programs.fusing import (
     tuning_data,
 )
 from fusion_bench.programs.output_paths import OutputPaths
-from fusion_bench.programs.pools import PlacedModelPool, TaskPool
+from fusion_bench.programs.pools import PlacedModelPool, ReadsTexts, TaskPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
@@ -36,6 +36,7 @@ from fusion_bench.programs.search import OptionSearch, Setting
 from fusion_bench.programs.spec import FusionSpec
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.report import Report, Scores, Search, Seconds, compare_contenders
+from fusion_bench.report.changes import changed_samples
 from fusion_bench.storage import whole_directory
 from fusion_bench.weights import Weights
 
@@ -172,7 +173,16 @@ class _Run:
             similarity=similarity,
         )
         report.comparisons = compare_contenders(report, evaluator.scores)
+        self._take_examples(report, evaluator.scores)
         return report, evaluator.scores
+
+    def _take_examples(self, report: Report, scores: Scores) -> None:
+        """Add the texts of the samples that the page shows."""
+        if not isinstance(self.taskpool, ReadsTexts):
+            return
+        for task, samples in changed_samples(report, scores).items():
+            texts = self.taskpool.examples(task, samples)
+            scores.examples[task] = dict(zip(samples, texts, strict=bool(texts)))
 
     def quiet(self) -> None:
         """Silence libraries; a pure merge imports none of them."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusion_bench.method import contract
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, within
-from fusion_bench.results import SampleScores
+from fusion_bench.results import Example, SampleScores
 from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights
 
@@ -317,6 +317,9 @@ class ReadsTexts(Protocol):
 
     def with_tokenizer(self, source: TokenizerSource) -> TaskPool:
         """Return the pool for models with this tokenizer."""
+
+    def examples(self, task: str, samples: Sequence[int]) -> list[Example]:
+        """Return samples as people read them; none of a task whose samples are no texts."""
 
 
 def as_taskpool(made: object) -> TaskPool:

@@ -71,6 +71,22 @@ class Confusion:
     samples: int
 
 
+def best_merged(report: Report) -> Contender | None:
+    """Return the merged model that pages show in detail: the best one on average."""
+    evaluated = [c for c in report.contenders() if c.role == "merged" and c.models]
+    return max(evaluated, key=lambda c: _merit(report, c), default=None)
+
+
+def _merit(report: Report, contender: Contender) -> float:
+    """Return a contender's average, greater for a better model."""
+    average, common = report.average(contender), report.main_metric
+    assert average is not None
+    if common is None or average.main is None:
+        return average.normalized or 0.0
+    value = average.main.value
+    return value if common.higher_is_better else -value
+
+
 def task_losses(report: Report, merged: Contender) -> list[TaskLoss]:
     """Return the tasks with an own model, the greatest loss first."""
     found = []

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from fusion_bench.report.changes import task_changes
 from fusion_bench.report.figures import (
     PERCENT,
     comparison_sentence,
@@ -28,6 +29,7 @@ from fusion_bench.report.figures import (
 from fusion_bench.report.losses import (
     ClassLoss,
     Confusion,
+    best_merged,
     class_losses,
     confusion_matrix,
     confusions,
@@ -51,6 +53,8 @@ _MATRIX = 12
 _LISTED = 10
 #: More rows than that nobody reads; a page with them would be too large.
 _DIFFERENCES = 1500
+#: How many letters of a prompt are shown before it is unfolded.
+_EXCERPT = 80
 #: More pairs of models than that are shown as each model beside all others.
 _PAIRS = 28
 
@@ -62,7 +66,7 @@ def page(report: Report, scores: Scores) -> str:
         report: the result; the page leaves out missing parts.
         scores: those of single samples, for classes and confusions.
     """
-    merged = _focus(report)
+    merged = best_merged(report)
     models, lines = _models(report), _lines(report)
     values = {
         "report": report,
@@ -78,6 +82,7 @@ def page(report: Report, scores: Scores) -> str:
         "differences": _differences(report),
         "pictured": _pictured_tasks(report, merged),
         "losses": task_losses(report, merged) if merged else [],
+        "changes": task_changes(report, scores),
         "classes": _classes(report, scores, merged),
         "matrices": _matrices(report.similarity),
         "extremes": _extremes(report.similarity),
@@ -121,6 +126,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "excerpt": _excerpt,
         "figure": shown,
         "signed": _signed,
         "label": metric_label,
@@ -144,6 +150,12 @@ def _environment() -> Any:
 
 def _signed(difference: float | None, unit: str = PERCENT) -> str:
     return signed(difference, unit).replace("-", "−")
+
+
+def _excerpt(text: str) -> str:
+    """Return the end of a text, which tells more of a prompt than its beginning, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _EXCERPT else f"…{line[-_EXCERPT:]}"
 
 
 def _text(environment: Any, name: str) -> str:
@@ -233,22 +245,6 @@ class _Matrix:
     columns: list[str]
     values: list[list[float]]
     picture: Any
-
-
-def _focus(report: Report) -> Contender | None:
-    """Return the merged model that the page shows in detail: the best one on average."""
-    evaluated = [c for c in report.contenders() if c.role == "merged" and c.models]
-    return max(evaluated, key=lambda c: _merit(report, c), default=None)
-
-
-def _merit(report: Report, contender: Contender) -> float:
-    """Return a contender's average, greater for a better model."""
-    average, common = report.average(contender), report.main_metric
-    assert average is not None
-    if common is None or average.main is None:
-        return average.normalized or 0.0
-    value = average.main.value
-    return value if common.higher_is_better else -value
 
 
 def _options(report: Report) -> dict[str, str]:

@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 
 from fusion_bench.problems import ConfigError
 from fusion_bench.report.schema import MetricInfo, Report
-from fusion_bench.results import METRICS, Metric, SampleScores
+from fusion_bench.results import METRICS, Example, Metric, SampleScores
 from fusion_bench.storage import write_bytes
 from fusion_bench.trust import find
 
@@ -25,11 +25,13 @@ class Scores:
     Attributes:
         tasks: a task's name to each model's scores on it; all models have the same samples.
         metrics: a task's name to its metrics, the main one first.
+        examples: a task's name to some samples as people read them, by number; they are not saved.
     """
 
     def __init__(self) -> None:
         self.tasks: dict[str, dict[str, SampleScores]] = {}
         self.metrics: dict[str, list[Metric]] = {}
+        self.examples: dict[str, dict[int, Example]] = {}
 
     @staticmethod
     def path(report: Path) -> Path:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class RequestStore:
         found: dict[bytes, bytes] = {}
         if not self.path.exists():
             return found
-        with self._open() as file:
+
+        def look(file: sqlite3.Connection) -> None:
             for i in range(0, len(keys), _AT_ONCE):
                 part = list(keys[i : i + _AT_ONCE])
                 marks = ",".join("?" * len(part))
@@ -51,29 +52,33 @@ class RequestStore:
                     seal, answer = sealed[:_SEAL], sealed[_SEAL:]
                     if seal == _seal(key, answer):
                         found[key] = answer
+
+        self._open(look)
         return found
 
     def keep(self, answers: Mapping[bytes, bytes]) -> None:
         """Keep answers; a disk that cannot take them is no reason to stop."""
         rows = [(key, _seal(key, answer) + answer) for key, answer in answers.items()]
-        with self._open() as file, file:
-            file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """Open the file for a context; what goes wrong with it ends the context alone."""
-        file = None
+        def write(file: sqlite3.Connection) -> None:
+            with file:
+                file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+
+        self._open(write)
+
+    def _open(self, use: Callable[[sqlite3.Connection], None]) -> None:
+        """Use the file; what goes wrong with it is no reason to stop."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = sqlite3.connect(self.path, timeout=60)
-            # Written answers outlive the process; after a power failure some are asked again.
-            file.execute("PRAGMA journal_mode=WAL")
-            file.execute("PRAGMA synchronous=OFF")
-            file.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB) "
-                "WITHOUT ROWID"
-            )
-            yield file
+            with closing(sqlite3.connect(self.path, timeout=60)) as file:
+                # Written answers outlive the process; after a power failure some are asked again.
+                file.execute("PRAGMA journal_mode=WAL")
+                file.execute("PRAGMA synchronous=OFF")
+                file.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB) "
+                    "WITHOUT ROWID"
+                )
+                use(file)
         except sqlite3.OperationalError as error:
             warn_not_kept(OSError(0, str(error)))
         except sqlite3.DatabaseError as error:
@@ -82,9 +87,6 @@ class RequestStore:
                 path.unlink(missing_ok=True)
         except OSError as error:
             warn_not_kept(error)
-        finally:
-            if file is not None:
-                file.close()
 
     def _files(self) -> list[Path]:
         return [self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm")]

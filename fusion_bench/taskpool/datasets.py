@@ -23,7 +23,7 @@ from fusion_bench.problems import (
 )
 from fusion_bench.repository import hub_cache
 from fusion_bench.sources import load, reading, refuse_missing_path
-from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS, dense
+from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS, dense, language
 from fusion_bench.zoo import load_dataset as load_from_zoo
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _LOADS = "datasets.load_dataset"
 _READS = "datasets.load_from_disk"
 _ZOO = "fusion_bench.zoo.load_dataset"
 _SCENES = "fusion_bench.zoo.dense.load_dataset"
+_TEXTS = "fusion_bench.zoo.language.load_dataset"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def describe(node: Any, scratch: Path | None = None) -> Described | None:
         _READS: _described_on_disk,
         _ZOO: _described_zoo,
         _SCENES: _described_scenes,
+        _TEXTS: _described_texts,
     }
     if target not in describes or any(map(_is_node, node.values())):
         return None
@@ -279,6 +281,12 @@ def _described_scenes(given: Mapping[str, Any], scratch: Path | None) -> Describ
     if (split := given.get("split", "test")) not in SPLITS:
         dense.load_dataset(str(split))  # says what there is, and builds nothing
     return Described(dict.fromkeys(SPLITS), dense.columns())
+
+
+def _described_texts(given: Mapping[str, Any], scratch: Path | None) -> Described:
+    name = str(given.get("name"))
+    language.check_dataset(name, str(given.get("split", "test")))
+    return Described(dict.fromkeys(SPLITS), language.columns(name))
 
 
 def _described_on_disk(given: Mapping[str, Any], scratch: Path | None) -> Described | None:

@@ -19,7 +19,7 @@ from torch import nn
 from fusion_bench.instantiate import instantiate
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, did_you_mean, within
-from fusion_bench.results import ResultStore, SampleScores
+from fusion_bench.results import Example, ResultStore, SampleScores
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.datasets import DatasetPlace
 from fusion_bench.taskpool.loading import BatchLimit, Loading, check_loading
@@ -156,6 +156,10 @@ class TaskPool:
     def describe(self, task: str) -> TaskDescription:
         """Return what a task measures, once ``prepare`` has run."""
         return self.tasks[task].describe()
+
+    def examples(self, task: str, samples: Sequence[int]) -> list[Example]:
+        """Return samples as people read them; none of a task whose samples are no texts."""
+        return self.tasks[task].examples(samples)
 
     def tuning(
         self, datasets: Mapping[str, Any], fabric: Fabric, place: Place

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.plan import Plan
-from fusion_bench.results import Metric, SampleScores
+from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.taskpool.datasets import DatasetPlace
 from fusion_bench.taskpool.loading import BatchLimit, Loading
 from fusion_bench.tokenizer import TokenizerSource
@@ -154,6 +154,9 @@ class Task(Protocol):
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
         """Return in sentences what readers of a model's scores should know."""
+
+    def examples(self, samples: Sequence[int]) -> list[Example]:
+        """Return samples as people read them; none of a task whose samples are no texts."""
 
     def plan_data(self, plan: Plan, node: Any, place: DatasetPlace, scratch: Path | None) -> None:
         """Note in a plan what ``data`` takes; ``plan`` has run."""

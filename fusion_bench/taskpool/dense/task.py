@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place
-from fusion_bench.results import Metric, SampleScores
+from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.taskpool.datasets import DatasetPlace, load_split, plan_dataset
 from fusion_bench.taskpool.dense.data import DenseImages, find_columns, load_images
 from fusion_bench.taskpool.dense.heads import DenseHead, Predict
@@ -104,6 +104,10 @@ class DenseTask(ABC):
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
         """Return nothing: the scores say it all."""
+        return []
+
+    def examples(self, samples: Sequence[int]) -> list[Example]:
+        """Return nothing, for there are no texts."""
         return []
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusion_bench.addresses import Folders
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, did_you_mean, within
-from fusion_bench.results import ACCURACY, LOSS, Metric, SampleScores
+from fusion_bench.results import ACCURACY, LOSS, Example, Metric, SampleScores
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.datasets import DatasetPlace, load_split, plan_dataset
 from fusion_bench.taskpool.images.classes import some
@@ -133,6 +133,10 @@ class ImageTask:
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
         """Return nothing: the scores say it all."""
+        return []
+
+    def examples(self, samples: Sequence[int]) -> list[Example]:
+        """Return nothing, for there are no texts."""
         return []
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.problems import FusionBenchError, within
-from fusion_bench.results import ACCURACY, LOSS, Metric, SampleScores, with_ones
+from fusion_bench.results import ACCURACY, LOSS, Example, Metric, SampleScores, with_ones
 from fusion_bench.results.metrics import ACCURACY_PER_BYTE
 from fusion_bench.taskpool.language.model import LanguageModel
 from fusion_bench.taskpool.language.prompts import Prompt
@@ -182,6 +182,11 @@ class MultipleChoiceTask(LanguageTask[Choices]):
                 "truncated": cut,
             },
         )
+
+    def example(self, item: Choices) -> Example:
+        """Return what people read."""
+        choices = tuple(own.removeprefix(self._delimiter) for own in item.choices)
+        return Example(item.prompt, choices[item.label], choices)
 
     @property
     def _before(self) -> int:

@@ -243,9 +243,12 @@ class Forward:
         for i in range(0, len(rows), step):
             part = logits[rows[i : i + step], columns[i : i + step]].float()
             wanted = tokens[i : i + step]
-            own = part.gather(1, wanted[:, None])[:, 0]
-            values.append(own - part.logsumexp(dim=-1))
-            likeliest.append(part.argmax(dim=-1) == wanted)
+            own, most = part.gather(1, wanted[:, None])[:, 0], part.amax(dim=-1)
+            # Of several that are the greatest, greedy decoding takes the first.
+            greedy = own == most
+            greedy[greedy.clone()] = part[greedy].argmax(dim=-1) == wanted[greedy]
+            likeliest.append(greedy)
+            values.append(own - most - part.sub_(most[:, None]).exp_().sum(dim=-1).log_())
         found = torch.cat(values).cpu().numpy().astype(np.float64)
         wrong = ~torch.cat(likeliest).cpu().numpy()
         count = int(predicted.requests[-1]) + 1

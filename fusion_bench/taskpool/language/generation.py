@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.problems import FusionBenchError, check_between, within
-from fusion_bench.results import Metric, SampleScores, with_ones
+from fusion_bench.results import ANSWERS, Example, Metric, SampleScores, text_array, with_ones
 from fusion_bench.results.metrics import EXACT_MATCH
 from fusion_bench.taskpool.language.model import LanguageModel
 from fusion_bench.taskpool.language.prompts import Prompt
@@ -114,7 +114,7 @@ class GenerationTask(LanguageTask[Written]):
             samples,
             {EXACT_MATCH.name: with_ones(np.array(right))},
             {
-                "answers": text_array(texts),
+                ANSWERS: text_array(texts),
                 "truncated": marked(model.truncated, range(len(items)), len(items)),
             },
         )
@@ -131,6 +131,10 @@ class GenerationTask(LanguageTask[Written]):
         end = self.encoder().end
         return lambda ids: next_logits(model, without_end(model, ids, end), how)
 
+    def example(self, item: Written) -> Example:
+        """Return what people read."""
+        return Example(item.prompt, " / ".join(own.strip() for own in item.answers))
+
     def is_right(self, text: str, item: Written) -> bool:
         """Return whether a text is one of the right ones."""
         return self._compared(self._extracted(text)) in {self._compared(a) for a in item.answers}
@@ -146,19 +150,6 @@ class GenerationTask(LanguageTask[Written]):
     def _compared(self, text: str) -> str:
         text = text.strip()
         return text.casefold() if self._ignore_case else text
-
-
-def text_array(texts: Sequence[str]) -> NDArray[np.uint8]:
-    """Return texts as UTF-8, a row each, filled up with zeros; ``array_texts`` reads them."""
-    encoded = [text.encode() for text in texts]
-    width = max([1, *map(len, encoded)])
-    return np.array([list(own.ljust(width, b"\0")) for own in encoded], dtype=np.uint8)
-
-
-def array_texts(array: NDArray[np.integer]) -> list[str]:
-    """Return the texts of ``text_array``."""
-    rows = array.astype(np.uint8)
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def _stop(stop: Sequence[str]) -> tuple[str, ...]:

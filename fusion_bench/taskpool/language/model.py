@@ -390,6 +390,7 @@ class LanguageModel:
                 f"asks for {request.max_new_tokens} new tokens, and the model reads no more than "
                 f"{self.max_length}.",
                 "Ask for fewer.",
+                place=("max_new_tokens",),
             )
         if len(request.context) <= room:
             return request

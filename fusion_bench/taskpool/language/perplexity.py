@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.problems import FusionBenchError, check_between, within
-from fusion_bench.results import Metric, SampleScores
+from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.results.metrics import BITS_PER_BYTE, PERPLEXITY
 from fusion_bench.taskpool.language.model import LanguageModel, windows
 from fusion_bench.taskpool.language.task import LanguageTask
@@ -68,6 +68,10 @@ class PerplexityTask(LanguageTask[str]):
         if not text:
             raise FusionBenchError("the text is empty.", "Leave the sample out.")
         return text
+
+    def example(self, item: str) -> Example:
+        """Return what people read."""
+        return Example(item)
 
     def learned(self, items: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the beginnings of the texts, and the token after each."""

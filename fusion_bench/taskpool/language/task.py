@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, check_between, within
 from fusion_bench.repository import locate
-from fusion_bench.results import Metric, SampleScores
+from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.sources import plain_source, unbuilt
 from fusion_bench.taskpool.datasets import DatasetPlace, plan_dataset
 from fusion_bench.taskpool.language.encoding import Encoder
@@ -212,6 +212,10 @@ class LanguageTask(ABC, Generic[Item]):
             )
         return notes
 
+    def examples(self, samples: Sequence[int]) -> list[Example]:
+        """Return samples as people read them."""
+        return [self.example(self.items[number]) for number in samples]
+
     def data(self, name: str, node: Any, place: DatasetPlace, how: Evaluation) -> LearningData:
         """Return another dataset of the task, for methods to learn from.
 
@@ -241,6 +245,10 @@ class LanguageTask(ABC, Generic[Item]):
         Raises:
             FusionBenchError: the row is not the task's.
         """
+
+    @abstractmethod
+    def example(self, item: Item) -> Example:
+        """Return what people read of an item."""
 
     @abstractmethod
     def learned(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,230 @@
+"""How long language models take to answer, beside the harness's own class and the bare model.
+
+    python benchmarks/language.py
+    python benchmarks/language.py --small --rounds 1                 # to try it out
+    python benchmarks/language.py --size 1b --dtype bfloat16 --device cuda
+
+A random Llama is asked questions of four answers that share a context, and documents. The bare
+model reads the same tokens in the same batches, and nothing is made of its logits. Before times
+are taken, all answers are compared. What is compared is measured in turns.
+"""
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from measure import alternate, publish, summary
+
+from fusion_bench.taskpool.language.model import LanguageModel, windows
+from fusion_bench.taskpool.language.requests import Likelihood
+from fusion_bench.taskpool.loading import BatchLimit, Loading
+from fusion_bench.taskpool.task import Evaluation
+from fusion_bench.tokenizer import TokenizerSource
+
+#: Hidden size, layers, heads, vocabulary.
+SIZES = {
+    "tiny": (96, 3, 4, 512),
+    "small": (512, 8, 8, 8_192),
+    "1b": (2048, 16, 32, 128_256),
+}
+LENGTH = 512
+
+
+def main() -> None:
+    """Make a model and texts, compare the answers, take the times, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--small", action="store_true", help="a tiny model and few texts")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--documents", type=int, default=16)
+    parser.add_argument("--batch-sizes", default="1,8,32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
+    arguments = parser.parse_args()
+    if arguments.small:
+        arguments.size, arguments.questions, arguments.documents = "tiny", 12, 4
+    module = model(arguments.size, getattr(torch, arguments.dtype), arguments.device)
+    asked, texts = questions(arguments.questions), documents(arguments.documents)
+    results = {}
+    sizes = [int(size) for size in arguments.batch_sizes.split(",")]
+    for size in sizes:
+        works = choosing(module, asked, size, arguments.device)
+        title = f"{arguments.questions} questions of 4 answers, batches of {size}"
+        results[title] = timed(works, arguments.rounds)
+    works = predicting(module, texts, max(sizes), arguments.device)
+    title = f"{arguments.documents} documents, batches of {max(sizes)}"
+    results[title] = timed(works, arguments.rounds)
+    publish(
+        results,
+        "language.py",
+        arguments.rounds,
+        arguments.json,
+        arguments.markdown,
+        ["torch", "transformers", "lm_eval"],
+    )
+
+
+def timed(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Compare what the first two return, and take the times of all."""
+    (name, ours), (other, theirs), *_ = works.items()
+    np.testing.assert_allclose(ours(), theirs(), rtol=2e-2, atol=2e-2, err_msg=f"{name}, {other}")
+    return {name: summary(seconds) for name, seconds in alternate(works, rounds).items()}
+
+
+def model(size: str, dtype: torch.dtype, device: str) -> Any:
+    """Return a random Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, layers, heads, vocabulary = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 5 // 2 // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        max_position_embeddings=LENGTH,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer of a token a letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(i): i for i in range(10, 127)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=LENGTH, **names)
+
+
+def questions(count: int) -> list[tuple[str, list[str]]]:
+    """Return contexts of 60 to 160 letters, with four answers of 2 to 24 each."""
+    drawn = random.Random(0)
+    return [
+        (text(drawn, 60, 160) + ":", [f" {text(drawn, 2, 24)}" for _ in range(4)])
+        for _ in range(count)
+    ]
+
+
+def documents(count: int) -> list[str]:
+    """Return documents of 200 to 900 letters."""
+    drawn = random.Random(1)
+    return [text(drawn, 200, 900) for _ in range(count)]
+
+
+def text(drawn: random.Random, least: int, most: int) -> str:
+    """Return random letters."""
+    return "".join(drawn.choice("abcdefgh") for _ in range(drawn.randint(least, most)))
+
+
+def language_model(module: Any, batch_size: int, device: str) -> LanguageModel:
+    """Return our class around the model; nothing is kept."""
+    fabric = Fabric(accelerator="cuda" if device != "cpu" else "cpu", devices=1)
+    loading = Loading.for_device({"batch_size": batch_size}, fabric)
+    how = Evaluation(fabric, loading, BatchLimit(), "model", "asking")
+    made = tokenizer()
+    return LanguageModel(module, TokenizerSource(lambda: made), how)
+
+
+def choosing(
+    module: Any, asked: list[tuple[str, list[str]]], batch_size: int, device: str
+) -> dict[str, Callable[[], Any]]:
+    """Return what answers the questions."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    pairs = [(context, answer) for context, answers in asked for answer in answers]
+    ours = language_model(module, batch_size, device)
+    theirs = HFLM(pretrained=module, tokenizer=tokenizer(), batch_size=batch_size)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    likelihoods = ours.encoder.likelihoods(pairs)
+    together = [_joined(likelihoods[i : i + 4]) for i in range(0, len(likelihoods), 4)]
+
+    return {
+        "FusionBench": lambda: ours.log_likelihoods(ours.encoder.likelihoods(pairs))[0],
+        "the harness's HFLM": lambda: [
+            value for value, _ in theirs.loglikelihood(requests, disable_tqdm=True)
+        ],
+        "the bare model, contexts shared": lambda: bare(module, together, batch_size, device),
+        "the bare model, each answer alone": lambda: bare(
+            module,
+            [(own.context + own.continuation[:-1], len(own.continuation)) for own in likelihoods],
+            batch_size,
+            device,
+        ),
+    }
+
+
+def predicting(
+    module: Any, texts: list[str], batch_size: int, device: str
+) -> dict[str, Callable[[], Any]]:
+    """Return what predicts the documents."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    ours = language_model(module, batch_size, device)
+    theirs = HFLM(pretrained=module, tokenizer=tokenizer(), batch_size=batch_size)
+    requests = [Instance("loglikelihood_rolling", {}, (t,), i) for i, t in enumerate(texts)]
+
+    def split() -> list[list[Likelihood]]:
+        return [windows(ours.encoder.document(own)[0], 1, LENGTH, LENGTH) for own in texts]
+
+    def predict() -> list[float]:
+        parts = split()
+        found, _ = ours.log_likelihoods([own for part in parts for own in part])
+        ends = np.cumsum([len(part) for part in parts])
+        return [float(own.sum()) for own in np.split(found, ends[:-1])]
+
+    read = [
+        (own.context + own.continuation[:-1], len(own.continuation))
+        for part in split()
+        for own in part
+    ]
+    return {
+        "FusionBench": predict,
+        "the harness's HFLM": lambda: theirs.loglikelihood_rolling(requests, disable_tqdm=True),
+        "the bare model": lambda: bare(module, read, batch_size, device),
+    }
+
+
+def _joined(asked: list[Likelihood]) -> tuple[tuple[int, ...], int]:
+    """Return a context with all its answers as one text, and how many logits they need."""
+    answers = tuple(token for own in asked for token in own.continuation[:-1])
+    return asked[0].context + answers, 1 + len(answers)
+
+
+@torch.inference_mode()
+def bare(
+    module: Any, rows: list[tuple[tuple[int, ...], int]], batch_size: int, device: str
+) -> list[float]:
+    """Read tokens, the longest first, and keep the logits that are needed; return one of each."""
+    ordered = sorted(rows, key=lambda row: -len(row[0]))
+    found = []
+    for i in range(0, len(ordered), batch_size):
+        part = ordered[i : i + batch_size]
+        width = len(part[0][0])
+        ids = torch.tensor([[*own, *[0] * (width - len(own))] for own, _ in part], device=device)
+        keep = width - min(len(own) - count for own, count in part)
+        logits = module(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        found += logits[:, -1, 0].tolist()
+    return found
+
+
+if __name__ == "__main__":
+    main()
