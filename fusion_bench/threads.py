@@ -44,6 +44,25 @@ def fixed_threads(elements: int, device: torch.device = _CPU) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def suited_threads(elements: int, device: torch.device = _CPU) -> Iterator[None]:
+    """Compute with one thread where a model is too small for several, which wait for each other.
+
+    Args:
+        elements: of the model.
+        device: where it computes; on any but a CPU nothing is changed.
+    """
+    before = torch.get_num_threads()
+    if device.type != "cpu" or elements > _SMALL or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def end_threads() -> None:
     """End torch's threads, so this process can be forked.
 

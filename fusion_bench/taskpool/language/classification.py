@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
-from fusion_bench.results import ACCURACY, LOSS, Metric, SampleScores, with_ones
+from fusion_bench.results import ACCURACY, LOSS, Example, Metric, SampleScores, with_ones
 from fusion_bench.taskpool.datasets import DatasetPlace
 from fusion_bench.taskpool.images.task import EnsembleClassifier
 from fusion_bench.taskpool.language.heads import ClassificationHead
@@ -141,6 +141,14 @@ class SequenceClassificationTask(LanguageTask[Labelled]):
         value, count = self.templates["label"].value(row), self.head.num_labels
         label = number(value) if count == 1 else class_label(value, self.head.names)
         return Labelled(text, pair, label)
+
+    def example(self, item: Labelled) -> Example:
+        """Return what people read."""
+        prompt = item.text if item.pair is None else f"{item.text}\n{item.pair}"
+        if self.head.num_labels == 1:
+            return Example(prompt, f"{item.label:g}")
+        names = tuple(self.head.names)
+        return Example(prompt, names[int(item.label)], names)
 
     def learned(self, items: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
         """Return the texts' tokens and their types, of shape (items, 2, width), and the labels."""

@@ -2,7 +2,8 @@
 
 import logging
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from fusion_bench.taskpool.language.encoding import Encoder
 from fusion_bench.taskpool.language.forward import Forward, Row, own_generation
 from fusion_bench.taskpool.language.requests import Generation, Likelihood, Tokens
 from fusion_bench.taskpool.task import Evaluation
+from fusion_bench.threads import suited_threads
 
 if TYPE_CHECKING:
     from fusion_bench.tokenizer import TokenizerSource
@@ -198,7 +200,7 @@ class LanguageModel:
         def keep(places: Sequence[int], found: Tensor) -> None:
             answers[places] = found.double().cpu().numpy()
 
-        with torch.inference_mode():
+        with self._computing():
             self._batches(
                 range(len(rows)),
                 lambda i: len(rows[i].tokens),
@@ -230,8 +232,14 @@ class LanguageModel:
                     missing[place] = 0
         if self.how.fabric.world_size > 1:
             missing = cast("NDArray[np.int64]", self.how.fabric.broadcast(missing))
-        with torch.inference_mode():
+        with self._computing():
             compute(np.flatnonzero(missing))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        elements = sum(parameter.numel() for parameter in self.module.parameters())
+        with suited_threads(elements, self.how.fabric.device), torch.inference_mode():
+            yield
 
     def _batches(
         self,

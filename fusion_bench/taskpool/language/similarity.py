@@ -16,7 +16,7 @@ from fusion_bench.companions import MODULES, module_folders
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.repository import Repository
-from fusion_bench.results import Metric, SampleScores
+from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.storage import read_json
 from fusion_bench.taskpool.language.forward import wide
 from fusion_bench.taskpool.language.measures import CORRELATIONS, number, numbers
@@ -118,6 +118,10 @@ class SimilarityTask(LanguageTask[Pair]):
         if not all(text.strip() for text in texts):
             raise FusionBenchError("a text is empty.", "Leave the sample out.")
         return Pair(texts, number(self.templates["score"].value(row)))
+
+    def example(self, item: Pair) -> Example:
+        """Return what people read."""
+        return Example("\n".join(item.texts), f"{item.score:g}")
 
     def learned(self, items: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Return both texts' tokens, of shape (items, 2, width), and the similarities."""

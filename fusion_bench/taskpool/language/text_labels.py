@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.problems import FusionBenchError, check_between, within
-from fusion_bench.results import ACCURACY, Metric, SampleScores
-from fusion_bench.taskpool.language.generation import text_array
+from fusion_bench.results import ACCURACY, ANSWERS, Example, Metric, SampleScores, text_array
 from fusion_bench.taskpool.language.measures import (
     CORRELATIONS,
     TWO_CLASSES,
@@ -123,6 +122,11 @@ class TextLabelTask(LanguageTask[Asked]):
         value = self._label.value(row)
         return Asked(prompt, class_label(value, self._labels) if self._labels else number(value))
 
+    def example(self, item: Asked) -> Example:
+        """Return what people read."""
+        expected = self._labels[int(item.label)] if self._labels else f"{item.label:g}"
+        return Example(item.prompt, expected)
+
     def learned(self, items: Sequence[Asked]) -> tuple[Tensor, Tensor]:
         """Return the prompts, and the classes or the first tokens of the numbers."""
         contexts = self.encoder(seq2seq=True).texts([own.prompt for own in items])
@@ -155,7 +159,7 @@ class TextLabelTask(LanguageTask[Asked]):
         texts = model.generate([Generation(own, *self._settings) for own in contexts])
         found = [self._read(text.strip()) for text in texts]
         details = {
-            "answers": text_array(texts),
+            ANSWERS: text_array(texts),
             "unread": np.array([int(own is None) for own in found]),
             "truncated": marked(model.truncated, range(len(items)), len(items)),
         }

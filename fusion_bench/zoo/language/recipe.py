@@ -26,7 +26,7 @@ class LanguageRecipe:
     """Of what is no matrix of a layer."""
     probe_steps: int = 300
     """Of an encoder's head, on the pretrained encoder's features."""
-    finetune_steps: int = 40
+    finetune_steps: int = 120
     finetune_batch: int = 32
     finetune_rate: float = 7e-4
 
@@ -49,7 +49,7 @@ RECIPES: dict[str, LanguageRecipe] = {
         pretrain_steps=400,
         pretrain_batch=64,
         pretrain_rate=2e-3,
-        finetune_steps=300,
+        finetune_steps=400,
         finetune_rate=5e-4,
     ),
 }
