@@ -90,7 +90,9 @@ def tokenizer_files(repository: Repository) -> list[str]:
 def identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the hash of a tokenizer's content; names and paths are no part of it."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    own = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    own: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:  # it also says how texts were cut and filled up at the last call
+        own = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     parts = [
         type(tokenizer).__name__,
         own,

@@ -72,7 +72,25 @@ def descent(
     steps = bar(range(max_steps), title, total=max_steps, unit="step")
     for _ in steps:
         drawn = ((name, *next(batches[name])) for name in data)
-        yield steps, ((classify[name](images), labels) for name, images, labels in drawn)
+        yield (
+            steps,
+            ((of_classes(classify[name](images), name), labels) for name, images, labels in drawn),
+        )
+
+
+def of_classes(logits: Tensor, task: str) -> Tensor:
+    """Return a task's logits.
+
+    Raises:
+        FusionBenchError: they are of a single value, which has no distribution to learn from.
+    """
+    if logits.shape[-1] < 2:
+        raise FusionBenchError(
+            f"'{task}' predicts a number, and the method learns from the probabilities of classes.",
+            "Leave the task out, or choose a method that learns otherwise, such as RegMean or a "
+            "greedy soup.",
+        )
+    return logits
 
 
 class LearningAlgorithm:

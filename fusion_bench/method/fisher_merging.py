@@ -21,6 +21,7 @@ from fusion_bench.method.data import (
     drawn_batches,
     excluded,
     merged,
+    of_classes,
     own_data,
     parameter_keys,
     wide,
@@ -140,7 +141,7 @@ class FisherMergingAlgorithm(LearningAlgorithm):
             data, self.num_fisher_examples, size, self.seed, f"Fisher of {name}"
         )
         for images, labels in batches:
-            log_probs = wide(classify(images)).log_softmax(dim=-1)
+            log_probs = wide(of_classes(classify(images), name)).log_softmax(dim=-1)
             rows = self._rows(log_probs.detach(), labels, random)
             at_once = max(1, _FLOATS // sum(p.numel() for p in parameters.values()))
             for chunk in rows.split(at_once):

@@ -3,5 +3,13 @@
 from fusion_bench.modelpool.causal_lm import CausalLMPool
 from fusion_bench.modelpool.clip_vision import CLIPVisionModelPool
 from fusion_bench.modelpool.huggingface import HFModelPool
+from fusion_bench.modelpool.seq2seq_lm import Seq2SeqLMPool
+from fusion_bench.modelpool.sequence_classification import SequenceClassificationModelPool
 
-__all__ = ["CLIPVisionModelPool", "CausalLMPool", "HFModelPool"]
+__all__ = [
+    "CLIPVisionModelPool",
+    "CausalLMPool",
+    "HFModelPool",
+    "Seq2SeqLMPool",
+    "SequenceClassificationModelPool",
+]

@@ -61,7 +61,8 @@ def stderr(metric: Metric, scores: SampleScores) -> float:
         share = scores.value(metric)
         return float(np.sqrt(share * (1 - share) / n))
     if metric.value is None:
-        return float(np.nanstd(_recomputed(metric, [scores], np.random.default_rng(0))[0, 1:]))
+        drawn = _recomputed(metric, [scores], np.random.default_rng(0))[0, 1:]
+        return float(np.nanstd(drawn)) if np.isfinite(drawn).any() else float("nan")
     rows = scores.statistics[metric.name]
     without = metric.value(rows.sum(axis=0) - rows) if n > 1 else np.full(1, np.nan)
     without = without[np.isfinite(without)]

@@ -8,8 +8,11 @@ from fusion_bench.taskpool.images.clip_vision import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.images.image_classification import ImageClassificationTaskPool
 from fusion_bench.taskpool.images.tuning import TuningImages
 from fusion_bench.taskpool.language.choices import MultipleChoiceTask
+from fusion_bench.taskpool.language.classification import SequenceClassificationTask
 from fusion_bench.taskpool.language.generation import GenerationTask
 from fusion_bench.taskpool.language.perplexity import PerplexityTask
+from fusion_bench.taskpool.language.similarity import SimilarityTask
+from fusion_bench.taskpool.language.text_labels import TextLabelTask
 from fusion_bench.taskpool.pool import TaskPool
 from fusion_bench.taskpool.task import LearningData, Task, TaskDescription
 
@@ -24,8 +27,11 @@ __all__ = [
     "PatchHead",
     "PerplexityTask",
     "SegmentationTask",
+    "SequenceClassificationTask",
+    "SimilarityTask",
     "Task",
     "TaskDescription",
     "TaskPool",
+    "TextLabelTask",
     "TuningImages",
 ]

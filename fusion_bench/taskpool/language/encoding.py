@@ -22,7 +22,8 @@ class Encoder:
         self._tokenizer = tokenizer
         self._seq2seq = seq2seq
         self.eos: int | None = tokenizer.eos_token_id
-        self._ends = not seq2seq and self.eos is not None and self._adds_eos()
+        #: The token that the tokenizer puts after each text, if it does.
+        self.end = self.eos if self.eos is not None and self._adds_eos() else None
 
     @property
     def prefix(self) -> int | None:
@@ -115,7 +116,7 @@ class Encoder:
         if not texts:
             return {}
         found = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
-        if special and self._ends:
+        if special and self.end is not None and not self._seq2seq:
             found = [ids[:-1] for ids in found]
         return dict(zip(texts, map(tuple, found), strict=True))
 

@@ -257,6 +257,11 @@ class Forward:
         return sums.astype(np.float64), np.asarray(missed == 0)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return it in float32, or in float64 where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _predicted(
     rows: Sequence[Row],
     columns: Callable[[int, int, int], NDArray[np.int64]],

@@ -18,7 +18,7 @@ from fusion_bench.taskpool.language.prompts import Prompt
 from fusion_bench.taskpool.language.requests import Generation
 from fusion_bench.taskpool.language.task import LanguageTask, marked
 from fusion_bench.taskpool.language.templates import Template
-from fusion_bench.taskpool.language.tuning import filled, next_logits
+from fusion_bench.taskpool.language.tuning import filled, next_logits, without_end
 from fusion_bench.taskpool.task import Evaluation
 
 
@@ -121,14 +121,15 @@ class GenerationTask(LanguageTask[Written]):
 
     def learned(self, items: Sequence[Written]) -> tuple[Tensor, Tensor]:
         """Return the prompts, and the first token of each one's first answer."""
-        encoder = self.encoder()
-        first = encoder.likelihoods([(own.prompt, " " + own.answers[0].strip()) for own in items])
+        pairs = [(own.prompt, " " + own.answers[0].strip()) for own in items]
+        first = self.encoder(seq2seq=True).likelihoods(pairs)
         labels = torch.tensor([own.continuation[0] for own in first])
         return filled([own.context for own in first]), labels
 
     def classifier(self, model: nn.Module, how: Evaluation) -> Callable[[Tensor], Tensor]:
         """Return the function from prompts to the logits of the next token."""
-        return lambda ids: next_logits(model, ids, how)
+        end = self.encoder().end
+        return lambda ids: next_logits(model, without_end(model, ids, end), how)
 
     def example(self, item: Written) -> Example:
         """Return what people read."""

@@ -2,8 +2,9 @@
 
 import logging
 import struct
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 R = TypeVar("R", Likelihood, Generation)
+T = TypeVar("T", bound="Reads")
 
 #: Where neither model nor tokenizer tells how much the model reads.
 _LONGEST = 2048
@@ -36,6 +38,14 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _COARSE = 5e-2
 
 
+class Reads(Protocol):
+    """What a model reads at once."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """Its tokens."""
+
+
 class LanguageModel:
     """A model with its tokenizer.
 
@@ -43,13 +53,16 @@ class LanguageModel:
     order.
 
     Args:
-        module: a causal model or an encoder-decoder, on Fabric's device and in eval mode.
+        module: on Fabric's device and in eval mode; for likelihoods and for writing a causal model
+            or an encoder-decoder.
         source: the tokenizer.
         how: device, precision, batches, memory, and what answers are kept under.
         max_length: the most tokens that the model is given; by default what it or the tokenizer
             says.
 
     Attributes:
+        module: likewise.
+        how: likewise.
         max_length: likewise.
         encoder: from texts to tokens.
         truncated: the numbers of the last requests that were longer, whose contexts lost their
@@ -64,12 +77,13 @@ class LanguageModel:
         how: Evaluation,
         max_length: int | None = None,
     ):
-        self._how = how
+        self.module = module
+        self.how = how
         config: Any = getattr(module, "config", None)
         seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         self.encoder = Encoder(source.tokenizer, seq2seq)
         self._forward = Forward(module, how.fabric, self.encoder.padding)
-        self.max_length = max_length or _max_length(config, source.tokenizer.model_max_length)
+        self.max_length = max_length or read_at_most(config, source.tokenizer.model_max_length)
         self.truncated: set[int] = set()
         self.overlong: set[int] = set()
         self._compared = False
@@ -104,11 +118,7 @@ class LanguageModel:
         def keep(rows: Sequence[Row], found: tuple[NDArray[Any], NDArray[Any]]) -> None:
             places = [place for row in rows for place in row.places]
             sums, greedy = found
-            if not np.isfinite(sums).all():
-                raise FusionBenchError(
-                    f"'{self._how.model}' gives values that are no numbers (NaN or infinite). Look "
-                    "at its weights, or choose fabric.precision=32-true."
-                )
+            self._refuse_infinite(sums)
             answers[places] = np.stack([sums, greedy], axis=1)
             self._keep(parts, places, lambda place: struct.pack("<dd", *answers[place]))
 
@@ -170,6 +180,37 @@ class LanguageModel:
             for i, own in enumerate(requests)
         ]
 
+    def values(
+        self, rows: Sequence[T], answer: Callable[[Sequence[T]], Tensor], width: int
+    ) -> NDArray[np.float64]:
+        """Return what a function of the model makes of rows, of shape (rows, width).
+
+        Args:
+            rows: what the model reads.
+            answer: returns a tensor of shape (some rows, width).
+            width: how many values a row has.
+
+        Raises:
+            FusionBenchError: values that are not finite, or tokens that the model does not know.
+            EnvironmentProblem: there is not even memory for one row.
+        """
+        self._refuse_unknown(own.tokens for own in rows)
+        answers = np.zeros((len(rows), width))
+
+        def keep(places: Sequence[int], found: Tensor) -> None:
+            answers[places] = found.double().cpu().numpy()
+
+        with self._computing():
+            self._batches(
+                range(len(rows)),
+                lambda i: len(rows[i].tokens),
+                lambda part: answer([rows[i] for i in part]),
+                keep,
+            )
+        total = cast("NDArray[np.float64]", self._agreed(answers))
+        self._refuse_infinite(total)
+        return total
+
     def _answer(
         self,
         requests: Sequence[R],
@@ -177,20 +218,28 @@ class LanguageModel:
         take: Callable[[int, bytes], None],
     ) -> None:
         """Take what is known; let ``compute`` answer the others, which are the same everywhere."""
-        self._refuse_unknown(requests)
+        self._refuse_unknown(
+            own.context + (own.continuation if isinstance(own, Likelihood) else ())
+            for own in requests
+        )
         missing = np.ones(len(requests), dtype=np.int64)
-        if self._store is not None and self._how.fabric.global_rank == 0:
+        if self._store is not None and self.how.fabric.global_rank == 0:
             keys = [own.key() for own in requests]
             known = self._store.known(keys)
             for place, key in enumerate(keys):
                 if key in known:
                     take(place, known[key])
                     missing[place] = 0
-        if self._how.fabric.world_size > 1:
-            missing = cast("NDArray[np.int64]", self._how.fabric.broadcast(missing))
-        elements = sum(parameter.numel() for parameter in self._forward.module.parameters())
-        with suited_threads(elements, self._how.fabric.device), torch.inference_mode():
+        if self.how.fabric.world_size > 1:
+            missing = cast("NDArray[np.int64]", self.how.fabric.broadcast(missing))
+        with self._computing():
             compute(np.flatnonzero(missing))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        elements = sum(parameter.numel() for parameter in self.module.parameters())
+        with suited_threads(elements, self.how.fabric.device), torch.inference_mode():
+            yield
 
     def _batches(
         self,
@@ -200,7 +249,7 @@ class LanguageModel:
         keep: Callable[[Sequence[Any], Any], None],
     ) -> None:
         """Answer this process's share of the items, the longest first, so that batches fit."""
-        how = self._how
+        how = self.how
         ordered = sorted(items, key=length, reverse=True)
         mine = ordered[how.fabric.global_rank :: how.fabric.world_size]
         size = how.loading.batch_size
@@ -234,14 +283,14 @@ class LanguageModel:
         alone, _ = self._forward.log_likelihoods(parts)
         together = found[0][: len(parts)]
         dtype = next(self._forward.module.parameters()).dtype
-        exact = self._how.fabric.strategy.precision.precision in ("32-true", "64-true")
+        exact = self.how.fabric.strategy.precision.precision in ("32-true", "64-true")
         tolerance = _TOLERANCE.get(dtype, _COARSE) if exact else _COARSE
         if (np.abs(alone - together) <= tolerance * (1 + np.abs(alone))).all():
             return found
         log.warning(
             "'%s' cannot read several continuations of a context at once; they are read one by "
             "one, which is slower.",
-            self._how.model,
+            self.how.model,
         )
         self._forward.branches = False
         return self._forward.log_likelihoods([one for row in rows for one in row.alone()])
@@ -268,7 +317,7 @@ class LanguageModel:
         from transformers import StoppingCriteriaList
 
         module: Any = self._forward.module
-        device, padding = self._how.fabric.device, self.encoder.padding
+        device, padding = self.how.fabric.device, self.encoder.padding
         width = max(len(own.context) for own in requests)
         ids = torch.full((len(requests), width), padding)
         mask = torch.zeros_like(ids)
@@ -293,7 +342,7 @@ class LanguageModel:
         with (
             own_generation(module, config),
             torch.random.fork_rng(devices=random),
-            self._how.fabric.autocast(),
+            self.how.fabric.autocast(),
         ):
             torch.manual_seed(0)
             written = module.generate(
@@ -356,17 +405,22 @@ class LanguageModel:
         settings = request.stop, request.max_new_tokens, request.options
         return Generation(request.context[-room:], *settings)
 
-    def _refuse_unknown(self, requests: Sequence[R]) -> None:
+    def _refuse_infinite(self, values: NDArray[np.float64]) -> None:
+        if not np.isfinite(values).all():
+            raise FusionBenchError(
+                f"'{self.how.model}' gives values that are no numbers (NaN or infinite). Look at "
+                "its weights, or choose fabric.precision=32-true."
+            )
+
+    def _refuse_unknown(self, texts: Iterable[Tokens]) -> None:
         """Refuse tokens beyond the embedding, which a GPU would only call an assertion."""
         rows = self._forward.rows_of_embedding
         if rows is None:
             return
-        for own in requests:
-            continuation = own.continuation if isinstance(own, Likelihood) else ()
-            largest = max(max(own.context), max(continuation, default=0))
-            if largest >= rows:
+        for tokens in texts:
+            if (largest := max(tokens)) >= rows:
                 raise FusionBenchError(
-                    f"the tokenizer has a token {largest}, and the embedding of '{self._how.model}'"
+                    f"the tokenizer has a token {largest}, and the embedding of '{self.how.model}'"
                     f" has {rows} rows.",
                     "Name the tokenizer that belongs to the models.",
                     place=("tokenizer",),
@@ -380,7 +434,7 @@ class LanguageModel:
 
     def _agreed(self, values: NDArray[Any]) -> NDArray[Any]:
         """Put the processes' values together; where one has a value all others have zero."""
-        fabric = self._how.fabric
+        fabric = self.how.fabric
         if fabric.world_size == 1:
             return values
         total = fabric.all_reduce(torch.from_numpy(values).to(fabric.device), reduce_op="sum")
@@ -410,7 +464,8 @@ def windows(tokens: Tokens, first: int, longest: int, stride: int) -> list[Likel
     return found
 
 
-def _max_length(config: Any, of_tokenizer: int) -> int:
+def read_at_most(config: Any, of_tokenizer: int) -> int:
+    """Return how many tokens a model reads, as its config says, or else its tokenizer."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

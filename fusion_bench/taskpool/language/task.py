@@ -50,6 +50,8 @@ class LanguageTask(ABC, Generic[Item]):
 
     kind: ClassVar[str]
     measured: ClassVar[Sequence[Metric]]
+    #: What texts lose that are too long.
+    loses: ClassVar[str] = "beginnings"
 
     def __init__(
         self,
@@ -190,17 +192,23 @@ class LanguageTask(ABC, Generic[Item]):
             return self.scores(asked, [self.items[i] for i in samples], samples)
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
-        """Return how many samples were cut, and for how many choices were tied."""
+        """Return how many samples were cut or tied, and which metrics have no value."""
         notes = []
         if cut := _count(scores, "truncated"):
             notes.append(
                 f"Task '{self.name}': {cut} of {scores.num_samples} samples are longer than what "
-                "the model reads, and lost their beginnings."
+                f"the model reads, and lost their {self.loses}."
             )
         if tied := _count(scores, "tied"):
             notes.append(
                 f"'{model}' on '{self.name}': the best choices of {tied} of {scores.num_samples} "
                 "samples are tied; the first of them is taken."
+            )
+        measured = [own for own in self.metrics if scores.has(own)]
+        if lacking := [own.name for own in measured if np.isnan(scores.value(own))]:
+            notes.append(
+                f"'{model}' on '{self.name}': {' and '.join(lacking)} has no value, for the model "
+                "gives the same number for all samples, or their labels are the same."
             )
         return notes
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusion_bench.problems import within
 from fusion_bench.results import Metric, SampleScores
 from fusion_bench.taskpool.images.tuning import TOLERATED, drawn, is_test_split
+from fusion_bench.taskpool.language.forward import wide
 from fusion_bench.taskpool.language.requests import Tokens
 from fusion_bench.taskpool.language.texts import Texts
 from fusion_bench.taskpool.task import Evaluation
@@ -80,10 +81,6 @@ class TextData:
 
         return classify
 
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        return self.owner.learned(self.items)
-
     def sample(self, count: int | None, seed: int = 0) -> NDArray[np.int64]:
         """Draw samples without replacement; ``None`` takes all."""
         return drawn(len(self), count, seed)
@@ -92,11 +89,12 @@ class TextData:
         self, samples: NDArray[np.int64], batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield tokens, filled up with -1, and labels, both on Fabric's device."""
-        inputs, labels = self._tensors
         device = self.how.fabric.device
         for i in range(0, len(samples), batch_size):
-            part = torch.from_numpy(samples[i : i + batch_size])
-            yield inputs[part].to(device), labels[part].to(device)
+            inputs, labels = self.owner.learned(
+                [self.items[j] for j in samples[i : i + batch_size]]
+            )
+            yield inputs.to(device), labels.to(device)
 
     def endless(self, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches forever, in a new order in each epoch."""
@@ -131,17 +129,73 @@ def by_length(ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield rows, ids[rows, :length]
 
 
+def apart(ids: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return what ``answer`` makes of ``by_length``'s parts, a row for each of ``ids``."""
+    both = [(rows, answer(rows, own)) for rows, own in by_length(ids)]
+    order = torch.cat([rows for rows, _ in both]).argsort()
+    return torch.cat([found for _, found in both])[order]
+
+
+def without_end(model: nn.Module, ids: Tensor, end: int | None) -> Tensor:
+    """Return contexts as a model reads them: with a token ``end`` only before an encoder."""
+    if end is None or _is_seq2seq(model):
+        return ids
+    last = (ids != NOTHING).sum(dim=1, keepdim=True) - 1
+    own = ids.gather(1, last)
+    return ids.scatter(1, last, torch.where(own == end, NOTHING, own))
+
+
 def next_logits(model: nn.Module, ids: Tensor, how: Evaluation) -> Tensor:
-    """Return the logits of the token after each row of tokens, (rows, vocabulary), float32."""
+    """Return the logits of the token after each row of tokens, (rows, vocabulary)."""
     module: Any = model
-    seq2seq = bool(getattr(module.config, "is_encoder_decoder", False))
-    parts, order = [], []
-    for rows, own in by_length(ids):
+
+    def answer(rows: Tensor, own: Tensor) -> Tensor:
         options: dict[str, Any] = {}
-        if seq2seq:
+        if _is_seq2seq(model):
             start = module.config.decoder_start_token_id
             options["decoder_input_ids"] = own.new_full((len(own), 1), start)
         with how.fabric.autocast():
-            parts.append(module(input_ids=own, use_cache=False, **options).logits[:, -1].float())
-        order.append(rows)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+            logits: Tensor = module(input_ids=own, use_cache=False, **options).logits
+        return wide(logits[:, -1])
+
+    return apart(ids, answer)
+
+
+def label_likelihoods(
+    model: nn.Module, ids: Tensor, labels: Sequence[Tokens], how: Evaluation
+) -> Tensor:
+    """Return each label's log-likelihood after each context, of shape (rows, labels).
+
+    Args:
+        model: a causal model or an encoder-decoder.
+        ids: the contexts, filled up with -1.
+        labels: the labels' tokens.
+        how: gives the precision.
+    """
+    module: Any = model
+
+    def answer(rows: Tensor, own: Tensor) -> Tensor:
+        found = []
+        with how.fabric.autocast():
+            states = module.get_encoder()(input_ids=own) if _is_seq2seq(model) else None
+            for label in labels:
+                written = own.new_tensor(label).expand(len(own), -1)
+                if states is None:
+                    read = torch.cat([own, written[:, :-1]], dim=1)
+                    logits = module(input_ids=read, use_cache=False).logits
+                else:
+                    start = own.new_full((len(own), 1), module.config.decoder_start_token_id)
+                    read = torch.cat([start, written[:, :-1]], dim=1)
+                    logits = module(
+                        encoder_outputs=states, decoder_input_ids=read, use_cache=False
+                    ).logits
+                each = wide(logits[:, -len(label) :]).log_softmax(dim=-1)
+                found.append(each.gather(2, written[..., None])[..., 0].sum(dim=1))
+        return torch.stack(found, dim=1)
+
+    return apart(ids, answer)
+
+
+def _is_seq2seq(model: nn.Module) -> bool:
+    config: Any = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))

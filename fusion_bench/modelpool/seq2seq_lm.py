@@ -1,0 +1,43 @@
+"""Encoder-decoders that were fine-tuned from one pretrained model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusion_bench.modelpool.huggingface import HFModelPool
+from fusion_bench.weights import MergePolicy
+
+
+class Seq2SeqLMPool(HFModelPool):
+    """Named encoder-decoders, such as T5, or LoRA adapters of them, with their tokenizer.
+
+    Args:
+        models: as in ``HFModelPool``.
+        tokenizer: where the merged model's tokenizer files come from; by default the reference
+            model, which is the pretrained one or else the first.
+        policy: as in ``HFModelPool``.
+        max_shard_size: of a merged model's files.
+        train_datasets: as in ``HFModelPool``.
+        val_datasets: likewise.
+        test_datasets: likewise.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Any],
+        tokenizer: Any = None,
+        policy: Mapping[str, Any] | MergePolicy | None = None,
+        max_shard_size: int | str = "5GB",
+        train_datasets: Mapping[str, Any] | None = None,
+        val_datasets: Mapping[str, Any] | None = None,
+        test_datasets: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(
+            models,
+            "AutoModelForSeq2SeqLM",
+            tokenizer,
+            policy,
+            max_shard_size,
+            train_datasets,
+            val_datasets,
+            test_datasets,
+        )
