@@ -3,13 +3,14 @@
     python benchmarks/methods.py cost                # every method without data, on ViT-B/32 sizes
     python benchmarks/methods.py cost --only ties_merging dare/task_arithmetic
     python benchmarks/methods.py zoo                 # every method with its defaults, evaluated
+    python benchmarks/methods.py language            # likewise, on the tiny language models
 
 `cost` makes nine checkpoints on the spot, a base and eight models that differ from it by noise.
 Quick methods take turns with the simple average, so that a busy moment meets both alike; a method
-that takes long runs once. Memory is measured in a process of its own. `zoo` runs the program as
-`fusion_bench method=…` does, with the seed 0. Rows that the file of `--json` has are kept: a run
-that was stopped goes on, and one without the file begins anew. A method whose defaults do not suit
-the models, weights for two models for one, is left out and named.
+that takes long runs once. Memory is measured in a process of its own. `zoo` and `language` run the
+program as `fusion_bench method=…` does, with the seed 0. Rows that the file of `--json` has are
+kept: a run that was stopped goes on, and one without the file begins anew. A method whose defaults
+do not suit the models, weights for two models for one, is left out and named.
 """
 
 import argparse
@@ -31,10 +32,19 @@ from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.report import comparison
+from fusion_bench.report.figures import shown, with_stderr
 from fusion_bench.weights import Weights, in_memory
 
 AVERAGE = "simple_average"
-COSTS, WORTH = "eight ViT-B/32 encoders into memory", "on the embedded models"
+COSTS = "eight ViT-B/32 encoders into memory"
+#: What is evaluated: the title of its table, and what the command line has for it.
+WORTH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "zoo": ("on the embedded models", ()),
+    "language": (
+        "on the tiny language models, exact match",
+        ("modelpool=CausalLMPool/zoo", "taskpool=CausalLMEvaluation/zoo"),
+    ),
+}
 #: Those that want two models only.
 TWO_MODELS = {"linear/linear_interpolation", "slerp/slerp", "slerp/nuslerp"}
 #: Seconds beyond which a method runs once.
@@ -44,7 +54,7 @@ LONG = 20.0
 def main() -> None:
     """Measure what is asked for, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "zoo", "alone"])
+    parser.add_argument("what", choices=["cost", *WORTH, "alone"])
     parser.add_argument("--only", nargs="+", help="methods, as in method=…")
     parser.add_argument("--without", nargs="+", default=[], help="methods to leave out")
     parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
@@ -65,7 +75,8 @@ def main() -> None:
             write_models(root, small=arguments.small)
             results = {COSTS: cost(names, root, arguments)}
         else:
-            results = {WORTH: worth(names, arguments)}
+            title, overrides = WORTH[arguments.what]
+            results = {title: worth(names, arguments, title, overrides)}
     publish(results, "methods.py", None, arguments.json, arguments.markdown)
 
 
@@ -189,15 +200,18 @@ def alone(name: str, root: Path) -> dict[str, Any] | None:
 # --- what it is worth -----------------------------------------------------------------------------
 
 
-def worth(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return each method's accuracies on the zoo, the best first."""
-    rows = known(arguments.json, WORTH)
+def worth(
+    names: list[str], arguments: argparse.Namespace, title: str, overrides: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return each method's values on the embedded models, the best first."""
+    rows = known(arguments.json, title)
     for name in names:
         if name in TWO_MODELS or name in rows:
             continue
         with tempfile.TemporaryDirectory() as place:
             try:
-                report = instantiate(composed(f"method={name}", "seed=0"), output_dir=place).run()
+                config = composed(f"method={name}", "seed=0", *overrides)
+                report = instantiate(config, output_dir=place).run()
             except FusionBenchError as error:
                 print(f"{name} is left out: {error}", file=sys.stderr)
                 continue
@@ -205,13 +219,14 @@ def worth(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
         for row in table[:2]:  # the pretrained model and the individual ones
             rows.setdefault(f"({row.name})", _figures(row, report))
         rows[name] = _figures(table[-1], report)
-        keep(arguments.json, WORTH, rows, name)
-    return dict(sorted(rows.items(), key=lambda entry: -float(entry[1]["average"])))
+        keep(arguments.json, title, rows, name)
+    return dict(sorted(rows.items(), key=lambda entry: -float(entry[1]["average"].split()[0])))
 
 
 def _figures(row: Any, report: Any) -> dict[str, Any]:
-    cells = {task: f"{value:.1f}" for task, value in zip(report.tasks, row.cells, strict=True)}
-    return {**cells, "average": f"{row.average:.1f}", "normalised": f"{row.normalized:.1f}"}
+    cells = {task: shown(found.value) for task, found in zip(report.tasks, row.cells, strict=True)}
+    average = with_stderr(row.average.value, row.average.stderr)
+    return {**cells, "average": average, "normalised": shown(row.normalized)}
 
 
 if __name__ == "__main__":
