@@ -9,6 +9,7 @@ from fusion_bench.taskpool.images.image_classification import ImageClassificatio
 from fusion_bench.taskpool.images.tuning import TuningImages
 from fusion_bench.taskpool.language.choices import MultipleChoiceTask
 from fusion_bench.taskpool.language.generation import GenerationTask
+from fusion_bench.taskpool.language.harness.pool import LMEvalHarnessTaskPool
 from fusion_bench.taskpool.language.perplexity import PerplexityTask
 from fusion_bench.taskpool.pool import TaskPool
 from fusion_bench.taskpool.task import LearningData, Task, TaskDescription
@@ -18,6 +19,7 @@ __all__ = [
     "DepthTask",
     "GenerationTask",
     "ImageClassificationTaskPool",
+    "LMEvalHarnessTaskPool",
     "LearningData",
     "MultipleChoiceTask",
     "NormalsTask",

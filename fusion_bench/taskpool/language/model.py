@@ -3,6 +3,7 @@
 import logging
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -293,7 +294,7 @@ class LanguageModel:
             torch.random.fork_rng(devices=random),
             self._how.fabric.autocast(),
         ):
-            torch.manual_seed(0)
+            torch.manual_seed(requests[0].seed)
             written = module.generate(
                 ids.to(device), attention_mask=mask.to(device), stopping_criteria=stopping
             )
@@ -350,8 +351,7 @@ class LanguageModel:
             )
         if len(request.context) <= room:
             return request
-        settings = request.stop, request.max_new_tokens, request.options
-        return Generation(request.context[-room:], *settings)
+        return replace(request, context=request.context[-room:])
 
     def _refuse_unknown(self, requests: Sequence[R]) -> None:
         """Refuse tokens beyond the embedding, which a GPU would only call an assertion."""

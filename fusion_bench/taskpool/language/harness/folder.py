@@ -1,5 +1,6 @@
 """The YAML files of tasks, read as data: what a name stands for, and which tasks a group has."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from fusion_bench.taskpool.language.harness.library import as_ours, tasks_folder
 _OF_GROUPS = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
 #: What says where a task belongs, which is no part of it.
 _OF_TASKS = ("tag", "group", "task_list")
+#: Where its data lie, which are known by their content.
+_OF_DATA = ("dataset_path", "dataset_name", "dataset_kwargs")
 #: Of a stranger's file.
 _BYTES = 2**20
 _VALUES = 20_000
@@ -47,6 +50,15 @@ class Definition:
     config: Mapping[str, Any]
     at: Path
     users: Path | None
+
+    @property
+    def digest(self) -> str:
+        """The hash of what the task does with its data, and of the code beside a user's task."""
+        own = {key: value for key, value in self.config.items() if key not in _OF_DATA}
+        found = hashlib.sha256(repr(own).encode())
+        for path in sorted(self.users.rglob("*.py")) if self.users is not None else ():
+            found.update(path.read_bytes())
+        return found.hexdigest()
 
 
 class TaskFiles:
@@ -178,7 +190,7 @@ def read(path: Path, root: Path | None = None, including: tuple[Path, ...] = ())
         content = real.read_bytes()
         if root is not None and len(content) > _BYTES:
             raise FusionBenchError(f"'{path}' is larger than 1 MiB.")
-        config = yaml.load(content, _loader(real.parent))  # noqa: S506 (a safe one)
+        config = yaml.load(content, _loader(real.parent))
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         what = " ".join(str(error).split())
         raise FusionBenchError(f"'{path}' cannot be read: {what}.") from error
@@ -229,7 +241,7 @@ def _listed(value: Any) -> list[str]:
 
 @cache
 def _shipped() -> dict[str, Path]:
-    """Return the names of the harness's tasks and groups, found without parsing its 14,000 files."""
+    """Return the names of the harness's tasks and groups; its 14,000 files are not parsed."""
     found: dict[str, Path] = {}
     for path in sorted(tasks_folder().rglob("*.yaml")):
         named = dict(reversed(_NAMED.findall(path.read_bytes())))
@@ -243,7 +255,9 @@ def _shipped() -> dict[str, Path]:
 def _shipped_tagged(name: str) -> list[str]:
     """Return the harness's tasks with a tag; it parses its files where some mention the name."""
     tag = re.escape(name).encode()
-    mention = re.compile(rb"^([\"']?tag[\"']?:|[ \t]*-)[ \t]*[\"']?" + tag + rb"[\"']?[ \t]*$", re.M)
+    mention = re.compile(
+        rb"^([\"']?tag[\"']?:|[ \t]*-)[ \t]*[\"']?" + tag + rb"[\"']?[ \t]*$", re.M
+    )
     root = tasks_folder()
     files = (path for path in root.rglob("*yaml") if path.is_file())
     if not any(mention.search(path.read_bytes()) for path in files):

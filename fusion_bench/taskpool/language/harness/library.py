@@ -1,4 +1,4 @@
-"""The harness as it is used here: installed or not, quiet, and with templates that reach nothing."""
+"""The harness as it is used here: quiet, and with templates that reach nothing."""
 
 import logging
 import os

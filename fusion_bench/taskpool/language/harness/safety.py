@@ -80,7 +80,7 @@ def _code(reason: str, place: tuple[str | int, ...]) -> FusionBenchError:
 def _values(value: Any, *place: str | int) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield (*place, "key"), key
+            yield place, key
             yield from _values(part, *place, str(key))
     elif isinstance(value, list):
         for index, part in enumerate(value):

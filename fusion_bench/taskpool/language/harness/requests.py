@@ -1,0 +1,176 @@
+"""What the harness asks of a document, and what of a model's answers is kept beside scores."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.taskpool.language.generation import text_array
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
+
+    from fusion_bench.results.scores import Array
+
+_CHOICE = "multiple_choice"
+
+
+def chat_template(
+    tokenizer: "PreTrainedTokenizerBase", wanted: bool | str
+) -> Callable[..., str] | None:
+    """Return what makes a prompt of a chat; None without one.
+
+    A template that takes no system's message gets the chat without it.
+
+    Args:
+        tokenizer: the models' tokenizer.
+        wanted: whether there is one, or its name among several.
+
+    Raises:
+        FusionBenchError: the tokenizer has no chat template.
+    """
+    if not wanted:
+        return None
+    if not tokenizer.chat_template:
+        raise FusionBenchError(
+            "has no chat template.", "Remove 'apply_chat_template'.", place=("tokenizer",)
+        )
+
+    def prompt(chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        def rendered(messages: list[dict[str, str]]) -> str:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=wanted if isinstance(wanted, str) else None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
+
+        try:
+            return rendered(chat)
+        except TemplateError:
+            without = [own for own in chat if own["role"] != "system"]
+            if len(without) == len(chat):
+                raise
+            return rendered(without)
+
+    return prompt
+
+
+def refuse_unusable(task: "Task", documents: "Sequence[Sequence[Instance]]") -> None:
+    """Refuse documents that the harness would count as wrong, or fail on in the end.
+
+    Raises:
+        FusionBenchError: nothing to read or to score, or a label that is none of the choices.
+    """
+    for number, requests in enumerate(documents):
+        try:
+            for own in requests:
+                _refuse_empty(own)
+            if _has_labels(task):
+                _refuse_label(task, requests[0].doc)
+        except FusionBenchError as error:
+            problem = error.problems[0]
+            raise FusionBenchError(f"sample {number}: {problem.reason}", problem.remedy) from error
+
+
+def digest(documents: "Sequence[Sequence[Instance]]") -> str:
+    """Return the hash of documents and of what is asked of them."""
+    found = hashlib.sha256()
+    for requests in documents:
+        asked = [requests[0].doc, [[own.request_type, own.args, own.repeats] for own in requests]]
+        found.update(json.dumps(asked, default=str).encode())
+    return found.hexdigest()
+
+
+def answers(task: "Task", samples: NDArray[np.int64]) -> "Mapping[str, Array]":
+    """Return what a model has answered to documents, as details.
+
+    Args:
+        task: the task with its answered requests.
+        samples: the documents' numbers.
+    """
+    given: dict[int, list[Any]] = {sample: [] for sample in samples.tolist()}
+    documents: dict[int, Any] = {}
+    for own in task.instances:
+        given[own.doc_id].append(own.resps[0])
+        documents[own.doc_id] = own.doc
+    if task.OUTPUT_TYPE == "generate_until":
+        return {"answers": text_array([str(own[0]) for own in given.values()])}
+    if not _has_labels(task):
+        return {}
+    counts = [len(task.doc_to_choice(documents[i])) for i in given]
+    found = [[own[0] for own in row[:n]] for row, n in zip(given.values(), counts, strict=True)]
+    details: dict[str, Array] = {
+        "predictions": np.array([int(np.argmax(row)) for row in found]),
+        "tied": np.array([int(row.count(max(row)) > 1) for row in found]),
+    }
+    labels = [_labels(task, documents[i]) for i in given]
+    if all(len(own) == 1 for own in labels):
+        details["labels"] = np.array([own[0] for own in labels])
+    return details
+
+
+def _has_labels(task: "Task") -> bool:
+    """Return whether the harness itself compares the likeliest choice with a label."""
+    config = task.config
+    own = callable(getattr(config, "process_results", None))
+    return hasattr(task, "_metric_fn_list") and task.OUTPUT_TYPE == _CHOICE and not own
+
+
+def _refuse_empty(request: "Instance") -> None:
+    asked = [request.args[0]]
+    if request.request_type == "loglikelihood":
+        asked = [request.args[1]]
+        if not isinstance(request.args[0], str):
+            raise FusionBenchError(f"the prompt {request.args[0]!r} is no text.")
+    for text in asked:
+        if not isinstance(text, str):
+            raise FusionBenchError(f"{text!r} is no text.")
+        if not text.strip() and request.request_type != "generate_until":
+            raise FusionBenchError("the text to score is empty.", "Leave the sample out.")
+
+
+def _refuse_label(task: "Task", document: Any) -> None:
+    choices = task.doc_to_choice(document)
+    for choice in choices:
+        if not isinstance(choice, str) or not choice:
+            raise FusionBenchError(f"the choice {choice!r} is no text.", "Leave the sample out.")
+    if not choices:
+        raise FusionBenchError("there is no choice.", "Leave the sample out.")
+    for label in _labels(task, document):
+        if not 0 <= label < len(choices):
+            raise FusionBenchError(
+                f"the label {_gold(task, document)!r} is none of its {len(choices)} choices.",
+                "Correct 'doc_to_target', or choose another split.",
+            )
+
+
+def _labels(task: "Task", document: Any) -> list[int]:
+    """Return the numbers of the right choices; -1 for what is none."""
+    gold = _gold(task, document)
+    choices = task.doc_to_choice(document)
+    found: Iterable[Any] = gold if isinstance(gold, list) else [gold]
+    return [
+        choices.index(own)
+        if isinstance(own, str) and own in choices
+        else own
+        if isinstance(own, int)
+        else -1
+        for own in found
+    ] or [-1]
+
+
+def _gold(task: "Task", document: Any) -> Any:
+    if task.multiple_input:
+        return task.doc_to_text(document)
+    return task.doc_to_target(document)
