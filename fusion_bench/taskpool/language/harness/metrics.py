@@ -156,7 +156,7 @@ def _measured(task: "Task", name: str, behind: str) -> Measured:
     metric, terms = _closed(aggregation)
     if metric is None:
         metric = Metric(label, "", True, recompute=_Recomputed(f"{label} values", aggregation))
-    unit = "%" if name in _SHARES and metric.value is mean else metric.unit
+    unit = "%" if name in _SHARES else metric.unit
     better = task.higher_is_better().get(name)
     better = metric.higher_is_better if better is None else bool(better)
     # The names of stored arrays are parted by slashes.
