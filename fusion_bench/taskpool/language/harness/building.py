@@ -8,10 +8,12 @@ from typing import Any
 
 from fusion_bench.addresses import Folders
 from fusion_bench.problems import FusionBenchError, did_you_mean
-from fusion_bench.sources import load
+from fusion_bench.sources import load, reading
 from fusion_bench.taskpool.datasets import WHY_NOT_STREAMED, DatasetPlace, refuse_unusable
 from fusion_bench.taskpool.language.harness.folder import Code, Definition
+from fusion_bench.trust import argument_problems
 
+_LOADS = "datasets.load_dataset"
 #: In the order of what models are evaluated on.
 _EVALUATED = ("test_split", "validation_split")
 _SPLITS = (*_EVALUATED, "training_split", "fewshot_split")
@@ -23,7 +25,7 @@ def dataset_node(task: Definition) -> dict[str, Any] | None:
     A file's name in a user's task may be relative to the task's own folder.
 
     Raises:
-        FusionBenchError: there is no dataset.
+        FusionBenchError: there is no dataset, or one that must not be read.
     """
     config = task.config
     if "class" in config or config.get("custom_dataset") is not None:
@@ -42,7 +44,11 @@ def dataset_node(task: Definition) -> dict[str, Any] | None:
                 options[key] = _beside(options[key], task.at)
     if config.get("dataset_name") is not None:
         options["name"] = config["dataset_name"]
-    return {"_target_": "datasets.load_dataset", "path": path, **options}
+    node = {"_target_": _LOADS, "path": path, **options}
+    for key, problem in argument_problems(_LOADS, node):
+        place = ("dataset_path",) if key == "path" else ("dataset_kwargs", key)
+        raise FusionBenchError(problem, place=place)
+    return node
 
 
 def evaluated_split(task: Definition) -> str:
@@ -63,28 +69,33 @@ def build(task: Definition) -> Any:
     Raises:
         FusionBenchError: data that cannot be read, have no such split or no sample.
     """
-    from lm_eval.api.task import ConfigurableTask
-
     config = _resolved(deepcopy(dict(task.config)))
-    if "class" in config:
-        made_by = config["class"]
-        takes = inspect.signature(made_by).parameters
-        made = made_by(config=config) if "config" in takes else made_by()
-        made.config.task = task.name
-    else:
-        node = dataset_node(task)
-        if node is not None:
-            loaded = _loaded(task, node)
-            config |= {"custom_dataset": lambda **_: loaded, "dataset_kwargs": None}
+    node = dataset_node(task)
+    if node is not None:
+        loaded = _loaded(task, node)
+        config |= {"custom_dataset": lambda **_: loaded, "dataset_kwargs": None}
+    with reading("dataset", task.name):
         try:
-            made = ConfigurableTask(config=config)
-        except FusionBenchError:
+            made = _made(config)
+        except (FusionBenchError, OSError):
             raise
         except Exception as error:  # of a template, of the task's code, or of its data
             what = f"{type(error).__name__}: {error}"
             raise FusionBenchError(f"the task cannot be made: {what}.") from error
     if made.config.num_fewshot is None:
         made.set_config("num_fewshot", 0)
+    return made
+
+
+def _made(config: dict[str, Any]) -> Any:
+    from lm_eval.api.task import ConfigurableTask
+
+    if "class" not in config:
+        return ConfigurableTask(config=config)
+    made_by = config["class"]
+    takes = inspect.signature(made_by).parameters
+    made = made_by(config=config) if "config" in takes else made_by()
+    made.config.task = config["task"]
     return made
 
 

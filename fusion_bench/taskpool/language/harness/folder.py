@@ -164,9 +164,9 @@ class TaskFiles:
         hint = did_you_mean(name, [*self._users, *_shipped()])
         if not hint.startswith("Did"):  # else it would list thousands
             hint = "'lm-eval ls tasks' lists those of the harness."
-        said = "a file that names it could be one of these, which cannot be read:" if broken else ""
-        reason = f"there is no task or group '{name}'."
-        return FusionBenchError(reason, f"{hint} {said}".strip().capitalize(), details=broken)
+        if broken:
+            hint += " Some files cannot be read:"
+        return FusionBenchError(f"there is no task or group '{name}'.", hint, details=broken)
 
 
 def read(path: Path, root: Path | None = None, including: tuple[Path, ...] = ()) -> dict[str, Any]:

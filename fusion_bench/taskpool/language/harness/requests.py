@@ -74,10 +74,10 @@ def refuse_unusable(task: "Task", documents: "Sequence[Sequence[Instance]]") -> 
     """
     for number, requests in enumerate(documents):
         try:
-            for own in requests:
-                _refuse_empty(own)
             if _has_labels(task):
                 _refuse_label(task, requests[0].doc)
+            for own in requests:
+                _refuse_empty(own)
         except FusionBenchError as error:
             problem = error.problems[0]
             raise FusionBenchError(f"sample {number}: {problem.reason}", problem.remedy) from error
@@ -128,16 +128,13 @@ def _has_labels(task: "Task") -> bool:
 
 
 def _refuse_empty(request: "Instance") -> None:
-    asked = [request.args[0]]
-    if request.request_type == "loglikelihood":
-        asked = [request.args[1]]
-        if not isinstance(request.args[0], str):
-            raise FusionBenchError(f"the prompt {request.args[0]!r} is no text.")
-    for text in asked:
-        if not isinstance(text, str):
-            raise FusionBenchError(f"{text!r} is no text.")
-        if not text.strip() and request.request_type != "generate_until":
-            raise FusionBenchError("the text to score is empty.", "Leave the sample out.")
+    scored = 2 if request.request_type == "loglikelihood" else 1
+    *contexts, text = request.args[:scored]
+    for own in (*contexts, text):
+        if not isinstance(own, str):
+            raise FusionBenchError(f"{own!r} is no text.")
+    if not text and request.request_type != "generate_until":
+        raise FusionBenchError("the text to score is empty.", "Leave the sample out.")
 
 
 def _refuse_label(task: "Task", document: Any) -> None:

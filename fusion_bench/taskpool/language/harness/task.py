@@ -20,7 +20,6 @@ from torch import nn
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.results import SampleScores
-from fusion_bench.sources import reading
 from fusion_bench.taskpool.datasets import DatasetPlace, plan_dataset
 from fusion_bench.taskpool.language.harness.building import build, dataset_node, evaluated_split
 from fusion_bench.taskpool.language.harness.folder import Definition
@@ -89,8 +88,7 @@ class Built:
             FusionBenchError: it cannot be made.
         """
         check(self.definition)
-        with reading("dataset", self.definition.name):
-            return build(self.definition)
+        return build(self.definition)
 
 
 class HarnessTask:
@@ -159,12 +157,11 @@ class HarnessTask:
         with plan.collect(*self._place):
             require()
             check(definition)
-        place = DatasetPlace((*self._place, "dataset_path"))
-        with plan.collect():
+        with plan.collect(*self._place):
             node = dataset_node(definition)
             if node is not None:
-                node = {**node, "split": evaluated_split(definition)}
-                plan_dataset(plan, node, place, scratch)
+                node["split"] = evaluated_split(definition)
+                plan_dataset(plan, node, DatasetPlace(("dataset_path",)), scratch)
         with plan.collect("tokenizer"):
             if not self._tokenizer.exists:
                 raise no_tokenizer(self._given_tokenizer)

@@ -89,7 +89,7 @@ def test_texts_are_the_same(both: Both, way: str, task: str) -> None:
 
 def test_log_likelihoods_are_the_same(both: Both, record_property: Any) -> None:
     """The greatest difference of continuous values, for whoever wants to know it."""
-    pool, scores, theirs = both["plain"]
+    _, scores, theirs = both["plain"]
     rows = scores["likely"].statistics["perplexity"][:, 0]
     wanted = [-record["perplexity"] for record in theirs["samples"]["likely"]]
     greatest = float(np.abs(rows - wanted).max())
