@@ -13,6 +13,7 @@ from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.results import Metric
 from fusion_bench.results.metrics import BITS_PER_BYTE, PERPLEXITY, Details, Numbers, mean
 from fusion_bench.taskpool.language.generation import array_texts, text_array
+from fusion_bench.taskpool.language.harness.requests import is_plain
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -99,9 +100,7 @@ def measured(task: "Task", first: "Sequence[Instance]") -> list[Measured]:
         FusionBenchError: a metric that such a task does not measure.
     """
     declared = [name for name in task.aggregation() if name != _NOTHING]
-    runs_code = callable(getattr(task.config, "process_results", None)) or not hasattr(
-        task, "_metric_fn_list"
-    )
+    runs_code = not is_plain(task)
     try:
         found = _trial(task, first)
     except Exception as error:  # of a task's code, of its metrics or filters

@@ -66,6 +66,13 @@ def chat_template(
     return prompt
 
 
+def is_plain(task: "Task") -> bool:
+    """Return whether the harness itself scores a task's answers, and no code of the task."""
+    from lm_eval.api.task import ConfigurableTask
+
+    return type(task) is ConfigurableTask and not callable(task.config.process_results)
+
+
 def refuse_unusable(task: "Task", documents: "Sequence[Sequence[Instance]]") -> None:
     """Refuse documents that the harness would count as wrong, or fail on in the end.
 
@@ -122,9 +129,7 @@ def answers(task: "Task", samples: NDArray[np.int64]) -> "Mapping[str, Array]":
 
 def _has_labels(task: "Task") -> bool:
     """Return whether the harness itself compares the likeliest choice with a label."""
-    config = task.config
-    own = callable(getattr(config, "process_results", None))
-    return hasattr(task, "_metric_fn_list") and task.OUTPUT_TYPE == _CHOICE and not own
+    return is_plain(task) and task.OUTPUT_TYPE == _CHOICE
 
 
 def _refuse_empty(request: "Instance") -> None:
