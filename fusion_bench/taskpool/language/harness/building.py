@@ -11,6 +11,7 @@ from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.sources import load, reading
 from fusion_bench.taskpool.datasets import WHY_NOT_STREAMED, DatasetPlace, refuse_unusable
 from fusion_bench.taskpool.language.harness.folder import Code, Definition
+from fusion_bench.taskpool.language.harness.library import failure
 from fusion_bench.trust import argument_problems
 
 _LOADS = "datasets.load_dataset"
@@ -80,8 +81,7 @@ def build(task: Definition) -> Any:
         except (FusionBenchError, OSError):
             raise
         except Exception as error:  # of a template, of the task's code, or of its data
-            what = f"{type(error).__name__}: {error}"
-            raise FusionBenchError(f"the task cannot be made: {what}.") from error
+            raise failure("the task cannot be made", error) from error
     if made.config.num_fewshot is None:
         made.set_config("num_fewshot", 0)
     return made

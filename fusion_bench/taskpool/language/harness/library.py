@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,9 +18,12 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.trust import TRUST_REMOTE_CODE, trusts_remote_code
 
 #: It sets them for the whole process when it is imported.
 _VARIABLES = ("HF_XET_HIGH_PERFORMANCE", "HF_HUB_ENABLE_HF_TRANSFER")
+#: The package that runs scripts of metrics.
+_SCRIPTS = "evaluate"
 #: Its own seeds: of Python, of NumPy and torch, and of what draws the shots.
 _PYTHON_SEED = 0
 _OTHER_SEED = 1234
@@ -60,7 +64,7 @@ def tasks_folder() -> Path:
 
 @contextmanager
 def as_ours(verbosity: int = logging.ERROR) -> Iterator[None]:
-    """Let the harness render templates in a sandbox, draw the same each time, and be quiet.
+    """Let the harness render templates in a sandbox, run no scripts, draw the same, and be quiet.
 
     All that is changed for the context is as before after it.
 
@@ -78,7 +82,7 @@ def as_ours(verbosity: int = logging.ERROR) -> Iterator[None]:
     random.seed(_PYTHON_SEED)
     np.random.seed(_OTHER_SEED)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _no_scripts():
             torch.manual_seed(_OTHER_SEED)
             yield
     finally:
@@ -86,6 +90,47 @@ def as_ours(verbosity: int = logging.ERROR) -> Iterator[None]:
         logger.setLevel(before[2])
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
+
+
+def failure(what: str, error: Exception) -> FusionBenchError:
+    """Return what to raise where the harness, or code or a template of a task, has failed."""
+    if isinstance(error, ModuleNotFoundError) and error.name == _SCRIPTS:
+        return _refused_script()
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return FusionBenchError(f"{what}: {said.rstrip('.')}.")
+
+
+@contextmanager
+def _no_scripts() -> Iterator[None]:
+    """Let no metric be run from a folder or the Hub, as the package ``evaluate`` does."""
+    if trusts_remote_code():
+        yield
+        return
+    if (known := sys.modules.get(_SCRIPTS)) is None:
+        sys.modules[_SCRIPTS] = None  # type: ignore[assignment]  # so it cannot be imported
+        try:
+            yield
+        finally:
+            del sys.modules[_SCRIPTS]
+        return
+    loading: Any = known.loading
+    before, loading.evaluation_module_factory = loading.evaluation_module_factory, _refuse_script
+    try:
+        yield
+    finally:
+        loading.evaluation_module_factory = before
+
+
+def _refuse_script(*arguments: Any, **options: Any) -> None:
+    raise _refused_script()
+
+
+def _refused_script() -> FusionBenchError:
+    return FusionBenchError(
+        "a metric of the task would be run from a folder or the Hub.",
+        "If you trust it, allow it outside the config: --trust-remote-code, or "
+        f"{TRUST_REMOTE_CODE}=1 in the environment.",
+    )
 
 
 def _sandbox(environment: Any) -> ImmutableSandboxedEnvironment:

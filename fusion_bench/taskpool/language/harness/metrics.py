@@ -1,6 +1,7 @@
 """The harness's values of single samples as our statistics, and its aggregates as our metrics."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.results import Metric
 from fusion_bench.results.metrics import BITS_PER_BYTE, PERPLEXITY, Details, Numbers, mean
 from fusion_bench.taskpool.language.generation import array_texts, text_array
+from fusion_bench.taskpool.language.harness.library import failure
 from fusion_bench.taskpool.language.harness.requests import is_plain
 
 if TYPE_CHECKING:
@@ -105,9 +107,8 @@ def measured(task: "Task", first: "Sequence[Instance]") -> list[Measured]:
         found = _trial(task, first)
     except Exception as error:  # of a task's code, of its metrics or filters
         if not runs_code:
-            what = f"{type(error).__name__}: {error}"
-            raise FusionBenchError(f"the task cannot be scored: {what}.") from error
-        found = {own.name: declared for own in task._filters}
+            raise failure("the task cannot be scored", error) from error
+        found = {own.name: dict.fromkeys(declared) for own in task._filters}
     for name in declared if not runs_code else ():
         if not any(name in names for names in found.values()):
             raise FusionBenchError(
@@ -123,11 +124,26 @@ def measured(task: "Task", first: "Sequence[Instance]") -> list[Measured]:
     ]
     if not measures:
         raise FusionBenchError("the task measures nothing.", "Give it a 'metric_list'.")
+    for own in measures:
+        if own.terms is None:
+            _try_aggregation(task, own.name, found[own.filter][own.name])
     return measures
 
 
-def _trial(task: "Task", first: "Sequence[Instance]") -> dict[str, list[str]]:
-    """Return the names of metrics behind each filter."""
+def _try_aggregation(task: "Task", name: str, value: Any) -> None:
+    """Refuse what is missing before anything is computed; one made-up value may be too few."""
+    try:
+        task.aggregation()[name]([value])
+    except FusionBenchError:
+        raise
+    except ModuleNotFoundError as error:
+        raise failure(f"'{name}' cannot be computed", error) from error
+    except Exception:
+        return
+
+
+def _trial(task: "Task", first: "Sequence[Instance]") -> dict[str, dict[str, Any]]:
+    """Return the values of metrics behind each filter, for made-up answers."""
     made_up: dict[str, Callable[[int], Any]] = {
         "loglikelihood": lambda number: (-1.0 - number, False),
         "loglikelihood_rolling": lambda number: -1.0,
@@ -144,7 +160,7 @@ def _trial(task: "Task", first: "Sequence[Instance]") -> dict[str, list[str]]:
     for ensemble in task._filters:
         ensemble.apply(tried)
     return {
-        name: list(task.process_results(tried[0].doc, [own.filtered_resps[name] for own in tried]))
+        name: dict(task.process_results(tried[0].doc, [own.filtered_resps[name] for own in tried]))
         for name in tried[0].filtered_resps
     }
 
@@ -214,7 +230,9 @@ class _Recomputed:
             ]
             self._read = texts, read
         items = [self._read[1][i] for i in indices.tolist()]
-        return float(self._aggregation([own for own in items if own is not None]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of resamples with one class alone
+            return float(self._aggregation([own for own in items if own is not None]))
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,13 @@ from fusion_bench.results import SampleScores
 from fusion_bench.taskpool.datasets import DatasetPlace, plan_dataset
 from fusion_bench.taskpool.language.harness.building import build, dataset_node, evaluated_split
 from fusion_bench.taskpool.language.harness.folder import Definition
-from fusion_bench.taskpool.language.harness.library import SHOTS_SEED, as_ours, require, version
+from fusion_bench.taskpool.language.harness.library import (
+    SHOTS_SEED,
+    as_ours,
+    failure,
+    require,
+    version,
+)
 from fusion_bench.taskpool.language.harness.requests import (
     answers,
     chat_template,
@@ -288,9 +294,8 @@ class HarnessTask:
         except FusionBenchError:
             raise
         except Exception as error:  # of a template, of the task's code, or of its data
-            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             which = f"sample {len(started) - 1}" if started else "the task"
-            raise FusionBenchError(f"{which} cannot be asked: {what}.") from error
+            raise failure(f"{which} cannot be asked", error) from error
         made: list[list[Instance]] = []
         for own in task.instances:
             if own.doc_id == len(made):
@@ -327,8 +332,7 @@ class HarnessTask:
         except FusionBenchError:
             raise
         except Exception as error:  # of the task's code, its metrics or filters
-            what = f"{type(error).__name__}: {error}"
-            raise FusionBenchError(f"the answers cannot be scored: {what}.") from error
+            raise failure("the answers cannot be scored", error) from error
         return task, found["samples"][self.name]
 
     def _scores(

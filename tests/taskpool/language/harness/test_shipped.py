@@ -1,12 +1,14 @@
 """Tasks that come with the harness run with its code; here on made-up data."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures_harness import tiny_llama
 from lightning.fabric import Fabric
 
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
 from fusion_bench.taskpool.language.harness import building
 
@@ -23,6 +25,13 @@ HELLASWAG = {
     "label": "0",
 }
 GSM8K = {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}
+SQUAD = {
+    "id": "1",
+    "title": "Cats",
+    "context": "A cat sat.",
+    "question": "Who sat?",
+    "answers": {"text": ["A cat"], "answer_start": [0]},
+}
 DATA: Mapping[str, tuple[dict[str, Any], int]] = {
     "allenai/ai2_arc": (ARC, 3),
     "Rowan/hellaswag": (HELLASWAG, 3),
@@ -42,6 +51,29 @@ def local(monkeypatch: pytest.MonkeyPatch) -> None:
         return DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
 
     monkeypatch.setattr(building, "load", load)
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the task's own code load made-up data."""
+    import datasets
+
+    rows = datasets.Dataset.from_list([SQUAD] * 2)
+    found = datasets.DatasetDict(train=rows, validation=rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: found)
+
+
+@pytest.mark.usefixtures("answered")
+def test_a_metric_from_elsewhere_needs_the_users_word(
+    tokenizer: Any, fabric: Fabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squad_v2").mkdir()
+    (tmp_path / "squad_v2" / "squad_v2.py").write_text(f"open('{tmp_path}/canary', 'w')")
+    monkeypatch.chdir(tmp_path)  # where the harness would look for it
+    pool = LMEvalHarnessTaskPool("squadv2", tokenizer=tokenizer)
+    with pytest.raises(FusionBenchError, match=r"tasks\.squadv2: a metric .* --trust-remote-code"):
+        pool.prepare(fabric)
+    assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.usefixtures("local")
