@@ -170,7 +170,7 @@ def write_tasks(folder: Path) -> None:
         doc_to_target="{{text}}",
         metric_list=metrics("word_perplexity", "byte_perplexity", "bits_per_byte"),
     )
-    written = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    written = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
     write_task(
         folder,
         "written",

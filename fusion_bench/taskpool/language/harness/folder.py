@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Code(str):
 
     folder: Path
 
+    @property
+    def is_shipped(self) -> bool:
+        """Whether a file of the harness's own names it."""
+        return self.folder.is_relative_to(tasks_folder().resolve())
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -43,7 +48,8 @@ class Definition:
         name: as the harness calls it.
         config: its keys, as data.
         at: the folder of its file.
-        users: the folder that the user names, with the file in it; None for the harness's own.
+        users: the folder that the user names, with the file or a group that changes it; None for
+            what is the harness's own.
     """
 
     name: str
@@ -88,17 +94,22 @@ class TaskFiles:
         Raises:
             FusionBenchError: there is none, or its files cannot be read.
         """
-        return list(self._find(name, {}))
+        return list(self._find(name, {}, None))
 
-    def _find(self, name: str, changes: Mapping[str, Any]) -> Iterator[Definition]:
+    def _find(
+        self, name: str, changes: Mapping[str, Any], users: Path | None
+    ) -> Iterator[Definition]:
+        """Yield tasks with what a group changes of them; ``users`` is the group's folder."""
         found = self._file(name)
         if found is None:
             tagged = self._tagged(name)
             if not tagged:
                 raise self._unknown(name)
             for own in tagged:
-                yield from self._find(own, changes)
-        elif "group" in found.config and "class" not in found.config:
+                yield from self._find(own, changes, users)
+            return
+        found = replace(found, users=found.users or users)
+        if "group" in found.config and "class" not in found.config:
             yield from self._members(name, found, changes)
         else:
             yield self._task(name, found, {**found.config, **changes})
@@ -132,7 +143,7 @@ class TaskFiles:
             if not isinstance(inner, str):
                 raise FusionBenchError(f"the group '{name}' has a task {member!r}.")
             if self._file(inner) is not None or self._tagged(inner):
-                yield from self._find(inner, more)
+                yield from self._find(inner, more, group.users)
             elif "group" in own:
                 inline = Definition(inner, own, group.at, group.users)
                 yield from self._members(f"{name}.{inner}", inline, common)

@@ -50,15 +50,16 @@ def check(task: Definition) -> None:
 
 def _refuse_code(task: Definition) -> None:
     for place, value in _values(task.config):
-        if isinstance(value, Code):
+        if isinstance(value, Code) and not value.is_shipped:
             module = str(value).rpartition(".")[0]
-            raise _code(f"'!function {value}' would run '{module}' of '{task.at}'.", place)
-    for key in _CALLED:
-        if task.config.get(key) is not None:
-            raise _code("would be called.", (key,))
+            raise _code(f"'!function {value}' would run '{module}' of '{value.folder}'.", place)
     shots = task.config.get("fewshot_config")
-    if isinstance(shots, Mapping) and shots.get("process_docs") is not None:
-        raise _code("would be called.", ("fewshot_config", "process_docs"))
+    called: dict[tuple[str, ...], Any] = {(key,): task.config.get(key) for key in _CALLED}
+    if isinstance(shots, Mapping):
+        called["fewshot_config", "process_docs"] = shots.get("process_docs")
+    for place, value in called.items():
+        if value is not None and not isinstance(value, Code):
+            raise _code("would be called.", place)
     prompt = task.config.get("use_prompt")
     if prompt is not None and not str(prompt).startswith("qa-basic:"):
         raise FusionBenchError(
@@ -94,7 +95,7 @@ def _refuse_unknown_keys(config: Mapping[str, Any]) -> None:
 
     known = [field.name for field in fields(TaskConfig)]
     for key in config:
-        if key not in known:
+        if key not in (*known, "class"):
             raise FusionBenchError(
                 "is no key of a task.", did_you_mean(str(key), known), place=(str(key),)
             )

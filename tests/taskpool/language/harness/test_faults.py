@@ -214,8 +214,8 @@ def test_what_is_cut_and_what_is_tied_is_told(tasks: Path, tokenizer: Any, fabri
 
 
 def test_a_text_longer_than_the_model_is_told(tasks: Path, tokenizer: Any, fabric: Fabric) -> None:
-    with pytest.raises(FusionBenchError, match="asks for 8 new tokens"):
-        evaluated(own_pool("written", tasks, tokenizer), tiny_llama(length=8), fabric)
+    with pytest.raises(FusionBenchError, match="asks for 4 new tokens"):
+        evaluated(own_pool("written", tasks, tokenizer), tiny_llama(length=4), fabric)
 
 
 def test_the_batch_size_does_not_count(
@@ -245,7 +245,7 @@ def test_a_chat_template_is_part_of_the_key(tasks: Path, chatting: Any, fabric: 
 def test_what_is_sampled_twice_is_drawn_twice(
     folder: Path, tokenizer: Any, model: nn.Module, fabric: Fabric
 ) -> None:
-    sampled = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8, "until": ["\n"]}
+    sampled = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 4, "until": ["\n"]}
     write_task(
         folder,
         "drawn",

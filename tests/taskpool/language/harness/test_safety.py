@@ -19,6 +19,8 @@ from lightning.fabric import Fabric
 
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
+from fusion_bench.taskpool.language.harness.folder import TaskFiles
+from fusion_bench.taskpool.language.harness.safety import check
 
 ASKED = {**from_file("data.jsonl"), **CHOICE, "metric_list": metrics("acc")}
 CODE = (
@@ -82,6 +84,23 @@ def test_code_runs_where_the_user_says_so(
     pool = own_pool("one", folder, tokenizer)
     pool.prepare(fabric)
     assert len(pool.tasks["one"]) == 1 and (folder.parent / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("process_results: !function own.run", "process_results: '!function own.run' would run"),
+        ("process_docs: own.run", "process_docs: would be called"),
+        ("use_prompt: '/etc/x.yaml:a'", "use_prompt: '/etc/x.yaml:a' is read"),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_group_cannot_lend_its_code_to_shipped_tasks(
+    folder: Path, tokenizer: Any, change: str, reason: str, inside: bool
+) -> None:
+    task = f"  - task: hellaswag\n    {change}\n" if inside else f"  - hellaswag\n{change}\n"
+    (folder / "own.yaml").write_text(f"group: lent\ntask:\n{task}")
+    assert f"tasks.hellaswag.{reason}" in problems(folder, tokenizer, "lent")
 
 
 def test_what_a_model_writes_runs_where_the_user_says_so(
@@ -186,6 +205,14 @@ def test_a_broken_file_is_told_where_its_task_is_wanted(
     assert problems(folder, tokenizer, "good") == ""
     with pytest.raises(FusionBenchError, match=rf"there is no task or group 'one'(.|\n)*{reason}"):
         own_pool("one", folder, tokenizer)
+
+
+def test_a_group_may_change_a_shipped_task(folder: Path) -> None:
+    text = "group: mine\ntask:\n  - task: hellaswag\n    num_fewshot: 3\n  - squadv2\n"
+    (folder / "own.yaml").write_text(text)
+    for definition in TaskFiles([folder]).find("mine"):
+        check(definition)  # their own code may run
+    assert TaskFiles([folder]).find("mine")[0].config["num_fewshot"] == 3
 
 
 def test_unknown_names_get_the_nearest(folder: Path, tokenizer: Any) -> None:
