@@ -1,5 +1,6 @@
 """A stranger's task is data: nothing in it runs, and what is wrong with it is one line."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fixtures_harness import (
 from lightning.fabric import Fabric
 
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.scripts.cli import _allowed
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
 from fusion_bench.taskpool.language.harness.folder import TaskFiles
 from fusion_bench.taskpool.language.harness.safety import check
@@ -84,6 +86,12 @@ def test_code_runs_where_the_user_says_so(
     pool = own_pool("one", folder, tokenizer)
     pool.prepare(fabric)
     assert len(pool.tasks["one"]) == 1 and (folder.parent / "canary").exists()
+
+
+def test_the_users_word_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_BENCH_RUN_UNSAFE_CODE", "0")
+    assert _allowed(["seed=1", "--run-unsafe-code"]) == ["seed=1"]
+    assert os.environ["FUSION_BENCH_RUN_UNSAFE_CODE"] == "1"
 
 
 @pytest.mark.parametrize(
