@@ -191,7 +191,18 @@ class LanguageTask(ABC, Generic[Item]):
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
         """Return how many samples were cut, and for how many choices were tied."""
-        return sample_notes(self.name, model, scores)
+        notes = []
+        if cut := _count(scores, "truncated"):
+            notes.append(
+                f"Task '{self.name}': {cut} of {scores.num_samples} samples are longer than what "
+                "the model reads, and lost their beginnings."
+            )
+        if tied := _count(scores, "tied"):
+            notes.append(
+                f"'{model}' on '{self.name}': the best choices of {tied} of {scores.num_samples} "
+                "samples are tied; the first of them is taken."
+            )
+        return notes
 
     def data(self, name: str, node: Any, place: DatasetPlace, how: Evaluation) -> LearningData:
         """Return another dataset of the task, for methods to learn from.
@@ -286,22 +297,6 @@ def marked(numbers: "set[int]", owners: Sequence[int], count: int) -> NDArray[np
     found = np.zeros(count, dtype=np.int64)
     found[[owners[number] for number in numbers]] = 1
     return found
-
-
-def sample_notes(task: str, model: str, scores: SampleScores) -> list[str]:
-    """Return how many samples were cut, and for how many choices were tied."""
-    notes = []
-    if cut := _count(scores, "truncated"):
-        notes.append(
-            f"Task '{task}': {cut} of {scores.num_samples} samples are longer than what "
-            "the model reads, and lost their beginnings."
-        )
-    if tied := _count(scores, "tied"):
-        notes.append(
-            f"'{model}' on '{task}': the best choices of {tied} of {scores.num_samples} "
-            "samples are tied; the first of them is taken."
-        )
-    return notes
 
 
 def _count(scores: SampleScores, name: str) -> int:

@@ -38,7 +38,7 @@ from fusion_bench.taskpool.language.harness.requests import (
 )
 from fusion_bench.taskpool.language.harness.safety import check
 from fusion_bench.taskpool.language.model import LanguageModel
-from fusion_bench.taskpool.language.task import no_tokenizer, sample_notes
+from fusion_bench.taskpool.language.task import no_tokenizer
 from fusion_bench.taskpool.task import Evaluation, LearningData, TaskDescription
 from fusion_bench.tokenizer import TokenizerSource
 
@@ -237,7 +237,23 @@ class HarnessTask:
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
         """Return how many samples were cut, and for how many choices were tied."""
-        return sample_notes(self.name, model, scores)
+        counts = {
+            name: int(scores.details[name].astype(np.int64).sum())
+            for name in ("truncated", "tied")
+            if name in scores.details
+        }
+        notes = []
+        if cut := counts.get("truncated"):
+            notes.append(
+                f"Task '{self.name}': {cut} of {scores.num_samples} samples are longer than what "
+                "the model reads, and lost their beginnings."
+            )
+        if tied := counts.get("tied"):
+            notes.append(
+                f"'{model}' on '{self.name}': the best choices of {tied} of {scores.num_samples} "
+                "samples are tied; the first of them is taken."
+            )
+        return notes
 
     def plan_data(self, plan: Plan, node: Any, place: DatasetPlace, scratch: Path | None) -> None:
         """Refuse to be learned from."""
