@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fusion_bench.pretrained import from_pretrained
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.repository import Repository
-from fusion_bench.sources import load, reading
+from fusion_bench.repository import Repository, locate
+from fusion_bench.sources import load, plain_source, reading, unbuilt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,11 +25,31 @@ class TokenizerSource:
         find: returns the folder with its files, a config node, or the tokenizer; ``None`` where
             there is none. It may raise a ``FusionBenchError`` that names its own place.
         check: raises one where files that are here do not fit the models.
+        unbuilt: returns where the zoo has to be built before it can be looked for, if that is so.
     """
 
-    def __init__(self, find: Callable[[], object], check: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        find: Callable[[], object],
+        check: Callable[[], None] = lambda: None,
+        unbuilt: Callable[[], Path | None] = lambda: None,
+    ):
         self._find = find
         self._check = check
+        self._unbuilt = unbuilt
+
+    @classmethod
+    def named(cls, given: object) -> "TokenizerSource":
+        """Return that of a name, a config node or a tokenizer."""
+        given = plain_source(given)
+        if isinstance(given, str):
+            return cls(lambda: locate(given), unbuilt=lambda: unbuilt(given))
+        return cls(lambda: given)
+
+    @property
+    def unbuilt(self) -> Path | None:
+        """Where the zoo has to be built before more is known; ``None`` where it is not needed."""
+        return self._unbuilt()
 
     @cached_property
     def _found(self) -> object:

@@ -25,6 +25,10 @@ ALLOW = "FUSION_BENCH_ALLOW"
 ALLOW_ENVIRONMENT = "FUSION_BENCH_ALLOW_ENV"
 #: Set to 1, repositories may bring code of their own.
 TRUST_REMOTE_CODE = "FUSION_BENCH_TRUST_REMOTE_CODE"
+#: Set to 1, tasks may run what a model has written, as those do that score programs.
+RUN_UNSAFE_CODE = "FUSION_BENCH_RUN_UNSAFE_CODE"
+#: Allowed like a package: code that files of a user's own tasks for lm-eval name.
+TASK_CODE = "lm_eval_tasks"
 
 #: Our packages whose public names a config may call.
 _OURS = ("method", "modelpool", "taskpool", "programs")
@@ -132,6 +136,16 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
 def trusts_remote_code() -> bool:
     """Return whether the user allows code from repositories."""
     return os.environ.get(TRUST_REMOTE_CODE) == "1"
+
+
+def runs_unsafe_code() -> bool:
+    """Return whether the user allows tasks to run what a model has written."""
+    return os.environ.get(RUN_UNSAFE_CODE) == "1"
+
+
+def trusts_task_code() -> bool:
+    """Return whether the user allows code that files of own tasks name."""
+    return TASK_CODE in allowed_packages()
 
 
 def fetches_code(kernel: Any) -> bool:

@@ -37,6 +37,7 @@ from fusion_bench.problems import (
     within,
 )
 from fusion_bench.repository import Repository, locate
+from fusion_bench.sources import unbuilt
 from fusion_bench.storage import check_file_name, read_json, write_text
 from fusion_bench.tokenizer import TokenizerSource, tokenizer_files
 from fusion_bench.weights import (
@@ -265,7 +266,14 @@ class HFModelPool:
     @cached_property
     def tokenizer(self) -> TokenizerSource:
         """The models' tokenizer: the one that a merged model gets."""
-        return TokenizerSource(self._tokenizer, self._check_tokenizer)
+        return TokenizerSource(self._tokenizer, self._check_tokenizer, self._unbuilt)
+
+    def _unbuilt(self) -> Path | None:
+        """Return where the zoo is to be built that has the tokenizer."""
+        if self._processor is not None:
+            return self._processor.unbuilt
+        node = self._source(self._reference).named.node
+        return unbuilt(node) if isinstance(node, str) else None
 
     def _tokenizer(self) -> object:
         if self._processor is not None:

@@ -35,9 +35,14 @@ class Processor:
         with within("processor"):
             return None if self._source is None else self._source.at
 
+    @property
+    def unbuilt(self) -> Path | None:
+        """Where the zoo has to be built that has it, if that is so."""
+        return None if self._source is None else unbuilt(self._source.name)
+
     def plan(self, plan: Plan) -> None:
         """Note files that are not here."""
-        if self._source is not None and unbuilt(self._source.name) is None:
+        if self._source is not None and self.unbuilt is None:
             with plan.collect("processor"):
                 plan.download(self._source.at, *processor_files(self._source.at))
 

@@ -119,10 +119,10 @@ class SampleScores:
         import pyarrow
         from pyarrow import parquet
 
-        columns: dict[str, Array] = {"sample": self.samples}
+        columns: dict[str, Array | list[str]] = {"sample": self.samples}
         if self.clusters is not None:
             columns["cluster"] = self.clusters
-        columns |= {name.removesuffix("s"): own for name, own in self.details.items()}
+        columns |= {name.removesuffix("s"): _column(own) for name, own in self.details.items()}
         for name, rows in self.statistics.items():
             if rows.shape[1] == 2 and (rows[:, 1] == 1).all():
                 columns[name] = rows[:, 0]
@@ -181,6 +181,13 @@ def compact(array: Array, dtypes: Sequence[type[np.generic]]) -> Array:
             if np.array_equal(back, array, equal_nan=array.dtype.kind == "f"):
                 return np.ascontiguousarray(small)
     return np.ascontiguousarray(array)
+
+
+def _column(own: Array) -> Array | list[str]:
+    """Return what a table takes; rows of bytes, filled up with zeros, are texts."""
+    if own.ndim == 1:
+        return own
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in own.astype(np.uint8)]
 
 
 def _whole(array: Array) -> NDArray[np.int64]:

@@ -46,7 +46,7 @@ from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.shown import colour, message, set_up_streams
 from fusion_bench.storage import disk_failures
-from fusion_bench.trust import ALLOW, TRUST_REMOTE_CODE
+from fusion_bench.trust import ALLOW, RUN_UNSAFE_CODE, TRUST_REMOTE_CODE
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,8 @@ def _allowed(words: list[str]) -> list[str]:
             os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
         elif word == "--trust-remote-code":
             os.environ[TRUST_REMOTE_CODE] = "1"
+        elif word == "--run-unsafe-code":
+            os.environ[RUN_UNSAFE_CODE] = "1"
         else:
             left.append(word)
     return left

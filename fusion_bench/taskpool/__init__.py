@@ -10,6 +10,7 @@ from fusion_bench.taskpool.images.tuning import TuningImages
 from fusion_bench.taskpool.language.choices import MultipleChoiceTask
 from fusion_bench.taskpool.language.classification import SequenceClassificationTask
 from fusion_bench.taskpool.language.generation import GenerationTask
+from fusion_bench.taskpool.language.harness.pool import LMEvalHarnessTaskPool
 from fusion_bench.taskpool.language.perplexity import PerplexityTask
 from fusion_bench.taskpool.language.similarity import SimilarityTask
 from fusion_bench.taskpool.language.text_labels import TextLabelTask
@@ -21,6 +22,7 @@ __all__ = [
     "DepthTask",
     "GenerationTask",
     "ImageClassificationTaskPool",
+    "LMEvalHarnessTaskPool",
     "LearningData",
     "MultipleChoiceTask",
     "NormalsTask",

@@ -146,6 +146,7 @@ def cases() -> Iterator[Hostile]:
     yield from _arguments()
     yield from _of_hydra()
     yield from _secrets()
+    yield from _task_folders()
 
 
 def _nested() -> Iterator[Hostile]:
@@ -306,6 +307,87 @@ def _of_hydra() -> Iterator[Hostile]:
     plugin = {"hydra_plugins/stranger.py": _PYTHON}
     launcher = {"launcher": {"_target_": "hydra_plugins.stranger.Launcher"}}
     yield hydra("a plugin of its own", launcher, words=["-m", "seed=1"], files=plugin)
+
+
+def _task_folders() -> Iterator[Hostile]:
+    """Yield folders with a task for lm-eval, which a user takes from somewhere."""
+    touch = f"import os\nos.system('{_TOUCH}')\ndef run(*a, **k): return a[0]\n"
+    data = {"tasks/data.jsonl": '{"q": "a", "right": 0}\n'}
+    good = (
+        "task: stranger\noutput_type: multiple_choice\ndataset_path: json\ntest_split: test\n"
+        "dataset_kwargs: {data_files: {test: data.jsonl}}\ndoc_to_choice: ['a', 'b']\n"
+        "doc_to_target: right\n"
+    )
+    ask = "doc_to_text: q\n"
+    metric = good + ask + "metric_list:\n- {metric: scores, hf_evaluate: true}\n"
+    bad: dict[str, str | Mapping[str, str]] = {
+        **{
+            f"!function in {key}": good + ask + f"{key}: !function code.run\n"
+            for key in (
+                *("process_docs", "process_results", "doc_to_choice", "custom_dataset"),
+                *("doc_to_decontamination_query", "description", "gen_prefix"),
+            )
+        },
+        "!function of Python": good + ask + "process_docs: !function os.system\n",
+        "!function for text": good + "doc_to_text: !function code.run\n",
+        "!function for shots": good + ask + "fewshot_config: {sampler: !function code.run}\n",
+        "!function for a metric": good + ask + "metric_list: [{metric: !function code.run}]\n",
+        "!function for an aggregation": good
+        + ask
+        + "metric_list: [{metric: acc, aggregation: !function code.run}]\n",
+        "!function for a filter": good
+        + ask
+        + "filter_list: [{name: x, filter: [{function: custom, filter_fn: !function code.run}]}]\n",
+        "!function as a key": good + ask + "metadata: {!function code.run : 1}\n",
+        "class": "task: stranger\nclass: !function code.run\n",
+        "class of Python": "task: stranger\nclass: !function os.system\n",
+        "a metric's folder": {"tasks/stranger.yaml": metric, "scores/scores.py": touch},
+        "a metric beside": {"tasks/stranger.yaml": metric, "scores.py": touch},
+        "a metric's folder, unmarked": {
+            "tasks/stranger.yaml": good + ask + "metric_list: [{metric: scores}]\n",
+            "scores/scores.py": touch,
+        },
+        "a script of data": {
+            "tasks/stranger.yaml": good.replace("json\n", "./own\n") + ask,
+            "tasks/own/own.py": touch,
+        },
+        "pickled data": {
+            "tasks/stranger.yaml": good.replace("path: json", "path: pandas") + ask,
+            "tasks/data.jsonl": "cos\nsystem\n(S'touch canary'\ntR.",
+        },
+        "an unsafe task": good + ask + "unsafe_code: true\n",
+        "an include of elsewhere": {
+            "tasks/stranger.yaml": good + ask + "include: ../other.yaml\n",
+            "other.yaml": "process_docs: !function code.run\n",
+        },
+        "an include of a secret": good + ask + "include: /etc/hostname\n",
+        "an include of itself": good + ask + "include: stranger.yaml\n",
+        "a prompt of elsewhere": good + ask + "use_prompt: '/etc/hostname.yaml:x'\n",
+        "a tag of YAML": good + ask + "metadata: !!python/object/apply:os.system [touch canary]\n",
+        "aliases": good
+        + ask
+        + "metadata:\n  a: &a [x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"  {new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n"
+            for old, new in zip("abcdefg", "bcdefgh", strict=True)
+        ),
+        "data of an address": good.replace("data.jsonl", "'file::http://127.0.0.1:9/x.jsonl'")
+        + ask,
+        "a group with code": {
+            "tasks/group.yaml": "group: stranger\ntask: [inner]\n"
+            "process_docs: !function code.run\n",
+            "tasks/inner.yaml": good.replace("task: stranger", "task: inner") + ask,
+        },
+    }
+    for name, given in bad.items():
+        files = {"tasks/stranger.yaml": given} if isinstance(given, str) else given
+        pool = {"tasks": ["stranger"], "include_path": "tasks", "tokenizer": "./none"}
+        yield Hostile(
+            f"a task: {name}",
+            {"taskpool": pool},
+            words=["taskpool=LMEvalHarnessTaskPool/_template"],
+            files={"tasks/code.py": touch, **data, **files},
+        )
 
 
 def _secrets() -> Iterator[Hostile]:

@@ -4,6 +4,7 @@ import logging
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -344,7 +345,7 @@ class LanguageModel:
             torch.random.fork_rng(devices=random),
             self.how.fabric.autocast(),
         ):
-            torch.manual_seed(0)
+            torch.manual_seed(requests[0].seed)
             written = module.generate(
                 ids.to(device), attention_mask=mask.to(device), stopping_criteria=stopping
             )
@@ -402,8 +403,7 @@ class LanguageModel:
             )
         if len(request.context) <= room:
             return request
-        settings = request.stop, request.max_new_tokens, request.options
-        return Generation(request.context[-room:], *settings)
+        return replace(request, context=request.context[-room:])
 
     def _refuse_infinite(self, values: NDArray[np.float64]) -> None:
         if not np.isfinite(values).all():

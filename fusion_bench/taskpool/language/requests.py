@@ -33,17 +33,20 @@ class Generation:
         stop: texts before which the answer ends.
         max_new_tokens: where it ends at the latest.
         options: arguments of transformers' ``GenerationConfig``; without any it is greedy.
+        seed: of what is drawn, for a text that is sampled several times.
     """
 
     context: Tokens
     stop: tuple[str, ...] = ()
     max_new_tokens: int = 256
     options: Mapping[str, float | int | bool] = field(default_factory=dict, hash=False)
+    seed: int = 0
 
     @property
     def settings(self) -> str:
         """All but the context; requests with the same may be answered at once."""
-        return json.dumps([self.stop, self.max_new_tokens, dict(self.options)], sort_keys=True)
+        own = [self.stop, self.max_new_tokens, dict(self.options), self.seed]
+        return json.dumps(own, sort_keys=True)
 
     def key(self) -> bytes:
         """Return a hash of the request."""

@@ -13,11 +13,9 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusion_bench.plan import Plan
+from fusion_bench.plan import Plan, zoo_step
 from fusion_bench.problems import FusionBenchError, Place, check_between, within
-from fusion_bench.repository import locate
 from fusion_bench.results import Example, Metric, SampleScores
-from fusion_bench.sources import plain_source, unbuilt
 from fusion_bench.taskpool.datasets import DatasetPlace, plan_dataset
 from fusion_bench.taskpool.language.encoding import Encoder
 from fusion_bench.taskpool.language.model import LanguageModel
@@ -75,11 +73,7 @@ class LanguageTask(ABC, Generic[Item]):
         with within("metrics"):
             self.metrics = chosen_metrics(metrics, self.measured)
         self._given_tokenizer = tokenizer is not None
-        given = plain_source(tokenizer)
-        self._tokenizer = TokenizerSource(
-            (lambda: locate(given)) if isinstance(given, str) else lambda: given
-        )
-        self._unbuilt = given if isinstance(given, str) else None
+        self._tokenizer = TokenizerSource.named(tokenizer)
         self._texts: Texts | None = None
         self._items: list[Item] | None = None
 
@@ -131,13 +125,7 @@ class LanguageTask(ABC, Generic[Item]):
         with plan.collect():
             self.plan_data(plan, self._node, self._place, scratch)
         with plan.collect(*self.settings, "tokenizer"):
-            if self._unbuilt is None or unbuilt(self._unbuilt) is None:
-                self._plan_tokenizer(plan)
-
-    def _plan_tokenizer(self, plan: Plan) -> None:
-        if not self._tokenizer.exists:
-            raise no_tokenizer(self._given_tokenizer)
-        self._tokenizer.plan(plan)
+            plan_tokenizer(plan, self._tokenizer, self._given_tokenizer)
 
     def plan_data(self, plan: Plan, node: Any, place: DatasetPlace, scratch: Path | None) -> None:
         """Likewise for another dataset of the task."""
@@ -193,17 +181,7 @@ class LanguageTask(ABC, Generic[Item]):
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
         """Return how many samples were cut or tied, and which metrics have no value."""
-        notes = []
-        if cut := _count(scores, "truncated"):
-            notes.append(
-                f"Task '{self.name}': {cut} of {scores.num_samples} samples are longer than what "
-                f"the model reads, and lost their {self.loses}."
-            )
-        if tied := _count(scores, "tied"):
-            notes.append(
-                f"'{model}' on '{self.name}': the best choices of {tied} of {scores.num_samples} "
-                "samples are tied; the first of them is taken."
-            )
+        notes = sample_notes(self.name, model, scores, self.loses)
         measured = [own for own in self.metrics if scores.has(own)]
         if lacking := [own.name for own in measured if np.isnan(scores.value(own))]:
             notes.append(
@@ -293,13 +271,45 @@ class LanguageTask(ABC, Generic[Item]):
         return {key: template.text for key, template in self.templates.items()}
 
 
-def no_tokenizer(given: bool) -> FusionBenchError:
-    """Return what to raise where there is no tokenizer."""
-    if given:
-        return FusionBenchError("there is no tokenizer.", "Name a folder that has one.")
-    return FusionBenchError(
-        "the models have no tokenizer.", "Name one: '{here}tokenizer=path/to/one'."
-    )
+def plan_tokenizer(plan: Plan, source: TokenizerSource, given: bool) -> None:
+    """Note in a plan what a tokenizer takes.
+
+    Args:
+        plan: the plan.
+        source: the tokenizer.
+        given: whether the task pool's config names it; else it is that of the models.
+
+    Raises:
+        FusionBenchError: there is none, or it does not fit the models.
+    """
+    if place := source.unbuilt:
+        plan.add(zoo_step(place))
+        return
+    if not source.exists:
+        if given:
+            raise FusionBenchError("there is no tokenizer.", "Name a folder that has one.")
+        raise FusionBenchError(
+            "the models have no tokenizer.", "Name one: '{here}tokenizer=path/to/one'."
+        )
+    source.plan(plan)
+
+
+def sample_notes(
+    task: str, model: str, scores: SampleScores, loses: str = "beginnings"
+) -> list[str]:
+    """Return how many samples were cut, and lost their beginnings or ends, and how many tied."""
+    notes = []
+    if cut := _count(scores, "truncated"):
+        notes.append(
+            f"Task '{task}': {cut} of {scores.num_samples} samples are longer than what the model "
+            f"reads, and lost their {loses}."
+        )
+    if tied := _count(scores, "tied"):
+        notes.append(
+            f"'{model}' on '{task}': the best choices of {tied} of {scores.num_samples} samples "
+            "are tied; the first of them is taken."
+        )
+    return notes
 
 
 def marked(numbers: "set[int]", owners: Sequence[int], count: int) -> NDArray[np.int64]:

@@ -1,0 +1,1 @@
+"""Tasks of the Language Model Evaluation Harness, the package ``lm-eval``."""
