@@ -20,6 +20,7 @@ def recomputed(name: str, predictions: list[float], labels: list[float]) -> floa
 
 BY_HAND = {
     "accuracy": ([[1, 1], [0, 1], [1, 1], [1, 1]], 3 / 4),
+    "accuracy_per_byte": ([[1, 1], [0, 1], [0, 1], [0, 1]], 1 / 4),
     "exact_match": ([[1, 1], [0, 1]], 1 / 2),
     "loss": ([[0.5, 1], [1.5, 1]], 1.0),
     "perplexity": ([[np.log(8), 2], [np.log(2), 2]], 2.0),  # 16 to the power of 1/4
@@ -48,6 +49,7 @@ RECOMPUTED = {
 #: The direction, whether values may be divided, and the unit.
 READ = {
     "accuracy": (True, True, "%"),
+    "accuracy_per_byte": (True, True, "%"),
     "exact_match": (True, True, "%"),
     "loss": (False, True, "nats"),
     "perplexity": (False, False, ""),

@@ -9,9 +9,8 @@ from fixtures_harness import by_harness, own_pool
 from lightning.fabric import Fabric
 from torch import nn
 
-from fusion_bench.results import SampleScores
+from fusion_bench.results import SampleScores, array_texts
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
-from fusion_bench.taskpool.language.generation import array_texts
 
 #: A group of two is among them.
 NAMES = ["both", "shots", "listed", "mutual", "binary", "likely", "rolling", "filtered"]

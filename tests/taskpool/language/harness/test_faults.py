@@ -23,9 +23,8 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.results import SampleScores
+from fusion_bench.results import SampleScores, array_texts
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
-from fusion_bench.taskpool.language.generation import array_texts
 
 
 def texts(scores: SampleScores) -> list[str]:
