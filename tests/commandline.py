@@ -54,6 +54,7 @@ def fusion_bench(
     timeout: float = 300,
     stdout: Path | None = None,
     stderr: Path | None = None,
+    stdin: Path = Path(os.devnull),
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
 
@@ -62,7 +63,7 @@ def fusion_bench(
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
     command = [str(SCRIPT), *arguments]
     to = (stdout, stderr)
-    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to)
+    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to, stdin)
 
 
 def python(
@@ -97,6 +98,7 @@ def _warm(
     env: Mapping[str, str],
     timeout: float,
     to: tuple[Path | None, Path | None] = (None, None),
+    stdin: Path = Path(os.devnull),
 ) -> subprocess.CompletedProcess[str]:
     alike = _for_libraries(env) == _for_libraries(_environment())
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
@@ -104,13 +106,13 @@ def _warm(
     with (
         to[0].open("wb") if to[0] else tempfile.TemporaryFile() as out,
         to[1].open("wb") if to[1] else tempfile.TemporaryFile() as err,
-        Path(os.devnull).open("rb") as nothing,
+        stdin.open("rb") as answers,
         socket.socket(socket.AF_UNIX) as connection,
     ):
         with _STARTING:
             server = _server()[alike]
         connection.connect(server)
-        streams = [nothing.fileno(), out.fileno(), err.fileno()]
+        streams = [answers.fileno(), out.fileno(), err.fileno()]
         socket.send_fds(connection, [len(body).to_bytes(8)], streams)
         connection.sendall(body)
         answer = connection.makefile("r")

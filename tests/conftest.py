@@ -1,5 +1,6 @@
 """What several packages' tests share: a small family of CLIP models and tasks on disk."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     # The models are built with two threads, which else wait for each other at full speed.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    gc.disable()  # until all tests are imported: to look through what stays takes seconds
 
 import pytest
 import torch
@@ -83,6 +85,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return next(found, len(FIRST))
 
     items.sort(key=place)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
