@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -55,15 +55,17 @@ def fusion_bench(
     stdout: Path | None = None,
     stderr: Path | None = None,
     stdin: Path = Path(os.devnull),
+    begun: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
 
-    What goes to a file of the caller's, ``stdout`` or ``stderr``, is not returned.
+    What goes to a file of the caller's, ``stdout`` or ``stderr``, is not returned. ``begun`` is
+    called with the process's id.
     """
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
     command = [str(SCRIPT), *arguments]
     to = (stdout, stderr)
-    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to, stdin)
+    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to, stdin, begun)
 
 
 def python(
@@ -99,6 +101,7 @@ def _warm(
     timeout: float,
     to: tuple[Path | None, Path | None] = (None, None),
     stdin: Path = Path(os.devnull),
+    begun: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
     alike = _for_libraries(env) == _for_libraries(_environment())
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
@@ -117,6 +120,7 @@ def _warm(
         connection.sendall(body)
         answer = connection.makefile("r")
         pid = int(answer.readline())
+        begun(pid)
         connection.settimeout(timeout)
         try:
             code_of_end = int(answer.readline())
