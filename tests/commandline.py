@@ -7,6 +7,7 @@ import atexit
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -24,6 +25,10 @@ _READ_AT_IMPORT = re.compile(
     r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
     re.I,
 )
+#: The variable with the servers' addresses.
+SERVERS = "FUSION_BENCH_TESTS_SERVERS"
+#: In which the servers are started: of before any test.
+_ENVIRONMENT = dict(os.environ)
 #: Held so that threads start one pair of servers.
 _STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
@@ -103,7 +108,7 @@ def _warm(
     stdin: Path = Path(os.devnull),
     begun: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
-    alike = _for_libraries(env) == _for_libraries(_environment())
+    alike = _for_libraries(env) == _for_libraries(_ENVIRONMENT)
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
     body = json.dumps(request).encode()
     with (
@@ -113,7 +118,7 @@ def _warm(
         socket.socket(socket.AF_UNIX) as connection,
     ):
         with _STARTING:
-            server = _server()[alike]
+            server = _servers()[alike]
         connection.connect(server)
         streams = [answers.fileno(), out.fileno(), err.fileno()]
         socket.send_fds(connection, [len(body).to_bytes(8)], streams)
@@ -141,15 +146,11 @@ def _for_libraries(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if _READ_AT_IMPORT.match(name)}
 
 
-@cache
-def _environment() -> dict[str, str]:
-    """The environment in which the servers were started."""
-    return dict(os.environ)
+def servers() -> tuple[str, str]:
+    """Return the addresses of the first server and of the second, for all processes of the tests.
 
-
-@cache
-def _server() -> tuple[str, str]:
-    """Start the servers; return the addresses of the first and of the second."""
+    They are started here when something is asked of one, which waits for it then.
+    """
     directory = tempfile.TemporaryDirectory(prefix="warm-")
     listeners, places = [], []
     for name in ("first", "second"):
@@ -158,22 +159,32 @@ def _server() -> tuple[str, str]:
         listener.bind(places[-1])
         listener.listen(8)
         listeners.append(listener)
-    numbers = [listener.fileno() for listener in listeners]
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm.py")), *map(str, numbers)],
-        pass_fds=numbers,
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-    )
-    for listener in listeners:
-        listener.close()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        select.select(listeners, [], [])
+        numbers = [listener.fileno() for listener in listeners]
+        command = [sys.executable, str(Path(__file__).with_name("warm.py")), *map(str, numbers)]
+        nothing = subprocess.DEVNULL
+        started.append(subprocess.Popen(command, pass_fds=numbers, env=_ENVIRONMENT, stdin=nothing))
+        for listener in listeners:
+            listener.close()
 
     def end() -> None:
-        for place in places:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(place)
-        process.wait(30)
+        for process in started:
+            for place in places:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(place)
+            process.wait(30)
         directory.cleanup()
 
+    threading.Thread(target=start, daemon=True).start()
     atexit.register(end)
     return places[0], places[1]
+
+
+@cache
+def _servers() -> tuple[str, str]:
+    """Return the addresses that the process that began the tests has told, or else its own."""
+    first, _, second = os.environ.get(SERVERS, "").partition(",")
+    return (first, second) if second else servers()
