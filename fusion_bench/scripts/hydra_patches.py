@@ -63,17 +63,16 @@ def _yaml_loader() -> Any:
     if not yaml.__with_libyaml__:
         return loader
 
-    class Loader(yaml.cyaml.CParser, loader):  # type: ignore[misc, valid-type]
+    class Loader(yaml.CSafeLoader, loader):  # type: ignore[misc, valid-type]
         def __init__(self, stream: Any) -> None:
-            self._text = stream if isinstance(stream, str) else stream.read()
-            yaml.cyaml.CParser.__init__(self, self._text)
-            yaml.constructor.SafeConstructor.__init__(self)
-            yaml.resolver.Resolver.__init__(self)
+            self._stream = stream
+            super().__init__(stream)
 
         def get_single_data(self) -> Any:
             try:
                 return super().get_single_data()
             except yaml.YAMLError:  # of which the parser in Python says more
-                return loader(self._text).get_single_data()
+                self._stream.seek(0)
+                return loader(self._stream).get_single_data()
 
     return Loader
