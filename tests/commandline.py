@@ -20,9 +20,10 @@ from pathlib import Path
 
 SCRIPT = Path(sys.executable).parent / "fusion_bench"
 REPOSITORY = Path(__file__).parents[1]
-#: Read when their libraries are imported, and so by the second server for good.
+#: Read when their libraries are imported, and so by the second server for good; one of them
+#: lightning sets itself.
 _READ_AT_IMPORT = re.compile(
-    r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
+    r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_(?!NVML_)|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
     re.I,
 )
 #: The variable with the servers' addresses.
