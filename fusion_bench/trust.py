@@ -5,11 +5,13 @@ with ``--allow`` on the command line, or as an entry point of an installed packa
 ``fusion_bench.allow``. docs/security.md states the model.
 """
 
+import gc
 import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -72,6 +74,7 @@ _LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_
 _READERS = ("generator", "hdf5", "iceberg", "lance", "pandas", "spark", "sql", "vortex")
 #: Arguments that say where a token is sent.
 _CONNECTIONS = ("download_config", "endpoint", "mirror", "proxies", "storage_options")
+_MANY = 500  # modules
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -192,12 +195,30 @@ def environment_variable(name: str, default: Any = None) -> Any:
 def _imported(name: str) -> Any:
     """Import the object of a dotted name; Hydra would also log what cannot be found."""
     first, *rest = name.split(".")
-    found: Any = import_module(first)
-    for number, part in enumerate(rest, 2):
-        if not hasattr(found, part):
-            import_module(".".join(name.split(".")[:number]))
-        found = getattr(found, part)
+    with _uncollected():
+        found: Any = import_module(first)
+        for number, part in enumerate(rest, 2):
+            if not hasattr(found, part):
+                import_module(".".join(name.split(".")[:number]))
+            found = getattr(found, part)
     return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from looking through many modules, which are there to stay.
+
+    It takes a second while torch, transformers and the rest are imported.
+    """
+    collects, before = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) - before > _MANY:
+            gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def _may_be_imported(name: str) -> bool:

@@ -7,23 +7,29 @@ import atexit
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 SCRIPT = Path(sys.executable).parent / "fusion_bench"
 REPOSITORY = Path(__file__).parents[1]
-#: Read when their libraries are imported, and so by the second server for good.
+#: Read when their libraries are imported, and so by the second server for good; one of them
+#: lightning sets itself.
 _READ_AT_IMPORT = re.compile(
-    r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
+    r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_(?!NVML_)|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
     re.I,
 )
+#: The variable with the servers' addresses.
+SERVERS = "FUSION_BENCH_TESTS_SERVERS"
+#: In which the servers are started: of before any test.
+_ENVIRONMENT = dict(os.environ)
 #: Held so that threads start one pair of servers.
 _STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
@@ -54,15 +60,18 @@ def fusion_bench(
     timeout: float = 300,
     stdout: Path | None = None,
     stderr: Path | None = None,
+    stdin: Path = Path(os.devnull),
+    begun: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
 
-    What goes to a file of the caller's, ``stdout`` or ``stderr``, is not returned.
+    What goes to a file of the caller's, ``stdout`` or ``stderr``, is not returned. ``begun`` is
+    called with the process's id.
     """
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
     command = [str(SCRIPT), *arguments]
     to = (stdout, stderr)
-    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to)
+    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to, stdin, begun)
 
 
 def python(
@@ -97,24 +106,27 @@ def _warm(
     env: Mapping[str, str],
     timeout: float,
     to: tuple[Path | None, Path | None] = (None, None),
+    stdin: Path = Path(os.devnull),
+    begun: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
-    alike = _for_libraries(env) == _for_libraries(_environment())
+    alike = _for_libraries(env) == _for_libraries(_ENVIRONMENT)
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
     body = json.dumps(request).encode()
     with (
         to[0].open("wb") if to[0] else tempfile.TemporaryFile() as out,
         to[1].open("wb") if to[1] else tempfile.TemporaryFile() as err,
-        Path(os.devnull).open("rb") as nothing,
+        stdin.open("rb") as answers,
         socket.socket(socket.AF_UNIX) as connection,
     ):
         with _STARTING:
-            server = _server()[alike]
+            server = _servers()[alike]
         connection.connect(server)
-        streams = [nothing.fileno(), out.fileno(), err.fileno()]
+        streams = [answers.fileno(), out.fileno(), err.fileno()]
         socket.send_fds(connection, [len(body).to_bytes(8)], streams)
         connection.sendall(body)
         answer = connection.makefile("r")
         pid = int(answer.readline())
+        begun(pid)
         connection.settimeout(timeout)
         try:
             code_of_end = int(answer.readline())
@@ -135,15 +147,11 @@ def _for_libraries(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if _READ_AT_IMPORT.match(name)}
 
 
-@cache
-def _environment() -> dict[str, str]:
-    """The environment in which the servers were started."""
-    return dict(os.environ)
+def servers() -> tuple[str, str]:
+    """Return the addresses of the first server and of the second, for all processes of the tests.
 
-
-@cache
-def _server() -> tuple[str, str]:
-    """Start the servers; return the addresses of the first and of the second."""
+    They are started here when something is asked of one, which waits for it then.
+    """
     directory = tempfile.TemporaryDirectory(prefix="warm-")
     listeners, places = [], []
     for name in ("first", "second"):
@@ -152,22 +160,32 @@ def _server() -> tuple[str, str]:
         listener.bind(places[-1])
         listener.listen(8)
         listeners.append(listener)
-    numbers = [listener.fileno() for listener in listeners]
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm.py")), *map(str, numbers)],
-        pass_fds=numbers,
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-    )
-    for listener in listeners:
-        listener.close()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        select.select(listeners, [], [])
+        numbers = [listener.fileno() for listener in listeners]
+        command = [sys.executable, str(Path(__file__).with_name("warm.py")), *map(str, numbers)]
+        nothing = subprocess.DEVNULL
+        started.append(subprocess.Popen(command, pass_fds=numbers, env=_ENVIRONMENT, stdin=nothing))
+        for listener in listeners:
+            listener.close()
 
     def end() -> None:
-        for place in places:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(place)
-        process.wait(30)
+        for process in started:
+            for place in places:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(place)
+            process.wait(30)
         directory.cleanup()
 
+    threading.Thread(target=start, daemon=True).start()
     atexit.register(end)
     return places[0], places[1]
+
+
+@cache
+def _servers() -> tuple[str, str]:
+    """Return the addresses that the process that began the tests has told, or else its own."""
+    first, _, second = os.environ.get(SERVERS, "").partition(",")
+    return (first, second) if second else servers()

@@ -1,27 +1,19 @@
 """What several packages' tests share: a small family of CLIP models and tasks on disk."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    # Processes that share the cores are no faster with more threads; torch reads it at import.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    # The models are built with two threads, which else wait for each other at full speed.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import pytest
-import torch
 from drawn import examples, exhaustively
-from fixtures_clip import write_base, write_dataset, write_vision_encoder
 from hypothesis import settings
-from torch import Tensor
 
-from fusion_bench import network
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what is heavy is of no use to a process that but hands out the tests
     from selenium import webdriver
+    from torch import Tensor
 
 #: What takes longest, begun first, so that no process is left with it at the end.
 FIRST = (
@@ -41,12 +33,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Draw more cases where that is asked for; no test is imported yet."""
+    workers = getattr(config.option, "numprocesses", None)
+    if workers and not hasattr(config, "workerinput"):
+        _hand_out(workers)
+    else:
+        gc.disable()  # until all tests are imported: to look through what stays takes seconds
     if _exhaustive(config):
         exhaustively()
     if config.getoption("tables") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Tables())
     settings.register_profile("ours", max_examples=examples(settings.default.max_examples))
     settings.load_profile("ours")
+
+
+def _hand_out(workers: int) -> None:
+    """Set what the processes with the tests inherit; they share one warm process."""
+    # Processes that share the cores are no faster with more threads; torch reads it at import.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    # The models are built with two threads, which else wait for each other at full speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import commandline
+
+    os.environ[commandline.SERVERS] = ",".join(commandline.servers())
 
 
 def _exhaustive(config: pytest.Config) -> bool:
@@ -83,6 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return next(found, len(FIRST))
 
     items.sort(key=place)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -111,21 +121,34 @@ class _Tables:
         write(self._rows)
 
 
-def scrambled(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+def scrambled(parameters: "dict[str, Tensor]", scale: float) -> "dict[str, Tensor]":
     """Return parameters with so much noise that the answers differ from image to image."""
+    import torch
+
     random = torch.Generator().manual_seed(3)
     return {k: v + scale * torch.randn(v.shape, generator=random) for k, v in parameters.items()}
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield directories that are not there; to look for a free name takes longer each time."""
+    root = tmp_path_factory.mktemp("caches")
+    return (root / str(number) for number in count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a cache of its own, which nobody filled before."""
-    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    place = next(caches)
+    place.mkdir()
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(place))
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test wait for long until the Hub is asked again."""
+    from fusion_bench import network
+
     monkeypatch.setattr(network, "PATIENCE", 0.2)
     monkeypatch.setattr(network, "BRIEFLY", 0.05)
     monkeypatch.setattr(network, "_WAITS", (0.02,))
@@ -137,6 +160,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The test splits have 23 samples, which no batch size and no number of processes divides.
     """
+    from fixtures_clip import write_base, write_dataset, write_vision_encoder
+
     root = tmp_path_factory.mktemp("family")
     base = write_base(root / "models" / "base", weights="safetensors")
     vision = {

@@ -88,8 +88,8 @@ SPECIAL: dict[str, Special] = {
     ),
     "slerp/nuslerp": Special(ordered=True),
     "slerp/slerp": Special(two_ends=True, ordered=True),
-    "wudi/wudi": Special({"iter_num": 20}),
-    "wudi/wudi rest=base": Special({"iter_num": 20}, ignores=("conv.weight", "logit_scale")),
+    "wudi/wudi": Special({"iter_num": 5}),
+    "wudi/wudi rest=base": Special({"iter_num": 5}, ignores=("conv.weight", "logit_scale")),
 }
 
 

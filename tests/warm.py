@@ -103,6 +103,8 @@ def _become(request: dict[str, Any]) -> None:
     for stream, own in zip(request["streams"], (0, 1, 2), strict=True):
         os.dup2(stream, own)
         os.close(stream)
+    # What a script starts in the background ignores it; no run is to be started so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

@@ -8,6 +8,7 @@ of these. Settings that run commands are accepted only on the command line.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from functools import cache
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -16,7 +17,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.command import overrides, typed
@@ -300,12 +301,15 @@ def _fits(value: object, pattern: str) -> bool:
     return re.fullmatch(pattern, str(value), re.DOTALL) is not None
 
 
+@cache
+def launchers() -> dict[str, DictConfig | ListConfig]:
+    """Return the settings of our launchers by name."""
+    return {file.stem: OmegaConf.load(file) for file in (CONFIG_DIR / "launcher").glob("*.yaml")}
+
+
 def _command_problems(hydra: Mapping[str, object]) -> Iterator[Problem]:
     """Yield a problem for each setting that is allowed only on the command line."""
-    ours = [
-        OmegaConf.to_container(OmegaConf.load(file))
-        for file in (CONFIG_DIR / "launcher").glob("*.yaml")
-    ]
+    ours = [OmegaConf.to_container(launcher) for launcher in launchers().values()]
     for key, value in _leaves(hydra):
         top = ".".join(key.partition("[")[0].split(".")[:2])
         own = top.startswith("launcher.") and any(

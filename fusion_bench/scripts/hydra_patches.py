@@ -5,7 +5,10 @@ internals are replaced, of the versions that are known.
 """
 
 import sys
+from functools import cache
+from typing import Any
 
+import yaml
 from hydra._internal import hydra as hydra_internal
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf
@@ -13,12 +16,14 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
+from omegaconf import _utils as omegaconf_internal
 
 from fusion_bench.configs import CONFIG_DIR, register
 from fusion_bench.scripts.arguments import arguments_parser
 from fusion_bench.scripts.bounds import FileConfigSource
-from fusion_bench.scripts.checked import CheckedConfigLoader
+from fusion_bench.scripts.checked import CheckedConfigLoader, launchers
+
+_omegaconf_loader = omegaconf_internal.get_yaml_loader
 
 
 class PackagedConfigs(SearchPathPlugin):
@@ -34,6 +39,7 @@ class PackagedConfigs(SearchPathPlugin):
 def set_up_hydra() -> None:
     """Set up Hydra with our config groups, sweeps, launchers and checks."""
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
+    omegaconf_internal.get_yaml_loader = _yaml_loader
     sys.modules["hydra.main"].get_args_parser = arguments_parser  # type: ignore[attr-defined]
     Plugins.instance().register(PackagedConfigs)
     register()
@@ -46,5 +52,27 @@ def set_up_hydra() -> None:
     ]
     store("config", HydraConf(defaults), "hydra", provider="fusion_bench")
     # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
-    for file in (CONFIG_DIR / "launcher").glob("*.yaml"):
-        store(file.stem, OmegaConf.load(file), "hydra/launcher", provider="fusion_bench")
+    for name, launcher in launchers().items():
+        store(name, launcher, "hydra/launcher", provider="fusion_bench")
+
+
+@cache
+def _yaml_loader() -> Any:
+    """Return OmegaConf's loader of YAML files, with the parser in C, which is ten times as fast."""
+    loader = _omegaconf_loader()
+    if not yaml.__with_libyaml__:
+        return loader
+
+    class Loader(yaml.CSafeLoader, loader):  # type: ignore[misc, valid-type]
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+            super().__init__(stream)
+
+        def get_single_data(self) -> Any:
+            try:
+                return super().get_single_data()
+            except yaml.YAMLError:  # of which the parser in Python says more
+                self._stream.seek(0)
+                return loader(self._stream).get_single_data()
+
+    return Loader

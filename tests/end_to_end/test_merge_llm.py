@@ -1,6 +1,7 @@
 """Language models merged from the command line, as the config's own comment shows it."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,8 +30,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def merge(cwd: Path, models: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = client_environment(closed_endpoint(), cwd / "hf")
+def merge(
+    cwd: Path, models: Path, *arguments: str, network: bool = True
+) -> subprocess.CompletedProcess[str]:
+    env = dict(os.environ) if network else client_environment(closed_endpoint(), cwd / "hf")
     env["FUSION_BENCH_CACHE"] = str(cwd / "cache")
     places = [
         f"modelpool.models.{'_pretrained_' if name == 'base' else name}={models / name}"
@@ -52,6 +55,7 @@ def test_task_arithmetic(family: Path, tmp_path: Path, kind: str) -> None:
     done = merge(
         *(tmp_path, family / kind, "method=task_arithmetic", "report_save_path=r.json"),
         *(more if kind == "untied" else []),
+        network=False,
     )
     assert done.returncode == 0, done.stderr
     (out,) = tmp_path.glob("outputs/*/*")

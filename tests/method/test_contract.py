@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 import fusion_bench.method
+from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory, write_checkpoint
 
@@ -293,24 +294,32 @@ def test_pieces_and_threads_change_nothing(name: str) -> None:
 @pytest.fixture(scope="module")
 def checkpoints(
     drawn: None, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], dict[str, str]]:
+) -> Callable[[str, str, str], HFModelPool]:
+    """Write the families; return the function that opens as many of one as a method takes.
+
+    Methods that take as many share the pool: to find the files takes longer than to merge.
+    """
     root = tmp_path_factory.mktemp("checkpoints")
-    return {
-        (models, layout): write_family(models, layout, root / models / layout)
-        for models in ("clip", "llama")
-        for layout in LAYOUTS
-    }
+
+    @cache
+    def written(models: str, layout: str) -> dict[str, str]:
+        return write_family(models, layout, root / models / layout)
+
+    @cache
+    def pool(models: str, layout: str, *names: str) -> HFModelPool:
+        return open_pool(models, {name: written(models, layout)[name] for name in names})
+
+    return lambda name, models, layout: pool(models, layout, *chosen(name, written(models, layout)))
 
 
 @every
 @pytest.mark.parametrize("models", ["clip", "llama"])
 def test_how_checkpoints_are_cut_into_files_changes_nothing(
-    name: str, models: str, checkpoints: dict[tuple[str, str], dict[str, str]]
+    name: str, models: str, checkpoints: Callable[[str, str, str], HFModelPool]
 ) -> None:
     expected = entries(fuse(name, family(models)))
     for layout in LAYOUTS:
-        pool = open_pool(models, chosen(name, checkpoints[models, layout]))
-        found = entries(method(name).run(pool))
+        found = entries(method(name).run(checkpoints(name, models, layout)))
         assert found
         agree(name)(found, {key: expected[key] for key in found})
 

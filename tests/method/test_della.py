@@ -26,12 +26,13 @@ def draws(seeds: int, model: Any, **options: Any) -> torch.Tensor:
 def test_by_hand(window: Any, epsilon: float, merge: Any) -> None:
     keep = np.array([0.3, 0.7, 0.5, 0.4, 0.6])  # by rank of the magnitude 0.3, 0.4 … 0.7
     options = {"density": 0.5, "epsilon": epsilon, "window": window, "merge": merge}
-    found = draws(2000, ROW, **options).numpy()
+    of_rows = draws(40, [ROW] * 50, **options).reshape(-1, 5)
+    found = torch.cat([draws(100, ROW, **options), of_rows]).numpy()
     kept = found != 0
     np.testing.assert_allclose(found, kept * (np.array(ROW) / keep), rtol=1e-6)
-    np.testing.assert_allclose(kept.mean(0), keep, atol=4 * 0.5 / 2000**0.5)
+    np.testing.assert_allclose(kept.mean(0), keep, atol=4 * 0.5 / 2100**0.5)
     # On average the task vector stays what it was.
-    np.testing.assert_allclose(found.mean(0), ROW, atol=4 * 5 * (1 / 0.3) ** 0.5 / 2000**0.5)
+    np.testing.assert_allclose(found.mean(0), ROW, atol=4 * 5 * (1 / 0.3) ** 0.5 / 2100**0.5)
 
 
 def test_without_a_window_all_are_kept_alike() -> None:

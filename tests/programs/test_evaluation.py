@@ -31,16 +31,15 @@ def answers(out: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_neither_batches_nor_processes_change_the_figures(
-    program_config: dict[str, Any], tmp_path: Path, batch_size: int
+    program_config: dict[str, Any], tmp_path: Path
 ) -> None:
     plain = {"cache": False, "save_predictions": True}
     alone = run(program_config, plain, output_dir=tmp_path / "alone")
     tables = answers(tmp_path / "alone")
     assert len(tables) == 6
-    for devices in (1, 2, 3):
-        out = tmp_path / str(devices)
+    for devices, batch_size in ((1, 1), (1, 7), (2, 1), (2, 64), (3, 7)):
+        out = tmp_path / f"{devices}x{batch_size}"
         fabric = {"accelerator": "cpu", "devices": devices}
         batches = {**plain, "dataloader_kwargs": {"batch_size": batch_size}}
         other = run(program_config, batches, fabric=fabric, output_dir=out)

@@ -467,10 +467,10 @@ def test_two_processes_evaluate_an_ensemble_as_one(config: Config) -> None:
     assert figures(together) == figures(alone)
 
 
-@pytest.fixture
-def with_heads(config: Config, tmp_path: Path) -> Config:
-    """Return a config of classifiers with heads and running statistics."""
-    named = {}
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Write classifiers with heads and running statistics; return their places by name."""
+    place, named = tmp_path_factory.mktemp("heads"), {}
     for seed, (task, names) in enumerate(CLASSES.items()):
         labels = dict(enumerate(names))
         sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
@@ -482,24 +482,28 @@ def with_heads(config: Config, tmp_path: Path) -> Config:
         for key, value in model.state_dict().items():
             if "running_mean" in key:
                 value += seed
-        named[task] = str(tmp_path / "heads" / task)
+        named[task] = str(place / task)
         model.save_pretrained(named[task])
         ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(named[task])
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        ResNetModel(model.config).save_pretrained(tmp_path / "heads" / "base")
-    datasets = config["modelpool"]["train_datasets"]
-    models = {"_pretrained_": str(tmp_path / "heads" / "base"), **named}
+        ResNetModel(model.config).save_pretrained(place / "base")
+    return {"_pretrained_": str(place / "base"), **named}
+
+
+@pytest.fixture
+def with_heads(config: Config, heads: Config) -> Config:
+    """Return a config of these classifiers."""
     return config | {
         "modelpool": {
             "_target_": "fusion_bench.modelpool.HFModelPool",
-            "models": models,
-            "train_datasets": datasets,
+            "models": heads,
+            "train_datasets": config["modelpool"]["train_datasets"],
         },
         "taskpool": {
             "_target_": "fusion_bench.taskpool.ImageClassificationTaskPool",
             "test_datasets": config["taskpool"]["test_datasets"],
-            "classifiers": named,
+            "classifiers": {task: heads[task] for task in CLASSES},
         },
     }
 
@@ -510,7 +514,7 @@ def test_models_with_heads_learn_in_every_precision(
     name: str, precision: str, with_heads: Config
 ) -> None:
     fabric = {"accelerator": "cpu", "precision": precision}
-    report = run(with_heads, method=LEARNING[name], fabric=fabric)
+    report = run(with_heads, method=LEARNING[name], fabric=fabric, baselines="none")
     assert list(report.models["merged"].tasks) == ["a", "b"]
 
 

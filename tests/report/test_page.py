@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -389,19 +390,18 @@ def test_twenty_models_on_twenty_tasks_of_397_classes_stay_small(
 
 @pytest.mark.cold
 def test_the_same_page_in_another_process() -> None:
+    """Which hashes texts otherwise."""
     code = """if True:
-        import hashlib, sys
+        import sys
         sys.path.insert(0, "tests")
         from fixtures_report import synthetic
         from fusion_bench.report.page import page
-        text = page(*synthetic({"a": 3, "b": 4, "c": 5}, per_class=True))
-        print(hashlib.sha256(text.encode()).hexdigest())
+        print(page(*synthetic({"a": 3, "b": 4, "c": 5}, per_class=True)), end="")
     """
-    done = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    assert done[0].stdout == done[1].stdout != ""
+    env = {**os.environ, "PYTHONHASHSEED": "random"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=env)
+    assert done.stdout == page(*synthetic({"a": 3, "b": 4, "c": 5}, per_class=True))
 
 
 @pytest.mark.cold

@@ -31,6 +31,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Return a function that has Hydra run a job of a config, in ``tmp_path``; it does nothing."""
     from hydra._internal import hydra as hydra_internal
 
+    import fusion_bench.scripts.sweep  # noqa: F401 - which has a job's folder checked
+
     monkeypatch.setattr(hydra_internal, "ConfigLoaderImpl", hydra_internal.ConfigLoaderImpl)
     hydra_patches.set_up_hydra()
     (tmp_path / "conf").mkdir()

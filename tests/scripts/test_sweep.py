@@ -4,13 +4,14 @@ import os
 import signal
 import stat
 import subprocess
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commandline import SCRIPT, fusion_bench, python
+from commandline import fusion_bench, python
 from omegaconf import OmegaConf
 
 from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
@@ -210,23 +211,17 @@ def test_a_killed_sweep_goes_on_and_a_grown_one_adds(
     assert code == 0 and board(conf) == found
 
 
-# Takes up to 10 seconds: the process imports everything anew, as it does for a person.
-@pytest.mark.cold
 def test_ctrl_c_ends_all(conf: Path) -> None:
     words = ["--config-path", str(conf), "--config-name", "small", "-m", "seed=range(40)"]
-    process = subprocess.Popen(
-        [str(SCRIPT), *words],
-        cwd=conf.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # What is started in the background of a script ignores the signal, and so would this.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout is not None
-    while b"seed=0: " not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    told = conf.parent / "told.txt"
+
+    def interrupt(pid: int) -> None:
+        while "seed=0: " not in told.read_text():
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGINT)
+
+    done = fusion_bench(*words, cwd=conf.parent, stdout=told, begun=interrupt, timeout=60)
+    assert done.returncode == 130
     assert not list(conf.parent.glob("multirun/*/leaderboard.json"))
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commandline import fusion_bench
 
 BEGIN = "import os, sys\nfrom fusion_bench.scripts.cli import closed_stdin\n"
 
@@ -50,7 +51,6 @@ def test_a_debugger_keeps_it() -> None:
     assert child(code, "mine\n") == ["mine"]
 
 
-@pytest.mark.cold
 def test_a_run_from_the_command_line_is_one(tmp_path: Path) -> None:
     """What a user's own class asks is not answered either."""
     (tmp_path / "asking.py").write_text("class Pool:\n    def __init__(self):\n        input()\n")
@@ -59,14 +59,8 @@ def test_a_run_from_the_command_line_is_one(tmp_path: Path) -> None:
         "method: {_target_: fusion_bench.method.SimpleAverageAlgorithm}\n"
         "modelpool: {_target_: asking.Pool}\n"
     )
-    script = Path(sys.executable).parent / "fusion_bench"
-    done = subprocess.run(
-        [script, "--allow=asking", "--config-path", ".", "--config-name", "ask"],
-        cwd=tmp_path,
-        input="y\n" * 99,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "FUSION_BENCH_CACHE": str(tmp_path / "c")},
-        timeout=100,
-    )
+    (tmp_path / "answers").write_text("y\n" * 99)
+    words = ("--allow=asking", "--config-path", ".", "--config-name", "ask")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "FUSION_BENCH_CACHE": str(tmp_path / "c")}
+    done = fusion_bench(*words, cwd=tmp_path, env=env, stdin=tmp_path / "answers")
     assert done.returncode != 0 and "EOF" in done.stderr

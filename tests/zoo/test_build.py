@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from fusion_bench.zoo.recipe import Recipe
 SMALL = Recipe(
     width=32, layers=1, pretrain_steps=2, pretrain_batch=16, finetune_steps=1, finetune_batch=8
 )
+
+#: Draws each task's images once for all tests; that they are always the same is tested elsewhere.
+make = cache(build.make)
 
 # A process that builds, from far fewer images. It says when it is in the middle of it, and waits
 # there or is killed.
@@ -60,6 +64,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSION_BENCH_CACHE", str(directory))
+        patch.setattr(build, "make", make)
         zoo.model_path("clip-tiny", SMALL)
     return directory
 
@@ -75,7 +80,7 @@ def cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Make a build take no time, and an empty cache to build in."""
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path))
-    faces = build.make("faces")
+    faces = make("faces")
     names = build.CLASS_NAMES["faces"]
     monkeypatch.setattr(build, "make", lambda task: faces)
     monkeypatch.setattr(build, "CLASS_NAMES", dict.fromkeys(zoo.TASKS, names))
@@ -121,7 +126,7 @@ def test_the_finetuned_models_are_vision_encoders(cache: Path, task: str) -> Non
 def test_the_datasets_are_those_that_were_made(cache: Path, task: str) -> None:
     import datasets
 
-    made = build.make(task)
+    made = make(task)
     for split in zoo.SPLITS:
         dataset = zoo.load_dataset(task, split, recipe=SMALL)
         assert isinstance(dataset.features["image"], datasets.Image)
