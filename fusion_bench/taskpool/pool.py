@@ -18,7 +18,7 @@ from torch import nn
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.plan import Plan
-from fusion_bench.problems import FusionBenchError, Place, did_you_mean, within
+from fusion_bench.problems import FusionBenchError, Place, Problems, did_you_mean
 from fusion_bench.results import Example, ResultStore, SampleScores
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.datasets import DatasetPlace
@@ -68,12 +68,14 @@ class TaskPool:
             raise FusionBenchError(f"'{max_samples}' is not 1 or more.", place=("max_samples",))
         check_loading(dataloader_kwargs or {})
         self.tasks: dict[str, Task] = {}
+        problems = Problems()
         for name, task in tasks.items():
-            with within("tasks", name):
+            with problems.collect("tasks", name):
                 check_file_name(name)
                 if isinstance(task, Mapping):  # nodes in it are for the task: it loads them late
                     task = instantiate({"_recursive_": False, **task}, name=name)
                 self.tasks[name] = task
+        problems.raise_all()
         self.save_predictions = save_predictions
         self._dataloader_kwargs = dict(dataloader_kwargs or {})
         self._max_samples = max_samples

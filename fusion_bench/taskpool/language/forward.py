@@ -1,8 +1,7 @@
 """One batch of requests through a language model."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +135,14 @@ class Forward:
             output = self.module(input_ids=ids, **arguments)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits[:, -keep:]
+
+    def next_logits(self, texts: Sequence[Tokens]) -> Tensor:
+        """Return the logits of the token after each text, of shape (texts, vocabulary)."""
+        width = max(map(len, texts))
+        lengths = torch.tensor(list(map(len, texts)), device=self._fabric.device)
+        keep = 1 + width - int(lengths.min())
+        logits = self.hidden_call(self._padded(texts, width, left=False), keep)
+        return logits[torch.arange(len(texts), device=logits.device), lengths - 1 - width + keep]
 
     def _plain(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
         """Read sequences that are filled up at their ends, which nothing looks at."""
@@ -290,17 +297,3 @@ def _predicted(
         tokens=np.array(tokens, dtype=np.int64),
         requests=np.repeat(np.arange(len(lengths)), lengths),
     )
-
-
-@contextmanager
-def own_generation(module: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
-    """Let a model generate by these settings alone, not by its own ``generation_config``."""
-    from transformers import GenerationConfig
-
-    model: Any = module
-    before = model.generation_config
-    model.generation_config = GenerationConfig(**config)
-    try:
-        yield
-    finally:
-        model.generation_config = before

@@ -17,8 +17,9 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import bar
 from fusion_bench.results import RequestStore
 from fusion_bench.taskpool.language.encoding import Encoder
-from fusion_bench.taskpool.language.forward import Forward, Row, own_generation
+from fusion_bench.taskpool.language.forward import Forward, Row
 from fusion_bench.taskpool.language.requests import Generation, Likelihood, Tokens
+from fusion_bench.taskpool.language.writing import Writer
 from fusion_bench.taskpool.task import Evaluation
 from fusion_bench.threads import suited_threads
 
@@ -84,6 +85,7 @@ class LanguageModel:
         seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         self.encoder = Encoder(source.tokenizer, seq2seq)
         self._forward = Forward(module, how.fabric, self.encoder.padding)
+        self._writer = Writer(self._forward, self.encoder, how.fabric)
         self.max_length = max_length or read_at_most(config, source.tokenizer.model_max_length)
         self.truncated: set[int] = set()
         self.overlong: set[int] = set()
@@ -158,7 +160,7 @@ class LanguageModel:
                 self._batches(
                     own,
                     lambda i: len(requests[i].context),
-                    lambda part: self._generated([requests[i] for i in part]),
+                    lambda part: self._writer.write([requests[i] for i in part]),
                     keep,
                 )
 
@@ -313,47 +315,6 @@ class LanguageModel:
             rows.append(row)
         return rows
 
-    def _generated(self, requests: Sequence[Generation]) -> list[list[int]]:
-        """Return the new tokens of requests with the same settings."""
-        from transformers import StoppingCriteriaList
-
-        module: Any = self._forward.module
-        device, padding = self.how.fabric.device, self.encoder.padding
-        width = max(len(own.context) for own in requests)
-        ids = torch.full((len(requests), width), padding)
-        mask = torch.zeros_like(ids)
-        for i, own in enumerate(requests):
-            ids[i, width - len(own.context) :] = torch.tensor(own.context)
-            mask[i, width - len(own.context) :] = 1
-        first = 1 if self._forward.is_seq2seq else width
-        config = {
-            "max_new_tokens": requests[0].max_new_tokens,
-            "do_sample": False,
-            "num_beams": 1,
-            "pad_token_id": padding,
-            "bos_token_id": self.encoder.prefix,
-            "eos_token_id": self.encoder.eos,
-            "decoder_start_token_id": getattr(module.config, "decoder_start_token_id", None),
-            **requests[0].options,
-        }
-        stopping = StoppingCriteriaList()
-        if requests[0].stop:
-            stopping.append(_Stop(requests[0].stop, first, self.encoder))
-        random = [device] if device.type == "cuda" else []
-        with (
-            own_generation(module, config),
-            torch.random.fork_rng(devices=random),
-            self.how.fabric.autocast(),
-        ):
-            torch.manual_seed(requests[0].seed)
-            written = module.generate(
-                ids.to(device), attention_mask=mask.to(device), stopping_criteria=stopping
-            )
-        return [self._until_end(own) for own in written[:, first:].tolist()]
-
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        return tokens[: tokens.index(self.encoder.eos)] if self.encoder.eos in tokens else tokens
-
     def _cut(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
         text = self.encoder.decoded(tokens)
         for end in stop:
@@ -471,25 +432,3 @@ def read_at_most(config: Any, of_tokenizer: int) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return of_tokenizer if of_tokenizer < _NO_LIMIT else _LONGEST
-
-
-class _Stop:
-    """Ends each text that has a stop text in it."""
-
-    def __init__(self, stop: Sequence[str], first: int, encoder: Encoder):
-        self._stop = stop
-        self._first = first
-        self._encoder = encoder
-        # A stop text has at most so many tokens, one for each byte, after one that it begins in.
-        self._tail = 1 + max(len(text.encode()) for text in stop)
-        self._done: list[bool] = []
-
-    def __call__(self, ids: Tensor, scores: Any, **others: Any) -> Tensor:
-        done = self._done or [False] * len(ids)
-        written = ids[:, max(self._first, ids.shape[1] - self._tail) :].tolist()
-        for i, tokens in enumerate(written):
-            if not done[i]:
-                text = self._encoder.decoded(tokens)
-                done[i] = any(stop in text for stop in self._stop)
-        self._done = done
-        return torch.tensor(done, device=ids.device)

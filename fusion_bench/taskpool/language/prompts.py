@@ -47,6 +47,10 @@ class Prompt:
         text = self.template.render(row)
         if not self._chat:
             return text
+        if not tokenizer.chat_template:
+            raise FusionBenchError(
+                "the tokenizer has no chat template.", "Remove 'apply_chat_template'."
+            )
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         try:
             return str(

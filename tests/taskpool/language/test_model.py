@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fusion_bench.method.ensemble import ensemble_of
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.results import requests as stored
 from fusion_bench.taskpool.language.model import windows
@@ -163,6 +164,20 @@ def test_generation_is_greedy_and_stops(models: dict[str, nn.Module], kind: str)
     stopped = [Generation(own, (letter,), 9) for own in contexts]
     cut = [text.partition(letter)[0] for text in expected]
     assert asked(models[kind], batch_size=4).generate(stopped) == cut
+
+
+@pytest.mark.parametrize("of", ("outputs", "logits", "probabilities"))
+def test_ensembles_answer_too(models: dict[str, nn.Module], of: Any) -> None:
+    """Two times the same model answers as the model does."""
+    both = ensemble_of({"a": models["GPT2"], "b": models["GPT2"]}, [0.5, 0.5], of)
+    likelihoods = questions(4)
+    found, _ = asked(both).log_likelihoods(likelihoods)
+    expected, _ = asked(models["GPT2"]).log_likelihoods(likelihoods)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    prompts = [Generation(own.context, ("x",), 6) for own in likelihoods[::4]]
+    assert asked(both).generate(prompts) == asked(models["GPT2"]).generate(prompts)
+    with pytest.raises(FusionBenchError, match="can only write greedily"):
+        asked(both).generate([Generation((50,), (), 3, {"do_sample": True})])
 
 
 def test_a_models_generation_config_changes_nothing() -> None:

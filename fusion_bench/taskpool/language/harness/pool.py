@@ -6,7 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fusion_bench.problems import FusionBenchError, check_between, did_you_mean, within
+from fusion_bench.problems import (
+    FusionBenchError,
+    Problems,
+    check_between,
+    did_you_mean,
+    within,
+)
 from fusion_bench.taskpool.language.harness.folder import Definition, TaskFiles
 from fusion_bench.taskpool.language.harness.library import require
 from fusion_bench.taskpool.language.harness.task import HarnessTask, Options
@@ -81,6 +87,7 @@ class LMEvalHarnessTaskPool(TaskPool):
         require()
         if max_length is not None:
             check_between("max_length", max_length, 2, 10**9)
+        _check_shots(num_fewshot)
         if output_path is not None:
             log.warning("'output_path' is not used: results are in the report.")
         options = Options(
@@ -94,15 +101,15 @@ class LMEvalHarnessTaskPool(TaskPool):
         files = TaskFiles(_folders(include_path), metadata, trusts_task_code())
         given = None if tokenizer is None else TokenizerSource.named(tokenizer)
         found: dict[str, HarnessTask] = {}
+        problems = Problems()
         for name, own in _named(tasks).items():
-            with within("tasks", name):
-                shots = own.get("num_fewshot")
-                definitions = files.find(name)
-            for definition in definitions:
-                task = _with_shots(definition, num_fewshot, shots)
-                found[task.name] = HarnessTask(
-                    task.name, task, options, given, own.get("owner"), _level(verbosity)
-                )
+            with problems.collect("tasks", name):
+                for definition in files.find(name):
+                    task = _with_shots(definition, num_fewshot, own.get("num_fewshot"))
+                    found[task.name] = HarnessTask(
+                        task.name, task, options, given, own.get("owner"), _level(verbosity)
+                    )
+        problems.raise_all()
         super().__init__(
             found,
             _loading(dataloader_kwargs, batch_size),
@@ -137,7 +144,6 @@ def _named(
 
 def _with_shots(task: Definition, common: int | None, own: int | None) -> Definition:
     """Return the task with so many examples; one that says 0 takes its own number alone."""
-    _check_shots(common)
     shots = own if own is not None else None if task.config.get("num_fewshot") == 0 else common
     return task if shots is None else replace(task, config={**task.config, "num_fewshot": shots})
 
