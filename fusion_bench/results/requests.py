@@ -5,7 +5,6 @@ import json
 import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ class RequestStore:
         canonical = json.dumps({"version": ANSWERS_VERSION, **computation}, sort_keys=True)
         name = hashlib.sha256(canonical.encode()).hexdigest()
         self.path = cache_dir() / "requests" / name[:2] / f"{name}.sqlite"
+        self._file: sqlite3.Connection | None = None
 
     def known(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """Return the answers that are known, by key."""
@@ -53,7 +53,7 @@ class RequestStore:
                     if seal == _seal(key, answer):
                         found[key] = answer
 
-        self._open(look)
+        self._use(look)
         return found
 
     def keep(self, answers: Mapping[bytes, bytes]) -> None:
@@ -64,29 +64,36 @@ class RequestStore:
             with file:
                 file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 
-        self._open(write)
+        self._use(write)
 
-    def _open(self, use: Callable[[sqlite3.Connection], None]) -> None:
+    def _use(self, work: Callable[[sqlite3.Connection], None]) -> None:
         """Use the file; what goes wrong with it is no reason to stop."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=60)) as file:
-                # Written answers outlive the process; after a power failure some are asked again.
-                file.execute("PRAGMA journal_mode=WAL")
-                file.execute("PRAGMA synchronous=OFF")
-                file.execute(
-                    "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB) "
-                    "WITHOUT ROWID"
-                )
-                use(file)
+            if self._file is None:
+                self._file = self._open()
+            work(self._file)
         except sqlite3.OperationalError as error:
             warn_not_kept(OSError(0, str(error)))
         except sqlite3.DatabaseError as error:
             log.warning("'%s' is damaged (%s) and begun anew.", self.path, error)
+            if self._file is not None:
+                self._file.close()
+            self._file = None
             for path in self._files():
                 path.unlink(missing_ok=True)
         except OSError as error:
             warn_not_kept(error)
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = sqlite3.connect(self.path, timeout=60)
+        # Written answers outlive the process; after a power failure some are asked again.
+        file.execute("PRAGMA journal_mode=WAL")
+        file.execute("PRAGMA synchronous=OFF")
+        file.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB) WITHOUT ROWID"
+        )
+        return file
 
     def _files(self) -> list[Path]:
         return [self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm")]

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.results import ACCURACY, LOSS, Example, Metric, SampleScores, with_ones
 from fusion_bench.results.metrics import ACCURACY_PER_BYTE
+from fusion_bench.taskpool.language.encoding import Encoder
 from fusion_bench.taskpool.language.model import LanguageModel
 from fusion_bench.taskpool.language.prompts import Prompt
+from fusion_bench.taskpool.language.requests import Likelihood
 from fusion_bench.taskpool.language.task import LanguageTask, marked
 from fusion_bench.taskpool.language.templates import Template
 from fusion_bench.taskpool.language.tuning import by_length, filled
@@ -158,8 +162,8 @@ class MultipleChoiceTask(LanguageTask[Choices]):
     ) -> SampleScores:
         """Ask for the likelihood of each answer."""
         owners = [i for i, own in enumerate(items) for _ in own.choices]
-        pairs = [(own.prompt, choice) for own in items for choice in own.choices]
-        found, _ = model.log_likelihoods(model.encoder.likelihoods(pairs))
+        asked = self.encoded(model.encoder, items, partial(_asked, model.encoder))
+        found, _ = model.log_likelihoods([request for own in asked for request in own])
         cut = marked(model.truncated | model.overlong, owners, len(items))
         ends = np.cumsum([len(own.choices) for own in items])
         rows = np.split(found, ends[:-1])
@@ -191,6 +195,13 @@ class MultipleChoiceTask(LanguageTask[Choices]):
     @property
     def _before(self) -> int:
         return len(self._delimiter.encode())
+
+
+def _asked(encoder: Encoder, items: Sequence[Choices]) -> list[list[Likelihood]]:
+    """Return the requests of each question."""
+    pairs = [(own.prompt, choice) for own in items for choice in own.choices]
+    requests = iter(encoder.likelihoods(pairs))
+    return [list(islice(requests, len(own.choices))) for own in items]
 
 
 def _loss(values: NDArray[np.float64], label: int) -> float:

@@ -16,11 +16,15 @@ class Encoder:
     Args:
         tokenizer: the tokenizer.
         seq2seq: whether an encoder reads the contexts.
+
+    Attributes:
+        seq2seq: likewise.
+        eos: the token of a text's end, if there is one.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", seq2seq: bool):
         self._tokenizer = tokenizer
-        self._seq2seq = seq2seq
+        self.seq2seq = seq2seq
         self.eos: int | None = tokenizer.eos_token_id
         #: The token that the tokenizer puts after each text, if it does.
         self.end = self.eos if self.eos is not None and self._adds_eos() else None
@@ -69,7 +73,7 @@ class Encoder:
         if any(not continuation for _, continuation in pairs):
             raise FusionBenchError("an answer is empty.", "Leave the sample out.")
         moved = [_spaces_moved(*pair) for pair in pairs]
-        if self._seq2seq:
+        if self.seq2seq:
             parts = zip(
                 self.texts([context for context, _ in moved]),
                 self.plain([continuation for _, continuation in moved]),
@@ -116,7 +120,7 @@ class Encoder:
         if not texts:
             return {}
         found = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
-        if special and self.end is not None and not self._seq2seq:
+        if special and self.end is not None and not self.seq2seq:
             found = [ids[:-1] for ids in found]
         return dict(zip(texts, map(tuple, found), strict=True))
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
+Encoded = TypeVar("Encoded")
 
 
 class LanguageTask(ABC, Generic[Item]):
@@ -76,6 +77,7 @@ class LanguageTask(ABC, Generic[Item]):
         self._tokenizer = TokenizerSource.named(tokenizer)
         self._texts: Texts | None = None
         self._items: list[Item] | None = None
+        self._encoded: dict[tuple[bool, Item], Any] = {}
 
     @property
     def owner(self) -> str | None:
@@ -98,6 +100,24 @@ class LanguageTask(ABC, Generic[Item]):
         """Return what encodes texts for a kind of model."""
         return Encoder(self.tokenizer, seq2seq)
 
+    def encoded(
+        self,
+        encoder: Encoder,
+        items: Sequence[Item],
+        encode: Callable[[Sequence[Item]], Sequence[Encoded]],
+    ) -> list[Encoded]:
+        """Return what items become in tokens, which is the same for all models of a kind.
+
+        Args:
+            encoder: what encodes.
+            items: all different, or not.
+            encode: does so with several items.
+        """
+        known, kind = self._encoded, encoder.seq2seq
+        new = [item for item in dict.fromkeys(items) if (kind, item) not in known]
+        known |= {(kind, item): own for item, own in zip(new, encode(new), strict=True)}
+        return [known[kind, item] for item in items]
+
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer.
@@ -118,6 +138,7 @@ class LanguageTask(ABC, Generic[Item]):
         task = copy(self)
         task._tokenizer = source
         task._items = None
+        task._encoded = {}
         return task
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:
