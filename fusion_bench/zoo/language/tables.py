@@ -1,19 +1,18 @@
 """The rows and columns of the data sets, drawn in memory; the same ones on every call."""
 
 from collections.abc import Callable, Hashable
+from functools import cache
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fusion_bench.zoo.language.names import CLASS_NAMES, GENERATION, PROSE, SCORED
 from fusion_bench.zoo.language.prose import tale
 from fusion_bench.zoo.language.questions import QUESTIONS, Question, choices
-from fusion_bench.zoo.language.sentences import SENTENCES, Row
+from fusion_bench.zoo.language.sentences import SENTENCES
 
 if TYPE_CHECKING:
     from datasets import Features
-
-T = TypeVar("T")
 
 #: Samples of each split, at most: some tasks do not have so many.
 _SIZES = {"test": 200, "validation": 100, "train": 3000}
@@ -49,20 +48,16 @@ def target_column(name: str) -> str:
 def rows(name: str, split: str) -> list[dict[str, Any]]:
     """Return the samples of a split."""
     if name == PROSE:
-        return [{"text": text} for text in _drawn(name, tale, str, _TALES)[split]]
+        return [{"text": text} for text in _drawn(name)[split]]
     if name in GENERATION:
         found, random = questions(name, split), Random(f"{name}/{split}/choices")
         return [_row(question, choices(question, found, random)) for question in found]
-
-    def texts(row: Row) -> Hashable:
-        return tuple(row[column] for column in text_columns(name))
-
-    return _drawn(name, SENTENCES[name], texts, _SIZES)[split]
+    return _drawn(name)[split]
 
 
 def questions(name: str, split: str) -> list[Question]:
     """Return the questions of a split of a generation task, with the answers in all styles."""
-    return _drawn(name, QUESTIONS[name], lambda question: question.prompt, _SIZES)[split]
+    return _drawn(name)[split]
 
 
 def _row(question: Question, offered: list[str]) -> dict[str, Any]:
@@ -75,15 +70,25 @@ def _row(question: Question, offered: list[str]) -> dict[str, Any]:
     }
 
 
-def _drawn(
-    name: str, draw: Callable[[Random], T], identity: Callable[[T], Hashable], sizes: dict[str, int]
-) -> dict[str, list[T]]:
+@cache
+def _drawn(name: str) -> dict[str, list[Any]]:
     """Draw samples that all differ, and deal them to the splits in turn."""
-    random, found, wanted = Random(name), dict[Hashable, T](), sum(sizes.values())
+    draw: Callable[[Random], Any] = tale if name == PROSE else {**QUESTIONS, **SENTENCES}[name]
+    sizes = _TALES if name == PROSE else _SIZES
+    random, found, wanted = Random(name), dict[Hashable, Any](), sum(sizes.values())
     for _ in range(_DRAWS):
         sample = draw(random)
-        found.setdefault(identity(sample), sample)
+        found.setdefault(_text(name, sample), sample)
         if len(found) == wanted:
             break
     samples = iter(found.values())
     return {split: list(islice(samples, size)) for split, size in sizes.items()}
+
+
+def _text(name: str, sample: Any) -> Hashable:
+    """Return what tells a sample from others: all that a model reads of it."""
+    if name == PROSE:
+        return str(sample)
+    if name in GENERATION:
+        return str(sample.prompt)
+    return tuple(sample[column] for column in text_columns(name))
