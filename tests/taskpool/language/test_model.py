@@ -304,9 +304,9 @@ def test_a_damaged_file_is_begun_anew(caplog: pytest.LogCaptureFixture) -> None:
     store = stored.RequestStore({"model": "a"})
     store.keep({b"one": b"1", b"two": b"2"})
     assert store.known([b"one", b"two", b"three"]) == {b"one": b"1", b"two": b"2"}
-    path = store.path
-    del store  # which closes the file
-    path.write_bytes(b"no database at all" * 500)
+    for beside in store.path.parent.glob(f"{store.path.name}-*"):
+        beside.unlink()  # from which a damaged file would be mended
+    store.path.write_bytes(b"no database at all" * 500)
     store = stored.RequestStore({"model": "a"})
     assert store.known([b"one"]) == {}
     assert "begun anew" in caplog.text
