@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from evaluate import dataset, write_files
 from lightning.fabric import Fabric
-from measure import Times, alternate, publish, ratio, save, summary
+from measure import Times, alternate, prepared, publish, ratio, save, summary
 from methods import TWO_MODELS, write_models
 from methods import methods as all_methods
 from safetensors.torch import load_file, save_file
@@ -437,7 +437,7 @@ class Encoder:
             max_samples=count,
         )
         pool.prepare(self.fabric)
-        pool.classifier("many", self.module, "model", self.fabric)
+        pool.tasks["many"].classifier(self.module, "model", self.fabric)
         return pool
 
     def first_pass(self) -> float:
@@ -455,8 +455,8 @@ class Encoder:
 
     def bare(self) -> Callable[[], None]:
         """Return the forward passes alone, on batches that lie ready on the device."""
-        images, samples = self.pool._prepared("many"), self.pool._samples("many", None)
-        classify = self.pool.classifier("many", self.module, "model", self.fabric)
+        images, samples = prepared(self.pool.tasks["many"]), self.pool._samples("many", None)
+        classify = self.pool.tasks["many"].classifier(self.module, "model", self.fabric)
         convert = self.fabric.strategy.precision.convert_input
         size = Loading.for_device(self.batch, self.fabric).batch_size
         ready = []
@@ -477,7 +477,7 @@ class Encoder:
         loading = Loading.for_device(self.batch, self.fabric)
         samples, size = self.pool._samples("many", None), loading.batch_size
         steps = np.split(samples, range(size, len(samples), size))
-        for pixels in batches(self.pool._prepared("many"), steps, loading):
+        for pixels in batches(prepared(self.pool.tasks["many"]), steps, loading):
             last = pixels.to(self.fabric.device, non_blocking=True)
         last.sum().item()
 

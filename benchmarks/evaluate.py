@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 from lightning.fabric import Fabric
-from measure import alternate, publish, ratio
+from measure import alternate, prepared, publish, ratio
 from torch.utils.data import DataLoader
 
 from fusion_bench.progress import quiet_libraries
@@ -135,9 +135,9 @@ def passes(root: Path, precision: Any, rounds: int) -> dict[str, Any]:
     os.environ["FUSION_BENCH_CACHE"] = own.name
     warm, encoder = pool(), model()
     warm.evaluate(encoder, fabric)
-    images = warm._prepared("one")
-    head = warm.classifier("one", encoder, "model", fabric)
-    count = len(images.labels)
+    images = prepared(warm.tasks["one"])
+    head = warm.tasks["one"].classifier(encoder, "model", fabric)
+    count = len(images.data.labels)
     everything = torch.from_numpy(np.stack([images.pixels(i) for i in range(count)]))
     ready = images.preprocessor.finish(everything).to(fabric.device)
     ready = fabric.strategy.precision.convert_input(ready)
@@ -152,7 +152,7 @@ def passes(root: Path, precision: Any, rounds: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as empty:
             os.environ["FUSION_BENCH_CACHE"] = empty
             fresh = pool()
-            fresh.classifier("one", encoder, "model", fabric)  # the text head is made before
+            fresh.tasks["one"].classifier(encoder, "model", fabric)  # the text head is made before
             start = time.perf_counter()
             fresh.evaluate(encoder, fabric)
             seconds = time.perf_counter() - start

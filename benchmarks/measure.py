@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from fusion_bench.taskpool.images.pixels import PreparedImages
+    from fusion_bench.taskpool.images.task import ImageTask
 
 Times = dict[str, list[float]]
 Results = dict[str, Any]
@@ -158,3 +162,11 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
     for title, table in results.items():
         columns = list(next(iter(table.values())))
         yield title, columns, [[row, *map(str, cells.values())] for row, cells in table.items()]
+
+
+def prepared(task: "ImageTask") -> "PreparedImages":
+    """Return a task's images as models take them, kept as its own evaluation keeps them."""
+    from fusion_bench.taskpool.images.pixels import PreparedImages
+    from fusion_bench.taskpool.images.task import cache_bytes
+
+    return PreparedImages(task.images, task.preprocessor, cache_bytes("50GB"))

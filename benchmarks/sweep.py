@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from measure import alternate, publish, ratio
+from measure import alternate, prepared, publish, ratio
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.fusing import fuse, materialize
@@ -88,8 +88,8 @@ def sweep(words: list[str], values: list[float], root: Path, rounds: int) -> dic
     modelpool, taskpool, fabric = parts(values)
     inputs = {}
     for task in taskpool.task_names:
-        images = taskpool._prepared(task)
-        pixels = np.stack([images.pixels(i) for i in range(len(images.labels))])
+        images = prepared(taskpool.tasks[task])
+        pixels = np.stack([images.pixels(i) for i in range(len(images.data.labels))])
         ready = images.preprocessor.finish(torch.from_numpy(pixels).to(fabric.device))
         inputs[task] = fabric.strategy.precision.convert_input(ready)
     batch = 32 if fabric.device.type == "cpu" else 128
@@ -97,7 +97,7 @@ def sweep(words: list[str], values: list[float], root: Path, rounds: int) -> dic
     def passes(model: Any, tasks: list[str]) -> None:
         model = fabric.to_device(model.eval())
         for task in tasks:
-            classify = taskpool.classifier(task, model, "model", fabric)
+            classify = taskpool.tasks[task].classifier(model, "model", fabric)
             for part in inputs[task].split(batch):
                 result = classify(part)
         result.sum().item()

@@ -6,6 +6,7 @@ a prediction depends on a parameter, the more weight that model has for it. Mate
 Merging models with Fisher-weighted averaging, https://arxiv.org/abs/2111.09832
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,11 +34,15 @@ from fusion_bench.weights import Weights
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+log = logging.getLogger(__name__)
+
 Estimator = Literal["exact", "sampled", "empirical", "batch_sqrt"]
 
 #: Gradients are computed side by side as long as they take no more floats than this. That makes up
 #: for the overhead of small models; large ones are quicker one by one.
 _FLOATS = 2**26
+#: From so many classes on, such as a vocabulary, their number is told.
+_MANY = 200
 
 
 class FisherMergingAlgorithm(LearningAlgorithm):
@@ -136,12 +141,20 @@ class FisherMergingAlgorithm(LearningAlgorithm):
         classify = data.classify(module)
         fisher = {key: wide(torch.zeros_like(p)) for key, p in parameters.items()}
         size = self.batch_size if self.estimator == "batch_sqrt" else 1
-        random = torch.Generator().manual_seed(self.seed)
+        random, told = torch.Generator().manual_seed(self.seed), False
         count, batches = drawn_batches(
             data, self.num_fisher_examples, size, self.seed, f"Fisher of {name}"
         )
         for images, labels in batches:
             log_probs = wide(of_classes(classify(images), name)).log_softmax(dim=-1)
+            if self.estimator == "exact" and log_probs.shape[-1] > _MANY and not told:
+                told = True
+                log.warning(
+                    "Fisher of %s: %d classes take as many backward passes a sample; "
+                    "'estimator: sampled' takes one.",
+                    name,
+                    log_probs.shape[-1],
+                )
             rows = self._rows(log_probs.detach(), labels, random)
             at_once = max(1, _FLOATS // sum(p.numel() for p in parameters.values()))
             for chunk in rows.split(at_once):
