@@ -24,9 +24,13 @@ LENGTH = 64
 
 
 def letters(
-    *, bos: bool = True, eos: bool = False, chat: bool = False
+    *, bos: bool = True, eos: bool = False, chat: bool = False, named: bool = True
 ) -> "PreTrainedTokenizerFast":
-    """Return a tokenizer of ASCII; it puts a token in front, or at the end, where asked to."""
+    """Return a tokenizer of ASCII.
+
+    It puts a token in front, or at the end, where asked to. Where these are not ``named`` nobody
+    says what they mean, as with ``[CLS]`` and ``[SEP]``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -35,13 +39,13 @@ def letters(
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     made.decoder = decoders.Fuse()
     around = f"{'<s> ' * bos}$A{' </s>' * eos}"
-    named = [("<s>", BOS), ("</s>", EOS)]
-    made.post_processor = processors.TemplateProcessing(single=around, special_tokens=named)
+    special = [("<s>", BOS), ("</s>", EOS)]
+    made.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        bos_token="<s>",
-        eos_token="</s>",
+        bos_token="<s>" if named else None,
+        eos_token="</s>" if named else None,
         pad_token="<pad>",
         model_max_length=LENGTH,
         chat_template=template if chat else None,

@@ -21,17 +21,17 @@ from fusion_bench.weights.similarity import similarity
 
 
 def identities(modelpool: PlacedModelPool) -> dict[str, str]:
-    """Return a hash of each model's weights, from its files or values."""
+    """Return a hash of each model: its weights, by files or values, and what else decides."""
     names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     opened = {name: modelpool.weights(name) for name in names}  # a mistake shows before any work
-    return {name: _identity(weights) for name, weights in opened.items()}
+    return {name: _identity(own, modelpool.architecture(name)) for name, own in opened.items()}
 
 
-def _identity(weights: Weights) -> str:
-    if not weights.files:
-        return sha256(weights)
-    files = json.dumps(sorted(file_sha256(file) for file in weights.files))
-    return hashlib.sha256(files.encode()).hexdigest()
+def _identity(weights: Weights, architecture: str | None) -> str:
+    beside = {file.with_name("adapter_config.json") for file in weights.files}
+    own = [*weights.files, *(file for file in beside if file.is_file())]
+    files = sorted(file_sha256(file) for file in own) or [sha256(weights)]
+    return hashlib.sha256(json.dumps([architecture, files]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,11 @@ class TaskPool:
         if self._is_prepared:
             return
         with fabric.rank_zero_first():  # so that only one process downloads
+            problems = Problems()
             for task in self.tasks.values():
-                task.prepare(fabric)
+                with problems.collect():
+                    task.prepare(fabric)
+            problems.raise_all()
         self._is_prepared = True
 
     def describe(self, task: str) -> TaskDescription:
@@ -248,7 +251,10 @@ class TaskPool:
                         self._results.save(key, found)
             scores[task] = self._measured(task, found)
             new = self.tasks[task].notes(name, found)
-            self._notes += [note for note in new if note not in self._notes]
+            for note in new:
+                if note not in self._notes:
+                    log.warning("%s", note)
+                    self._notes.append(note)
         if known:
             log.info("'%s' was evaluated before on %s.", name, ", ".join(known))
         return {task: scores[task] for task in wanted}

@@ -1,15 +1,20 @@
 """A run that was done before is not done again, unless something has changed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fixtures_llm import write_llama, write_lora
 from safetensors.torch import load_file, save_file
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import SimpleAverageAlgorithm
+from fusion_bench.modelpool import CausalLMPool
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.programs.pools import placed
+from fusion_bench.programs.previous import identities
 from fusion_bench.report import Report
 
 
@@ -108,3 +113,25 @@ def test_the_report_tells_similarities_and_intervals(
             assert difference.difference == pytest.approx(expected)
             assert difference.low <= difference.difference <= difference.high
     assert run(program_config, similarity=False).similarity is None
+
+
+def test_what_else_decides_counts_too(tmp_path: Path) -> None:
+    """The weights are the same, and what is computed with them is not."""
+    base = write_llama(tmp_path / "base")
+    write_lora(tmp_path / "a", base, ["model.layers.0.self_attn.q_proj"])
+    models = {"_pretrained_": str(tmp_path / "base"), "a": str(tmp_path / "a")}
+
+    def known() -> dict[str, str]:
+        return identities(placed(CausalLMPool(models)))
+
+    first = known()
+    assert known() == first
+    for folder, name, key, value in (
+        ("a", "adapter_config.json", "lora_alpha", 60),
+        ("base", "config.json", "rms_norm_eps", 0.3),
+    ):
+        file = tmp_path / folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+        changed = known()
+        assert changed["a"] != first["a"]
+        first = changed

@@ -20,7 +20,7 @@ from fusion_bench.taskpool.language.prompts import Prompt
 from fusion_bench.taskpool.language.requests import Likelihood
 from fusion_bench.taskpool.language.task import LanguageTask, marked
 from fusion_bench.taskpool.language.templates import Template
-from fusion_bench.taskpool.language.tuning import by_length, filled
+from fusion_bench.taskpool.language.tuning import NOTHING, by_length, filled, room
 from fusion_bench.taskpool.task import Evaluation
 
 
@@ -52,7 +52,7 @@ class MultipleChoiceTask(LanguageTask[Choices]):
         choices: a column of lists of texts, or a list of templates.
         label: a column's name or a template; it holds the right choice's number, counted from 0,
             its letter, or its text.
-        delimiter: stands between prompt and answer.
+        delimiter: stands between prompt and answer; by default a space, and nothing in a chat.
         apply_chat_template: put the prompt into the tokenizer's chat template.
         system_prompt: the system's message there.
     """
@@ -66,7 +66,7 @@ class MultipleChoiceTask(LanguageTask[Choices]):
         prompt: str = "prompt",
         choices: str | Sequence[str] = "choices",
         label: str = "label",
-        delimiter: str = " ",
+        delimiter: str | None = None,
         apply_chat_template: bool = False,
         system_prompt: str | None = None,
         tokenizer: Any = None,
@@ -76,7 +76,8 @@ class MultipleChoiceTask(LanguageTask[Choices]):
         name: str = "",
     ):
         self._prompt = Prompt(prompt, apply_chat_template, system_prompt)
-        self._delimiter = delimiter
+        default = "" if apply_chat_template else " "
+        self._delimiter = default if delimiter is None else delimiter
         listed = [choices] if isinstance(choices, str) else list(choices)
         with within("choices"):
             self._choices = [Template(choice) for choice in listed]
@@ -147,11 +148,13 @@ class MultipleChoiceTask(LanguageTask[Choices]):
         def classify(inputs: Tensor) -> Tensor:
             ids, answers = inputs.flatten(0, 1).unbind(dim=1)
             found = torch.full((len(ids),), -torch.inf, device=ids.device)
-            for rows, own in by_length(ids):
+            for rows, own in by_length(ids, room(model) + 1):
                 with how.fabric.autocast():
                     logits = module(input_ids=own[:, :-1], use_cache=False).logits.float()
                 each = logits.log_softmax(dim=-1).gather(2, own[:, 1:, None])[..., 0]
-                scored = answers[rows, 1 : own.shape[1]] == 1
+                # of the same tokens, whose beginnings may be left out
+                length = int((ids[rows[0]] != NOTHING).sum())
+                scored = answers[rows, 1 + length - own.shape[1] : length] == 1
                 found = found.index_put((rows,), (each * scored).sum(dim=1))
             return found.unflatten(0, inputs.shape[:2])
 

@@ -73,7 +73,7 @@ class GenerationTask(LanguageTask[Written]):
             self._answer = Template(answer)
         check_between("max_new_tokens", max_new_tokens, 1, 10**6)
         self._max_new_tokens = max_new_tokens
-        self._stop = _stop(stop)
+        self._stop = stop_texts(stop)
         self._extract = _pattern(extract)
         self._ignore_case = ignore_case
         templates = {"prompt": self._prompt.template, "answer": self._answer}
@@ -152,7 +152,12 @@ class GenerationTask(LanguageTask[Written]):
         return text.casefold() if self._ignore_case else text
 
 
-def _stop(stop: Sequence[str]) -> tuple[str, ...]:
+def stop_texts(stop: Sequence[str]) -> tuple[str, ...]:
+    """Return the texts before which what a model writes ends.
+
+    Raises:
+        FusionBenchError: one that is none, or empty.
+    """
     texts = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(text, str) and text for text in texts):
         raise FusionBenchError(f"'{stop}' is not a list of texts.", place=("stop",))

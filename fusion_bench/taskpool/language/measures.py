@@ -1,6 +1,7 @@
 """What is counted of each text, for metrics of classes and of numbers."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,8 @@ def class_label(value: object, names: Sequence[str]) -> int:
     """
     if isinstance(value, str) and value in names:
         return list(names).index(value)
+    if isinstance(value, str) and value.strip().isdecimal():  # a template writes texts
+        value = int(value)
     if isinstance(value, int) and 0 <= value < len(names):
         return int(value)
     hint = " A label of -1 marks an unlabelled split." if value == -1 else ""
@@ -87,6 +90,10 @@ def number(value: object) -> float:
     Raises:
         FusionBenchError: it has none.
     """
-    if isinstance(value, int | float) and np.isfinite(value):
-        return float(value)
+    found = value
+    if isinstance(value, str):  # a template writes texts
+        with suppress(ValueError):
+            found = float(value)
+    if isinstance(found, int | float) and np.isfinite(found):
+        return float(found)
     raise FusionBenchError(f"the label {value!r} is no number.", "Name another column in 'label'.")

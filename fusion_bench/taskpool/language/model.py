@@ -59,8 +59,8 @@ class LanguageModel:
             or an encoder-decoder.
         source: the tokenizer.
         how: device, precision, batches, memory, and what answers are kept under.
-        max_length: the most tokens that the model is given; by default what it or the tokenizer
-            says.
+        max_length: the most tokens that the model is given, as far as it has positions for them; by
+            default what it or the tokenizer says.
 
     Attributes:
         module: likewise.
@@ -86,7 +86,9 @@ class LanguageModel:
         self.encoder = Encoder(source.tokenizer, seq2seq)
         self._forward = Forward(module, how.fabric, self.encoder.padding)
         self._writer = Writer(self._forward, self.encoder, how.fabric)
-        self.max_length = max_length or read_at_most(config, source.tokenizer.model_max_length)
+        self._positions = _positions(config)
+        most = max_length or read_at_most(config, source.tokenizer.model_max_length)
+        self.max_length = most if self._positions is None else min(most, self._positions)
         self.truncated: set[int] = set()
         self.overlong: set[int] = set()
         self._compared = False
@@ -285,6 +287,8 @@ class LanguageModel:
         parts = rows[0].alone()
         alone, _ = self._forward.log_likelihoods(parts)
         together = found[0][: len(parts)]
+        if not np.isfinite(alone).all():
+            return found  # which is refused
         dtype = next(self._forward.module.parameters()).dtype
         exact = self.how.fabric.strategy.precision.precision in ("32-true", "64-true")
         tolerance = _TOLERANCE.get(dtype, _COARSE) if exact else _COARSE
@@ -338,6 +342,7 @@ class LanguageModel:
             if self._forward.is_seq2seq:
                 if len(context) > most:
                     self.truncated.add(number)
+                self._refuse_long(len(continuation))
                 parts = [Likelihood(context[-most:], continuation)]
             elif len(context) + len(continuation) <= most + 1:
                 parts = [own]
@@ -353,7 +358,9 @@ class LanguageModel:
 
     def _with_room(self, request: Generation) -> Generation:
         room = self.max_length
-        if not self._forward.is_seq2seq:
+        if self._forward.is_seq2seq:
+            self._refuse_long(request.max_new_tokens)
+        else:
             room -= request.max_new_tokens
         if room < 1:
             raise FusionBenchError(
@@ -365,6 +372,15 @@ class LanguageModel:
         if len(request.context) <= room:
             return request
         return replace(request, context=request.context[-room:])
+
+    def _refuse_long(self, count: int) -> None:
+        """Refuse more tokens than a decoder has positions for."""
+        if self._positions is not None and count > self._positions:
+            raise FusionBenchError(
+                f"an answer has {count} tokens, and the decoder of '{self.how.model}' writes no "
+                f"more than {self._positions}.",
+                "Ask for fewer.",
+            )
 
     def _refuse_infinite(self, values: NDArray[np.float64]) -> None:
         if not np.isfinite(values).all():
@@ -427,8 +443,15 @@ def windows(tokens: Tokens, first: int, longest: int, stride: int) -> list[Likel
 
 def read_at_most(config: Any, of_tokenizer: int) -> int:
     """Return how many tokens a model reads, as its config says, or else its tokenizer."""
+    if (own := _positions(config)) is not None:
+        return own
+    return of_tokenizer if of_tokenizer < _NO_LIMIT else _LONGEST
+
+
+def _positions(config: Any) -> int | None:
+    """Return how many tokens a model has positions for; ``None`` where it does not say so."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    return of_tokenizer if of_tokenizer < _NO_LIMIT else _LONGEST
+    return None

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusion_bench.companions import MODULES, module_folders
+from fusion_bench.companions import MODULES, SENTENCE_CONFIGS, module_folders
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.repository import Repository
@@ -89,8 +89,9 @@ class SimilarityTask(LanguageTask[Pair]):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The pooling."""
-        return {"pooling": self._pooling.mode}
+        """The pooling, and what else its model says."""
+        own = self._pooling
+        return {"pooling": own.mode, "max_length": own.max_length, "prompt": own.prompt}
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:
         """Look for the pooling, too."""
@@ -139,6 +140,7 @@ class SimilarityTask(LanguageTask[Pair]):
                 with how.fabric.autocast():
                     return self._pooling.embeddings(model, batch)
 
+            inputs = inputs[..., : longest_text(model, self.tokenizer)]
             found = apart(inputs.flatten(0, 1), answer).unflatten(0, (-1, 2))
             return torch.cosine_similarity(found[:, 0], found[:, 1])[:, None]
 
@@ -171,8 +173,10 @@ class SimilarityTask(LanguageTask[Pair]):
         """Encode the texts of each pair, one after the other."""
         longest = int(self.tokenizer.model_max_length)
         longest = longest if model is None else longest_text(model, self.tokenizer)
-        texts = [text for item in items for text in item.texts]
-        return passages(self.tokenizer, texts, None, min(longest, self._max_length or longest))
+        prompt = self._pooling.prompt
+        texts = [prompt + text for item in items for text in item.texts]
+        wanted = self._max_length or self._pooling.max_length or longest
+        return passages(self.tokenizer, texts, None, min(longest, wanted))
 
 
 class Pooling:
@@ -212,6 +216,31 @@ class Pooling:
         """
         with self._part.located():
             return self._given or _mode(self._part.repository)
+
+    @cached_property
+    def max_length(self) -> int | None:
+        """The most tokens of a text, if the model says so."""
+        for name in SENTENCE_CONFIGS:
+            length = self._said(name).get("max_seq_length")
+            if isinstance(length, int) and length > 0:
+                return length
+        return None
+
+    @cached_property
+    def prompt(self) -> str:
+        """What the model puts before each text by default."""
+        config = self._said(SENTENCE_CONFIGS[0])
+        prompts, name = config.get("prompts"), config.get("default_prompt_name")
+        found = prompts.get(name) if isinstance(prompts, dict) and name else None
+        return found if isinstance(found, str) else ""
+
+    def _said(self, name: str) -> Mapping[str, Any]:
+        """Return a config of the model's; an empty one where there is none."""
+        if self._given is not None or name not in self._part.repository.files:
+            return {}
+        with self._part.located():
+            content = read_json(self._part.repository.fetch(name) / name)
+        return content if isinstance(content, dict) else {}
 
     def width(self, model: nn.Module) -> int:
         """Return how many numbers an embedding has."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusion_bench.problems import FusionBenchError, check_between, within
 from fusion_bench.results import ACCURACY, ANSWERS, Example, Metric, SampleScores, text_array
+from fusion_bench.taskpool.language.generation import stop_texts
 from fusion_bench.taskpool.language.measures import (
     CORRELATIONS,
     TWO_CLASSES,
@@ -92,7 +93,7 @@ class TextLabelTask(LanguageTask[Asked]):
         check_between("max_new_tokens", max_new_tokens, 1, 10**6)
         with within("labels"):
             self._labels = _texts(labels, number)
-        self._settings = tuple(stop), max_new_tokens
+        self._settings = stop_texts(stop), max_new_tokens
         templates = {"prompt": self._prompt.template, "label": self._label}
         super().__init__(dataset, templates, tokenizer, owner, max_length, metrics, name)
         two = TWO_CLASSES if len(self._labels) == 2 else ()

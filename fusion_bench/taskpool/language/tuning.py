@@ -14,6 +14,7 @@ from fusion_bench.problems import within
 from fusion_bench.results import Metric, SampleScores
 from fusion_bench.taskpool.images.tuning import TOLERATED, drawn, is_test_split
 from fusion_bench.taskpool.language.forward import wide
+from fusion_bench.taskpool.language.model import read_at_most
 from fusion_bench.taskpool.language.requests import Tokens
 from fusion_bench.taskpool.language.texts import Texts
 from fusion_bench.taskpool.task import Evaluation
@@ -21,6 +22,8 @@ from fusion_bench.taskpool.task import Evaluation
 if TYPE_CHECKING:
     from fusion_bench.taskpool.language.task import LanguageTask
 
+#: A model that names no limit has none here.
+_ANY = 10**8
 #: Stands in tensors where a text has ended.
 NOTHING = -1
 
@@ -117,21 +120,22 @@ def filled(rows: Sequence[Tokens]) -> Tensor:
     return torch.tensor([list(own) + [NOTHING] * (width - len(own)) for own in rows])
 
 
-def by_length(ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def by_length(ids: Tensor, most: int = _ANY) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the numbers of rows of the same length, and their tokens, without what fills them up.
 
     Methods such as RegMean look at all that goes through a layer: nothing may stand in for texts.
+    Of rows that are longer than ``most`` tokens the beginnings are left out.
     """
     lengths = (ids != NOTHING).sum(dim=1)
     for length in lengths.unique().tolist():
         if length:
             rows = (lengths == length).nonzero()[:, 0]
-            yield rows, ids[rows, :length]
+            yield rows, ids[rows, max(0, length - most) : length]
 
 
-def apart(ids: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def apart(ids: Tensor, answer: Callable[[Tensor, Tensor], Tensor], most: int = _ANY) -> Tensor:
     """Return what ``answer`` makes of ``by_length``'s parts, a row for each of ``ids``."""
-    both = [(rows, answer(rows, own)) for rows, own in by_length(ids)]
+    both = [(rows, answer(rows, own)) for rows, own in by_length(ids, most)]
     order = torch.cat([rows for rows, _ in both]).argsort()
     return torch.cat([found for _, found in both])[order]
 
@@ -158,7 +162,7 @@ def next_logits(model: nn.Module, ids: Tensor, how: Evaluation) -> Tensor:
             logits: Tensor = module(input_ids=own, use_cache=False, **options).logits
         return wide(logits[:, -1])
 
-    return apart(ids, answer)
+    return apart(ids, answer, room(model))
 
 
 def label_likelihoods(
@@ -193,7 +197,12 @@ def label_likelihoods(
                 found.append(each.gather(2, written[..., None])[..., 0].sum(dim=1))
         return torch.stack(found, dim=1)
 
-    return apart(ids, answer)
+    return apart(ids, answer, room(model) - max(map(len, labels)))
+
+
+def room(model: nn.Module) -> int:
+    """Return how many tokens a model reads at once."""
+    return read_at_most(getattr(model, "config", None), _ANY)
 
 
 def _is_seq2seq(model: nn.Module) -> bool:

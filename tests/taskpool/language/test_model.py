@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_language import (
-    EOS,
+    BOS,
     LENGTH,
     asked,
     counting,
@@ -20,6 +20,7 @@ from fixtures_language import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from torch import nn
 
 from fusion_bench.method.ensemble import ensemble_of
@@ -362,7 +363,28 @@ if __name__ == "__main__":
     assert run.stdout.count("same") == 2, run.stderr[-2000:]
 
 
-def test_an_end_that_a_tokenizer_adds_is_no_part_of_a_context() -> None:
-    encoder = asked(tiny("Llama"), tokenizer=letters(eos=True)).encoder
+@pytest.mark.parametrize("named", (True, False))
+def test_an_end_that_a_tokenizer_adds_is_no_part_of_a_context(named: bool) -> None:
+    encoder = asked(tiny("Llama"), tokenizer=letters(eos=True, named=named)).encoder
     (found,) = encoder.likelihoods([("ab", " c")])
-    assert EOS not in found.context + found.continuation
+    assert found == Likelihood((BOS, ord("a"), ord("b")), (ord(" "), ord("c")))
+    assert encoder.texts(["ab"]) == [(BOS, ord("a"), ord("b"))]
+    assert encoder.document("ab") == ((BOS, ord("a"), ord("b")), True)
+
+
+@pytest.mark.parametrize("kind", ("Llama", "T5"))
+def test_answers_and_prompts_without_a_token(models: dict[str, nn.Module], kind: str) -> None:
+    tokenizer = letters(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    encoder = asked(models[kind], tokenizer=tokenizer).encoder
+    with pytest.raises(FusionBenchError, match="the answer '~' has no token"):
+        encoder.likelihoods([("ab", "~")])
+    with pytest.raises(FusionBenchError, match="the prompt '~' has no token"):
+        encoder.texts(["~"])
+
+
+def test_a_length_beyond_the_models_positions(models: dict[str, nn.Module]) -> None:
+    model = asked(models["GPT2"], max_length=400)
+    assert model.max_length == LENGTH
+    model.log_likelihoods([Likelihood(tuple([50] * 90), (60,))])
+    assert model.truncated == {0}

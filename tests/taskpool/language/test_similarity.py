@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,14 @@ def tasks(family: Path, kind: str = "bert", **more: Any) -> TaskPool:
     return pool_of(SimilarityTask(**given), models(family, kind).tokenizer, batch_size)
 
 
-def plain(folder: Path, mode: str) -> list[float]:
+def plain(folder: Path, mode: str, prompt: str = "", longest: int = 10**6) -> list[float]:
     model = transformers.AutoModel.from_pretrained(folder).double().eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def embedding(text: str) -> torch.Tensor:
         with torch.no_grad():
-            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            cut = {"truncation": True, "max_length": longest} if longest < 10**6 else {}
+            ids = tokenizer(prompt + text, return_tensors="pt", **cut)["input_ids"]
             states = model(input_ids=ids).last_hidden_state[0]
         if mode == "max":
             return states.amax(dim=0)
@@ -98,6 +100,20 @@ def test_the_cosine_is_that_of_the_tokens_alone(family: Path, kind: str, mode: s
     assert scores.value(PEARSON) == pytest.approx(np.corrcoef(expected, SCORES)[0, 1], rel=1e-3)
     found = spearmanr(np.float32(expected), SCORES).statistic
     assert scores.value(SPEARMAN) == pytest.approx(found)
+
+
+def test_a_folder_names_the_length_and_the_prompt(family: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "named"
+    copytree(family / "bert" / "a", folder)
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 5}))
+    prompts = {"prompts": {"query": f"{TEXTS[0]} "}, "default_prompt_name": "query"}
+    model = models(family).load_model("a")
+    for said, prompt in (({}, ""), (prompts, f"{TEXTS[0]} ")):
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(said))
+        found = tasks(family, pooling=str(folder)).evaluate(model, CPU)["t"]
+        expected = plain(family / "bert" / "a", "cls", prompt, 5)
+        np.testing.assert_allclose(found.details["predictions"], expected, rtol=1e-4)
+        assert found.details["truncated"].any()
 
 
 def test_a_folder_names_the_pooling(family: Path, tmp_path: Path) -> None:

@@ -328,7 +328,38 @@ def test_methods_learn_from_texts_without_padding(kind: Any, llama: nn.Module) -
     llama.zero_grad()
 
 
+@pytest.mark.parametrize("kind", (MultipleChoiceTask, GenerationTask, PerplexityTask))
+def test_methods_learn_from_the_ends_of_long_texts(kind: Any) -> None:
+    """A model with as many positions as it can read raises for one more token."""
+    module = tiny("GPT2")
+    long = {"prompt": ["a" * 80, "b"], "choices": [["x", "yz"]] * 2, "label": [0, 1]}
+    rows = Dataset.from_dict({**long, "answer": ["x", "y"], "text": ["ab" * 50, "c d"]})
+    options = {"max_new_tokens": 8} if kind is GenerationTask else {}
+    pool = TaskPool({"task": kind(rows, name="task", **options)}, cache=False)
+    pool = pool.with_tokenizer(TokenizerSource(letters))
+    data = pool.tuning({"task": rows}, CPU, ("modelpool", "val_datasets"))["task"]
+    ((inputs, _),) = data.batches(data.sample(None), 8)
+    logits = data.classify(module)(inputs)
+    assert logits.isfinite().all()
+    if kind is MultipleChoiceTask:
+        encoder = asked(module).encoder
+        requests = encoder.likelihoods([("a" * 80, " x"), ("a" * 80, " yz")])
+        expected, _ = asked(module).log_likelihoods(requests)
+        np.testing.assert_allclose(logits[0].detach(), expected, rtol=1e-4)
+
+
+def test_the_samples_of_all_tasks_are_looked_at() -> None:
+    bad = Dataset.from_dict({**QUESTIONS, "label": [0, 9, 1]})
+    tasks = {name: MultipleChoiceTask(bad, name=name) for name in ("a", "b")}
+    pool = TaskPool(tasks, cache=False).with_tokenizer(TokenizerSource(letters))
+    with pytest.raises(FusionBenchError) as caught:
+        pool.prepare(CPU)
+    assert [own.key for own in caught.value.problems] == ["tasks.a.dataset", "tasks.b.dataset"]
+
+
 def test_rows_by_their_length() -> None:
     ids = filled([(1, 2, 3), (4,), (5, 6, 7), ()])
     found = {tuple(rows.tolist()): own.tolist() for rows, own in by_length(ids)}
     assert found == {(1,): [[4]], (0, 2): [[1, 2, 3], [5, 6, 7]]}
+    cut = {tuple(rows.tolist()): own.tolist() for rows, own in by_length(ids, 2)}
+    assert cut == {(1,): [[4]], (0, 2): [[2, 3], [6, 7]]}
