@@ -42,7 +42,7 @@ def test_a_directory_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "model_path", lambda name: tmp_path)
-    assert locate("zoo:tiny").directory == tmp_path
+    assert locate("zoo:clip-tiny").directory == tmp_path
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:

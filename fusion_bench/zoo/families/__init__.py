@@ -52,7 +52,7 @@ def _images(name: str) -> Family:
     return Family(
         tuple(model.replace(zoo.PRETRAINED, name, 1) for model in zoo.MODELS),
         lambda: cache_dir() / "zoo" / zoo._RECIPES[name].key(),
-        zoo.model_path,
+        lambda model: zoo.model_path(model),
         "the zoo of tiny models and images, which takes 2 to 3 minutes",
         150_000_000,
     )
