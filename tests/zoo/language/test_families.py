@@ -104,8 +104,9 @@ def test_a_merge_lies_between_the_pretrained_model_and_the_experts(family: str) 
     found = table(family, classification if family == "bert-tiny" else exact_match)
     means = {name: sum(scores.values()) / len(scores) for name, scores in found.items()}
     own = [found[task][task] for task in TASKS[family]]
-    # A correlation of scores does not come as near to 1 as shares of answers.
-    least = [0.8 if task == language.SCORED else 0.9 for task in TASKS[family]]
-    assert all(score >= bound for score, bound in zip(own, least, strict=True)), own
+    # A correlation comes less near to 1 than shares of answers; tied embeddings hold less.
+    bound = 0.75 if family.endswith("-tied") else 0.9
+    least = [0.8 if task == language.SCORED else bound for task in TASKS[family]]
+    assert all(score >= low for score, low in zip(own, least, strict=True)), own
     assert means["pretrained"] + 0.1 < means["average"]
     assert means["average"] < means[str(SCALES[family])] < sum(own) / len(own)
