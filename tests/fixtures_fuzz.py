@@ -44,8 +44,8 @@ from fusion_bench.programs import CompareProgram
 from fusion_bench.report import Report, Scores, markdown
 from fusion_bench.report.page import page
 from fusion_bench.repository import locate
-from fusion_bench.scripts.cli import EXPECTED
 from fusion_bench.scripts.hydra_patches import set_up_hydra
+from fusion_bench.scripts.run import EXPECTED
 from fusion_bench.sources import load as load_source
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.taskpool.datasets import describe

@@ -34,7 +34,7 @@ _ANY = (
 _READS_ENVIRONMENT = (
     *("huggingface_hub", "datasets", "transformers", "transformers.models.clip.modeling_clip"),
     *("transformers.models.clip.image_processing_pil_clip", "lightning.fabric"),
-    *("fusion_bench.scripts.cli", "fusion_bench.scripts.hydra_patches"),
+    *("fusion_bench.scripts.cli", "fusion_bench.scripts.run", "fusion_bench.scripts.hydra_patches"),
     *("fusion_bench.programs", "fusion_bench.method"),
     *("fusion_bench.modelpool", "fusion_bench.taskpool", "fusion_bench.report.page"),
     "fusion_bench.report.leaderboard_files",

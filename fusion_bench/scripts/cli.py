@@ -1,74 +1,14 @@
-"""The command line: composes a config with Hydra and runs the program that it names."""
+"""The command line: verbs for people, and everything that Hydra understands."""
 
-import logging
 import os
-import re
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import (
-    InterpolationResolutionError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    ValidationError,
-)
-from yaml import YAMLError
-
-from fusion_bench.command import option, replaced, typed
-from fusion_bench.configs import CONFIG_DIR
-from fusion_bench.instantiate import SharedObjects, accepts, instantiate
-from fusion_bench.problems import (
-    INTERRUPTED,
-    ConfigError,
-    FusionBenchError,
-    Problem,
-    Problems,
-    chain,
-    did_you_mean,
-)
-from fusion_bench.redact import secret_keys
-from fusion_bench.resolving import to_container
-from fusion_bench.scripts.hydra_version import check_hydra
-from fusion_bench.scripts.interrupt import interruptible
-from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
-from fusion_bench.shown import colour, message, set_up_streams
-from fusion_bench.storage import disk_failures
-from fusion_bench.trust import ALLOW, RUN_UNSAFE_CODE, TRUST_REMOTE_CODE
-
-log = logging.getLogger(__name__)
-
-#: What every config may be given on the command line, whether or not its YAML has the key.
-_PROGRAM_KEY = re.compile(
-    r"((method|modelpool|taskpool|fabric|search)(?=={)|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
-    r"method\.(base_method\.)*(show_pbar|inplace)|fabric\.\w+|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
-    r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
-)
-#: Exceptions whose message is enough.
-EXPECTED = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
-_PATH_FLAGS = ("--config-path", "-cp")
-_DIRECTORY_FLAGS = (*_PATH_FLAGS, "--config-dir", "-cd")
-
-
-@runtime_checkable
-class Scored(Protocol):
-    """A result with a figure that a sweeper may maximise."""
-
-    @property
-    def objective(self) -> float | None:
-        """The figure, if something was evaluated."""
+from fusion_bench import __version__
+from fusion_bench.command import typed
+from fusion_bench.scripts import verbs
+from fusion_bench.scripts.process import leave_working_directory, plain_messages
+from fusion_bench.shown import set_up_streams
 
 
 def main() -> None:
@@ -77,294 +17,36 @@ def main() -> None:
     With ``HYDRA_FULL_ERROR=1`` it prints the traceback, which is otherwise only in the log.
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     set_up_streams()
-    parts = SharedObjects()
-
-    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
-    def run(config: DictConfig) -> float | Failed | None:
-        set_up_streams()  # again, for a job that is done in another process
-        colour(logging.getLogger().handlers)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return attempt(partial(_run_program, parts=parts), config, _explain)
-        with _plain_messages(show_traceback), disk_failures():
-            return _run_program(config, parts)
-
-    with (
-        _plain_messages(show_traceback),
-        interruptible(),
-        killed_workers(),
-        disk_failures(),
-        closed_stdin(),
-    ):
-        _leave_working_directory()
-        check_hydra()
-        from fusion_bench.scripts.hydra_patches import set_up_hydra  # not before the check
-
-        set_up_hydra()
-        with replaced(_prepared(typed()[1:])):
-            run()
-
-
-@contextmanager
-def closed_stdin() -> Iterator[None]:
-    """Prevent libraries from reading standard input.
-
-    Only ``breakpoint()`` gets the terminal back; under a debugger it stays open.
-    """
-    if sys.gettrace() is not None:
-        yield
-        return
-    before, hook = sys.stdin, sys.breakpointhook
-    try:
-        terminal = os.dup(0)
-    except OSError:  # it is closed already, as it is for services
-        terminal = None
-
-    def restore() -> None:
-        sys.stdin, sys.breakpointhook = before, hook
-        if terminal is not None:
-            os.dup2(terminal, 0)
-
-    def debug(*arguments: Any, **options: Any) -> Any:
-        restore()
-        if hook is not sys.__breakpointhook__ or "PYTHONBREAKPOINT" in os.environ:
-            return hook(*arguments, **options)
-        from pdb import Pdb
-
-        return Pdb().set_trace(sys._getframe(1))  # where the user wrote it, not here
-
-    with Path(os.devnull).open() as nothing:
-        os.dup2(nothing.fileno(), 0)
-        sys.stdin, sys.breakpointhook = nothing, debug
-        try:
-            yield
-        finally:
-            restore()
-            if terminal is not None:
-                os.close(terminal)
-
-
-def _print_traceback(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    text = "".join(traceback.format_exception(kind, error, trace))
-    print(message(text.rstrip()), file=sys.stderr)
-
-
-def _leave_working_directory() -> None:
-    """Import nothing from the working directory, unless ``PYTHONPATH`` names it.
-
-    Hydra runs each plugin that it finds, and a process that is started would look there first.
-    """
-    here = Path.cwd()
-    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    paths = [path for path in named if path]  # an empty one stands for the working directory
-    if here == Path(__file__).parents[2]:  # a checkout, where the package need not be installed
-        paths.insert(0, str(here))
-    elif here not in {Path(path).absolute() for path in paths}:
-        if sys.path and Path(sys.path[0]).absolute() == here:
-            del sys.path[0]
-        if len(named) > len(paths) > 0:
-            sys.path[:] = [path for path in sys.path if Path(path).absolute() != here]
-    os.environ["PYTHONSAFEPATH"] = "1"
-    if paths:
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-
-
-def _allowed(words: list[str]) -> list[str]:
-    """Remove the trust options, which a config cannot set.
-
-    They go into the environment, from which other processes of this run have them too.
-    """
-    left, rest = [], iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag == "--allow":
-            packages = value if equals else next(rest, "")
-            if not re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", packages):
-                raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
-            os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
-        elif word == "--trust-remote-code":
-            os.environ[TRUST_REMOTE_CODE] = "1"
-        elif word == "--run-unsafe-code":
-            os.environ[RUN_UNSAFE_CODE] = "1"
+    words = typed()[1:]
+    with plain_messages(show_traceback):
+        if words in (["--help"], ["-h"]):
+            print(verbs.page())
+        elif words in (["--version"], ["-V"]):
+            print(f"fusion_bench {__version__}")
         else:
-            left.append(word)
-    return left
+            leave_working_directory()
+            sys.exit(_run(words, show_traceback))
 
 
-def _prepared(words: list[str]) -> list[str]:
-    """Return the command line for Hydra.
+def _run(words: list[str], show_traceback: bool) -> int | None:
+    from fusion_bench.scripts.interrupt import interruptible
 
-    A config directory may be relative to where the user is; Hydra's own reading is relative to
-    this file. The program's keys need no ``++``.
-    """
-    prepared = []
-    words = _allowed(words)
-    for position, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        follows_flag = position > 0 and words[position - 1] in _PATH_FLAGS
-        if follows_flag:
-            word = _directory(word)
-        elif flag in _PATH_FLAGS and equals:
-            word = f"{flag}={_directory(value)}"
-        elif _PROGRAM_KEY.match(word):
-            word = f"++{word}"
-        prepared.append(word)
-    return prepared
+    with interruptible():
+        if words and words[0] in verbs.VERBS:
+            return verbs.run(words[0], words[1:])
+        from fusion_bench.scripts.run import run_composed
+
+        run_composed(_file_first(words), show_traceback)
+        return None
 
 
-def _directory(name: str) -> str:
-    path = Path(name).absolute()
-    if not path.is_dir() and "://" not in name:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings) if siblings else ""
-        raise FusionBenchError(f"--config-path: there is no directory '{name}'. {hint}".rstrip())
-    return str(path) if path.is_dir() else name
-
-
-def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
-    """Run the program; return the result's objective for a sweeper, if any."""
-    settings = to_container(config, throw_on_missing=True)
-    if not isinstance(settings, dict) or "_target_" not in settings:
-        name = HydraConfig.get().job.config_name or ""
-        directory, slash, file = name.rpartition("/")
-        raise FusionBenchError(
-            f"The config '{name}' has no program at its top level. "
-            + (
-                f"Give its directory: '--config-path …/{directory} --config-name {file}'."
-                if slash
-                else "Add '_target_: fusion_bench.programs.FabricModelFusionProgram'."
-            )
-        )
-    secrets = secret_keys(settings)
-    Problems(
-        Problem((key,), "looks like a token, and configs are saved.") for key in secrets
-    ).raise_all()
-    settings.setdefault("_recursive_", False)  # the program makes its parts itself
-    if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
-        settings.pop("overwrite", None)
-    arguments: dict[str, Any] = {"output_dir": HydraConfig.get().runtime.output_dir}
-    if accepts(settings["_target_"], "parts"):
-        arguments["parts"] = parts
-    result = instantiate(settings, **arguments).run()
-    return result.objective if isinstance(result, Scored) else None
-
-
-@contextmanager
-def _plain_messages(show_traceback: bool) -> Iterator[None]:
-    """End the process with a message and an exit code; the traceback goes to the log file."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        sys.exit(getattr(error, "exit_code", INTERRUPTED))
-    except Exception as error:
-        if show_traceback:
-            sys.excepthook = _print_traceback
-            raise
-        logs = _log_traceback()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            text = message(_explain(error))
-            if not isinstance(error, EXPECTED):
-                text = f"{text}\n  {_where(logs)}"
-            print(f"fusion_bench: {text}", file=sys.stderr)
-        sys.exit(_exit_code(error))
-
-
-def _log_traceback() -> list[str]:
-    """Write the exception that is being handled to the log files; returns their names."""
-    text = traceback.format_exc()
-    record = log.makeRecord(__name__, logging.ERROR, __file__, 0, text, (), None)
-    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
-    for handler in handlers:
-        handler.handle(record)
-    return [handler.baseFilename for handler in handlers]
-
-
-def _where(logs: list[str]) -> str:
-    traces = (
-        f"The traceback is in {logs[0]}." if logs else ("HYDRA_FULL_ERROR=1 shows the traceback.")
-    )
-    return f"This is unexpected, so please report it. {traces}"
-
-
-def _exit_code(error: Exception) -> int:
-    if isinstance(error, FusionBenchError):
-        return error.exit_code
-    return ConfigError.exit_code if isinstance(error, EXPECTED) else 1
-
-
-def _explain(error: Exception) -> str:
-    """Return the message for the user, with a suggested name if there is one."""
-    if not isinstance(error, EXPECTED):
-        return f"{type(error).__name__}: {error}"
-    first_line = str(error).partition("\n")[0]
-    if isinstance(error, YAMLError):
-        return " ".join(str(error).split())
-    if isinstance(error, MissingConfigException):
-        # Hydra's own message goes on with its search path, which tells people little.
-        return f"{first_line.rstrip('.')}. {_nearest_config(error.missing_cfg_file or '')}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: missing; give it on the command line: '{error.full_key}=…'."
-    if "{log_dir}" in first_line:
-        return f"""{first_line}. Quote it twice: 'report_save_path="{{log_dir}}/name.json"'."""
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{_parse_failure(error)}. Quote values with '=', ',' or spaces once more: "
-            """'reports=["a","sweep/x=1"]'."""
-        )
-    if isinstance(error, FusionBenchError):
-        return str(error)
-    cause = error.__cause__
-    if isinstance(error, InterpolationResolutionError):  # a resolver of ours may have raised it
-        ours = [e for e in chain(error) if isinstance(e, FusionBenchError)]
-        return f"{error.full_key}: {ours[0] if ours else first_line}"
-    if isinstance(cause, ValidationError):
-        return f"{first_line}: {str(cause).partition(chr(10))[0]}"
-    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
-        names = [str(name) for name in cause.parent_node]
-        hint = did_you_mean(str(cause.key), names)
-        return f"{first_line} {hint} To add a new key, put a '+' before it."
-    if several := re.match("Ambiguous value for argument '(.*)'$", first_line):
-        key, _, values = several[1].lstrip("+").partition("=")
-        return (
-            f"{key}={values}: add -m to run once for each. Or quote it: '{key}=[{values}]' is "
-            f"""a list, "{key}='{values}'" a text."""
-        )
-    return " ".join(str(error).split()) if isinstance(error, HydraException) else str(error)
-
-
-def _parse_failure(error: OverrideParseException) -> str:
-    """Return the problem of an invalid override in one line."""
-    first_line, _, rest = error.message.partition("\n")
-    reason = rest.partition("\n")[0] if first_line.startswith("Error parsing") else ""
-    text = f"{first_line}: {reason}" if reason and not reason.startswith("See ") else first_line
-    return text if error.override in text else f"'{error.override}': {text}"
-
-
-def _nearest_config(missing: str) -> str:
-    """Suggest the config with the most similar name, anywhere in its group."""
-    names = _config_names(missing)
-    last = [Path(name).name for name in names]
-    for close in get_close_matches(Path(missing).name, last, n=1):
-        alike = [name for name in names if Path(name).name == close]
-        return did_you_mean(get_close_matches(missing, alike, n=1, cutoff=0)[0], alike)
-    return did_you_mean("", names)
-
-
-def _config_names(missing: str) -> list[str]:
-    """Return the names of the configs that a person might have meant by ``missing``."""
-    group, slash, _ = missing.partition("/")
-    names = set()
-    for directory in {CONFIG_DIR, *map(Path, option(*_DIRECTORY_FLAGS))}:
-        files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
-        names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
-    parent = missing.rpartition("/")[0]
-    with suppress(OSError):  # there is no such group of Hydra's own
-        stored = ConfigStore.instance().list(parent) if slash else []
-        names |= {f"{parent}/{name.removesuffix('.yaml')}" for name in stored}
-    return [name for name in names if not Path(name).name.startswith("_")]
+def _file_first(words: list[str]) -> list[str]:
+    """Return Hydra's words for a config file that is given as the first one."""
+    if not words or not words[0].endswith((".yaml", ".yml")) or "=" in words[0]:
+        return words
+    file = Path(words[0])
+    return ["--config-path", str(file.parent), "--config-name", file.stem, *words[1:]]
 
 
 if __name__ == "__main__":

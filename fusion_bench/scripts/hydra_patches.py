@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from hydra._internal import hydra as hydra_internal
 from hydra._internal.sources_registry import SourcesRegistry
-from hydra.conf import HydraConf
+from hydra.conf import HydraConf, JobConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -50,7 +50,9 @@ def set_up_hydra() -> None:
         {group: ours.get(group, choice) for group, choice in entry.items()}
         for entry in HydraConf().defaults
     ]
-    store("config", HydraConf(defaults), "hydra", provider="fusion_bench")
+    # A run's log is named after the job.
+    conf = HydraConf(defaults, job=JobConf(name="cli"))
+    store("config", conf, "hydra", provider="fusion_bench")
     # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
     for name, launcher in launchers().items():
         store(name, launcher, "hydra/launcher", provider="fusion_bench")

@@ -13,8 +13,8 @@ import yaml
 from commandline import compose
 
 import fusion_bench.method
+from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import instantiate
-from fusion_bench.scripts.cli import CONFIG_DIR
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -9,12 +9,12 @@ import yaml
 from commandline import fusion_bench
 from conftest import CLASSES
 
+from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs import SearchWinner
 from fusion_bench.report import Report
 from fusion_bench.report.figures import search_sentence
-from fusion_bench.scripts.cli import CONFIG_DIR
 
 Config = dict[str, Any]
 FACTORS = (-1.0, 0.3, 1.5)

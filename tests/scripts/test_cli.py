@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from commandline import SCRIPT, fusion_bench, python
 
 from fusion_bench.report import Report
-from fusion_bench.scripts import cli
+from fusion_bench.scripts import process
 from fusion_bench.storage import claimed
 
 HEAVY = ("torch", "transformers", "datasets", "lightning", "sklearn", "skimage", "matplotlib")
@@ -57,10 +58,25 @@ def test_printing_a_config_builds_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "cache"))
-    for arguments in (["--cfg", "job"], ["--cfg", "job", "--resolve"], ["--help"]):
+    for arguments in (["--cfg", "job"], ["--cfg", "job", "--resolve"], ["--help", "seed=1"]):
         done = fusion_bench(*arguments, cwd=tmp_path)
         assert done.returncode == 0 and "SimpleAverageAlgorithm" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version_are_ours(tmp_path: Path) -> None:
+    for flag in ("--help", "-h"):
+        done = fusion_bench(flag, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.startswith("fusion_bench fuses fine-tuned")
+        assert "Hydra" not in done.stdout and len(done.stdout.splitlines()) <= 50
+    done = fusion_bench("--version", cwd=tmp_path)
+    assert done.stdout.split() == ["fusion_bench", version("fusion_bench")]
+
+
+def test_a_config_file_may_be_the_first_word(conf: Path) -> None:
+    done = fusion_bench(str(conf / "small.yaml"), "seed=3", "--cfg", "job", cwd=conf.parent)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["seed"] == 3
 
 
 def test_a_run_from_a_users_own_config(conf: Path) -> None:
@@ -127,7 +143,7 @@ def test_nothing_is_imported_from_the_working_directory(
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     monkeypatch.setenv("PYTHONPATH", f":{other}:")
     monkeypatch.setattr(sys, "path", [str(tmp_path), other, str(tmp_path), *sys.path])
-    cli._leave_working_directory()
+    process.leave_working_directory()
     assert str(tmp_path) not in sys.path and other in sys.path
     assert os.environ["PYTHONPATH"] == other and os.environ["PYTHONSAFEPATH"] == "1"
     for name in ("pickle", "socket", "runpy", "sitecustomize"):
@@ -143,7 +159,7 @@ def test_nothing_is_imported_from_the_working_directory(
         assert done.returncode == 0 and "evil" not in done.stdout, done
     monkeypatch.setenv("PYTHONPATH", f":{tmp_path}")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    cli._leave_working_directory()
+    process.leave_working_directory()
     assert str(tmp_path) in sys.path and os.environ["PYTHONPATH"] == str(tmp_path)
 
 

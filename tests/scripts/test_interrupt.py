@@ -11,7 +11,7 @@ import pytest
 DRIVER = """
 import hashlib, multiprocessing, os, sys, threading, time
 from pathlib import Path
-from fusion_bench.scripts.cli import _plain_messages
+from fusion_bench.scripts.process import plain_messages
 from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.storage import whole_directory
 
@@ -48,7 +48,7 @@ def child_is_ended():
     print(child.exitcode, flush=True)
     time.sleep(1.5)  # longer than the patience with a process that was told to end
 
-with _plain_messages(False), interruptible():
+with plain_messages(False), interruptible():
     globals()[sys.argv[1]]()
 print("done", flush=True)
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commandline import fusion_bench
 
-BEGIN = "import os, sys\nfrom fusion_bench.scripts.cli import closed_stdin\n"
+BEGIN = "import os, sys\nfrom fusion_bench.scripts.process import closed_stdin\n"
 
 
 def child(code: str, answers: str = "y\n" * 99, close: bool = False) -> list[str]:

@@ -19,7 +19,7 @@ from fixtures_harness import (
 from lightning.fabric import Fabric
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.scripts.cli import _allowed
+from fusion_bench.scripts.run import _allowed
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
 from fusion_bench.taskpool.language.harness.folder import TaskFiles
 from fusion_bench.taskpool.language.harness.safety import check

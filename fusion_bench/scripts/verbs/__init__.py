@@ -1,0 +1,104 @@
+"""The verbs of the command line, ``fusion_bench VERB …``: a module each, imported when it is used.
+
+A verb is a module of the same name in this package. Its docstring is the text of its help. What is
+slow to import is imported inside ``run``.
+"""
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from inspect import cleandoc
+from textwrap import indent
+from typing import NoReturn, Protocol, cast
+
+from fusion_bench.problems import FusionBenchError
+
+#: Each verb, and what it does.
+VERBS: Mapping[str, str] = {}
+
+_PAGE = """\
+fusion_bench fuses fine-tuned neural networks into one, and shows what that gained and lost.
+
+  fusion_bench                                  merge the built-in models; no network needed
+  fusion_bench method=ties_merging              the same with another method
+  fusion_bench my.yaml method.threshold=10      a config of your own; key=value changes a setting
+
+verbs (fusion_bench VERB --help shows examples):
+{verbs}
+
+options:
+  -m                     run once for each of several values: method=simple_average,ties_merging
+  --config-name NAME     another config: demo_language, merge_llm, search, scaling_study …
+  --config-path DIR      the folder of your own configs
+  --cfg job              print the config instead of running it
+  --allow PACKAGE        let a config use classes of your own package
+  --trust-remote-code    let models run code that they bring
+  --hydra-help           all other options
+  --version              the version
+
+Set dry_run=true to see the plan and every mistake before anything is loaded.
+"""
+
+
+class Verb(Protocol):
+    """What the module of a verb has."""
+
+    #: Shown below the options, a command a line.
+    EXAMPLES: str
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add the options."""
+
+    def run(self, arguments: Namespace) -> int | None:
+        """Do it; the exit code is 0 for ``None``.
+
+        Raises:
+            FusionBenchError: what the user can mend.
+        """
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are messages like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            FusionBenchError: with the message.
+        """
+        text = message.removeprefix("argument ")
+        raise FusionBenchError(f"{text.rstrip('.')}. '{self.prog} --help' explains it.")
+
+
+def parser_of(name: str) -> ArgumentParser:
+    """Return the parser of a verb's words."""
+    verb = _module(name)
+    parser = Parser(
+        prog=f"fusion_bench {name}",
+        description=cleandoc(verb.__doc__ or ""),
+        epilog="examples:\n" + indent(cleandoc(verb.EXAMPLES), "  "),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.add_arguments(parser)
+    return parser
+
+
+def run(name: str, words: Sequence[str]) -> int | None:
+    """Run a verb with its words; returns the exit code.
+
+    Raises:
+        FusionBenchError: as the verb, and words that it does not take.
+    """
+    return _module(name).run(parser_of(name).parse_args(words))
+
+
+def page() -> str:
+    """Return the page that ``fusion_bench --help`` shows."""
+    width = max(map(len, VERBS), default=0)
+    lines = "\n".join(f"  {name:{width}}  {does}" for name, does in VERBS.items())
+    return _PAGE.format(verbs=lines)
+
+
+def _module(name: str) -> Verb:
+    return cast(Verb, import_module(f"{__name__}.{name}"))
