@@ -104,8 +104,9 @@ def plain_messages(
         ours = isinstance(error, FusionBenchError)
         text = str(error) if ours else explain(error)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            said = f"{unexpected(error)}\n  {_where(logs)}" if text is None else text
-            print(f"fusion_bench: {message(said)}", file=sys.stderr)
+            where = f"\n  {_where(logs)}" if text is None else ""
+            said = message(unexpected(error) if text is None else text)
+            print(f"fusion_bench: {said}{where}", file=sys.stderr)
         if isinstance(error, FusionBenchError):
             sys.exit(error.exit_code)
         sys.exit(1 if text is None else ConfigError.exit_code)
