@@ -127,14 +127,14 @@ def class_schema(name: str) -> Json:
 def _documented(function: Any) -> tuple[str, Mapping[str, str]]:
     """Return a callable's first line, and its arguments' meanings, inherited ones too."""
     summary, meanings = "", dict[str, str]()
-    others = set[str]()
+    others = dict[str, None]()
     for own in inspect.getmro(function) if inspect.isclass(function) else (function,):
         text = own.__doc__ or ""
         if not text.strip() or own.__module__ == "builtins":
             continue
         documented = parse(inspect.cleandoc(text), DocstringStyle.GOOGLE)
         summary = summary or documented.short_description or ""
-        others |= set(_ELSEWHERE.findall(text))
+        others |= dict.fromkeys(_ELSEWHERE.findall(text))
         for one in documented.params:
             meaning = " ".join((one.description or "").split())
             if meaning and not _ELSEWHERE.search(meaning):
