@@ -15,6 +15,7 @@ from docstring_parser import DocstringStyle, parse
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from fusion_bench.catalog import PROGRAM
 from fusion_bench.trust import find
 
 #: JSON, as ``json.dumps`` takes it.
@@ -27,8 +28,6 @@ _NO_NODES = {
     *("LearningData", "PatchHead", "Task", "TaskDescription", "TuningImages"),
     *("SweptSearch", "TensorwiseAlgorithm"),
 }
-#: The main program, whose keys a config has that names no program itself.
-PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
 #: Keys whose value is a node of one package.
 _SECTIONS = {
     "method": "method",

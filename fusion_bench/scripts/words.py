@@ -49,7 +49,7 @@ def models(word: str) -> Iterator[str]:
         yield word
         return
     yield "~modelpool.models"
-    yield f"+modelpool.models={_written(found)}"
+    yield f"+modelpool.models={in_grammar(found)}"
 
 
 def named_after(paths: Collection[str]) -> dict[str, str]:
@@ -72,7 +72,7 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
     return named
 
 
-def _written(value: object) -> str:
+def in_grammar(value: object) -> str:
     """Return a value in Hydra's grammar."""
     if isinstance(value, dict):
         for key in value:
@@ -82,9 +82,9 @@ def _written(value: object) -> str:
                     "Use letters, digits, '.', '-' and '_', or write the models in a YAML.",
                     place=("modelpool", "models"),
                 )
-        return "{" + ",".join(f"{key}:{_written(own)}" for key, own in value.items()) + "}"
+        return "{" + ",".join(f"{key}: {in_grammar(own)}" for key, own in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
+        return "[" + ",".join(map(in_grammar, value)) + "]"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return {None: "null", True: "true", False: "false"}.get(value, str(value))  # type: ignore[call-overload]
