@@ -103,11 +103,9 @@ class RepeatProgram:
         if different:
             _print(different)
         raise ResultError(
-            f"{same} as in '{self.path}'.",
+            f"{same} as in '{self.path}', and the merged weights are {said}.",
             "Give 'tolerance=0.01' to accept differences of 1 %.",
-            details=[
-                f"{name} was {old}, now {new}" for name, old, new in _changed(self.report, now)
-            ],
+            details=[f"{name} was {a}, now {b}" for name, a, b in _changed(self.report, now)],
         )
 
 
@@ -140,13 +138,13 @@ def _node(report: Report) -> dict[str, Any]:
     return node
 
 
-def _weights(before: Report, now: Report) -> str:
-    merged = [name for name, model in before.models.items() if model.role == "merged"]
-    same = all(
+def _same_weights(before: Report, now: Report) -> bool:
+    """Return whether each merged model has the hash that it had."""
+    merged = (name for name, model in before.models.items() if model.role == "merged")
+    return all(
         name in now.models and now.models[name].identity == before.models[name].identity
         for name in merged
     )
-    return "the same, bit by bit" if same else "not the same bit by bit"
 
 
 def _changed(before: Report, now: Report) -> Iterator[tuple[str, str, str]]:

@@ -37,7 +37,7 @@ def verify(folder: Path, report: Path | None = None) -> Iterator[str]:
     bad = [name for name in weights if not _finite(weights, name)]
     if bad:
         raise ResultError(
-            f"'{folder}': {len(bad)} of {len(weights)} entries hold NaN or infinity; '{bad[0]}' does."
+            f"'{folder}': {len(bad)} of {len(weights)} entries hold NaN or infinity: '{bad[0]}' …"
         )
     yield f"{len(weights)} entries with {parameters:,} parameters are there, all finite."
     yield from _sources(recipe)
@@ -82,9 +82,10 @@ def _pool(recipe: Mapping[str, Any]) -> type[HFModelPool]:
     """Return the pool that the model was merged by, which says which entries are the model's."""
     node = recipe.get("config", {}).get("modelpool")
     name = str(node.get("_target_") if isinstance(node, Mapping) else "").rpartition(".")[2]
-    found = vars(modelpool).get(name)
-    known = isinstance(found, type) and issubclass(found, HFModelPool)
-    return found if known else HFModelPool
+    found: object = vars(modelpool).get(name)
+    if isinstance(found, type) and issubclass(found, HFModelPool):
+        return found
+    return HFModelPool
 
 
 def _sources(recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Run a report's config again, or the methods of a published table, and compare every figure.
 
 A report is named by its file or by the folder of its run. A table is one that comes with the
-package (zoo, clip_vit_b32_ta8) or a YAML of your own. The exit code is 1 if a figure differs by more
-than its tolerance.
+package (zoo, clip_vit_b32_ta8) or a YAML of your own. The exit code is 1 if a figure differs by
+more than its tolerance.
 """
 
 from argparse import ArgumentParser, Namespace
