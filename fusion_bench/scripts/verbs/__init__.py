@@ -20,7 +20,6 @@ VERBS: Mapping[str, str] = {
     "cp": "copy one into a YAML of your own",
     "validate": "check a config without running it",
     "merge": "merge models into a folder",
-    "evaluate": "evaluate models on tasks",
     "compare": "compare runs, with intervals",
     "reproduce": "run a report's config again, and compare every figure",
     "verify": "check a merged model's files against its report",
