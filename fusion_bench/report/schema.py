@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from fusion_bench.problems import ConfigError
 from fusion_bench.report.schema_1 import lifted_report
 from fusion_bench.results import Interval, Metric, SampleScores, normalized, stderr
-from fusion_bench.storage import write_text
+from fusion_bench.storage import read_plausible, write_text
 from fusion_bench.tasks import canonical_name
 
 Role = Literal["pretrained", "individual", "merged"]
@@ -33,7 +33,7 @@ def read_model(kind: type[T], path: Path, name: str) -> T:
         ConfigError: there is none, or it is none of a known version.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_plausible(path))
     except OSError as error:
         raise ConfigError(f"Cannot read '{path}': {error.strerror}.") from error
     except ValidationError as error:
