@@ -21,7 +21,7 @@ from fusion_bench.storage import write_bytes
 #: What a page of ours has near its begin.
 _OWN = b'<meta name="generator" content="fusion_bench index">'
 #: A table has so many columns of tasks, a picture so many of the best, the page so many pictures.
-_COLUMNS, _PICTURED, _PICTURES = 40, 40, 3
+_COLUMNS, _PICTURED, _PICTURES = 40, 20, 3
 #: Letters of a text that is shown; a longer one is cut.
 _LONGEST = 300
 #: What needs no more than quotation marks in a list of Hydra's, and in a shell.
@@ -72,7 +72,7 @@ def page(index: Index, file: Path) -> str:
     """
     links = _Links(file.parent)
     runs = {str(run.directory): _Row.of(n, run, links) for n, run in enumerate(index.runs)}
-    tables = []
+    tables: list[_Table] = []
     for standings, ordered, facts in index.tables():
         rows = [runs[str(run.directory)] for run in ordered]
         for row in rows:
@@ -147,6 +147,7 @@ class _Table:
     rows: Sequence[_Row]
     facts: Mapping[str, str]
     picture: Any
+    pictured: int = _PICTURED
 
     @property
     def title(self) -> str:

@@ -142,7 +142,7 @@ if (filter) {
     body.replaceChildren();
     const top = document.createElement("tr");
     const titles = [one, other].map((run) => runs.get(run).querySelector("a, bdi").cloneNode(true));
-    for (const title of ["", ...titles, "difference"]) {
+    for (const title of ["", ...titles, "second − first"]) {
       const cell = document.createElement(title ? "th" : "td");
       if (title) cell.scope = "col";
       cell.append(title);
@@ -154,7 +154,7 @@ if (filter) {
     const alike = boardsOf[0] !== undefined && boardsOf[0] === boardsOf[1];
     const change = (first, second, unit, same) =>
       alike && unit === same && first.dataset.value && second.dataset.value
-        ? signed(first.dataset.value - second.dataset.value, unit) : "";
+        ? signed(second.dataset.value - first.dataset.value, unit) : "";
     const add = (header) => {
       const cells = rows.map((row) => row.cells[header.cellIndex]);
       const units = cells.map((cell) => cell.dataset.unit ?? header.dataset.unit);
@@ -192,7 +192,7 @@ if (filter) {
 
   filter.hidden = false;
   filter.addEventListener("submit", (event) => event.preventDefault());
-  filter.addEventListener("input", show);
+  for (const event of ["input", "change"]) filter.addEventListener(event, show);
   document.getElementById("all").addEventListener("click", () => select(shown()));
   document.getElementById("none").addEventListener("click", () => select([]));
   addEventListener("pageshow", show); // the browser may have kept what was typed
