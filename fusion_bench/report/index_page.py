@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ _OWN = b'<meta name="generator" content="fusion_bench index">'
 _COLUMNS, _PICTURED, _PICTURES = 40, 20, 3
 #: Letters of a text that is shown; a longer one is cut.
 _LONGEST = 300
-#: What needs no more than quotation marks in a list of Hydra's, and in a shell.
-_PLAIN = re.compile(r"[\w.,=/@+:()\[\] -]+")
+#: A path that is text to ``compare``, too: no option and no interpolation.
+_PLAIN = re.compile(r"(?!-)[\w.,=/@+:()\[\] -]+")
 
 
 def save(index: Index, file: Path, *, overwrite: bool = False) -> None:
@@ -114,7 +115,8 @@ def _broken(name: str) -> Any:
 class _Row:
     """A run, and where its page is.
 
-    ``table`` is the number of its table; ``path`` the folder as ``compare`` takes it, if it can.
+    ``table`` is the number of its table; ``path`` the folder as a shell takes it, empty for odd
+    names.
     """
 
     number: int
@@ -128,7 +130,7 @@ class _Row:
     def of(cls, number: int, run: IndexedRun, links: "_Links") -> "_Row":
         """Return a run with its links."""
         name = links.name(run.directory)
-        path = name if _PLAIN.fullmatch(name) else ""
+        path = shlex.quote(name) if _PLAIN.fullmatch(name) else ""
         return cls(number, run, name, links.to(run.directory / "report.html"), path)
 
     @property

@@ -163,7 +163,7 @@ def test_two_runs_stand_side_by_side(browser: Chrome, path: Path) -> None:
     assert found["normalised, %"][2] == "+25.3"
     assert found["method"] == ["slerp scaling_factor=0.2", "ties scaling_factor=0.0", ""]
     command = browser.find_element(By.ID, "command").text
-    assert command == """fusion_bench --config-name compare 'reports=["run2","run0"]'"""
+    assert command == "fusion_bench compare run2 run0"
     select(browser, "run2")
     assert not browser.find_element(By.ID, "pair").is_displayed()
 

@@ -186,8 +186,7 @@ if (filter) {
     const paths = rows.map((row) => row.dataset.path);
     const paired = document.getElementById("paired");
     paired.hidden = !alike || !paths.every(Boolean);
-    document.getElementById("command").textContent =
-      `fusion_bench --config-name compare 'reports=["${paths.join('","')}"]'`;
+    document.getElementById("command").textContent = `fusion_bench compare ${paths.join(" ")}`;
   };
 
   filter.hidden = false;

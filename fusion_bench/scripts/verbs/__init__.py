@@ -15,7 +15,17 @@ from fusion_bench.problems import FusionBenchError
 
 #: Each verb, and what it does.
 VERBS: Mapping[str, str] = {
+    "ls": "list methods, models, tasks, datasets or configs",
+    "show": "show one of them: options, defaults, YAML, page",
+    "cp": "copy one into a YAML of your own",
+    "validate": "check a config without running it",
+    "merge": "merge models into a folder",
+    "evaluate": "evaluate models on tasks",
+    "compare": "compare runs, with intervals",
     "index": "one page over all runs below a folder",
+    "reproduce": "run a report's config again, and compare every figure",
+    "verify": "check a merged model's files against its report",
+    "cache": "show what is kept between runs, and prune it",
 }
 
 _PAGE = """\
@@ -92,7 +102,7 @@ def run(name: str, words: Sequence[str]) -> int | None:
     Raises:
         FusionBenchError: as the verb, and words that it does not take.
     """
-    return _module(name).run(parser_of(name).parse_args(words))
+    return _module(name).run(parser_of(name).parse_intermixed_args(words))
 
 
 def page() -> str:
