@@ -260,13 +260,10 @@ def _add_study(found: Index, path: Path) -> None:
     study = Study.load(path)
     methods = dict.fromkeys(merge.method for merge in study.merges)
     content = f"{', '.join(methods)} on {', '.join(study.bases)}"
-    best = max(
-        (point for point in study.points if point.side == "held_in"),
-        key=lambda point: (
-            point.mean if study.common is None or study.common.higher_is_better else -point.mean
-        ),
-        default=None,
-    )
+    plain = study.common if study.held_in == "none" else None
+    sign = -1 if plain is not None and not plain.higher_is_better else 1  # a share is never lower
+    points = (point for point in study.points if point.side == "held_in")
+    best = max(points, key=lambda point: sign * point.mean, default=None)
     outcome = ""
     if best is not None:
         unit = study.unit("held_in")

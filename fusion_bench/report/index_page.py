@@ -22,7 +22,9 @@ from fusion_bench.storage import write_bytes
 #: What a page of ours has near its begin.
 _OWN = b'<meta name="generator" content="fusion_bench index">'
 #: A table has so many columns of tasks, a picture so many of the best, the page so many pictures.
-_COLUMNS, _PICTURED, _PICTURES = 40, 20, 3
+_COLUMNS, _PICTURED, _PICTURES = 40, 20, 2
+#: Figures beyond are no part of a picture.
+_LARGEST = 1e9
 #: Letters of a text that is shown; a longer one is cut.
 _LONGEST = 300
 #: A path that is text to ``compare``, too: no option and no interpolation.
@@ -209,13 +211,16 @@ def _picture(table: Standings, rows: Sequence[_Row]) -> Any:
 
     from fusion_bench.report.pictures import ranking
 
-    lines = [line for line in table.lines if line.rank is not None][:_PICTURED]
-    if not lines:
+    names, values, errors = [], [], []
+    for line, row in list(zip(table.lines, rows, strict=False))[:_PICTURED]:
+        value, error = table.score(line), Z * (line.stderr or 0.0)
+        if line.rank is not None and abs(value) + error < _LARGEST:
+            names.append(f"{brief(row.run.method, 16)} {_end(row.name)}")
+            values.append(value)
+            errors.append(error)
+    if not names:
         return None
-    names = [f"{brief(row.run.method, 16)} {_end(row.name)}" for row in rows[: len(lines)]]
-    errors = [Z * (line.stderr or 0.0) for line in lines]
     title = sentence_case(brief(table.label))
-    values = [table.score(line) for line in lines]
     return Markup(ranking(names, values, errors, title, brief(table.unit, 16)))
 
 

@@ -104,6 +104,8 @@ def test_results_of_every_kind_are_found(tmp_path: Path) -> None:
     assert {run.directory.name for run in found.runs} >= {"small", "search", "tall"}
     assert {each.kind for each in found.collections} >= {"comparison", "scaling study"}
     assert found.unreadable == []
+    (study,) = (each for each in found.collections if each.kind == "scaling study")
+    assert study.outcome.startswith("best held-in: ")
     searched = next(run for run in found.runs if run.directory.name == "search")
     assert any("is the best of" in remark for remark in searched.remarks)
     board = Leaderboard(
@@ -187,6 +189,21 @@ def test_figures_that_are_no_numbers_are_shown(tmp_path: Path) -> None:
     made.save(tmp_path / "report.json")
     text = page(index(tmp_path), tmp_path / "index.html")
     assert 'data-value="Infinity">∞' in text and 'data-score="Infinity"' in text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [1e308, -1e308, float("inf"), float("nan")])
+def test_absurd_figures_spoil_nothing(tmp_path: Path, value: float) -> None:
+    run(tmp_path / "good", 50, lower=True)
+    for name in ("absurd", "other"):
+        made = run(tmp_path / name, 50, lower=True)
+        for result in made.models["merged"].tasks.values():
+            result.main.value, result.main.stderr = value, value
+        made.save(tmp_path / name / "report.json")
+    found = index(tmp_path)
+    assert len(found.runs) + len(found.unreadable) == 3
+    assert ranks(found)["good"] in (1, 3)
+    assert "<tr data-run=" in page(found, tmp_path / "index.html")
 
 
 @pytest.mark.parametrize(
