@@ -25,6 +25,7 @@ VERBS: Mapping[str, str] = {
     "index": "one page over all runs below a folder",
     "reproduce": "run a report's config again, and compare every figure",
     "verify": "check a merged model's files against its report",
+    "completion": "complete words in bash, zsh or fish",
     "cache": "show what is kept between runs, and prune it",
 }
 
@@ -82,8 +83,8 @@ class Parser(ArgumentParser):
         raise FusionBenchError(f"{text.rstrip('.')}. '{self.prog} --help' explains it.")
 
 
-def parser_of(name: str) -> ArgumentParser:
-    """Return the parser of a verb's words."""
+def parser_of(name: str, *, with_name: bool = False) -> ArgumentParser:
+    """Return the parser of a verb's words, among them its name if that is wanted."""
     verb = _module(name)
     parser = Parser(
         prog=f"fusion_bench {name}",
@@ -92,6 +93,8 @@ def parser_of(name: str) -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if with_name:
+        parser.add_argument("verb", choices=[name])
     verb.add_arguments(parser)
     return parser
 
