@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "validate": "check a config without running it",
     "merge": "merge models into a folder",
     "compare": "compare runs, with intervals",
+    "index": "one page over all runs below a folder",
     "reproduce": "run a report's config again, and compare every figure",
     "verify": "check a merged model's files against its report",
     "completion": "complete words in bash, zsh or fish",
