@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import TextIO, TypeVar
@@ -78,6 +78,11 @@ class Step:
         if outer._by_inner and self.total:
             return outer, (outer.total - outer.done) / self.total
         return None, 0
+
+    @property
+    def counts_for_outer(self) -> bool:
+        """Whether what is done of it is done of a step around it, too."""
+        return self._counts_for is not None
 
     def advance(self, amount: float = 1) -> None:
         """Count more units as done."""
@@ -230,7 +235,9 @@ class Line:
         if counted is None or not counted.total:
             return f"{_titles(steps)}: for {duration(self._clock() - self._begun)} so far."
         percent = f"{int(100 * _share(counted))} %"
-        facts = [_amount(counted, counted.total), percent, *self._left(counted, counted.total)]
+        facts = [_amount(counted, counted.total), percent]
+        if (left := self._left(counted, counted.total)) is not None:
+            facts.append(f"about {left} left")
         return f"{_titles(steps)}: {', '.join(facts)}."
 
     def _text(self, screen: "Screen") -> str:
@@ -241,7 +248,8 @@ class Line:
         counted = _counted(steps)
         if counted is None or not counted.total:
             return ""
-        facts = ", ".join([*self._left(counted, counted.total), _amount(counted, counted.total)])
+        facts, left = _amount(counted, counted.total), self._left(counted, counted.total)
+        facts = facts if left is None else f"{left} left, {facts}"
         text: str = tqdm.format_meter(
             _share(counted),
             1,
@@ -249,7 +257,7 @@ class Line:
             ncols=screen.columns,
             prefix=f"{facts}: {_titles(steps)}",
             ascii=not screen.has_blocks,
-            bar_format="{percentage:3.0f}%|{bar:20}| {desc}",
+            bar_format="{percentage:3.0f}%|{bar:12}| {desc}",
         )
         return text
 
@@ -264,12 +272,12 @@ class Line:
             each = each.inner
         return found
 
-    def _left(self, counted: Step, total: float) -> list[str]:
+    def _left(self, counted: Step, total: float) -> str | None:
         """Return the time that is left, if there is anything to tell it by."""
         elapsed, worked = self._clock() - counted.started, counted.done - counted.skipped
         if worked <= 0 or elapsed < 1:
-            return []
-        return [f"about {duration(elapsed * max(total - counted.done, 0) / worked)} left"]
+            return None
+        return duration(elapsed * max(total - counted.done, 0) / worked)
 
 
 class Screen:
@@ -286,7 +294,7 @@ class Screen:
         self.lock = threading.RLock()
         self.has_blocks = "utf" in (stream.encoding or "").lower()
         self._stream = stream
-        self._width = 0  # of what is shown
+        self._shown, self._width = "", 0
         self._at_margin = True
         self._showing = False
 
@@ -301,7 +309,7 @@ class Screen:
         """Replace what is shown, unless somebody else is in the middle of a line."""
         from tqdm.utils import disp_len
 
-        if not self._at_margin or (not text and not self._width):
+        if not self._at_margin or text == self._shown:
             return
         width = disp_len(text)
         self._showing = True
@@ -313,7 +321,7 @@ class Screen:
                 self._stream.flush()
         finally:
             self._showing = False
-        self._width = width
+        self._shown, self._width = text, width
 
     @contextmanager
     def above(self, text: str) -> Iterator[None]:
@@ -387,12 +395,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def _titles(steps: Iterable[Step]) -> str:
-    said = (", ".join(filter(None, (each.title, each.detail))) for each in steps)
+def _titles(steps: Sequence[Step]) -> str:
+    """Return what is being done; where the outermost cannot count a step in it, with its share."""
+    counted, said = _counted(steps), []
+    for each in steps:
+        apart = each.total and each is not counted and not each.counts_for_outer
+        said.append(", ".join(filter(None, (each.title, each.detail))))
+        said.append(f"{int(100 * _share(each))} %" if apart else "")
     return ": ".join(filter(None, said))
 
 
-def _counted(steps: Iterable[Step]) -> Step | None:
+def _counted(steps: Sequence[Step]) -> Step | None:
     """Return the outermost step whose size is known."""
     return next((each for each in steps if each.total), None)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -225,10 +226,9 @@ class SweepCallback(Callback):
         )
         directory = Path(config.hydra.runtime.output_dir)
         write_text(directory / _RECORD, json.dumps(asdict(record), indent=2) + "\n")
-        report = directory / "report.json"
-        known = report.exists() and report.stat().st_mtime < self._begun
+        line, known = _line(record, directory, self._begun)
         self._tally.add(known=known)
-        line = f"{_line(record, directory, known)} ({self._tally.text(time.time())})"
+        line = f"{line} ({self._tally.text(time.time())})"
         if os.getpid() != self._process and sys.stdout.isatty():  # where the sweep has its line
             line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)
         print(line, flush=True)
@@ -393,12 +393,12 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _line(record: Record, directory: Path, known: bool) -> str:
-    """Return the result of a job in one line."""
+def _line(record: Record, directory: Path, begun: float) -> tuple[str, bool]:
+    """Return the result of a job in one line, and whether it was known before the job."""
     if record.error is not None:
-        return f"{record.name}: failed: {record.error.splitlines()[0]}"
+        return f"{record.name}: failed: {record.error.splitlines()[0]}", False
     if not (directory / "report.json").exists():
-        return f"{record.name}: done"
+        return f"{record.name}: done", False
     from fusion_bench.report import Report, comparison
     from fusion_bench.report.figures import shown
 
@@ -413,8 +413,10 @@ def _line(record: Record, directory: Path, known: bool) -> str:
     if (search := report.run.search) is not None:
         cells["validation"] = shown(search.best.score, search.unit)
     figures = [f"{name} {value}" for name, value in cells.items()]
+    # The report tells whole seconds.
+    known = datetime.fromisoformat(report.run.created_at).timestamp() + 1 <= begun
     figures.append("done before" if known else f"{report.run.seconds.total:.1f} s")
-    return f"{record.name}: {', '.join(figures)}"
+    return f"{record.name}: {', '.join(figures)}", known
 
 
 def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> None:

@@ -55,7 +55,7 @@ class Tally:
     def what_is_kept(self) -> str:
         """Return what is kept of a sweep that is interrupted, and how to go on."""
         of = "" if self.total is None else f" of {self.total}"
-        done = f"{self._read()[0]}{of} jobs are done: {self.directory}."
+        done = f"{self._read()[0]}{of} jobs done: {self.directory}."
         return f"{done} The same command goes on with the others."
 
     def end(self) -> None:

@@ -42,7 +42,7 @@ def ensure(
         with (
             kept(lambda: "Of what was being built nothing is kept; the next run builds it."),
             whole_directory(root) as scratch,
-            step(f"Building {what}, once", samples, "training samples") as work,
+            step(f"building {what}", samples, "samples") as work,
         ):
 
             def advance(phase: str, seen: int) -> None:
