@@ -308,7 +308,8 @@ class _Work:
         """Return how many samples are evaluated, with all models together."""
         counts = []
         for base, source in self.sources.items():
-            source.taskpool.prepare(fabric)
+            with within(*source.places.taskpool, keyed_only=True):
+                source.taskpool.prepare(fabric)
             evaluator = source.evaluator(source.experts, fabric, "own_task")
             merges = sum(job[0] == base for job in jobs)
             tasks = evaluator.baseline_tasks() + merges * evaluator.task_names
