@@ -64,9 +64,7 @@ def main() -> None:
             work()
         times = alternate(contestants, arguments.rounds)
     results = {"answers": {name: summary(seconds) for name, seconds in times.items()}}
-    publish(
-        results, "doors.py", arguments.rounds, arguments.json, arguments.markdown, ["hydra"]
-    )
+    publish(results, "doors.py", arguments.rounds, arguments.json, arguments.markdown, ["hydra"])
 
 
 def _run(folder: str, environment: dict[str, str], command: list[str]) -> None:
