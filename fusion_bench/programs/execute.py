@@ -74,6 +74,7 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
             with plain_failures(), Clock().measure("report"):
                 publish(report, scores, run.spec.output_dir, run.paths.report_path)
             run.paths.finished()
+            prepared.tracker.track(report)
             if run.paths.model_path is not None:
                 log.info("Merged model: %s", run.paths.model_path)
             elif not report.tasks and report.run.search is None:
