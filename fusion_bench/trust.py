@@ -52,8 +52,9 @@ _FAMILIES = {
     "lightning.fabric.strategies.": ("lightning.fabric.strategies.Strategy",),
     "torch.optim.": ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"),
 }
-_FILES = ("root_dir", "save_dir", "name", "version", "prefix")
-_BOARD = ("sub_dir", "default_hp_metric", "log_graph", "max_queue", "flush_secs")
+_CSV = ("name", "version", "prefix", "flush_logs_every_n_steps")
+_BOARD = ("name", "version", "prefix", "sub_dir", "default_hp_metric", "max_queue", "flush_secs")
+_MLFLOW = ("experiment_name", "run_name", "tags", "save_dir", "prefix", "synchronous", "log_model")
 _WANDB = (
     *("name", "save_dir", "dir", "version", "id", "project", "group", "job_type", "tags", "notes"),
     *("prefix", "mode", "offline", "anonymous", "log_model"),
@@ -61,13 +62,11 @@ _WANDB = (
 #: Loggers, and the arguments that a config may give: none that says where figures are sent, or
 #: that lets a library send more than it is given.
 _LOGGERS = {
-    "lightning.fabric.loggers.CSVLogger": (*_FILES, "flush_logs_every_n_steps"),
-    "lightning.fabric.loggers.TensorBoardLogger": (*_FILES, *_BOARD),
-    "lightning.pytorch.loggers.CSVLogger": (*_FILES, "flush_logs_every_n_steps"),
-    "lightning.pytorch.loggers.TensorBoardLogger": (*_FILES, *_BOARD),
-    "lightning.pytorch.loggers.MLFlowLogger": (
-        *("experiment_name", "run_name", "tags", "save_dir", "prefix", "synchronous", "log_model"),
-    ),
+    "lightning.fabric.loggers.CSVLogger": ("root_dir", *_CSV),
+    "lightning.fabric.loggers.TensorBoardLogger": ("root_dir", *_BOARD),
+    "lightning.pytorch.loggers.CSVLogger": ("save_dir", *_CSV),
+    "lightning.pytorch.loggers.TensorBoardLogger": ("save_dir", "log_graph", *_BOARD),
+    "lightning.pytorch.loggers.MLFlowLogger": _MLFLOW,
     "lightning.pytorch.loggers.WandbLogger": _WANDB,
     "wandb.integration.lightning.fabric.WandbLogger": _WANDB,
 }
@@ -173,7 +172,8 @@ def _logger_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str
                     f"command line, or set {_DESTINATIONS[name]} in the environment.",
                 )
         elif name not in _LOGGERS[target]:
-            yield name, "is not allowed for a logger in a config. Remove it."
+            hint = did_you_mean(str(name), _LOGGERS[target])
+            yield name, f"is not allowed for a logger in a config. {hint}"
         elif isinstance(value, str) and ("://" in value or "$" in value):
             yield name, f"'{value}' is neither a name nor a path. Give one without '://' and '$'."
 

@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,9 +118,10 @@ class Tracker:
             if mark in sent:
                 continue
             try:
-                made = logger.make()
-                self._refuse_other(made)
-                where = _send(made, report)
+                with _quiet():
+                    made = logger.make()
+                    self._refuse_other(made)
+                    where = _send(made, report)
             except Exception as error:
                 key, said = key_of(logger.place), " ".join(str(error).split())
                 reason = f"{key}: {logger.name} failed: {said or type(error).__name__}"
@@ -236,6 +238,7 @@ def _defaults(
         found = {"name": run, "group": sweep, "save_dir": output_dir}
         found["project"] = os.environ.get("WANDB_PROJECT", "fusion_bench")
         found["settings"] = {"silent": True, "console": "off"}
+        found["mode"] = "offline" if given.get("offline") else None
     elif target.endswith(".MLFlowLogger"):
         found = {"experiment_name": "fusion_bench", "run_name": run}
         found["tags"] = {"sweep": sweep} if sweep else None
@@ -302,7 +305,7 @@ def _options(report: Report) -> dict[str, Any]:
     return {"method": method, "models": ", ".join(run.inputs), "version": run.version, **shown}
 
 
-def _send(logger: Logger, report: Report) -> str:
+def _send(logger: Any, report: Report) -> str:
     """Send a report to one logger; return where it can be seen."""
     name = type(logger).__name__
     with suppress(NotImplementedError):  # CSV in Fabric has figures alone
@@ -314,6 +317,22 @@ def _send(logger: Logger, report: Report) -> str:
     if name == "WandbLogger":
         logger.experiment.finish()  # else a sweep's next job would be written into this one
     return where or str(Path(logger.log_dir or "."))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the libraries tell of what they create."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.loggers", "mlflow")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _into_tensorboard(experiment: Any, logger: Logger, report: Report) -> None:
@@ -337,7 +356,7 @@ def _into_wandb(experiment: Any, logger: Logger, report: Report) -> str | None:
         with artifact.new_file(name, encoding="utf-8") as file:
             file.write(text)
     experiment.log_artifact(artifact)
-    return str(experiment.url or experiment.dir)
+    return str(experiment.dir if experiment.offline else experiment.url)
 
 
 #: How a report is put beside the figures, by the logger's name.

@@ -196,7 +196,8 @@ def _use_log_dir(config: DictConfig, run_mode: RunMode) -> None:
     """Let ``path.log_dir`` name the output folder, as in FusionBench, and then stand for it."""
     if not isinstance(path := config.get("path"), DictConfig):
         return
-    chosen = OmegaConf.to_container(path, resolve=False).get("log_dir")
+    folders: Any = OmegaConf.to_container(path, resolve=False)
+    chosen = folders.get("log_dir")
     with open_dict(config):
         path.log_dir = _OUTPUT_DIR
         if chosen is None or chosen == _OUTPUT_DIR:
