@@ -14,7 +14,9 @@ from typing import NoReturn, Protocol, cast
 from fusion_bench.problems import FusionBenchError
 
 #: Each verb, and what it does.
-VERBS: Mapping[str, str] = {}
+VERBS: Mapping[str, str] = {
+    "push": "upload a merged model to the Hugging Face Hub",
+}
 
 _PAGE = """\
 fusion_bench fuses fine-tuned neural networks into one, and shows what that gained and lost.
