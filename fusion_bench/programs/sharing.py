@@ -295,8 +295,8 @@ def _card(
     stated = set(licences.values())
     try:
         card = ModelCard(text)
-        if len(stated) == 1 and None not in stated and card.data.license is None:
-            card.data.license = stated.pop()
+        if len(stated) == 1 and None not in stated and card.data.get("license") is None:
+            card.data["license"] = stated.pop()
         return str(card)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(
@@ -334,7 +334,7 @@ def _licence(name: str, commit: str | None) -> str | None:
             file = patiently(lambda: download(place, _CARD, revision=commit), briefly=True)
         else:
             file = str(Path(name) / _CARD)
-        stated = ModelCard(_text_of(Path(file))).data.license
+        stated = ModelCard(_text_of(Path(file))).data.get("license")
         return stated if isinstance(stated, str) else None
     return None
 
