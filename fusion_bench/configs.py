@@ -6,15 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
 
 from fusion_bench.problems import FusionBenchError, did_you_mean
-from fusion_bench.resolving import to_container
 
 _PACKAGE = Path(__file__).resolve().parent
 #: Inside the package when installed from a wheel, beside it in a checkout.
@@ -28,6 +21,8 @@ _filled: Mapping[str, Any] | None = None
 
 def register() -> None:
     """Register the config choices of datasets and suites, where one file defines several."""
+    from hydra.core.config_store import ConfigStore  # as slow as all the rest of a command
+
     global _filled
     store = ConfigStore.instance()
     if _filled is store.repo:
@@ -89,6 +84,13 @@ def composed(*overrides: str) -> dict[str, Any]:
     Raises:
         FusionBenchError: a config or a key that is not there.
     """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fusion_bench.resolving import to_container
+
     inside = GlobalHydra.instance().is_initialized()
     if not inside:
         register()
@@ -110,6 +112,9 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 def _choices(group: str) -> list[str]:
     """Return the names of a group's configs, and of those in its subgroups, as Hydra finds them."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.object_type import ObjectType
+
     loader = GlobalHydra.instance().config_loader()
     found = loader.get_group_options(group)
     for inner in loader.get_group_options(group, ObjectType.GROUP):

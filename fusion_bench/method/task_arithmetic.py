@@ -15,8 +15,9 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     """The pretrained model plus the scaled sum of all task vectors.
 
-    ``scaling_factor`` is usually tuned on validation data; a negative value makes the model forget
-    the tasks.
+    Args:
+        scaling_factor: of the sum; usually tuned on validation data. A negative value makes the
+            model forget the tasks.
     """
 
     needs_pretrained = True
