@@ -21,7 +21,7 @@ from fusion_bench.modelpool import (
     Seq2SeqLMPool,
     SequenceClassificationModelPool,
 )
-from fusion_bench.modelpool.card import Origin, model_card, recipe, renamed, with_section
+from fusion_bench.modelpool.card import Origin, model_card, recipe, renamed, usage, with_section
 
 CONFIG: dict[str, Any] = {"method": {"scaling_factor": 0.3}, "seed": None, "list": [1, "zwei ´`"]}
 
@@ -203,3 +203,20 @@ def test_a_section_replaces_its_own_kind_alone() -> None:
 def test_the_code_of_a_card_is_renamed() -> None:
     card = model_card("m", made(a=Origin("x")), 'name = "m"\nother = "m"')
     assert 'name = "o/n"\nother = "m"' in renamed(card, "o/n")
+
+
+def test_the_page_shows_code_that_runs(family: Path, tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "after_merging.md"
+    causal, clip = re.findall(r"```py\n(.*?)\n```", page.read_text("utf-8"), re.DOTALL)
+    assert causal == usage("merged", {"architectures": ["LlamaForCausalLM"]}, ["tokenizer.json"])
+    pool = CLIPVisionModelPool({"a": family / "models" / "a"})
+    pool.save_model(pool.weights("a"), tmp_path / "merged")
+    for name, place in {
+        "openai/clip-vit-base-patch32": family / "models" / "base",
+        "merged": tmp_path / "merged",
+    }.items():
+        clip = clip.replace(f'"{name}"', f'"{place}"')
+    made: dict[str, Any] = {}
+    exec(compile(clip, "page", "exec"), made)
+    inside, own = made["clip"].vision_model.state_dict(), made["merged"].state_dict()
+    assert all(torch.equal(inside[key], own[key]) for key in own) and own
