@@ -189,7 +189,9 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
     _take_out_theirs(settings)
-    Problems(precheck.problems(settings)).raise_all()
+    # For a program without this key it was about the folder alone.
+    looked_at = {key: value for key, value in settings.items() if key != "overwrite"}
+    Problems(precheck.problems(looked_at)).raise_all()
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
