@@ -34,6 +34,7 @@ from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
 from fusion_bench.programs.search import OptionSearch, Setting
+from fusion_bench.programs.sharing import add_results
 from fusion_bench.programs.spec import FusionSpec
 from fusion_bench.progress import SAMPLES, kept, quiet_libraries, step
 from fusion_bench.report import Report, Scores, Search, Seconds, compare_contenders
@@ -74,7 +75,10 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
         if run.fabric.global_rank == 0:
             with plain_failures(), Clock().measure("report"):
                 publish(report, scores, run.spec.output_dir, run.paths.report_path)
+                if run.paths.model_path is not None and report.tasks:
+                    add_results(run.paths.model_path, report)
             run.paths.finished()
+            prepared.tracker.track(report)
             if run.paths.model_path is not None:
                 log.info("Merged model: %s", run.paths.model_path)
             elif not report.tasks and report.run.search is None:

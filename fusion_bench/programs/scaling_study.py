@@ -164,6 +164,9 @@ class ScalingStudy:
         fabric = None
         with problems.collect():
             fabric = make_fabric(self.fabric)
+        if isinstance(self.fabric, Mapping) and self.fabric.get("loggers") is not None:
+            reason = "the merges of a study are not sent to loggers."
+            problems.append(Problem(("fabric", "loggers"), reason, "Remove it."))
         methods = self._methods(problems)
         runs = {}
         for name, node in self.bases.items():

@@ -109,6 +109,10 @@ _DEFAULTS = {
 }
 
 
+#: The folder of this run, wherever it is.
+_OUTPUT_DIR = "${hydra:runtime.output_dir}"
+
+
 class _Repository(ConfigRepository):
     """The config repository; Hydra copies it for each listed group, some 300 times."""
 
@@ -170,6 +174,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 config = super().load_configuration(
                     config_name, overrides, run_mode, from_shell, validate_sweep_overrides
                 )
+            _use_log_dir(config, run_mode)
             resolve_all(config)
         except (HydraException, OmegaConfBaseException):
             raise
@@ -226,6 +231,23 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                     f"If you trust it, allow it outside the config: --allow {package}.",
                     place=("hydra", "searchpath"),
                 )
+
+
+def _use_log_dir(config: DictConfig, run_mode: RunMode) -> None:
+    """Let ``path.log_dir`` name the output folder, as in FusionBench, and then stand for it."""
+    if not isinstance(path := config.get("path"), DictConfig):
+        return
+    folders: Any = OmegaConf.to_container(path, resolve=False)
+    chosen = folders.get("log_dir")
+    with open_dict(config):
+        path.log_dir = _OUTPUT_DIR
+        if chosen is None or chosen == _OUTPUT_DIR:
+            return
+        chosen = str(chosen).replace("${.", "${path.")
+        if run_mode == RunMode.RUN and "hydra.run.dir" not in overrides():
+            config.hydra.run.dir = chosen
+        elif run_mode == RunMode.MULTIRUN and OmegaConf.is_missing(config.hydra.sweep, "dir"):
+            config.hydra.sweep.dir = chosen
 
 
 def _choosable(

@@ -24,6 +24,7 @@ VERBS: Mapping[str, str] = {
     "index": "one page over all runs below a folder",
     "reproduce": "run a report's config again, and compare every figure",
     "verify": "check a merged model's files against its report",
+    "push": "upload a merged model to the Hugging Face Hub",
     "completion": "complete words in bash, zsh or fish",
     "cache": "show what is kept between runs, and prune it",
 }
