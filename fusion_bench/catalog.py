@@ -132,7 +132,7 @@ def definitions() -> Mapping[str, Any]:
 def options(target: str) -> list[Option]:
     """Return the options of a ``_target_``; none of a class that is not ours."""
     schema = definitions().get(target, {"properties": {}})
-    required = schema.get("required", ())
+    required = schema.get("needs", ())
     return [
         Option(
             name,
@@ -173,7 +173,7 @@ def in_words(schema: Mapping[str, Any]) -> str:
 def _kinds(schema: Mapping[str, Any]) -> Iterator[str]:
     if name := str(schema.get("$ref", "")).rpartition("/")[2]:
         if name != "interpolation":
-            yield "node" if name in ("node", "programs") else f"{name} node"
+            yield definitions()[name].get("words", "mapping")
     elif "anyOf" in schema:
         for own in schema["anyOf"]:
             yield from _kinds(own)

@@ -65,6 +65,23 @@ def suites() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
                 yield taskpool, name, {"defaults": pool, "base_model": base}
 
 
+def merged(file: Path) -> dict[str, Any]:
+    """Return a file's node, with what its defaults list brings to the same place.
+
+    Args:
+        file: below ``CONFIG_DIR``.
+    """
+    node = yaml.load((CONFIG_DIR / file).read_text(encoding="utf-8"), Loader=_LOADER)
+    whole: dict[str, Any] = {}
+    for each in node.pop("defaults", ()):
+        name, _, package = str(each).partition("@")
+        if not isinstance(each, str) or name == "_self_" or package not in ("", "_here_"):
+            continue
+        own = Path(name.strip("/")) if name.startswith("/") else file.parent / name
+        whole |= merged(own.with_suffix(".yaml"))
+    return whole | node
+
+
 def _tasks(suites: Mapping[str, Any], name: str) -> Iterator[str]:
     if "extends" in suites[name]:
         yield from _tasks(suites, suites[name]["extends"])
