@@ -1,5 +1,6 @@
 """The config files, and whole configs composed from them."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,8 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") if d.is_dir())
 
 
+#: The comment by which an editor finds the schema of a YAML.
+_SCHEMA_LINE = "# yaml-language-server: $schema="
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is one
 #: What ``register`` has filled.
 _filled: Mapping[str, Any] | None = None
@@ -80,6 +83,39 @@ def merged(file: Path) -> dict[str, Any]:
         own = Path(name.strip("/")) if name.startswith("/") else file.parent / name
         whole |= merged(own.with_suffix(".yaml"))
     return whole | node
+
+
+def schema_of(file: Path) -> Path:
+    """Return the JSON schema for a config file.
+
+    Args:
+        file: below ``CONFIG_DIR``, or one like it.
+    """
+    group = file.parts[0] if len(file.parts) > 1 else ""
+    name = {"": "config", "_get_started": "config", "launcher": "hydra"}.get(group, group)
+    return CONFIG_DIR / "schema" / f"{'policy' if file.stem == '_policy' else name}.json"
+
+
+def schema_line(file: Path, source: Path) -> str:
+    """Return the comment at the top of a YAML by which an editor finds its schema.
+
+    In a checkout it is relative, so that it holds on every machine; elsewhere it is the address of
+    the schema in this installation.
+
+    Args:
+        file: that begins with the line.
+        source: the config below ``CONFIG_DIR`` that it is a copy of, or like.
+    """
+    schema, checkout = schema_of(source), CONFIG_DIR.parent
+    if (checkout / "pyproject.toml").is_file() and file.resolve().is_relative_to(checkout):
+        return _SCHEMA_LINE + Path(os.path.relpath(schema, file.resolve().parent)).as_posix()
+    return _SCHEMA_LINE + schema.as_uri()
+
+
+def without_schema_line(text: str) -> str:
+    """Return a YAML without the comment for editors."""
+    first, newline, rest = text.partition("\n")
+    return rest if newline and first.startswith(_SCHEMA_LINE) else text
 
 
 def _tasks(suites: Mapping[str, Any], name: str) -> Iterator[str]:

@@ -73,7 +73,9 @@ def _config(classes: Mapping[str, Json]) -> Json:
     """Return the schema of a whole config: a program, its defaults list, and Hydra's settings."""
     programs = [name for name in classes if name.startswith("fusion_bench.programs.")]
     programs = [name for name in programs if "dry_run" in classes[name]["properties"]]
-    whole = {"required": ["_target_"], "allOf": [{"$ref": "#/definitions/complete"}]}
+    complete = {"$ref": "#/definitions/complete"}
+    # A search gives options of the method, so that its node need not be complete.
+    searched = {"properties": {"method": {}}, "additionalProperties": complete}
     return {
         "type": "object",
         "properties": {
@@ -91,8 +93,13 @@ def _config(classes: Mapping[str, Json]) -> Json:
                 "else": {"properties": _without_target(classes[PROGRAM])},
             },
             {
-                "if": {"anyOf": [{"required": ["defaults"]}, {"required": ["search"]}]},
-                "else": whole,
+                "if": {"required": ["defaults"]},
+                "else": {
+                    "required": ["_target_"],
+                    "if": {"required": ["search"]},
+                    "then": searched,
+                    "else": complete,
+                },
             },
         ],
     }
@@ -192,6 +199,7 @@ def _node(
 ) -> Json:
     """Return the schema of a node, which may be of a class that is not known here."""
     return {
+        "title": words,
         "words": words,
         "description": summary,
         **_or_interpolation("object", "null"),
@@ -206,8 +214,15 @@ def _target(names: list[str], classes: Mapping[str, Json], section: str) -> Json
     own = "|".join(_pattern(name) for name in known)
     return {
         "anyOf": [
-            *({"const": name, "description": classes[name]["description"]} for name in names),
-            {"type": "string", "pattern": rf"^\?\?\?$|\$\{{|{own}|^(?!({_CLOSED})\.)"},
+            {
+                "type": "string",
+                "pattern": rf"^\?\?\?$|\$\{{|{own}|^(?!({_CLOSED})\.)",
+                "patternErrorMessage": "fusion_bench has no such class.",
+            },
+            *(
+                {"const": name, **{key: classes[name][key] for key in ("title", "description")}}
+                for name in names
+            ),
         ],
     }
 

@@ -104,6 +104,8 @@ _THEIR_SUMMARIES = {
     "datasets.load_dataset": "A dataset on the Hub or in files.",
     "datasets.load_from_disk": "A dataset that was saved with save_to_disk.",
 }
+#: Those among them whose types they check as annotated.
+_CHECKED = ("lightning.Fabric",)
 #: How a docstring says that an argument is described at another class.
 _ELSEWHERE = re.compile(r"\b(?:[Aa]s (?:in|of|those of)|the options of) ``(\w+)``")
 #: What stands for a value: an interpolation, one that is still to be given, and what is a truth
@@ -240,9 +242,9 @@ def _value_schema(name: str, key: str, hint: Any) -> Json:
     schema = {} if hint is MISSING else _of_type(hint)
     if not schema:
         return {}
-    # The types of a user's own arguments are offered, but the program does not check them.
-    checked = is_ours(name) or name in _THEIRS
-    return {"anyOf": [schema, {"$ref": "#/definitions/interpolation"} if checked else {}]}
+    if is_ours(name) or name in _CHECKED:
+        return {"anyOf": [schema, {"$ref": "#/definitions/interpolation"}]}
+    return {"anyOf": [schema, {}]}  # offered; the program does not check the types of others
 
 
 def _of_type(hint: Any) -> Json:
