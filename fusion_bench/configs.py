@@ -85,29 +85,21 @@ def merged(file: Path) -> dict[str, Any]:
     return whole | node
 
 
-def schema_of(file: Path) -> Path:
-    """Return the JSON schema for a config file.
-
-    Args:
-        file: below ``CONFIG_DIR``, or one like it.
-    """
-    group = file.parts[0] if len(file.parts) > 1 else ""
-    name = {"": "config", "_get_started": "config", "launcher": "hydra"}.get(group, group)
-    return CONFIG_DIR / "schema" / f"{'policy' if file.stem == '_policy' else name}.json"
-
-
-def schema_line(file: Path, source: Path) -> str:
+def schema_line(file: Path, source: Path = Path("own.yaml"), root: Path = CONFIG_DIR) -> str:
     """Return the comment at the top of a YAML by which an editor finds its schema.
 
-    In a checkout it is relative, so that it holds on every machine; elsewhere it is the address of
-    the schema in this installation.
+    Within a checkout it is a relative path, which holds on every machine. Elsewhere it is the
+    address of the schema in this installation.
 
     Args:
         file: that begins with the line.
-        source: the config below ``CONFIG_DIR`` that it is a copy of, or like.
+        source: a config below ``root`` of the same kind; by default a whole config.
+        root: the directory of configs, with the schemas.
     """
-    schema, checkout = schema_of(source), CONFIG_DIR.parent
-    if (checkout / "pyproject.toml").is_file() and file.resolve().is_relative_to(checkout):
+    group = source.parts[0] if len(source.parts) > 1 else ""
+    kind = {"": "config", "_get_started": "config", "launcher": "hydra"}.get(group, group)
+    schema = root / "schema" / f"{'policy' if source.stem == '_policy' else kind}.json"
+    if (root.parent / "pyproject.toml").is_file() and file.resolve().is_relative_to(root.parent):
         return _SCHEMA_LINE + Path(os.path.relpath(schema, file.resolve().parent)).as_posix()
     return _SCHEMA_LINE + schema.as_uri()
 

@@ -14,7 +14,9 @@ from typing import NoReturn, Protocol, cast
 from fusion_bench.problems import FusionBenchError
 
 #: Each verb, and what it does.
-VERBS: Mapping[str, str] = {}
+VERBS: Mapping[str, str] = {
+    "schema": "write the JSON schemas that an editor checks YAMLs by",
+}
 
 _PAGE = """\
 fusion_bench fuses fine-tuned neural networks into one, and shows what that gained and lost.
