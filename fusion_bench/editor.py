@@ -11,7 +11,7 @@ from pathlib import Path
 from docstring_parser import parse_from_object
 
 from fusion_bench.configs import CONFIG_DIR, merged, suites
-from fusion_bench.schemas import INTERPOLATION, PROGRAM, Json, class_schema, mapping_schema
+from fusion_bench.schemas import INTERPOLATION, PACKAGES, PROGRAM, Json, class_schema, mapping_schema
 from fusion_bench.tasks import Task
 from fusion_bench.weights import MergePolicy
 
@@ -291,7 +291,7 @@ def _complete(classes: Mapping[str, Json]) -> Json:
 
 def _demands(schema: Json) -> Json:
     """Return what a class demands of a whole node: its keys, and nodes with a target."""
-    called = {"required": ["_target_"]}
+    called: Json = {"required": ["_target_"]}
     inside: Json = {}
     for key, own in schema["properties"].items():
         kind = own.get("$ref", "").rpartition("/")[2]
@@ -302,6 +302,8 @@ def _demands(schema: Json) -> Json:
         elif kind == "models":
             adapter = {"properties": {"path": {}, "base": {}}, "additionalProperties": False}
             inside[key] = {"additionalProperties": {"if": called, "else": adapter}}
+        if kind and key in schema["needs"]:
+            inside[key] = {**inside.get(key, {}), "type": ["object", "array", "string"]}
     needs = {"required": schema["needs"]} if schema["needs"] else {}
     return {**needs, **({"properties": inside} if inside else {})}
 
@@ -395,7 +397,8 @@ def _pattern(name: str) -> str:
     if name == "lightning.Fabric":
         return r"^lightning\.(fabric\.)?Fabric$"
     package, _, last = name.rpartition(".")
-    between = r"\.(\w+\.)*" if package.count(".") == 1 and not _is_users(name) else r"\."
+    ours = package in {f"fusion_bench.{own}" for own in PACKAGES}
+    between = r"\.(\w+\.)*" if ours else r"\."
     return f"^{re.escape(package)}{between}{last}$"
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-#: The package and version that npm fetches into its own cache.
-PACKAGE = "yaml-language-server@2.0.0"
+#: The package and version that npm fetches.
+PACKAGE = "yaml-language-server@1.25.0"
 Json = Any
 
 
@@ -61,15 +61,19 @@ class LanguageServer:
             assert stream is not None
             stream.close()
 
-    def diagnostics(self, path: Path, text: str) -> list[tuple[int, str]]:
-        """Return line, counted from 1, and message of each."""
-        self._open(path, text)
-        while path.as_uri() not in self._found:
+    def diagnostics(self, texts: Mapping[Path, str]) -> dict[Path, list[tuple[int, str]]]:
+        """Return the line, counted from 1, and the message of each that is wrong, by file."""
+        for path, text in texts.items():
+            self._open(path, text)
+        while not self._found.keys() >= {path.as_uri() for path in texts}:
             self._take()
-        return [
-            (each["range"]["start"]["line"] + 1, each["message"])
-            for each in self._found[path.as_uri()]
-        ]
+        return {
+            path: sorted(
+                (each["range"]["start"]["line"] + 1, each["message"])
+                for each in self._found[path.as_uri()]
+            )
+            for path in texts
+        }
 
     def completions(self, path: Path, text: str) -> list[Json]:
         """Return what is offered where ``text`` has a ``|``."""
