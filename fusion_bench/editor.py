@@ -11,7 +11,14 @@ from pathlib import Path
 from docstring_parser import parse_from_object
 
 from fusion_bench.configs import CONFIG_DIR, merged, suites
-from fusion_bench.schemas import INTERPOLATION, PACKAGES, PROGRAM, Json, class_schema, mapping_schema
+from fusion_bench.schemas import (
+    INTERPOLATION,
+    PACKAGES,
+    PROGRAM,
+    Json,
+    class_schema,
+    mapping_schema,
+)
 from fusion_bench.tasks import Task
 from fusion_bench.weights import MergePolicy
 
@@ -50,12 +57,14 @@ def schema_files(names: Iterable[str]) -> dict[str, Json]:
         "interpolation": INTERPOLATION,
         **_parts(classes),
         "defaults": _defaults(),
+        **{f"{group}_choice": _choice(group, classes) for group in _GROUPS},
         "complete": _complete(classes),
         **classes,
     }
     files = {
         CONFIG: {**_config(classes), "definitions": definitions},
-        **{f"{group}.json": _choice(group, classes) for group in _GROUPS},
+        # One reference each: the language server follows every one into another file anew.
+        **{f"{group}.json": {"$ref": f"{CONFIG}#/definitions/{group}_choice"} for group in _GROUPS},
         "policy.json": {"$ref": f"{CONFIG}#/definitions/policy"},
         "dataset.json": _DATASET,
         "suite.json": _SUITE,
@@ -110,11 +119,8 @@ def _choice(group: str, classes: Mapping[str, Json]) -> Json:
     names = _names(group, classes)
     return {
         "type": "object",
-        "properties": {"defaults": {"$ref": f"{CONFIG}#/definitions/defaults"}},
-        "allOf": [
-            {"$ref": f"{CONFIG}#/definitions/{group}"},
-            *_brought(group, names, within=CONFIG),
-        ],
+        "properties": {"defaults": {"$ref": "#/definitions/defaults"}},
+        "allOf": [{"$ref": f"#/definitions/{group}"}, *_brought(group, names)],
     }
 
 
@@ -227,7 +233,7 @@ def _target(names: list[str], classes: Mapping[str, Json], section: str) -> Json
     }
 
 
-def _called(names: Iterable[str], within: str = "") -> list[Json]:
+def _called(names: Iterable[str]) -> list[Json]:
     """Return a condition for each class: where it is called, its arguments are checked."""
     return [
         {
@@ -236,13 +242,13 @@ def _called(names: Iterable[str], within: str = "") -> list[Json]:
                 "properties": {"_target_": {"pattern": _pattern(name)}},
                 "required": ["_target_"],
             },
-            "then": {"$ref": f"{within}#/definitions/{name}"},
+            "then": {"$ref": f"#/definitions/{name}"},
         }
         for name in names
     ]
 
 
-def _brought(group: str, names: Iterable[str], within: str = "") -> list[Json]:
+def _brought(group: str, names: Iterable[str]) -> list[Json]:
     """Return the same for files whose defaults list brings the ``_target_``."""
     known = dict(_targets(group))
     found = {name: [choice for choice, own in known.items() if own == name] for name in names}
@@ -255,7 +261,7 @@ def _brought(group: str, names: Iterable[str], within: str = "") -> list[Json]:
                 "required": ["defaults"],
                 "not": {"required": ["_target_"]},
             },
-            "then": {"$ref": f"{within}#/definitions/{name}"},
+            "then": {"$ref": f"#/definitions/{name}"},
         }
         for name, choices in found.items()
         if choices

@@ -237,7 +237,7 @@ def _value_schema(name: str, key: str, hint: Any) -> Json:
     """Return the schema of an argument, whose value may also be an interpolation."""
     if is_ours(name):
         own = _DEFINED_OF_CLASS.get((name.rpartition(".")[2], key)) or _DEFINED.get(key)
-        if own:
+        if own and not (own == "part" and hint not in (Any, MISSING)):
             return {"$ref": f"#/definitions/{own}"}
     schema = {} if hint is MISSING else _of_type(hint)
     if not schema:

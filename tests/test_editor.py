@@ -1,4 +1,4 @@
-"""Schemas by which an editor checks YAMLs: they refuse only what a run refuses, and most of that."""
+"""Schemas by which an editor checks YAMLs: they refuse what a run refuses, and nothing else."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def validator(schema: str) -> Draft7Validator:
 
 def mistakes(value: object, schema: str) -> list[str]:
     errors = validator(schema).iter_errors(value)
-    return [f"{error.json_path}: {error.message}" for error in errors]
+    return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in errors]
 
 
 def read(file: Path) -> Any:
@@ -120,7 +120,7 @@ def test_what_is_composed_fits() -> None:
         )
         folder, slash, _ = entry.name.partition("/")
         assert mistakes(config[folder] if slash else config, "config.json") == []
-    groups = {kind: group for kind, group in catalog.GROUPS.items()}
+    groups = catalog.GROUPS
     entries = [
         (number, groups[entry.kind], entry.name)
         for number, entry in enumerate(catalog.entries())
@@ -149,7 +149,11 @@ def refused_by_run(node: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize(
     "target",
-    [target for target in targets() if target.startswith("fusion_bench.method.") or target in LEAST],
+    [
+        target
+        for target in targets()
+        if target.startswith("fusion_bench.method.") or target in LEAST
+    ],
 )
 def test_a_schema_refuses_what_the_signature_refuses_and_no_more(target: str) -> None:
     least = {"_target_": target, **LEAST.get(target, {})}
@@ -167,3 +171,82 @@ def test_a_schema_refuses_what_the_signature_refuses_and_no_more(target: str) ->
                 check(node)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{defaults: [fabric_model_fusion, {override /method: ties_merging}, _self_], seed: 1}",
+        "{defaults: [my_own, _self_], anything: 1}",
+        "{_target_: my_programs.Own, anything: 1}",
+        "{defaults: [{method: lines/lines}, _self_], method: {_target_: my.Own, a: 1}}",
+        "{defaults: [scaling_study, _self_], counts: [2]}",
+        "{defaults: [search], search: {space: {threshold: [1, 2]}}, hydra: {sweep: {dir: a}}}",
+        "{defaults: [{optional method@a.method: null}, fabric: auto], overwrite: yes}",
+        "{defaults: [fabric_model_fusion], modelpool: {models: {a: {base: '${.._pretrained_}'}}}}",
+        "{defaults: [fabric_model_fusion], fabric: '${oc.select:x}', similarity: '???'}",
+    ],
+)
+def test_what_a_file_may_leave_to_others(text: str) -> None:
+    assert whole(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("{method: {}}", ": '_target_' is a required"),
+        ("{defaults: [fabric_model_fusion], modelpol: 1}", "modelpol"),
+        ("{defaults: method}", "defaults"),
+        ("{defaults: [x], method: [ties]}", "method"),
+        ("{defaults: [x], method: {_target_: fusion_bench.method.Ties}}", "method._target_"),
+        ("{defaults: [search], search: {_target_: fusion_bench.method.OPCM}}", "search._target_"),
+        (
+            "{defaults: [x], search: {_target_: fusion_bench.programs.GridSearch, space: {t: 1}}}",
+            "search.space.t",
+        ),
+        ("{_target_: fusion_bench.programs.FabricModelFusionProgram}", "'method' is a required"),
+    ],
+)
+def test_what_no_run_takes(text: str, place: str) -> None:
+    assert any(place in mistake for mistake in whole(text))
+
+
+def test_the_line_for_a_file_of_ones_own_is_an_address(tmp_path: Path) -> None:
+    file = tmp_path / "my config.yaml"
+    address = (CONFIG_DIR / "schema" / "config.json").as_uri()
+    assert schema_line(file) == f"# yaml-language-server: $schema={address}"
+    installed = tmp_path / "my venv" / "config"
+    assert schema_line(file, root=installed).endswith("/my%20venv/config/schema/config.json")
+    inside = schema_line(ROOT / "config" / "mine" / "own.yaml")
+    assert inside == "# yaml-language-server: $schema=../schema/config.json"
+
+
+def test_classes_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "own_of_schemas"
+    package.mkdir()
+    (package / "__init__.py").write_text("from own_of_schemas.half import Halved\n")
+    (package / "half.py").write_text(
+        "class Halved:\n"
+        '    """Half of it.\n\n    Args:\n        share: how much.\n    """\n'
+        "    def __init__(self, share: float, kind: str = 'x'): ...\n"
+        "class _Hidden: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("FUSION_BENCH_ALLOW", "own_of_schemas")
+    own = list(users_targets("own_of_schemas"))
+    assert own == ["own_of_schemas.Halved", "own_of_schemas.half.Halved"]
+    written = schema_files([*targets(), *own])["config.json"]
+    known = Draft7Validator(written)
+    node: dict[str, Any] = {"_target_": "own_of_schemas.Halved", "share": "its own matter"}
+    config = {"defaults": ["fabric_model_fusion"], "method": node}
+    assert known.is_valid(config)
+    assert written["definitions"]["own_of_schemas.Halved"]["properties"]["share"]["description"]
+    node["shear"] = 1
+    assert not known.is_valid(config)
+
+
+def test_docs_and_settings_name_schemas_that_are_there() -> None:
+    text = (ROOT / ".vscode" / "settings.json").read_text("utf-8")
+    settings = yaml.safe_load(text)["yaml.schemas"]
+    assert {Path(schema).name for schema in settings} == schemas().keys()
+    assert all((ROOT / schema).is_file() for schema in settings)
+    recommended = (ROOT / ".vscode" / "extensions.json").read_text("utf-8")
+    assert re.search('"redhat.vscode-yaml"', recommended)

@@ -13,6 +13,7 @@ import yaml
 from commandline import compose
 
 import fusion_bench.method
+from fusion_bench.command import file_as_options
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import instantiate
 
@@ -135,6 +136,16 @@ def test_launch_entry_is_shown_whole():
     entry = yaml.safe_load("\n".join(lines[start - 1 : end]).strip().rstrip(","))
     assert entry["name"] == "clip_simple_average"
     assert entry["module"] == "fusion_bench.scripts.cli"
+
+
+def test_the_file_that_is_open_is_run():
+    entries = yaml.safe_load((ROOT / ".vscode" / "launch.json").read_text("utf-8"))
+    run, *others = [e for e in entries["configurations"] if "current config" in e["name"]]
+    assert run["args"] == ["${file}"]
+    for entry in [run, *others]:
+        words = [word.replace("${file}", "/a b/own.yaml") for word in entry["args"]]
+        path, name = file_as_options(words)[1:4:2]
+        assert (path, name) == ("/a b", "own")
 
 
 def test_annotations_match_the_comments_in_the_yaml():
