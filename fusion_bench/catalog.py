@@ -20,6 +20,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 #: The config group of each kind; a config of its own has none.
 GROUPS: Mapping[Kind, str] = {"methods": "method", "models": "modelpool", "tasks": "taskpool"}
 
+#: The main program, whose keys a config has that names no program itself.
+PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
+
 #: Names in papers and in other programs.
 _ALIASES: Mapping[str, str] = {
     "average": "simple_average",

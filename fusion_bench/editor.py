@@ -10,11 +10,11 @@ from pathlib import Path
 
 from docstring_parser import parse_from_object
 
+from fusion_bench.catalog import PROGRAM
 from fusion_bench.configs import CONFIG_DIR, merged, suites
 from fusion_bench.schemas import (
     INTERPOLATION,
     PACKAGES,
-    PROGRAM,
     Json,
     class_schema,
     mapping_schema,

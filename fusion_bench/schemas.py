@@ -24,8 +24,6 @@ Json = dict[str, Any]
 
 #: The packages whose public classes get a schema each.
 PACKAGES = ("method", "modelpool", "taskpool", "programs")
-#: The program of a config that names none.
-PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
 #: What a config may call beside them.
 _OTHERS = (
     "fusion_bench.zoo.load_dataset",

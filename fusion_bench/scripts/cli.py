@@ -15,6 +15,10 @@ def main() -> None:
 
     With ``HYDRA_FULL_ERROR=1`` it prints the traceback, which is otherwise only in the log.
     """
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what comes next
+        from fusion_bench.scripts.completion import complete
+
+        complete()
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     set_up_streams()
     words = typed()[1:]

@@ -49,7 +49,7 @@ def models(word: str) -> Iterator[str]:
         yield word
         return
     yield "~modelpool.models"
-    yield f"+modelpool.models={_written(found)}"
+    yield f"+modelpool.models={in_grammar(found)}"
 
 
 def named_after(paths: Collection[str]) -> dict[str, str]:
@@ -72,19 +72,18 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
     return named
 
 
-def _written(value: object) -> str:
+def in_grammar(value: object) -> str:
     """Return a value in Hydra's grammar."""
     if isinstance(value, dict):
         for key in value:
             if not _PLAIN_KEY.fullmatch(str(key)):
                 raise ConfigError(
-                    f"'{key}' cannot be a model's name on the command line.",
-                    "Use letters, digits, '.', '-' and '_', or write the models in a YAML.",
-                    place=("modelpool", "models"),
+                    f"'{key}' cannot be a name on the command line.",
+                    "Use letters, digits, '.', '-' and '_'.",
                 )
-        return "{" + ",".join(f"{key}:{_written(own)}" for key, own in value.items()) + "}"
+        return "{" + ",".join(f"{key}: {in_grammar(own)}" for key, own in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
+        return "[" + ",".join(map(in_grammar, value)) + "]"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return {None: "null", True: "true", False: "false"}.get(value, str(value))  # type: ignore[call-overload]
