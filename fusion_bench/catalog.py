@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fusion_bench.configs import CONFIG_DIR
+from fusion_bench.configs import CONFIG_DIR, without_schema_line
 from fusion_bench.problems import FusionBenchError
 
 Kind = Literal["methods", "models", "tasks", "datasets", "configs"]
@@ -262,9 +262,11 @@ def _plain(name: str) -> str:
 
 
 def text_of(entry: Entry) -> str:
-    """Return an entry's YAML; empty for one that is part of a larger file.
+    """Return an entry's YAML without its line for editors; empty for a part of a larger file.
 
     Raises:
         OSError: the file is not there.
     """
-    return Path(CONFIG_DIR / entry.file).read_text(encoding="utf-8") if entry.file else ""
+    if not entry.file:
+        return ""
+    return without_schema_line(Path(CONFIG_DIR / entry.file).read_text(encoding="utf-8"))

@@ -11,7 +11,9 @@ import yaml
 from commandline import fusion_bench
 from language_server import PACKAGE, LanguageServer
 
+from fusion_bench import catalog
 from fusion_bench.configs import CONFIG_DIR, schema_line, without_schema_line
+from fusion_bench.scripts.verbs.cp import copied
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = "_target_: fusion_bench.programs.FabricModelFusionProgram\n"
@@ -69,6 +71,13 @@ def test_nothing_is_wrong_with_ours(server: LanguageServer) -> None:
     assert len(files) > 100
     wrong = {file: found for file, found in server.diagnostics(files).items() if found}
     assert wrong == {}
+
+
+def test_nothing_is_wrong_with_copies(server: LanguageServer, tmp_path: Path) -> None:
+    for number, entry in enumerate(catalog.entries()):
+        if entry.target and entry.kind != "datasets" and number % 9 == 0:
+            file = tmp_path / f"own {number}.yaml"
+            assert server.diagnostics({file: copied(entry, file)})[file] == [], entry.name
 
 
 def test_the_settings_find_the_same_schemas(server: LanguageServer) -> None:
