@@ -97,6 +97,7 @@ def _config(classes: Mapping[str, Json]) -> Json:
         "allOf": [
             *_called(programs),
             *_brought("", programs),
+            *(each for group in _GROUPS[:3] for each in _chosen(group, _names(group, classes))),
             {
                 "if": {"required": ["_target_"]},
                 "else": {"properties": _without_target(classes[PROGRAM])},
@@ -268,6 +269,37 @@ def _brought(group: str, names: Iterable[str]) -> list[Json]:
     ]
 
 
+def _chosen(group: str, names: Iterable[str]) -> list[Json]:
+    """Return the same for a section whose ``_target_`` is that of the one choice of its group."""
+    entry: Json = {
+        "type": "object",
+        "minProperties": 1,
+        "propertyNames": {"pattern": rf"^((override|optional) )*/?{group}$"},
+    }
+    found: dict[str, list[str]] = {}
+    for choice, name in _targets(group):
+        found.setdefault(name, []).append(choice)
+    conditions = []
+    for name in (name for name in names if name in found):
+        chosen = {**entry, "additionalProperties": {"enum": found[name]}}
+        defaults = {
+            "type": "array",
+            "contains": chosen,
+            "items": {"anyOf": [{"not": entry}, chosen]},
+        }
+        section = {"type": "object", "not": {"required": ["_target_"]}}
+        conditions.append(
+            {
+                "if": {
+                    "properties": {"defaults": defaults, group: section},
+                    "required": ["defaults", group],
+                },
+                "then": {"properties": {group: {"$ref": f"#/definitions/{name}"}}},
+            }
+        )
+    return conditions
+
+
 def _places(group: str, choices: Iterable[str]) -> list[str]:
     """Return how a defaults list may name these for its own place."""
     if not group:
@@ -415,16 +447,16 @@ def _targets(group: str) -> Iterator[tuple[str, str]]:
         name = file.relative_to(folder).with_suffix("").as_posix()
         if target := merged(file).get("_target_"):
             yield name, str(target)
+    for own, name, made in suites():
+        if group and own.startswith(f"{group}/"):
+            template = made["defaults"][0].strip("/").partition("@")[0]
+            node = merged(Path(template).with_suffix(".yaml"))
+            yield f"{own.removeprefix(group).strip('/')}/{name}", str(node["_target_"])
 
 
 def _choices(group: str) -> list[str]:
     """Return the names of a group's configs, templates left out."""
-    names = [name for name, _ in _targets(group) if not Path(name).name.startswith("_")]
-    for own, name, _ in suites():
-        top, _, inner = own.partition("/")
-        if top == group:
-            names.append(f"{inner}/{name}")
-    return names
+    return [name for name, _ in _targets(group) if not Path(name).name.startswith("_")]
 
 
 _TEXTS: Json = {"type": "array", "items": {"type": "string"}}

@@ -176,6 +176,8 @@ def test_completion(server: LanguageServer, tmp_path: Path) -> None:
     }
     policy = WHOLE.replace("  models:\n", "  policy:\n    |\n  models:\n")
     assert labels(server, file, policy)["on_missing"] == "on_missing: ${1:error}"
+    chosen = "defaults:\n  - fabric_model_fusion\n  - override method: ties_merging\n"
+    assert "merge_func" in labels(server, file, f"{chosen}method:\n  |\n")
     names = labels(server, file, "defaults:\n  - fabric_model_fusion\n  - method: |\n")
     assert {"ties_merging", "dare/ties_merging"} < names.keys()
     assert {"modelpool", "seed"} < labels(server, file, f"{PROGRAM}|\n").keys()
