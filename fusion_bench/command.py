@@ -14,7 +14,11 @@ _GROUPS = ("method", "modelpool", "taskpool", "fabric")
 _OTHERS = ("dataset", "suite", "launcher", "hydra")
 #: What is in a whole config, and in no choice of these groups.
 _WHOLE = re.compile(r"^(_target_:.*\bprograms\.|(method|modelpool|taskpool):)", re.MULTILINE)
-
+#: Options whose value is the next word.
+_TAKE_A_VALUE = (
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--allow", "--plugins"),
+)
 _typed: ContextVar[tuple[str, ...] | None] = ContextVar("_typed", default=None)
 
 
@@ -31,18 +35,26 @@ def overrides() -> dict[str, str]:
 
 
 def file_as_options(words: Sequence[str]) -> list[str]:
-    """Return the words with Hydra's options in the place of a config file as the first one.
+    """Return the words with Hydra's options in the place of a config file, which has no flag.
 
     A file of a config group, such as ``config/method/ties_merging.yaml``, is run in the config that
     goes best with it.
+
+    Raises:
+        FusionBenchError: a file that is a part of a config, of which no run is made.
     """
-    if not words or not words[0].endswith((".yaml", ".yml")):
-        return list(words)
-    file = Path(words[0])
-    if "=" in words[0] and not file.is_file():
-        return list(words)
-    folder, name, choice = _of_group(file) or (file.parent, file.stem, [])
-    return ["--config-path", str(folder), "--config-name", name, *choice, *words[1:]]
+    for place, word in enumerate(words):
+        if not word.endswith((".yaml", ".yml")) or word.startswith(("-", "~")):
+            continue
+        if place and words[place - 1] in _TAKE_A_VALUE:
+            continue
+        file = Path(word)
+        if "=" in word and not file.is_file():
+            continue
+        folder, name, choice = _of_group(file) or (file.parent, file.stem, [])
+        options = ["--config-path", str(folder), "--config-name", name, *choice]
+        return [*words[:place], *options, *words[place + 1 :]]
+    return list(words)
 
 
 def _of_group(file: Path) -> tuple[Path, str, list[str]] | None:

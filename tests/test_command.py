@@ -44,6 +44,21 @@ def test_nobody_else_reads_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["a/b.yaml", "x=1"], ["--config-path", "a", "--config-name", "b", "x=1"]),
+        (["-m", "b.yml"], ["-m", "--config-path", ".", "--config-name", "b"]),
+        (["x=1", "/b.yaml"], ["x=1", "--config-path", "/", "--config-name", "b"]),
+        (["--config-name", "b.yaml"], ["--config-name", "b.yaml"]),
+        (["report_save_path=b.yaml"], ["report_save_path=b.yaml"]),
+        ([], []),
+    ],
+)
+def test_a_config_file_stands_for_two_options(words: list[str], wanted: list[str]) -> None:
+    assert file_as_options(words) == wanted
+
+
+@pytest.mark.parametrize(
     ("file", "text", "words"),
     [
         ("a b/own.yaml", "defaults: [search]", ["{}/a b", "own"]),
