@@ -212,6 +212,17 @@ def allowed_packages() -> frozenset[str]:
     return frozenset(name for name in named | _installed() if _DOTTED.fullmatch(name))
 
 
+def allow(packages: str) -> None:
+    """Allow packages, separated by commas, in this process and in those that it starts.
+
+    Raises:
+        ConfigError: it names no package.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", packages):
+        raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
+    os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
+
+
 @cache
 def _installed() -> frozenset[str]:
     """Return what installed packages allow; to look through all of them takes a while."""

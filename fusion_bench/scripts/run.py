@@ -30,7 +30,6 @@ from fusion_bench.command import option, replaced
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import SharedObjects, accepts, instantiate
 from fusion_bench.problems import (
-    ConfigError,
     FusionBenchError,
     Problem,
     Problems,
@@ -45,7 +44,7 @@ from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.scripts.words import choice, models
 from fusion_bench.shown import colour, set_up_streams
 from fusion_bench.storage import disk_failures
-from fusion_bench.trust import ALLOW, RUN_UNSAFE_CODE, TRUST_REMOTE_CODE
+from fusion_bench.trust import RUN_UNSAFE_CODE, TRUST_REMOTE_CODE, allow
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +120,7 @@ def _allowed(words: list[str]) -> list[str]:
     for word in rest:
         flag, equals, value = word.partition("=")
         if flag == "--allow":
-            packages = value if equals else next(rest, "")
-            if not re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", packages):
-                raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
-            os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
+            allow(value if equals else next(rest, ""))
         elif word == "--trust-remote-code":
             os.environ[TRUST_REMOTE_CODE] = "1"
         elif word == "--run-unsafe-code":
