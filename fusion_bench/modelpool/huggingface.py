@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.agreement import (
     PREPROCESSOR,
     Found,
@@ -96,6 +97,7 @@ class HFModelPool:
     #: What reads the config of a model that is built.
     _config_class = "AutoConfig"
 
+    @keeps_arguments
     def __init__(
         self,
         models: Mapping[str, Any],
