@@ -5,6 +5,8 @@ internals are replaced, of the versions that are known.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -56,6 +58,28 @@ def set_up_hydra() -> None:
     # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
     for name, launcher in launchers().items():
         store(name, launcher, "hydra/launcher", provider="fusion_bench")
+
+
+@contextmanager
+def checked_composition() -> Iterator[None]:
+    """Let Hydra compose configs as on the command line; afterwards it is as it was before.
+
+    For Python, where a process may use Hydra for something else.
+    """
+    known = PackagedConfigs in Plugins.instance().discover(SearchPathPlugin)
+    types = SourcesRegistry.instance().types  # which the plugins fill
+    before = hydra_internal.ConfigLoaderImpl, omegaconf_internal.get_yaml_loader, types["file"]
+    try:
+        hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
+        omegaconf_internal.get_yaml_loader = _yaml_loader
+        types["file"] = FileConfigSource
+        if not known:
+            Plugins.instance().register(PackagedConfigs)
+        register()
+        yield
+    finally:
+        loader, omegaconf_internal.get_yaml_loader, types["file"] = before
+        hydra_internal.ConfigLoaderImpl = loader  # type: ignore[misc]
 
 
 @cache
