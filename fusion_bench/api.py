@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, TypeAlias, Union, cast, overload
 from torch import nn
 
 from fusion_bench import catalog
-from fusion_bench.configs import composed
 from fusion_bench.instantiate import SharedObjects, check_part, instantiate, parameters
 from fusion_bench.method.contract import FusionMethod
 from fusion_bench.method.plain import Runs, as_method, class_name
@@ -36,6 +35,7 @@ from fusion_bench.programs.prepare import Prepared, prepare
 from fusion_bench.programs.spec import FusionSpec, Places, Section
 from fusion_bench.redact import secret_keys
 from fusion_bench.report import Report
+from fusion_bench.scripts.from_python import run_config, section
 from fusion_bench.storage import disk_failures
 from fusion_bench.weights import MergePolicy
 
@@ -65,7 +65,7 @@ def merge(
     base: Model | None = None,
     method: Method = "simple_average",
     out: None = None,
-    processor: str | PathLike[str] | None = None,
+    tokenizer: str | PathLike[str] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
     fabric: "Mapping[str, object] | Fabric | None" = None,
@@ -81,7 +81,7 @@ def merge(
     base: Model | None = None,
     method: Method = "simple_average",
     out: str | PathLike[str],
-    processor: str | PathLike[str] | None = None,
+    tokenizer: str | PathLike[str] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
     fabric: "Mapping[str, object] | Fabric | None" = None,
@@ -96,7 +96,7 @@ def merge(
     base: Model | None = None,
     method: Method = "simple_average",
     out: str | PathLike[str] | None = None,
-    processor: str | PathLike[str] | None = None,
+    tokenizer: str | PathLike[str] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
     fabric: "Mapping[str, object] | Fabric | None" = None,
@@ -115,7 +115,7 @@ def merge(
         base: the pretrained model that they were fine-tuned from, which many methods need.
         method: its name, such as ``ties``, its config node, or an object.
         out: the directory for the merged model.
-        processor: whose tokenizer and processor files go beside it; by default the base's, or else
+        tokenizer: whose tokenizer and processor files go beside it; by default the base's, or else
             the first model's.
         policy: what to do where models differ; keys as in ``MergePolicy``.
         seed: seeds every random number generator.
@@ -149,7 +149,7 @@ def merge(
                 "Use 'fusion_bench.run' with a config that has a task pool.",
                 place=("method",),
             )
-        pool = _pool(models, base, processor, policy)
+        pool = _pool(models, base, tokenizer, policy)
         if made.needs.base and isinstance(pool, Mapping) and "_pretrained_" not in pool["models"]:
             raise ConfigError(
                 f"missing; {class_name(made)} needs the pretrained model.", place=("base",)
@@ -183,7 +183,7 @@ def evaluate(
     model: Model | Mapping[str, Model],
     tasks: Tasks,
     *,
-    processor: str | PathLike[str] | None = None,
+    tokenizer: str | PathLike[str] | None = None,
     output_dir: str | PathLike[str] | None = None,
     seed: int | None = None,
     fast_dev_run: bool = False,
@@ -198,7 +198,7 @@ def evaluate(
             these by name.
         tasks: a task pool: the name of its config, such as ``CLIPVisionModelTaskPool/zoo``, its
             node, or an object; or the names of tasks in lm-eval.
-        processor: a tokenizer or processor for a model that has none beside it.
+        tokenizer: where the tokenizer or the processor is, for a model that has none beside it.
         output_dir: the directory for the report and the config; without it nothing is written.
         seed: seeds every random number generator.
         fast_dev_run: evaluate only the first batch of each task.
@@ -207,8 +207,7 @@ def evaluate(
         **options: of the task pool; the arguments of its class, such as ``max_samples``.
 
     Returns:
-        The report. A model that has no name in ``model`` has the last part of its path, or
-        ``model_1``.
+        The report. A model without a name is called after the last part of its path, or ``model``.
 
     Raises:
         FusionBenchError: with all problems, each at the name of its argument.
@@ -222,7 +221,7 @@ def evaluate(
         pool = pool_node(models, heads=False)
         spec = FusionSpec(
             method=None,
-            modelpool=_completed(pool, models, processor, None),
+            modelpool=_completed(pool, models, tokenizer, None),
             taskpool=taskpool,
             fabric=fabric,
             output_dir=None if output_dir is None else Path(output_dir).absolute(),
@@ -233,7 +232,7 @@ def evaluate(
             fast_dev_run=fast_dev_run,
             places=Places(modelpool=(), taskpool=place),
         )
-        return execute(*_planned(spec))
+        return execute(*_planned(spec), prints=False)
 
 
 def run(
@@ -258,8 +257,6 @@ def run(
     Raises:
         FusionBenchError: with all problems of the config.
     """
-    from fusion_bench.scripts.from_python import run_config
-
     return run_config(config, output_dir, overrides)
 
 
@@ -297,11 +294,14 @@ def _by_argument(places: Mapping[Place, Place]) -> Iterator[None]:
         with disk_failures():
             yield
     except FusionBenchError as error:
-        error.problems = tuple(replace(p, place=_argument(p.place, places)) for p in error.problems)
+        own = (replace(p, place=_argument(p.place, places)) for p in error.problems)
+        error.problems = tuple(dict.fromkeys(own))
         raise
 
 
 def _argument(place: Place, places: Mapping[Place, Place]) -> Place:
+    if place[-1:] == ("tokenizer",):  # each task asks for the models' one
+        return ("tokenizer",)
     for length in range(len(place), 0, -1):
         if (own := places.get(place[:length])) is not None:
             return (*own, *place[length:])
@@ -317,8 +317,7 @@ def _method(
     node: Section = method
     if isinstance(method, str):
         with within("method"):
-            name = catalog.find(method, ("methods",)).name
-        node = composed(f"method={name}", f"seed={'null' if seed is None else seed}")["method"]
+            node = section("method", method, seed)
     return _with_options("method", node, options, merge), () if isinstance(method, str) else (
         "method",
     )
@@ -329,8 +328,8 @@ def _taskpool(tasks: Tasks, options: Mapping[str, object]) -> tuple[Section, Pla
     node: Section = tasks
     place: Place = ("tasks",)
     with within("tasks"):
-        if isinstance(tasks, str) and (entry := _task_config(tasks)) is not None:
-            node = composed(f"taskpool={entry.name}")["taskpool"]
+        if isinstance(tasks, str) and _is_config(tasks):
+            node = section("taskpool", tasks)
         elif isinstance(tasks, Sequence):
             named = tasks if isinstance(tasks, str) else list(tasks)
             node, place = {"_target_": _LM_EVAL, "tasks": named}, ()
@@ -339,9 +338,9 @@ def _taskpool(tasks: Tasks, options: Mapping[str, object]) -> tuple[Section, Pla
     return _with_options("tasks", node, options, evaluate), place
 
 
-def _task_config(name: str) -> catalog.Entry | None:
-    """Return the task pool that a name stands for; ``None`` for a name of lm-eval's."""
-    return catalog.find(name, ("tasks",)) if "/" in name else catalog.unambiguous(name, ("tasks",))
+def _is_config(tasks: str) -> bool:
+    """Tell the name of a task pool's config from names of lm-eval's tasks."""
+    return "/" in tasks or catalog.unambiguous(tasks, ("tasks",)) is not None
 
 
 def _with_options(
@@ -371,25 +370,22 @@ def _with_options(
 def _pool(
     models: Models,
     base: Model | None,
-    processor: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | None,
     policy: Mapping[str, object] | MergePolicy | None,
 ) -> Section:
     """Return the node of a model pool, or the pool that was given as an object."""
     if isinstance(models, str):
         with within("models"):
-            entry = catalog.find(models, ("models",))
-            if not entry.target:
-                raise ConfigError(f"'{models}' is one model.", "Give several, in a list.")
-        node = composed(f"modelpool={entry.name}")["modelpool"]
+            node = section("modelpool", models)
     elif isinstance(models, Mapping) and "_target_" in models:
         node = dict(models)
     elif isinstance(models, Mapping | Sequence):
         named = _named(models)
         if base is not None:
             named = {"_pretrained_": _checked(base, "base"), **named}
-        return _completed(pool_node(named, heads=True), named, processor, policy)
+        return _completed(pool_node(named, heads=True), named, tokenizer, policy)
     else:
-        for name, given in (("base", base), ("processor", processor), ("policy", policy)):
+        for name, given in (("base", base), ("tokenizer", tokenizer), ("policy", policy)):
             if given is not None:
                 reason = "'models' is an object, which has its own."
                 raise ConfigError(reason, "Give it to its class.", place=(name,))
@@ -398,20 +394,20 @@ def _pool(
     named = dict(own) if isinstance(own, Mapping) else {}
     if base is not None:
         named["_pretrained_"] = _checked(base, "base")
-    return _completed(node, named, processor, policy)
+    return _completed(node, named, tokenizer, policy)
 
 
 def _completed(
     node: Mapping[str, object],
     models: Mapping[str, object],
-    processor: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | None,
     policy: Mapping[str, object] | MergePolicy | None,
 ) -> dict[str, object]:
     """Return a pool's node with the models, and with what else is given."""
     made = {**node, "_recursive_": False, "models": models}
-    if processor is not None:
+    if tokenizer is not None:
         takes = parameters(str(node["_target_"]))
-        made["processor" if "processor" in takes else "tokenizer"] = fspath(processor)
+        made["tokenizer" if "tokenizer" in takes else "processor"] = fspath(tokenizer)
     if policy is not None:
         made["policy"] = policy
     return made
@@ -425,7 +421,7 @@ def _named(models: Mapping[str, Model] | Sequence[Model]) -> dict[str, Model]:
     for number, model in enumerate(models, 1):
         found = _checked(model, "models", number - 1)
         last = found.removeprefix("zoo:").partition("@")[0] if isinstance(found, str) else ""
-        name = Path(last).name.strip("_") or f"model_{number}"
+        name = Path(last).name.strip("_") or ("model" if len(models) == 1 else f"model_{number}")
         named[f"{name}_{number}" if name in named else name] = found
     if not named:
         raise ConfigError("there is none.", "Name at least one.", place=("models",))

@@ -43,7 +43,7 @@ def arguments_of(made: object) -> dict[str, Any] | None:
         return None
     if is_dataclass(made) and taken == [field.name for field in fields(made) if field.init]:
         return {name: getattr(made, name) for name in taken}
-    return None if taken else {}
+    return None if taken or not hasattr(made, "__dict__") else {}
 
 
 def _copied(value: Any) -> Any:

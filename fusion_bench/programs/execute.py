@@ -51,12 +51,13 @@ class Savable(Protocol):
         """Write the directory atomically."""
 
 
-def execute(prepared: Prepared, plan: Plan) -> Report:
+def execute(prepared: Prepared, plan: Plan, *, prints: bool = True) -> Report:
     """Fuse, evaluate, save and print.
 
     Args:
         prepared: the objects of the run, all available.
         plan: the plan; its notes go into the report.
+        prints: print the comparison.
 
     Raises:
         FusionBenchError: what shows only now: a damaged file, memory or a disk that is full.
@@ -75,7 +76,7 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
         # Where processes were started by us, this one is their parent.
         if run.fabric.global_rank == 0:
             with plain_failures(), Clock().measure("report"):
-                publish(report, scores, run.spec.output_dir, run.paths.report_path)
+                publish(report, scores, run.spec.output_dir, run.paths.report_path, prints)
             run.paths.finished()
             if run.paths.model_path is not None:
                 log.info("Merged model: %s", run.paths.model_path)

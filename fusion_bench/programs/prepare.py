@@ -88,15 +88,15 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
             method = as_method(instantiate(seeded(spec.method, spec.seed), "method"))
             made.settings = [Setting(method, spec.places.method)]
     with collect():
+        if made.search is None and spec.method is None:
+            _check_evaluation(spec)
+    with collect():
         if made.search is not None:
             made.settings = made.search.settings(plain(seeded(spec.method, spec.seed)))
     prepare_pools(made)
     with collect("search"):
         if spec.search is not None and spec.taskpool is None:
             raise ConfigError("needs a task pool to evaluate the settings on.")
-    if spec.method is None:
-        with collect():
-            _check_evaluation(spec)
     with collect():
         paths.put_report(spec.report_save_path)
     with collect():

@@ -578,6 +578,8 @@ class Report(Strict):
         models, tasks = ", ".join(self.models), ", ".join(self.tasks) or "nothing"
         return f"<Report: {models} on {tasks}; to_pandas() returns the figures>"
 
+    __str__ = __repr__
+
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
         write_text(path, self.model_dump_json(indent=2) + "\n")

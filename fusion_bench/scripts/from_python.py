@@ -58,6 +58,28 @@ def run_config(
     return cast("Report | Study | Reproduction | None", result)
 
 
+def section(group: str, name: str, seed: int | None = None) -> dict[str, Any]:
+    """Return a config of ours by what a person calls it.
+
+    Args:
+        group: ``method``, ``modelpool`` or ``taskpool``.
+        name: as ``fusion_bench ls`` has it, or an alias.
+        seed: what the config may refer to.
+
+    Raises:
+        FusionBenchError: there is none, with the nearest.
+    """
+    entry = catalog.find(name, (_KINDS[group],))
+    if not entry.target:
+        raise ConfigError(f"'{name}' is one model.", "Give several, in a list.")
+    check_hydra()
+    from fusion_bench.scripts.hydra_patches import checked_composition  # not before the check
+
+    with checked_composition():
+        made = composed(f"{group}={entry.name}", f"seed={'null' if seed is None else seed}")
+    return dict(made[group])
+
+
 def _read(config: str | PathLike[str]) -> DictConfig:
     """Compose a file, or a config of ours by its name."""
     check_hydra()
@@ -108,8 +130,7 @@ def _leaves(overrides: Mapping[str, object], above: str = "") -> "list[tuple[str
         key = f"{above}{name}"
         if isinstance(value, str) and key in _KINDS:
             with within(key):
-                entry = catalog.find(value, (_KINDS[key],))
-            found.append((key, composed(f"{key}={entry.name}")[key]))
+                found.append((key, section(key, value)))
         elif isinstance(value, Mapping) and "_target_" not in value and value:
             found += _leaves(value, f"{key}.")
         elif isinstance(value, PathLike):

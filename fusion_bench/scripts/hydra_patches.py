@@ -16,6 +16,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf, JobConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import _utils as omegaconf_internal
@@ -69,7 +70,9 @@ def checked_composition() -> Iterator[None]:
     known = PackagedConfigs in Plugins.instance().discover(SearchPathPlugin)
     types = SourcesRegistry.instance().types  # which the plugins fill
     before = hydra_internal.ConfigLoaderImpl, omegaconf_internal.get_yaml_loader, types["file"]
+    theirs = GlobalHydra.instance().hydra
     try:
+        GlobalHydra.instance().clear()
         hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
         omegaconf_internal.get_yaml_loader = _yaml_loader
         types["file"] = FileConfigSource
@@ -80,6 +83,9 @@ def checked_composition() -> Iterator[None]:
     finally:
         loader, omegaconf_internal.get_yaml_loader, types["file"] = before
         hydra_internal.ConfigLoaderImpl = loader  # type: ignore[misc]
+        GlobalHydra.instance().clear()
+        if theirs is not None:
+            GlobalHydra.instance().initialize(theirs)
 
 
 @cache
