@@ -3,8 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from fusion_bench import precheck
+from fusion_bench.catalog import GROUPS, KINDS, suggestion
 from fusion_bench.command import option, replaced
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import SharedObjects, accepts, instantiate
@@ -40,6 +42,7 @@ from fusion_bench.resolving import to_container
 from fusion_bench.scripts.hydra_version import check_hydra
 from fusion_bench.scripts.process import closed_stdin, plain_messages, unexpected
 from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
+from fusion_bench.scripts.words import choice, models
 from fusion_bench.shown import colour, set_up_streams
 from fusion_bench.storage import disk_failures
 from fusion_bench.trust import ALLOW, RUN_UNSAFE_CODE, TRUST_REMOTE_CODE
@@ -77,7 +80,6 @@ def run_composed(words: Sequence[str], show_traceback: bool = False) -> None:
     Raises:
         SystemExit: an error, whose message is printed.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     parts = SharedObjects()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
@@ -94,8 +96,20 @@ def run_composed(words: Sequence[str], show_traceback: bool = False) -> None:
         from fusion_bench.scripts.hydra_patches import set_up_hydra  # not before the check
 
         set_up_hydra()
-        with closed_stdin(), replaced(_prepared(list(words))):
+        with closed_stdin(), replaced(_prepared(list(words))), _raising():
             run()
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Let Hydra raise, instead of printing and exiting."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 def _allowed(words: list[str]) -> list[str]:
@@ -126,8 +140,9 @@ def _prepared(words: list[str]) -> list[str]:
     A config directory may be relative to where the user is; Hydra's own reading is relative to
     this file. The program's keys need no ``++``.
     """
-    prepared = []
+    prepared: list[str] = []
     words = _allowed(words)
+    own = {group: _own_names(group) for group in GROUPS.values()}
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
         follows_flag = position > 0 and words[position - 1] in _PATH_FLAGS
@@ -137,6 +152,11 @@ def _prepared(words: list[str]) -> list[str]:
             word = f"{flag}={_directory(value)}"
         elif _PROGRAM_KEY.match(word):
             word = f"++{word}"
+        elif flag == "modelpool.models":
+            *before, word = models(word)
+            prepared += before
+        elif flag in own:
+            word = choice(word, own[flag])
         prepared.append(word)
     return prepared
 
@@ -183,6 +203,7 @@ def run_settings(settings: dict[str, Any], output_dir: str | None, parts: Shared
     Problems(
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
+    Problems(precheck.problems(settings)).raise_all()
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
@@ -231,6 +252,11 @@ def explain(error: Exception) -> str | None:
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]
         hint = did_you_mean(str(cause.key), names)
+        if dotted := re.search(r"modelpool\.models\.([^'=]*\.[^'=]*)", first_line):
+            return (
+                f"{first_line} A dot in a key begins another key. Give the models as one mapping, "
+                f"'modelpool.models={{{dotted[1]}: path, …}}', or as a list of paths."
+            )
         return f"{first_line} {hint} To add a new key, put a '+' before it."
     if several := re.match("Ambiguous value for argument '(.*)'$", first_line):
         key, _, values = several[1].lstrip("+").partition("=")
@@ -251,12 +277,24 @@ def _parse_failure(error: OverrideParseException) -> str:
 
 def _nearest_config(missing: str) -> str:
     """Suggest the config with the most similar name, anywhere in its group."""
+    group, _, name = missing.partition("/")
+    kinds = [kind for kind in KINDS if GROUPS.get(kind) == group]
+    if kinds and not get_close_matches(name, _own_names(group), n=1):
+        sentence, *lines = suggestion(name, kinds)
+        return "\n  ".join([sentence, *lines])
     names = _config_names(missing)
     last = [Path(name).name for name in names]
     for close in get_close_matches(Path(missing).name, last, n=1):
         alike = [name for name in names if Path(name).name == close]
         return did_you_mean(get_close_matches(missing, alike, n=1, cutoff=0)[0], alike)
     return did_you_mean("", names)
+
+
+def _own_names(group: str) -> set[str]:
+    """Return the names of a group's configs in the user's own config directories."""
+    directories = [Path(own) / group for own in option(*_DIRECTORY_FLAGS)]
+    files = ((own, file) for own in directories for file in own.rglob("*.yaml"))
+    return {file.relative_to(own).with_suffix("").as_posix() for own, file in files}
 
 
 def _config_names(missing: str) -> list[str]:
