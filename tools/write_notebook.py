@@ -61,7 +61,7 @@ def _output(output: Any) -> str:
         return _text(output.text)
     data = output.get("data", {})
     if html := data.get("text/html"):
-        lines = (line.strip() for line in html.splitlines())
+        lines = (line.rstrip() for line in html.splitlines())
         return "\n".join(['<div class="output">', *filter(None, lines), "</div>"])
     if png := data.get("image/png"):
         encoded = "".join(png.split())

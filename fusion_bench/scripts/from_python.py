@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from fusion_bench import catalog
 from fusion_bench.configs import CONFIG_DIR, composed
@@ -51,9 +52,11 @@ def run_config(
                     place=("config",),
                 )
             result = run_settings(settings, place, SharedObjects())
+    except FusionBenchError:
+        raise
+    except MissingMandatoryValue as error:
+        raise ConfigError("missing; give a value.", place=(str(error.full_key),)) from error
     except EXPECTED as error:
-        if isinstance(error, FusionBenchError):
-            raise
         raise ConfigError(explained(error)) from error
     return cast("Report | Study | Reproduction | None", result)
 
