@@ -213,7 +213,8 @@ def evaluate(
         FusionBenchError: with all problems, each at the name of its argument.
     """
     several = isinstance(model, Mapping) and not ("_target_" in model or "path" in model)
-    models = _named(cast(Mapping[str, Model], model) if several else [model])
+    with _by_argument({("models", 0): ("model",), ("models",): ("model",)}):
+        models = _named(cast(Mapping[str, Model], model) if several else [model])
     own: dict[Place, Place] = {("tasks", name): (name,) for name in options}
     own |= {("models", name): ("model", name) if several else ("model",) for name in models}
     with _by_argument({**own, ("models",): ("model",)}):

@@ -214,6 +214,8 @@ def test_options_of_tasks(program_config: dict[str, Any], family: Path) -> None:
     assert keys(lambda: fusion_bench.evaluate(path, tasks, max_samples=0)) == ["max_samples"]
     assert keys(lambda: fusion_bench.evaluate("/no", tasks)) == ["model"]
     assert keys(lambda: fusion_bench.evaluate({"x": "/no"}, tasks)) == ["model.x"]
+    assert keys(lambda: fusion_bench.evaluate(3, tasks)) == ["model"]  # type: ignore[arg-type]
+    assert keys(lambda: fusion_bench.evaluate({}, tasks)) == ["model"]
     assert keys(lambda: fusion_bench.evaluate(path, "CLIPVisionModelTaskPool/zo")) == ["tasks"]
     assert keys(lambda: fusion_bench.evaluate(path, {"a": 1})) == ["tasks"]
 

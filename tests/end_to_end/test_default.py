@@ -65,7 +65,7 @@ def test_the_notebook_runs(
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output["data"] for output in outputs if "data" in output]
     html = [data["text/html"] for data in shown if "text/html" in data]
-    assert sum("<svg" in text for text in html) == 2 and any("dataframe" in text for text in html)
+    assert any("<svg" in text for text in html) and any("dataframe" in text for text in html)
     assert any("image/png" in data for data in shown)
     assert list(tmp_path.iterdir()) == []
 
