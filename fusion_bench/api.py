@@ -245,7 +245,7 @@ def run(
     """Run a config, as ``fusion_bench FILE`` does.
 
     Args:
-        config: a YAML file, the name of a config of ours, or a config as a mapping.
+        config: a YAML file, the name of a config of ours, or a config as a mapping of plain values.
         output_dir: the directory for the report and the config; without it nothing is written.
         **overrides: keys of the config: ``seed=1``, ``method="ties"``, ``method={"threshold": 10}``
             or ``**{"method.threshold": 10}``. A mapping changes the keys that it has; a name, a
@@ -416,6 +416,8 @@ def _completed(
 
 def _named(models: Mapping[str, Model] | Sequence[Model]) -> dict[str, Model]:
     """Return models by name; those of a list are named after the last part of their path."""
+    if not models:
+        raise ConfigError("there is none.", "Name at least one.", place=("models",))
     if isinstance(models, Mapping):
         return {str(name): _checked(own, "models", str(name)) for name, own in models.items()}
     named: dict[str, Model] = {}
@@ -424,8 +426,6 @@ def _named(models: Mapping[str, Model] | Sequence[Model]) -> dict[str, Model]:
         last = found.removeprefix("zoo:").partition("@")[0] if isinstance(found, str) else ""
         name = Path(last).name.strip("_") or ("model" if len(models) == 1 else f"model_{number}")
         named[f"{name}_{number}" if name in named else name] = found
-    if not named:
-        raise ConfigError("there is none.", "Name at least one.", place=("models",))
     return named
 
 

@@ -263,6 +263,10 @@ def test_a_config_is_run_with_changes(
     assert config["modelpool"]["policy"] == {"dtype": "bfloat16"} and config["seed"] == 1
     again = fusion_bench.run(tmp_path / "out" / "config.yaml")
     assert isinstance(again, Report) and again.models == report.models
+    seeded = fusion_bench.run(file, method="dare_ties", seed=3, **{"method.sparsity_ratio": 0.25})
+    assert isinstance(seeded, Report)
+    node = seeded.run.config["method"]
+    assert (node["seed"], node["sparsity_ratio"]) == (3, 0.25)
     method = TiesMergingAlgorithm(threshold=5)
     as_object = fusion_bench.run(file, method=method)
     assert isinstance(as_object, Report) and as_object.run.config["method"]["threshold"] == 5

@@ -1,6 +1,6 @@
 """Runs a config from Python, as the command line runs it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -105,13 +105,20 @@ def _file(name: str) -> Path:
 
 
 def _changed(config: DictConfig, overrides: Mapping[str, object]) -> dict[str, Any]:
-    """Return the resolved config with changes; a value that is no plain one is put in at the end.
+    """Return the resolved config with changes.
 
-    So what refers to a changed key has the new value.
+    A section by its name comes first, so that others may change keys of it. What is no plain value
+    is put in at the end. So what refers to a changed key has the new value.
     """
     OmegaConf.set_struct(config, False)
+    seed = overrides.get("seed", OmegaConf.select(config, "seed"))
     late: dict[str, object] = {}
-    for key, value in _leaves(overrides):
+    named = {k: v for k, v in overrides.items() if k in _KINDS and isinstance(v, str)}
+    for key, own in named.items():
+        with within(key):
+            node = section(key, own, seed if isinstance(seed, int) else None)
+        OmegaConf.update(config, key, node, merge=False, force_add=True)
+    for key, value in _leaves({k: v for k, v in overrides.items() if k not in named}):
         if value is None or isinstance(value, bool | int | float | str):
             OmegaConf.update(config, key, value, force_add=True)
         else:
@@ -119,25 +126,18 @@ def _changed(config: DictConfig, overrides: Mapping[str, object]) -> dict[str, A
     settings = cast(dict[str, Any], to_container(config, throw_on_missing=True))
     for key, value in late.items():
         *above, last = key.split(".")
-        section = settings
+        inner = settings
         for name in above:
-            section = section.setdefault(name, {})
-        section[last] = value
+            inner = inner.setdefault(name, {})
+        inner[last] = value
     return settings
 
 
-def _leaves(overrides: Mapping[str, object], above: str = "") -> "list[tuple[str, object]]":
-    """Return the changes by their whole keys."""
-    found: list[tuple[str, object]] = []
+def _leaves(overrides: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the changes by their whole keys; a node or an object stays whole."""
     for name, value in overrides.items():
         key = f"{above}{name}"
-        if isinstance(value, str) and key in _KINDS:
-            with within(key):
-                found.append((key, section(key, value)))
-        elif isinstance(value, Mapping) and "_target_" not in value and value:
-            found += _leaves(value, f"{key}.")
-        elif isinstance(value, PathLike):
-            found.append((key, fspath(value)))
+        if isinstance(value, Mapping) and "_target_" not in value and value:
+            yield from _leaves(value, f"{key}.")
         else:
-            found.append((key, value))
-    return found
+            yield key, fspath(value) if isinstance(value, PathLike) else value
