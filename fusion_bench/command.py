@@ -4,7 +4,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
+#: Options whose value is the next word.
+_TAKE_A_VALUE = (
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--allow", "--plugins"),
+)
 _typed: ContextVar[tuple[str, ...] | None] = ContextVar("_typed", default=None)
 
 
@@ -21,12 +27,16 @@ def overrides() -> dict[str, str]:
 
 
 def file_as_options(words: Sequence[str]) -> list[str]:
-    """Return the words with Hydra's options in the place of a config file as the first one."""
-    if not words or not words[0].endswith((".yaml", ".yml")) or "=" in words[0]:
-        return list(words)
-    directory, _, file = words[0].rpartition("/")
-    name = file.rpartition(".")[0]
-    return ["--config-path", directory or ".", "--config-name", name, *words[1:]]
+    """Return the words with Hydra's options in the place of a config file, which has no flag."""
+    for place, word in enumerate(words):
+        if not word.endswith((".yaml", ".yml")) or "=" in word or word.startswith(("-", "~")):
+            continue
+        if place and words[place - 1] in _TAKE_A_VALUE:
+            continue
+        file = Path(word)
+        options = ["--config-path", str(file.parent), "--config-name", file.stem]
+        return [*words[:place], *options, *words[place + 1 :]]
+    return list(words)
 
 
 def option(*flags: str) -> list[str]:

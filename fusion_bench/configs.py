@@ -21,15 +21,27 @@ _filled: Mapping[str, Any] | None = None
 
 def register() -> None:
     """Register the config choices of datasets and suites, where one file defines several."""
-    from hydra.core.config_store import ConfigStore  # as slow as all the rest of a command
+    from hydra.core.config_store import ConfigNode, ConfigStore  # as slow as the rest of a command
+    from omegaconf import OmegaConf
+
+    class Unmade(ConfigNode):
+        """A choice whose node is made when it is taken, which few of them ever are."""
+
+        def __copy__(self) -> ConfigNode:
+            node = OmegaConf.create(self.node)
+            return ConfigNode(self.name, node, self.group, self.package, self.provider)
 
     global _filled
-    store = ConfigStore.instance()
-    if _filled is store.repo:
+    repo = ConfigStore.instance().repo
+    if _filled is repo:
         return
     for group, name, node in (*datasets(), *suites()):
-        store.store(name, node, group, provider="fusion_bench")
-    _filled = store.repo
+        place: Any = repo
+        for part in group.split("/"):
+            place = place.setdefault(part, {})
+        file = f"{name}.yaml"
+        place[file] = Unmade(file, node, group, None, "fusion_bench")  # type: ignore[arg-type]
+    _filled = repo
 
 
 def datasets() -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fusion_bench
-from fusion_bench.command import option, overrides, replaced, typed
+from fusion_bench.command import file_as_options, option, overrides, replaced, typed
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +40,18 @@ def test_nobody_else_reads_it() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "argv"
     ]
     assert set(readers) == {"command.py"}
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["a/b.yaml", "x=1"], ["--config-path", "a", "--config-name", "b", "x=1"]),
+        (["-m", "b.yml"], ["-m", "--config-path", ".", "--config-name", "b"]),
+        (["x=1", "/b.yaml"], ["x=1", "--config-path", "/", "--config-name", "b"]),
+        (["--config-name", "b.yaml"], ["--config-name", "b.yaml"]),
+        (["report_save_path=b.yaml"], ["report_save_path=b.yaml"]),
+        ([], []),
+    ],
+)
+def test_a_config_file_stands_for_two_options(words: list[str], wanted: list[str]) -> None:
+    assert file_as_options(words) == wanted
