@@ -33,6 +33,7 @@ _DOCUMENTED = {
     "compare": "compare.md",
     "demo_dense": "dense.md",
     "demo_language": "language_tasks.md",
+    "evaluate": "evaluation.md",
     "fabric_model_fusion": "zoo.md",
     "merge_llm": "weights.md",
     "repeat": "reproduce.md",

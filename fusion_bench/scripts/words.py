@@ -12,7 +12,7 @@ from fusion_bench.problems import ConfigError
 _CHOICE = re.compile(rf"({'|'.join(GROUPS.values())})=([\w+./ ,-]+)")
 _MODELS = re.compile(r"modelpool\.models=([\[{].*)", re.DOTALL)
 #: What Hydra takes as a key without quotes.
-_PLAIN_KEY = re.compile(r"[\w.@:/ -]+")
+_PLAIN_KEY = re.compile(r"[\w.@/ -]+")
 
 
 def choice(word: str, known: Collection[str]) -> str:
@@ -48,8 +48,8 @@ def models(word: str) -> Iterator[str]:
     if not isinstance(found, dict):
         yield word
         return
-    yield "~modelpool.models"
-    yield f"+modelpool.models={in_grammar(found)}"
+    yield "++modelpool.models=null"
+    yield f"++modelpool.models={in_grammar(found)}"
 
 
 def named_after(paths: Collection[str]) -> dict[str, str]:
@@ -58,7 +58,8 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
     Raises:
         ConfigError: the same path twice.
     """
-    parts = {path: PurePosixPath(path.partition("@")[0]).parts for path in paths}
+    plain = {path: path.removeprefix("zoo:").partition("@")[0] for path in paths}
+    parts = {path: PurePosixPath(name).parts for path, name in plain.items()}
     if len(parts) < len(paths):
         raise ConfigError("the same model twice.", "Remove one.", place=("modelpool", "models"))
     named: dict[str, str] = {}

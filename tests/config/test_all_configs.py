@@ -37,6 +37,7 @@ HYDRAS_OWN = [name for name in FILES if name.startswith(("hydra/", "launcher/"))
 #: What a config needs from the command line; its own comment says so.
 NEEDS = {
     "compare": ["reports=[a/report.json,b/report.json]"],
+    "evaluate": ["modelpool=CLIPVisionModelPool/zoo", "taskpool=CLIPVisionModelTaskPool/zoo"],
     "merge_llm": ["+modelpool.models.a=owner/a"],
     "repeat": ["report=report.json"],
     "search_winner": ["sweep=multirun/sweep"],

@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = {
     "cp": "copy one into a YAML of your own",
     "validate": "check a config without running it",
     "merge": "merge models into a folder",
+    "evaluate": "evaluate models on tasks, side by side",
     "compare": "compare runs, with intervals",
     "index": "one page over all runs below a folder",
     "reproduce": "run a report's config again, and compare every figure",

@@ -4,9 +4,8 @@ MODEL is a folder, a repository of the Hub, a file of weights or a folder with a
 of the method are given as key=value, and so is any other setting of 'merge_llm' by its full name.
 """
 
-import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 EXAMPLES = """
@@ -14,16 +13,6 @@ fusion_bench merge first second --out merged
 fusion_bench merge first second --base base --method ties --out merged threshold=10
 fusion_bench merge owner/first owner/second --base owner/base --out merged --dtype bfloat16
 """
-#: What the name of a model's class in transformers ends with, and the pool of such models.
-_POOLS = {
-    "ForCausalLM": "CausalLMPool",
-    "LMHeadModel": "CausalLMPool",
-    "ForConditionalGeneration": "Seq2SeqLMPool",
-    "ForSequenceClassification": "SequenceClassificationModelPool",
-    "CLIPVisionModel": "CLIPVisionModelPool",
-    "CLIPVisionModelWithProjection": "CLIPVisionModelPool",
-    "CLIPModel": "CLIPVisionModelPool",
-}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -48,8 +37,7 @@ def run(arguments: Namespace) -> None:
     from fusion_bench.scripts.run import run_composed
     from fusion_bench.scripts.words import in_grammar, named_after
 
-    given = [word for word in arguments.models if "=" not in word or Path(word).exists()]
-    options = [word for word in arguments.models if word not in given]
+    given, settings = separated(arguments.models, "method")
     method = find(arguments.method, ("methods",))
     if "pretrained" in method.needs and arguments.base is None:
         raise FusionBenchError(
@@ -60,42 +48,55 @@ def run(arguments: Namespace) -> None:
     if arguments.base is not None:
         models = {"_pretrained_": arguments.base, **models}
     words = [
-        f"modelpool={pool_of(list(models.values()))}/_template",
+        *pool_words(models, heads=True),
         f"method={method.name}",
-        f"modelpool.models={in_grammar(models)}",
         f"merged_model_save_path={in_grammar(str(Path(arguments.out).absolute()))}",
         f"overwrite={str(arguments.overwrite).lower()}",
         f"dry_run={str(arguments.dry_run).lower()}",
-        *map(_setting, options),
+        *settings,
     ]
     if arguments.dtype:
         words.append(f"modelpool.policy.dtype={arguments.dtype}")
     run_composed(["--config-name", "merge_llm", *words])
 
 
-def _setting(word: str) -> str:
-    """Return an override: a key without a dot is the program's, or else the method's."""
+def separated(words: Sequence[str], section: str) -> tuple[list[str], list[str]]:
+    """Return the models, and the settings: those without a dot are a section's options.
+
+    Args:
+        words: models and ``key=value``.
+        section: ``method`` or ``taskpool``; the program's own keys come first.
+    """
     from fusion_bench.catalog import PROGRAM, options
 
-    key = word.partition("=")[0]
-    own = "." in key or key in {option.name for option in options(PROGRAM)}
-    return word if own else f"method.{word}"
+    own = {option.name for option in options(PROGRAM)}
+    models, settings = [], []
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or Path(word).exists():
+            models.append(word)
+        else:
+            settings.append(word if "." in key or key in own else f"{section}.{word}")
+    return models, settings
 
 
-def pool_of(models: Sequence[str]) -> str:
-    """Return the pool for the kind of model that the first folder's config names.
+def pool_words(models: Mapping[str, str], *, heads: bool) -> list[str]:
+    """Return the overrides for a pool of models, of the kind that their config names.
 
-    Without one on this machine, models are taken for causal language models.
+    Args:
+        models: name to path or repository.
+        heads: whether classifiers of texts have their heads, or a task pool puts them on.
+
+    Raises:
+        FusionBenchError: a model that is not there, or whose config cannot be read.
     """
-    for model in models:
-        file = Path(model) / "config.json"
-        if file.is_file():
-            try:
-                classes = json.loads(file.read_text(encoding="utf-8")).get("architectures")
-            except (ValueError, AttributeError):
-                continue  # the run tells what is wrong with it
-            named = str((classes or [""])[0])
-            return next(
-                (pool for end, pool in _POOLS.items() if named.endswith(end)), "HFModelPool"
-            )
-    return "CausalLMPool"
+    from fusion_bench.modelpool.kinds import pool_node
+    from fusion_bench.problems import FusionBenchError
+    from fusion_bench.scripts.words import in_grammar
+
+    if not models:
+        raise FusionBenchError("there is no model.", "Name at least one.")
+    node = pool_node(models, heads=heads)
+    pool = str(node["_target_"]).rpartition(".")[2]
+    words = [f"modelpool={pool}/_template", f"modelpool.models={in_grammar(dict(models))}"]
+    return words + [f"++modelpool.{key}={own}" for key, own in node.items() if key != "_target_"]

@@ -12,7 +12,6 @@ from fixtures_llm import tensors, write_llama
 
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.scripts import verbs
-from fusion_bench.scripts.verbs.merge import pool_of
 
 
 @pytest.fixture
@@ -82,25 +81,6 @@ def test_what_a_merge_needs_is_told_at_once() -> None:
         verbs.run("merge", ["a", "b"])
 
 
-@pytest.mark.parametrize(
-    ("architecture", "pool"),
-    [
-        ("LlamaForCausalLM", "CausalLMPool"),
-        ("GPT2LMHeadModel", "CausalLMPool"),
-        ("T5ForConditionalGeneration", "Seq2SeqLMPool"),
-        ("BertForSequenceClassification", "SequenceClassificationModelPool"),
-        ("CLIPVisionModel", "CLIPVisionModelPool"),
-        ("ViTModel", "HFModelPool"),
-    ],
-)
-def test_the_pool_follows_from_a_models_config(
-    architecture: str, pool: str, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    assert pool_of(["owner/model", str(tmp_path)]) == pool
-    assert pool_of(["owner/model"]) == "CausalLMPool"
-
-
 def test_a_run_is_compared_and_reproduced(own: Path) -> None:
     for name, method in {"average": "simple_average", "arithmetic": "ta"}.items():
         run = f"hydra.run.dir={name}"
@@ -130,3 +110,27 @@ def test_a_table_is_reproduced_by_name(own: Path) -> None:
     assert done.returncode == 2 and "has no 'nothing'" in done.stderr
     done = fusion_bench("reproduce", "zoo", "--tolerance", "1", cwd=own)
     assert done.returncode == 2 and "a table has its own tolerances" in done.stderr
+
+
+def test_models_are_evaluated_side_by_side(own: Path, family: Path) -> None:
+    taskpool = yaml.safe_load((own / "own.yaml").read_text())["taskpool"]
+    (own / "taskpool").mkdir()
+    (own / "taskpool" / "mine.yaml").write_text(yaml.safe_dump(taskpool))
+    (own / "both.yaml").write_text(
+        "defaults: [evaluate, {override /modelpool: CLIPVisionModelPool/_template},"
+        " {override /taskpool: mine}, _self_]"
+    )
+    models = [str(family / "models" / name) for name in ("base", "a")]
+    done = fusion_bench("both.yaml", f"modelpool.models=[{','.join(models)}]", cwd=own)
+    assert done.returncode == 0, done.stderr
+    assert " base " in done.stdout and " a " in done.stdout and "merged" not in done.stdout
+    report = json.loads(next(own.glob("outputs/*/*/report.json")).read_text())
+    assert {name: model["role"] for name, model in report["models"].items()} == {
+        "base": "individual",
+        "a": "individual",
+    }
+    words = ["evaluate", *models, "--tasks", "CLIPVisionModelTaskPool/zoo", "max_samples=x"]
+    done = fusion_bench(*words, cwd=own)
+    assert done.returncode == 2 and "taskpool.max_samples: 'x' is not a" in done.stderr
+    done = fusion_bench("evaluate", "nowhere/", "--tasks", "TaskPool/zoo_dense", cwd=own)
+    assert done.returncode in (2, 3) and "nowhere/" in done.stderr
