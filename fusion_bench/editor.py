@@ -340,7 +340,7 @@ def _demands(schema: Json) -> Json:
         elif kind == "models":
             adapter = {"properties": {"path": {}, "base": {}}, "additionalProperties": False}
             inside[key] = {"additionalProperties": {"if": called, "else": adapter}}
-        if kind and key in schema["needs"]:
+        if kind and key in schema["needs"] and key != "method":  # without one, nothing is merged
             inside[key] = {**inside.get(key, {}), "type": ["object", "array", "string"]}
     needs = {"required": schema["needs"]} if schema["needs"] else {}
     return {**needs, **({"properties": inside} if inside else {})}
