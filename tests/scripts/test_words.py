@@ -31,9 +31,8 @@ def test_a_name_becomes_that_of_a_config(word: str, wanted: str) -> None:
 def test_models_are_a_list_or_a_mapping() -> None:
     gone, given = models("modelpool.models=[a/x, 'b/y@main', c/deep.safetensors]")
     assert gone == "++modelpool.models=null"
-    assert (
-        given == "++modelpool.models={x: 'a/x',y: 'b/y@main',deep.safetensors: 'c/deep.safetensors'}"
-    )
+    pairs = "x: 'a/x',y: 'b/y@main',deep.safetensors: 'c/deep.safetensors'"
+    assert given == f"++modelpool.models={{{pairs}}}"
     assert list(models('modelpool.models={"gpt-3.5": a, b: {path: c, base: d}}'))[1] == (
         "++modelpool.models={gpt-3.5: 'a',b: {path: 'c',base: 'd'}}"
     )
