@@ -22,18 +22,23 @@ from fusion_bench.configs import CONFIG_DIR, register
 from fusion_bench.scripts.arguments import arguments_parser
 from fusion_bench.scripts.bounds import FileConfigSource
 from fusion_bench.scripts.checked import CheckedConfigLoader, launchers
+from fusion_bench.trust import entry_point_values, plugins
 
 _omegaconf_loader = omegaconf_internal.get_yaml_loader
 
 
 class PackagedConfigs(SearchPathPlugin):
-    """Makes our config groups available to configs in the user's own directory."""
+    """Makes our config groups, and those beside the user's own code, available to all configs."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append our config directory if it is not the primary one already."""
+        """Append our config directory if it is not the primary one, and the user's after it."""
         there = {str(entry.path).removeprefix("file://") for entry in search_path.get_path()}
         if str(CONFIG_DIR) not in there:
             search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
+        for name, file in plugins().items():
+            search_path.append(name, f"file://{file.parent}")
+        for package in entry_point_values("fusion_bench.configs"):
+            search_path.append(package, f"pkg://{package}")
 
 
 def set_up_hydra() -> None:

@@ -42,7 +42,13 @@ from fusion_bench.scripts.process import closed_stdin, plain_messages, unexpecte
 from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.shown import colour, set_up_streams
 from fusion_bench.storage import disk_failures
-from fusion_bench.trust import ALLOW, RUN_UNSAFE_CODE, TRUST_REMOTE_CODE
+from fusion_bench.trust import (
+    ALLOW,
+    RUN_UNSAFE_CODE,
+    TRUST_REMOTE_CODE,
+    allow_plugin,
+    plugins,
+)
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +117,8 @@ def _allowed(words: list[str]) -> list[str]:
             if not re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", packages):
                 raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
             os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
+        elif flag == "--plugins":
+            allow_plugin(value if equals else next(rest, ""))
         elif word == "--trust-remote-code":
             os.environ[TRUST_REMOTE_CODE] = "1"
         elif word == "--run-unsafe-code":
@@ -248,7 +256,8 @@ def _config_names(missing: str) -> list[str]:
     """Return the names of the configs that a person might have meant by ``missing``."""
     group, slash, _ = missing.partition("/")
     names = set()
-    for directory in {CONFIG_DIR, *map(Path, option(*_DIRECTORY_FLAGS))}:
+    own = [file.parent for file in plugins().values()]
+    for directory in {CONFIG_DIR, *own, *map(Path, option(*_DIRECTORY_FLAGS))}:
         files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
         names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
     parent = missing.rpartition("/")[0]

@@ -14,7 +14,9 @@ from typing import NoReturn, Protocol, cast
 from fusion_bench.problems import FusionBenchError
 
 #: Each verb, and what it does.
-VERBS: Mapping[str, str] = {}
+VERBS: Mapping[str, str] = {
+    "new": "start a method of your own: a module, its YAML and its test",
+}
 
 _PAGE = """\
 fusion_bench fuses fine-tuned neural networks into one, and shows what that gained and lost.
@@ -31,7 +33,8 @@ options:
   --config-name NAME     another config: demo_language, merge_llm, search, scaling_study …
   --config-path DIR      the folder of your own configs
   --cfg job              print the config instead of running it
-  --allow PACKAGE        let a config use classes of your own package
+  --plugins FILE.py      let a config use classes of your own file, and the YAMLs beside it
+  --allow PACKAGE        let a config use classes of your own installed package
   --trust-remote-code    let models run code that they bring
   --hydra-help           all other options
   --version              the version
