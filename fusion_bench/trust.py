@@ -375,10 +375,12 @@ def _failure(name: str, error: Exception) -> str:
             f"cannot find '{name}': '{package}' is not installed. Install it, or name the file: "
             f"--plugins path/to/{package}.py."
         )
-    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
-        own = [key for key in vars(error.obj) if not key.startswith("_")]
-        hint = did_you_mean(str(error.name), own)
-        return f"cannot find '{name}' in {error.obj.__file__}. {hint}".rstrip()
+    missing = error.name if isinstance(error, ModuleNotFoundError) else ""
+    if missing and name.startswith(missing):
+        parent, _, last = missing.rpartition(".")
+        own = sys.modules[parent]
+        hint = did_you_mean(last, [key for key in vars(own) if not key.startswith("_")])
+        return f"cannot find '{name}' in {own.__file__}. {hint}".rstrip()
     trace, line = error.__traceback__, ""
     while trace is not None:
         if is_users(str(trace.tb_frame.f_globals.get("__name__"))):

@@ -1,5 +1,6 @@
 """What follows from a method's module and page is written by a command."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -47,17 +48,24 @@ def files(root: Path) -> dict[str, list[str]]:
 
 
 def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
-    for name in ("docs", "config/method", "fusion_bench/method", "tools"):
+    for name in ("benchmarks/results", "config", "docs", "fusion_bench", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     (tmp_path / "fusion_bench/method/cool.py").write_text(MODULE)
     (tmp_path / "docs/methods/cool.md").write_text("# Cool\n")
     before = files(tmp_path)
     command = [sys.executable, "-B", str(tmp_path / "tools" / "add_method.py"), "cool"]
-    for _ in range(2):  # the second time there is nothing to do
+    for _ in range(2):  # the second time there is nothing to do; each imports everything anew
         subprocess.run(command, cwd=ROOT, check=True)
     after = files(tmp_path)
     assert after.pop("config/method/cool.yaml") == YAML.splitlines()
+    catalog = json.loads("\n".join(after.pop("config/catalog.json")))
+    (entry,) = (entry for entry in catalog["methods"] if entry["name"] == "cool")
+    assert entry["summary"] == "the pretrained model, cooled"
+    schemas = json.loads("\n".join(after.pop("config/schema/config.json")))
+    assert "factor" in schemas["definitions"]["fusion_bench.method.CoolMerging"]["properties"]
+    for name in ("config/catalog.json", "config/schema/config.json"):
+        del before[name]
     added = {}
     for name in before:
         rest = iter(after[name])

@@ -17,7 +17,6 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.contract import Data, FusionMethod, Ran
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
-from fusion_bench.method.plain import Runs, as_method
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.results import ACCURACY, Metric, SampleScores
 from fusion_bench.weights import (
@@ -59,7 +58,7 @@ Check = Callable[[FusionMethod, Models, Traits], None]
 
 
 def check_method(
-    method: FusionMethod | Runs,
+    method: FusionMethod,
     *,
     two_ends: bool = False,
     ordered: bool = False,
@@ -80,11 +79,10 @@ def check_method(
     Raises:
         AssertionError: with the rule that the method breaks.
     """
-    own, traits = as_method(method), Traits(two_ends, ordered, rounds)
-    models = family(Net)
-    for check in checks_of(own):
+    models, traits = family(Net), Traits(two_ends, ordered, rounds)
+    for check in checks_of(method):
         try:
-            check(own, models, traits)
+            check(method, models, traits)
         except AssertionError as error:
             rule = " ".join((check.__doc__ or "").split())
             raise AssertionError(f"{type(method).__name__}: {rule}\n{error}") from error
@@ -590,15 +588,15 @@ def inplace(method: FusionMethod, models: Models, traits: Traits) -> None:
 
 
 MERGING: Sequence[Check] = (
-    equal_models,
     form,
+    reading,
+    generator,
+    equal_models,
     integers,
     base,
     one_model,
     unchanged,
     order,
-    reading,
-    generator,
     precision,
     pieces,
     finite,
