@@ -18,8 +18,10 @@ from fusion_bench.problems import FusionBenchError
 Kind = Literal["methods", "models", "tasks", "datasets", "configs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 #: The config group of each kind; a config of its own has none.
-GROUPS: Mapping[str, str] = {"methods": "method", "models": "modelpool", "tasks": "taskpool"}
-SITE = "https://fusion-bench.readthedocs.io/en/latest/"
+GROUPS: Mapping[Kind, str] = {"methods": "method", "models": "modelpool", "tasks": "taskpool"}
+
+#: The main program, whose keys a config has that names no program itself.
+PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
 
 #: Names in papers and in other programs.
 _ALIASES: Mapping[str, str] = {
@@ -68,7 +70,7 @@ class Entry:
         cost: how long a method takes beside an average: ``low`` (up to 5 times), ``medium`` (up to
             50), ``high``, or ``learns`` where it goes through data.
         paper: of a method, with its address.
-        page: of the documentation, below its address.
+        page: of the documentation, below ``docs/``.
         file: below ``config/``, where it is a file of its own.
     """
 
@@ -81,11 +83,6 @@ class Entry:
     paper: str = ""
     page: str = ""
     file: str = ""
-
-    @property
-    def address(self) -> str:
-        """The page's address."""
-        return SITE + self.page.removesuffix(".md") + "/" if self.page else ""
 
 
 @dataclass(frozen=True)
@@ -198,13 +195,20 @@ def find(name: str, kinds: Sequence[Kind] = KINDS) -> Entry:
     """
     if found := unambiguous(name, kinds):
         return found
+    what = kinds[0].removesuffix("s") if len(kinds) == 1 else "config or model"
+    remedy, *lines = suggestion(name, kinds)
+    raise FusionBenchError(f"There is no {what} '{name}'.", remedy, details=lines)
+
+
+def suggestion(name: str, kinds: Sequence[Kind]) -> list[str]:
+    """Return a sentence, and a line for each of the entries nearest to ``name``."""
     nearest = near(name, kinds)
-    lines = [f"{entry.name}  {entry.summary}" for entry in nearest]
-    what = kinds[0].removesuffix("s") if len(kinds) == 1 else "entry"
+    width = max(len(entry.name) for entry in nearest)
     listing = f"fusion_bench ls {kinds[0]}" if len(kinds) == 1 else "fusion_bench ls"
-    raise FusionBenchError(
-        f"there is no {what} '{name}'.", f"'{listing}' lists all. The nearest are:", details=lines
-    )
+    return [
+        f"The nearest of those that '{listing}' lists:",
+        *(f"{entry.name:{width}}  {entry.summary}" for entry in nearest),
+    ]
 
 
 def unambiguous(name: str, kinds: Sequence[Kind]) -> Entry | None:
@@ -224,6 +228,13 @@ def unambiguous(name: str, kinds: Sequence[Kind]) -> Entry | None:
         if len(found) == 1:
             return found[0]
     return None
+
+
+def full_name(group: str, name: str) -> str:
+    """Return the config of a group that a person means by ``name``; else ``name`` itself."""
+    kinds = [kind for kind, own in GROUPS.items() if own == group]
+    found = unambiguous(name, kinds) if kinds else None
+    return found.name if found else name
 
 
 def near(name: str, kinds: Sequence[Kind], count: int = 3) -> list[Entry]:

@@ -20,9 +20,18 @@ def overrides() -> dict[str, str]:
     return {key: value for key, equals, value in pairs if equals}
 
 
+def file_as_options(words: Sequence[str]) -> list[str]:
+    """Return the words with Hydra's options in the place of a config file as the first one."""
+    if not words or not words[0].endswith((".yaml", ".yml")) or "=" in words[0]:
+        return list(words)
+    directory, _, file = words[0].rpartition("/")
+    name = file.rpartition(".")[0]
+    return ["--config-path", directory or ".", "--config-name", name, *words[1:]]
+
+
 def option(*flags: str) -> list[str]:
     """Return the typed values of an option, given as ``flag value`` or ``flag=value``."""
-    words, found = typed(), []
+    words, found = file_as_options(typed()[1:]), []
     for position, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name in flags and (equals or position + 1 < len(words)):

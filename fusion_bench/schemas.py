@@ -15,6 +15,7 @@ from docstring_parser import DocstringStyle, parse
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from fusion_bench.catalog import PROGRAM
 from fusion_bench.trust import find
 
 #: JSON, as ``json.dumps`` takes it.
@@ -27,8 +28,6 @@ _NO_NODES = {
     *("LearningData", "PatchHead", "Task", "TaskDescription", "TuningImages"),
     *("SweptSearch", "TensorwiseAlgorithm"),
 }
-#: The main program, whose keys a config has that names no program itself.
-PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
 #: Keys whose value is a node of one package.
 _SECTIONS = {
     "method": "method",
@@ -127,14 +126,14 @@ def class_schema(name: str) -> Json:
 def _documented(function: Any) -> tuple[str, Mapping[str, str]]:
     """Return a callable's first line, and its arguments' meanings, inherited ones too."""
     summary, meanings = "", dict[str, str]()
-    others = set[str]()
+    others = dict[str, None]()
     for own in inspect.getmro(function) if inspect.isclass(function) else (function,):
         text = own.__doc__ or ""
         if not text.strip() or own.__module__ == "builtins":
             continue
         documented = parse(inspect.cleandoc(text), DocstringStyle.GOOGLE)
         summary = summary or documented.short_description or ""
-        others |= set(_ELSEWHERE.findall(text))
+        others |= dict.fromkeys(_ELSEWHERE.findall(text))
         for one in documented.params:
             meaning = " ".join((one.description or "").split())
             if meaning and not _ELSEWHERE.search(meaning):

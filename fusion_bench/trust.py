@@ -12,8 +12,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -149,6 +149,33 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
         )
 
 
+def take_options(words: Iterable[str]) -> list[str]:
+    """Take the trust options out of a command's words; a config cannot set them.
+
+    They go into the environment, from which other processes of this run have them too.
+
+    Raises:
+        ConfigError: what is allowed is no name of a package, or no Python file.
+    """
+    left, rest = [], iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag == "--allow":
+            packages = value if equals else next(rest, "")
+            if not all(_DOTTED.fullmatch(package) for package in packages.split(",")):
+                raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
+            os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
+        elif flag == "--plugins":
+            allow_plugin(value if equals else next(rest, ""))
+        elif word == "--trust-remote-code":
+            os.environ[TRUST_REMOTE_CODE] = "1"
+        elif word == "--run-unsafe-code":
+            os.environ[RUN_UNSAFE_CODE] = "1"
+        else:
+            left.append(word)
+    return left
+
+
 def trusts_remote_code() -> bool:
     """Return whether the user allows code from repositories."""
     return os.environ.get(TRUST_REMOTE_CODE) == "1"
@@ -180,12 +207,12 @@ def fetches_code(kernel: Any) -> bool:
 def allowed_packages() -> frozenset[str]:
     """Return the packages that the user allows in addition to ours."""
     named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")} | plugins().keys()
-    installed = entry_point_values("fusion_bench.allow")
+    installed = _entry_points("fusion_bench.allow")
     return frozenset(name for name in named.union(installed) if _DOTTED.fullmatch(name))
 
 
 @cache
-def entry_point_values(group: str) -> tuple[str, ...]:
+def _entry_points(group: str) -> tuple[str, ...]:
     """Return the entry points of installed packages; to look through all of them takes a while."""
     return tuple(point.value for point in entry_points(group=group))
 
@@ -211,6 +238,19 @@ def allow_plugin(name: str) -> None:
         reason = f"another module is called '{file.stem}'" if taken else "it cannot be imported"
         raise ConfigError(f"--plugins: {reason}, so rename '{name}'.")
     os.environ[PLUGINS] = os.pathsep.join(filter(None, [os.environ.get(PLUGINS), str(file)]))
+
+
+def config_folders() -> list[Path]:
+    """Return where the user's own code brings configs: beside plugins, and in installed packages.
+
+    The latter say so as entry points in the group ``fusion_bench.configs``.
+    """
+    folders = [file.parent for file in plugins().values()]
+    for package in _entry_points("fusion_bench.configs"):
+        with suppress(ImportError):  # it is installed in part
+            found = find_spec(package)
+            folders += map(Path, (found and found.submodule_search_locations) or ())
+    return list(dict.fromkeys(folders))
 
 
 class _PluginFinder(MetaPathFinder):

@@ -28,7 +28,7 @@ def test_every_config_of_a_method_is_listed_with_its_options() -> None:
         path.relative_to(CONFIG_DIR / "method").with_suffix("").as_posix() for path in files
     }
     for entry in methods.values():
-        assert entry.summary and entry.cost and entry.address.endswith("/")
+        assert entry.summary and entry.cost and (ROOT / "docs" / entry.page).is_file()
         for option in options(entry.target):
             assert option.meaning and option.type != "any", (entry.name, option)
 

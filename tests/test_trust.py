@@ -94,9 +94,7 @@ def test_a_name_is_looked_at_before_it_is_imported(
 ) -> None:
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"--allow stranger, or .* --plugins path/to/stranger\.py"
-    ):
+    with pytest.raises(ConfigError, match=r"--allow stranger, or .* --plugins .*/stranger\.py"):
         find("stranger.run")
     assert "stranger" not in sys.modules
 

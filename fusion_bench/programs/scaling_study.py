@@ -18,6 +18,7 @@ from lightning.fabric import Fabric
 from pydantic import ValidationError
 
 from fusion_bench import __version__
+from fusion_bench.catalog import full_name
 from fusion_bench.configs import composed
 from fusion_bench.instantiate import SharedObjects, instantiate
 from fusion_bench.method.plain import as_method
@@ -403,7 +404,8 @@ def choices(total: int, count: int, subsets: int, seed: int) -> list[tuple[int, 
 def _method(method: Section, seed: int) -> tuple[str, dict[str, object]]:
     """Return a method's name and node."""
     if isinstance(method, str):
-        return method, composed(f"method={method}", f"seed={seed}")["method"]
+        name = full_name("method", method)
+        return method, composed(f"method={name}", f"seed={seed}")["method"]
     if not isinstance(method, Mapping) or "_target_" not in method:
         raise FusionBenchError(f"'{method}' is neither a config's name nor a config node.")
     node = seeded(method, seed)

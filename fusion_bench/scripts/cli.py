@@ -2,13 +2,13 @@
 
 import os
 import sys
-from pathlib import Path
 
 from fusion_bench import __version__
-from fusion_bench.command import typed
+from fusion_bench.command import file_as_options, typed
 from fusion_bench.scripts import verbs
 from fusion_bench.scripts.process import leave_working_directory, plain_messages
 from fusion_bench.shown import set_up_streams
+from fusion_bench.trust import take_options
 
 
 def main() -> None:
@@ -16,6 +16,10 @@ def main() -> None:
 
     With ``HYDRA_FULL_ERROR=1`` it prints the traceback, which is otherwise only in the log.
     """
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what comes next
+        from fusion_bench.scripts.completion import complete
+
+        complete()
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     set_up_streams()
     words = typed()[1:]
@@ -26,7 +30,7 @@ def main() -> None:
             print(f"fusion_bench {__version__}")
         else:
             leave_working_directory()
-            sys.exit(_run(words, show_traceback))
+            sys.exit(_run(take_options(words), show_traceback))
 
 
 def _run(words: list[str], show_traceback: bool) -> int | None:
@@ -37,16 +41,8 @@ def _run(words: list[str], show_traceback: bool) -> int | None:
             return verbs.run(words[0], words[1:])
         from fusion_bench.scripts.run import run_composed
 
-        run_composed(_file_first(words), show_traceback)
+        run_composed(file_as_options(words), show_traceback)
         return None
-
-
-def _file_first(words: list[str]) -> list[str]:
-    """Return Hydra's words for a config file that is given as the first one."""
-    if not words or not words[0].endswith((".yaml", ".yml")) or "=" in words[0]:
-        return words
-    file = Path(words[0])
-    return ["--config-path", str(file.parent), "--config-name", file.stem, *words[1:]]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fusion_bench.configs import CONFIG_DIR, register
 from fusion_bench.scripts.arguments import arguments_parser
 from fusion_bench.scripts.bounds import FileConfigSource
 from fusion_bench.scripts.checked import CheckedConfigLoader, launchers
-from fusion_bench.trust import entry_point_values, plugins
+from fusion_bench.trust import config_folders
 
 _omegaconf_loader = omegaconf_internal.get_yaml_loader
 
@@ -35,10 +35,8 @@ class PackagedConfigs(SearchPathPlugin):
         there = {str(entry.path).removeprefix("file://") for entry in search_path.get_path()}
         if str(CONFIG_DIR) not in there:
             search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
-        for name, file in plugins().items():
-            search_path.append(name, f"file://{file.parent}")
-        for package in entry_point_values("fusion_bench.configs"):
-            search_path.append(package, f"pkg://{package}")
+        for folder in config_folders():
+            search_path.append("user", f"file://{folder}")
 
 
 def set_up_hydra() -> None:

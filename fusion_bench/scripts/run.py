@@ -3,8 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from fusion_bench import precheck
+from fusion_bench.catalog import GROUPS, KINDS, suggestion
 from fusion_bench.command import option, replaced
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import SharedObjects, accepts, instantiate
 from fusion_bench.problems import (
-    ConfigError,
     FusionBenchError,
     Problem,
     Problems,
@@ -40,15 +41,10 @@ from fusion_bench.resolving import to_container
 from fusion_bench.scripts.hydra_version import check_hydra
 from fusion_bench.scripts.process import closed_stdin, plain_messages, unexpected
 from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
+from fusion_bench.scripts.words import choice, models
 from fusion_bench.shown import colour, set_up_streams
 from fusion_bench.storage import disk_failures
-from fusion_bench.trust import (
-    ALLOW,
-    RUN_UNSAFE_CODE,
-    TRUST_REMOTE_CODE,
-    allow_plugin,
-    plugins,
-)
+from fusion_bench.trust import config_folders
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +79,6 @@ def run_composed(words: Sequence[str], show_traceback: bool = False) -> None:
     Raises:
         SystemExit: an error, whose message is printed.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then, instead of printing and exiting
     parts = SharedObjects()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="fabric_model_fusion")
@@ -100,32 +95,20 @@ def run_composed(words: Sequence[str], show_traceback: bool = False) -> None:
         from fusion_bench.scripts.hydra_patches import set_up_hydra  # not before the check
 
         set_up_hydra()
-        with closed_stdin(), replaced(_prepared(list(words))):
+        with closed_stdin(), replaced(_prepared(list(words))), _raising():
             run()
 
 
-def _allowed(words: list[str]) -> list[str]:
-    """Remove the trust options, which a config cannot set.
-
-    They go into the environment, from which other processes of this run have them too.
-    """
-    left, rest = [], iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag == "--allow":
-            packages = value if equals else next(rest, "")
-            if not re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", packages):
-                raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
-            os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
-        elif flag == "--plugins":
-            allow_plugin(value if equals else next(rest, ""))
-        elif word == "--trust-remote-code":
-            os.environ[TRUST_REMOTE_CODE] = "1"
-        elif word == "--run-unsafe-code":
-            os.environ[RUN_UNSAFE_CODE] = "1"
-        else:
-            left.append(word)
-    return left
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Let Hydra raise, instead of printing and exiting."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 def _prepared(words: list[str]) -> list[str]:
@@ -134,8 +117,8 @@ def _prepared(words: list[str]) -> list[str]:
     A config directory may be relative to where the user is; Hydra's own reading is relative to
     this file. The program's keys need no ``++``.
     """
-    prepared = []
-    words = _allowed(words)
+    prepared: list[str] = []
+    own = {group: _own_names(group) for group in GROUPS.values()}
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
         follows_flag = position > 0 and words[position - 1] in _PATH_FLAGS
@@ -145,6 +128,11 @@ def _prepared(words: list[str]) -> list[str]:
             word = f"{flag}={_directory(value)}"
         elif _PROGRAM_KEY.match(word):
             word = f"++{word}"
+        elif flag == "modelpool.models":
+            *before, word = models(word)
+            prepared += before
+        elif flag in own:
+            word = choice(word, own[flag])
         prepared.append(word)
     return prepared
 
@@ -176,6 +164,7 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
     Problems(
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
+    Problems(precheck.problems(settings)).raise_all()
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
@@ -224,6 +213,11 @@ def explain(error: Exception) -> str | None:
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         names = [str(name) for name in cause.parent_node]
         hint = did_you_mean(str(cause.key), names)
+        if dotted := re.search(r"modelpool\.models\.([^'=]*\.[^'=]*)", first_line):
+            return (
+                f"{first_line} A dot in a key begins another key. Give the models as one mapping, "
+                f"'modelpool.models={{{dotted[1]}: path, …}}', or as a list of paths."
+            )
         return f"{first_line} {hint} To add a new key, put a '+' before it."
     if several := re.match("Ambiguous value for argument '(.*)'$", first_line):
         key, _, values = several[1].lstrip("+").partition("=")
@@ -244,6 +238,11 @@ def _parse_failure(error: OverrideParseException) -> str:
 
 def _nearest_config(missing: str) -> str:
     """Suggest the config with the most similar name, anywhere in its group."""
+    group, _, name = missing.partition("/")
+    kinds = [kind for kind in KINDS if GROUPS.get(kind) == group]
+    if kinds and not get_close_matches(name, _own_names(group), n=1):
+        sentence, *lines = suggestion(name, kinds)
+        return "\n  ".join([sentence, *lines])
     names = _config_names(missing)
     last = [Path(name).name for name in names]
     for close in get_close_matches(Path(missing).name, last, n=1):
@@ -252,12 +251,18 @@ def _nearest_config(missing: str) -> str:
     return did_you_mean("", names)
 
 
+def _own_names(group: str) -> set[str]:
+    """Return the names of a group's configs in the user's own config directories."""
+    directories = [Path(own) / group for own in (*option(*_DIRECTORY_FLAGS), *config_folders())]
+    files = ((own, file) for own in directories for file in own.rglob("*.yaml"))
+    return {file.relative_to(own).with_suffix("").as_posix() for own, file in files}
+
+
 def _config_names(missing: str) -> list[str]:
     """Return the names of the configs that a person might have meant by ``missing``."""
     group, slash, _ = missing.partition("/")
     names = set()
-    own = [file.parent for file in plugins().values()]
-    for directory in {CONFIG_DIR, *own, *map(Path, option(*_DIRECTORY_FLAGS))}:
+    for directory in {CONFIG_DIR, *config_folders(), *map(Path, option(*_DIRECTORY_FLAGS))}:
         files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
         names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
     parent = missing.rpartition("/")[0]

@@ -211,9 +211,9 @@ def test_bad_input_ends_with_one_message(
 def test_a_seed_that_the_method_takes_over_is_told_once(conf: Path) -> None:
     (conf / "opcm.yaml").write_text("defaults: [small, {method: opcm/opcm}]")
     done = small(conf, "--config-name", "opcm", "seed=x")
-    assert done.stderr == "fusion_bench: seed: 'x' is not a whole number.\n"
+    assert done.stderr == "fusion_bench: seed: 'x' is not a whole number or null.\n"
     done = small(conf, "--config-name", "opcm", "seed=x", "method.seed=y")
-    assert "\n  method.seed: 'y' is not a whole number.\n" in done.stderr
+    assert "\n  method.seed: 'y' is not a whole number or null.\n" in done.stderr
 
 
 def test_a_method_is_given_whole(conf: Path) -> None:

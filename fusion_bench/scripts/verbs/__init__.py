@@ -15,7 +15,18 @@ from fusion_bench.problems import FusionBenchError
 
 #: Each verb, and what it does.
 VERBS: Mapping[str, str] = {
+    "ls": "list methods, models, tasks, datasets or configs",
+    "show": "show one of them: options, defaults, YAML, page",
+    "cp": "copy one into a YAML of your own",
+    "validate": "check a config without running it",
+    "merge": "merge models into a folder",
+    "evaluate": "evaluate models on tasks",
+    "compare": "compare runs, with intervals",
+    "reproduce": "run a report's config again, and compare every figure",
+    "verify": "check a merged model's files against its report",
     "new": "start a method of your own: a module, its YAML and its test",
+    "completion": "complete words in bash, zsh or fish",
+    "cache": "show what is kept between runs, and prune it",
 }
 
 _PAGE = """\
@@ -73,8 +84,8 @@ class Parser(ArgumentParser):
         raise FusionBenchError(f"{text.rstrip('.')}. '{self.prog} --help' explains it.")
 
 
-def parser_of(name: str) -> ArgumentParser:
-    """Return the parser of a verb's words."""
+def parser_of(name: str, *, with_name: bool = False) -> ArgumentParser:
+    """Return the parser of a verb's words, among them its name if that is wanted."""
     verb = _module(name)
     parser = Parser(
         prog=f"fusion_bench {name}",
@@ -83,6 +94,8 @@ def parser_of(name: str) -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if with_name:
+        parser.add_argument("verb", choices=[name])
     verb.add_arguments(parser)
     return parser
 
@@ -93,7 +106,7 @@ def run(name: str, words: Sequence[str]) -> int | None:
     Raises:
         FusionBenchError: as the verb, and words that it does not take.
     """
-    return _module(name).run(parser_of(name).parse_args(words))
+    return _module(name).run(parser_of(name).parse_intermixed_args(words))
 
 
 def page() -> str:

@@ -24,7 +24,9 @@ fusion_bench --plugins soft_ties.py method=soft_ties
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("kind", choices=["method"], help="what to start")
-    parser.add_argument("name", help="of the module and of the YAML, such as soft_ties")
+    parser.add_argument(
+        "module", metavar="NAME", help="of the module and of the YAML, such as soft_ties"
+    )
     parser.add_argument("--dir", default=".", help="where to write the files; here by default")
 
 
@@ -36,7 +38,7 @@ def run(arguments: Namespace) -> None:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    name, folder = arguments.name, Path(arguments.dir)
+    name, folder = arguments.module, Path(arguments.dir)
     check_name(name)
     files = {
         "method.py.j2": folder / f"{name}.py",

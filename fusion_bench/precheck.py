@@ -1,0 +1,95 @@
+"""Finds mistyped keys and values of a config by the schemas, before anything slow is imported."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jsonschema import Draft7Validator
+
+from fusion_bench.catalog import choices_of, definitions
+from fusion_bench.problems import Place, Problem, did_you_mean
+
+_HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
+_WORDS = {
+    "boolean": "true or false",
+    "number": "a number",
+    "integer": "a whole number",
+    "string": "a text",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+}
+
+
+def problems(config: object) -> list[Problem]:
+    """Return a problem for each key that a class does not take, and each value of another type.
+
+    Args:
+        config: a resolved config. Classes that have no schema are left alone.
+    """
+    found = list(_problems(config, ()))
+    # A method may take the seed over from the program.
+    told = {problem.reason for problem in found if problem.place == ("seed",)}
+    return [one for one in found if one.place[1:][-1:] != ("seed",) or one.reason not in told]
+
+
+def _problems(node: object, place: Place) -> Iterator[Problem]:
+    if isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _problems(child, (*place, index))
+    if not isinstance(node, Mapping):
+        return
+    target = str(node.get("_target_"))
+    schema = definitions().get(target) if "." in target else None
+    if schema is not None:
+        for found in _own_problems(node, target.rpartition(".")[2], schema):
+            yield found.inside(*place)
+    for name, child in node.items():
+        yield from _problems(child, (*place, str(name)))
+
+
+def _own_problems(
+    node: Mapping[str, Any], name: str, schema: Mapping[str, Any]
+) -> Iterator[Problem]:
+    known = schema["properties"]
+    for key, value in node.items():
+        if key in _HYDRA_KEYS:
+            continue
+        if key not in known:
+            if not schema["additionalProperties"]:
+                near = did_you_mean(str(key), known.keys() - _HYDRA_KEYS)
+                yield Problem((key,), f"{name} takes no such key.", near)
+        elif not _holds_nodes(value) and not _fits(value, known[key]):
+            yield Problem((key,), *_mismatch(value, known[key]))
+
+
+def _holds_nodes(value: object) -> bool:
+    """Return whether a value becomes something else before the class sees it."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_holds_nodes, value.values()))
+    return isinstance(value, list) and any(map(_holds_nodes, value))
+
+
+def _fits(value: object, schema: Mapping[str, Any]) -> bool:
+    if "$ref" in schema:  # a node, which is looked at by itself
+        return True
+    whole = {**schema, "definitions": {"interpolation": definitions()["interpolation"]}}
+    return bool(Draft7Validator(whole).is_valid(value))
+
+
+def _mismatch(value: object, schema: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what is wrong with a value, and how to fix it."""
+    choices = [choice for choice in choices_of(schema) if isinstance(choice, str)]
+    if isinstance(value, str) and choices:
+        return f"'{value}' is unknown.", did_you_mean(value, choices)
+    wanted = dict.fromkeys(_wanted(schema))
+    return f"{'null' if value is None else repr(str(value))} is not {' or '.join(wanted)}.", ""
+
+
+def _wanted(schema: Mapping[str, Any]) -> Iterator[str]:
+    for own in schema.get("anyOf", ()):
+        yield from _wanted(own)
+    if "enum" in schema or "const" in schema:
+        yield " or ".join(map(str, choices_of(schema)))
+    elif "type" in schema:
+        items = schema.get("items", {}).get("type")
+        yield _WORDS[schema["type"]] + (" of numbers" if items == "number" else "")

@@ -1,0 +1,90 @@
+"""Turns overrides as people type them into Hydra's: other names of configs, models as a list."""
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import PurePosixPath
+
+import yaml
+
+from fusion_bench.catalog import GROUPS, full_name
+from fusion_bench.problems import ConfigError
+
+_CHOICE = re.compile(rf"({'|'.join(GROUPS.values())})=([\w+./ ,-]+)")
+_MODELS = re.compile(r"modelpool\.models=([\[{].*)", re.DOTALL)
+#: What Hydra takes as a key without quotes.
+_PLAIN_KEY = re.compile(r"[\w.@:/ -]+")
+
+
+def choice(word: str, known: Collection[str]) -> str:
+    """Return ``method=ties`` as ``method=ties_merging``, for each name of a sweep.
+
+    Args:
+        word: an override; one that chooses no config of these groups is returned as it is.
+        known: the names of the user's own configs, which come first.
+    """
+    if not (match := _CHOICE.fullmatch(word)):
+        return word
+    group, names = match.groups()
+    return f"{group}=" + ",".join(
+        name if name in known else full_name(group, name)
+        for name in map(str.strip, names.split(","))
+    )
+
+
+def models(word: str) -> Iterator[str]:
+    """Yield the overrides for ``modelpool.models=[path, …]`` or ``={name: path, …}``.
+
+    The models replace those that the config has. Those of a list are named after their paths.
+
+    Raises:
+        ConfigError: a name that Hydra cannot take.
+    """
+    try:
+        found = yaml.safe_load(match[1]) if (match := _MODELS.fullmatch(word)) else None
+    except yaml.YAMLError:
+        found = None
+    if isinstance(found, list) and found and all(isinstance(path, str) for path in found):
+        found = named_after(found)
+    if not isinstance(found, dict):
+        yield word
+        return
+    yield "~modelpool.models"
+    yield f"+modelpool.models={in_grammar(found)}"
+
+
+def named_after(paths: Collection[str]) -> dict[str, str]:
+    """Return paths or Hub names by the shortest end of each that no other has.
+
+    Raises:
+        ConfigError: the same path twice.
+    """
+    parts = {path: PurePosixPath(path.partition("@")[0]).parts for path in paths}
+    if len(parts) < len(paths):
+        raise ConfigError("the same model twice.", "Remove one.", place=("modelpool", "models"))
+    named: dict[str, str] = {}
+    for path, own in parts.items():
+        others = [other for key, other in parts.items() if key != path]
+        count = next(
+            (n for n in range(1, len(own)) if all(own[-n:] != other[-n:] for other in others)),
+            len(own),
+        )
+        named["-".join(part.strip("/") for part in own[-count:] if part.strip("/"))] = path
+    return named
+
+
+def in_grammar(value: object) -> str:
+    """Return a value in Hydra's grammar."""
+    if isinstance(value, dict):
+        for key in value:
+            if not _PLAIN_KEY.fullmatch(str(key)):
+                raise ConfigError(
+                    f"'{key}' cannot be a model's name on the command line.",
+                    "Use letters, digits, '.', '-' and '_', or write the models in a YAML.",
+                    place=("modelpool", "models"),
+                )
+        return "{" + ",".join(f"{key}: {in_grammar(own)}" for key, own in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(in_grammar, value)) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))  # type: ignore[call-overload]

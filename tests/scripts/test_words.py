@@ -1,0 +1,67 @@
+"""Overrides as people type them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from commandline import compose
+
+from fusion_bench.problems import ConfigError
+from fusion_bench.scripts.words import choice, models, named_after
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("method=ties", "method=ties_merging"),
+        ("method=TIES,dare_ties", "method=ties_merging,dare/ties_merging"),
+        ("method=mine", "method=mine"),
+        ("method=lines", "method=lines"),
+        ("taskpool=zoo_choices", "taskpool=CausalLMEvaluation/zoo_choices"),
+        ("taskpool=zoo", "taskpool=zoo"),  # there are several
+        ("method={_target_: x}", "method={_target_: x}"),
+        ("method.threshold=5", "method.threshold=5"),
+        ("seed=1", "seed=1"),
+    ],
+)
+def test_a_name_becomes_that_of_a_config(word: str, wanted: str) -> None:
+    assert choice(word, {"lines"}) == wanted
+
+
+def test_models_are_a_list_or_a_mapping() -> None:
+    gone, given = models("modelpool.models=[a/x, 'b/y@main', c/deep.safetensors]")
+    assert gone == "~modelpool.models"
+    assert given == "+modelpool.models={x:'a/x',y:'b/y@main',deep.safetensors:'c/deep.safetensors'}"
+    assert list(models('modelpool.models={"gpt-3.5": a, b: {path: c, base: d}}'))[1] == (
+        "+modelpool.models={gpt-3.5:'a',b:{path:'c',base:'d'}}"
+    )
+    for word in ("modelpool.models={a: ${x", "modelpool.models=a,b", "modelpool.models=[1]"):
+        assert list(models(word)) == [word]
+    with pytest.raises(ConfigError, match="cannot be a model's name on the command line"):
+        list(models('modelpool.models={"a, b": c}'))
+
+
+def test_a_model_is_named_after_the_end_of_its_path() -> None:
+    assert named_after(["/a/x", "/b/x", "y"]) == {"a-x": "/a/x", "b-x": "/b/x", "y": "y"}
+    assert named_after(["x", "a/x"]) == {"x": "x", "a-x": "a/x"}
+    with pytest.raises(ConfigError, match="the same model twice"):
+        named_after(["x", "x"])
+
+
+def test_they_are_composed_in_the_place_of_others(tmp_path: Path) -> None:
+    commands = (
+        ["modelpool.models=[a/x,b/y]"],
+        ['modelpool.models={"gpt-3.5": a, _pretrained_: b}', "method=dare_ties"],
+        ["modelpool.models.gpt-3.5=a"],
+        ["method=adamerging"],
+        ["--config-name", "merge_llm", "modelpool.models=[a/x,b/y]"],
+    )
+    listed, mapping, dotted, several, empty = compose(commands, tmp_path)
+    assert yaml.safe_load(listed[1])["modelpool"]["models"] == {"x": "a/x", "y": "b/y"}
+    config = yaml.safe_load(mapping[1])
+    assert config["modelpool"]["models"] == {"gpt-3.5": "a", "_pretrained_": "b"}
+    assert config["method"]["_target_"].endswith("DareTiesMerging")
+    assert dotted[0] == 2 and "'modelpool.models={gpt-3.5: path, …}'" in dotted[1]
+    assert several[0] == 2 and several[1].count("\n    adamerging/") == 3
+    assert len(several[1]) < 600
+    assert yaml.safe_load(empty[1])["modelpool"]["models"] == {"x": "a/x", "y": "b/y"}

@@ -1,0 +1,60 @@
+"""Mistakes that the schemas alone can tell; what is sound is never refused."""
+
+from typing import Any
+
+import pytest
+
+from fusion_bench.precheck import problems
+from fusion_bench.problems import text_of
+
+PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
+TIES = "fusion_bench.method.TiesMergingAlgorithm"
+LINES = "fusion_bench.method.LiNeSAlgorithm"
+
+
+def said(**config: Any) -> str:
+    return text_of(problems({"_target_": PROGRAM, **config}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"seed": "abc"}, "seed: 'abc' is not a whole number or null."),
+        ({"seed": True}, "seed: 'True' is not a whole number or null."),
+        ({"sead": 1}, "sead: FabricModelFusionProgram takes no such key. Did you mean 'seed'?"),
+        ({"dry_run": "yes"}, "dry_run: 'yes' is not true or false."),
+        (
+            {"method": {"_target_": TIES, "threshold": "high"}},
+            "method.threshold: 'high' is not a number.",
+        ),
+        (
+            {"method": {"_target_": TIES, "treshold": 20}},
+            "method.treshold: TiesMergingAlgorithm takes no such key. Did you mean 'threshold'?",
+        ),
+        (
+            {"method": {"_target_": TIES, "merge_func": "maen"}},
+            "method.merge_func: 'maen' is unknown. Did you mean 'mean'?",
+        ),
+        (
+            {"method": {"_target_": TIES, "remove_keys": "a.*"}},
+            "method.remove_keys: 'a.*' is not a list.",
+        ),
+        (
+            {"method": {"_target_": LINES, "base_method": {"_target_": TIES, "threshold": None}}},
+            "method.base_method.threshold: null is not a number.",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(config: dict[str, Any], message: str) -> None:
+    assert said(**config) == message
+
+
+def test_all_are_told_at_once() -> None:
+    method = {"_target_": TIES, "threshold": "x", "kept": 1}
+    lines = said(seed="abc", method=method).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["seed", "method.threshold", "method.kept"]
+
+
+def test_what_is_not_ours_is_left_alone() -> None:
+    node = {"_target_": "my_methods.Own", "anything": object()}
+    assert said(method=node, fabric={"_target_": "lightning.Fabric", "devices": "x"}) == ""
