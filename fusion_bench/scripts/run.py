@@ -262,7 +262,8 @@ def _config_names(missing: str) -> list[str]:
     """Return the names of the configs that a person might have meant by ``missing``."""
     group, slash, _ = missing.partition("/")
     names = set()
-    for directory in {CONFIG_DIR, *config_folders(), *map(Path, option(*_DIRECTORY_FLAGS))}:
+    typed_ones = [Path(own) for own in option(*_DIRECTORY_FLAGS)]
+    for directory in {CONFIG_DIR, *config_folders(), *typed_ones}:
         files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
         names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
     parent = missing.rpartition("/")[0]
