@@ -112,13 +112,7 @@ def read_json(path: Path) -> Any:
     Raises:
         ConfigError: it is not JSON, too large, or nested too deeply.
     """
-    refuse_huge(path)
-    text = path.read_bytes()
-    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise ConfigError(
-            f"'{path}' has more than {_MOST_VALUES:,} values, which is implausible. Replace it by "
-            "the correct file."
-        )
+    text = read_plausible(path)
     try:
         content = json.loads(text.decode("utf-8"))
         level = [content]
@@ -134,6 +128,23 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"'{path}' is not valid JSON. Download it again.") from error
     return content
+
+
+def read_plausible(path: Path) -> bytes:
+    """Return the bytes of an untrusted JSON file, which need not be JSON.
+
+    Raises:
+        ConfigError: it is too large, or no regular file.
+        OSError: it cannot be read.
+    """
+    refuse_huge(path)
+    text = path.read_bytes()
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ConfigError(
+            f"'{path}' has more than {_MOST_VALUES:,} values, which is implausible. Replace it by "
+            "the correct file."
+        )
+    return text
 
 
 def refuse_huge(path: Path) -> None:

@@ -41,6 +41,7 @@ _DOCUMENTED = {
     "demo_language": "language_tasks.md",
     "fabric_model_fusion": "zoo.md",
     "merge_llm": "weights.md",
+    "repeat": "reproduce.md",
     "reproduce": "reproduce.md",
     "scaling_study": "scaling_study.md",
     "scaling_study_language": "scaling_study.md",

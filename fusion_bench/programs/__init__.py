@@ -2,6 +2,7 @@
 
 from fusion_bench.programs.compare import CompareProgram
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
+from fusion_bench.programs.repeat import RepeatProgram
 from fusion_bench.programs.reproduce import ReproduceProgram
 from fusion_bench.programs.scaling_study import ScalingStudy
 from fusion_bench.programs.search import GridSearch
@@ -11,6 +12,7 @@ __all__ = [
     "CompareProgram",
     "FabricModelFusionProgram",
     "GridSearch",
+    "RepeatProgram",
     "ReproduceProgram",
     "ScalingStudy",
     "SearchWinner",

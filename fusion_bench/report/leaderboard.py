@@ -180,7 +180,8 @@ def leaderboard(name: str, jobs: Iterable[Job], failures: Iterable[Failure] = ()
     groups: dict[tuple[tuple[str, str], ...], list[_Entry]] = {}
     for job in jobs:
         for entry in _entries(job):
-            groups.setdefault(tuple(_facts(entry).items()), []).append(entry)
+            found = facts_of(job.report, entry.contender, entry.scores)
+            groups.setdefault(tuple(found.items()), []).append(entry)
     varying = {fact for fact, *others in zip(*groups, strict=True) if set(others) - {fact}}
     keys = {key for key, _ in varying}
     return Leaderboard(
@@ -226,8 +227,7 @@ class _Entry:
     def line(self, ranked_by: str) -> Line:
         average = self.job.report.average(self.contender)
         assert average is not None
-        errors = [_stderr(result, ranked_by) for result in self.results.values()]
-        known = [error for error in errors if error is not None]
+        values = {task: result.main for task, result in self.results.items()}
         return Line(
             name=self.name,
             role=self.contender.role,
@@ -235,8 +235,8 @@ class _Entry:
             overrides=list(self.job.overrides),
             average=average.main,
             normalized=average.normalized,
-            tasks={task: result.main for task, result in self.results.items()},
-            stderr=math.hypot(*known) / len(errors) if len(known) == len(errors) else None,
+            tasks=values,
+            stderr=score_stderr(values.values(), ranked_by),
         )
 
 
@@ -246,17 +246,18 @@ def _entries(job: Job) -> Iterator[_Entry]:
         yield _Entry(job, contender, several=len(merged) > 1)
 
 
-def _facts(entry: _Entry) -> dict[str, str]:
-    """Return the properties that comparable models share, with names for a table's header."""
-    infos = {task: entry.job.report.tasks[task] for task in sorted(entry.contender.models)}
-    parts = [
-        part for scores in map(entry.scores.get, infos) if scores for part in _selected(scores)
-    ]
+def facts_of(report: Report, contender: Contender, scores: ByTask) -> dict[str, str]:
+    """Return the properties that comparable models share, with names for a table's header.
+
+    Without scores, the selection of samples is not among what is compared.
+    """
+    infos = {task: report.tasks[task] for task in sorted(contender.models)}
+    parts = [part for found in map(scores.get, infos) if found for part in _selected(found)]
     depends = dict.fromkeys(what for info in infos.values() for what in info.identity)
     return {
         "tasks": ", ".join(infos),
         "samples": ", ".join(str(info.num_samples) for info in infos.values()),
-        "precision": entry.job.report.run.precision,
+        "precision": report.run.precision,
         "metrics": ", ".join(f"{info.main} {info.main_metric.unit}" for info in infos.values()),
         "selection of samples": _hash(parts),
         **{
@@ -279,9 +280,17 @@ def _hash(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _stderr(result: TaskResult, ranked_by: str) -> float | None:
-    """Return the standard error of a score; that of the own model is not counted in."""
-    value = result.main
+def score_stderr(values: Iterable[Value], ranked_by: str) -> float | None:
+    """Return the standard error of a model's score, the average of its values on the tasks.
+
+    Those of the own models are not counted in.
+    """
+    errors = [_stderr(value, ranked_by) for value in values]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
+
+
+def _stderr(value: Value, ranked_by: str) -> float | None:
     if ranked_by != NORMALIZED or value.value == 0 or value.stderr is None:
         return value.stderr
     assert value.normalized is not None

@@ -1,6 +1,7 @@
 """The HTML page of a report."""
 
 import hashlib
+import math
 import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ def page(report: Report, scores: Scores) -> str:
         "report": report,
         "method": method_name(report),
         "runs": compared_runs(report),
-        "options": _options(report),
+        "options": method_options(report),
         "models": models,
         "fused": [model for model in models if model.role == "individual"],
         "lines": lines,
@@ -132,24 +133,29 @@ def _environment() -> Any:
         "label": metric_label,
         "sentence_case": sentence_case,
         "error_of": shown_error,
+        "number": _number,
+        "file": lambda name: Markup(_text(environment, name)),
+        # The page's policy lets scripts of these hashes run and no other.
+        "sha256": lambda text: b64encode(hashlib.sha256(text.encode()).digest()).decode(),
     }
-    script, style = (_text(environment, name) for name in ("sort.js", "style.css"))
-    # The page's policy lets this one script run and no other.
-    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {
         "comparison_sentence": comparison_sentence,
         "same_metric": same_metric,
         "search_metric": search_metric,
         "search_sentence": search_sentence,
-        "script": Markup(script),
-        "script_sha256": digest,
-        "style": Markup(style),
     }
     return environment
 
 
 def _signed(difference: float | None, unit: str = PERCENT) -> str:
     return signed(difference, unit).replace("-", "−")
+
+
+def _number(value: float | None) -> str:
+    """Return a value as scripts read it; empty where there is none."""
+    if value is None or math.isnan(value):
+        return ""
+    return str(value).replace("inf", "Infinity")
 
 
 def _excerpt(text: str) -> str:
@@ -247,7 +253,8 @@ class _Matrix:
     picture: Any
 
 
-def _options(report: Report) -> dict[str, str]:
+def method_options(report: Report) -> dict[str, str]:
+    """Return the method's options, each as YAML on one line."""
     search = report.run.search
     node = report.run.config.get("method") if search is None else search.method
     options = node if isinstance(node, Mapping) else {}

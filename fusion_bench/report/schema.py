@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from fusion_bench.problems import ConfigError
 from fusion_bench.report.schema_1 import lifted_report
 from fusion_bench.results import Interval, Metric, SampleScores, normalized, stderr
-from fusion_bench.storage import write_text
+from fusion_bench.storage import read_plausible, write_text
 from fusion_bench.tasks import canonical_name
 
 Role = Literal["pretrained", "individual", "merged"]
@@ -33,7 +33,7 @@ def read_model(kind: type[T], path: Path, name: str) -> T:
         ConfigError: there is none, or it is none of a known version.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_plausible(path))
     except OSError as error:
         raise ConfigError(f"Cannot read '{path}': {error.strerror}.") from error
     except ValidationError as error:
@@ -449,6 +449,7 @@ class Report(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Report":
+        spellings = set(map(canonical_name, self.models))
         for name, model in self.models.items():
             if unknown := model.tasks.keys() - self.tasks.keys():
                 raise ValueError(f"'{name}' was evaluated on '{min(unknown)}', which is not a task")
@@ -460,7 +461,7 @@ class Report(Strict):
                     raise ValueError(f"'{task}' has no metric '{min(strange)}'")
                 if result.relation is None:
                     owner = self.tasks[task].owner
-                    result.relation = _relation(name, model.role, owner, self.models)
+                    result.relation = _relation(name, model.role, owner, self.models, spellings)
         for comparison in self.comparisons:
             if unknown := comparison.tasks.keys() - self.tasks.keys():
                 raise ValueError(f"a comparison is of '{min(unknown)}', which is not a task")
@@ -559,10 +560,11 @@ def _contenders(family: str, role: Role, models: Mapping[str, ModelResult]) -> l
 
 def summarise(models: Mapping[str, ModelResult], tasks: Mapping[str, TaskInfo]) -> None:
     """Fill in normalised values, relations and averages, by the owners of the tasks."""
+    spellings = set(map(canonical_name, models))
     for name, model in models.items():
         for task, result in model.tasks.items():
             info = tasks[task]
-            result.relation = _relation(name, model.role, info.owner, models)
+            result.relation = _relation(name, model.role, info.owner, models, spellings)
             owner = models.get(info.owner or "")
             reference = owner.tasks.get(task) if owner else None
             references = {} if reference is None else reference.metrics
@@ -575,14 +577,21 @@ def summarise(models: Mapping[str, ModelResult], tasks: Mapping[str, TaskInfo]) 
 
 
 def _relation(
-    name: str, role: Role, owner: str | None, models: Mapping[str, ModelResult]
+    name: str,
+    role: Role,
+    owner: str | None,
+    models: Collection[str],
+    spellings: Collection[str],
 ) -> Relation:
-    """Return whether a model was trained for a task, or made from the one that was."""
+    """Return whether a model was trained for a task, or made from the one that was.
+
+    ``spellings`` are the canonical names of ``models``.
+    """
     if owner is None or owner not in models:
         return "held_out"
     if role == "merged":  # from all models, unless it has the name of one
         made_for = canonical_name(name.partition("/")[2])
-        if made_for not in map(canonical_name, models):
+        if made_for not in spellings:
             return "own"
         return "own" if made_for == canonical_name(owner) else "other"
     return "own" if name == owner else "other"

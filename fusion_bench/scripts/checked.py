@@ -6,7 +6,7 @@ of these. Settings that run commands are accepted only on the command line.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import GroupDefault
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -98,6 +100,13 @@ _HARMLESS = re.compile(
     r"|HF_HUB_OFFLINE|NCCL_(DEBUG|P2P_DISABLE|IB_DISABLE|SHM_DISABLE|SOCKET_IFNAME)|HYDRA_FULL_ERROR)"
 )
 
+#: Groups that can always be chosen, and what Hydra composes where a sweep chooses.
+_DEFAULTS = {
+    "method": "simple_average",
+    "modelpool": "CLIPVisionModelPool/zoo",
+    "taskpool": "CLIPVisionModelTaskPool/zoo",
+}
+
 
 class _Repository(ConfigRepository):
     """The config repository; Hydra copies it for each listed group, some 300 times."""
@@ -162,7 +171,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         parsed, repository = super()._parse_overrides_and_create_caching_repo(
             config_name, overrides
         )
-        return parsed, bounded(repository)
+        chosen = {each.key_or_group for each in parsed} & _DEFAULTS.keys()
+        return parsed, _choosable(bounded(repository), config_name, chosen)
 
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
         """Refuse search paths that would import a package."""
@@ -185,6 +195,39 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                     f"If you trust it, allow it outside the config: --allow {package}.",
                     place=("hydra", "searchpath"),
                 )
+
+
+def _groups(result: ConfigResult) -> Iterator[GroupDefault]:
+    return (each for each in result.defaults_list or () if isinstance(each, GroupDefault))
+
+
+def _choosable(
+    repository: CachingConfigRepository, config_name: str | None, groups: Collection[str]
+) -> CachingConfigRepository:
+    """Let ``groups`` be chosen where the main config has a node of its own in their place.
+
+    Hydra knows no choice without an entry in the defaults list.
+    """
+    load = repository.load_config
+
+    def load_config(config_path: str) -> ConfigResult | None:
+        result = load(config_path)
+        if result is None or config_path != config_name:
+            return result
+        whole = result.config
+        listed = [each.group for each in _groups(result)]
+        for group in groups:
+            if group in listed or not isinstance(whole, DictConfig):
+                continue
+            if OmegaConf.is_dict(whole.get(group)):
+                with open_dict(whole):
+                    del whole[group]
+                added = GroupDefault(group=group, value=_DEFAULTS[group])
+                result.defaults_list = [*(result.defaults_list or ()), added]
+        return result
+
+    repository.load_config = load_config  # type: ignore[method-assign]
+    return repository
 
 
 def _problems(config: DictConfig) -> Iterator[Problem]:

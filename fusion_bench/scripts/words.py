@@ -78,9 +78,8 @@ def in_grammar(value: object) -> str:
         for key in value:
             if not _PLAIN_KEY.fullmatch(str(key)):
                 raise ConfigError(
-                    f"'{key}' cannot be a model's name on the command line.",
-                    "Use letters, digits, '.', '-' and '_', or write the models in a YAML.",
-                    place=("modelpool", "models"),
+                    f"'{key}' cannot be a name on the command line.",
+                    "Use letters, digits, '.', '-' and '_'.",
                 )
         return "{" + ",".join(f"{key}: {in_grammar(own)}" for key, own in value.items()) + "}"
     if isinstance(value, list):

@@ -74,7 +74,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "class Mine(SimpleAverageAlgorithm):\n    pass\n"
     )
     verbs.run("new", ["method", "soft_ties", "--dir", str(place)])
-    for name in ("my/digits.yaml", "outputs/2026-11-27/18-30-00/config.yaml"):
+    verbs.run("cp", ["ties_merging", str(place / "my.yaml")])
+    for name in ("my/digits.yaml", "outputs/2026-01-31/12-00-00/config.yaml"):
         (place / name).parent.mkdir(parents=True)
         node = {"_target_": "fusion_bench.programs.FabricModelFusionProgram"}
         (place / name).write_text(yaml.safe_dump(node))

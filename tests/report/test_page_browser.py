@@ -142,6 +142,18 @@ def test_missing_figures_come_last(browser: Chrome, tmp_path: Path) -> None:
         assert first_column(browser)[-1] == "pretrained"
 
 
+def test_infinite_figures_are_numbers(browser: Chrome, tmp_path: Path) -> None:
+    found, scores = synthetic({"a": 3}, samples=50)
+    found.models["merged"].tasks["a"].main.value = float("inf")
+    found.comparisons = []
+    (tmp_path / "report.html").write_text(page(found, scores), encoding="utf-8")
+    open_page(browser, tmp_path / "report.html")
+    click(browser, "a")
+    assert first_column(browser)[0] == "merged"
+    click(browser, "a")
+    assert first_column(browser)[-1] == "merged"
+
+
 def test_a_phone_scrolls_in_one_direction_only(browser: Chrome, path: Path) -> None:
     open_page(browser, path, width=360)
     browser.execute_script(OPEN_ALL)
@@ -200,4 +212,5 @@ def test_pictures_and_tables_have_names(browser: Chrome, path: Path) -> None:
     ]
     browser.execute_script(OPEN_ALL)
     regions = browser.find_elements(By.CSS_SELECTOR, ".scroll")
-    assert regions and all(region.accessible_name for region in regions)
+    names = [region.accessible_name for region in regions]
+    assert all(names) and len(set(names)) == len(names) > 5

@@ -31,13 +31,15 @@ def test_a_name_becomes_that_of_a_config(word: str, wanted: str) -> None:
 def test_models_are_a_list_or_a_mapping() -> None:
     gone, given = models("modelpool.models=[a/x, 'b/y@main', c/deep.safetensors]")
     assert gone == "~modelpool.models"
-    assert given == "+modelpool.models={x:'a/x',y:'b/y@main',deep.safetensors:'c/deep.safetensors'}"
+    assert (
+        given == "+modelpool.models={x: 'a/x',y: 'b/y@main',deep.safetensors: 'c/deep.safetensors'}"
+    )
     assert list(models('modelpool.models={"gpt-3.5": a, b: {path: c, base: d}}'))[1] == (
-        "+modelpool.models={gpt-3.5:'a',b:{path:'c',base:'d'}}"
+        "+modelpool.models={gpt-3.5: 'a',b: {path: 'c',base: 'd'}}"
     )
     for word in ("modelpool.models={a: ${x", "modelpool.models=a,b", "modelpool.models=[1]"):
         assert list(models(word)) == [word]
-    with pytest.raises(ConfigError, match="cannot be a model's name on the command line"):
+    with pytest.raises(ConfigError, match="'a, b' cannot be a name on the command line"):
         list(models('modelpool.models={"a, b": c}'))
 
 

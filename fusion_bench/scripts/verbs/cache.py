@@ -115,7 +115,7 @@ def _size(entry: Path) -> int:
 
 def _last_used(entry: Path) -> float:
     """Return when a file of it was last read or written."""
-    found = [path.lstat() for path in (entry, *_files(entry))]
+    found = [path.lstat() for path in _files(entry)] or [entry.lstat()]
     return max(max(each.st_mtime, each.st_atime) for each in found)
 
 

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusion_bench.catalog import Entry
+    from fusion_bench.catalog import Entry, Kind
 
 EXAMPLES = """
 fusion_bench cp ties_merging my.yaml
 fusion_bench cp demo_language my.yaml && fusion_bench my.yaml
 """
+COPIED: tuple["Kind", ...] = ("methods", "models", "tasks", "configs")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the name, the file and the permission to replace it."""
     parser.add_argument("name", help="as 'fusion_bench ls' prints it")
     parser.add_argument("file", type=Path, help="the YAML to write")
+    parser.add_argument("--kind", choices=COPIED, help="where a name is of several")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
 
 
@@ -31,7 +33,7 @@ def run(arguments: Namespace) -> None:
     Raises:
         FusionBenchError: no such name, a file that is there already, or one of another kind.
     """
-    from fusion_bench.catalog import find
+    from fusion_bench.catalog import entries, find
     from fusion_bench.problems import FusionBenchError
     from fusion_bench.storage import write_text
 
@@ -40,7 +42,14 @@ def run(arguments: Namespace) -> None:
         raise FusionBenchError(f"'{file}' is no YAML.", f"Name it '{file}.yaml'.")
     if file.exists() and not arguments.overwrite:
         raise FusionBenchError(f"'{file}' is there already.", "Add --overwrite to replace it.")
-    entry = find(arguments.name, ("methods", "models", "tasks", "configs"))
+    kinds: list[Kind] = [arguments.kind] if arguments.kind else list(COPIED)
+    same = [each for each in entries() if each.name == arguments.name and each.kind in kinds]
+    if len(same) > 1:
+        raise FusionBenchError(
+            f"'{arguments.name}' is one of {' and of '.join(each.kind for each in same)}.",
+            f"Say which: '--kind {same[0].kind}'.",
+        )
+    entry = find(arguments.name, kinds)
     write_text(file, copied(entry, file))
     print(f"{file}: run it with 'fusion_bench {file}'.")
 

@@ -1,0 +1,110 @@
+"""Verifies a merged model: that its files are whole, finite, and what recipe and report say."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusion_bench import modelpool
+from fusion_bench.modelpool import HFModelPool
+from fusion_bench.problems import FusionBenchError, ResultError
+from fusion_bench.report import Report
+from fusion_bench.storage import file_sha256
+from fusion_bench.weights import Weights
+from fusion_bench.weights.digest import sha256
+
+#: The recipe in a model's card.
+_RECIPE = re.compile(r"^## Recipe\n\n(`{3,})yaml\n(.*?)\n\1$", re.MULTILINE | re.DOTALL)
+
+
+def verify(folder: Path, report: Path | None = None) -> Iterator[str]:
+    """Yield what is sound, a sentence each.
+
+    Args:
+        folder: a merged model's.
+        report: the ``report.json`` of the run, or the run's folder.
+
+    Raises:
+        FusionBenchError: a folder without a model, or a file that is no report.
+        ResultError: entries that are not finite, other sources than the recipe has, or other
+            weights than the report.
+    """
+    recipe = _recipe(folder)
+    weights = _pool(recipe)({"model": str(folder.absolute())}).weights("model")
+    parameters = sum(weights.spec(name).numel for name in weights)
+    bad = [name for name in weights if not _finite(weights, name)]
+    if bad:
+        raise ResultError(
+            f"'{folder}': {len(bad)} of {len(weights)} entries hold NaN or infinity: '{bad[0]}' …"
+        )
+    yield f"{len(weights)} entries with {parameters:,} parameters are there, all finite."
+    yield from _sources(recipe)
+    if report is not None:
+        found = Report.load(report / "report.json" if report.is_dir() else report)
+        identity = sha256(weights)
+        merged = {name: one for name, one in found.models.items() if one.role == "merged"}
+        if identity not in {model.identity for model in merged.values()}:
+            raise ResultError(
+                f"'{folder}' has other weights than the merged model of '{report}'.",
+                details=[
+                    f"{identity} here",
+                    *(f"{model.identity} {name}" for name, model in merged.items()),
+                ],
+            )
+        yield f"The weights are those of the report: {identity}."
+
+
+def _finite(weights: Weights, name: str) -> bool:
+    tensor = weights[name]
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _recipe(folder: Path) -> Mapping[str, Any]:
+    """Return the recipe of a model's card; empty where it has none.
+
+    Raises:
+        FusionBenchError: it cannot be read.
+    """
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if not (match := _RECIPE.search(text)):
+        return {}
+    try:
+        found = yaml.safe_load(match[2])
+        return {"sources": dict(found["sources"]), "config": dict(found["config"])}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise FusionBenchError(f"'{card}': its recipe cannot be read.") from error
+
+
+def _pool(recipe: Mapping[str, Any]) -> type[HFModelPool]:
+    """Return the pool that the model was merged by, which says which entries are the model's."""
+    node = recipe.get("config", {}).get("modelpool")
+    name = str(node.get("_target_") if isinstance(node, Mapping) else "").rpartition(".")[2]
+    found: object = vars(modelpool).get(name)
+    if isinstance(found, type) and issubclass(found, HFModelPool):
+        return found
+    return HFModelPool
+
+
+def _sources(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Compare the sources that are on this machine with the recipe.
+
+    Raises:
+        ResultError: another hash.
+    """
+    if not recipe:
+        yield "It has no recipe, so its sources are not compared."
+    sources: Mapping[str, Mapping[str, Any]] = recipe.get("sources", {})
+    for name, source in sources.items():
+        here = Path(str(source.get("source")))
+        hashes = dict(source.get("sha256") or {})
+        known = {file: here / file if here.is_dir() else here for file in hashes}
+        if not hashes or not all(path.is_file() for path in known.values()):
+            yield f"{name}: '{here}' is not on this machine."
+            continue
+        for file, path in known.items():
+            if file_sha256(path) != hashes[file]:
+                raise ResultError(f"{name}: '{path}' is not the file that was merged.")
+        yield f"{name}: '{here}' has the files that were merged."

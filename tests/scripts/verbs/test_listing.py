@@ -1,0 +1,106 @@
+"""ls, show and cp."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from commandline import compose
+
+from fusion_bench.catalog import KINDS, entries, of_kind
+from fusion_bench.scripts import verbs
+
+
+def printed(capsys: pytest.CaptureFixture[str], verb: str, *words: str) -> str:
+    assert not verbs.run(verb, words)
+    return capsys.readouterr().out
+
+
+def test_without_a_kind_it_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "ls").splitlines()
+    counts = {line.split()[2]: int(line.split()[3]) for line in lines}
+    assert counts == {kind: sum(1 for _ in of_kind(kind)) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_entry_is_a_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "ls", kind).splitlines()
+    assert [line.split()[0] for line in lines] == [e.name for e in entries() if e.kind == kind]
+
+
+def test_a_word_is_searched_in_name_summary_and_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "ls", "methods", "Yadav")
+    (line,) = found.splitlines()
+    assert line.startswith("ties_merging ") and "https://arxiv.org/abs/2306.01708" in line
+    assert verbs.run("ls", ["methods", "no such thing"]) == 1
+    assert "No methods with 'no such thing'" in capsys.readouterr().err
+
+
+def test_what_is_shown_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "show", "TIES")
+    for part in (
+        "use    fusion_bench method=ties_merging\n",
+        "page   docs/methods/ties_merging.md\n",
+        "\n  threshold: number; default 20\n",
+        "\n  merge_func: mean, sum or max; default mean\n",
+        "percentage above 1",
+        "\n  _target_: fusion_bench.method.TiesMergingAlgorithm\n",
+    ):
+        assert part in text
+    assert "base_method: method node; required" in printed(capsys, "show", "lines/lines")
+
+
+def test_everything_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for entry in entries():
+        assert printed(capsys, "show", entry.name)
+
+
+def test_a_copy_runs_as_the_original_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = list(of_kind("methods"))
+    pools = [entry for entry in of_kind("models") if entry.target]
+    tasks, configs = list(of_kind("tasks")), list(of_kind("configs"))
+    commands, originals = [], []
+    for number, entry in enumerate([*methods, *pools, *tasks, *configs]):
+        file = tmp_path / f"{number}.yaml"
+        verbs.run("cp", [entry.name, str(file), "--kind", entry.kind])
+        assert file.read_text().startswith("# yaml-language-server: $schema=")
+        commands.append([str(file)])
+        group = {"methods": "method", "models": "modelpool", "tasks": "taskpool"}.get(entry.kind)
+        folder, _, name = entry.name.rpartition("/")
+        base = {"models": "merge_llm"}.get(entry.kind, "fabric_model_fusion")
+        if entry.kind == "tasks" and not entry.name.startswith(("CLIP", "Image")):
+            base = "demo_language"
+        if group:
+            originals.append(["--config-name", base, f"{group}={entry.name}"])
+        elif folder:
+            path = Path(verbs.__file__).parents[3] / "config" / folder
+            originals.append(["--config-path", str(path), "--config-name", name])
+        else:
+            originals.append(["--config-name", name])
+    found = compose([*commands, *originals], tmp_path)
+    half = len(commands)
+    for copied, original, words in zip(found[:half], found[half:], originals, strict=True):
+        assert copied[0] == original[0] == 0, (words, copied[1])
+        assert yaml.safe_load(copied[1]) == yaml.safe_load(original[1]), words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ties", "my.txt"], "is no YAML"),
+        (["ties", "there.yaml"], "is there already. Add --overwrite"),
+        (["zoo:clip-tiny", "my.yaml"], "is one model"),
+        (["nothing_like_it", "my.yaml"], "There is no config or model 'nothing_like_it'"),
+        (["gpt-2_glue", "my.yaml"], "one of models and of tasks. Say which: '--kind models'"),
+    ],
+)
+def test_what_cannot_be_copied(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.yaml").write_text("a: 1")
+    with pytest.raises(Exception, match=message):
+        verbs.run("cp", words)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
+    assert Path("there.yaml").read_text() == "a: 1"
