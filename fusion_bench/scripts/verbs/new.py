@@ -1,6 +1,7 @@
 """Start a method of your own, outside of any checkout: a module, its YAML and its test.
 
 The module is a small method that works. Change it step by step, and run the test after each step.
+The commands to test and to run it are printed.
 """
 
 import keyword
@@ -16,8 +17,6 @@ from fusion_bench.storage import write_text
 EXAMPLES = """
 fusion_bench new method soft_ties
 fusion_bench new method soft_ties --dir my_methods
-python -m pytest test_soft_ties.py
-fusion_bench --plugins soft_ties.py method=soft_ties
 """
 
 
