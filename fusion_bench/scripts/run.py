@@ -253,17 +253,21 @@ def _nearest_config(missing: str) -> str:
 
 def _own_names(group: str) -> set[str]:
     """Return the names of a group's configs in the user's own config directories."""
-    directories = [Path(own) / group for own in (*option(*_DIRECTORY_FLAGS), *config_folders())]
+    directories = [own / group for own in _own_folders()]
     files = ((own, file) for own in directories for file in own.rglob("*.yaml"))
     return {file.relative_to(own).with_suffix("").as_posix() for own, file in files}
+
+
+def _own_folders() -> list[Path]:
+    """Return the user's own config directories, as typed or beside their own code."""
+    return [*map(Path, option(*_DIRECTORY_FLAGS)), *config_folders()]
 
 
 def _config_names(missing: str) -> list[str]:
     """Return the names of the configs that a person might have meant by ``missing``."""
     group, slash, _ = missing.partition("/")
     names = set()
-    typed_ones = [Path(own) for own in option(*_DIRECTORY_FLAGS)]
-    for directory in {CONFIG_DIR, *config_folders(), *typed_ones}:
+    for directory in {CONFIG_DIR, *_own_folders()}:
         files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
         names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
     parent = missing.rpartition("/")[0]
