@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fusion_bench.configs import CONFIG_DIR
+from fusion_bench.configs import CONFIG_DIR, without_schema_line
 from fusion_bench.problems import FusionBenchError
 
 Kind = Literal["methods", "models", "tasks", "datasets", "configs"]
@@ -129,7 +129,7 @@ def definitions() -> Mapping[str, Any]:
 def options(target: str) -> list[Option]:
     """Return the options of a ``_target_``; none of a class that is not ours."""
     schema = definitions().get(target, {"properties": {}})
-    required = schema.get("required", ())
+    required = schema.get("needs", ())
     return [
         Option(
             name,
@@ -170,7 +170,7 @@ def in_words(schema: Mapping[str, Any]) -> str:
 def _kinds(schema: Mapping[str, Any]) -> Iterator[str]:
     if name := str(schema.get("$ref", "")).rpartition("/")[2]:
         if name != "interpolation":
-            yield "node" if name in ("node", "programs") else f"{name} node"
+            yield definitions()[name].get("words", "mapping")
     elif "anyOf" in schema:
         for own in schema["anyOf"]:
             yield from _kinds(own)
@@ -262,9 +262,11 @@ def _plain(name: str) -> str:
 
 
 def text_of(entry: Entry) -> str:
-    """Return an entry's YAML; empty for one that is part of a larger file.
+    """Return an entry's YAML without its line for editors; empty for a part of a larger file.
 
     Raises:
         OSError: the file is not there.
     """
-    return Path(CONFIG_DIR / entry.file).read_text(encoding="utf-8") if entry.file else ""
+    if not entry.file:
+        return ""
+    return without_schema_line(Path(CONFIG_DIR / entry.file).read_text(encoding="utf-8"))

@@ -1,10 +1,24 @@
 """Access to the command line as it was typed."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
+from fusion_bench.problems import FusionBenchError
+
+#: Config groups whose files a run can be made of.
+_GROUPS = ("method", "modelpool", "taskpool", "fabric")
+_OTHERS = ("dataset", "suite", "launcher", "hydra")
+#: What is in a whole config, and in no choice of these groups.
+_WHOLE = re.compile(r"^(_target_:.*\bprograms\.|(method|modelpool|taskpool):)", re.MULTILINE)
+#: Options whose value is the next word.
+_TAKE_A_VALUE = (
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--allow", "--plugins"),
+)
 _typed: ContextVar[tuple[str, ...] | None] = ContextVar("_typed", default=None)
 
 
@@ -21,12 +35,53 @@ def overrides() -> dict[str, str]:
 
 
 def file_as_options(words: Sequence[str]) -> list[str]:
-    """Return the words with Hydra's options in the place of a config file as the first one."""
-    if not words or not words[0].endswith((".yaml", ".yml")) or "=" in words[0]:
-        return list(words)
-    directory, _, file = words[0].rpartition("/")
-    name = file.rpartition(".")[0]
-    return ["--config-path", directory or ".", "--config-name", name, *words[1:]]
+    """Return the words with Hydra's options in the place of a config file, which has no flag.
+
+    A file of a config group, such as ``config/method/ties_merging.yaml``, is run in the config that
+    goes best with it.
+
+    Raises:
+        FusionBenchError: a file that is a part of a config, of which no run is made.
+    """
+    for place, word in enumerate(words):
+        if not word.endswith((".yaml", ".yml")) or word.startswith(("-", "~")):
+            continue
+        if place and words[place - 1] in _TAKE_A_VALUE:
+            continue
+        file = Path(word)
+        if "=" in word and not file.is_file():
+            continue
+        folder, name, choice = _of_group(file) or (file.parent, file.stem, [])
+        options = ["--config-path", str(folder), "--config-name", name, *choice]
+        return [*words[:place], *options, *words[place + 1 :]]
+    return list(words)
+
+
+def _of_group(file: Path) -> tuple[Path, str, list[str]] | None:
+    """Return folder, config and choice that run a part of a config; ``None`` for a whole one.
+
+    Raises:
+        FusionBenchError: a part that no run is made of.
+    """
+    groups = [above for above in file.absolute().parents if above.name in (*_GROUPS, *_OTHERS)]
+    if not groups or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if _WHOLE.search(text):
+        return None
+    *_, group = groups
+    choice = file.absolute().relative_to(group).with_suffix("").as_posix()
+    if group.name in _OTHERS:
+        if re.search("^defaults:", text, re.MULTILINE):
+            return None
+        raise FusionBenchError(
+            f"'{file}' is a part of a config, a choice of the group '{group.name}'.",
+            "Name it in the defaults list of a config, and run that.",
+        )
+    config = "fabric_model_fusion"
+    if group.name.endswith("pool") and not choice.startswith(("CLIP", "Image")):
+        config = "merge_llm" if group.name == "modelpool" else "demo_language"
+    return group.parent, config, [f"{group.name}={choice}"]
 
 
 def option(*flags: str) -> list[str]:

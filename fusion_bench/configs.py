@@ -1,5 +1,6 @@
 """The config files, and whole configs composed from them."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,8 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(d for d in (_PACKAGE / "config", _PACKAGE.parent / "config") if d.is_dir())
 
 
+#: The comment by which an editor finds the schema of a YAML.
+_SCHEMA_LINE = "# yaml-language-server: $schema="
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is one
 #: What ``register`` has filled.
 _filled: Mapping[str, Any] | None = None
@@ -21,15 +24,27 @@ _filled: Mapping[str, Any] | None = None
 
 def register() -> None:
     """Register the config choices of datasets and suites, where one file defines several."""
-    from hydra.core.config_store import ConfigStore  # as slow as all the rest of a command
+    from hydra.core.config_store import ConfigNode, ConfigStore  # as slow as the rest of a command
+    from omegaconf import OmegaConf
+
+    class Unmade(ConfigNode):
+        """A choice whose node is made when it is taken, which few of them ever are."""
+
+        def __copy__(self) -> ConfigNode:
+            node = OmegaConf.create(self.node)
+            return ConfigNode(self.name, node, self.group, self.package, self.provider)
 
     global _filled
-    store = ConfigStore.instance()
-    if _filled is store.repo:
+    repo = ConfigStore.instance().repo
+    if _filled is repo:
         return
     for group, name, node in (*datasets(), *suites()):
-        store.store(name, node, group, provider="fusion_bench")
-    _filled = store.repo
+        place: Any = repo
+        for part in group.split("/"):
+            place = place.setdefault(part, {})
+        file = f"{name}.yaml"
+        place[file] = Unmade(file, node, group, None, "fusion_bench")  # type: ignore[arg-type]
+    _filled = repo
 
 
 def datasets() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -63,6 +78,48 @@ def suites() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
                 pool += [{f"/{dataset}/test@test_datasets": tasks}, "_self_"]
                 name = f"{family['model']}-classification_{suite}{suffix}"
                 yield taskpool, name, {"defaults": pool, "base_model": base}
+
+
+def merged(file: Path) -> dict[str, Any]:
+    """Return a file's node, with what its defaults list brings to the same place.
+
+    Args:
+        file: below ``CONFIG_DIR``.
+    """
+    node = yaml.load((CONFIG_DIR / file).read_text(encoding="utf-8"), Loader=_LOADER)
+    whole: dict[str, Any] = {}
+    for each in node.pop("defaults", ()):
+        name, _, package = str(each).partition("@")
+        if not isinstance(each, str) or name == "_self_" or package not in ("", "_here_"):
+            continue
+        own = Path(name.strip("/")) if name.startswith("/") else file.parent / name
+        whole |= merged(own.with_suffix(".yaml"))
+    return whole | node
+
+
+def schema_line(file: Path, source: Path = Path("own.yaml"), root: Path = CONFIG_DIR) -> str:
+    """Return the comment at the top of a YAML by which an editor finds its schema.
+
+    Within a checkout it is a relative path, which holds on every machine. Elsewhere it is the
+    address of the schema in this installation.
+
+    Args:
+        file: that begins with the line.
+        source: a config below ``root`` of the same kind; by default a whole config.
+        root: the directory of configs, with the schemas.
+    """
+    group = source.parts[0] if len(source.parts) > 1 else ""
+    kind = {"": "config", "_get_started": "config", "launcher": "hydra"}.get(group, group)
+    schema = root / "schema" / f"{'policy' if source.stem == '_policy' else kind}.json"
+    if (root.parent / "pyproject.toml").is_file() and file.resolve().is_relative_to(root.parent):
+        return _SCHEMA_LINE + Path(os.path.relpath(schema, file.resolve().parent)).as_posix()
+    return _SCHEMA_LINE + schema.as_uri()
+
+
+def without_schema_line(text: str) -> str:
+    """Return a YAML without the comment for editors."""
+    first, newline, rest = text.partition("\n")
+    return rest if newline and first.startswith(_SCHEMA_LINE) else text
 
 
 def _tasks(suites: Mapping[str, Any], name: str) -> Iterator[str]:

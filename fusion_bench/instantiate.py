@@ -320,8 +320,8 @@ def _signature_problems(
     if isinstance(target, str) and not is_users(target) and not target.startswith(wanted):
         yield Problem(("_target_",), f"'{target}' is not a {section}.")
         return
-    for name, mistake in argument_problems(target, node) if isinstance(target, str) else ():
-        yield Problem((name,), mistake)
+    told = [*argument_problems(target, node)] if isinstance(target, str) else []
+    yield from (Problem((name,), mistake) for name, mistake in told)
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # some builtins do not tell their signature
@@ -329,7 +329,7 @@ def _signature_problems(
     given = {name for name in node if name not in _HYDRA_KEYS} | set(arguments)
     given -= _BESIDE.get(str(target), set())
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for name in sorted(given - set(parameters)):
+        for name in sorted(given - set(parameters) - {name for name, _ in told}):
             reason = f"{_short(target)} takes no such key."
             yield Problem((name,), reason, did_you_mean(name, parameters))
     yield from _type_problems(function, {k: v for k, v in node.items() if k in parameters})

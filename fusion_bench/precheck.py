@@ -72,7 +72,7 @@ def _holds_nodes(value: object) -> bool:
 def _fits(value: object, schema: Mapping[str, Any]) -> bool:
     if "$ref" in schema:  # a node, which is looked at by itself
         return True
-    whole = {**schema, "definitions": {"interpolation": definitions()["interpolation"]}}
+    whole = {**schema, "definitions": {"interpolation": False}}  # all are resolved
     return bool(Draft7Validator(whole).is_valid(value))
 
 

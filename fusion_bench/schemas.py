@@ -1,21 +1,22 @@
-"""JSON schemas of configs, made from the signatures and docstrings of what a config may call.
+"""JSON schemas of what a config may call, made from signatures and docstrings.
 
-An editor's language server reads them, and so does ``fusion_bench.catalog``, which then needs no
-import of the classes.
+``fusion_bench.editor`` makes schemas of whole files from them, which an editor's language server
+reads, and ``fusion_bench.catalog`` needs no import of the classes.
 """
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from importlib import import_module
-from typing import Any, get_type_hints
+from pkgutil import walk_packages
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import DocstringStyle, parse
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
-from fusion_bench.catalog import PROGRAM
 from fusion_bench.trust import find
 
 #: JSON, as ``json.dumps`` takes it.
@@ -23,102 +24,187 @@ Json = dict[str, Any]
 
 #: The packages whose public classes get a schema each.
 PACKAGES = ("method", "modelpool", "taskpool", "programs")
+#: What a config may call beside them.
+_OTHERS = (
+    "fusion_bench.zoo.load_dataset",
+    "fusion_bench.zoo.dense.load_dataset",
+    "fusion_bench.zoo.language.load_dataset",
+    "datasets.load_dataset",
+    "datasets.load_from_disk",
+    "lightning.Fabric",
+)
 #: Public names that no config calls: contracts, and parts that others make.
 _NO_NODES = {
     *("LearningData", "PatchHead", "Task", "TaskDescription", "TuningImages"),
     *("SweptSearch", "TensorwiseAlgorithm"),
 }
-#: Keys whose value is a node of one package.
-_SECTIONS = {
+#: Definitions of the schema of whole files, for the values of these arguments.
+_DEFINED = {
     "method": "method",
     "base_method": "method",
     "modelpool": "modelpool",
     "taskpool": "taskpool",
-    "search": "programs",
+    "search": "search",
     "fabric": "fabric",
+    "models": "models",
+    "classifiers": "models",
+    "policy": "policy",
+    "train_datasets": "datasets",
+    "val_datasets": "datasets",
+    "test_datasets": "datasets",
+    "dataset": "dataset",
+    "head": "part",
+    "processor": "part",
+    "tokenizer": "part",
+    "clip_model": "part",
+    "data_processor": "part",
+    "space": "space",
+    "bases": "bases",
 }
-#: Arguments that the command line gives, not the config.
-_NOT_CONFIGURED = ("parts", "problems", "output_dir")
+#: The same for arguments that other classes have for something else.
+_DEFINED_OF_CLASS = {
+    ("CLIPVisionModelTaskPool", "tasks"): "settings",
+    ("ImageClassificationTaskPool", "tasks"): "settings",
+    ("TaskPool", "tasks"): "tasks",
+    ("ScalingStudy", "methods"): "methods",
+}
+#: Arguments that the command line gives, or a pool, and no config.
+_NOT_CONFIGURED = {"programs": ("parts", "problems", "output_dir"), "zoo": ("recipe",)}
+#: The arguments of other libraries that configs give; of the rest these libraries tell.
+_THEIRS: Mapping[str, Mapping[str, str]] = {
+    "lightning.Fabric": {
+        "accelerator": "the kind of device; auto takes the best that there is.",
+        "strategy": "how several devices share the work; auto suits most runs.",
+        "devices": "how many devices, or a list of their numbers.",
+        "num_nodes": "how many machines.",
+        "precision": "of the models when they are evaluated or learned from.",
+        "plugins": "plugins of lightning, as nodes.",
+        "callbacks": "callbacks of lightning, as nodes.",
+        "loggers": "one logger or a list of them, as nodes.",
+    },
+    "datasets.load_dataset": {
+        "path": "a repository on the Hub, a directory, or a format such as json, csv, imagefolder.",
+        "name": "the configuration, where the dataset has several.",
+        "split": "the split, or a part of it such as train[:1000].",
+        "data_dir": "the directory of the data files.",
+        "data_files": "the data files: a path, a list, or split to path.",
+        "revision": "branch, tag or commit on the Hub.",
+        "streaming": "read while the run goes on; tasks need the whole split.",
+    },
+    "datasets.load_from_disk": {
+        "dataset_path": "the directory that save_to_disk wrote.",
+        "split": "which of its splits, where it has several.",
+        "keep_in_memory": "copy it to memory.",
+    },
+}
+_THEIR_SUMMARIES = {
+    "lightning.Fabric": "Devices, processes and precision of a run.",
+    "datasets.load_dataset": "A dataset on the Hub or in files.",
+    "datasets.load_from_disk": "A dataset that was saved with save_to_disk.",
+}
+#: Those among them whose types they check as annotated.
+_CHECKED = ("lightning.Fabric",)
 #: How a docstring says that an argument is described at another class.
 _ELSEWHERE = re.compile(r"\b(?:[Aa]s (?:in|of|those of)|the options of) ``(\w+)``")
-_INTERPOLATION: Json = {"type": "string", "pattern": r"^(\?\?\?$|.*\$\{)"}
-_HYDRA_KEYS: Json = {r"^_(recursive|convert|partial|args)_$": {}}
+#: What stands for a value: an interpolation, one that is still to be given, and what is a truth
+#: value or a number in YAML 1.1, as which configs are read, and a text in YAML 1.2, as editors do.
+INTERPOLATION: Json = {
+    "type": "string",
+    "pattern": r"^\?\?\?$|\$\{|^([Yy]es|YES|[Nn]o|NO|[Oo]n|ON|[Oo]ff|OFF)$|^[-+]?\d[\d.]*_[\d_.]*$",
+}
+_KEYS: Json = {r"^_(recursive|convert|partial|args)_$": {}, "^defaults$": {}}
+#: What makes an object.
+_NODE: Json = {"type": "object", "required": ["_target_"]}
 
 
 def targets() -> Iterator[str]:
-    """Yield what a config may call of this package; importing it takes seconds."""
+    """Yield what a config may call without asking; importing it takes seconds."""
     for package in PACKAGES:
         name = f"fusion_bench.{package}"
         yield from (f"{name}.{own}" for own in import_module(name).__all__ if own not in _NO_NODES)
+    yield from _OTHERS
 
 
-def config_schema(names: Iterable[str]) -> Json:
-    """Return the schema of a whole config, with a definition for each of ``names`` and section.
-
-    Args:
-        names: the ``_target_``s that it knows.
+def users_targets(package: str) -> Iterator[str]:
+    """Yield the public classes that a package or module of a user's own defines.
 
     Raises:
-        ConfigError: a name that a config may not call.
+        ImportError: it, or a module in it, cannot be imported.
     """
-    classes = {name: class_schema(name) for name in names}
-    definitions: Json = {
-        "interpolation": _INTERPOLATION,
-        "fabric": _section([], "The arguments of lightning.Fabric."),
-        **{
-            section: _section(
-                [name for name in classes if name.startswith(f"fusion_bench.{section}.")],
-                f"A node of fusion_bench.{section}.",
-            )
-            for section in PACKAGES
-        },
-        **classes,
-    }
-    definitions["node"] = _section(list(classes), "What _target_ names is called with these keys.")
-    whole = _section([name for name in classes if name.startswith("fusion_bench.programs.")], "")
-    return {
-        "$schema": "http://json-schema.org/draft-07/schema#",
-        "title": "A config of fusion_bench",
-        "type": "object",
-        "if": {"required": ["_target_"]},
-        "then": whole,
-        "else": {"properties": _loose(classes[PROGRAM]["properties"])},
-        "definitions": definitions,
-    }
+    module = import_module(package)
+    inner = walk_packages(getattr(module, "__path__", ()), f"{package}.")
+    for name in (package, *(found.name for found in inner if not found.name.endswith("__main__"))):
+        for own in vars(import_module(name)).values():
+            if inspect.isclass(own) and not own.__name__.startswith("_"):
+                shown = name == package and own.__module__.startswith(f"{package}.")
+                if shown or own.__module__ == name:
+                    yield f"{name}.{own.__name__}"
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether a target is of this package."""
+    return name.startswith("fusion_bench.")
 
 
 def class_schema(name: str) -> Json:
     """Return the schema of a node that calls ``name``.
+
+    Which keys a whole node needs is under ``needs``, because the node of a file that begins with a
+    defaults list is only a part. Of classes that are not ours only the keys are checked.
 
     Raises:
         ConfigError: a name that a config may not call.
     """
     function = find(name)
     summary, meanings = _documented(function)
+    theirs = _THEIRS.get(name)
+    summary = _THEIR_SUMMARIES.get(name, summary)
+    return mapping_schema(name, function, summary, theirs or meanings, theirs is not None)
+
+
+def mapping_schema(
+    name: str, function: Any, summary: str, meanings: Mapping[str, str], only: bool = False
+) -> Json:
+    """Return the schema of a mapping that gives the arguments of ``function``.
+
+    Args:
+        name: its ``_target_``.
+        function: what is called.
+        summary: what it is.
+        meanings: what its arguments are for.
+        only: tell of no other arguments than those in ``meanings``.
+    """
     hints = _hints(function)
-    properties: Json = {"_target_": {"const": name, "description": summary}}
-    required, closed = [], True
+    properties: Json = {"_target_": {"description": summary}}
+    needs, closed = [], True
+    package = name.split(".")[1] if is_ours(name) else ""
     for parameter in inspect.signature(function).parameters.values():
+        key = parameter.name
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             closed = closed and parameter.kind is not parameter.VAR_KEYWORD
             continue
-        key = parameter.name
-        if key in _NOT_CONFIGURED and name.startswith("fusion_bench.programs."):
+        if key in _NOT_CONFIGURED.get(package, ()):
             continue
-        own: Json = _value_schema(key, hints.get(key, MISSING))
+        if only and key not in meanings:
+            closed = False
+            continue
+        own = _value_schema(name, key, hints.get(key, MISSING))
         if meaning := meanings.get(key):
             own["description"] = meaning
         if parameter.default is parameter.empty:
-            required.append(key)
+            needs.append(key)
         elif (default := _plain(parameter.default)) is not MISSING:
             own["default"] = default
         properties[key] = own
+    if only:
+        properties |= {key: {"description": meanings[key]} for key in meanings.keys() - properties}
     return {
+        "title": name.rpartition(".")[2],
         "type": "object",
         "description": summary,
         "properties": properties,
-        "required": ["_target_", *required],
-        "patternProperties": _HYDRA_KEYS,
+        "needs": needs,
+        "patternProperties": _KEYS | ({"^hydra$": {}} if package == "programs" else {}),
         "additionalProperties": not closed,
     }
 
@@ -145,47 +231,38 @@ def _documented(function: Any) -> tuple[str, Mapping[str, str]]:
     return summary, meanings
 
 
-def _section(names: list[str], description: str) -> Json:
-    """Return the schema of a node that calls one of ``names``; other targets may have any keys."""
-    properties: Json = {"_target_": {"type": "string"}}
-    if names:
-        properties["_target_"] = {"anyOf": [{"enum": names}, {"type": "string"}]}
-    return {
-        "type": ["object", "null"],
-        "description": description,
-        "properties": properties,
-        "allOf": [
-            {
-                "if": {"properties": {"_target_": {"const": name}}, "required": ["_target_"]},
-                "then": {"$ref": f"#/definitions/{name}"},
-            }
-            for name in names
-        ],
-    }
-
-
-def _loose(properties: Json) -> Json:
-    """Return the properties of a program, of which a defaults list may bring the rest."""
-    return {key: value for key, value in properties.items() if key != "_target_"}
-
-
-def _value_schema(key: str, hint: Any) -> Json:
+def _value_schema(name: str, key: str, hint: Any) -> Json:
     """Return the schema of an argument, whose value may also be an interpolation."""
-    if key in _SECTIONS:
-        return {"$ref": f"#/definitions/{_SECTIONS[key]}"}
+    if is_ours(name):
+        own = _DEFINED_OF_CLASS.get((name.rpartition(".")[2], key)) or _DEFINED.get(key)
+        if own and not (own == "part" and hint not in (Any, MISSING)):
+            return {"$ref": f"#/definitions/{own}"}
     schema = {} if hint is MISSING else _of_type(hint)
     if not schema:
         return {}
-    return {"anyOf": [schema, {"$ref": "#/definitions/interpolation"}]}
+    if is_ours(name) or name in _CHECKED:
+        return {"anyOf": [schema, {"$ref": "#/definitions/interpolation"}]}
+    return {"anyOf": [schema, {}]}  # offered; the program does not check the types of others
 
 
 def _of_type(hint: Any) -> Json:
-    """Return the schema of a type; an empty one for a class that no YAML can write."""
+    """Return the schema of a type; an object is made by a node, and ``Any`` has an empty one."""
+    if hint is Any:
+        return {}
     try:
         schema = TypeAdapter(hint).json_schema()
     except PydanticUserError:
-        return {}
-    return schema if "$defs" not in schema else {}
+        return _of_parts(hint)
+    return schema if "$defs" not in schema else _NODE
+
+
+def _of_parts(hint: Any) -> Json:
+    origin, inner = get_origin(hint), [_of_type(own) for own in get_args(hint)]
+    if origin in (Union, UnionType):
+        return {"anyOf": inner} if all(inner) else {}
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        return {"type": "array", "items": inner[0]}
+    return {} if origin else _NODE
 
 
 def _hints(function: Any) -> Mapping[str, Any]:

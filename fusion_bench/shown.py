@@ -11,10 +11,12 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable
+from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+from fusion_bench.progress import above
 from fusion_bench.redact import redacted
 
 #: Control and format characters, lone surrogates, and line ends that are none for us.
@@ -84,9 +86,10 @@ class Stream(TextIOWrapper):
         )
 
     def write(self, text: str) -> int:
-        """Write plain text; failures are ignored."""
+        """Write plain text, above the line that shows progress; failures are ignored."""
         try:
-            super().write(text if self._passes else self._plain(text))
+            with above(text) if self.isatty() else nullcontext():
+                super().write(text if self._passes else self._plain(text))
         except OSError as error:
             self._give_up(error)
         return len(text)

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from fusion_bench.addresses import address_problems
+from fusion_bench.command import overrides
 from fusion_bench.problems import ConfigError, did_you_mean
 
 #: Names packages whose classes and functions a config may call, separated by commas.
@@ -58,10 +59,28 @@ _EXACT = frozenset(
 #: Packages and the classes in them of which a config may call any subclass.
 _FAMILIES = {
     "lightning.fabric.strategies.": ("lightning.fabric.strategies.Strategy",),
-    "lightning.fabric.loggers.": ("lightning.fabric.loggers.Logger",),
-    "lightning.pytorch.loggers.": ("lightning.fabric.loggers.Logger",),
     "torch.optim.": ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"),
 }
+_CSV = ("name", "version", "prefix", "flush_logs_every_n_steps")
+_BOARD = ("name", "version", "prefix", "sub_dir", "default_hp_metric", "max_queue", "flush_secs")
+_MLFLOW = ("experiment_name", "run_name", "tags", "save_dir", "prefix", "synchronous", "log_model")
+_WANDB = (
+    *("name", "save_dir", "dir", "version", "id", "project", "group", "job_type", "tags", "notes"),
+    *("prefix", "mode", "offline", "anonymous", "log_model"),
+)
+#: Loggers, and the arguments that a config may give: none that says where figures are sent, or
+#: that lets a library send more than it is given.
+_LOGGERS = {
+    "lightning.fabric.loggers.CSVLogger": ("root_dir", *_CSV),
+    "lightning.fabric.loggers.TensorBoardLogger": ("root_dir", *_BOARD),
+    "lightning.pytorch.loggers.CSVLogger": ("save_dir", *_CSV),
+    "lightning.pytorch.loggers.TensorBoardLogger": ("save_dir", "log_graph", *_BOARD),
+    "lightning.pytorch.loggers.MLFlowLogger": _MLFLOW,
+    "lightning.pytorch.loggers.WandbLogger": _WANDB,
+    "wandb.integration.lightning.fabric.WandbLogger": _WANDB,
+}
+#: Arguments that say where a logger sends what it gets, and the environment's names for them.
+_DESTINATIONS = {"tracking_uri": "MLFLOW_TRACKING_URI", "entity": "WANDB_ENTITY"}
 #: What of transformers may be made, by ``from_pretrained`` alone.
 _PRETRAINED = (
     "transformers.PreTrainedModel",
@@ -126,6 +145,9 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
         )
     if is_users(target):
         return
+    if target in _LOGGERS:
+        yield from _logger_problems(target, node)
+        return
     yield from address_problems(target, node)
     if node.get("_args_"):
         yield "_args_", "positional arguments are not allowed. Give each argument by name."
@@ -161,10 +183,7 @@ def take_options(words: Iterable[str]) -> list[str]:
     for word in rest:
         flag, equals, value = word.partition("=")
         if flag == "--allow":
-            packages = value if equals else next(rest, "")
-            if not all(_DOTTED.fullmatch(package) for package in packages.split(",")):
-                raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
-            os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
+            allow(value if equals else next(rest, ""))
         elif flag == "--plugins":
             allow_plugin(value if equals else next(rest, ""))
         elif word == "--trust-remote-code":
@@ -174,6 +193,26 @@ def take_options(words: Iterable[str]) -> list[str]:
         else:
             left.append(word)
     return left
+
+
+def _logger_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the problem of each argument that a file may not give to a logger."""
+    for name, value in node.items():
+        typed = {text.strip("'\"") for key, text in overrides().items() if key.endswith(f".{name}")}
+        if value is None or name in ("_target_", "_recursive_", "_convert_"):
+            continue
+        if name in _DESTINATIONS:
+            if str(value) not in typed:
+                yield (
+                    name,
+                    "says where figures are sent, so it is not allowed in a file. Give it on the "
+                    f"command line, or set {_DESTINATIONS[name]} in the environment.",
+                )
+        elif name not in _LOGGERS[target]:
+            hint = did_you_mean(str(name), _LOGGERS[target])
+            yield name, f"is not allowed for a logger in a config. {hint}"
+        elif isinstance(value, str) and ("://" in value or "$" in value):
+            yield name, f"'{value}' is neither a name nor a path. Give one without '://' and '$'."
 
 
 def trusts_remote_code() -> bool:
@@ -209,6 +248,17 @@ def allowed_packages() -> frozenset[str]:
     named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")} | plugins().keys()
     installed = _entry_points("fusion_bench.allow")
     return frozenset(name for name in named.union(installed) if _DOTTED.fullmatch(name))
+
+
+def allow(packages: str) -> None:
+    """Allow packages, separated by commas, in this process and in those that it starts.
+
+    Raises:
+        ConfigError: it names no package.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", packages):
+        raise ConfigError("--allow: name packages, such as '--allow my_methods'.")
+    os.environ[ALLOW] = ",".join(filter(None, [os.environ.get(ALLOW), packages]))
 
 
 @cache
@@ -348,6 +398,7 @@ def _may_be_imported(name: str) -> bool:
         return name in _EXACT or rest.partition(".")[0] in _OURS
     return (
         name in _EXACT
+        or name in _LOGGERS
         or name in _LOOKUPS
         or name.startswith(tuple(_FAMILIES))
         or bool(re.fullmatch(r"transformers\.[\w.]+\.from_pretrained", name))
@@ -364,7 +415,7 @@ def is_users(name: str) -> bool:
 def _allowed(name: str, found: Any) -> bool:
     """Return whether the object itself may be called."""
     first = name.partition(".")[0]
-    if name in _EXACT or name in _LOOKUPS:
+    if name in _EXACT or name in _LOGGERS or name in _LOOKUPS:
         return callable(found)
     if first == "fusion_bench":
         package = import_module(".".join(name.split(".")[:2]))

@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.problems import FusionBenchError, did_you_mean
+from fusion_bench.scripts.sweep import SweepCallback
 
 
 class GridSweeper(BasicSweeper):
@@ -44,7 +45,15 @@ class GridSweeper(BasicSweeper):
                 if len(unknown) < len(choices):
                     jobs = [_without(key, job) if unknown & set(job) else job for job in jobs]
         different = [list(job) for job in dict.fromkeys(map(tuple, jobs))]
+        self._tell_number(len(different))
         return list(self.split_overrides_to_chunks(different, max_batch_size))
+
+    def _tell_number(self, jobs: int) -> None:
+        """Tell the callback of the sweep how many jobs there are."""
+        assert self.hydra_context is not None
+        for callback in self.hydra_context.callbacks.callbacks:
+            if isinstance(callback, SweepCallback):
+                callback.count(jobs)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose one job of each form; those that differ in a value alone are as sound."""

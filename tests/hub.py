@@ -1,9 +1,10 @@
-"""A small stand-in of the Hugging Face Hub on loopback, which the real clients read from.
+"""A small stand-in of the Hugging Face Hub on loopback, which the real clients read and write.
 
 It serves a directory tree, `root/models/<owner>/<name>/…` and `root/datasets/<owner>/<name>/…`,
 through the part of the Hub's interface that `huggingface_hub`, `transformers` and `datasets` use to
 read: repository info, tree listings, paths-info and files. The files may change while it runs: the
-commit of a repository is a hash of what it holds at the moment.
+commit of a repository is a hash of what it holds at the moment. Whoever has the token that it is
+given may create repositories and commit to them, with large files sent beforehand.
 
     with hub_stand_in(root) as hub:
         subprocess.run([...], env=hub.environment(tmp_path / "cache"))
@@ -16,6 +17,7 @@ import os
 import re
 import socket
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +30,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE_FILES = {".bin", ".parquet", ".safetensors"}  # what the Hub keeps outside of git
 FLAGS = ("recursive", "expand")
+WRITES = re.compile(
+    r"/api/(?P<create>repos/create)|/api/(?P<check>validate-yaml)|/lfs/(?P<blob>[0-9a-f]{64})"
+    r"|/(?P<lfs>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch"
+    r"|/api/models/(?P<name>[\w.-]+/[\w.-]+)/(?P<what>preupload/main|commit/main|settings)"
+)
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<name>[\w.-]+(/[\w.-]+)?)"
     r"(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
@@ -75,7 +82,9 @@ def closed_endpoint() -> str:
 class Hub:
     """A running stand-in: where it is, what it was asked, and what it shall refuse.
 
-    ``ranges`` has the Range header of each of the ``requests``, empty where there was none.
+    ``token`` is whose bearer may write, ``private`` what only they may read, and ``blobs`` are
+    large files, by their hashes. ``ranges`` has the Range header of each of the ``requests``, empty
+    where there was none.
     ``closing`` is set when the stand-in ends, so that nobody waits for an answer that stalls.
     """
 
@@ -86,6 +95,9 @@ class Hub:
     failures: list[tuple[re.Pattern[str], int, dict[str, str]]] = field(default_factory=list)
     faults: list["Fault"] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
+    token: str | None = None
+    private: set[str] = field(default_factory=set)
+    blobs: dict[str, bytes] = field(default_factory=dict)
 
     def environment(self, cache_dir: Path, *, offline: bool = False) -> dict[str, str]:
         """Return the environment of a subprocess whose Hub this is."""
@@ -255,6 +267,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.answer()
 
+    def do_PUT(self) -> None:
+        self.answer()
+
     def answer(self) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -270,6 +285,8 @@ class Handler(BaseHTTPRequestHandler):
             status, headers, self.fault = self.fault.how, self.fault.headers, None
             return self.reply(status, headers)
 
+        if self.command != "GET" and (match := WRITES.fullmatch(path)):
+            return self.write(match.groupdict(), body)
         if match := LISTING.fullmatch(path):
             owner = parse_qs(url.query).get("author", ["*"])[0]
             found = sorted((hub.root / match["kind"]).glob(f"{owner}/*"))
@@ -283,13 +300,16 @@ class Handler(BaseHTTPRequestHandler):
         if not folder.is_dir():
             # The Hub does not tell strangers apart what is private from what is not there.
             return self.reply(401, {"X-Error-Code": "RepoNotFound"})
+        if name in hub.private and not self.may_write():
+            return self.reply(401, {"X-Error-Code": "RepoNotFound"})
         repository = Repository(folder)
         if (asked["revision"] or "main") not in ("main", repository.commit):
             return self.reply(404, {"X-Error-Code": "RevisionNotFound"})
         if match.re is RESOLVE:
             return self.reply_with_file(repository, asked["path"])
         if asked["what"] in (None, "revision"):
-            return self.reply_with_json(repository.info(kind, name))
+            private = {"private": name in hub.private}
+            return self.reply_with_json(repository.info(kind, name) | private)
 
         # A listing is asked for in the query, paths-info in a form.
         form = parse_qs(body.decode()) or parse_qs(url.query)
@@ -301,6 +321,63 @@ class Handler(BaseHTTPRequestHandler):
         if asked["what"] == "paths-info":
             entries = [entry for entry in entries if entry in form.get("paths", [])]
         self.reply_with_json([repository.entry(entry, expand=expand) for entry in entries])
+
+    def may_write(self) -> bool:
+        token: str | None = self.server.hub.token  # type: ignore[attr-defined]
+        return token is not None and self.headers.get("Authorization") == f"Bearer {token}"
+
+    def write(self, asked: dict[str, str | None], body: bytes) -> None:
+        """Answer a request that changes something, or prepares a change."""
+        hub: Hub = self.server.hub  # type: ignore[attr-defined]
+        if asked["blob"]:  # by an address that only whoever may write was told
+            if hashlib.sha256(body).hexdigest() != asked["blob"]:
+                return self.reply(400)
+            hub.blobs[asked["blob"]] = body
+            return self.reply(200)
+        if not self.may_write():
+            return self.reply(401)
+        lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+        if asked["check"]:
+            return self.reply_with_json({"errors": [], "warnings": []})
+        if asked["create"]:
+            name = f"{lines[0]['organization']}/{lines[0]['name']}"
+            (hub.root / "models" / name).mkdir(parents=True, exist_ok=True)
+            hub.private |= {name} if lines[0].get("visibility") == "private" else set()
+            return self.reply_with_json({"url": f"{hub.endpoint}/{name}", "name": name})
+        if asked["lfs"]:
+            objects = [{"oid": o["oid"], "size": o["size"]} for o in lines[0]["objects"]]
+            for each in objects:
+                if each["oid"] not in hub.blobs:
+                    to = f"{hub.endpoint}/lfs/{each['oid']}"
+                    each["actions"] = {"upload": {"href": to, "header": {}}}
+            return self.reply_with_json({"transfer": "basic", "objects": objects})
+        name, what = str(asked["name"]), asked["what"]
+        folder = hub.root / "models" / name
+        if what == "settings":
+            hub.private -= {name} if lines[0].get("visibility") == "public" else set()
+            return self.reply_with_json({})
+        if what == "preupload/main":
+            large = {
+                p: Path(p).suffix in LARGE_FILES for p in (f["path"] for f in lines[0]["files"])
+            }
+            told = [
+                {"path": p, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
+                for p, is_large in large.items()
+            ]
+            return self.reply_with_json({"files": told})
+        for line in lines:
+            value = line["value"]
+            file = folder / value.get("path", "")
+            if line["key"] == "deletedFile":
+                file.unlink()
+            elif line["key"] in ("file", "lfsFile"):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                small = line["key"] == "file"
+                content = b64decode(value["content"]) if small else hub.blobs[value["oid"]]
+                file.write_bytes(content)
+        commit = Repository(folder).commit
+        url = f"{hub.endpoint}/{name}/commit/{commit}"
+        self.reply_with_json({"success": True, "commitOid": commit, "commitUrl": url})
 
     def reply_with_file(self, repository: Repository, path: str) -> None:
         commit = {"X-Repo-Commit": repository.commit}

@@ -30,6 +30,7 @@ class CoolMerging(TensorwiseAlgorithm):
     seed: int | None = None
 '''
 YAML = """\
+# yaml-language-server: $schema=../schema/method.json
 _target_: fusion_bench.method.CoolMerging
 weights: ???
 factor: 0.3
@@ -50,7 +51,8 @@ def files(root: Path) -> dict[str, list[str]]:
 def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
     for name in ("benchmarks/results", "config", "docs", "fusion_bench", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for name in ("mkdocs.yml", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "fusion_bench/method/cool.py").write_text(MODULE)
     (tmp_path / "docs/methods/cool.md").write_text("# Cool\n")
     before = files(tmp_path)

@@ -161,7 +161,6 @@ def test_of_any_other_key() -> None:
 @pytest.mark.parametrize(
     ("target", "key"),
     [
-        ("lightning.fabric.loggers.CSVLogger", "root_dir"),
         ("transformers.AutoModel.from_pretrained", "pretrained_model_name_or_path"),
         ("transformers.AutoModel.from_pretrained", "config"),
     ],

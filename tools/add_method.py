@@ -19,6 +19,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fusion_bench.configs import schema_line
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
@@ -39,7 +40,8 @@ def add_method(root: Path, name: str) -> None:
         file = root / "config" / "method" / f"{config}.yaml"
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
-            file.write_text(as_yaml(own), "utf-8")
+            line = schema_line(file, Path("method") / f"{config}.yaml", root / "config")
+            file.write_text(f"{line}\n{as_yaml(own)}", "utf-8")
     _export(root / "fusion_bench" / "method" / "__init__.py", name, classes)
     link = f"[{title.removeprefix('# ')}]({name}.md)"
     for config, own in configs.items():

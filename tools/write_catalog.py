@@ -15,14 +15,13 @@ from inspect import getmodule
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusion_bench.catalog import KINDS, Kind
-from fusion_bench.configs import CONFIG_DIR, datasets, suites
+from fusion_bench.configs import CONFIG_DIR, datasets, merged, suites
+from fusion_bench.editor import schema_files
 from fusion_bench.method import TensorwiseAlgorithm
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
-from fusion_bench.schemas import config_schema, targets
+from fusion_bench.schemas import targets
 from fusion_bench.trust import find
 from fusion_bench.zoo import families
 
@@ -57,8 +56,8 @@ def written() -> dict[Path, str]:
     schema = CONFIG_DIR / "schema"
     return {
         CONFIG_DIR / "catalog.json": _json(catalog),
-        schema / "config.json": _json(config_schema(targets())),
         RESULTS / "choose.md": "\n".join(_chooser(catalog["methods"])),
+        **{schema / name: _json(own) for name, own in schema_files(targets()).items()},
     }
 
 
@@ -187,7 +186,7 @@ def _pools(group: str) -> Iterator[tuple[str, Mapping[str, Any], Row]]:
         path = file.relative_to(CONFIG_DIR)
         if not file.name.startswith("_"):
             name = path.relative_to(group).with_suffix("").as_posix()
-            node = _node(path)
+            node = merged(path)
             row = {"name": name, "summary": _first_sentence(file), "target": node["_target_"]}
             yield name, node, {**row, "file": path.as_posix()}
     for own, name, made in suites():
@@ -195,7 +194,7 @@ def _pools(group: str) -> Iterator[tuple[str, Mapping[str, Any], Row]]:
             # What its defaults list names is a template, and models or datasets.
             template, brought = made["defaults"][:2]
             ((source, names),) = brought.items()
-            node = _node(Path(template.strip("/").partition("@")[0]).with_suffix(".yaml"))
+            node = merged(Path(template.strip("/").partition("@")[0]).with_suffix(".yaml"))
             if group == "modelpool":
                 models = source.strip("/").partition("@")[0]
                 found = (_suite_models()[f"{models}/{each}"] for each in names)
@@ -209,19 +208,6 @@ def _pools(group: str) -> Iterator[tuple[str, Mapping[str, Any], Row]]:
 @cache
 def _suite_models() -> Mapping[str, Mapping[str, str]]:
     return {f"{own}/{name}": dict(node) for own, name, node in suites() if own.startswith("model/")}
-
-
-def _node(path: Path) -> dict[str, Any]:
-    """Return the node of a YAML, with what the files bring that it begins with."""
-    node = yaml.safe_load((CONFIG_DIR / path).read_text("utf-8"))
-    whole: dict[str, Any] = {}
-    for each in node.pop("defaults", ()):
-        name, _, package = str(each).partition("@")
-        if not isinstance(each, str) or name == "_self_" or (package not in ("", "_here_")):
-            continue
-        own = Path(name.strip("/")) if name.startswith("/") else path.parent / name
-        whole |= _node(own.with_suffix(".yaml"))
-    return whole | node
 
 
 def _datasets() -> Iterator[Row]:
@@ -262,15 +248,16 @@ def _first_sentence(file: Path) -> str:
     """Return the first sentence of the comment that a YAML begins with."""
     comment = []
     for line in file.read_text("utf-8").splitlines():
-        if not line.startswith("# ") or line.startswith("# yaml-language-server"):
+        if not line.startswith("# "):
             break
-        comment.append(line.removeprefix("# "))
+        if not line.startswith("# yaml-language-server"):
+            comment.append(line.removeprefix("# "))
     return " ".join(comment).partition(". ")[0].removesuffix(".")
 
 
 def _target(file: Path) -> str:
     """Return the class that a YAML calls, or the one that its defaults list brings."""
-    return str(_node(file)["_target_"])
+    return str(merged(file)["_target_"])
 
 
 _ENTRIES: Mapping[Kind, Callable[[], Iterator[Row]]] = {

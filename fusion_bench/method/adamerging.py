@@ -205,7 +205,7 @@ class AdaMergingAlgorithm(LearningAlgorithm):
             optimizer.zero_grad()
             used.backward(mixture.gradient(used.shape[1]))
             optimizer.step()
-            shown.set_postfix(entropy=f"{entropy / len(data):.4f}", refresh=False)
+            shown.detail = f"entropy {entropy / len(data):.4f}"
 
 
 def _other_coefficients(file: str) -> FusionBenchError:

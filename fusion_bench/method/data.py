@@ -12,14 +12,13 @@ from fusion_bench.method.base import aligned, refuse_disagreeing, run
 from fusion_bench.method.contract import Data, ModelPool, Needs, Ran, Split, TaskData
 from fusion_bench.method.plain import refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_between
-from fusion_bench.progress import bar
+from fusion_bench.progress import Step, bar, step
 from fusion_bench.tasks import canonical_name
 from fusion_bench.threads import fixed_threads
 from fusion_bench.weights import MergeTensor, Weights, merge
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-    from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -52,30 +51,29 @@ def drawn_batches(
 ) -> tuple[int, Iterator[tuple[Tensor, Tensor]]]:
     """Draw ``count`` samples of a task (``None``: all); return the number and the batches.
 
-    ``title`` is what the progress bar says.
+    ``title`` says what is being done.
     """
     samples = task.sample(count, seed)
     steps = -(-len(samples) // batch_size)
-    return len(samples), iter(bar(task.batches(samples, batch_size), title, total=steps))
+    return len(samples), bar(task.batches(samples, batch_size), title, total=steps, unit="batches")
 
 
 def descent(
     data: Data, module: nn.Module, max_steps: int, batch_size: int, seed: int, title: str
-) -> Iterator[tuple["tqdm[int]", Iterator[tuple[Tensor, Tensor]]]]:
-    """Yield the progress bar and each task's outputs and labels, step by step.
+) -> Iterator[tuple[Step, Iterator[tuple[Tensor, Tensor]]]]:
+    """Yield the step of the work and each task's outputs and labels, step by step.
 
     The outputs of a task's batch are computed when they are taken. So the module may be changed at
     the beginning of a step, and a task's gradients taken before the next task.
     """
     batches = {name: task.endless(batch_size, seed) for name, task in data.items()}
     classify = {name: task.classify(module) for name, task in data.items()}
-    steps = bar(range(max_steps), title, total=max_steps, unit="step")
-    for _ in steps:
-        drawn = ((name, *next(batches[name])) for name in data)
-        yield (
-            steps,
-            ((of_classes(classify[name](images), name), labels) for name, images, labels in drawn),
-        )
+    with step(title, max_steps, "steps") as work:
+        for _ in range(max_steps):
+            drawn = ((name, *next(batches[name])) for name in data)
+            answers = ((classify[name](images), name, labels) for name, images, labels in drawn)
+            yield work, ((of_classes(logits, name), labels) for logits, name, labels in answers)
+            work.advance()
 
 
 def of_classes(logits: Tensor, task: str) -> Tensor:

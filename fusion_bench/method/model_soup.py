@@ -69,7 +69,7 @@ class GreedySoupAlgorithm(LearningAlgorithm):
         names = list(pool.model_names)
         alone = {
             name: values(soup([name]))
-            for name in bar(names, "soup", total=len(names), unit="model")
+            for name in bar(names, "models alone", total=len(names), unit="models")
         }
         score = _score([task.metric for task in data.values()], list(alone.values()))
         ranked = sorted(names, key=lambda name: -score(alone[name]))  # stable
@@ -190,7 +190,7 @@ class LearnedSoupAlgorithm(LearningAlgorithm):
                 total += loss.item()
             weights.backward(mixture.gradient(columns))
             optimizer.step()
-            shown.set_postfix(loss=f"{total:.4f}", refresh=False)
+            shown.detail = f"loss {total:.4f}"
         weights = logits.detach().softmax(dim=0)
         by_key, shares = per_key(weights, keys), weights.mean(dim=1).tolist()
         named = (f"{name} {share:.2f}" for name, share in zip(models, shares, strict=True))

@@ -61,7 +61,9 @@ class RegMeanAlgorithmPlusPlus(LearningAlgorithm):
         prefix, blocks = blocks_of(merged)
         models = {name: fabric.to_device(pool.load_model(name)) for name in own}
         calls = {name: self._calls(merged, blocks[0], name, task) for name, task in own.items()}
-        for index, block in enumerate(bar(blocks, "blocks", total=len(blocks), unit="block")):
+        for index, block in enumerate(
+            bar(blocks, "block by block", total=len(blocks), unit="blocks")
+        ):
             place = f"{prefix}{index}."
             for name, model in models.items():
                 candidate = model.get_submodule(place[:-1])

@@ -1,7 +1,11 @@
-"""How a merged model came about: the recipe in its metadata, and the card beside it."""
+"""How a merged model came about: the recipe in its metadata, and the card beside it.
 
+A card is text that people may edit: what is added later replaces its own section alone.
+"""
+
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,75 @@ import yaml
 
 from fusion_bench import __version__
 from fusion_bench.shown import visible
+
+#: Before which section others are put.
+_LAST = "Recipe"
+_CAUSAL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+output = model.generate(inputs["input_ids"], max_new_tokens=20)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+_CHAT = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_SEQ2SEQ = """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype="auto")
+inputs = tokenizer("Is this sentence positive or negative? I love it.", return_tensors="pt")
+output = model.generate(inputs["input_ids"], max_new_tokens=20)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+_CLASSIFIER = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForSequenceClassification.from_pretrained(name)
+logits = model(**tokenizer("I love it.", return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax(-1).item()])"""
+_SENTENCES = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({name})
+print(model.encode(["I love it.", "It is great."]).shape)"""
+_TEXTS = """\
+from transformers import AutoModel, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModel.from_pretrained(name)
+print(model(**tokenizer("I love it.", return_tensors="pt")).last_hidden_state.shape)"""
+_PICTURES = """\
+from PIL import Image
+from transformers import {imported}
+
+name = {name}
+processor = {processor}.from_pretrained(name)
+model = {model}.from_pretrained(name)
+image = Image.new("RGB", (320, 240))  # yours: Image.open("photo.jpg")
+outputs = model(**processor(images=image, return_tensors="pt"))
+print({printed})"""
+_PLAIN = """\
+from transformers import {model}
+
+name = {name}
+model = {model}.from_pretrained(name)
+print(model.config)"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +129,14 @@ def recipe(
     }
 
 
-def model_card(title: str, recipe: Mapping[str, Any]) -> str:
-    """Return the ``README.md`` of a merged model, with the header that the Hub reads."""
+def model_card(title: str, recipe: Mapping[str, Any], code: str | None = None) -> str:
+    """Return the ``README.md`` of a merged model, with the header that the Hub reads.
+
+    Args:
+        title: the model's name.
+        recipe: how it was made.
+        code: how it is used.
+    """
     from huggingface_hub import ModelCardData
 
     sources: Mapping[str, Mapping[str, Any]] = recipe["sources"]
@@ -90,7 +169,8 @@ def model_card(title: str, recipe: Mapping[str, Any]) -> str:
             "| --- | --- | --- |",
             *rows,
             "",
-            "## Recipe",
+            *([] if code is None else ["## Usage", "", "```python", code, "```", ""]),
+            f"## {_LAST}",
             "",
             f"{fence}yaml",
             text.rstrip(),
@@ -98,6 +178,74 @@ def model_card(title: str, recipe: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def usage(name: str, config: Mapping[str, Any], files: Collection[str]) -> str:
+    """Return Python code that loads a model and uses it once.
+
+    Args:
+        name: of the model's folder or repository.
+        config: its ``config.json``.
+        files: the names of its files.
+    """
+    kind = str(next(iter(config.get("architectures") or []), ""))
+    reads_text = any(file in files for file in ("tokenizer.json", "tokenizer_config.json"))
+    named = {"name": _text(name)}
+    if "modules.json" in files:
+        return _SENTENCES.format(**named)
+    if "preprocessor_config.json" in files and "processor_config.json" not in files:
+        code = _pictures(kind, config)
+        if code is not None:
+            return code.format(**named)
+    if reads_text and re.search("ForCausalLM|LMHeadModel", kind):
+        talks = "chat_template.jinja" in files
+        return (_CHAT if talks else _CAUSAL).format(**named)
+    if reads_text and config.get("is_encoder_decoder"):
+        return _SEQ2SEQ.format(**named)
+    if reads_text and "ForSequenceClassification" in kind:
+        return _CLASSIFIER.format(**named)
+    if reads_text and not kind.startswith("CLIP"):
+        return _TEXTS.format(**named)
+    model = "CLIPVisionModel" if config.get("model_type") == "clip_vision_model" else "AutoModel"
+    return _PLAIN.format(model=model, **named)
+
+
+def _pictures(kind: str, config: Mapping[str, Any]) -> str | None:
+    """Return code for a model of pictures."""
+    if config.get("model_type") == "clip_vision_model" or kind == "CLIPVisionModel":
+        parts = ("CLIPVisionModel", "CLIPImageProcessor", "outputs.pooler_output.shape")
+    elif "ForImageClassification" in kind:
+        label = "model.config.id2label[outputs.logits.argmax(-1).item()]"
+        parts = ("AutoModelForImageClassification", "AutoImageProcessor", label)
+    elif "text_config" in config:
+        return None
+    else:
+        parts = ("AutoModel", "AutoImageProcessor", "outputs.last_hidden_state.shape")
+    model, processor, printed = parts
+    values = {"model": model, "processor": processor, "printed": printed}
+    values["imported"] = ", ".join(sorted((model, processor)))
+    return re.sub(r"{(\w+)}", lambda found: values.get(found[1], found[0]), _PICTURES)
+
+
+def with_section(card: str, title: str, body: str) -> str:
+    """Return a card with a section, in place of the one of that title or before the recipe."""
+    section = f"## {title}\n\n{body.strip()}\n\n"
+    own = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if own.search(card):
+        return own.sub(lambda _: section, card, count=1)
+    before, recipe, after = card.partition(f"\n## {_LAST}\n")
+    return f"{before.rstrip()}\n\n{section}{recipe.lstrip()}{after}" if recipe else card + section
+
+
+def renamed(card: str, name: str) -> str:
+    """Return a card whose code loads the model by another name."""
+    code = re.compile(r"^(name = |model = SentenceTransformer\()\"[^\"\n]*\"", re.MULTILINE)
+    return code.sub(lambda found: f"{found[1]}{_text(name)}", card, count=1)
+
+
+def _text(name: str) -> str:
+    """Return a name as text in Python."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _base(source: Origin) -> dict[str, str]:

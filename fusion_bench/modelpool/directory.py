@@ -22,7 +22,7 @@ from fusion_bench.companions import (
     TEMPLATES,
     module_folders,
 )
-from fusion_bench.modelpool.card import Origin, model_card, recipe
+from fusion_bench.modelpool.card import Origin, model_card, recipe, usage
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
@@ -77,7 +77,17 @@ def write_directory(
                 metadata={"fusion_bench": json.dumps(pending)},
                 finish=lambda: {"fusion_bench": json.dumps(final())},
             )
-            write_text(directory / "README.md", model_card(path.name, final()))
+            card = model_card(path.name, final(), _usage(path.name, directory))
+            write_text(directory / "README.md", card)
+
+
+def _usage(name: str, directory: Path) -> str | None:
+    """Return the code that uses a model; None without a config."""
+    file = directory / "config.json"
+    content = read_json(file) if file.exists() else None
+    if not isinstance(content, dict):
+        return None
+    return usage(name, content, {path.name for path in directory.iterdir()})
 
 
 def processor_files(repository: Repository) -> list[str]:

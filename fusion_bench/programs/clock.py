@@ -5,22 +5,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fusion_bench.progress import step
+
 log = logging.getLogger(__name__)
 
-#: What the log says when a step is done.
-_DONE = {
-    "prepare": "Prepared",
-    "plan": "Planned",
-    "load": "Loaded",
-    "search": "Searched",
-    "fuse": "Fused",
-    "evaluate": "Evaluated",
-    "report": "Reported",
+#: What is said of a step while it is done, and when it is done.
+_WORDS = {
+    "prepare": ("Preparing", "Prepared"),
+    "plan": ("Planning", "Planned"),
+    "load": ("Loading", "Loaded"),
+    "search": ("Searching", "Searched"),
+    "fuse": ("Fusing", "Fused"),
+    "evaluate": ("Evaluating", "Evaluated"),
+    "report": ("Reporting", "Reported"),
 }
 
 
 class Clock:
-    """Measures the time of named steps and logs it, if it ``says`` anything."""
+    """Measures the time of named steps, and shows and logs them if it ``says`` anything."""
 
     def __init__(self, says: bool = True) -> None:
         self._says = says
@@ -28,13 +30,15 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def measure(self, step: str, *, says: bool = True) -> Iterator[None]:
+    def measure(self, name: str, *, says: bool = True) -> Iterator[None]:
         """Measure a step, which is logged when it has succeeded."""
         start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
+        doing, done = _WORDS[name]
+        with step(doing, shown=self._says):
+            yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
         if self._says and says:
-            log.info("%s in %.1f s.", _DONE[step], self.seconds[step])
+            log.info("%s in %.1f s.", done, self.seconds[name])
 
     def total(self) -> float:
         """Return the seconds since the clock was made."""

@@ -43,6 +43,8 @@ _PACKAGES = ("torch", "transformers", "datasets", "lightning", "hydra-core", "sa
 def make_fabric(section: Section) -> Fabric:
     """Return Fabric from a config section; without one, one process on the best device.
 
+    Loggers are none of its arguments here: ``Tracker`` makes them.
+
     Several local processes are forked, or spawned without a safe fork, unless the section names
     another strategy. A strategy that reruns the command line would start a sweep per process.
     """
@@ -54,6 +56,7 @@ def make_fabric(section: Section) -> Fabric:
         )
     defaults = {"_target_": "lightning.Fabric", "accelerator": "auto", "devices": 1}
     node = {**defaults, **(section or {})}
+    node.pop("loggers", None)
     try:
         with within("fabric"):
             fabric = instantiate(node, "fabric")

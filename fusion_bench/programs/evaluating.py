@@ -1,7 +1,7 @@
 """Evaluates the models of a run, each on its tasks."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -12,7 +12,7 @@ from torch import nn
 from fusion_bench.problems import Place, within
 from fusion_bench.programs.fusing import MERGED
 from fusion_bench.programs.owners import owners
-from fusion_bench.programs.pools import PlacedModelPool, TaskPool
+from fusion_bench.programs.pools import ForeseesWork, PlacedModelPool, TaskPool
 from fusion_bench.programs.spec import Baselines, Places
 from fusion_bench.report import ModelResult, Scores, TaskInfo, TaskResult, metric_info, summarise
 from fusion_bench.report.losses import per_class_accuracy
@@ -79,12 +79,31 @@ class Evaluator:
 
     def evaluate_individuals(self) -> None:
         """Evaluate each of the pool's models on its own task, or on all."""
-        for name in self.modelpool.model_names:
-            tasks = self.own_tasks(name) if self.baselines == "own_task" else None
-            if tasks == []:
+        for name, tasks in self.individuals():
+            if not tasks:
                 log.info("'%s' is not evaluated: it has no task of its own.", name)
                 continue
             self._evaluate_baseline(name, "individual", tasks)
+
+    def individuals(self) -> list[tuple[str, list[str]]]:
+        """Return each of the pool's models with the tasks that it is evaluated on."""
+        own = self.baselines == "own_task"
+        names = self.modelpool.model_names
+        return [(name, self.own_tasks(name) if own else self.task_names) for name in names]
+
+    def baseline_tasks(self) -> list[str]:
+        """Return the tasks that ``evaluate_baselines`` evaluates a model on, each time anew."""
+        if self.baselines == "none":
+            return []
+        pretrained = self.task_names if self.modelpool.has_pretrained else []
+        return [*pretrained, *(task for _, tasks in self.individuals() for task in tasks)]
+
+    def num_samples(self, tasks: Iterable[str]) -> int | None:
+        """Return the samples of all these tasks; ``None`` if the task pool does not tell."""
+        pool, quick = self.taskpool, self.fast_dev_run
+        if not isinstance(pool, ForeseesWork):
+            return None
+        return sum(pool.num_samples(task, self.fabric, fast_dev_run=quick) for task in tasks)
 
     def take(self, other: "Evaluator") -> None:
         """Add another evaluator's results."""
@@ -96,10 +115,7 @@ class Evaluator:
     def evaluate_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
         """Evaluate the merged models."""
         for name, model in merged.items():
-            # One of several that bears a task's name is made for that task.
-            tasks = self.own_tasks(name.removeprefix(f"{MERGED}/")) or None
-            if self.baselines == "all_tasks":
-                tasks = None
+            tasks = self.merged_tasks(name)
             if isinstance(model, Weights):
                 build = partial(self.modelpool.build_model, model)
                 known = self.modelpool.architecture()
@@ -107,6 +123,12 @@ class Evaluator:
             else:  # what it computes is not told by its weights, so that nothing is kept of it
                 weights = TensorWeights(model.state_dict())
                 self._evaluate(name, "merged", weights, model, None, tasks)
+
+    def merged_tasks(self, name: str) -> list[str]:
+        """Return the tasks that a merged model is evaluated on."""
+        # One of several that bears a task's name is made for that task.
+        own = self.own_tasks(name.removeprefix(f"{MERGED}/"))
+        return self.task_names if self.baselines == "all_tasks" or not own else own
 
     def describe_inputs(self, inputs: Mapping[str, str]) -> None:
         """Add the pool's models that were not evaluated, with their hashes."""

@@ -22,19 +22,21 @@ from fusion_bench.programs.evaluating import Evaluator
 from fusion_bench.programs.fusing import (
     MERGED,
     TuningData,
+    counted,
     describe_tuning,
     fuse,
     materialize,
     tuning_data,
 )
 from fusion_bench.programs.output_paths import OutputPaths
-from fusion_bench.programs.pools import PlacedModelPool, ReadsTexts, TaskPool
+from fusion_bench.programs.pools import ForeseesWork, PlacedModelPool, ReadsTexts, TaskPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
 from fusion_bench.programs.search import OptionSearch, Setting
+from fusion_bench.programs.sharing import add_results
 from fusion_bench.programs.spec import FusionSpec
-from fusion_bench.progress import quiet_libraries
+from fusion_bench.progress import SAMPLES, kept, quiet_libraries, step
 from fusion_bench.report import Report, Scores, Search, Seconds, compare_contenders
 from fusion_bench.report.changes import changed_samples
 from fusion_bench.storage import whole_directory
@@ -67,13 +69,16 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
         log.warning("%s", note)
     merged, method = ", ".join(run.modelpool.model_names), class_name(run.settings[0].method)
     log.info("Merging %s with %s", merged, method)
-    with run.paths.claimed():
+    with kept(run.what_is_kept), run.paths.claimed():
         report, scores = launch(run.fabric, run.fuse_and_evaluate)
         # Where processes were started by us, this one is their parent.
         if run.fabric.global_rank == 0:
             with plain_failures(), Clock().measure("report"):
                 publish(report, scores, run.spec.output_dir, run.paths.report_path)
+                if run.paths.model_path is not None and report.tasks:
+                    add_results(run.paths.model_path, report)
             run.paths.finished()
+            prepared.tracker.track(report)
             if run.paths.model_path is not None:
                 log.info("Merged model: %s", run.paths.model_path)
             elif not report.tasks and report.run.search is None:
@@ -150,8 +155,7 @@ class _Run:
             merged = self._fuse(fabric, chosen, data, search) if wanted else {}
         with clock.measure("evaluate", says=evaluated and self.taskpool is not None):
             if evaluated:
-                evaluator.take(self._evaluated_baselines(fabric, inputs))
-                evaluator.evaluate_merged(merged)
+                self._evaluate(evaluator, merged, fabric, inputs)
             evaluator.describe_inputs(inputs)
             evaluator.summarise()
         similarity = None
@@ -175,6 +179,12 @@ class _Run:
         report.comparisons = compare_contenders(report, evaluator.scores)
         self._take_examples(report, evaluator.scores)
         return report, evaluator.scores
+
+    def what_is_kept(self) -> str:
+        """Return what is kept of the run while it is not done, and how to go on."""
+        if isinstance(self.taskpool, ForeseesWork) and self.taskpool.keeps_results:
+            return "What was evaluated is in the cache: the same command goes on from there."
+        return "Nothing is half-written: the same command starts again."
 
     def _take_examples(self, report: Report, scores: Scores) -> None:
         """Add the texts of the samples that the page shows."""
@@ -204,6 +214,22 @@ class _Run:
             self.spec.output_dir,
             self.spec.places.taskpool,
         )
+
+    def _evaluate(
+        self,
+        evaluator: Evaluator,
+        merged: Mapping[str, nn.Module | Weights],
+        fabric: Fabric,
+        inputs: Mapping[str, str],
+    ) -> None:
+        """Evaluate the baselines and the merged models, whose samples are counted together."""
+        beside = evaluator.num_samples(evaluator.baseline_tasks())
+        own = evaluator.num_samples(t for name in merged for t in evaluator.merged_tasks(name))
+        total = None if beside is None or own is None else beside + own
+        with step("", total, SAMPLES) as work:
+            evaluator.take(self._evaluated_baselines(fabric, inputs))
+            work.skip((beside or 0) - work.done)  # another run of this process has evaluated them
+            evaluator.evaluate_merged(merged)
 
     def _evaluated_baselines(self, fabric: Fabric, inputs: Mapping[str, str]) -> Evaluator:
         """Return an evaluator with the baselines' results, possibly from the cache."""
@@ -260,7 +286,8 @@ class _Run:
             config = {**config, "method": search.method}
         if fabric.global_rank == 0:
             self.paths.begin_model()
-            with _model_directory(path, several=list(merged) != [MERGED]) as whole:
+            several = list(merged) != [MERGED]
+            with counted(merged), _model_directory(path, several=several) as whole:
                 for name, directory in directories.items():
                     self._save(merged[name], whole / directory.relative_to(path), config)
         fabric.barrier()

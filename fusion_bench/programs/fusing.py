@@ -1,6 +1,7 @@
 """Runs a method on a pool, with its training data, and names the results."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,10 @@ from fusion_bench.method.plain import class_name
 from fusion_bench.problems import ConfigError, FusionBenchError, Place, key_of, within
 from fusion_bench.programs.pools import Nodes, PlacedModelPool, TaskPool
 from fusion_bench.programs.spec import Places, Section, plain
+from fusion_bench.progress import Step, step
 from fusion_bench.report import Tuning, TuningTask
 from fusion_bench.weights import TensorWeights, Weights, in_memory
+from fusion_bench.weights.stream import bytes_to_read
 
 if TYPE_CHECKING:
     from fusion_bench.taskpool import LearningData
@@ -48,10 +51,17 @@ def fuse(
 
 def materialize(merged: Mapping[str, nn.Module | Weights]) -> dict[str, nn.Module | Weights]:
     """Return the same with all weights computed and in memory."""
-    return {
-        name: TensorWeights(in_memory(model)) if isinstance(model, Weights) else model
-        for name, model in merged.items()
-    }
+    with counted(merged):
+        return {
+            name: TensorWeights(in_memory(model)) if isinstance(model, Weights) else model
+            for name, model in merged.items()
+        }
+
+
+def counted(merged: Mapping[str, nn.Module | Weights]) -> AbstractContextManager[Step]:
+    """Read all merged weights as one step, which counts the bytes of them together."""
+    shown = [m for m in merged.values() if isinstance(m, Weights) and m.show_progress]
+    return step("", sum(sum(bytes_to_read(model).values()) for model in shown) or None, "B")
 
 
 def tuning_data(

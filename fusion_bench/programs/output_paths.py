@@ -258,12 +258,12 @@ def _foreign(path: Path) -> str | None:
         if entry.is_dir() and not entry.is_symlink():
             if (inner := _foreign(entry)) is not None:
                 return f"{entry.name}/{inner}"
-        elif not _is_part(entry):
+        elif not is_part(entry):
             return entry.name
     return None
 
 
-def _is_part(file: Path) -> bool:
+def is_part(file: Path) -> bool:
     """Return whether a file belongs to a saved model."""
     if file.name in _MODEL_FILES or file.name.endswith(_WEIGHTS):
         return True

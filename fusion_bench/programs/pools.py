@@ -312,6 +312,18 @@ class TaskPool(Protocol):
 
 
 @runtime_checkable
+class ForeseesWork(Protocol):
+    """A task pool that says how much there is to evaluate, and whether the results are kept."""
+
+    @property
+    def keeps_results(self) -> bool:
+        """Whether results are kept for the next run."""
+
+    def num_samples(self, task: str, fabric: Fabric, *, fast_dev_run: bool = False) -> int:
+        """Return the number of samples that ``evaluate`` takes, once ``prepare`` has run."""
+
+
+@runtime_checkable
 class ReadsTexts(Protocol):
     """A task pool whose tasks may need the models' tokenizer."""
 

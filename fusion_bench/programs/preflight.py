@@ -301,6 +301,8 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
     if (path := prepared.paths.model_path) is not None:
         size = None if modelpool is None else _merged_bytes(plan, modelpool)
         plan.add(Step("write", "the merged model", size, path, "merged_model_save_path"))
+    for logger in prepared.tracker.loggers:
+        plan.add(Step("track", f"the figures, with {logger.name}"))
     output_dir = prepared.spec.output_dir
     for key, place in (
         ("report_save_path", prepared.paths.report_path),

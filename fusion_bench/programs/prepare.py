@@ -30,6 +30,7 @@ from fusion_bench.programs.pools import (
 from fusion_bench.programs.previous import Previous
 from fusion_bench.programs.search import OptionSearch, Setting, as_search
 from fusion_bench.programs.spec import Baselines, FusionSpec, Section, plain
+from fusion_bench.programs.tracking import Tracker
 from fusion_bench.progress import quiet_libraries
 
 P = TypeVar("P")
@@ -48,6 +49,7 @@ class Prepared:
         problems: the problems, with full config keys.
         settings: the method, or each that a search or a study tries.
         previous: the earlier report of the same run.
+        tracker: where the figures go.
     """
 
     spec: FusionSpec
@@ -60,6 +62,7 @@ class Prepared:
     taskpool: TaskPool | None = None
     fabric: Fabric | None = None
     previous: Previous | None = None
+    tracker: Tracker = field(default_factory=lambda: Tracker(()))
 
 
 def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = ()) -> Prepared:
@@ -104,6 +107,10 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
             check(done=made.previous is not None)
     with collect():
         made.fabric = make_fabric(spec.fabric)
+    with collect():
+        made.tracker = Tracker.of(spec.fabric, spec.output_dir, spec.overwrite)
+        if made.previous is None:
+            made.tracker.check()
     _tell_once(made.problems)
     return made
 

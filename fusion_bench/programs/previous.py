@@ -14,6 +14,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.fusing import TuningData, describe_data
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
+from fusion_bench.progress import Step, step
 from fusion_bench.report import Report, Scores, Similarity
 from fusion_bench.storage import cache_dir, file_sha256, write_text
 from fusion_bench.trust import users_code
@@ -25,13 +26,20 @@ def identities(modelpool: PlacedModelPool) -> dict[str, str]:
     """Return a hash of each model: its weights, by files or values, and what else decides."""
     names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     opened = {name: modelpool.weights(name) for name in names}  # a mistake shows before any work
-    return {name: _identity(own, modelpool.architecture(name)) for name, own in opened.items()}
+    sizes = [file.stat().st_size for own in opened.values() for file in own.files]
+    with step("checksums of the models", sum(sizes), "B") as work:
+        return {
+            name: _identity(own, modelpool.architecture(name), work) for name, own in opened.items()
+        }
 
 
-def _identity(weights: Weights, architecture: str | None) -> str:
+def _identity(weights: Weights, architecture: str | None, work: Step) -> str:
     beside = {file.with_name("adapter_config.json") for file in weights.files}
-    own = [*weights.files, *(file for file in beside if file.is_file())]
-    files = sorted(file_sha256(file) for file in own) or [sha256(weights)]
+    hashes = [file_sha256(file) for file in beside if file.is_file()]
+    for file in weights.files:
+        hashes.append(file_sha256(file))
+        work.advance(file.stat().st_size)
+    files = sorted(hashes) or [sha256(weights)]
     return hashlib.sha256(json.dumps([architecture, files]).encode()).hexdigest()
 
 

@@ -132,6 +132,8 @@ def _node(report: Report) -> dict[str, Any]:
             f"its config is run by '{node.get('_target_')}'.", "Name the report of a single run."
         )
     node |= {"report_save_path": None, "merged_model_save_path": None, "overwrite": False}
+    if isinstance(fabric := node.get("fabric"), dict):  # what is only compared is not tracked
+        node["fabric"] = {key: value for key, value in fabric.items() if key != "loggers"}
     taskpool = node.get("taskpool")
     if isinstance(taskpool, dict) and accepts(taskpool.get("_target_"), "cache"):
         node["taskpool"] = {**taskpool, "cache": False}

@@ -47,7 +47,7 @@ from fusion_bench.programs.prepare import Prepared, prepare_pools
 from fusion_bench.programs.previous import identities
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import Baselines, FusionSpec, Places, Section, plain
-from fusion_bench.progress import bar, quiet_libraries
+from fusion_bench.progress import SAMPLES, kept, quiet_libraries, step
 from fusion_bench.report import Seconds, Tuning, metric_info
 from fusion_bench.report.scaling import Base, Merge, Normalizer, Study
 from fusion_bench.report.table import wide_console
@@ -142,7 +142,10 @@ class ScalingStudy:
         if self.dry_run:
             log.info("Dry run: the config is valid; nothing was loaded.")
             return None
-        with claimed(self.output_dir, ("hydra", "run", "dir"), inside=True):
+        with (
+            kept(lambda: "Merges and results so far are in the cache: the same command goes on."),
+            claimed(self.output_dir, ("hydra", "run", "dir"), inside=True),
+        ):
             study: Study = launch(work.fabric, work.merge_and_evaluate)
             if work.fabric.global_rank == 0 and self.output_dir is not None:
                 study.save(self.output_dir)
@@ -162,6 +165,9 @@ class ScalingStudy:
         fabric = None
         with problems.collect():
             fabric = make_fabric(self.fabric)
+        if isinstance(self.fabric, Mapping) and self.fabric.get("loggers") is not None:
+            reason = "the merges of a study are not sent to loggers."
+            problems.append(Problem(("fabric", "loggers"), reason, "Remove it."))
         methods = self._methods(problems)
         runs = {}
         for name, node in self.bases.items():
@@ -274,12 +280,14 @@ class _Work:
         """Do the work; called in every process, with the same result in each."""
         quiet_libraries()
         start = time.perf_counter()
-        evaluated = {name: self._evaluated(base, fabric) for name, base in self.sources.items()}
         jobs = list(self._jobs())
         log.info("Merges: %d", len(jobs))
         merges = []
-        for base, method, count, subset, models in bar(jobs, "scaling study", unit="merge"):
-            merges.append(self._merge(base, method, count, subset, models, fabric))
+        with step("Study", self._num_samples(jobs, fabric), SAMPLES, shown=fabric.global_rank == 0):
+            evaluated = {name: self._evaluated(base, fabric) for name, base in self.sources.items()}
+            for number, job in enumerate(jobs, start=1):
+                with step(f"merge {number} of {len(jobs)}"):
+                    merges.append(self._merge(*job, fabric))
         total = round(time.perf_counter() - start, 3)
         seconds = Seconds(load=0, fuse=0, evaluate=0, total=total)
         study = Study(
@@ -297,6 +305,20 @@ class _Work:
         )
         study.summarise()
         return study
+
+    def _num_samples(
+        self, jobs: Sequence[tuple[str, str, int, int, list[str]]], fabric: Fabric
+    ) -> int | None:
+        """Return how many samples are evaluated, with all models together."""
+        counts = []
+        for base, source in self.sources.items():
+            with within(*source.places.taskpool, keyed_only=True):
+                source.taskpool.prepare(fabric)
+            evaluator = source.evaluator(source.experts, fabric, "own_task")
+            merges = sum(job[0] == base for job in jobs)
+            tasks = evaluator.baseline_tasks() + merges * evaluator.task_names
+            counts.append(evaluator.num_samples(tasks))
+        return None if None in counts else sum(filter(None, counts))
 
     def _evaluated(self, base: "_Source", fabric: Fabric) -> Base:
         """Evaluate a base and its experts, once for all merges."""
@@ -333,7 +355,10 @@ class _Work:
         learned = describe_tuning(made, taskpool, data)
         path = _cached(pool, taskpool, setting.node, learned, fabric, seed)
         merge = _known(path, fabric)
-        if merge is None:
+        if merge is not None:
+            with step("", evaluator.num_samples(evaluator.task_names), SAMPLES) as work:
+                work.skip(work.total or 0)
+        else:
             fabric.seed_everything(seed, verbose=False)
             with setting.located(keyed_only=True):
                 fused = materialize(fuse(made, pool, fabric, data))

@@ -34,7 +34,7 @@ from fusion_bench.programs.fusing import (
 )
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.spec import FusionSpec, Places, Section
-from fusion_bench.progress import bar
+from fusion_bench.progress import SAMPLES, step
 from fusion_bench.report import Candidate, MetricInfo, Search, Value
 from fusion_bench.report.schema import NORMALIZED, Split, mean_value, same_metric
 from fusion_bench.results import METRICS
@@ -276,28 +276,32 @@ class GridSearch:
         """
         pool = taskpool.evaluating(data)
         evaluator = Evaluator(modelpool, pool, fabric, "own_task", spec.fast_dev_run)
-        if spec.baselines != "none":
-            evaluator.evaluate_individuals()
-        with within("search"):
-            metric = self._metric(evaluator)
-        individuals = dict(evaluator.models)
+        alone = [] if spec.baselines == "none" else evaluator.individuals()
+        tasks = [task for _, own in alone for task in own] + len(settings) * pool.task_names
         learned: dict[str | None, TuningData] = {}
         candidates = []
-        for setting in bar(settings, f"searching on the {self.split} split", unit="setting"):
-            if spec.seed is not None:  # so that a setting does not depend on those before it
-                fabric.seed_everything(spec.seed, verbose=False)
-            method, source = setting.method, setting.method.needs.split
-            if source not in learned:
-                allowed = spec.allow_test_split
-                learned[source] = tuning_data(
-                    method, modelpool, taskpool, fabric, allowed, spec.places
-                )
-            evaluator.models = dict(individuals)
-            with setting.located(keyed_only=True):
-                merged = fuse(method, modelpool, fabric, learned[source])
-            evaluator.evaluate_merged(materialize(merged))
-            evaluator.summarise()
-            candidates.append(_candidate(setting, evaluator, metric))
+        with step("", evaluator.num_samples(tasks), SAMPLES):
+            if alone:
+                evaluator.evaluate_individuals()
+            with within("search"):
+                metric = self._metric(evaluator)
+            individuals = dict(evaluator.models)
+            for number, setting in enumerate(settings, start=1):
+                if spec.seed is not None:  # so that a setting does not depend on those before it
+                    fabric.seed_everything(spec.seed, verbose=False)
+                method, source = setting.method, setting.method.needs.split
+                if source not in learned:
+                    allowed = spec.allow_test_split
+                    learned[source] = tuning_data(
+                        method, modelpool, taskpool, fabric, allowed, spec.places
+                    )
+                evaluator.models = dict(individuals)
+                with step(f"setting {number} of {len(settings)}"):
+                    with setting.located(keyed_only=True):
+                        merged = fuse(method, modelpool, fabric, learned[source])
+                    evaluator.evaluate_merged(materialize(merged))
+                evaluator.summarise()
+                candidates.append(_candidate(setting, evaluator, metric))
         sign = 1 if metric.higher_is_better else -1
         merits = [-inf if isnan(c.score) else sign * c.score for c in candidates]
         winner = merits.index(max(merits))

@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from fusion_bench.problems import Place
 
 Baselines = Literal["own_task", "all_tasks", "none"]
+#: Stands for the run's directory in a path of the config.
+LOG_DIR = "{log_dir}"
 #: A section of the config: a node, or an object that was made by somebody else.
 Section = object
 
@@ -57,7 +59,7 @@ class FusionSpec:
             "method": _named(plain(self.method)),
             "modelpool": _named(plain(self.modelpool)),
             "taskpool": _named(plain(self.taskpool)),
-            "fabric": _named(plain(self.fabric)),
+            "fabric": self._fabric(),
             "search": _named(plain(self.search)),
             "seed": self.seed,
             "baselines": self.baselines,
@@ -69,6 +71,24 @@ class FusionSpec:
             "fast_dev_run": self.fast_dev_run,
             "dry_run": self.dry_run,
         }
+
+    def _fabric(self) -> object:
+        """Return the section with loggers that write into the directory of whoever repeats it."""
+        node = _named(plain(self.fabric))
+        if not isinstance(node, dict) or "loggers" not in node or self.output_dir is None:
+            return node
+        return {**node, "loggers": _moved(node["loggers"], str(self.output_dir))}
+
+
+def _moved(value: object, directory: str) -> object:
+    """Return a value with the run's directory replaced by ``{log_dir}``."""
+    if isinstance(value, Mapping):
+        return {name: _moved(inner, directory) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, directory) for inner in value]
+    if isinstance(value, str) and Path(value).is_relative_to(directory):
+        return LOG_DIR + value.removeprefix(directory)
+    return value
 
 
 def plain(section: Section) -> object:

@@ -126,7 +126,6 @@ def markdown_text(text: str) -> str:
 
 def markdown(report: Report) -> str:
     """Return the report as a Markdown page: the run and the comparison."""
-    header, body = _grid(report, errors=True)
     lines = ["# Fusion report", ""]
     runs = compared_runs(report)
     if runs:
@@ -153,19 +152,24 @@ def markdown(report: Report) -> str:
         lines += ["Only the first batch of each task was evaluated (`fast_dev_run`).", ""]
     if not report.tasks:
         return "\n".join([*lines, "Nothing was evaluated."]) + "\n"
-    lines += markdown_table(header, body)
+    lines += results(report)
+    if runs:
+        lines += ["", *markdown_table(*differences(report))]
+    return "\n".join(lines) + "\n"
+
+
+def results(report: Report) -> list[str]:
+    """Return the lines of the comparison in Markdown, and what they mean."""
+    lines = markdown_table(*_grid(report, errors=True))
     common = report.main_metric
     label = "Value" if common is None else sentence_case(common.label)
     lines += ["", f"{label} ± its standard error. Normalised: the value divided by that of the"]
     lines += ["task's own model, or this by the value where lower is better."]
     if arrow := legend(info.main_metric for info in report.tasks.values()):
         lines += ["", f"{arrow}."]
-    lines += [
+    return lines + [
         f"\n{markdown_text(comparison_sentence(report, c))}" for c in report.main_comparisons()
     ]
-    if runs:
-        lines += ["", *markdown_table(*differences(report))]
-    return "\n".join(lines) + "\n"
 
 
 def settings(search: Search) -> tuple[list[str], list[list[str]]]:

@@ -6,7 +6,7 @@ of these. Settings that run commands are accepted only on the command line.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.default_element import GroupDefault
-from hydra.core.override_parser.types import Override
+from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
@@ -108,6 +109,10 @@ _DEFAULTS = {
 }
 
 
+#: The folder of this run, wherever it is.
+_OUTPUT_DIR = "${hydra:runtime.output_dir}"
+
+
 class _Repository(ConfigRepository):
     """The config repository; Hydra copies it for each listed group, some 300 times."""
 
@@ -123,6 +128,29 @@ class CheckedConfigLoader(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath):
         super().__init__(config_search_path)
         self.repository = _Repository(config_search_path)
+        self._composed: tuple[str | None, list[str], DictConfig] | None = None
+
+    def mode(self, config_name: str | None, overrides: Sequence[str]) -> RunMode | None:
+        """Return the mode that a config or override sets.
+
+        Hydra composes the config to know it, and once more to run it. Here the second one is the
+        first, where it is no sweep.
+        """
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        swept = any(each.is_sweep_override() for each in parsed)
+        config = self.load_configuration(
+            config_name,
+            list(overrides),
+            RunMode.MULTIRUN if swept else RunMode.RUN,
+            validate_sweep_overrides=False,
+        )
+        mode: RunMode | None = config.hydra.mode
+        if not swept and mode is None:
+            chosen = "hydra.mode=RUN"  # which Hydra adds then
+            config.hydra.mode = RunMode.RUN
+            config.hydra.overrides.hydra.append(chosen)
+            self._composed = (config_name, [*overrides, chosen], config)
+        return mode
 
     def load_configuration(
         self,
@@ -137,12 +165,16 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         Raises:
             ConfigError: with a line for each thing that it may not ask for.
         """
+        known, self._composed = self._composed, None
+        if known and run_mode == RunMode.RUN and known[:2] == (config_name, overrides):
+            return known[2]
         try:
             with bounded_interpolations():
                 self._check_search_path(config_name, overrides)
                 config = super().load_configuration(
                     config_name, overrides, run_mode, from_shell, validate_sweep_overrides
                 )
+            _use_log_dir(config, run_mode)
             resolve_all(config)
         except (HydraException, OmegaConfBaseException):
             raise
@@ -171,7 +203,11 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         parsed, repository = super()._parse_overrides_and_create_caching_repo(
             config_name, overrides
         )
-        chosen = {each.key_or_group for each in parsed} & _DEFAULTS.keys()
+        chosen = {
+            each.key_or_group: each.value()
+            for each in parsed
+            if each.key_or_group in _DEFAULTS and each.type is OverrideType.CHANGE
+        }
         return parsed, _choosable(bounded(repository), config_name, chosen)
 
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
@@ -197,16 +233,35 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 )
 
 
-def _groups(result: ConfigResult) -> Iterator[GroupDefault]:
-    return (each for each in result.defaults_list or () if isinstance(each, GroupDefault))
+def _use_log_dir(config: DictConfig, run_mode: RunMode) -> None:
+    """Let ``path.log_dir`` name the output folder, as in FusionBench, and then stand for it."""
+    if not isinstance(path := config.get("path"), DictConfig):
+        return
+    folders: Any = OmegaConf.to_container(path, resolve=False)
+    chosen = folders.get("log_dir")
+    with open_dict(config):
+        path.log_dir = _OUTPUT_DIR
+        if chosen is None or chosen == _OUTPUT_DIR:
+            return
+        chosen = str(chosen).replace("${.", "${path.")
+        if run_mode == RunMode.RUN and "hydra.run.dir" not in overrides():
+            config.hydra.run.dir = chosen
+        elif run_mode == RunMode.MULTIRUN and OmegaConf.is_missing(config.hydra.sweep, "dir"):
+            config.hydra.sweep.dir = chosen
 
 
 def _choosable(
-    repository: CachingConfigRepository, config_name: str | None, groups: Collection[str]
+    repository: CachingConfigRepository, config_name: str | None, chosen: Mapping[str, object]
 ) -> CachingConfigRepository:
-    """Let ``groups`` be chosen where the main config has a node of its own in their place.
+    """Let a group be chosen where the main config has a node of its own in its place.
 
-    Hydra knows no choice without an entry in the defaults list.
+    Hydra knows no choice without an entry in the defaults list, and would keep the options of the
+    method that is replaced.
+
+    Args:
+        repository: of one composition.
+        config_name: the main config.
+        chosen: the groups that the command line chooses, with the choice.
     """
     load = repository.load_config
 
@@ -215,15 +270,24 @@ def _choosable(
         if result is None or config_path != config_name:
             return result
         whole = result.config
-        listed = [each.group for each in _groups(result)]
-        for group in groups:
-            if group in listed or not isinstance(whole, DictConfig):
+        defaults: list[InputDefault] = list(result.defaults_list or ())
+        listed = {
+            str(each.group).lstrip("/"): each.value
+            for each in defaults
+            if isinstance(each, GroupDefault)
+        }
+        alone = all(each.is_self() for each in defaults if isinstance(each, ConfigDefault))
+        for group, choice in chosen.items():
+            if not isinstance(whole, DictConfig) or not OmegaConf.is_dict(whole.get(group)):
                 continue
-            if OmegaConf.is_dict(whole.get(group)):
-                with open_dict(whole):
-                    del whole[group]
+            if listed[group] == choice if group in listed else "_target_" not in whole[group]:
+                continue
+            with open_dict(whole):
+                del whole[group]
+            if group not in listed and alone:
                 added = GroupDefault(group=group, value=_DEFAULTS[group])
-                result.defaults_list = [*(result.defaults_list or ()), added]
+                defaults = [added, *(defaults or [ConfigDefault(path="_self_")])]
+                result.defaults_list = defaults
         return result
 
     repository.load_config = load_config  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ internals are replaced, of the versions that are known.
 
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra._internal import hydra as hydra_internal
@@ -42,6 +42,7 @@ class PackagedConfigs(SearchPathPlugin):
 def set_up_hydra() -> None:
     """Set up Hydra with our config groups, sweeps, launchers and checks."""
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
+    hydra_internal.Hydra.get_mode = _mode  # type: ignore[assignment, method-assign]
     omegaconf_internal.get_yaml_loader = _yaml_loader
     sys.modules["hydra.main"].get_args_parser = arguments_parser  # type: ignore[attr-defined]
     Plugins.instance().register(PackagedConfigs)
@@ -59,6 +60,14 @@ def set_up_hydra() -> None:
     # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
     for name, launcher in launchers().items():
         store(name, launcher, "hydra/launcher", provider="fusion_bench")
+
+
+def _mode(hydra: hydra_internal.Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Return the mode of a run; ``None`` where none is set, or the config is found wrong later."""
+    try:
+        return cast(CheckedConfigLoader, hydra.config_loader).mode(config_name, overrides)
+    except Exception:  # as in Hydra; the run composes it again, and tells
+        return None
 
 
 @cache

@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
+
+from fusion_bench.progress import farewell
+from fusion_bench.shown import message
 
 #: Seconds in which the work may be unwound, which removes what is half done. After that the process
 #: ends all the same: what is half done lies aside and is removed by the next run.
@@ -35,15 +38,19 @@ def interruptible() -> Iterator[None]:
     torch or a large read would delay the end. So a thread watches the signals too. Use it once in a
     process, around all its work.
     """
+    said = cache(_say_what_is_kept)  # by the one that comes first, the handler or the thread
     handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
     noticed, notice = os.pipe()
     os.set_blocking(notice, False)
     signal.set_wakeup_fd(notice, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(noticed, handled), daemon=True, name="signals").start()
+    threading.Thread(
+        target=_watch, args=(noticed, handled, said), daemon=True, name="signals"
+    ).start()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         for each in handled:  # one is enough: what follows is not to be interrupted again
             signal.signal(each, signal.SIG_IGN)
+        said()
         raise Interrupted(signum)
 
     def in_child() -> None:
@@ -77,12 +84,22 @@ def end_children() -> None:
                 os.kill(child.pid, signal.SIGKILL)  # joblib's have no method for it
 
 
-def _watch(noticed: int, handled: list[signal.Signals]) -> None:
+def _say_what_is_kept() -> None:
+    """Tell what is kept of the work, and how to go on."""
+    told = message(farewell())
+    # Not by the stream, which may be in the middle of something.
+    with suppress(OSError):
+        if os.isatty(2):
+            os.write(2, b"\r\x1b[K")  # the remains of a bar
+        if told:
+            os.write(2, f"fusion_bench: Interrupted. {told}\n".encode())
+
+
+def _watch(noticed: int, handled: list[signal.Signals], said: Callable[[], None]) -> None:
     """End the process some time after a signal, if it is still there."""
     while (signum := os.read(noticed, 1)[0]) not in handled:
         pass
     time.sleep(PATIENCE)
     end_children()
-    if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\r\x1b[K")  # the remains of a bar
+    said()
     os._exit(128 + signum)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from fusion_bench.problems import INTERRUPTED, ConfigError, FusionBenchError
+from fusion_bench.progress import hide
 from fusion_bench.shown import message
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def plain_messages(
     except KeyboardInterrupt as error:
         sys.exit(getattr(error, "exit_code", INTERRUPTED))
     except Exception as error:
+        hide()
         if show_traceback:
             sys.excepthook = _print_traceback
             raise

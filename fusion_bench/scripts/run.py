@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
     r"((method|modelpool|taskpool|fabric|search)(?=={)|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
-    r"method\.(base_method\.)*(show_pbar|inplace)|fabric\.\w+|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
+    r"method\.(base_method\.)*(show_pbar|inplace)|fabric\.\w+(\.\w+)*|path\.\w+|print_config|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
 #: Exceptions whose message is enough.
@@ -164,7 +164,10 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
     Problems(
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
-    Problems(precheck.problems(settings)).raise_all()
+    _take_out_theirs(settings)
+    # For a program without this key it was about the folder alone.
+    looked_at = {key: value for key, value in settings.items() if key != "overwrite"}
+    Problems(precheck.problems(looked_at)).raise_all()
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
@@ -173,6 +176,16 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
         arguments["parts"] = parts
     result = instantiate(settings, **arguments).run()
     return result.objective if isinstance(result, Scored) else None
+
+
+def _take_out_theirs(settings: dict[str, Any]) -> None:
+    """Take out what configs of FusionBench hold for the command line, and print the config."""
+    settings.pop("path", None)  # other keys refer to it, and are resolved
+    settings.pop("print_function_call", None)  # the log tells the steps
+    if settings.get("merged_model_save_kwargs") is None:
+        settings.pop("merged_model_save_kwargs", None)
+    if settings.pop("print_config", False) is True:
+        print(OmegaConf.to_yaml(settings))
 
 
 def explained(error: Exception) -> str:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,7 +31,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError, Place
+from fusion_bench.progress import kept, step
 from fusion_bench.scripts.folder import check_folder
+from fusion_bench.scripts.tally import Tally
 from fusion_bench.shown import Stream, message
 from fusion_bench.storage import claimed, write_text
 from fusion_bench.trust import environment_variable
@@ -90,7 +95,9 @@ def attempt(
     work: Callable[[DictConfig], T], config: DictConfig, explain: Callable[[Exception], str]
 ) -> T | Failed:
     """Run one job of a sweep; its output and errors go to its log."""
-    with _into_log(HydraConfig.get()):
+    hydra = HydraConfig.get()
+    # In another process than the sweep's the terminal is not the job's.
+    with _into_log(hydra), step(f"job {hydra.job.num + 1}", on_screen=False):
         try:
             check_strategy(config.get("fabric"))
             return work(config)
@@ -138,11 +145,18 @@ class SweepCallback(Callback):
     def __init__(self) -> None:
         self._sweep = uuid4().hex
         self._begun = 0.0
-        self._claim = ExitStack()
+        self._process = os.getpid()
+        self._tally = Tally()
+        self._claim, self._shown = ExitStack(), ExitStack()
 
     def __getstate__(self) -> dict[str, object]:
-        """Return the state to pickle; the lock stays with the sweep."""
-        return {name: value for name, value in vars(self).items() if name != "_claim"}
+        """Return the state to pickle; the lock and the line of progress stay with the sweep."""
+        held = ("_claim", "_shown")
+        return {name: value for name, value in vars(self).items() if name not in held}
+
+    def count(self, jobs: int) -> None:
+        """Take note of the number of jobs, where the sweeper knows it."""
+        self._tally.total = jobs
 
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         """Create the run's directory, or report the problem."""
@@ -156,7 +170,7 @@ class SweepCallback(Callback):
         try:
             check_strategy(config.get("fabric"))
             _check_launcher(config)
-            check_grid(config)
+            jobs = check_grid(config)
         except FusionBenchError as error:
             exit_with_error(error)
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
@@ -182,6 +196,10 @@ class SweepCallback(Callback):
             self._claim.enter_context(claimed(directory, place, inside=True))
         except FusionBenchError as error:
             exit_with_error(error)
+        self._tally.begin(directory, jobs)
+        self._shown.enter_context(kept(self._tally.what_is_kept))
+        say = partial(print, file=sys.stdout, flush=True)  # that of the jobs is their log
+        self._shown.enter_context(step("Sweep", unit="jobs", measure=self._tally.onto, tell=say))
         write_text(directory / "multirun.yaml", OmegaConf.to_yaml(config))  # whose it is
         # A job is called by what is its own.
         common = [o.get_key_element().lstrip("+") for o in parsed if not o.is_sweep_override()]
@@ -208,11 +226,18 @@ class SweepCallback(Callback):
         )
         directory = Path(config.hydra.runtime.output_dir)
         write_text(directory / _RECORD, json.dumps(asdict(record), indent=2) + "\n")
-        print(_line(record, directory, self._begun), flush=True)
+        line, known = _line(record, directory, self._begun)
+        self._tally.add(known=known)
+        line = f"{line} ({self._tally.text(time.time())})"
+        if os.getpid() != self._process and sys.stdout.isatty():  # where the sweep has its line
+            line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)
+        print(line, flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Write and print the leaderboard; the process fails where a job did."""
         with self._claim:
+            self._shown.close()
+            self._tally.end()
             self._end(config)
 
     def _end(self, config: DictConfig) -> None:
@@ -278,14 +303,17 @@ def _make(directory: Path, key: Place) -> None:
         ) from error
 
 
-def check_grid(config: DictConfig) -> None:
-    """Check the number of jobs of a grid before they are listed.
+def check_grid(config: DictConfig) -> int | None:
+    """Check the number of jobs of a grid before they are listed; return it.
+
+    Some of them may turn out to be the same. Of other sweepers it is the number of trials, if any.
 
     Raises:
         ConfigError: there are none, or too many.
     """
     if "GridSweeper" not in (target := config.hydra.sweeper._target_) and "Basic" not in target:
-        return
+        trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
+        return trials if isinstance(trials, int) else None
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     words = [f"{key}={value}" for key, value in params.items()]
     jobs = 1
@@ -296,6 +324,7 @@ def check_grid(config: DictConfig) -> None:
             jobs *= _count(override)
     if jobs > _MOST_JOBS:
         raise ConfigError(f"A sweep of {jobs:,} jobs: more than {_MOST_JOBS:,}. List fewer values.")
+    return jobs
 
 
 def _count(override: Override) -> int:
@@ -364,12 +393,12 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _line(record: Record, directory: Path, begun: float) -> str:
-    """Return the result of a job in one line."""
+def _line(record: Record, directory: Path, begun: float) -> tuple[str, bool]:
+    """Return the result of a job in one line, and whether it was known before the job."""
     if record.error is not None:
-        return f"{record.name}: failed: {record.error.splitlines()[0]}"
+        return f"{record.name}: failed: {record.error.splitlines()[0]}", False
     if not (directory / "report.json").exists():
-        return f"{record.name}: done"
+        return f"{record.name}: done", False
     from fusion_bench.report import Report, comparison
     from fusion_bench.report.figures import shown
 
@@ -384,9 +413,10 @@ def _line(record: Record, directory: Path, begun: float) -> str:
     if (search := report.run.search) is not None:
         cells["validation"] = shown(search.best.score, search.unit)
     figures = [f"{name} {value}" for name, value in cells.items()]
-    before = (directory / "report.json").stat().st_mtime < begun
-    figures.append("done before" if before else f"{report.run.seconds.total:.1f} s")
-    return f"{record.name}: {', '.join(figures)}"
+    # The report tells whole seconds.
+    known = datetime.fromisoformat(report.run.created_at).timestamp() + 1 <= begun
+    figures.append("done before" if known else f"{report.run.seconds.total:.1f} s")
+    return f"{record.name}: {', '.join(figures)}", known
 
 
 def _leaderboard(name: str, directory: Path, jobs: Mapping[Path, Record]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from fusion_bench.instantiate import instantiate
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, Problems, did_you_mean
+from fusion_bench.progress import SAMPLES, step
 from fusion_bench.results import Example, ResultStore, SampleScores
 from fusion_bench.storage import check_file_name
 from fusion_bench.taskpool.datasets import DatasetPlace
@@ -92,6 +93,11 @@ class TaskPool:
         return list(self.tasks)
 
     @property
+    def keeps_results(self) -> bool:
+        """Whether results are kept for the next run."""
+        return self._results is not None
+
+    @property
     def notes(self) -> list[str]:
         """What the report is to say of how models were evaluated."""
         notes = list(self._notes)
@@ -162,6 +168,10 @@ class TaskPool:
         """Return what a task measures, once ``prepare`` has run."""
         return self.tasks[task].describe()
 
+    def num_samples(self, task: str, fabric: Fabric, *, fast_dev_run: bool = False) -> int:
+        """Return the number of samples that ``evaluate`` takes, once ``prepare`` has run."""
+        return len(self._samples(task, self._first(fabric, fast_dev_run)))
+
     def examples(self, task: str, samples: Sequence[int]) -> list[Example]:
         """Return samples as people read them; none of a task whose samples are no texts."""
         return self.tasks[task].examples(samples)
@@ -213,48 +223,56 @@ class TaskPool:
             model: a module, moved to Fabric's device, or what makes one when it is needed.
             fabric: gives device, precision and processes; all of them must call this.
             tasks: names out of ``task_names``.
-            name: what the progress bar calls the model.
+            name: what progress and messages call the model.
             fast_dev_run: only the first batch of each task.
             weights_sha256: the hash of the model's weights. With it, results that are known are
                 taken from the cache, and new ones are kept.
             architecture: what else the model's answers depend on, beside the weights.
         """
         self.prepare(fabric)
-        first = Loading.for_device(self._dataloader_kwargs, fabric).batch_size
+        first = self._first(fabric, fast_dev_run)
         module: nn.Module | None = None
         known: list[str] = []
         scores: dict[str, SampleScores] = {}
         wanted = self.task_names if tasks is None else tasks
         # Tasks that another run is evaluating just now are left for later.
         patience = -1 if fabric.world_size == 1 else _PATIENCE
-        for timeout, task in product((0, patience), wanted):
-            if task in scores:
-                continue
-            samples = self._samples(task, first if fast_dev_run else None)
-            key = self._key(task, samples, fabric, weights_sha256)
-            if key is not None:
-                key["architecture"] = architecture
-            found = self._known(key, fabric)
-            with self._alone(key if found is None else None, fabric, timeout) as mine:
-                if not mine:
+        total = sum(self.num_samples(t, fabric, fast_dev_run=fast_dev_run) for t in wanted)
+        with step("", total, SAMPLES) as work:
+            for timeout, task in product((0, patience), wanted):
+                if task in scores:
                     continue
-                found = found or self._known(key, fabric)  # another run may have just kept it
-                if found is not None:
-                    known.append(task)
-                else:
-                    if module is None:
-                        module = self._on_device(model, fabric)
-                    how = self._evaluation(fabric, name, f"evaluating {name} on {task}")
-                    how = replace(how, computation=self._computation(key))
-                    found = self.tasks[task].evaluate(module, samples, how)
-                    if key is not None and self._results is not None and fabric.global_rank == 0:
-                        self._results.save(key, found)
-            scores[task] = self._measured(task, found)
-            new = self.tasks[task].notes(name, found)
-            for note in new:
-                if note not in self._notes:
-                    log.warning("%s", note)
-                    self._notes.append(note)
+                samples = self._samples(task, first)
+                key = self._key(task, samples, fabric, weights_sha256)
+                if key is not None:
+                    key["architecture"] = architecture
+                found = self._known(key, fabric)
+                with self._alone(key if found is None else None, fabric, timeout) as mine:
+                    if not mine:
+                        continue
+                    found = found or self._known(key, fabric)  # another run may have just kept it
+                    if found is not None:
+                        known.append(task)
+                        work.skip(len(samples))
+                    else:
+                        if module is None:
+                            module = self._on_device(model, fabric)
+                        how = self._evaluation(fabric, name, f"evaluating {name} on {task}")
+                        how = replace(how, computation=self._computation(key))
+                        with step(f"{name} on {task}", len(samples), SAMPLES, by_inner=True):
+                            found = self.tasks[task].evaluate(module, samples, how)
+                        if (
+                            key is not None
+                            and self._results is not None
+                            and fabric.global_rank == 0
+                        ):
+                            self._results.save(key, found)
+                scores[task] = self._measured(task, found)
+                new = self.tasks[task].notes(name, found)
+                for note in new:
+                    if note not in self._notes:
+                        log.warning("%s", note)
+                        self._notes.append(note)
         if known:
             log.info("'%s' was evaluated before on %s.", name, ", ".join(known))
         return {task: scores[task] for task in wanted}
@@ -287,6 +305,12 @@ class TaskPool:
         loading = Loading.for_device(self._dataloader_kwargs, fabric)
         loading = replace(loading, full_batches=self._compile)
         return Evaluation(fabric, loading, self._batch_limit, model, progress)
+
+    def _first(self, fabric: Fabric, fast_dev_run: bool) -> int | None:
+        """Return how many samples are evaluated, if not all are."""
+        if not fast_dev_run:
+            return None
+        return Loading.for_device(self._dataloader_kwargs, fabric).batch_size
 
     @contextmanager
     def _alone(self, key: dict[str, Any] | None, fabric: Fabric, timeout: float) -> Iterator[bool]:

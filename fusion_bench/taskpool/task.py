@@ -53,7 +53,7 @@ class Evaluation:
         loading: how data come to the model.
         batch_limit: how many samples fit into memory at once, as far as is known.
         model: what messages call the model.
-        progress: what the progress bar says.
+        progress: what is being done, for messages.
         computation: the hash of the model and of how it computes, under which answers to single
             requests are kept; ``None`` keeps none.
     """

@@ -151,7 +151,7 @@ class Inputs:
             first = crc32(key.encode()) % every  # else each small entry would be looked at
             return islice(self.pieces(key, piece), first, None, every)
 
-        visit(self, work, PIECE, "measuring", pieces)
+        visit(self, work, PIECE, "measuring tensors", pieces)
 
     def find_nonfinite(self, key: str, tensors: "Working") -> None:
         """Note which of the models hold NaN or infinity."""

@@ -2,13 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.progress import byte_bar
+from fusion_bench.progress import step
 from fusion_bench.weights.mapping import TensorSpec, Weights
 
 #: Elements in a piece. In float32 it is a megabyte, about what a core's own cache holds.
@@ -59,7 +59,7 @@ def stream(
     def work(key: str, start: int, stop: int) -> None:
         consume(key, start, weights.read(key, start, stop))
 
-    visit(weights, work, piece, "fusing")
+    visit(weights, work, piece, "merging tensors")
     weights.verify()
 
 
@@ -80,11 +80,10 @@ def visit(
     """
     jobs = _jobs(source, pieces or source.pieces, piece)
     _ = source.files  # downloads what is not here yet
-    show = source.show_progress
-    total = sum(source.bytes_to_read(k) for k in source if show and source.tied_to(k) == k)
+    nbytes = bytes_to_read(source) if source.show_progress else {}
     lock = threading.Lock()
     failures: list[BaseException] = []
-    with byte_bar(description, total, show=show) as advance:
+    with step(description, sum(nbytes.values()), "B") if nbytes else nullcontext() as shown:
 
         def take_jobs() -> None:
             while not failures:
@@ -94,14 +93,19 @@ def visit(
                     return
                 for key, start, stop in job:
                     work(key, start, stop)
-                    if show:
+                    if shown is not None:
                         share = (stop - start) / source.spec(key).numel
                         with lock:
-                            advance(source.bytes_to_read(key) * share)
+                            shown.advance(nbytes[key] * share)
 
         _in_threads(take_jobs, failures, torch.get_num_threads() if source.in_pieces else 1)
     if failures:
         raise failures[0]
+
+
+def bytes_to_read(source: Pieces) -> dict[str, int]:
+    """Return the number of bytes to read for each entry, those of tied ones under the first key."""
+    return {key: source.bytes_to_read(key) for key in source if source.tied_to(key) == key}
 
 
 def _jobs(

@@ -1,10 +1,8 @@
-"""Building the zoo in the cache directory: whole or not at all, and once."""
+"""Building the zoo: its images, and the training of its models."""
 
 import io
 import json
-import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusion_bench.progress import watched
-from fusion_bench.storage import cache_dir, locked, whole_directory
+from fusion_bench.storage import cache_dir
 from fusion_bench.threads import fixed_threads
-from fusion_bench.zoo import PRETRAINED, tokenizer
+from fusion_bench.zoo import PRETRAINED, built, tokenizer
+from fusion_bench.zoo.built import Advance
 from fusion_bench.zoo.images import SIZE, Split, make
 from fusion_bench.zoo.recipe import Recipe
 from fusion_bench.zoo.tasks import CLASS_NAMES, TASKS, TEMPLATES
@@ -25,11 +23,7 @@ from fusion_bench.zoo.train import MEAN, STD, fade, finetune, new_model, pretrai
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_log = logging.getLogger(__name__)
 _ELEMENTS = 2**20  # of each of the models, more or less
-
-Advance = Callable[[str, int], None]
-"""Called with what is being done, and how many images were seen since the last call."""
 
 
 def ensure(recipe: Recipe) -> Path:
@@ -37,14 +31,16 @@ def ensure(recipe: Recipe) -> Path:
 
     Processes that ask at the same time build it once.
     """
+    samples = recipe.pretrain_steps * recipe.pretrain_batch
+    samples += len(TASKS) * recipe.finetune_steps * recipe.finetune_batch
     root = cache_dir() / "zoo" / recipe.key()
-    if root.is_dir():
-        return root
-    with locked(root):
-        if not root.is_dir():  # another process may have built it while this one waited
-            with whole_directory(root) as scratch, _reporting(root, recipe) as advance:
-                build(scratch, recipe, advance)
-    return root
+    return built.ensure(
+        root,
+        "the zoo of tiny CLIP models",
+        "2 to 3 minutes",
+        samples,
+        lambda scratch, advance: build(scratch, recipe, advance),
+    )
 
 
 def build(root: Path, recipe: Recipe, advance: Advance = lambda phase, images: None) -> None:
@@ -219,25 +215,3 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if datasets_bars:
             datasets.enable_progress_bars()
-
-
-@contextmanager
-def _reporting(root: Path, recipe: Recipe) -> Iterator[Advance]:
-    """Show a bar on a terminal; elsewhere log one line before and one after."""
-    from tqdm import tqdm
-
-    total = recipe.pretrain_steps * recipe.pretrain_batch
-    total += len(TASKS) * recipe.finetune_steps * recipe.finetune_batch
-    started = time.monotonic()
-    shown = watched()
-    if not shown:
-        _log.info("Building the zoo of tiny CLIP models, once, in %s: takes 2 to 3 minutes.", root)
-    with tqdm(total=total, unit=" images", unit_scale=True, disable=not shown, leave=False) as bar:
-
-        def advance(phase: str, images: int) -> None:
-            bar.set_description(f"building the zoo, once: {phase}", refresh=False)
-            bar.update(images)
-
-        yield advance
-    if not shown:
-        _log.info("Built the zoo in %.0f s.", time.monotonic() - started)

@@ -47,7 +47,9 @@ ON_RESULTS = ("compare", "search_winner")
 #: Groups of files that differ in names alone, and refer to nothing outside.
 MANY = ("dataset/", "model/")
 #: What is made without loading anything; the rest is bound to its signature.
-LIGHT = ("method/", "modelpool/", "taskpool/", "fabric/")
+LIGHT = ("method/", "modelpool/", "taskpool/", "fabric/auto")
+#: What refers to the folder of a run.
+IN_A_RUN = ("path/",)
 
 
 def test_there_are_some() -> None:
@@ -108,7 +110,9 @@ def together(registered: None) -> DictConfig:
         return compose(overrides=words)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in HYDRAS_OWN])
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name not in HYDRAS_OWN and not name.startswith(IN_A_RUN)]
+)
 def test_it_composes_and_binds(name: str, together: DictConfig, tmp_path: Path) -> None:
     if name.startswith(MANY):
         config = together[f"n{FILES.index(name)}"]

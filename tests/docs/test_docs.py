@@ -16,6 +16,7 @@ import yaml
 from commandline import compose, fusion_bench
 
 import fusion_bench.method as methods
+from fusion_bench.command import file_as_options
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import instantiate
 from fusion_bench.scripts import verbs
@@ -131,7 +132,7 @@ def test_nav_lists_each_page_once(site):
 
 def test_each_method_is_shown_with_its_yaml():
     pages = "".join(page.read_text("utf-8") for page in METHODS.glob("*.md"))
-    shown = re.findall(r'^--8<-- "(config/method/.*)"$', pages, re.MULTILINE)
+    shown = re.findall(r'^--8<-- "(config/method/.*):2"$', pages, re.MULTILINE)
     there = (CONFIG_DIR / "method").rglob("*.yaml")
     assert sorted(shown) == sorted(p.relative_to(ROOT).as_posix() for p in there)
 
@@ -168,10 +169,20 @@ def test_launch_entry_is_shown_whole():
     assert entry["module"] == "fusion_bench.scripts.cli"
 
 
+def test_the_file_that_is_open_is_run():
+    entries = yaml.safe_load((ROOT / ".vscode" / "launch.json").read_text("utf-8"))
+    run, *others = [e for e in entries["configurations"] if "current config" in e["name"]]
+    assert run["args"] == ["${file}"]
+    for entry in [run, *others]:
+        words = [word.replace("${file}", "/a b/own.yaml") for word in entry["args"]]
+        path, name = file_as_options(words)[1:4:2]
+        assert (path, name) == ("/a b", "own")
+
+
 def test_annotations_match_the_comments_in_the_yaml():
     text = (CONFIG_DIR / "_get_started" / "clip_simple_average.yaml").read_text(encoding="utf-8")
     page = (DOCS / "get_started" / "clip_simple_average.md").read_text(encoding="utf-8")
-    _, notes = page.split('--8<-- "config/_get_started/clip_simple_average.yaml"\n```\n\n')
+    _, notes = page.split('--8<-- "config/_get_started/clip_simple_average.yaml:2"\n```\n\n')
     numbers = re.findall(r"^(\d)\. ", notes.partition("\n\n")[0], re.MULTILINE)
     assert re.findall(r"# \((\d)\)!$", text, re.MULTILINE) == numbers == ["1", "2", "3", "4"]
 

@@ -1,19 +1,27 @@
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from fixtures_llm import metadata, write_bert
+from fixtures_language import letters, tiny
+from fixtures_llm import metadata, write_bert, write_llama
 from huggingface_hub import ModelCard
 from torch import nn
 
 import fusion_bench
 from fusion_bench.method import SimpleAverageAlgorithm
-from fusion_bench.modelpool import HFModelPool
-from fusion_bench.modelpool.card import Origin, model_card, recipe
+from fusion_bench.modelpool import (
+    CausalLMPool,
+    CLIPVisionModelPool,
+    HFModelPool,
+    Seq2SeqLMPool,
+    SequenceClassificationModelPool,
+)
+from fusion_bench.modelpool.card import Origin, model_card, recipe, renamed, usage, with_section
 
 CONFIG: dict[str, Any] = {"method": {"scaling_factor": 0.3}, "seed": None, "list": [1, "zwei ´`"]}
 
@@ -120,3 +128,95 @@ def test_a_node_is_described_as_it_stands_in_the_config(
     assert json.loads(found["sources"]["a"]["source"]) == node
     assert "torch.nn.Linear" in (tmp_path / "m" / "README.md").read_text()
     assert torch.equal(pool.open_saved(tmp_path / "m")["weight"], weights["weight"])
+
+
+def llama(folder: Path) -> None:
+    write_llama(folder, dtype=torch.float32)
+
+
+def chat(folder: Path) -> None:
+    tiny("Llama").save_pretrained(folder)  # type: ignore[operator]
+    letters(chat=True).save_pretrained(folder)
+
+
+def t5(folder: Path) -> None:
+    tiny("T5").save_pretrained(folder)  # type: ignore[operator]
+    letters().save_pretrained(folder)
+
+
+def classifier(folder: Path) -> None:
+    write_bert(folder, model_class="BertForSequenceClassification", id2label={0: "no", 1: "yes"})
+
+
+KINDS: list[tuple[Any, Any, dict[str, str], str, str]] = [
+    (CausalLMPool, llama, {}, "AutoModelForCausalLM", ""),
+    (CausalLMPool, chat, {}, "apply_chat_template", ""),
+    (Seq2SeqLMPool, t5, {}, "AutoModelForSeq2SeqLM", ""),
+    (SequenceClassificationModelPool, write_bert, {}, "AutoModel\\b", r"torch.Size\(\[1, \d, 12"),
+    (
+        HFModelPool,
+        classifier,
+        {"model_class": "AutoModelForSequenceClassification"},
+        "AutoModelForSequenceClassification",
+        "^(no|yes)$",
+    ),
+    (CLIPVisionModelPool, None, {}, "CLIPVisionModel", r"torch.Size\(\[1, \d+\]\)"),
+]
+
+
+@pytest.mark.parametrize(("pool", "write", "more", "uses", "prints"), KINDS)
+def test_the_code_of_a_card_runs(
+    pool: Any,
+    write: Any,
+    more: dict[str, str],
+    uses: str,
+    prints: str,
+    family: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = {"a": family / "models" / "base"}
+    if write is not None:
+        write(tmp_path / "a")
+        models = {"a": tmp_path / "a"}
+    made = pool(models, **more)
+    made.save_model(made.weights("a"), tmp_path / "merged")
+    code = (tmp_path / "merged" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert re.search(uses, code)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert re.search(prints, capsys.readouterr().out)
+
+
+def test_a_section_replaces_its_own_kind_alone() -> None:
+    card = model_card("m", made(a=Origin("x")), 'name = "m"')
+    once = with_section(card, "Results", "| a |")
+    assert once.index("## Usage") < once.index("## Results\n\n| a |\n\n## Recipe")
+    mine = once.replace("# m\n", "# Mine\n\nMy words.\n")
+    twice = with_section(mine, "Results", "| b |")
+    assert twice == mine.replace("| a |", "| b |")
+    assert with_section("# Bare\n", "Results", "x").endswith("## Results\n\nx\n\n")
+
+
+def test_the_code_of_a_card_is_renamed() -> None:
+    card = model_card("m", made(a=Origin("x")), 'name = "m"\nother = "m"')
+    assert 'name = "o/n"\nother = "m"' in renamed(card, "o/n")
+
+
+def test_the_page_shows_code_that_runs(family: Path, tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "after_merging.md"
+    causal, clip = re.findall(r"```py\n(.*?)\n```", page.read_text("utf-8"), re.DOTALL)
+    assert causal == usage("merged", {"architectures": ["LlamaForCausalLM"]}, ["tokenizer.json"])
+    pool = CLIPVisionModelPool({"a": family / "models" / "a"})
+    pool.save_model(pool.weights("a"), tmp_path / "merged")
+    for name, place in {
+        "openai/clip-vit-base-patch32": family / "models" / "base",
+        "merged": tmp_path / "merged",
+    }.items():
+        clip = clip.replace(f'"{name}"', f'"{place}"')
+    made: dict[str, Any] = {}
+    exec(compile(clip, "page", "exec"), made)
+    inside, own = made["clip"].vision_model.state_dict(), made["merged"].state_dict()
+    assert all(torch.equal(inside[key], own[key]) for key in own) and own

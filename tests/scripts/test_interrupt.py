@@ -11,6 +11,7 @@ import pytest
 DRIVER = """
 import hashlib, multiprocessing, os, sys, threading, time
 from pathlib import Path
+from fusion_bench.progress import kept
 from fusion_bench.scripts.process import plain_messages
 from fusion_bench.scripts.interrupt import interruptible
 from fusion_bench.storage import whole_directory
@@ -27,6 +28,15 @@ def writing():
 def in_one_long_operation():
     ready()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+def of_which_something_is_kept():
+    with kept(lambda: "It is in the cache."):
+        ready()
+        time.sleep(600)
+
+def in_one_long_operation_of_which_something_is_kept():
+    with kept(lambda: "It is in the cache."):
+        in_one_long_operation()
 
 def with_a_thread_that_goes_on():
     threading.Thread(target=time.sleep, args=(600,)).start()
@@ -86,6 +96,19 @@ def test_it_ends_and_leaves_nothing(
     if what == "with_a_child":
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "child").read_text()), 0)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "what", ["of_which_something_is_kept", "in_one_long_operation_of_which_something_is_kept"]
+)
+def test_it_says_once_what_is_kept(what: str, tmp_path: Path) -> None:
+    process = begin(what, tmp_path)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    told = "fusion_bench: Interrupted. It is in the cache.\n"
+    assert (process.returncode, out, err) == (130, "", told)
 
 
 @pytest.mark.processes

@@ -147,7 +147,8 @@ def test_a_mistake_in_the_grid_is_told_before_anything_runs(conf: Path) -> None:
     ]:
         done = sweep(conf, word)
         assert done.returncode == 2 and culprit in done.stderr
-        assert done.stderr.count("\n") == 1
+        first, *others = done.stderr.splitlines()
+        assert first.startswith("fusion_bench: ") and all(line[:2] == "  " for line in others)
         assert not list(conf.parent.glob("multirun/*/*/report.json"))
 
 

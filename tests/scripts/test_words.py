@@ -67,3 +67,41 @@ def test_they_are_composed_in_the_place_of_others(tmp_path: Path) -> None:
     assert several[0] == 2 and several[1].count("\n    adamerging/") == 3
     assert len(several[1]) < 600
     assert yaml.safe_load(empty[1])["modelpool"]["models"] == {"x": "a/x", "y": "b/y"}
+
+
+OWN = """
+_target_: fusion_bench.programs.FabricModelFusionProgram
+_recursive_: false
+method: {_target_: fusion_bench.method.WeightedAverageAlgorithm, weights: [1, 2]}
+modelpool: {_target_: fusion_bench.modelpool.HFModelPool, models: {a: x, b: y}}
+"""
+COPIED = """
+defaults: [fabric_model_fusion, {override method: ties_merging}, _self_]
+method: {threshold: 5}
+"""
+LISTED = """
+defaults: [{method: ties_merging}, _self_]
+method: {threshold: 5}
+modelpool: {_target_: fusion_bench.modelpool.HFModelPool, models: {a: x, b: y}}
+"""
+
+
+def test_a_method_is_chosen_where_a_file_has_its_own(tmp_path: Path) -> None:
+    for name, text in {"own": OWN, "copied": COPIED, "listed": LISTED}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    cases = {
+        ("own", "ties"): ("TiesMergingAlgorithm", 20),
+        ("own", "average"): ("SimpleAverageAlgorithm", None),
+        ("copied", "ties"): ("TiesMergingAlgorithm", 5),  # its options are for that method
+        ("copied", "average"): ("SimpleAverageAlgorithm", None),
+        ("listed", "ties"): ("TiesMergingAlgorithm", 5),
+        ("listed", "average"): ("SimpleAverageAlgorithm", None),
+    }
+    commands = [[str(tmp_path / f"{file}.yaml"), f"method={method}"] for file, method in cases]
+    for (target, threshold), (code, text) in zip(
+        cases.values(), compose(commands, tmp_path), strict=True
+    ):
+        assert code == 0 and "warn" not in text.lower(), text
+        node = yaml.safe_load(text)["method"]
+        assert node["_target_"] == f"fusion_bench.method.{target}"
+        assert node.get("threshold") == threshold and "weights" not in node

@@ -25,6 +25,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.progress import SAMPLES, step
 from fusion_bench.results import SampleScores, store
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
@@ -98,6 +99,15 @@ def test_what_was_evaluated_is_not_evaluated_again(
     assert evaluate.built == 1
     assert answers(first) == answers(second) == answers(evaluate(cache=False))
     assert "'model' was evaluated before on a" in caplog.text
+
+
+def test_progress_counts_samples_and_tells_known_ones_apart(
+    evaluate: Evaluator, data: Dataset
+) -> None:
+    for skipped in (0, len(data)):
+        with step("evaluating", 1000, SAMPLES) as work:
+            evaluate()
+            assert (work.done, work.skipped) == (len(data), skipped)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from fixtures_weights import all_bits, total, weights
 from torch import Tensor, nn
 
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.progress import step
 from fusion_bench.weights import TensorWeights, in_memory, into_module, merge, stream
+from fusion_bench.weights.stream import bytes_to_read
 
 
 def consumed(source: TensorWeights, piece: int) -> list[tuple[str, int, list[float]]]:
@@ -102,10 +104,13 @@ def test_what_was_noticed_is_said_at_the_end() -> None:
     assert seen == ["a"]
 
 
-def test_progress_does_not_change_the_result(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_the_bytes_and_does_not_change_the_result() -> None:
     model = weights(a=torch.rand(9), b=torch.empty(0), c=1)
     shown = merge({"m": model, "n": model}, total, elementwise=True, show_progress=True)
-    assert all_bits(in_memory(shown)) == all_bits(merge({"m": model, "n": model}, total))
+    with step("fusing", 200, "B") as work:
+        result = in_memory(shown)
+        assert work.done == sum(bytes_to_read(shown).values()) == 2 * 9 * 4 + 8
+    assert all_bits(result) == all_bits(merge({"m": model, "n": model}, total))
 
 
 def test_a_copy_in_memory_is_its_own() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -20,11 +21,16 @@ from fusion_bench import zoo
 from fusion_bench.method.checks import threads
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.zoo import build
+from fusion_bench.zoo.dense.recipe import DenseRecipe
+from fusion_bench.zoo.language import RECIPES
 from fusion_bench.zoo.recipe import Recipe
 
 SMALL = Recipe(
     width=32, layers=1, pretrain_steps=2, pretrain_batch=16, finetune_steps=1, finetune_batch=8
 )
+
+#: The logger of what is told of a build.
+TOLD_BY = "fusion_bench.zoo.built"
 
 #: Draws each task's images once for all tests; that they are always the same is tested elsewhere.
 make = cache(build.make)
@@ -147,6 +153,20 @@ def test_another_recipe_has_another_place() -> None:
     assert SMALL.key() != Recipe().key()
 
 
+def test_what_is_told_of_a_build_has_no_part_in_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def recorded(path: Path, read_bytes: Callable[[Path], bytes] = Path.read_bytes) -> bytes:
+        read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", recorded)
+    for recipe in (Recipe(), DenseRecipe(), RECIPES["t5-tiny"]):
+        read.clear()
+        recipe.key()
+        assert {"build.py", "train.py"} <= set(read) and "built.py" not in read
+
+
 @pytest.mark.parametrize(
     ("call", "hint"),
     [
@@ -243,7 +263,7 @@ def test_without_a_terminal_it_logs_two_lines(
 ) -> None:
     with caplog.at_level(logging.INFO):
         root = build.ensure(SMALL)
-    mine = [record.getMessage() for record in caplog.records if record.name == build.__name__]
+    mine = [record.getMessage() for record in caplog.records if record.name == TOLD_BY]
     assert len(mine) == 2
     assert str(root) in mine[0]
     assert "100%" not in capfd.readouterr().err

@@ -25,6 +25,8 @@ VERBS: Mapping[str, str] = {
     "reproduce": "run a report's config again, and compare every figure",
     "verify": "check a merged model's files against its report",
     "new": "start a method of your own: a module, its YAML and its test",
+    "push": "upload a merged model to the Hugging Face Hub",
+    "schema": "write the JSON schemas that an editor checks YAMLs by",
     "completion": "complete words in bash, zsh or fish",
     "cache": "show what is kept between runs, and prune it",
 }

@@ -61,13 +61,11 @@ def copied(entry: "Entry", file: Path) -> str:
         FusionBenchError: an entry that is one model.
     """
     from fusion_bench.catalog import text_of
-    from fusion_bench.configs import CONFIG_DIR
+    from fusion_bench.configs import schema_line
 
-    schema = f"# yaml-language-server: $schema={CONFIG_DIR / 'schema' / 'config.json'}\n"
     if entry.kind == "configs":
-        lines = text_of(entry).splitlines(keepends=True)
-        return schema + "".join(line for line in lines if not line.startswith("# yaml-language-"))
-    return schema + "\n".join(_whole(entry, file)) + "\n"
+        return f"{schema_line(file)}\n{text_of(entry)}"
+    return "\n".join([schema_line(file), *_whole(entry, file)]) + "\n"
 
 
 def _whole(entry: "Entry", file: Path) -> Iterator[str]:

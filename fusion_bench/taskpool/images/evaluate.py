@@ -40,7 +40,7 @@ def evaluate(
         images: the images.
         samples: which of them are evaluated, in ascending order.
         loading: how they come to the model.
-        description: what the progress bar says.
+        description: what is being done, for messages.
         batch_limit: how many images fit into memory at once.
 
     Raises:
@@ -86,7 +86,7 @@ def measured(
         images: the images.
         samples: which of them are evaluated.
         loading: how they come to the model.
-        description: what the progress bar says.
+        description: what is being done, for messages.
         batch_limit: how many images fit into memory at once.
 
     Raises:
@@ -112,7 +112,7 @@ def measured(
         return measure(outputs, places)
 
     with torch.inference_mode(), closing(loaded):
-        shown = bar(loaded, description, total=len(steps), unit="batch")
+        shown = bar(loaded, "", total=len(steps), unit="batches")
         for step, pixels in zip(steps, shown, strict=True):
             done = 0
             while done < len(step):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusion_bench.memory import out_of_memory
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.progress import bar
+from fusion_bench.progress import step
 from fusion_bench.results import RequestStore
 from fusion_bench.taskpool.language.encoding import Encoder
 from fusion_bench.taskpool.language.forward import Forward, Row
@@ -258,7 +258,7 @@ class LanguageModel:
         ordered = sorted(items, key=length, reverse=True)
         mine = ordered[how.fabric.global_rank :: how.fabric.world_size]
         size = how.loading.batch_size
-        with bar(mine, how.progress, total=len(mine), unit="request") as shown:
+        with step("", len(mine), "requests") as shown:
             done = 0
             while done < len(mine):
                 part = mine[done : done + how.batch_limit.size(size)]
@@ -273,7 +273,7 @@ class LanguageModel:
                     continue
                 keep(part, found)
                 done += len(part)
-                shown.update(len(part))
+                shown.advance(len(part))
         how.batch_limit.agree(how.fabric)
 
     def _log_likelihoods(

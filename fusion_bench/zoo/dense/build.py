@@ -1,9 +1,7 @@
-"""Building the dense family in the cache directory: whole or not at all, and once."""
+"""Building the dense family: its scenes, and the training of its models."""
 
 import io
 import json
-import logging
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
@@ -16,9 +14,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 from torch.optim import AdamW
 
 from fusion_bench.patch_head import PatchHead
-from fusion_bench.storage import locked, whole_directory
-from fusion_bench.zoo import PRETRAINED, model_path
+from fusion_bench.zoo import PRETRAINED, built, model_path
 from fusion_bench.zoo.build import _image_processor, _own_torch, _quiet
+from fusion_bench.zoo.built import Advance
 from fusion_bench.zoo.dense import CLASSES, DATASET, FAMILY, TASKS, columns, place
 from fusion_bench.zoo.dense.recipe import DenseRecipe
 from fusion_bench.zoo.dense.scenes import Scenes, make
@@ -29,7 +27,6 @@ from fusion_bench.zoo.train import MEAN, STD, _rates, _step
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
 
-_log = logging.getLogger(__name__)
 _CHANNELS = {"segmentation": len(CLASSES), "depth": 1, "normals": 3}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -44,23 +41,28 @@ def ensure(recipe: DenseRecipe) -> Path:
     if root.is_dir():
         return root
     base = model_path(PRETRAINED, recipe.base)
-    with locked(root):
-        if not root.is_dir():  # another process may have built it while this one waited
-            started = time.monotonic()
-            _log.info("Building the zoo's dense tasks, once, in %s: takes about a minute.", root)
-            with whole_directory(root) as scratch:
-                build(scratch, base, recipe)
-            _log.info("Built the zoo's dense tasks in %.0f s.", time.monotonic() - started)
-    return root
+    return built.ensure(
+        root,
+        "the zoo's dense tasks",
+        "about a minute",
+        len(TASKS) * (recipe.probe_steps + recipe.finetune_steps) * recipe.batch,
+        lambda scratch, advance: build(scratch, base, recipe, advance),
+    )
 
 
-def build(root: Path, base: Path, recipe: DenseRecipe) -> None:
+def build(
+    root: Path,
+    base: Path,
+    recipe: DenseRecipe,
+    advance: Advance = lambda task, samples: None,
+) -> None:
     """Write the dataset and all models below ``root``, an empty directory.
 
     Args:
         root: the directory.
         base: that of the pretrained model.
         recipe: how to train.
+        advance: is told what is being done.
     """
     from transformers import CLIPVisionModel
 
@@ -73,7 +75,7 @@ def build(root: Path, base: Path, recipe: DenseRecipe) -> None:
         for task in TASKS:
             generator = torch.Generator().manual_seed(recipe.base.seed)
             targets = torch.from_numpy(getattr(scenes["train"], task))
-            head, tuned = train(task, encoder, images, targets, recipe, generator)
+            head, tuned = train(task, encoder, images, targets, recipe, generator, advance)
             directory = root / "models" / f"{FAMILY}_{task}"
             tuned.save_pretrained(directory)
             _image_processor().save_pretrained(directory)
@@ -88,6 +90,7 @@ def train(
     targets: Tensor,
     recipe: DenseRecipe,
     generator: torch.Generator,
+    advance: Advance = lambda task, samples: None,
 ) -> tuple[PatchHead, "CLIPVisionModel"]:
     """Return a head, trained on the features of ``encoder``, and an encoder fine-tuned under it.
 
@@ -100,6 +103,7 @@ def train(
         targets: an answer for each of their pixels.
         recipe: how to train.
         generator: draws the batches.
+        advance: is told what is being done.
     """
     head = PatchHead(encoder.config.hidden_size, _CHANNELS[task], encoder.config.patch_size)
     with torch.no_grad():
@@ -111,6 +115,7 @@ def train(
             batch = torch.randint(len(inputs), (recipe.batch,), generator=generator)
             found = inputs[batch] if module is head else features(tuned, inputs[batch])
             _step([optimizer], _LOSSES[task](head(found), targets[batch]), share)
+            advance(task, recipe.batch)
 
     tuned = deepcopy(encoder).train()
     fit(head, known, recipe.probe_steps, recipe.probe_rate, 0)

@@ -1,24 +1,17 @@
-"""Building a family in the cache directory: whole or not at all, and once."""
+"""Building a family: the training of its models."""
 
 import json
-import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fusion_bench.progress import watched
-from fusion_bench.storage import locked, whole_directory
+from fusion_bench.zoo import built
 from fusion_bench.zoo.build import _own_torch, _quiet
+from fusion_bench.zoo.built import Advance
 from fusion_bench.zoo.language import encoders, place, writers
 from fusion_bench.zoo.language.names import TASKS
 from fusion_bench.zoo.language.recipe import LanguageRecipe
-from fusion_bench.zoo.language.train import Advance
-
-_log = logging.getLogger(__name__)
 
 
 def ensure(family: str, recipe: LanguageRecipe) -> Path:
@@ -26,14 +19,16 @@ def ensure(family: str, recipe: LanguageRecipe) -> Path:
 
     Processes that ask at the same time build it once.
     """
+    samples = recipe.pretrain_steps * recipe.pretrain_batch
+    samples += len(TASKS[family]) * recipe.finetune_steps * recipe.finetune_batch
     root = place(family, recipe)
-    if root.is_dir():
-        return root
-    with locked(root):
-        if not root.is_dir():  # another process may have built it while this one waited
-            with whole_directory(root) as scratch, _reporting(root, family, recipe) as advance:
-                build(scratch, family, recipe, advance)
-    return root
+    return built.ensure(
+        root,
+        f"the zoo's {family} models",
+        "1 to 2 minutes",
+        samples,
+        lambda scratch, advance: build(scratch, family, recipe, advance),
+    )
 
 
 def build(
@@ -56,25 +51,3 @@ def build(
             model.save_pretrained(directory)
             tokens.save_pretrained(directory)
     (root / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-
-
-@contextmanager
-def _reporting(root: Path, family: str, recipe: LanguageRecipe) -> Iterator[Advance]:
-    """Show a bar on a terminal; elsewhere log one line before and one after."""
-    from tqdm import tqdm
-
-    total = recipe.pretrain_steps * recipe.pretrain_batch
-    total += len(TASKS[family]) * recipe.finetune_steps * recipe.finetune_batch
-    started = time.monotonic()
-    shown = watched()
-    if not shown:
-        _log.info("Building the zoo's %s models, once, in %s: takes 1 to 2 minutes.", family, root)
-    with tqdm(total=total, unit=" samples", unit_scale=True, disable=not shown, leave=False) as bar:
-
-        def advance(phase: str, samples: int) -> None:
-            bar.set_description(f"building {family}, once: {phase}", refresh=False)
-            bar.update(samples)
-
-        yield advance
-    if not shown:
-        _log.info("Built the zoo's %s models in %.0f s.", family, time.monotonic() - started)

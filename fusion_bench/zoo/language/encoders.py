@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss, pad
 from torch.optim import AdamW
 
+from fusion_bench.zoo.built import Advance
 from fusion_bench.zoo.language import tokenizer
 from fusion_bench.zoo.language.models import new_bert
 from fusion_bench.zoo.language.names import CLASS_NAMES, SCORED, TASKS
 from fusion_bench.zoo.language.recipe import LanguageRecipe
 from fusion_bench.zoo.language.tables import rows, target_column, text_columns
-from fusion_bench.zoo.language.train import Advance, Batch, fit, optimizers, some
+from fusion_bench.zoo.language.train import Batch, fit, optimizers, some
 
 if TYPE_CHECKING:
     from transformers import (

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 """What a model is called with: token ids, attention mask and labels, a row for each sample."""
 
-Advance = Callable[[str, int], None]
-"""Called with what is being done, and how many samples were seen since the last call."""
-
 IGNORED = -100
 """The label of what the loss does not count."""
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from fusion_bench.zoo.built import Advance
 from fusion_bench.zoo.language import tokenizer
 from fusion_bench.zoo.language.models import new_llama, new_t5
 from fusion_bench.zoo.language.names import GENERATION, PROSE
 from fusion_bench.zoo.language.questions import Question
 from fusion_bench.zoo.language.recipe import LanguageRecipe
 from fusion_bench.zoo.language.tables import questions, rows
-from fusion_bench.zoo.language.train import IGNORED, Advance, Batch, fit, optimizers, some
+from fusion_bench.zoo.language.train import IGNORED, Batch, fit, optimizers, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
