@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.base import aligned
 from fusion_bench.method.contract import Data, ModelPool, Split
 from fusion_bench.method.data import (
@@ -65,6 +66,7 @@ class AdaMergingAlgorithm(LearningAlgorithm):
     needs_own_data = True
     needs_pretrained = True
 
+    @keeps_arguments
     def __init__(
         self,
         granularity: Granularity = "layer",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.contract import (
     Comparing,
     Data,
@@ -90,6 +91,7 @@ class TensorwiseAlgorithm:
     show_pbar = True
     inplace = False
 
+    @keeps_arguments
     def __init__(self, show_pbar: bool = True, inplace: bool = False):
         self.show_pbar = show_pbar
         self.inplace = inplace

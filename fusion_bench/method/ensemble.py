@@ -10,6 +10,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.base import ModuleDict
 from fusion_bench.method.contract import Data, ModelPool, Needs, Saving
 from fusion_bench.problems import FusionBenchError, check_choice, check_one_each
@@ -147,6 +148,7 @@ class EnsembleAlgorithm:
 
     needs = Needs(weights=False)
 
+    @keeps_arguments
     def __init__(self, of: Of = "outputs"):
         check_choice("of", of, Of)
         self.of = of
@@ -201,6 +203,7 @@ class SimpleEnsembleAlgorithm(EnsembleAlgorithm):
             or their classifiers' ``logits``, ``probabilities`` or ``log_probabilities``.
     """
 
+    @keeps_arguments
     def __init__(self, of: Of = "outputs"):
         super().__init__(of)
 
@@ -218,6 +221,7 @@ class WeightedEnsembleAlgorithm(EnsembleAlgorithm):
         of: as in ``SimpleEnsembleAlgorithm``.
     """
 
+    @keeps_arguments
     def __init__(
         self, weights: Sequence[float] | None = None, normalize: bool = True, of: Of = "outputs"
     ):
@@ -263,5 +267,6 @@ class MaxModelPredictorAlgorithm(EnsembleAlgorithm):
             features says nothing about confidence.
     """
 
+    @keeps_arguments
     def __init__(self, of: Of = "logits"):
         super().__init__(of)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.contract import Data, ModelPool, Split, TaskData
 from fusion_bench.method.data import (
     LearningAlgorithm,
@@ -66,6 +67,7 @@ class FisherMergingAlgorithm(LearningAlgorithm):
 
     needs_own_data = True
 
+    @keeps_arguments
     def __init__(
         self,
         exclude_param_names_regex: Sequence[str] = (),

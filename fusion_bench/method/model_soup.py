@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.adamerging import Mixture, per_key
 from fusion_bench.method.base import aligned
 from fusion_bench.method.contract import Data, ModelPool, Split
@@ -50,6 +51,7 @@ class GreedySoupAlgorithm(LearningAlgorithm):
 
     uses_labels = True
 
+    @keeps_arguments
     def __init__(self, accept_equal: bool = False, split: Split = "validation"):
         check_choice("split", split, Split)
         self.accept_equal = accept_equal
@@ -141,6 +143,7 @@ class LearnedSoupAlgorithm(LearningAlgorithm):
 
     uses_labels = True
 
+    @keeps_arguments
     def __init__(
         self,
         granularity: Granularity = "model",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.contract import Data, ModelPool, Split, TaskData
 from fusion_bench.method.data import (
     LearningAlgorithm,
@@ -51,6 +52,7 @@ class RegMeanAlgorithm(LearningAlgorithm):
 
     needs_own_data = True
 
+    @keeps_arguments
     def __init__(
         self,
         num_regmean_examples: int | None = 256,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.huggingface import HFModelPool
 from fusion_bench.weights import MergePolicy
 
@@ -19,6 +20,7 @@ class CausalLMPool(HFModelPool):
         train_datasets: as in ``HFModelPool``; so are the other datasets.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         models: Mapping[str, Any],

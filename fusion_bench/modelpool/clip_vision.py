@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.agreement import PREPROCESSOR
 from fusion_bench.modelpool.directory import tell_what_is_left
 from fusion_bench.modelpool.huggingface import HFModelPool
@@ -37,6 +38,7 @@ class CLIPVisionModelPool(HFModelPool):
     _part = "vision_config"
     _config_class = "CLIPVisionConfig"
 
+    @keeps_arguments
     def __init__(
         self,
         models: Mapping[str, Any],

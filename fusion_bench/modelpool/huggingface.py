@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.agreement import (
     PREPROCESSOR,
     Found,
@@ -48,13 +49,14 @@ from fusion_bench.weights import (
     TensorWeights,
     Weights,
     check_size,
+    in_memory,
     is_special,
     open_repository,
 )
 from fusion_bench.weights.config import vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class HFModelPool:
     #: What reads the config of a model that is built.
     _config_class = "AutoConfig"
 
+    @keeps_arguments
     def __init__(
         self,
         models: Mapping[str, Any],
@@ -351,15 +354,32 @@ class HFModelPool:
             refuse_incomplete(f"'{whole.name}'", info)
         return module
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> "PreTrainedModel":
+    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Return a module of the reference's architecture with these weights.
 
-        Nothing is initialised to be thrown away, and tensors are taken over as they are.
+        Nothing is initialised to be thrown away, and tensors are taken over as they are. A module
+        that transformers did not make is copied.
 
         Raises:
-            FusionBenchError: weights that are not all of the model's.
+            FusionBenchError: weights that are not all of the model's, or no config.
         """
+        if self._source(self._reference).config() is None:
+            return self._copy(weights)
         return build(self.model_class, weights, self._config_for(self._reference))
+
+    def _copy(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a copy of the reference's module with these weights."""
+        module = self._source(self._reference).load()
+        if module is None:
+            raise FusionBenchError(
+                "it has no config.json, which tells how a module is built.",
+                "Put it beside the weights, or save the merged weights instead.",
+                place=("models", self._reference),
+            )
+        if self.policy.torch_dtype is not None:
+            module.to(self.policy.torch_dtype)
+        module.load_state_dict(in_memory(weights) if isinstance(weights, Weights) else weights)
+        return module
 
     def _with_config(self, name: str) -> str:
         """Return whose config a model is built with: its own where it has one.

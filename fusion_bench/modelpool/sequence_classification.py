@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.huggingface import HFModelPool
 from fusion_bench.weights import MergePolicy
 
@@ -23,6 +24,7 @@ class SequenceClassificationModelPool(HFModelPool):
         test_datasets: likewise.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         models: Mapping[str, Any],

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from fusion_bench.instantiate import SharedObjects
-from fusion_bench.method.contract import FusionMethod, Saving
+from fusion_bench.method.contract import Saving
 from fusion_bench.method.plain import class_name
 from fusion_bench.plan import Plan
 from fusion_bench.problems import EnvironmentProblem, within
@@ -53,12 +53,13 @@ class Savable(Protocol):
         """Write the directory atomically."""
 
 
-def execute(prepared: Prepared, plan: Plan) -> Report:
+def execute(prepared: Prepared, plan: Plan, *, prints: bool = True) -> Report:
     """Fuse, evaluate, save and print.
 
     Args:
         prepared: the objects of the run, all available.
         plan: the plan; its notes go into the report.
+        prints: print the comparison.
 
     Raises:
         FusionBenchError: what shows only now: a damaged file, memory or a disk that is full.
@@ -67,14 +68,17 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     run.quiet()
     for note in run.notes:
         log.warning("%s", note)
-    merged, method = ", ".join(run.modelpool.model_names), class_name(run.settings[0].method)
-    log.info("Merging %s with %s", merged, method)
+    names = ", ".join(run.modelpool.model_names)
+    if run.settings:
+        log.info("Merging %s with %s", names, class_name(run.settings[0].method))
+    else:
+        log.info("Evaluating %s", names)
     with kept(run.what_is_kept), run.paths.claimed():
         report, scores = launch(run.fabric, run.fuse_and_evaluate)
         # Where processes were started by us, this one is their parent.
         if run.fabric.global_rank == 0:
             with plain_failures(), Clock().measure("report"):
-                publish(report, scores, run.spec.output_dir, run.paths.report_path)
+                publish(report, scores, run.spec.output_dir, run.paths.report_path, prints)
                 if run.paths.model_path is not None and report.tasks:
                     add_results(run.paths.model_path, report)
             run.paths.finished()
@@ -89,10 +93,28 @@ def execute(prepared: Prepared, plan: Plan) -> Report:
     return report
 
 
+def fused_modules(prepared: Prepared, plan: Plan) -> dict[str, nn.Module]:
+    """Fuse in this process and return the merged models by name; nothing is saved or evaluated.
+
+    Args:
+        prepared: the objects of the run, all available.
+        plan: the plan.
+
+    Raises:
+        FusionBenchError: as ``execute``, and models without a config to make a module by.
+    """
+    run = _complete(prepared, plan)
+    quiet_libraries()
+    for note in run.notes:
+        log.warning("%s", note)
+    with plain_failures():
+        return run.fuse_alone(run.fabric)
+
+
 def _complete(prepared: Prepared, plan: Plan) -> "_Run":
     """Return the prepared objects as a complete run."""
     made = prepared
-    assert made.modelpool is not None and made.settings and made.fabric is not None
+    assert made.modelpool is not None and made.fabric is not None
     return _Run(
         made.spec,
         made.shared,
@@ -109,7 +131,7 @@ def _complete(prepared: Prepared, plan: Plan) -> "_Run":
 
 @dataclass(frozen=True)
 class _Run:
-    """A run with all its objects."""
+    """A run with all its objects; without ``settings`` nothing is merged."""
 
     spec: FusionSpec
     shared: SharedObjects
@@ -127,7 +149,7 @@ class _Run:
         self.quiet()  # again, for a process that was spawned
         self._seed_everything(fabric)
         clock = Clock(fabric.global_rank == 0)
-        chosen = self.settings[0]
+        chosen = self.settings[0] if self.settings else None
         evaluator = self._evaluator(fabric)
         with clock.measure("load"):
             if self.taskpool is not None:
@@ -139,7 +161,7 @@ class _Run:
                 searched = self.search.learned.data(
                     self.modelpool, self.taskpool, fabric, self.spec.allow_test_split
                 )
-            data = self._data(chosen.method, fabric)
+            data = self._data(chosen, fabric)
         if (done := self._earlier_result(inputs, data, searched, fabric)) is not None:
             return done
         self._seed_everything(fabric)  # again: what was loaded before need not have been loaded now
@@ -148,11 +170,11 @@ class _Run:
             with clock.measure("search"):
                 search = self._search(searched, fabric)
             chosen = self.settings[search.winner]
-            data = self._data(chosen.method, fabric)
+            data = self._data(chosen, fabric)
         evaluated = search is None or search.judge_test
-        with clock.measure("fuse"):
+        with clock.measure("fuse", says=chosen is not None):
             wanted = evaluated or self.paths.model_path is not None
-            merged = self._fuse(fabric, chosen, data, search) if wanted else {}
+            merged = self._fuse(fabric, chosen, data, search) if chosen and wanted else {}
         with clock.measure("evaluate", says=evaluated and self.taskpool is not None):
             if evaluated:
                 self._evaluate(evaluator, merged, fabric, inputs)
@@ -168,7 +190,7 @@ class _Run:
                 self.spec.seed,
                 Seconds(**clock.seconds, total=clock.total()),
                 inputs,
-                describe_tuning(chosen.method, self.taskpool, data),
+                None if chosen is None else describe_tuning(chosen.method, self.taskpool, data),
                 search,
                 self._all_notes(),
             ),
@@ -179,6 +201,19 @@ class _Run:
         report.comparisons = compare_contenders(report, evaluator.scores)
         self._take_examples(report, evaluator.scores)
         return report, evaluator.scores
+
+    def fuse_alone(self, fabric: Fabric) -> dict[str, nn.Module]:
+        """Return the merged models by name, in eval mode."""
+        self._seed_everything(fabric)
+        chosen = self.settings[0]
+        data = self._data(chosen, fabric)
+        self._seed_everything(fabric)
+        with chosen.located(keyed_only=True):
+            merged = fuse(chosen.method, self.modelpool, fabric, data)
+            return {
+                name: model if isinstance(model, nn.Module) else self.modelpool.build_model(model)
+                for name, model in merged.items()
+            }
 
     def what_is_kept(self) -> str:
         """Return what is kept of the run while it is not done, and how to go on."""
@@ -250,9 +285,11 @@ class _Run:
         if self.spec.seed is not None:
             fabric.seed_everything(self.spec.seed, verbose=False)
 
-    def _data(self, method: FusionMethod, fabric: Fabric) -> TuningData:
+    def _data(self, chosen: Setting | None, fabric: Fabric) -> TuningData:
+        if chosen is None:
+            return None
         allowed, places = self.spec.allow_test_split, self.spec.places
-        return tuning_data(method, self.modelpool, self.taskpool, fabric, allowed, places)
+        return tuning_data(chosen.method, self.modelpool, self.taskpool, fabric, allowed, places)
 
     def _search(self, data: TuningData, fabric: Fabric) -> Search:
         """Search the method's options; the random state is restored afterwards."""

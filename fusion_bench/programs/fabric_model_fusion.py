@@ -21,7 +21,8 @@ class FabricModelFusionProgram:
     """Merges a model pool with a method and evaluates the result and its inputs.
 
     Args:
-        method: the fusion method, as config node or object; so are the next four.
+        method: the fusion method, as config node or object; so are the next four. With ``None``
+            nothing is merged, and the models alone are evaluated.
         modelpool: the models.
         taskpool: the tasks; without it nothing is evaluated.
         fabric: ``lightning.Fabric``'s arguments; by default one process on the best device.

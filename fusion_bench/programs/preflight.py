@@ -92,7 +92,8 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
         if id(taskpool) not in planned:
             planned[id(taskpool)] = taskpool.plan(scratch)
         plan.take(planned[id(taskpool)], *places.taskpool)
-    if modelpool is not None and taskpool is not None:
+    merges = bool(run.settings) or run.spec.method is not None
+    if modelpool is not None and taskpool is not None and merges:
         names = modelpool.model_names
         with plan.collect(*places.taskpool):
             check_owners(taskpool, names)
@@ -294,8 +295,8 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
         device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
     if taskpool is not None:
-        evaluated = "the merged model"
-        if prepared.spec.baselines != "none":
+        evaluated = "the merged model" if settings else "the models"
+        if settings and prepared.spec.baselines != "none":
             evaluated += " and its inputs"
         plan.add(Step("evaluate", f"{evaluated}, on {_count(len(taskpool.task_names), 'task')}"))
     if (path := prepared.paths.model_path) is not None:

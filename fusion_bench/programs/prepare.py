@@ -87,9 +87,12 @@ def prepare(spec: FusionSpec, shared: SharedObjects, known: Sequence[Problem] = 
         made.search = as_search(instantiate(_lazily(spec.search), "search"))
     with collect(*spec.places.method):
         check_part(spec.method, "method")
-        if made.search is None:
+        if made.search is None and spec.method is not None:
             method = as_method(instantiate(seeded(spec.method, spec.seed), "method"))
             made.settings = [Setting(method, spec.places.method)]
+    with collect():
+        if made.search is None and spec.method is None:
+            _check_evaluation(spec)
     with collect():
         if made.search is not None:
             made.settings = made.search.settings(plain(seeded(spec.method, spec.seed)))
@@ -131,6 +134,23 @@ def prepare_pools(made: Prepared) -> None:
                 raise ConfigError("needs an output_dir.", place=("save_predictions",))
             if made.modelpool is not None and isinstance(made.taskpool, ReadsTexts):
                 made.taskpool = made.taskpool.with_tokenizer(made.modelpool.tokenizer)
+
+
+def _check_evaluation(spec: FusionSpec) -> None:
+    """Refuse a run that neither merges nor evaluates, and one that saves what it does not make."""
+    if spec.taskpool is None or spec.baselines == "none":
+        raise ConfigError(
+            "null, so that nothing is merged; and no model is evaluated either.",
+            "Name a method, or evaluate the models: with a task pool and "
+            "{above}baselines=all_tasks.",
+            place=spec.places.method,
+        )
+    if spec.merged_model_save_path is not None:
+        raise ConfigError(
+            "without a method there is no merged model.",
+            "Remove it.",
+            place=("merged_model_save_path",),
+        )
 
 
 def _check_seed(seed: object) -> None:

@@ -16,9 +16,13 @@ log = logging.getLogger(__name__)
 
 
 def publish(
-    report: Report, scores: Scores, output_dir: Path | None, report_path: Path | None
+    report: Report,
+    scores: Scores,
+    output_dir: Path | None,
+    report_path: Path | None,
+    prints: bool = True,
 ) -> None:
-    """Write the report's files, ``report.json`` last, and then print the comparison.
+    """Write the report's files, ``report.json`` last, and then print the comparison if wanted.
 
     Raises:
         EnvironmentProblem: ``report_path`` cannot be written.
@@ -35,7 +39,7 @@ def publish(
             raise EnvironmentProblem(
                 f"cannot write it: {error}", place=("report_save_path",)
             ) from error
-    if report.tasks:
+    if report.tasks and prints:
         print_comparison(report, wide_console())
     for comparison in report.main_comparisons():
         log.info(comparison_sentence(report, comparison))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lightning.fabric import Fabric
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.instantiate import check, instantiate, parameters
 from fusion_bench.method.contract import FusionMethod
 from fusion_bench.method.plain import as_method, class_name
@@ -148,6 +149,7 @@ class GridSearch:
         FusionBenchError: an unknown split or metric.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         space: Mapping[str, object],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.fabric import Fabric
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.plain import as_method
 from fusion_bench.problems import ConfigError, FusionBenchError, within
@@ -76,6 +77,7 @@ class SweptSearch:
 
     judge_test = True
 
+    @keeps_arguments
     def __init__(self, sweep: str):
         self.sweep = sweep
         trials = _trials(Path(sweep))

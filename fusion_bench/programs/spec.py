@@ -1,6 +1,5 @@
 """The specification of a run, from the config."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from fusion_bench.problems import Place
+from fusion_bench.programs.recipe import recorded
 
 Baselines = Literal["own_task", "all_tasks", "none"]
 #: Stands for the run's directory in a path of the config.
@@ -56,11 +56,11 @@ class FusionSpec:
         return {
             "_target_": "fusion_bench.programs.FabricModelFusionProgram",
             "_recursive_": False,
-            "method": _named(plain(self.method)),
-            "modelpool": _named(plain(self.modelpool)),
-            "taskpool": _named(plain(self.taskpool)),
+            "method": recorded(self.method),
+            "modelpool": recorded(self.modelpool),
+            "taskpool": recorded(self.taskpool),
             "fabric": self._fabric(),
-            "search": _named(plain(self.search)),
+            "search": recorded(self.search),
             "seed": self.seed,
             "baselines": self.baselines,
             "report_save_path": self.report_save_path,
@@ -74,7 +74,7 @@ class FusionSpec:
 
     def _fabric(self) -> object:
         """Return the section with loggers that write into the directory of whoever repeats it."""
-        node = _named(plain(self.fabric))
+        node = recorded(self.fabric)
         if not isinstance(node, dict) or "loggers" not in node or self.output_dir is None:
             return node
         return {**node, "loggers": _moved(node["loggers"], str(self.output_dir))}
@@ -96,16 +96,3 @@ def plain(section: Section) -> object:
     return (
         OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
     )
-
-
-def _named(value: object) -> object:
-    """Return a value with each object in it replaced by the name of its class."""
-    if isinstance(value, Mapping):
-        return {str(name): _named(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_named(inner) for inner in value]
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    return f"{type(value).__module__}.{type(value).__qualname__}"

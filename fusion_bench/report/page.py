@@ -100,6 +100,22 @@ def page(report: Report, scores: Scores) -> str:
     return render("report.html.j2", values)
 
 
+def fragment(report: Report) -> str:
+    """Return a report's most important figures as a piece of HTML for notebooks.
+
+    It loads nothing from elsewhere, and all text in it is escaped.
+    """
+    values = {
+        "report": report,
+        "method": method_name(report),
+        "lines": _lines(report),
+        "common": report.main_metric,
+        "pictured": _pictured_tasks(report, best_merged(report)),
+        "matrices": _matrices(report.similarity)[:1],
+    }
+    return render("notebook.html.j2", values)
+
+
 def render(template: str, values: Mapping[str, Any]) -> str:
     """Return a page from a template under ``templates/``; all text in it is escaped.
 

@@ -4,15 +4,18 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from fusion_bench.problems import ConfigError
+from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.report.schema_1 import lifted_report
 from fusion_bench.results import Interval, Metric, SampleScores, normalized, stderr
 from fusion_bench.storage import read_plausible, write_text
 from fusion_bench.tasks import canonical_name
+
+if TYPE_CHECKING:
+    import pandas
 
 Role = Literal["pretrained", "individual", "merged"]
 Relation = Literal["own", "other", "held_out"]
@@ -22,6 +25,12 @@ _ABBREVIATIONS = {"auc": "AUC", "f1": "F1", "iou": "IoU", "rmse": "RMSE"}
 #: What several tasks are compared by where their metrics differ.
 NORMALIZED = "normalized"
 
+
+#: Of ``Report.to_pandas``.
+_COLUMNS = (
+    *("model", "role", "task", "relation", "metric", "unit"),
+    *("value", "stderr", "normalized", "num_samples"),
+)
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -527,6 +536,50 @@ class Report(Strict):
             for task, info in self.tasks.items()
             if info.owner in self.models and task in self.models[info.owner].tasks
         }
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return the figures, a row for each model, task and metric; fractions where the unit is %.
+
+        Raises:
+            FusionBenchError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise FusionBenchError(
+                "pandas is not installed.", "Install it: 'pip install pandas'."
+            ) from error
+        units = {(t, m.name): m.unit for t, info in self.tasks.items() for m in info.metrics}
+        return pandas.DataFrame(
+            [
+                {
+                    "model": name,
+                    "role": model.role,
+                    "task": task,
+                    "relation": result.relation,
+                    "metric": metric,
+                    "unit": units[task, metric],
+                    **value.model_dump(),
+                    "num_samples": result.num_samples,
+                }
+                for name, model in self.models.items()
+                for task, result in model.tasks.items()
+                for metric, value in result.metrics.items()
+            ],
+            columns=_COLUMNS,
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the most important figures, for notebooks."""
+        from fusion_bench.report.page import fragment
+
+        return fragment(self)
+
+    def __repr__(self) -> str:
+        models, tasks = ", ".join(self.models), ", ".join(self.tasks) or "nothing"
+        return f"<Report: {models} on {tasks}; to_pandas() returns the figures>"
+
+    __str__ = __repr__
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""

@@ -130,8 +130,8 @@ def markdown(report: Report) -> str:
     runs = compared_runs(report)
     if runs:
         lines += [f"- runs: {markdown_text(', '.join(runs))}"]
-    else:
-        lines += [f"- method: `{method_name(report)}`"]
+    elif method := method_name(report):
+        lines += [f"- method: `{method}`"]
     lines += [
         f"- models: {markdown_text(', '.join(sources(report) or report.models))}",
         f"- device: {report.run.device}, precision {report.run.precision}, "
@@ -220,10 +220,12 @@ def print_differences(report: Report, console: Console) -> None:
 
 
 def method_name(report: Report) -> str:
-    """Return the method's name: that of its config, or else of its class."""
+    """Return the method's name, of its config or else of its class; empty if nothing was merged."""
+    node = report.run.config.get("method")
+    if node is None:
+        return ""
     if report.run.method is not None:
         return report.run.method
-    node = report.run.config.get("method")
     target = node.get("_target_") if isinstance(node, dict) else node
     return str(target).rpartition(".")[2]
 

@@ -5,6 +5,8 @@ internals are replaced, of the versions that are known.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf, JobConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import _utils as omegaconf_internal
@@ -60,6 +63,33 @@ def set_up_hydra() -> None:
     # A YAML under hydra/launcher would only be merged into the plugin's settings of the same name.
     for name, launcher in launchers().items():
         store(name, launcher, "hydra/launcher", provider="fusion_bench")
+
+
+@contextmanager
+def checked_composition() -> Iterator[None]:
+    """Let Hydra compose configs as on the command line; afterwards it is as it was before.
+
+    For Python, where a process may use Hydra for something else.
+    """
+    known = PackagedConfigs in Plugins.instance().discover(SearchPathPlugin)
+    types = SourcesRegistry.instance().types  # which the plugins fill
+    before = hydra_internal.ConfigLoaderImpl, omegaconf_internal.get_yaml_loader, types["file"]
+    theirs = GlobalHydra.instance().hydra
+    try:
+        GlobalHydra.instance().clear()
+        hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
+        omegaconf_internal.get_yaml_loader = _yaml_loader
+        types["file"] = FileConfigSource
+        if not known:
+            Plugins.instance().register(PackagedConfigs)
+        register()
+        yield
+    finally:
+        loader, omegaconf_internal.get_yaml_loader, types["file"] = before
+        hydra_internal.ConfigLoaderImpl = loader  # type: ignore[misc]
+        GlobalHydra.instance().clear()
+        if theirs is not None:
+            GlobalHydra.instance().initialize(theirs)
 
 
 def _mode(hydra: hydra_internal.Hydra, config_name: str | None, overrides: list[str]) -> Any:

@@ -160,6 +160,21 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
                 else "Add '_target_: fusion_bench.programs.FabricModelFusionProgram'."
             )
         )
+    result = run_settings(settings, HydraConfig.get().runtime.output_dir, parts)
+    return result.objective if isinstance(result, Scored) else None
+
+
+def run_settings(settings: dict[str, Any], output_dir: str | None, parts: SharedObjects) -> object:
+    """Run the program of a resolved config; returns its result.
+
+    Args:
+        settings: the config, with the program's ``_target_``.
+        output_dir: the directory for the report.
+        parts: objects that are shared between runs of this process.
+
+    Raises:
+        FusionBenchError: with all problems of the config.
+    """
     secrets = secret_keys(settings)
     Problems(
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
@@ -171,11 +186,11 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
     settings.setdefault("_recursive_", False)  # the program makes its parts itself
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
-    arguments: dict[str, Any] = {"output_dir": HydraConfig.get().runtime.output_dir}
+    arguments: dict[str, Any] = {"output_dir": output_dir}
     if accepts(settings["_target_"], "parts"):
         arguments["parts"] = parts
-    result = instantiate(settings, **arguments).run()
-    return result.objective if isinstance(result, Scored) else None
+    result: object = instantiate(settings, **arguments).run()
+    return result
 
 
 def _take_out_theirs(settings: dict[str, Any]) -> None:

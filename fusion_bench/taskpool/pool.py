@@ -16,6 +16,7 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.instantiate import instantiate
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, Problems, did_you_mean
@@ -54,6 +55,7 @@ class TaskPool:
         FusionBenchError: no task, a task that cannot be made, or a name that no file can have.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         tasks: Mapping[str, Any],

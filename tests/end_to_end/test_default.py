@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 from statistics import fmean
 
+import nbformat
 import pytest
 from commandline import REPOSITORY, fusion_bench
+from fixtures_notebook import NOTEBOOK, executed
 from hub import client_environment, closed_endpoint
 
 from fusion_bench.report import Report
@@ -38,9 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_what_the_pages_show_in_python_runs(
-    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(runs["first"])
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(runs["first"].parent / "cache"))
     shown = [
         code
@@ -52,6 +54,20 @@ def test_what_the_pages_show_in_python_runs(
     (out,) = runs["first"].glob("outputs/*/*")
     for code in shown:  # the pages name a run of their own
         exec(re.sub(r"outputs/[\d-]+/[\d-]+", str(out), code), {})
+
+
+# It takes a quarter of a minute: a real kernel runs each cell.
+def test_the_notebook_runs(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(runs["first"].parent / "cache"))
+    notebook = executed(nbformat.read(NOTEBOOK, as_version=4), tmp_path)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [output["data"] for output in outputs if "data" in output]
+    html = [data["text/html"] for data in shown if "text/html" in data]
+    assert any("<svg" in text for text in html) and any("dataframe" in text for text in html)
+    assert any("image/png" in data for data in shown)
+    assert list(tmp_path.iterdir()) == []
 
 
 def report(run: Path) -> Report:

@@ -20,6 +20,7 @@ from fusion_bench.programs import FabricModelFusionProgram
 from fusion_bench.report import Report, Scores
 from fusion_bench.report.page import page
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
+from fusion_bench.weights import TensorWeights, sha256
 
 
 def run(config: dict[str, Any], **changes: Any) -> Report:
@@ -223,9 +224,9 @@ def test_objects_serve_as_well_as_nodes(program_config: dict[str, Any], family: 
     report = program.run()
     assert report is not None
     assert report.models == run(program_config).models
-    assert (
-        report.run.config["method"] == "fusion_bench.method.simple_average.SimpleAverageAlgorithm"
-    )
+    # what was made in Python is recorded so that it can be made again
+    again = instantiate(report.run.config).run()
+    assert again.models == report.models and again.run.config == report.run.config
 
 
 def test_nothing_is_written_where_fusing_fails(
@@ -283,8 +284,30 @@ def test_a_node_may_hold_modules(tmp_path: Path) -> None:
         SimpleAverageAlgorithm(), pool, fabric={"accelerator": "cpu"}, output_dir=tmp_path / "out"
     ).run()
     assert report is not None
-    named = dict.fromkeys("ab", "torch.nn.modules.linear.Linear")
-    assert report.run.config["modelpool"]["models"] == named
+    recorded = report.run.config["modelpool"]["models"]
+    for name, module in modules.items():
+        digest = sha256(TensorWeights(module.state_dict()))
+        assert recorded[name] == f"torch.nn.modules.linear.Linear in memory, sha256 {digest}"
+    with pytest.raises(ConfigError, match=r"modelpool\.models\.a: .* in memory, sha256 "):
+        instantiate(report.run.config).run()
+
+
+def test_without_a_method_the_models_are_evaluated(
+    program_config: dict[str, Any], tmp_path: Path
+) -> None:
+    merged = run(program_config, baselines="all_tasks")
+    alone = run(program_config, method=None, baselines="all_tasks", output_dir=tmp_path)
+    assert alone.models == {n: m for n, m in merged.models.items() if n != "merged"}
+    assert "2 models evaluated" in (tmp_path / "report.html").read_text()
+    assert "- method" not in (tmp_path / "report.md").read_text()
+    for changes, key in (
+        ({"baselines": "none"}, "method"),
+        ({"taskpool": None}, "method"),
+        ({"merged_model_save_path": str(tmp_path / "m")}, "merged_model_save_path"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            run(program_config, **({"method": None, "baselines": "all_tasks"} | changes))
+        assert [problem.key for problem in refused.value.problems] == [key]
 
 
 def test_nothing_is_looked_at_before_it_runs() -> None:

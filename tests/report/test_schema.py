@@ -1,4 +1,6 @@
 import math
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from fixtures_report import model, report, task_info
 from pydantic import ValidationError
 
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Report, TaskResult, summarise
 from fusion_bench.results import ACCURACY, LOSS, SampleScores
 
@@ -58,3 +61,38 @@ def test_a_saved_report_reads_back(tmp_path: Path) -> None:
 def test_unknown_fields_are_refused() -> None:
     with pytest.raises(ValidationError):
         Report.model_validate({"schema_version": 1, "surprise": 1})
+
+
+def test_figures_for_pandas() -> None:
+    models = {"a": model("individual", a=80), "merged": model("merged", a=60, b=45)}
+    summarise(models, {"a": task_info("a", "a"), "b": task_info("b")})
+    made = report(models)
+    frame = made.to_pandas()
+    assert len(frame) == 2 * 3  # accuracy and loss
+    row = frame.set_index(["model", "task", "metric"]).loc["merged", "a", "accuracy"]
+    assert row["value"] == 0.6 and row["normalized"] == pytest.approx(0.75)
+    assert (row["role"], row["relation"], row["unit"], row["num_samples"]) == (
+        *("merged", "own", "%"),
+        100,
+    )
+    empty = report({}).to_pandas()
+    assert len(empty) == 0 and list(empty.columns) == list(frame.columns)
+
+
+def test_without_pandas_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(FusionBenchError, match="pip install pandas"):
+        report({}).to_pandas()
+
+
+def test_a_notebook_shows_it() -> None:
+    evil = "<script>alert(1)</script>"
+    made = report({"merged": model("merged", **{evil: 60, "b": 45})})
+    made.run.notes.append(evil)
+    html = made._repr_html_()
+    assert "<script" not in html and html.count("&lt;script&gt;") >= 2
+    assert not re.search(r"(src|href)=.?(http|//)|url\((?!#)|@import", html)
+    assert "60.0" in html and "<svg" in html
+    nothing = made.model_copy(update={"tasks": {}, "models": {}})
+    assert "Nothing was evaluated" in nothing._repr_html_()
+    assert len(repr(made)) < 200 and repr(made) == str(made)

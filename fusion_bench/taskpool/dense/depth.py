@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import check_between
 from fusion_bench.results.metrics import ABSOLUTE_RELATIVE_ERROR, RMSE
 from fusion_bench.taskpool.dense.data import DenseImages
@@ -32,6 +33,7 @@ class DepthTask(DenseTask):
     kind = "depth"
     metrics = (RMSE, ABSOLUTE_RELATIVE_ERROR)
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.results.metrics import MEAN_ANGLE, WITHIN_11_25
 from fusion_bench.taskpool.dense.data import DenseImages
 from fusion_bench.taskpool.dense.measures import angles
@@ -29,6 +30,7 @@ class NormalsTask(DenseTask):
     kind = "normals"
     metrics = (MEAN_ANGLE, WITHIN_11_25)
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

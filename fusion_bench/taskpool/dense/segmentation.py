@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.results.metrics import MEAN_IOU, PIXEL_ACCURACY
 from fusion_bench.taskpool.dense.data import DenseImages
@@ -33,6 +34,7 @@ class SegmentationTask(DenseTask):
     kind = "segmentation"
     metrics = (MEAN_IOU, PIXEL_ACCURACY)
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.plan import Plan
 from fusion_bench.pretrained import from_pretrained
 from fusion_bench.problems import FusionBenchError
@@ -68,6 +69,7 @@ class CLIPVisionModelTaskPool(TaskPool):
             your own is named by its package.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         test_datasets: Mapping[str, Any],

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository
@@ -55,6 +56,7 @@ class ImageClassificationTaskPool(TaskPool):
         FusionBenchError: a task without a classifier.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         test_datasets: Mapping[str, Any],

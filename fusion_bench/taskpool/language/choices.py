@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.results import ACCURACY, LOSS, Example, Metric, SampleScores, with_ones
 from fusion_bench.results.metrics import ACCURACY_PER_BYTE
@@ -60,6 +61,7 @@ class MultipleChoiceTask(LanguageTask[Choices]):
     kind = "multiple_choice"
     measured = (ACCURACY, ACCURACY_PER_BYTE, LOSS)
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

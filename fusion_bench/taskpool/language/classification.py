@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.results import ACCURACY, LOSS, Example, Metric, SampleScores, with_ones
@@ -66,6 +67,7 @@ class SequenceClassificationTask(LanguageTask[Labelled]):
     measured = (ACCURACY, *TWO_CLASSES, LOSS, *CORRELATIONS)
     loses = "ends"
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import FusionBenchError, check_between, within
 from fusion_bench.results import ANSWERS, Example, Metric, SampleScores, text_array, with_ones
 from fusion_bench.results.metrics import EXACT_MATCH
@@ -51,6 +52,7 @@ class GenerationTask(LanguageTask[Written]):
     kind = "generation"
     measured = (EXACT_MATCH,)
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import FusionBenchError, check_between, within
 from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.results.metrics import BITS_PER_BYTE, PERPLEXITY
@@ -35,6 +36,7 @@ class PerplexityTask(LanguageTask[str]):
     kind = "perplexity"
     measured = (PERPLEXITY, BITS_PER_BYTE)
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.companions import MODULES, SENTENCE_CONFIGS, module_folders
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, within
@@ -67,6 +68,7 @@ class SimilarityTask(LanguageTask[Pair]):
     measured = (CORRELATIONS[1], CORRELATIONS[0])
     loses = "ends"
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import FusionBenchError, check_between, within
 from fusion_bench.results import ACCURACY, ANSWERS, Example, Metric, SampleScores, text_array
 from fusion_bench.taskpool.language.generation import stop_texts
@@ -70,6 +71,7 @@ class TextLabelTask(LanguageTask[Asked]):
     kind = "text_labels"
     measured = (ACCURACY, *TWO_CLASSES, *CORRELATIONS)
 
+    @keeps_arguments
     def __init__(
         self,
         dataset: Any,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import (
     FusionBenchError,
     Problems,
@@ -61,6 +62,7 @@ class LMEvalHarnessTaskPool(TaskPool):
         FusionBenchError: the harness is not installed, or there is no such task.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         tasks: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None],
