@@ -1,5 +1,6 @@
 """The specification of a run, from the config."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
