@@ -8,7 +8,6 @@ from fusion_bench.command import file_as_options, typed
 from fusion_bench.scripts import verbs
 from fusion_bench.scripts.process import leave_working_directory, plain_messages
 from fusion_bench.shown import set_up_streams
-from fusion_bench.trust import take_options
 
 
 def main() -> None:
@@ -30,12 +29,14 @@ def main() -> None:
             print(f"fusion_bench {__version__}")
         else:
             leave_working_directory()
-            sys.exit(_run(take_options(words), show_traceback))
+            sys.exit(_run(words, show_traceback))
 
 
 def _run(words: list[str], show_traceback: bool) -> int | None:
     from fusion_bench.scripts.interrupt import interruptible
+    from fusion_bench.trust import take_options
 
+    words = take_options(words)
     with interruptible():
         if words and words[0] in verbs.VERBS:
             return verbs.run(words[0], words[1:])
