@@ -26,7 +26,8 @@ from fusion_bench.schemas import targets, users_targets
 from fusion_bench.trust import find
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
+#: Those of ``path`` hold keys of FusionBench, which are anybody's.
+FILES = sorted(set(CONFIG_DIR.rglob("*.yaml")) - set(CONFIG_DIR.glob("path/*")))
 #: A value of each kind that YAML can write.
 VALUES: list[Any] = [
     *(None, True, 3, -1, 0.5, "text", "mean", "auto"),
@@ -120,12 +121,13 @@ def test_what_is_composed_fits() -> None:
         if entry.kind in groups and entry.target
     ]
     assert len(entries) > 70
-    words = [f"+{group}@n{number}.{group}={name}" for number, group, name in entries]
-    parts = compose(overrides=words)
-    for number, group, name in entries:
-        part = OmegaConf.to_container(parts[f"n{number}"], resolve=True)
-        assert isinstance(part, dict)
-        assert mistakes(part[group], f"config.json#/definitions/{group}") == [], name
+    for half in (entries[::2], entries[1::2]):  # all together are more files than a config may have
+        words = [f"+{group}@n{number}.{group}={name}" for number, group, name in half]
+        parts = compose(overrides=words)
+        for number, group, name in half:
+            part = OmegaConf.to_container(parts[f"n{number}"], resolve=True)
+            assert isinstance(part, dict)
+            assert mistakes(part[group], f"config.json#/definitions/{group}") == [], name
 
 
 def refused_by_run(node: dict[str, Any]) -> bool:

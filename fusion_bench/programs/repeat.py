@@ -57,9 +57,6 @@ class RepeatProgram:
         fabric: where it runs, as in ``FabricModelFusionProgram``; by default as in the report.
         output_dir: the folder for the new report; ``None`` writes none.
         dry_run: check the config, and stop before anything is loaded.
-
-    Raises:
-        FusionBenchError: no report, or one whose config cannot be run.
     """
 
     def __init__(
@@ -70,32 +67,35 @@ class RepeatProgram:
         output_dir: str | Path | None = None,
         dry_run: bool = False,
     ):
-        path = Path(report)
+        path = Path(report).absolute()
         self.path = path / "report.json" if path.is_dir() else path
         self.tolerance = tolerance
-        with within("report"):
-            self.report = Report.load(self.path)
-            node = _node(self.report)
-        if fabric is not None:
-            node["fabric"] = fabric
-        node["dry_run"] = dry_run
-        self.program: FabricModelFusionProgram = instantiate(
-            node, output_dir=output_dir, parts=SharedObjects()
-        )
+        self.fabric = fabric
+        self.output_dir = output_dir
+        self.dry_run = dry_run
 
     def run(self) -> Report | None:
         """Run it; returns the new report, or ``None`` after a dry run.
 
         Raises:
+            FusionBenchError: no report, or one whose config cannot be run.
             ResultError: a figure that differs.
         """
-        now = self.program.run()
+        with within("report"):
+            before = Report.load(self.path)
+            node = _node(before) | {"dry_run": self.dry_run}
+        if self.fabric is not None:
+            node["fabric"] = self.fabric
+        program: FabricModelFusionProgram = instantiate(
+            node, output_dir=self.output_dir, parts=SharedObjects()
+        )
+        now = program.run()
         if now is None:
             return None
-        figures = list(compared(self.report, now))
+        figures = list(compared(before, now))
         different = [figure for figure in figures if not figure.same(self.tolerance)]
         same = f"{len(figures) - len(different)} of {len(figures)} figures are the same"
-        identical = _same_weights(self.report, now)
+        identical = _same_weights(before, now)
         said = "the same, bit by bit" if identical else "not the same bit by bit"
         log.info("%s; the merged weights are %s.", same, said)
         if not different and (figures or identical):
@@ -105,7 +105,7 @@ class RepeatProgram:
         raise ResultError(
             f"{same} as in '{self.path}', and the merged weights are {said}.",
             "Give 'tolerance=0.01' to accept differences of 1 %.",
-            details=[f"{name} was {a}, now {b}" for name, a, b in _changed(self.report, now)],
+            details=[f"{name} was {a}, now {b}" for name, a, b in _changed(before, now)],
         )
 
 

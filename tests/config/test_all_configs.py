@@ -38,12 +38,13 @@ HYDRAS_OWN = [name for name in FILES if name.startswith(("hydra/", "launcher/"))
 NEEDS = {
     "compare": ["reports=[a/report.json,b/report.json]"],
     "merge_llm": ["+modelpool.models.a=owner/a"],
+    "repeat": ["report=report.json"],
     "search_winner": ["sweep=multirun/sweep"],
 }
 #: A dry run would look for their models there.
 ON_HUB = ("merge_llm",)
 #: A dry run looks for the earlier results that they name.
-ON_RESULTS = ("compare", "search_winner")
+ON_RESULTS = ("compare", "repeat", "search_winner")
 #: Groups of files that differ in names alone, and refer to nothing outside.
 MANY = ("dataset/", "model/")
 #: What is made without loading anything; the rest is bound to its signature.
