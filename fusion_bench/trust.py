@@ -2,20 +2,26 @@
 
 Users add their own packages outside any config: in the environment variable ``FUSION_BENCH_ALLOW``,
 with ``--allow`` on the command line, or as an entry point of an installed package in the group
-``fusion_bench.allow``. docs/security.md states the model.
+``fusion_bench.allow``; and single files with ``--plugins``, or in ``FUSION_BENCH_PLUGINS``.
+docs/security.md states the model.
 """
 
 import gc
+import hashlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
-from importlib.util import find_spec
+from importlib.util import find_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fusion_bench.addresses import address_problems
@@ -24,6 +30,9 @@ from fusion_bench.problems import ConfigError, did_you_mean
 
 #: Names packages whose classes and functions a config may call, separated by commas.
 ALLOW = "FUSION_BENCH_ALLOW"
+#: Names Python files of the user's, whose classes and functions a config may call; separated as
+#: ``PATH`` is.
+PLUGINS = "FUSION_BENCH_PLUGINS"
 #: Likewise environment variables that ``${oc.env:…}`` may read.
 ALLOW_ENVIRONMENT = "FUSION_BENCH_ALLOW_ENV"
 #: Set to 1, repositories may bring code of their own.
@@ -110,7 +119,11 @@ def find(name: str, *, called: bool = True) -> Any:
         raise ConfigError(_refusal(name))
     try:
         found = _imported(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
+        if is_users(name):
+            raise ConfigError(_failure(name, error)) from error
+        if not isinstance(error, ImportError | AttributeError | ValueError):
+            raise
         raise ConfigError(f"cannot find '{name}'. {_nearest(name)}".rstrip()) from error
     if not _allowed(name, found) or (called and not callable(found)):
         raise ConfigError(_refusal(name))
@@ -156,6 +169,30 @@ def argument_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[st
             "path",
             (f"'{node['path']}' accepts more than data files; this reader is not supported."),
         )
+
+
+def take_options(words: Iterable[str]) -> list[str]:
+    """Take the trust options out of a command's words; a config cannot set them.
+
+    They go into the environment, from which other processes of this run have them too.
+
+    Raises:
+        ConfigError: what is allowed is no name of a package, or no Python file.
+    """
+    left, rest = [], iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag == "--allow":
+            allow(value if equals else next(rest, ""))
+        elif flag == "--plugins":
+            allow_plugin(value if equals else next(rest, ""))
+        elif word == "--trust-remote-code":
+            os.environ[TRUST_REMOTE_CODE] = "1"
+        elif word == "--run-unsafe-code":
+            os.environ[RUN_UNSAFE_CODE] = "1"
+        else:
+            left.append(word)
+    return left
 
 
 def _logger_problems(target: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -208,8 +245,9 @@ def fetches_code(kernel: Any) -> bool:
 
 def allowed_packages() -> frozenset[str]:
     """Return the packages that the user allows in addition to ours."""
-    named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")}
-    return frozenset(name for name in named | _installed() if _DOTTED.fullmatch(name))
+    named = {part.strip() for part in os.environ.get(ALLOW, "").split(",")} | plugins().keys()
+    installed = _entry_points("fusion_bench.allow")
+    return frozenset(name for name in named.union(installed) if _DOTTED.fullmatch(name))
 
 
 def allow(packages: str) -> None:
@@ -224,9 +262,88 @@ def allow(packages: str) -> None:
 
 
 @cache
-def _installed() -> frozenset[str]:
-    """Return what installed packages allow; to look through all of them takes a while."""
-    return frozenset(point.value for point in entry_points(group="fusion_bench.allow"))
+def _entry_points(group: str) -> tuple[str, ...]:
+    """Return the entry points of installed packages; to look through all of them takes a while."""
+    return tuple(point.value for point in entry_points(group=group))
+
+
+def plugins() -> dict[str, Path]:
+    """Return the user's Python files, by the names that they are imported by."""
+    files = map(Path, filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)))
+    return {file.stem: file for file in files}
+
+
+def allow_plugin(name: str) -> None:
+    """Let configs call what a Python file defines, also in other processes of this run.
+
+    Raises:
+        ConfigError: there is no such file, or its name is that of another module.
+    """
+    file = Path(name).absolute()
+    if file.suffix != ".py" or not file.is_file():
+        raise ConfigError(f"--plugins: there is no Python file '{name}'.")
+    found = find_spec(file.stem) if file.stem.isidentifier() else None
+    taken = found is not None and (found.origin is None or Path(found.origin) != file)
+    if taken or not file.stem.isidentifier() or os.pathsep in str(file):
+        reason = f"another module is called '{file.stem}'" if taken else "it cannot be imported"
+        raise ConfigError(f"--plugins: {reason}, so rename '{name}'.")
+    os.environ[PLUGINS] = os.pathsep.join(filter(None, [os.environ.get(PLUGINS), str(file)]))
+
+
+def config_folders() -> list[Path]:
+    """Return where the user's own code brings configs: beside plugins, and in installed packages.
+
+    The latter say so as entry points in the group ``fusion_bench.configs``.
+    """
+    folders = [file.parent for file in plugins().values()]
+    for package in _entry_points("fusion_bench.configs"):
+        with suppress(ImportError):  # it is installed in part
+            found = find_spec(package)
+            folders += map(Path, (found and found.submodule_search_locations) or ())
+    return list(dict.fromkeys(folders))
+
+
+class _PluginFinder(MetaPathFinder):
+    """Imports the user's Python files, where nothing that is installed has the name."""
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        file = plugins().get(fullname)
+        return spec_from_file_location(fullname, file) if file else None
+
+
+sys.meta_path.append(_PluginFinder())
+
+
+def users_code(config: object) -> dict[str, str]:
+    """Return the hash of each file of the user's code that a config calls, by the module's name.
+
+    A result that was kept is only that of the same code.
+    """
+    if isinstance(config, Mapping):
+        found = {key: code for own in config.values() for key, code in users_code(own).items()}
+        target = str(config.get("_target_"))
+        if is_users(target) and (file := _file_of(target)):
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[target.rpartition(".")[0]] = f"sha256:{digest[:16]}"
+        return found
+    if isinstance(config, list | tuple):
+        return {key: code for own in config for key, code in users_code(own).items()}
+    return {}
+
+
+def _file_of(target: str) -> Path | None:
+    """Return the file of the module that a target is in, if it can be found."""
+    module = target
+    while module := module.rpartition(".")[0]:
+        try:
+            found = find_spec(module)
+        except Exception:  # the user's own code runs; what is wrong is said when it is called
+            continue
+        if found is not None and found.has_location and found.origin:
+            return Path(found.origin)
+    return None
 
 
 def environment_variable(name: str, default: Any = None) -> Any:
@@ -336,9 +453,31 @@ def _refusal(name: Any) -> str:
     if not _DOTTED.fullmatch(str(name)) or package in {*sys.stdlib_module_names, *_LISTED}:
         return said
     return (
-        f"{said} If you trust its package, allow it outside the config: --allow {package}, or "
-        f"{ALLOW}={package} in the environment."
+        f"{said} If you trust its code, allow it outside the config: --allow {package}, or for a "
+        f"file of yours --plugins path/to/{package}.py."
     )
+
+
+def _failure(name: str, error: Exception) -> str:
+    """Return why something of the user's own code cannot be called."""
+    package = name.partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return (
+            f"cannot find '{name}': '{package}' is not installed. Install it, or name the file: "
+            f"--plugins path/to/{package}.py."
+        )
+    missing = error.name if isinstance(error, ModuleNotFoundError) else ""
+    if missing and name.startswith(missing):
+        parent, _, last = missing.rpartition(".")
+        own = sys.modules[parent]
+        hint = did_you_mean(last, [key for key in vars(own) if not key.startswith("_")])
+        return f"cannot find '{name}' in {own.__file__}. {hint}".rstrip()
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        if is_users(str(trace.tb_frame.f_globals.get("__name__"))):
+            line = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"cannot import '{name}': {type(error).__name__}: {error}{line}."
 
 
 def _nearest(name: Any) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from fixtures_contract import TrainablePool
 from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
+from fusion_bench.method.checks import TrainablePool
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.results import ACCURACY, SampleScores
 from fusion_bench.taskpool import CLIPVisionModelTaskPool, TuningImages

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from fixtures_contract import BASE, TrainablePool
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from fusion_bench.method.checks import BASE, TrainablePool
 from fusion_bench.results import ACCURACY, SampleScores
 from fusion_bench.weights import Weights, in_memory
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
+from fusion_bench.method.checks import bits
 from fusion_bench.weights import TensorWeights, Weights, open_checkpoint, write_checkpoint
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,12 +27,6 @@ def first(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
 
 def weights(**tensors: Any) -> TensorWeights:
     return TensorWeights({key: torch.as_tensor(value) for key, value in tensors.items()})
-
-
-def bits(tensor: Tensor) -> tuple[torch.Size, torch.dtype, bytes]:
-    """Return all that is to be known of a tensor, NaN and the sign of zero included."""
-    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return tensor.shape, tensor.dtype, values.numpy().tobytes()
 
 
 def all_bits(tensors: Any) -> dict[str, tuple[torch.Size, torch.dtype, bytes]]:

@@ -1,5 +1,6 @@
 """What follows from a method's module and page is written by a command."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -43,12 +44,12 @@ def files(root: Path) -> dict[str, list[str]]:
     return {
         path.relative_to(root).as_posix(): path.read_text("utf-8").splitlines()
         for path in root.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.suffix not in (".png", ".pyc")
     }
 
 
 def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
-    for name in ("docs", "config/method", "fusion_bench/method", "tools"):
+    for name in ("benchmarks/results", "config", "docs", "fusion_bench", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -56,10 +57,17 @@ def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
     (tmp_path / "docs/methods/cool.md").write_text("# Cool\n")
     before = files(tmp_path)
     command = [sys.executable, "-B", str(tmp_path / "tools" / "add_method.py"), "cool"]
-    for _ in range(2):  # the second time there is nothing to do
+    for _ in range(2):  # the second time there is nothing to do; each imports everything anew
         subprocess.run(command, cwd=ROOT, check=True)
     after = files(tmp_path)
     assert after.pop("config/method/cool.yaml") == YAML.splitlines()
+    catalog = json.loads("\n".join(after["config/catalog.json"]))
+    (entry,) = (entry for entry in catalog["methods"] if entry["name"] == "cool")
+    assert entry["summary"] == "the pretrained model, cooled"
+    schemas = json.loads("\n".join(after["config/schema/config.json"]))
+    assert "factor" in schemas["definitions"]["fusion_bench.method.CoolMerging"]["properties"]
+    for name in [name for name in before if name.startswith("config/") and name.endswith(".json")]:
+        del before[name], after[name]
     added = {}
     for name in before:
         rest = iter(after[name])
@@ -69,6 +77,10 @@ def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
             added[name] = [line for line in after[name] if "ool" in line and line not in lines]
     assert after.keys() == before.keys()
     assert added == {
+        "benchmarks/results/choose.md": [
+            "| [`cool`](methods/cool.md) | the pretrained model, cooled | pretrained | low |"
+            " – | – |"
+        ],
         "docs/methods/index.md": [
             "| [Cool](cool.md) | `cool` | yes | no | the pretrained model, cooled |"
         ],

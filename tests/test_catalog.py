@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion_bench import catalog
-from fusion_bench.catalog import find, in_words, near, options
+from fusion_bench.catalog import find, in_words, near, of_kind, options
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.problems import FusionBenchError
 
@@ -106,3 +106,10 @@ def test_reading_it_imports_nothing_slow() -> None:
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_method_s_summary_stands_alone() -> None:
+    """``fusion_bench ls methods`` shows it out of its table."""
+    for entry in of_kind("methods"):
+        assert len(entry.summary) <= 70, entry.name
+        assert not entry.summary.startswith(("the same", "like ", "after ")), entry.name

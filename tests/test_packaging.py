@@ -46,6 +46,13 @@ def test_the_wheel_carries_the_configs(python: Path, tmp_path: Path) -> None:
     assert "tanganke/clip-vit-base-patch32_sun397" in done.stdout
 
 
+def test_the_wheel_carries_the_templates(python: Path, tmp_path: Path) -> None:
+    command = [python.parent / "fusion_bench", "new", "method", "soft_ties"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "soft_ties.py").is_file()
+
+
 def test_the_wheel_fuses_and_evaluates(
     python: Path, tmp_path: Path, program_config: dict[str, object]
 ) -> None:

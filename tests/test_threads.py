@@ -6,19 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_contract import (
-    BASE,
-    TrainablePool,
-    assert_same,
-    entries,
-    kind,
-    method,
-    nodes,
-    threads,
-)
+from fixtures_contract import kind, method, nodes
 from fixtures_tuning import CPU, Images
 from torch import Tensor, nn
 
+from fusion_bench.method.checks import BASE, TrainablePool, assert_same, entries, threads
 from fusion_bench.problems import ConfigError
 from fusion_bench.threads import fixed_threads
 

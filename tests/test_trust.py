@@ -1,4 +1,5 @@
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.problems import ConfigError
-from fusion_bench.trust import environment_variable, find
+from fusion_bench.trust import allow_plugin, environment_variable, find, plugins, users_code
 
 AVERAGE = "fusion_bench.method.SimpleAverageAlgorithm"
 
@@ -93,7 +94,7 @@ def test_a_name_is_looked_at_before_it_is_imported(
 ) -> None:
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="--allow stranger, or FUSION_BENCH_ALLOW=stranger"):
+    with pytest.raises(ConfigError, match=r"--allow stranger, or .* --plugins .*/stranger\.py"):
         find("stranger.run")
     assert "stranger" not in sys.modules
 
@@ -111,6 +112,75 @@ def test_the_user_allows_a_package_outside_of_the_config(
     for foreign in ("mine_for_trust.os.system", "mine_for_trust.system", "mine_for_trusty.Method"):
         with pytest.raises(ConfigError):
             find(foreign)
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a file of the user's, which is not there to import for anyone else."""
+    monkeypatch.setenv("FUSION_BENCH_PLUGINS", "")
+    file = tmp_path / "my_plugin.py"
+    file.write_text("from os import system\nclass Method:\n    x = 3\n")
+    yield file
+    sys.modules.pop("my_plugin", None)
+
+
+def test_the_user_allows_a_file(plugin: Path) -> None:
+    with pytest.raises(ConfigError, match="may not be called"):
+        find("my_plugin.Method")
+    allow_plugin(str(plugin))
+    assert find("my_plugin.Method").x == 3
+    with pytest.raises(ConfigError, match="may not be called"):
+        find("my_plugin.system")  # which it merely imports
+    with pytest.raises(ConfigError, match=r"in .*my_plugin.py. Did you mean 'Method'"):
+        find("my_plugin.Methods")
+    assert "my_plugin" not in {path.rpartition("/")[2] for path in sys.path}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.py", "no Python file"),
+        ("my_plugin", "no Python file"),
+        (".", "no Python file"),
+        ("numpy.py", "another module is called 'numpy', so rename"),
+        ("math.py", "another module is called 'math', so rename"),
+        ("a-b.py", "cannot be imported, so rename"),
+    ],
+)
+def test_files_that_cannot_be_plugins(
+    plugin: Path, name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plugin.parent)
+    for other in ("numpy.py", "math.py", "a-b.py"):
+        Path(other).touch()
+    with pytest.raises(ConfigError, match=said):
+        allow_plugin(name)
+    assert plugins() == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nowhere_at_all", "No module named 'nowhere_at_all' .*my_plugin.py, line 1"),
+        ("x = 1 / 0", "ZeroDivisionError: division by zero .*my_plugin.py, line 1"),
+        ("class A(:", "SyntaxError: .*my_plugin.py, line 1"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_line(plugin: Path, code: str, said: str) -> None:
+    plugin.write_text(code)
+    allow_plugin(str(plugin))
+    with pytest.raises(ConfigError, match=f"cannot import 'my_plugin.Method': .*{said}"):
+        find("my_plugin.Method")
+
+
+def test_the_code_that_a_config_calls_is_known(plugin: Path) -> None:
+    node = {"method": {"_target_": "my_plugin.Method"}, "other": [{"_target_": AVERAGE}]}
+    assert users_code(node) == {}
+    allow_plugin(str(plugin))
+    (first,) = users_code(node).items()
+    plugin.write_text("class Method:\n    x = 4\n")
+    (second,) = users_code([node]).items()
+    assert first[0] == second[0] == "my_plugin" and first[1] != second[1]
 
 
 @pytest.mark.parametrize(

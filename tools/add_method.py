@@ -1,14 +1,16 @@
-"""Writes what follows from a method's module and page: its YAML, the lists and the navigation.
+"""Writes what follows from a method's module and page: YAML, lists, navigation and catalogue.
 
     .venv/bin/python tools/add_method.py my_method
 
 It reads ``fusion_bench/method/my_method.py`` and ``docs/methods/my_method.md``. Lines are added at
 the end of the group that fits the class; move them where they belong better. What is there already
-stays as it is.
+stays as it is. At the end ``write_catalog.py`` is run.
 """
 
 import inspect
+import os
 import re
+import subprocess
 import sys
 from bisect import bisect
 from importlib.util import module_from_spec, spec_from_file_location
@@ -48,6 +50,9 @@ def add_method(root: Path, name: str) -> None:
         link = ""
     page = f"          - {title.removeprefix('# ')}: methods/{name}.md\n"
     _append(root / "mkdocs.yml", f"      - {group_of(classes[0])}:\n", "          - ", page)
+    # In a process of its own, which imports the package with the new method in it.
+    own = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, root / "tools" / "write_catalog.py"], env=own, check=True)
 
 
 def classes_of(file: Path) -> list[Method]:

@@ -1,14 +1,15 @@
-"""Writes what the command line and editors know of every config: catalog.json and JSON schemas.
+"""Writes what the command line, editors and pages know of every config, from the code itself.
 
     .venv/bin/python tools/write_catalog.py
 
-It reads signatures and docstrings, the YAMLs under ``config/``, the table of methods in the
-documentation, and the times in ``benchmarks/results/methods_cost.json``.
+It writes ``config/catalog.json``, the JSON schemas, and the tables of ``docs/choose.md``. It reads
+signatures and docstrings, the YAMLs under ``config/``, the table of methods in the documentation,
+and times and scores in ``benchmarks/results/``.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from inspect import getmodule
 from pathlib import Path
@@ -25,7 +26,11 @@ from fusion_bench.trust import find
 from fusion_bench.zoo import families
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
+
+#: Methods that make a model for each task.
+_PER_TASK = ("emr_merging/emr_merging", "tall_mask/task_arithmetic")
 
 _POOLS = "configuration.md"
 _TASKS = "evaluation.md"
@@ -52,6 +57,7 @@ def written() -> dict[Path, str]:
     schema = CONFIG_DIR / "schema"
     return {
         CONFIG_DIR / "catalog.json": _json(catalog),
+        RESULTS / "choose.md": "\n".join(_chooser(catalog["methods"])),
         **{schema / name: _json(own) for name, own in schema_files(targets()).items()},
     }
 
@@ -62,7 +68,7 @@ def _json(value: object) -> str:
 
 def _methods() -> Iterator[Row]:
     table = (ROOT / "docs" / "methods" / "index.md").read_text("utf-8")
-    cost = json.loads((ROOT / "benchmarks" / "results" / "methods_cost.json").read_text("utf-8"))
+    cost = json.loads((RESULTS / "methods_cost.json").read_text("utf-8"))
     times = cost["eight ViT-B/32 encoders into memory"]
     page = ""
     for row in re.findall(r"^\|(.*\| `[\w/]+` \|.*)\|$", table, re.MULTILINE):
@@ -81,6 +87,36 @@ def _methods() -> Iterator[Row]:
             "page": f"methods/{page}",
             "file": file.as_posix(),
         }
+
+
+def _chooser(methods: Iterable[Row]) -> Iterator[str]:
+    """Yield the lines of one table for each kind of data that people have."""
+    images, texts = (_scores(RESULTS / f"methods_{name}.md") for name in ("zoo", "language"))
+    groups: dict[str, list[Row]] = {
+        "Only the models": [],
+        "The models and the pretrained model": [],
+        "Data too": [],
+        "A model for each task, or all models at once": [],
+    }
+    for row in methods:
+        several = row["name"] in _PER_TASK or row["name"].startswith("ensemble/")
+        data, base = "data" in row["needs"], "pretrained" in row["needs"]
+        groups[list(groups)[3 if several else 2 if data else 1 if base else 0]].append(row)
+    for title, rows in groups.items():
+        yield from (f"### {title}", "")
+        yield "| method | what it does | needs | cost | images, % | texts, % |"
+        yield "| --- | --- | --- | --- | ---: | ---: |"
+        for row in sorted(rows, key=lambda row: -float(images.get(row["name"], -1))):
+            figures = (scores.get(row["name"], "–") for scores in (images, texts))
+            cells = [f"[`{row['name']}`]({row['page']})", row["summary"], row["needs"] or "–"]
+            yield f"| {' | '.join([*cells, row['cost'], *figures])} |"
+        yield ""
+
+
+def _scores(file: Path) -> dict[str, str]:
+    """Return the last column of a table of results, by the method's name."""
+    rows = re.findall(r"^\| ([\w/]+) \|.*\| ([\d.]+) \|$", file.read_text("utf-8"), re.MULTILINE)
+    return dict(rows)
 
 
 def _needs(method: type) -> str:

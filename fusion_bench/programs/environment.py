@@ -33,6 +33,7 @@ from fusion_bench.report import Run, Search, Seconds, Tuning
 from fusion_bench.shown import are_set_up, set_up_streams
 from fusion_bench.storage import disk_failures
 from fusion_bench.threads import end_threads
+from fusion_bench.trust import users_code
 
 T = TypeVar("T")
 
@@ -179,7 +180,7 @@ def describe_run(
         precision=str(fabric.strategy.precision.precision),
         device=_device_name(fabric.device),
         world_size=fabric.world_size,
-        packages={name: version(name) for name in _PACKAGES},
+        packages={name: version(name) for name in _PACKAGES} | users_code(config),
         seconds=seconds,
         inputs=dict(inputs),
         notes=list(notes),

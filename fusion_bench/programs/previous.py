@@ -17,6 +17,7 @@ from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.progress import Step, step
 from fusion_bench.report import Report, Scores, Similarity
 from fusion_bench.storage import cache_dir, file_sha256, write_text
+from fusion_bench.trust import users_code
 from fusion_bench.weights import Inputs, Weights, align, sha256
 from fusion_bench.weights.similarity import similarity
 
@@ -56,7 +57,8 @@ class Previous:
             with suppress(FusionBenchError):
                 report = Report.load(path)
                 run = report.run
-                if (run.version, run.config_sha256) == (__version__, config_sha256(config)):
+                same = (run.version, run.config_sha256) == (__version__, config_sha256(config))
+                if same and users_code(config).items() <= run.packages.items():
                     scores = Scores.load(path, report) if report.tasks else Scores()
                     return cls(report, scores)
         return None

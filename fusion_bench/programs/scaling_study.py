@@ -53,6 +53,7 @@ from fusion_bench.report.scaling import Base, Merge, Normalizer, Study
 from fusion_bench.report.table import wide_console
 from fusion_bench.storage import cache_dir, claimed, write_text
 from fusion_bench.tasks import canonical_name
+from fusion_bench.trust import users_code
 from fusion_bench.weights import is_special
 
 log = logging.getLogger(__name__)
@@ -455,6 +456,7 @@ def _cached(
         "policy": str(pool.policy),
         "architecture": pool.architecture(),
         "method": node,
+        **({"code": code} if (code := users_code(node)) else {}),
         "learned": None if learned is None else learned.model_dump(),
         "tasks": tasks,
         "seed": seed,

@@ -34,7 +34,9 @@ def main() -> None:
 
 def _run(words: list[str], show_traceback: bool) -> int | None:
     from fusion_bench.scripts.interrupt import interruptible
+    from fusion_bench.trust import take_options
 
+    words = take_options(words)
     with interruptible():
         if words and words[0] in verbs.VERBS:
             return verbs.run(words[0], words[1:])

@@ -37,7 +37,8 @@ _FLAGS = {
     "--config-path": "the folder of your configs",
     "--cfg": "print the config instead of running it",
     "--multirun": "run once for each of several values",
-    "--allow": "let a config use classes of your package",
+    "--plugins": "let a config use classes of your file",
+    "--allow": "let a config use classes of your installed package",
     "--trust-remote-code": "let models run code that they bring",
     "--help": "show help",
     "--version": "show the version",
@@ -76,7 +77,7 @@ def _parser() -> ArgumentParser:
     """Return a parser for all that is no verb: Hydra's options and overrides."""
     parser = ArgumentParser(prog="fusion_bench", add_help=False)
     for flag, meaning in _FLAGS.items():
-        takes = flag in ("--config-name", "--config-path", "--cfg", "--allow")
+        takes = flag in ("--config-name", "--config-path", "--cfg", "--allow", "--plugins")
         stored = "store" if takes else "store_true"
         action = parser.add_argument(flag, help=meaning, action=stored)
         if flag == "--config-name":

@@ -25,18 +25,21 @@ from fusion_bench.configs import CONFIG_DIR, register
 from fusion_bench.scripts.arguments import arguments_parser
 from fusion_bench.scripts.bounds import FileConfigSource
 from fusion_bench.scripts.checked import CheckedConfigLoader, launchers
+from fusion_bench.trust import config_folders
 
 _omegaconf_loader = omegaconf_internal.get_yaml_loader
 
 
 class PackagedConfigs(SearchPathPlugin):
-    """Makes our config groups available to configs in the user's own directory."""
+    """Makes our config groups, and those beside the user's own code, available to all configs."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append our config directory if it is not the primary one already."""
+        """Append our config directory if it is not the primary one, and the user's after it."""
         there = {str(entry.path).removeprefix("file://") for entry in search_path.get_path()}
         if str(CONFIG_DIR) not in there:
             search_path.append("fusion_bench", f"file://{CONFIG_DIR}")
+        for folder in config_folders():
+            search_path.append("user", f"file://{folder}")
 
 
 def set_up_hydra() -> None:

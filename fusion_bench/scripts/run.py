@@ -44,7 +44,7 @@ from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.scripts.words import choice, models
 from fusion_bench.shown import colour, set_up_streams
 from fusion_bench.storage import disk_failures
-from fusion_bench.trust import RUN_UNSAFE_CODE, TRUST_REMOTE_CODE, allow
+from fusion_bench.trust import config_folders
 
 log = logging.getLogger(__name__)
 
@@ -111,25 +111,6 @@ def _raising() -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
 
 
-def _allowed(words: list[str]) -> list[str]:
-    """Remove the trust options, which a config cannot set.
-
-    They go into the environment, from which other processes of this run have them too.
-    """
-    left, rest = [], iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag == "--allow":
-            allow(value if equals else next(rest, ""))
-        elif word == "--trust-remote-code":
-            os.environ[TRUST_REMOTE_CODE] = "1"
-        elif word == "--run-unsafe-code":
-            os.environ[RUN_UNSAFE_CODE] = "1"
-        else:
-            left.append(word)
-    return left
-
-
 def _prepared(words: list[str]) -> list[str]:
     """Return the command line for Hydra.
 
@@ -137,7 +118,6 @@ def _prepared(words: list[str]) -> list[str]:
     this file. The program's keys need no ``++``.
     """
     prepared: list[str] = []
-    words = _allowed(words)
     own = {group: _own_names(group) for group in GROUPS.values()}
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -301,16 +281,21 @@ def _nearest_config(missing: str) -> str:
 
 def _own_names(group: str) -> set[str]:
     """Return the names of a group's configs in the user's own config directories."""
-    directories = [Path(own) / group for own in option(*_DIRECTORY_FLAGS)]
+    directories = [own / group for own in _own_folders()]
     files = ((own, file) for own in directories for file in own.rglob("*.yaml"))
     return {file.relative_to(own).with_suffix("").as_posix() for own, file in files}
+
+
+def _own_folders() -> list[Path]:
+    """Return the user's own config directories, as typed or beside their own code."""
+    return [*map(Path, option(*_DIRECTORY_FLAGS)), *config_folders()]
 
 
 def _config_names(missing: str) -> list[str]:
     """Return the names of the configs that a person might have meant by ``missing``."""
     group, slash, _ = missing.partition("/")
     names = set()
-    for directory in {CONFIG_DIR, *map(Path, option(*_DIRECTORY_FLAGS))}:
+    for directory in {CONFIG_DIR, *_own_folders()}:
         files = (directory / group).rglob("*.yaml") if slash else directory.glob("*.yaml")
         names |= {str(f.relative_to(directory).with_suffix("")) for f in files}
     parent = missing.rpartition("/")[0]

@@ -4,19 +4,22 @@ The site's strict build finds broken links between pages, anchors, snippets and 
 what it lets pass.
 """
 
+import os
 import re
 import shlex
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from commandline import compose
+from commandline import compose, fusion_bench
 
-import fusion_bench.method
+import fusion_bench.method as methods
 from fusion_bench.command import file_as_options
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import instantiate
-from fusion_bench.scripts.verbs import VERBS, parser_of
+from fusion_bench.scripts import verbs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -44,36 +47,64 @@ def blocks(language: str) -> list[object]:
 
 
 def commands() -> list[str]:
-    """Return every command line of ours that a shell block shows."""
+    """Return every command line that a shell block shows, or a line of a console with a prompt."""
     found = set()
-    for parameter in blocks("bash"):
-        code = parameter.values[0].replace("\\\n", " ")
-        found |= {" ".join(line.split()) for line in code.splitlines() if line.strip()}
+    for language, prompt in (("bash", ""), ("console", "$ ")):
+        for parameter in blocks(language):
+            for line in parameter.values[0].replace("\\\n", " ").splitlines():
+                if line.strip() and line.startswith(prompt):
+                    plain = line.removeprefix(prompt).replace("$PWD", ".")
+                    found.add(shlex.join(shlex.split(plain, comments=True)))
     return sorted(found)
 
 
+OURS = [command for command in commands() if command.split()[0] == "fusion_bench"]
+VERBS = [command for command in OURS if command.split()[1:2] and command.split()[1] in verbs.VERBS]
+COMPOSED = [command for command in OURS if command not in VERBS]
+#: Other people's programs, whose words are not looked at.
+_FOREIGN = {
+    *("export", "git", "hf", "lm_eval", "python", "source", "srun", "tensorboard", "torchrun"),
+    *("transformers", "vllm"),
+}
+OTHERS = [command for command in commands() if command not in OURS]
+
+
 @pytest.fixture(scope="module")
-def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with what the pages' commands name: a checkout and files of one's own."""
+    place = tmp_path_factory.mktemp("shown")
+    for name in ("config", "docs", "examples"):
+        (place / name).symlink_to(ROOT / name)
+    (place / "my_methods.py").write_text(
+        "from fusion_bench.method import SimpleAverageAlgorithm\n"
+        "class Mine(SimpleAverageAlgorithm):\n    pass\n"
+    )
+    verbs.run("new", ["method", "soft_ties", "--dir", str(place)])
+    verbs.run("cp", ["ties_merging", str(place / "my.yaml")])
+    for name in ("my/digits.yaml", "outputs/2026-01-31/12-00-00/config.yaml"):
+        (place / name).parent.mkdir(parents=True)
+        node = {"_target_": "fusion_bench.programs.FabricModelFusionProgram"}
+        (place / name).write_text(yaml.safe_dump(node))
+    return place
+
+
+@pytest.fixture(scope="module")
+def composed(place: Path) -> dict[str, tuple[int, str]]:
     """Return what the command line composes of all that is shown; nothing is loaded or written."""
-    root = tmp_path_factory.mktemp("composed")
-    words = {command: words_of(command) for command in commands() if not is_verb(command)}
+    words = {command: words_of(command) for command in COMPOSED}
     for number, block in enumerate(blocks("yaml")):
-        (root / f"shown{number}.yaml").write_text(block.values[0], encoding="utf-8")
-        name = ["--config-path", str(root), "--config-name", f"shown{number}"]
+        (place / f"shown{number}.yaml").write_text(block.values[0], encoding="utf-8")
+        name = ["--config-path", str(place), "--config-name", f"shown{number}"]
         words[str(block.values[0])] = name
-    return dict(zip(words, compose(words.values(), cwd=ROOT), strict=True))
-
-
-def is_verb(command: str) -> bool:
-    return (words_of(command) or [""])[0] in VERBS
+    return dict(zip(words, compose(words.values(), cwd=place), strict=True))
 
 
 def words_of(command: str) -> list[str]:
     """Return a command's words, of a sweep with the first of its values."""
-    words = shlex.split(command.replace("$PWD", str(ROOT)), comments=True)
-    assert words[0] == "fusion_bench"
+    words = shlex.split(command)[1:]
     # a sweep is composed when it runs; its values are put in one at a time
-    return [re.sub(r"(=[^,\[{]+),.*", r"\1", word) for word in words[1:] if word != "-m"]
+    words = [re.sub(r"=interval\(([\d.]+),.*", r"=\1", word) for word in words if word != "-m"]
+    return [re.sub(r"(=[^,\[{]+),.*", r"\1", word) for word in words]
 
 
 def nav_pages(node: object) -> list[str]:
@@ -124,7 +155,7 @@ def test_table_of_methods_names_each_page_and_config():
 def test_reference_lists_each_method():
     text = (DOCS / "reference.md").read_text("utf-8")
     listed = re.findall(r"^::: fusion_bench\.method\.(\w+)$", text, re.MULTILINE)
-    there = {getattr(fusion_bench.method, name).__name__ for name in fusion_bench.method.__all__}
+    there = {getattr(methods, name).__name__ for name in methods.__all__}
     assert sorted(listed) == sorted(there)
 
 
@@ -162,15 +193,77 @@ def test_annotations_match_the_comments_in_the_yaml():
 
 
 # The first takes 10 seconds: it composes what all pages show.
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMPOSED)
 def test_shown_commands_compose(command, composed):
-    if is_verb(command):
-        verb, *words = words_of(command)
-        parser_of(verb).parse_args(words)
-        return
     code, printed = composed[command]
     assert code == 0, printed
     assert "_target_" in printed
+
+
+@pytest.mark.parametrize("command", VERBS)
+def test_shown_verbs_take_these_words(command: str) -> None:
+    _, verb, *words = shlex.split(command)
+    verbs.parser_of(verb).parse_intermixed_args(words)
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_other_commands_name_what_is_there(command: str) -> None:
+    words = shlex.split(command)
+    program = words[0]
+    if program == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif "pip" in words and "install" in words:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = [extra for word in words for extra in re.findall(r"\[(.+)\]", word)]
+        assert set(",".join(extras).split(",")) - {""} <= set(project["optional-dependencies"])
+    elif program.startswith("."):
+        assert program.startswith(".venv/") or (ROOT / program).is_file()
+        files = [word for word in words[1:] if "/" in word]
+        assert [file for file in files if not (ROOT / file).exists()] == []
+    elif program == "python" and words[1].startswith(("benchmarks/", "examples/", "tools/")):
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert program in _FOREIGN
+
+
+@pytest.mark.parametrize(
+    "command", sorted(c for c in COMPOSED if "my_methods" in c), ids=lambda c: c.split()[1]
+)
+def test_own_code_runs_as_the_page_on_security_says(
+    command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "cache"))
+    if "--allow" in command:  # as if it were installed
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(place), *sys.path]))
+    done = fusion_bench(*shlex.split(command)[1:], "dry_run=true", cwd=place)
+    assert done.returncode == 0, done.stderr
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, written by hand or made of their text."""
+    found = set()
+    for heading in re.findall(r"^#+ +(.*?) *$", _FENCE.sub("", page.read_text("utf-8")), re.M):
+        text, _, own = heading.partition("{ #")
+        slug = re.sub(r"[^\w\s-]", "", text).strip().lower()
+        found |= {own.removesuffix(" }"), re.sub(r"[\s-]+", "-", slug)}
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ON_DISK], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_to_headings_and_other_sites_are_well_formed(page: Path) -> None:
+    links = ["".join(groups) for groups in _LINK.findall(prose(page))]
+    for link in links:
+        if link.startswith("data:image/"):  # a picture, written out
+            continue
+        if re.match(r"[a-z]+:", link):
+            assert re.fullmatch(r"https://[\w.-]+\.[a-z]{2,}(/[\w./~%#?=&+()-]*)?", link), link
+            assert "arxiv.org" not in link or re.search(r"abs/\d{4}\.\d{4,5}$", link), link
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if anchor and target.suffix == ".md" and "fusion_bench." not in anchor:
+            own = f'id="{anchor}"' in target.read_text("utf-8")  # of a drawing in the page
+            assert own or anchor in anchors(target), link
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))

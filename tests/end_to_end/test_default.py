@@ -123,8 +123,8 @@ def test_the_metric_of_ones_own(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(runs["first"].parent / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "examples"))
-    words = shown_command("metrics.md", "fusion_bench --allow own_metric")
+    words = shown_command("metrics.md", "fusion_bench --plugins examples/own_metric.py")
+    words[1] = str(REPOSITORY / words[1])
     done = fusion_bench(*words, "taskpool.save_predictions=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "balanced accuracy, %" in done.stdout

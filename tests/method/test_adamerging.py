@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_contract import BASE, TrainablePool, as_weights, assert_close
 from fixtures_contract import family as small_models
 from fixtures_method import module
 from fixtures_tuning import CPU, Images, fused, learned, linear, linear_data, linear_models
@@ -21,6 +20,7 @@ from fusion_bench.method import (
     TiesMergingAlgorithm,
 )
 from fusion_bench.method.adamerging import Mixture, entropies
+from fusion_bench.method.checks import BASE, TrainablePool, as_weights, assert_close
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, in_memory
 

@@ -4,11 +4,8 @@ A new YAML is covered without a change here; where it differs from the rest, ``S
 `fixtures_contract.py` says so.
 """
 
-import inspect
-import itertools
-from collections.abc import Callable, Iterator
-from copy import deepcopy
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +13,44 @@ import pytest
 import torch
 from drawn import examples
 from fixtures_contract import (
-    BASE,
     LAYOUTS,
     SPECIAL,
-    STILL,
-    Pool,
-    Task,
-    TrainablePool,
-    as_weights,
-    assert_close,
-    assert_same,
-    chosen,
     draw,
-    entries,
     family,
-    in_small_pieces,
     kind,
-    members,
     method,
     method_class,
     nodes,
     open_pool,
     special,
     takes,
-    threads,
     variants,
-    widened,
     write_family,
 )
 from fixtures_weights import all_bits, open_directory
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 import fusion_bench.method
+from fusion_bench.method import checks
+from fusion_bench.method.checks import (
+    BASE,
+    Pool,
+    as_weights,
+    assert_close,
+    assert_same,
+    chosen,
+    entries,
+    members,
+)
 from fusion_bench.modelpool import HFModelPool
-from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory, write_checkpoint
+from fusion_bench.weights import MergePolicy, write_checkpoint
 
 METHODS = list(nodes())
 PLAIN = [name for name in METHODS if kind(name) == "weights"]
 RANDOM = [name for name in PLAIN if takes(name, "seed")]
-WITHOUT_BASE = [name for name in PLAIN if not method_class(name).needs_pretrained]
-
 VARIANTS = [variant for name in PLAIN for variant in variants(name)]
 
 every = pytest.mark.parametrize("name", PLAIN)
-#: The tests that an option may break though the YAML's own choice does not.
-every_variant = pytest.mark.parametrize("name", PLAIN + VARIANTS)
-
 
 pytestmark = pytest.mark.exhaustive
 
@@ -82,37 +69,12 @@ def drawn(request: pytest.FixtureRequest) -> Iterator[None]:
     draw(0)
 
 
-def fuse(name: str, models: dict[str, Any], **options: Any) -> Any:
+def fuse(name: str, models: Mapping[str, Any], **options: Any) -> Any:
     """Merge as many of the models, modules or weights, as the method takes."""
-    use = chosen(name, models, base=BASE in models)
-    modules = isinstance(next(iter(use.values())), nn.Module)
-    return method(name, **options).run(use if modules else Pool(use))
+    return checks.fuse(method(name, **options), models, special(name))
 
 
-def of_base(name: str, models: dict[str, Any], fused: Any) -> dict[str, Tensor]:
-    """Return what `entries` would be if each model made were the first of `models`."""
-    reference = next(iter(chosen(name, models, base=BASE in models).values()))
-    state = reference.state_dict()
-    return {f"{member}:{key}": state[key] for member in members(fused) for key in state}
-
-
-def state_bits(models: dict[str, nn.Module]) -> dict[str, Any]:
-    return {name: all_bits(model.state_dict()) for name, model in models.items()}
-
-
-def weights_of(states: dict[str, dict[str, Tensor]]) -> dict[str, Weights]:
-    return {name: TensorWeights(state) for name, state in states.items()}
-
-
-Compare = Callable[[dict[str, Tensor], dict[str, Tensor]], None]
-
-
-def equal(name: str) -> Compare:
-    """Return how to compare what is made of equal models with one of them."""
-    return partial(assert_close, tolerance=1e-6) if special(name).rounds else assert_same
-
-
-def agree(name: str) -> Compare:
+def agree(name: str) -> Callable[[dict[str, Tensor], dict[str, Tensor]], None]:
     """Return how to compare the results of one computation that was cut in different ways."""
     return assert_same if method(name).elementwise else assert_close
 
@@ -132,119 +94,38 @@ def test_no_note_is_about_a_method_that_is_not_there() -> None:
     assert {name for name in SPECIAL if " " in name} <= set(VARIANTS)
 
 
-@pytest.mark.parametrize(
-    ("name", "models"),
-    [
-        *itertools.product(PLAIN + VARIANTS, ["net"]),
-        *itertools.product(PLAIN, ["clip", "llama"]),
-    ],
+def id_of(value: object) -> str | None:
+    return value.__name__ if callable(value) else None
+
+
+@pytest.mark.parametrize("check", checks.MERGING, ids=id_of)
+@every
+def test_what_holds_for_methods_that_merge(name: str, check: checks.Check) -> None:
+    check(method(name), family("net"), special(name))
+
+
+#: What an option may break though the YAML's own choice does not.
+OF_VARIANTS = (
+    checks.equal_models,
+    checks.unchanged,
+    checks.order,
+    checks.precision,
+    checks.pieces,
+    checks.finite,
 )
-def test_models_equal_to_the_base_give_the_base(name: str, models: str) -> None:
-    base = family(models)[BASE]
-    fused = fuse(name, {BASE: base, "a": base, "b": base, "c": base})
-    equal(name)(entries(fused), of_base(name, {BASE: base}, fused))
 
 
+@pytest.mark.parametrize("check", OF_VARIANTS, ids=id_of)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_holds_with_other_options(name: str, check: checks.Check) -> None:
+    check(method(name), family("net"), special(name))
+
+
+@pytest.mark.parametrize("check", [checks.equal_models, checks.form], ids=id_of)
+@pytest.mark.parametrize("models", ["clip", "llama"])
 @every
-@pytest.mark.parametrize("models", ["net", "clip", "llama"])
-def test_what_is_made_is_shaped_and_tied_like_the_base(name: str, models: str) -> None:
-    modules = family(models)
-    base = modules[BASE].state_dict()
-    like = TensorWeights(base)
-    for weights in members(fuse(name, as_weights(modules))).values():
-        assert list(weights) == list(base)
-        assert all(weights.spec(key) == like.spec(key) for key in base)
-        assert all(weights.tied_to(key) == like.tied_to(key) for key in base)
-    before = state_bits(modules)
-    for state in members(fuse(name, modules)).values():
-        assert list(state) == list(base)
-        made = TensorWeights(state)
-        assert all(made.spec(key) == like.spec(key) for key in base)
-        assert all(made.tied_to(key) == like.tied_to(key) for key in base)
-        assert not any(tensor.requires_grad for tensor in state.values())
-        assert all(tensor.isfinite().all() for tensor in state.values())
-        memory = {tensor.data_ptr() for m in modules.values() for tensor in m.state_dict().values()}
-        assert not any(t.numel() and t.data_ptr() in memory for t in state.values())
-    assert state_bits(modules) == before
-
-
-@every
-def test_integers_and_booleans_are_the_base_s(name: str) -> None:
-    modules = family("net")
-    fused = fuse(name, modules)
-    for key, tensor in entries(fused).items():
-        if not tensor.dtype.is_floating_point:
-            assert torch.equal(tensor, of_base(name, modules, fused)[key])
-
-
-@pytest.mark.parametrize("name", WITHOUT_BASE)
-def test_without_a_base_the_first_model_is_the_reference(name: str) -> None:
-    modules = {key: model for key, model in family("net").items() if key != BASE}
-    fused = fuse(name, modules)
-    first = of_base(name, modules, fused)
-    found = entries(fused)
-    assert list(found) == list(first)
-    for key, tensor in found.items():
-        assert (tensor.shape, tensor.dtype) == (first[key].shape, first[key].dtype)
-        assert tensor.dtype.is_floating_point or torch.equal(tensor, first[key])
-    same = fuse(name, dict.fromkeys("abc", modules["a"]))
-    equal(name)(entries(same), first)
-
-
-@pytest.mark.parametrize("name", sorted(set(PLAIN) - set(WITHOUT_BASE)))
-def test_a_missing_base_is_said(name: str) -> None:
-    modules = {key: model for key, model in family("net").items() if key != BASE}
-    with pytest.raises(FusionBenchError, match="_pretrained_"):
-        fuse(name, modules)
-
-
-@every
-def test_one_model_alone_is_merged_or_refused(name: str) -> None:
-    modules = family("net")
-    try:
-        fused = method(name).run({BASE: modules[BASE], "a": modules["a"]})
-    except FusionBenchError:
-        return
-    assert all(tensor.isfinite().all() for tensor in entries(fused).values())
-
-
-@every_variant
-def test_a_model_that_is_the_base_and_an_entry_that_none_changed(name: str) -> None:
-    modules = family("net")
-    base = modules[BASE].state_dict()
-    states = {key: model.state_dict() | {STILL: base[STILL]} for key, model in modules.items()}
-    for unchanged in "ac":
-        fused = fuse(name, weights_of(states | {unchanged: base}))
-        found = entries(fused)
-        assert all(tensor.isfinite().all() for tensor in found.values())
-        kept = {key: tensor for key, tensor in found.items() if key.endswith(STILL)}
-        equal(name)(kept, dict.fromkeys(kept, base[STILL]))
-
-
-@pytest.mark.parametrize("name", [name for name in PLAIN + VARIANTS if not special(name).ordered])
-def test_the_order_of_the_models_is_irrelevant(name: str) -> None:
-    modules = family("net")
-    expected = entries(fuse(name, modules))
-    for order in ("bca", "cba"):
-        found = entries(fuse(name, {key: modules[key] for key in (BASE, *order)}))
-        for key, want in expected.items():
-            torch.testing.assert_close(found[key], want, rtol=1e-5, atol=1e-6)
-
-
-@every
-def test_entries_may_be_read_in_any_order_and_again(name: str) -> None:
-    weights = chosen(name, as_weights(family("net")))
-    merging = method(name)
-    first, second = merging.run(Pool(weights)), merging.run(Pool(weights))
-    forwards = {f"{m}:{key}": w[key] for m, w in members(first).items() for key in w}
-    backwards = {
-        f"{m}:{key}": w[key]
-        for m, w in reversed(members(second).items())
-        for key in reversed(list(w))
-    }
-    assert_same(backwards, forwards)
-    assert_same(entries(first), forwards)
-    assert_same(entries(fuse(name, family("net"))), forwards)
+def test_what_holds_for_real_models(name: str, models: str, check: checks.Check) -> None:
+    check(method(name), family(models), special(name))
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -254,41 +135,6 @@ def test_a_seed_tells_what_is_drawn(name: str) -> None:
     drawn = [entries(fuse(name, weights, seed=seed, **draws)) for seed in range(6)]
     assert_same(entries(fuse(name, weights, seed=3, **draws)), drawn[3])
     assert len({str(all_bits(result)) for result in drawn}) > 1
-
-
-@every
-def test_it_leaves_the_shared_generator_alone(name: str) -> None:
-    weights = as_weights(family("net"))
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        first, before = entries(fuse(name, weights)), torch.get_rng_state()
-        torch.manual_seed(2)
-        assert_same(entries(fuse(name, weights)), first)
-        torch.manual_seed(1)
-        assert torch.equal(torch.get_rng_state(), before)
-
-
-@every_variant
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_wide_and_rounded_once(name: str, dtype: torch.dtype) -> None:
-    found = entries(fuse(name, family("net", dtype)))
-    expected = entries(fuse(name, widened("net", dtype)))
-    for key, tensor in found.items():
-        assert tensor.dtype == (dtype if expected[key].dtype == torch.float32 else tensor.dtype)
-    if method(name).elementwise:
-        assert_same(found, {k: v.to(found[k].dtype) for k, v in expected.items()})
-    assert_close(found, expected, 1e-6)
-
-
-@every_variant
-def test_pieces_and_threads_change_nothing(name: str) -> None:
-    weights = as_weights(family("net"))
-    with threads(1):
-        expected = entries(fuse(name, weights))
-    for piece, count in [(13, 1), (2**18, 2)]:
-        with threads(count):
-            found = in_small_pieces(fuse(name, weights), piece)
-        agree(name)(found, expected)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +155,10 @@ def checkpoints(
     def pool(models: str, layout: str, *names: str) -> HFModelPool:
         return open_pool(models, {name: written(models, layout)[name] for name in names})
 
-    return lambda name, models, layout: pool(models, layout, *chosen(name, written(models, layout)))
+    def opened(name: str, models: str, layout: str) -> HFModelPool:
+        return pool(models, layout, *chosen(written(models, layout), special(name)))
+
+    return opened
 
 
 @every
@@ -340,131 +189,16 @@ def test_how_the_merged_model_is_cut_into_files_changes_nothing(name: str, tmp_p
             agree(name)(found, {key: expected[key] for key in found})
 
 
-@every_variant
-@pytest.mark.parametrize(
-    ("where", "key", "value"),
-    [
-        ("b", "conv.weight", torch.nan),
-        ("c", "logit_scale", -torch.inf),
-        (BASE, "encoder.layers.0.weight", torch.inf),
-    ],
-)
-def test_what_is_not_finite_is_noticed(name: str, where: str, key: str, value: float) -> None:
-    states = {model: module.state_dict() for model, module in family("net").items()}
-    if where not in chosen(name, states) or (where == BASE and not method(name).needs_pretrained):
-        where = "a"
-    broken = states[where][key].clone()
-    broken.view(-1)[0] = value
-    states[where] = states[where] | {key: broken}
-    if key in special(name).ignores:
-        assert torch.equal(entries(fuse(name, weights_of(states)))[f":{key}"], states[BASE][key])
-        return
-    with pytest.raises(FusionBenchError, match="NaN"):
-        entries(fuse(name, weights_of(states)))
+@pytest.mark.parametrize("check", checks.LEARNING, ids=id_of)
+@pytest.mark.parametrize("name", [name for name in METHODS if kind(name) == "data"])
+def test_what_holds_for_methods_that_learn(name: str, check: checks.Check) -> None:
+    check(method(name), family("net"), special(name))
 
 
-@every
-def test_the_options_of_all_methods_come_last(name: str) -> None:
-    given = inspect.signature(method_class(name)).parameters.values()
-    last = [(own.name, own.default, own.kind) for own in given][-2:]
-    anyhow = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    assert last == [("show_pbar", True, anyhow), ("inplace", False, anyhow)]
-
-
-@every
-def test_inplace_writes_to_one_model_alone(name: str) -> None:
-    modules = chosen(name, {key: deepcopy(model) for key, model in family("net").items()})
-    made = fuse(name, modules)
-    expected = entries(made)
-    before = state_bits(modules)
-    if list(members(made)) != [""]:
-        with pytest.raises(FusionBenchError, match=r"^inplace: \w+ makes \d models"):
-            method(name, inplace=True).run(modules)
-        assert state_bits(modules) == before
-        return
-    fused = method(name, inplace=True).run(modules)
-    after = state_bits(modules)
-    assert all_bits(members(fused)[""]) == after[BASE]
-    assert_same(entries(fused), expected)
-    assert {k: v for k, v in after.items() if k != BASE} == {
-        k: v for k, v in before.items() if k != BASE
-    }
-
-
-DATA = [name for name in METHODS if kind(name) == "data"]
-learning = pytest.mark.parametrize("name", DATA)
-
-
-@pytest.fixture(scope="session")
-def fabric() -> Fabric:
-    return Fabric(accelerator="cpu", devices=1)
-
-
-def learn(name: str, modules: dict[str, nn.Module], fabric: Fabric, **options: Any) -> Any:
-    """Merge models by a method that learns from data."""
-    pool = TrainablePool(modules)
-    dtype = next(iter(modules.values())).get_parameter(STILL).dtype
-    data = {model: Task(ord(model), dtype) for model in pool.model_names}
-    return method(name, **options).run(pool, fabric, data)
-
-
-@learning
-def test_learning_from_equal_models_gives_that_model(name: str, fabric: Fabric) -> None:
-    base = family("net")[BASE]
-    fused = learn(name, {BASE: base, "a": base, "b": base, "c": base}, fabric)
-    assert_close(entries(fused), of_base(name, {BASE: base}, fused), 1e-4)
-
-
-@learning
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_learned_is_shaped_and_tied_like_the_base(
-    name: str, fabric: Fabric, dtype: torch.dtype
-) -> None:
-    modules = family("net", dtype)
-    base = modules[BASE].state_dict()
-    like, before = TensorWeights(base), state_bits(modules)
-    with torch.random.fork_rng():
-        generator = torch.get_rng_state()
-        fused = learn(name, modules, fabric)
-        found = entries(fused)
-        assert torch.equal(torch.get_rng_state(), generator)
-    for weights in members(fused).values():
-        assert list(weights) == list(base)
-        assert all(weights.spec(key) == like.spec(key) for key in base)
-        made = TensorWeights(in_memory(weights))
-        assert all(made.tied_to(key) == like.tied_to(key) for key in base)
-    for name_and_key, tensor in found.items():
-        key = name_and_key.partition(":")[2]
-        assert tensor.isfinite().all()
-        if not tensor.dtype.is_floating_point:
-            assert any(torch.equal(tensor, model.state_dict()[key]) for model in modules.values())
-    assert state_bits(modules) == before
-    assert_same(entries(learn(name, modules, fabric)), found)
-
-
-@pytest.mark.parametrize("name", [name for name in DATA if not special(name).ordered])
-def test_the_order_of_the_tasks_is_irrelevant(name: str, fabric: Fabric) -> None:
-    modules = family("net")
-    expected = entries(learn(name, modules, fabric))
-    turned = {key: modules[key] for key in (BASE, *"cab")}
-    assert_close(entries(learn(name, turned, fabric)), expected, 1e-4)
-
-
+@pytest.mark.parametrize("check", checks.ENSEMBLES, ids=id_of)
 @pytest.mark.parametrize("name", [name for name in METHODS if kind(name) == "module"])
-def test_a_module_of_equal_models_answers_as_they_do(name: str) -> None:
-    modules = {key: deepcopy(model).eval() for key, model in family("net").items()}
-    before, images = state_bits(modules), Task(0).batches(torch.arange(12), 12)
-    batch, _ = next(images)
-    with torch.no_grad():
-        for use in (modules, TrainablePool(modules)):
-            assert isinstance(method(name).run(use), nn.Module)
-        together = method(name).run(TrainablePool(modules))(batch)
-        turned = method(name).run({key: modules[key] for key in (BASE, *"cab")})(batch)
-        alike = method(name).run({BASE: modules["a"], **dict.fromkeys("bc", modules[BASE])})(batch)
-        torch.testing.assert_close(turned, together)
-        torch.testing.assert_close(alike, modules[BASE](batch))
-        assert not torch.allclose(together, modules[BASE](batch))
-    assert state_bits(modules) == before
+def test_what_holds_for_ensembles(name: str, check: checks.Check) -> None:
+    check(method(name), family("net"), special(name))
 
 
 def made(build: Callable[[Any], Any], models: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -614,7 +348,7 @@ def test_the_ends_of_a_method_are_its_models(build: Callable[[Any], Any], end: s
 @every
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_gives_about_the_same(name: str) -> None:
-    weights = chosen(name, as_weights(family("clip")))
+    weights = chosen(as_weights(family("clip")), special(name))
     here = entries(method(name).run(Pool(weights)))
     there = entries(method(name).run(Pool(weights, MergePolicy(device="cuda"))))
     assert_close(there, here, 1e-4)

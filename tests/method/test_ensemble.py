@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from drawn import examples
-from fixtures_contract import BASE, TrainablePool
 from fixtures_contract import family as small_models
 from fixtures_tuning import linear, linear_models
 from hypothesis import given, settings
@@ -22,6 +21,7 @@ from fusion_bench.method import (
     WeightedAverageAlgorithm,
     WeightedEnsembleAlgorithm,
 )
+from fusion_bench.method.checks import BASE, TrainablePool
 from fusion_bench.method.ensemble import Ensemble, LogitEnsemble, load_ensemble
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_contract import BASE, TrainablePool
 from fixtures_data import CPU, Array, Task, clip_family, learned, linear, normal
 from fixtures_weights import all_bits
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 import fusion_bench.method
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import FisherMergingAlgorithm, fisher_merging
+from fusion_bench.method.checks import BASE, TrainablePool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import in_memory
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_contract import BASE, TrainablePool, assert_close
 from fixtures_contract import family as small_models
 from fixtures_method import module
 from fixtures_tuning import CPU, Images, fused, learned, linear, linear_data, linear_models
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fusion_bench.method import GreedySoupAlgorithm, LearnedSoupAlgorithm, SimpleAverageAlgorithm
 from fusion_bench.method.adamerging import Mixture
+from fusion_bench.method.checks import BASE, TrainablePool, assert_close
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.results import ACCURACY, METRICS, Metric
 from fusion_bench.weights import MergePolicy, TensorWeights, in_memory

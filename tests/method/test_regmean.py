@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from drawn import examples
-from fixtures_contract import BASE
 from fixtures_data import CPU, Array, Task, clip_family, learned, linear, normal, regmean
 from fixtures_weights import all_bits
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ import fusion_bench.method
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import RegMeanAlgorithm
 from fusion_bench.method import regmean as under_test
+from fusion_bench.method.checks import BASE
 from fusion_bench.method.regmean import collected_grams
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import in_memory

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_contract import BASE
 from fixtures_data import CPU, Array, Task, clip_family, learned, normal, regmean
 from fixtures_weights import all_bits
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 import fusion_bench.method
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import RegMeanAlgorithm, RegMeanAlgorithmPlusPlus
+from fusion_bench.method.checks import BASE
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import in_memory
 

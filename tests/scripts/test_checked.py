@@ -48,6 +48,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ({"sweeper": {"params": {"a": "${evil}"}}}, "hydra.sweeper.params.a"),
         ({"job": {"env_set": {"LD_PRELOAD": "x.so"}}}, "hydra.job.env_set.LD_PRELOAD"),
         ({"job": {"env_set": {"FUSION_BENCH_ALLOW": "os"}}}, "hydra.job.env_set.FUSION_BENCH"),
+        ({"job": {"env_set": {"FUSION_BENCH_PLUGINS": "x.py"}}}, "hydra.job.env_set.FUSION_BENCH"),
         ({"job": {"env_set": {"HF_ENDPOINT": "http://x"}}}, "hydra.job.env_set.HF_ENDPOINT"),
         ({"job": {"env_copy": ["HOME"]}}, "hydra.job.env_copy[0]"),
         ({"job_logging": {"handlers": {"x": {"()": "os.system"}}}}, "handlers.x.()"),

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_weights import all_bits, bits, total, weights
+from fixtures_weights import all_bits, total, weights
 from torch import Tensor
 
+from fusion_bench.method.checks import bits
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import AdapterConfig, AdapterWeights, TensorWeights, in_memory, merge
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from commandline import python
-from fixtures_contract import threads
 
 from fusion_bench import zoo
+from fusion_bench.method.checks import threads
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.zoo import build
 from fusion_bench.zoo.dense.recipe import DenseRecipe

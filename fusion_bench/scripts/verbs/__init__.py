@@ -25,6 +25,7 @@ VERBS: Mapping[str, str] = {
     "index": "one page over all runs below a folder",
     "reproduce": "run a report's config again, and compare every figure",
     "verify": "check a merged model's files against its report",
+    "new": "start a method of your own: a module, its YAML and its test",
     "push": "upload a merged model to the Hugging Face Hub",
     "schema": "write the JSON schemas that an editor checks YAMLs by",
     "completion": "complete words in bash, zsh or fish",
@@ -46,7 +47,8 @@ options:
   --config-name NAME     another config: demo_language, merge_llm, search, scaling_study …
   --config-path DIR      the folder of your own configs
   --cfg job              print the config instead of running it
-  --allow PACKAGE        let a config use classes of your own package
+  --plugins FILE.py      let a config use classes of your own file, and the YAMLs beside it
+  --allow PACKAGE        let a config use classes of your own installed package
   --trust-remote-code    let models run code that they bring
   --hydra-help           all other options
   --version              the version

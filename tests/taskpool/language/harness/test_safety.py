@@ -19,10 +19,10 @@ from fixtures_harness import (
 from lightning.fabric import Fabric
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.scripts.run import _allowed
 from fusion_bench.taskpool import LMEvalHarnessTaskPool
 from fusion_bench.taskpool.language.harness.folder import TaskFiles
 from fusion_bench.taskpool.language.harness.safety import check
+from fusion_bench.trust import take_options
 
 ASKED = {**from_file("data.jsonl"), **CHOICE, "metric_list": metrics("acc")}
 CODE = (
@@ -90,7 +90,7 @@ def test_code_runs_where_the_user_says_so(
 
 def test_the_users_word_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSION_BENCH_RUN_UNSAFE_CODE", "0")
-    assert _allowed(["seed=1", "--run-unsafe-code"]) == ["seed=1"]
+    assert take_options(["seed=1", "--run-unsafe-code"]) == ["seed=1"]
     assert os.environ["FUSION_BENCH_RUN_UNSAFE_CODE"] == "1"
 
 
