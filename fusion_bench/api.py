@@ -315,6 +315,8 @@ def _method(
 ) -> tuple[Section, Place]:
     """Return a method's node or object, and the place of its options."""
     with within("method"):
+        if isinstance(method, type):
+            raise ConfigError(f"{method.__name__} is a class.", f"Give '{method.__name__}(…)'.")
         check_part(None if isinstance(method, str) else method, "method")
     node: Section = method
     if isinstance(method, str):

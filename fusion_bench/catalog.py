@@ -26,6 +26,9 @@ PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
 #: Names in papers and in other programs.
 _ALIASES: Mapping[str, str] = {
     "average": "simple_average",
+    "avg": "simple_average",
+    "simple_average_for_causallm": "simple_average",
+    "linear/simple_average_for_causallm": "simple_average",
     "mean": "simple_average",
     "uniform_soup": "model_soup/uniform",
     "greedy_soup": "model_soup/greedy",
@@ -202,7 +205,7 @@ def find(name: str, kinds: Sequence[Kind] = KINDS) -> Entry:
 
 def suggestion(name: str, kinds: Sequence[Kind]) -> list[str]:
     """Return a sentence, and a line for each of the entries nearest to ``name``."""
-    nearest = near(name, kinds)
+    nearest = near(name, kinds, choices=len(kinds) == 1)
     width = max(len(entry.name) for entry in nearest)
     listing = f"fusion_bench ls {kinds[0]}" if len(kinds) == 1 else "fusion_bench ls"
     return [
@@ -234,12 +237,19 @@ def full_name(group: str, name: str) -> str:
     """Return the config of a group that a person means by ``name``; else ``name`` itself."""
     kinds = [kind for kind, own in GROUPS.items() if own == group]
     found = unambiguous(name, kinds) if kinds else None
-    return found.name if found else name
+    return found.name if found and found.target else name
 
 
-def near(name: str, kinds: Sequence[Kind], count: int = 3) -> list[Entry]:
-    """Return the entries that a person may have meant, the likeliest first."""
-    known = [entry for entry in entries() if entry.kind in kinds]
+def near(name: str, kinds: Sequence[Kind], count: int = 3, *, choices: bool = False) -> list[Entry]:
+    """Return the entries that a person may have meant, the likeliest first.
+
+    With ``choices``, a single model is none: it cannot be chosen in the place of a pool.
+    """
+    known = [
+        entry
+        for entry in entries()
+        if entry.kind in kinds and (entry.target or not (choices and entry.kind == "models"))
+    ]
     return sorted(known, key=lambda entry: -_likeness(_plain(name), entry))[:count]
 
 

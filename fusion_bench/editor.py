@@ -40,6 +40,17 @@ _HARDWARE = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")
 _STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "dp", "fsdp", "deepspeed")
 
 
+#: Keys of FusionBench's configs, which are understood beside ours.
+_THEIRS: Json = {
+    "path": {
+        "anyOf": [{"type": "object"}, {"type": "string"}],
+        "description": "Folders, of which log_dir is the run's.",
+    },
+    "print_config": {"type": "boolean", "description": "Print the config before the run."},
+    "print_function_call": {"type": "boolean", "description": "Without effect."},
+}
+
+
 def schema_files(names: Iterable[str]) -> dict[str, Json]:
     """Return the schema of each kind of file, by the schema's own file name.
 
@@ -50,6 +61,7 @@ def schema_files(names: Iterable[str]) -> dict[str, Json]:
         ConfigError: a name that a config may not call.
     """
     classes = {name: class_schema(name) for name in names}
+    classes[PROGRAM]["properties"] |= _THEIRS
     for key, choices in (("accelerator", _HARDWARE), ("strategy", _STRATEGIES)):
         own = classes["lightning.Fabric"]["properties"][key]
         own["anyOf"].insert(0, {"enum": list(choices)})
@@ -364,7 +376,11 @@ def _defaults() -> Json:
                 {"type": "string"},
                 {
                     "type": "object",
-                    "properties": choice,
+                    "properties": {
+                        **choice,
+                        **{f"override {group}": own for group, own in choice.items()},
+                        **{f"override /{group}": own for group, own in choice.items()},
+                    },
                     "patternProperties": {
                         rf"^((override|optional) )*/?{group}(@.*)?$": own
                         for group, own in choice.items()

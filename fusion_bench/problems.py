@@ -210,15 +210,22 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+#: Choices that fit a message.
+_MANY = 24
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a sentence that suggests the choice nearest to ``name``.
 
-    Falls back to listing all choices, and to an empty string when there are none.
+    Falls back to listing the choices, the nearest alone if they are many, and to an empty string
+    when there are none.
     """
     known = sorted(set(choices))
     begun = [choice for choice in known if name and choice.startswith(name)]
     if close := begun or get_close_matches(name, known, n=1, cutoff=0.6):
         return f"Did you mean '{close[0]}'?"
+    if len(known) > _MANY:
+        return f"The nearest: {', '.join(get_close_matches(name, known, n=3, cutoff=0))}."
     return f"Known: {', '.join(known)}." if known else ""
 
 

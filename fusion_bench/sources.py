@@ -125,6 +125,8 @@ def reading(kind: str, name: str) -> Iterator[None]:
                 raise AddressError(f"Cannot read the {kind} '{name}': {refusal}") from error
             if kind_and_reason := _reason(kind, name, error, offline):
                 refused, reason = kind_and_reason
+                if refused is EnvironmentProblem and "/" not in name:
+                    reason = f"there is no folder '{name}' here, and {reason}"
                 raise refused(f"Cannot read the {kind} '{name}':", reason) from error
             raise
     if offline:

@@ -155,7 +155,8 @@ def refuse_huge(path: Path) -> None:
     """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
-        raise ConfigError(f"'{path}' is not a regular file. Remove it.")
+        what = "a folder" if path.is_dir() else "not a regular file"
+        raise ConfigError(f"'{path}' is {what}. Name a JSON file.")
     if state.st_size > _LONGEST:
         raise ConfigError(
             f"'{path}' has {state.st_size // 2**20} MiB; no more than {_LONGEST // 2**20} MiB of "

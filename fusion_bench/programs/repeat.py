@@ -97,7 +97,8 @@ class RepeatProgram:
         same = f"{len(figures) - len(different)} of {len(figures)} figures are the same"
         identical = _same_weights(before, now)
         said = "the same, bit by bit" if identical else "not the same bit by bit"
-        log.info("%s; the merged weights are %s.", same, said)
+        merged = any(model.role == "merged" for model in before.models.values())
+        log.info("%s%s.", same, f"; the merged weights are {said}" if merged else "")
         if not different and (figures or identical):
             return now
         if different:

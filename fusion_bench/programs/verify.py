@@ -9,6 +9,7 @@ import yaml
 
 from fusion_bench import modelpool
 from fusion_bench.modelpool import HFModelPool
+from fusion_bench.modelpool.kinds import pool_node
 from fusion_bench.problems import FusionBenchError, ResultError
 from fusion_bench.report import Report
 from fusion_bench.storage import file_sha256
@@ -32,7 +33,7 @@ def verify(folder: Path, report: Path | None = None) -> Iterator[str]:
             weights than the report.
     """
     recipe = _recipe(folder)
-    weights = _pool(recipe)({"model": str(folder.absolute())}).weights("model")
+    weights = _pool(folder, recipe).weights("model")
     parameters = sum(weights.spec(name).numel for name in weights)
     bad = [name for name in weights if not _finite(weights, name)]
     if bad:
@@ -78,14 +79,21 @@ def _recipe(folder: Path) -> Mapping[str, Any]:
         raise FusionBenchError(f"'{card}': its recipe cannot be read.") from error
 
 
-def _pool(recipe: Mapping[str, Any]) -> type[HFModelPool]:
-    """Return the pool that the model was merged by, which says which entries are the model's."""
+def _pool(folder: Path, recipe: Mapping[str, Any]) -> HFModelPool:
+    """Return a pool of the model alone, which says which entries are the model's.
+
+    It is of the kind that the model was merged by, or else of the one that its config names.
+    """
+    models = {"model": str(folder.absolute())}
     node = recipe.get("config", {}).get("modelpool")
-    name = str(node.get("_target_") if isinstance(node, Mapping) else "").rpartition(".")[2]
-    found: object = vars(modelpool).get(name)
-    if isinstance(found, type) and issubclass(found, HFModelPool):
-        return found
-    return HFModelPool
+    if not isinstance(node, Mapping):
+        node = pool_node(models, heads=True)
+    found: object = vars(modelpool).get(str(node.get("_target_")).rpartition(".")[2])
+    if not isinstance(found, type) or not issubclass(found, HFModelPool):
+        found = HFModelPool
+    if found is HFModelPool:
+        return HFModelPool(models, str(node.get("model_class") or "AutoModel"))
+    return found(models)
 
 
 def _sources(recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -23,9 +23,11 @@ def arguments_parser() -> ArgumentParser:
         text = message.removeprefix("argument ")
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+            flags += ["--allow", "--plugins", "--trust-remote-code"]
             name = unknown[1].partition("=")[0]
             text = f"{name}: unknown option. {did_you_mean(name, flags)}"
-        raise FusionBenchError(f"{text.rstrip('.')}. 'fusion_bench --help' lists all options.")
+        said = text if text.endswith("?") else f"{text.rstrip('.')}."
+        raise FusionBenchError(f"{said} 'fusion_bench --hydra-help' lists all options.")
 
     def parse_args(args: Sequence[str] | None = None) -> Namespace:
         parsed = parser.parse_intermixed_args(args)

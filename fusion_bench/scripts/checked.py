@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from fusion_bench.catalog import full_name
 from fusion_bench.command import overrides, typed
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.problems import ConfigError, Place, Problem, Problems
@@ -267,6 +268,11 @@ def _choosable(
 
     def load_config(config_path: str) -> ConfigResult | None:
         result = load(config_path)
+        for each in (result.defaults_list or ()) if result is not None else ():
+            if isinstance(each, GroupDefault) and isinstance(each.value, str):
+                group = str(each.group).lstrip("/")
+                if group in _DEFAULTS and not repository.config_exists(f"{group}/{each.value}"):
+                    each.value = full_name(group, each.value)  # a name that people type
         if result is None or config_path != config_name:
             return result
         whole = result.config

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from pathlib import Path
 
 from fusion_bench import __version__
 from fusion_bench.command import file_as_options, typed
+from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.scripts import verbs
 from fusion_bench.scripts.process import leave_working_directory, plain_messages
 from fusion_bench.shown import set_up_streams
@@ -23,7 +25,7 @@ def main() -> None:
     set_up_streams()
     words = typed()[1:]
     with plain_messages(show_traceback):
-        if words in (["--help"], ["-h"]):
+        if words in (["--help"], ["-h"], ["help"]):
             print(verbs.page())
         elif words in (["--version"], ["-V"]):
             print(f"fusion_bench {__version__}")
@@ -40,10 +42,36 @@ def _run(words: list[str], show_traceback: bool) -> int | None:
     with interruptible():
         if words and words[0] in verbs.VERBS:
             return verbs.run(words[0], words[1:])
+        if words:
+            _check_first(words[0])
         from fusion_bench.scripts.run import run_composed
 
         run_composed(file_as_options(words), show_traceback)
         return None
+
+
+def _check_first(word: str) -> None:
+    """Refuse a first word that is neither a verb, nor a file, nor anything of Hydra's.
+
+    Raises:
+        FusionBenchError: a mistyped verb, or a file that is not there.
+    """
+    if "=" in word or word.startswith(("-", "~", "+")):
+        return
+    path = Path(word)
+    if path.suffix not in (".yaml", ".yml"):
+        near = did_you_mean(word.lower(), verbs.VERBS)
+        raise FusionBenchError(
+            f"There is no verb '{word}'.", f"{near} 'fusion_bench --help' explains each."
+        )
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise FusionBenchError(f"'{word}' {what}.", "Name a YAML file.")
+    if path.suffix == ".yml":
+        raise FusionBenchError(
+            f"'{word}': configs are composed of .yaml files.",
+            f"Rename it to '{path.with_suffix('.yaml')}'.",
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ imported.
 
 import os
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,17 @@ def _verb_parser(verb: str) -> ArgumentParser:
     known = {
         "name": _names(KINDS),
         "method": _names(("methods",)),
-        "config": _names(("configs",)),
+        "tasks": _names(("tasks",)),
+        "config": _with_files(_names(("configs",))),
+        "source": _with_files(_names(())),
         "overrides": _overrides,
-        "models": _overrides,
+        "models": _with_files(_models),
     }
     for action in parser._actions:
         if completer := known.get(action.dest):
             action.completer = completer  # type: ignore[attr-defined]
+        elif action.dest in ("word", "parts"):
+            action.completer = argcomplete.completers.SuppressCompleter()  # type: ignore[attr-defined]
     return parser
 
 
@@ -96,27 +100,38 @@ def _names(kinds: Sequence[Kind]) -> Any:
     return completer
 
 
+def _models(prefix: str, parsed_args: Any, **_: object) -> Offered:
+    """Offer the models that are built here, and settings."""
+    built = (entry for entry in entries() if entry.kind == "models" and entry.name[:4] == "zoo:")
+    return {**{entry.name: entry.summary for entry in built}, **_overrides(prefix, parsed_args)}
+
+
+def _with_files(completer: Any) -> Any:
+    def both(prefix: str, parsed_args: Any, **_: object) -> Offered:
+        return {**completer(prefix, parsed_args=parsed_args), **_files(prefix)}
+
+    return both
+
+
 def _words(prefix: str, parsed_args: Any, **_: object) -> Offered:
     """Offer verbs, files and overrides."""
     before = list(parsed_args.words or [])
     found = _overrides(prefix, parsed_args)
     if not before:
-        found = {**verbs.VERBS, **found, **dict.fromkeys(_files(prefix), "a config")}
+        found = {**verbs.VERBS, **found, **_files(prefix)}
     return found
 
 
-def _files(prefix: str) -> Iterator[str]:
-    """Yield YAMLs, and the folders on the way to one."""
+def _files(prefix: str) -> Offered:
+    """Return YAMLs, reports, and folders."""
     folder = Path(prefix).parent if not prefix.endswith("/") else Path(prefix)
     try:
-        inside = sorted(folder.iterdir())
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError:
-        return
-    for path in inside:
-        if path.is_dir() and not path.name.startswith("."):
-            yield f"{path}/"
-        elif path.suffix in (".yaml", ".yml"):
-            yield str(path)
+        return {}
+    folders = {f"{path}/": "a folder" for path in inside if path.is_dir()}
+    kinds = {".yaml": "a config", ".yml": "a config", ".json": "a report"}
+    return folders | {str(path): kinds[path.suffix] for path in inside if path.suffix in kinds}
 
 
 def _overrides(prefix: str, parsed_args: Any, **others: object) -> Offered:

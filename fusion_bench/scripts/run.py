@@ -131,8 +131,8 @@ def _prepared(words: list[str]) -> list[str]:
         elif flag == "modelpool.models":
             *before, word = models(word)
             prepared += before
-        elif flag in own:
-            word = choice(word, own[flag])
+        elif (group := flag.lstrip("+").partition("@")[0]) in own:
+            word = choice(word, own[group])
         prepared.append(word)
     return prepared
 
@@ -152,6 +152,11 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
     if not isinstance(settings, dict) or "_target_" not in settings:
         name = HydraConfig.get().job.config_name or ""
         directory, slash, file = name.rpartition("/")
+        if isinstance(settings, dict) and {"merge_method", "slices"} & settings.keys():
+            raise FusionBenchError(
+                f"'{name}' is a recipe of mergekit.",
+                "docs/from_mergekit.md says what to write instead, such as 'fusion_bench merge'.",
+            )
         raise FusionBenchError(
             f"The config '{name}' has no program at its top level. "
             + (

@@ -30,7 +30,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError, Place
+from fusion_bench import precheck
+from fusion_bench.problems import (
+    ConfigError,
+    EnvironmentProblem,
+    FusionBenchError,
+    Place,
+    Problems,
+)
 from fusion_bench.progress import kept, step
 from fusion_bench.scripts.folder import check_folder
 from fusion_bench.scripts.tally import Tally
@@ -99,6 +106,8 @@ def attempt(
     # In another process than the sweep's the terminal is not the job's.
     with _into_log(hydra), step(f"job {hydra.job.num + 1}", on_screen=False):
         try:
+            whole = OmegaConf.to_container(config, resolve=False)
+            Problems(precheck.problems(_without_open(whole))).raise_all()
             check_strategy(config.get("fabric"))
             return work(config)
         except FusionBenchError as error:
@@ -107,6 +116,10 @@ def attempt(
         except Exception as error:
             log.error("%s", traceback.format_exc())
             return Failed(explain(error))
+
+
+#: What stands for a value that is not known yet.
+_OPEN = object()
 
 
 @contextmanager
@@ -123,6 +136,16 @@ def killed_workers() -> Iterator[None]:
             "A process of the sweep was ended from outside, maybe because memory ran out. Start "
             "the same command again to resume, with fewer jobs at once (hydra.launcher.n_jobs)."
         ) from error
+
+
+def _without_open(value: Any) -> Any:
+    """Return a config without what is only known later: interpolations and missing values."""
+    if isinstance(value, dict):
+        plain = {key: _without_open(own) for key, own in value.items() if key != "hydra"}
+        return {key: own for key, own in plain.items() if own is not _OPEN}
+    if isinstance(value, list):
+        return [_without_open(own) for own in value]
+    return _OPEN if isinstance(value, str) and ("${" in value or value == "???") else value
 
 
 @contextmanager

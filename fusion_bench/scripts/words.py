@@ -9,7 +9,7 @@ import yaml
 from fusion_bench.catalog import GROUPS, full_name
 from fusion_bench.problems import ConfigError, within
 
-_CHOICE = re.compile(rf"({'|'.join(GROUPS.values())})=([\w+./ ,-]+)")
+_CHOICE = re.compile(rf"([+]*)({'|'.join(GROUPS.values())})(@[\w.]+)?=([\w+./ ,-]+)")
 _MODELS = re.compile(r"modelpool\.models=([\[{].*)", re.DOTALL)
 #: What Hydra takes as a key without quotes.
 _PLAIN_KEY = re.compile(r"[\w.@/ -]+")
@@ -24,8 +24,8 @@ def choice(word: str, known: Collection[str]) -> str:
     """
     if not (match := _CHOICE.fullmatch(word)):
         return word
-    group, names = match.groups()
-    return f"{group}=" + ",".join(
+    sign, group, place, names = match.groups()
+    return f"{sign}{group}{place or ''}=" + ",".join(
         name if name in known else full_name(group, name)
         for name in map(str.strip, names.split(","))
     )
@@ -71,7 +71,8 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
             len(own),
         )
         name = "-".join(part.strip("/") for part in own[-count:] if part.strip("/"))
-        named[name.strip("_")] = path  # whose names have a meaning
+        # Underscores around a name have a meaning, and other signs Hydra cannot take.
+        named[re.sub(r"[^\w.-]+", "-", name).strip("_-") or "model"] = path
     return named
 
 

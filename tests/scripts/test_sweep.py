@@ -143,7 +143,7 @@ def test_a_mistake_in_the_grid_is_told_before_anything_runs(conf: Path) -> None:
     for word, culprit in [
         ("method=simple_average,nosuch", "nosuch"),
         ("method.scale=1,2", "scale"),
-        ("method=glob(opcm/*)", "'method=glob(opcm/*)': no choice fits. Known: "),
+        ("method=glob(opcm/*)", "'method=glob(opcm/*)': no choice fits. The nearest: "),
     ]:
         done = sweep(conf, word)
         assert done.returncode == 2 and culprit in done.stderr

@@ -8,6 +8,7 @@ from typing import Optional
 from fusion_bench.modelpool.sources.folder import Folder
 from fusion_bench.modelpool.sources.source import Named
 from fusion_bench.plan import Plan
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.weights import Weights, open_checkpoint
 
@@ -35,7 +36,15 @@ class File(Folder):
         """A file has neighbours, and not a folder."""
 
     def plan(self, plan: Plan) -> bool:
-        """There is nothing to find."""
+        """There is nothing to find.
+
+        Raises:
+            FusionBenchError: a file that holds no weights.
+        """
+        if Path(self.name).suffix in (".yaml", ".yml", ".json", ".md", ".txt"):
+            raise FusionBenchError(
+                f"'{self.name}' is not a file of weights.", "Name a model's folder, or its weights."
+            )
         self.named.refuse_base()
         return True
 

@@ -33,7 +33,9 @@ PARTS = {
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the action, the parts and the age."""
     parser.add_argument("action", nargs="?", choices=["show", "prune"], default="show")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="of the table; default: all")
+    parser.add_argument(
+        "parts", nargs="*", default=[], metavar="PART", help="of the table; default: all"
+    )
     parser.add_argument(
         "--days", type=float, default=30, help="remove what was not used for so long; default: 30"
     )

@@ -4,6 +4,7 @@ The differences have confidence intervals, and there is a page with tables and p
 """
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 EXAMPLES = """
 fusion_bench compare outputs/2026-01-31/12-00-00 outputs/2026-01-31/13-00-00
@@ -28,11 +29,15 @@ def run(arguments: Namespace) -> None:
     from fusion_bench.scripts.run import run_composed
     from fusion_bench.scripts.words import in_grammar
 
-    reports: object = arguments.reports
+    given = [word for word in arguments.reports if "=" not in word or Path(word).exists()]
+    overrides = [word for word in arguments.reports if word not in given]
+    if len(given) < 2:
+        raise FusionBenchError("there is nothing to compare.", "Name at least two runs.")
+    reports: object = given
     if arguments.names:
-        if len(arguments.names) != len(arguments.reports):
-            count = f"{len(arguments.names)} names for {len(arguments.reports)} reports"
+        if len(arguments.names) != len(given):
+            count = f"{len(arguments.names)} names for {len(given)} reports"
             raise FusionBenchError(f"--names: {count}.", "Give one for each.")
-        reports = dict(zip(arguments.names, arguments.reports, strict=True))
+        reports = dict(zip(arguments.names, given, strict=True))
     words = [f"reports={in_grammar(reports)}", f"strict={str(not arguments.not_strict).lower()}"]
-    run_composed(["--config-name", "compare", *words])
+    run_composed(["--config-name", "compare", *words, *overrides])

@@ -4,6 +4,7 @@ A method, a pool of models or of tasks becomes a whole config: one that is there
 choice in it, and each of a method's options written out with its meaning.
 """
 
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def run(arguments: Namespace) -> None:
 
     file: Path = arguments.file
     if file.suffix not in (".yaml", ".yml"):
-        raise FusionBenchError(f"'{file}' is no YAML.", f"Name it '{file}.yaml'.")
+        raise FusionBenchError(f"'{file}' is no YAML.", f"Name it '{file.with_suffix('.yaml')}'.")
     if file.exists() and not arguments.overwrite:
         raise FusionBenchError(f"'{file}' is there already.", "Add --overwrite to replace it.")
     kinds: list[Kind] = [arguments.kind] if arguments.kind else list(COPIED)
@@ -51,7 +52,7 @@ def run(arguments: Namespace) -> None:
         )
     entry = find(arguments.name, kinds)
     write_text(file, copied(entry, file))
-    print(f"{file}: run it with 'fusion_bench {file}'.")
+    print(f"{file}: run it with: fusion_bench {shlex.quote(str(file))}")
 
 
 def copied(entry: "Entry", file: Path) -> str:
@@ -83,7 +84,7 @@ def _whole(entry: "Entry", file: Path) -> Iterator[str]:
     group = GROUPS[entry.kind]
     yield f"# {entry.name}: {entry.summary}."
     yield "#"
-    yield f"#   fusion_bench {file}"
+    yield f"#   fusion_bench {shlex.quote(str(file))}"
     yield "defaults:"
     yield f"  - {_base(entry)}"
     yield f"  - override /{group}: {entry.name}"

@@ -55,7 +55,15 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     """Print aligned columns; on a terminal each row is cut to its width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    # The last column goes first, then the end of the second.
+    if sum(widths) + 2 * len(widths) > room and len(widths) > 2:
+        widths[-1] = 0
+    others = sum(width + 2 for width in widths if width) - widths[1]
+    widths[1] = max(min(widths[1], room - others), 12)
     for row in rows:
-        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True) if width)
-        line = "  ".join(cells).rstrip()
-        print(line if len(line) <= room else line[: room - 1] + "…")
+        cells = (_cut(cell, width) for cell, width in zip(row, widths, strict=True) if width)
+        print("  ".join(cells).rstrip())
+
+
+def _cut(cell: str, width: int) -> str:
+    return f"{cell:{width}}" if len(cell) <= width else f"{cell[: width - 1]}…"

@@ -76,7 +76,8 @@ def separated(words: Sequence[str], section: str) -> tuple[list[str], list[str]]
         if not equals or Path(word).exists():
             models.append(word)
         else:
-            settings.append(word if "." in key or key in own else f"{section}.{word}")
+            # With '++' Hydra takes any key, and the nearest of the class's own is told.
+            settings.append(f"++{word}" if "." in key or key in own else f"++{section}.{word}")
     return models, settings
 
 

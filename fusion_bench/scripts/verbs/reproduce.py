@@ -18,7 +18,7 @@ fusion_bench reproduce zoo 'methods=[task_arithmetic]'
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the report or table."""
     parser.add_argument("source", help="a report.json, the folder of a run, or a table")
-    parser.add_argument("overrides", nargs="*", help="settings to change, as key=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, as key=value")
     parser.add_argument("--tolerance", type=float, help="for a report: a share of each value")
     parser.add_argument("--dry-run", action="store_true", help="only check that it can be run")
 

@@ -42,7 +42,7 @@ def run(arguments: Namespace) -> None:
     from fusion_bench.editor import CONFIG, schema_files
     from fusion_bench.problems import FusionBenchError
     from fusion_bench.schemas import targets, users_targets
-    from fusion_bench.storage import write_text
+    from fusion_bench.storage import disk_failures, write_text
     from fusion_bench.trust import TASK_CODE, allow, allowed_packages
 
     for packages in arguments.allow:
@@ -57,8 +57,26 @@ def run(arguments: Namespace) -> None:
                 "Install it, or name the directory that it is in in PYTHONPATH.",
             ) from error
     directory: Path = arguments.directory
-    for name, schema in schema_files([*targets(), *dict.fromkeys(own)]).items():
-        write_text(directory / name, json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
+    files = schema_files([*targets(), *dict.fromkeys(own)])
+    if directory.exists() and not directory.is_dir():
+        raise FusionBenchError(f"'{directory}' is a file.", "Name a folder.")
+    for name in files:
+        if (directory / name).exists() and not _is_schema(directory / name):
+            raise FusionBenchError(
+                f"'{directory / name}' is no schema, and is not replaced.", "Name another folder."
+            )
+    with disk_failures():
+        for name, schema in files.items():
+            write_text(directory / name, json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
     print(f"{directory}: schemas of all that configs may call{', yours too' if own else ''}.")
     print("Begin a YAML with this line; in the same folder, a relative path does as well:")
     print(f"# yaml-language-server: $schema={(directory / CONFIG).resolve().as_uri()}")
+
+
+def _is_schema(file: Path) -> bool:
+    """Return whether a file is a JSON schema, as this verb writes them."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "json-schema.org" in str(found.get("$schema"))
