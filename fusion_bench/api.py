@@ -36,6 +36,7 @@ from fusion_bench.programs.spec import FusionSpec, Places, Section
 from fusion_bench.redact import secret_keys
 from fusion_bench.report import Report
 from fusion_bench.scripts.from_python import run_config, section
+from fusion_bench.scripts.words import named_after
 from fusion_bench.storage import disk_failures
 from fusion_bench.weights import MergePolicy
 
@@ -420,13 +421,15 @@ def _named(models: Mapping[str, Model] | Sequence[Model]) -> dict[str, Model]:
         raise ConfigError("there is none.", "Name at least one.", place=("models",))
     if isinstance(models, Mapping):
         return {str(name): _checked(own, "models", str(name)) for name, own in models.items()}
-    named: dict[str, Model] = {}
-    for number, model in enumerate(models, 1):
-        found = _checked(model, "models", number - 1)
-        last = found.removeprefix("zoo:").partition("@")[0] if isinstance(found, str) else ""
-        name = Path(last).name.strip("_") or ("model" if len(models) == 1 else f"model_{number}")
-        named[f"{name}_{number}" if name in named else name] = found
-    return named
+    found = [_checked(model, "models", number) for number, model in enumerate(models)]
+    with within("models"):
+        after = named_after([model for model in found if isinstance(model, str)])
+    names = {path: name for name, path in after.items()}
+    alone = len(found) == 1
+    return {
+        names[model] if isinstance(model, str) else "model" if alone else f"model_{number}": model
+        for number, model in enumerate(found, 1)
+    }
 
 
 def _checked(model: object, *place: str | int) -> Model:

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import yaml
 
 from fusion_bench.catalog import GROUPS, full_name
-from fusion_bench.problems import ConfigError
+from fusion_bench.problems import ConfigError, within
 
 _CHOICE = re.compile(rf"({'|'.join(GROUPS.values())})=([\w+./ ,-]+)")
 _MODELS = re.compile(r"modelpool\.models=([\[{].*)", re.DOTALL)
@@ -44,7 +44,8 @@ def models(word: str) -> Iterator[str]:
     except yaml.YAMLError:
         found = None
     if isinstance(found, list) and found and all(isinstance(path, str) for path in found):
-        found = named_after(found)
+        with within("modelpool", "models"):
+            found = named_after(found)
     if not isinstance(found, dict):
         yield word
         return
@@ -61,7 +62,7 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
     plain = {path: path.removeprefix("zoo:").partition("@")[0] for path in paths}
     parts = {path: PurePosixPath(name).parts for path, name in plain.items()}
     if len(parts) < len(paths):
-        raise ConfigError("the same model twice.", "Remove one.", place=("modelpool", "models"))
+        raise ConfigError("the same model twice.", "Remove one.")
     named: dict[str, str] = {}
     for path, own in parts.items():
         others = [other for key, other in parts.items() if key != path]
@@ -69,7 +70,8 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
             (n for n in range(1, len(own)) if all(own[-n:] != other[-n:] for other in others)),
             len(own),
         )
-        named["-".join(part.strip("/") for part in own[-count:] if part.strip("/"))] = path
+        name = "-".join(part.strip("/") for part in own[-count:] if part.strip("/"))
+        named[name.strip("_")] = path  # whose names have a meaning
     return named
 
 
