@@ -90,7 +90,8 @@ def test_a_run_is_compared_and_reproduced(own: Path) -> None:
     done = fusion_bench("compare", "average", "arithmetic", *names, cwd=own)
     assert done.returncode == 0, done.stderr
     assert "b.1" in done.stdout
-    done = fusion_bench("reproduce", "average", cwd=own)
+    # Folders of their own: those that are named after the second may be of the command before.
+    done = fusion_bench("reproduce", "average", "hydra.run.dir=same", cwd=own)
     assert done.returncode == 0, done.stderr
     assert "4 of 4 figures are the same" in done.stdout
     assert "the merged weights are the same, bit by bit" in done.stdout
@@ -98,10 +99,12 @@ def test_a_run_is_compared_and_reproduced(own: Path) -> None:
     (task, *_) = report["models"]["merged"]["tasks"].values()
     task["metrics"]["accuracy"]["value"] += 0.01
     (own / "else.json").write_text(json.dumps(report))
-    done = fusion_bench("reproduce", "else.json", cwd=own)
+    done = fusion_bench("reproduce", "else.json", "hydra.run.dir=else", cwd=own)
     assert done.returncode == 1
     assert "3 of 4 figures are the same" in done.stderr and "accuracy" in done.stdout
-    done = fusion_bench("reproduce", "else.json", "--tolerance", "0.5", cwd=own)
+    done = fusion_bench(
+        "reproduce", "else.json", "--tolerance", "0.5", "hydra.run.dir=near", cwd=own
+    )
     assert done.returncode == 0, done.stderr
 
 
