@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,14 @@ if TYPE_CHECKING:  # what is heavy is of no use to a process that but hands out 
 #: What takes longest, begun first, so that no process is left with it at the end.
 FIRST = (
     "end_to_end/test_default.py",
-    *("scripts/test_sweep.py", "method/test_contract.py", "programs/test_tuning.py"),
-    *("config/test_all_configs.py", "zoo/test_build.py", "programs/test_search.py"),
-    *("end_to_end/test_merge_llm.py", "end_to_end/test_seed.py"),
+    *("scripts/test_sweep.py", "programs/test_tuning.py", "method/test_contract.py"),
+    *("scripts/test_cli.py", "zoo/test_build.py", "programs/test_search.py"),
+    *("docs/test_docs.py", "scripts/verbs/test_listing.py", "end_to_end/test_seed.py"),
+    *("test_language_server.py", "config/test_all_configs.py", "scripts/verbs/test_new.py"),
+    *("test_editor.py", "programs/test_tracking.py", "programs/test_evaluation.py"),
+    *("scripts/verbs/test_running.py", "test_api.py", "test_fuzz.py", "taskpool/test_pool.py"),
+    *("programs/test_reproduce.py", "report/test_page_browser.py", "test_add_method.py"),
+    *("end_to_end/test_merge_llm.py", "test_network.py"),
 )
 CLASSES = {"a": ["abbey", "airplane_cabin", "beach"], "b": ["cat", "dog", "emu", "fox", "gnu"]}
 
@@ -29,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Let whoever runs the exhaustive tests write what the pages show of them."""
     told = "write what the page on reliability shows of the exhaustive tests"
     parser.addoption("--tables", action="store_true", help=told)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """Return one process more than there are cores, for many tests wait now and then."""
+    return (yield) + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,11 +1,13 @@
 """What follows from a method's module and page is written by a command."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,9 @@ def files(root: Path) -> dict[str, list[str]]:
     }
 
 
-def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
+def test_all_but_module_test_and_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("benchmarks/results", "config", "docs", "fusion_bench", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "pyproject.toml"):
@@ -56,10 +60,14 @@ def test_all_but_module_test_and_page_is_written(tmp_path: Path) -> None:
     (tmp_path / "fusion_bench/method/cool.py").write_text(MODULE)
     (tmp_path / "docs/methods/cool.md").write_text("# Cool\n")
     before = files(tmp_path)
-    command = [sys.executable, "-B", str(tmp_path / "tools" / "add_method.py"), "cool"]
-    for _ in range(2):  # the second time there is nothing to do; each imports everything anew
-        subprocess.run(command, cwd=ROOT, check=True)
+    tool = tmp_path / "tools" / "add_method.py"
+    monkeypatch.setattr(sys, "argv", [str(tool), "cool"])
+    runpy.run_path(str(tool), run_name="__main__")
     after = files(tmp_path)
+    # The second time there is nothing to do; the catalogue, which takes long, is of the same files.
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: command)
+    runpy.run_path(str(tool), run_name="__main__")
+    assert files(tmp_path) == after
     assert after.pop("config/method/cool.yaml") == YAML.splitlines()
     catalog = json.loads("\n".join(after["config/catalog.json"]))
     (entry,) = (entry for entry in catalog["methods"] if entry["name"] == "cool")

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
 from fusion_bench.report import Report
 from fusion_bench.report.leaderboard import Leaderboard
+from fusion_bench.scripts import verbs
 from fusion_bench.scripts.sweep import check_grid, check_strategy, directory_name, killed_workers
 
 #: Runs the command line, and writes a line for each model that is evaluated on a task, and for each
@@ -281,7 +282,9 @@ def test_directories_are_readable_and_no_two_are_the_same() -> None:
     ],
     ids=["joblib", "submitit_local"],
 )
-def test_jobs_side_by_side(conf: Path, launcher: list[str], package: str) -> None:
+def test_jobs_side_by_side(
+    conf: Path, launcher: list[str], package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip(f"hydra_plugins.{package}", reason="its extra is not installed")
     for name in ("submitit", "joblib", "pickle", "torch", "numpy", "runpy", "multiprocessing"):
         (conf.parent / f"{name}.py").write_text(HOSTILE)
@@ -289,7 +292,10 @@ def test_jobs_side_by_side(conf: Path, launcher: list[str], package: str) -> Non
         (conf.parent / name).mkdir()
         (conf.parent / name / "__init__.py").write_text(HOSTILE)
         (conf.parent / name / "evil.py").write_text(HOSTILE)
-    done = sweep(conf, "method.scaling_factor=0.1,much", *launcher)
+    verbs.run("new", ["method", "soft_ties", "--dir", str(conf.parent / "own")])
+    capsys.readouterr()
+    plugin = ("--plugins", "own/soft_ties.py", "method=soft_ties")
+    done = sweep(conf, *plugin, "method.scaling_factor=0.1,much", *launcher)
     assert done.returncode == 1, done.stderr
     assert done.stderr.endswith("fusion_bench: 1 of 2 jobs failed.\n")
     found = board(conf)
@@ -297,6 +303,7 @@ def test_jobs_side_by_side(conf: Path, launcher: list[str], package: str) -> Non
     (line,) = (line for line in found.tables[0].lines if line.rank)
     (report,) = (conf.parent / "multirun").glob(f"*/{line.directory}/report.json")
     assert Report.load(report).models["merged"].average.main.value == line.average.value
+    assert "soft_ties" in Report.load(report).run.packages  # workers have the method of one's own
     assert not (conf.parent / "canary").exists()  # nothing there was imported by a worker
 
 

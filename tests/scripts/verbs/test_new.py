@@ -85,13 +85,9 @@ def test_changed_code_is_run_and_not_remembered(place: Path) -> None:
     assert reports(place)[0].run.packages["soft_ties"] != before
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
-def test_sweeps_and_other_processes_have_it_too(place: Path, launcher: str) -> None:
-    if launcher != "basic":
-        package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
-        pytest.importorskip(package, reason="its extra is not installed")
-    words = ("small.yaml", *PLUGIN, "-m", "method=simple_average,soft_ties")
-    done = fusion_bench(*words, f"hydra/launcher={launcher}", cwd=place)
+# The launchers that start other processes are tried with it in scripts/test_sweep.py.
+def test_a_sweep_has_it_too(place: Path) -> None:
+    done = fusion_bench("small.yaml", *PLUGIN, "-m", "method=simple_average,soft_ties", cwd=place)
     assert done.returncode == 0, done.stderr
     own = [report.run.packages.get("soft_ties") for report in reports(place)]
     assert len(own) == 2 and own.count(None) == 1
