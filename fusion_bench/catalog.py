@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from fusion_bench.configs import CONFIG_DIR, without_schema_line
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.trust import config_folders
 
 Kind = Literal["methods", "models", "tasks", "datasets", "configs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,6 +59,10 @@ _ALIASES: Mapping[str, str] = {
     "isocts": "isotropic_merging/iso_cts",
     "ensemble": "ensemble/simple_ensemble",
 }
+
+_TARGET = re.compile(r"^_target_: *(\S+)", re.MULTILINE)
+#: The first line that describes a YAML.
+_COMMENT = re.compile(r"^# (?!yaml-language-server|@package)(.*?)\.?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,25 @@ class Option:
 def entries() -> tuple[Entry, ...]:
     """Return all that there is, kind by kind in the order of the documentation."""
     read = json.loads((CONFIG_DIR / "catalog.json").read_text(encoding="utf-8"))
-    return tuple(Entry(kind, **entry) for kind in KINDS for entry in read[kind])
+    found = [Entry(kind, **entry) for kind in KINDS for entry in read[kind]]
+    return (*found, *_own_methods({entry.name for entry in found if entry.kind == "methods"}))
+
+
+def _own_methods(known: Collection[str]) -> Iterator[Entry]:
+    """Yield the methods that the user's own code brings, of which ours have no name."""
+    for folder in config_folders():
+        group = folder / "method"
+        for file in sorted(group.rglob("*.yaml")):
+            name = file.relative_to(group).with_suffix("").as_posix()
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if name not in known and (
+                target := re.search(r"^_target_: *(\S+)", text, re.MULTILINE)
+            ):
+                summary = re.search(
+                    r"^# (?!yaml-language-server|@package)(.*?)\.?$", text, re.MULTILINE
+                )
+                said = summary[1] if summary else "a method of your own"
+                yield Entry("methods", name, said, target[1], file=str(file))
 
 
 def of_kind(kind: Kind) -> Iterator[Entry]:

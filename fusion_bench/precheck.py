@@ -58,6 +58,9 @@ def _own_problems(
             if not schema["additionalProperties"]:
                 near = did_you_mean(str(key), known.keys() - _HYDRA_KEYS)
                 yield Problem((key,), f"{name} takes no such key.", near)
+        elif key == "loggers" and isinstance(value, Mapping | str) and "_target_" not in value:
+            remedy = "Choose one: 'fabric/loggers=csv_logger', and set its keys beside that."
+            yield Problem((key,), f"'{value}' names no logger.", remedy)
         elif not _holds_nodes(value) and not _fits(value, known[key]):
             yield Problem((key,), *_mismatch(value, known[key]))
 

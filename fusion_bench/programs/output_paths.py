@@ -54,9 +54,6 @@ class OutputPaths:
         self.report_path: Path | None = None
         self.model_path: Path | None = None
         self._overwrite = overwrite
-        pool = config.get("modelpool")
-        models = pool.get("models") if isinstance(pool, Mapping) else None
-        self._merged = list(models.values()) if isinstance(models, Mapping) else []
         self._run = config_sha256(config)
         self._yaml = OmegaConf.to_yaml(config)
 
@@ -150,20 +147,11 @@ class OutputPaths:
 
         Raises:
             ConfigError: there is one, and ``overwrite`` does not allow to replace it or it is
-                nothing that a run could have left, or one of the models that are merged.
+                nothing that a run could have left.
         """
         if self.model_path is None or not self.model_path.exists() or done:
             return
         key = ("merged_model_save_path",)
-        place = self.model_path.resolve()
-        for model in self._merged:
-            path = model.get("path") if isinstance(model, Mapping) else model
-            if isinstance(path, str) and place in (here := Path(path).resolve(), *here.parents):
-                raise ConfigError(
-                    f"'{self.model_path}' holds a model that is merged.",
-                    "Choose another path.",
-                    place=key,
-                )
         if not (self._overwrite or self._was_left_unfinished()):
             raise ConfigError(
                 f"'{self.model_path}' exists already.",

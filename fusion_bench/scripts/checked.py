@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -102,6 +103,8 @@ _HARMLESS = re.compile(
     r"|HF_HUB_OFFLINE|NCCL_(DEBUG|P2P_DISABLE|IB_DISABLE|SHM_DISABLE|SOCKET_IFNAME)|HYDRA_FULL_ERROR)"
 )
 
+#: The folder of a run that names none, as ``config/hydra/output`` has it.
+_NOW = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
 #: Groups that can always be chosen, and what Hydra composes where a sweep chooses.
 _DEFAULTS = {
     "method": "simple_average",
@@ -176,6 +179,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                     config_name, overrides, run_mode, from_shell, validate_sweep_overrides
                 )
             _use_log_dir(config, run_mode)
+            if run_mode == RunMode.RUN:
+                _use_free_folder(config)
             resolve_all(config)
         except (HydraException, OmegaConfBaseException):
             raise
@@ -232,6 +237,19 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                     f"If you trust it, allow it outside the config: --allow {package}.",
                     place=("hydra", "searchpath"),
                 )
+
+
+def _use_free_folder(config: DictConfig) -> None:
+    """Number the run's folder where another run began in the same second."""
+    run: Any = OmegaConf.to_container(config.hydra.run, resolve=False)
+    if run.get("dir") != _NOW:
+        return
+    first = folder = str(config.hydra.run.dir)
+    number = 1
+    while Path(folder).exists():
+        number += 1
+        folder = f"{first}-{number}"
+    config.hydra.run.dir = folder
 
 
 def _use_log_dir(config: DictConfig, run_mode: RunMode) -> None:

@@ -106,8 +106,6 @@ def attempt(
     # In another process than the sweep's the terminal is not the job's.
     with _into_log(hydra), step(f"job {hydra.job.num + 1}", on_screen=False):
         try:
-            whole = OmegaConf.to_container(config, resolve=False)
-            Problems(precheck.problems(_without_open(whole))).raise_all()
             check_strategy(config.get("fabric"))
             return work(config)
         except FusionBenchError as error:
@@ -191,6 +189,10 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """Set the jobs' directories, unless the user does, and refuse invalid sweeps."""
         try:
+            known = _without_open(OmegaConf.to_container(config, resolve=False))
+            if known.get("merged_model_save_kwargs") is None:  # a key of FusionBench's
+                known.pop("merged_model_save_kwargs", None)
+            Problems(precheck.problems(known)).raise_all()
             check_strategy(config.get("fabric"))
             _check_launcher(config)
             jobs = check_grid(config)

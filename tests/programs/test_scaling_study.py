@@ -123,7 +123,9 @@ def test_mistakes_give_one_clear_message(config: Config) -> None:
     assert refused(methods=["simple_average", "simple_avrage"]) == (
         "methods[1]: there is no method 'simple_avrage'. Did you mean 'simple_average'?"
     )
-    assert refused(methods=["foo"]).startswith("methods[0]: there is no method 'foo'. Known: ")
+    assert refused(methods=["foo"]).startswith(
+        "methods[0]: there is no method 'foo'. The nearest: "
+    )
     assert refused(methods=[{"scaling": 1}]).endswith("neither a config's name nor a config node.")
     models = {k: v for k, v in tiny["modelpool"]["models"].items() if k != "_pretrained_"}
     pool = tiny["modelpool"] | {"models": models}

@@ -65,7 +65,7 @@ def test_a_config_of_theirs_runs(theirs: Path) -> None:
 def test_each_job_of_a_sweep_has_a_folder(theirs: Path) -> None:
     words = ["path.log_dir=logs", "seed=1,2", "print_config=false"]
     done = fusion_bench("theirs.yaml", "-m", *words, cwd=theirs)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
     files = sorted(file.relative_to(theirs).as_posix() for file in theirs.rglob("metrics.csv"))
     assert files == ["logs/seed=1/metrics.csv", "logs/seed=2/metrics.csv"]
 

@@ -47,10 +47,16 @@ def run(arguments: Namespace) -> None:
     models = named_after(given)
     if arguments.base is not None:
         models = {"_pretrained_": arguments.base, **models}
+    out = Path(arguments.out).absolute()
+    for model in models.values():
+        if out.exists() and out.resolve() == Path(model).resolve():
+            raise FusionBenchError(
+                f"--out: '{out}' is one of the models.", "Choose another folder."
+            )
     words = [
         *pool_words(models, heads=True),
         f"method={method.name}",
-        f"merged_model_save_path={in_grammar(str(Path(arguments.out).absolute()))}",
+        f"merged_model_save_path={in_grammar(str(out))}",
         f"overwrite={str(arguments.overwrite).lower()}",
         f"dry_run={str(arguments.dry_run).lower()}",
         *settings,

@@ -54,6 +54,9 @@ def test_two_language_models_become_one(tmp_path: Path) -> None:
         assert (tensor.double() - exact).abs().max() < 1e-6
     again = fusion_bench(*words, cwd=tmp_path)
     assert again.returncode == 2 and "exists already" in again.stderr
+    with pytest.raises(FusionBenchError, match="is one of the models"):
+        folder = str(tmp_path / "other")
+        verbs.run("merge", [str(tmp_path / "base"), folder, "--out", folder, "--overwrite"])
     again = fusion_bench(*words, "--overwrite", "--dry-run", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
