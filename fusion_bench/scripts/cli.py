@@ -21,6 +21,10 @@ def main() -> None:
         from fusion_bench.scripts.completion import complete
 
         complete()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads spin while they wait. Beside a busy neighbour that takes three times as
+        # long; so few turns cost nothing on an idle machine. It is read when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     set_up_streams()
     words = typed()[1:]
