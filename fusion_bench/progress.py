@@ -336,7 +336,7 @@ class Screen:
 _current: ContextVar[Step | None] = ContextVar("step", default=None)
 #: The one that has the terminal, or the log.
 _line: Line | None = None
-#: What is told of the work when it is interrupted, the outermost first.
+#: What is said about the work when it is interrupted, the outermost first.
 _kept: list[Callable[[], str]] = []
 
 

@@ -91,7 +91,7 @@ def plain_messages(
 
     Args:
         show_traceback: print it instead.
-        explain: returns the message for an error of a library's that the user can mend.
+        explain: returns the message for an error of a library's that the user can fix.
     """
     try:
         yield

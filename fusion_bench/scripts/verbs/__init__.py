@@ -70,7 +70,7 @@ class Verb(Protocol):
         """Do it; the exit code is 0 for ``None``.
 
         Raises:
-            FusionBenchError: what the user can mend.
+            FusionBenchError: what the user can fix.
         """
 
 
