@@ -1,0 +1,195 @@
+r"""Matrices as products of two thin ones, $s\,BA$: by a truncated SVD, or from adapters."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusion_bench.problems import FusionBenchError, check_between
+from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.matrices import svd
+
+#: The rank where neither a rank nor an energy is given.
+DEFAULT_RANK = 32
+#: Columns beyond the rank that a randomised SVD looks at.
+_OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The matrix ``scale * b @ a``, of shape [m, n].
+
+    Attributes:
+        b: of shape [m, r].
+        a: of shape [r, n].
+        scale: a factor.
+    """
+
+    b: Tensor
+    a: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The number r of columns of ``b``."""
+        return len(self.a)
+
+    def product(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows of the matrix, in float32."""
+        return (self.b[start:stop].float() * self.scale) @ self.a.float()
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """Return the same with factors of a type, and the scale in ``b``."""
+        return Factors((self.b * self.scale).to(dtype), self.a.to(dtype).contiguous())
+
+    def error(self, matrix: Tensor) -> float:
+        """Return the relative Frobenius error as a stand-in for a matrix; 0 for that of zeros."""
+        norm = float(torch.linalg.vector_norm(matrix))
+        return float(torch.linalg.vector_norm(matrix - self.product())) / norm if norm else 0.0
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many singular values of a matrix are kept.
+
+    Args:
+        rank: at most so many; with ``None`` 32, or any number where ``energy`` is given.
+        energy: the fewest whose squares have this share of the sum of all squares, from 0 to 1.
+        epsilon: only those that are greater.
+        power_iterations: with a number, the SVD is randomised, with so many power iterations:
+            faster for large matrices and a small rank, and less exact.
+
+    Raises:
+        FusionBenchError: an impossible value.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    epsilon: float = 0.0
+    power_iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "power_iterations"):
+            value = getattr(self, name)
+            least = 1 if name == "rank" else 0
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if value is not None and not whole:
+                raise FusionBenchError(
+                    f"{value!r} is not a whole number from {least} on.", place=(name,)
+                )
+        if self.energy is not None:
+            check_between("energy", self.energy, 0, 1)
+        check_between("epsilon", self.epsilon, 0, float("inf"))
+        if self.power_iterations is not None and self.energy is not None:
+            raise FusionBenchError(
+                "a randomised SVD does not find all singular values, as an energy needs.",
+                "Give a rank instead of the energy.",
+                place=("power_iterations",),
+            )
+
+    @property
+    def largest(self) -> int | None:
+        """The largest rank; ``None`` without a limit."""
+        return DEFAULT_RANK if self.rank is None and self.energy is None else self.rank
+
+    def factors(self, matrix: Tensor) -> Factors:
+        r"""Return $B = U \sqrt{S}$ and $A = \sqrt{S} V^\top$ of what is kept, in float32.
+
+        Singular values that are at most a millionth of the largest are rounding errors, and are
+        never kept; nothing is kept of a matrix with NaN or infinity.
+
+        Args:
+            matrix: of two dimensions.
+        """
+        u, s, vh = self._svd(matrix)
+        count = int((s > self.epsilon).sum())
+        if self.energy is not None and len(s):
+            total = torch.linalg.vector_norm(matrix, dtype=torch.float64) ** 2
+            # A share that rounding keeps from being reached takes all of them.
+            short = (s.square().cumsum(0) < self.energy * total.to(s.device)).sum()
+            count = min(count, int(short) + 1)
+        root = s[:count].sqrt()
+        return Factors((u[:, :count] * root).float(), (root[:, None] * vh[:count]).float())
+
+    def _svd(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        largest = self.largest
+        if self.power_iterations is None or largest is None or not matrix.isfinite().all():
+            return svd(matrix, largest)
+        seed = torch.random.get_rng_state()
+        try:
+            torch.manual_seed(0)  # the same matrix has the same factors
+            width = min(largest + _OVERSAMPLING, *matrix.shape)
+            u, s, v = torch.svd_lowrank(matrix.float(), width, self.power_iterations)
+        finally:
+            torch.random.set_rng_state(seed)
+        return u[:, :largest], s[:largest], v.T[:largest]
+
+
+def shortened(factors: Factors, truncation: Truncation) -> Factors:
+    """Return the truncated SVD of a product, without the product itself.
+
+    Args:
+        factors: of shapes [m, r] and [r, n], best with an r that is smaller than m and n.
+        truncation: what is kept.
+    """
+    q, left = torch.linalg.qr(factors.b.double() * factors.scale)
+    p, right = torch.linalg.qr(factors.a.double().T)
+    inner = truncation.factors(left @ right.T)
+    return Factors((q @ inner.b.double()).float(), (inner.a.double() @ p.T).float())
+
+
+class LowRankWeights(Weights):
+    """Products of factors as entries, computed in float32 when they are read.
+
+    Args:
+        specs: all entries; those that have neither factors nor a vector are zeros.
+        factors: those that are products; entries of more than two dimensions are matrices whose
+            rows are flattened.
+        vectors: those that are stored.
+        files: what they were read from.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, TensorSpec],
+        factors: Mapping[str, Factors],
+        vectors: Mapping[str, Tensor],
+        files: tuple[Path, ...] = (),
+    ):
+        self._specs = dict(specs)
+        self._vectors = dict(vectors)
+        self._files = files
+        self.factors = dict(factors)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the factors were read from."""
+        return self._files
+
+    def __getitem__(self, key: str) -> Tensor:
+        spec = self._specs[key]
+        return self.read(key, 0, spec.numel).to(spec.dtype).view(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and dtype of an entry."""
+        return self._specs[key]
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements of the flattened entry, computed over the rows that hold them."""
+        if key in self._vectors:
+            return self._vectors[key].reshape(-1)[start:stop].float()
+        if key not in self.factors:
+            return torch.zeros(stop - start)
+        columns = prod(self._specs[key].shape[1:])
+        first = start // columns
+        rows = self.factors[key].product(first, -(-stop // columns))
+        return rows.reshape(-1)[start - first * columns : stop - first * columns]
