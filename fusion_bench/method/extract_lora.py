@@ -18,7 +18,7 @@ from fusion_bench.method.contract import Data, FusionMethod, ModelPool, Needs, R
 from fusion_bench.method.modules import Layer, layers_of
 from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_choice, within
-from fusion_bench.progress import step
+from fusion_bench.progress import quiet_libraries, step
 from fusion_bench.weights import (
     AdapterWeights,
     Aligned,
@@ -160,6 +160,7 @@ class ExtractLora:
         device = torch.device(policy.device)
         if fabric is not None and device.type == "cpu":
             device = fabric.device
+        quiet_libraries()
         module = pool.build_model(_shapes_of(base.weights))
         differing = _Differing(found, policy, device)
         adapter = self._adapter(layers_of(module, base.weights), differing)

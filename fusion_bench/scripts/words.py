@@ -59,7 +59,7 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
     Raises:
         ConfigError: the same path twice.
     """
-    plain = {path: path.removeprefix("zoo:").partition("@")[0] for path in paths}
+    plain = {path: re.sub(r"@[^+]*", "", path.removeprefix("zoo:")) for path in paths}
     parts = {path: PurePosixPath(name).parts for path, name in plain.items()}
     if len(parts) < len(paths):
         raise ConfigError("the same model twice.", "Remove one.")

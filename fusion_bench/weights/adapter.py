@@ -196,7 +196,7 @@ class _Rows:
         return laid
 
 
-def _place(name: str) -> tuple[str, str]:
+def part_of(name: str) -> tuple[str, str]:
     """Return the entry that an adapter's tensor belongs to, and the tensor's role."""
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     plain = plain.replace(".modules_to_save.", ".")
@@ -267,7 +267,7 @@ class AdapterWeights(Weights):
         parts: dict[str, dict[str, Tensor]] = {}
         unknown: dict[str, dict[str, Tensor]] = {}
         for name in adapter:
-            entry, part = _place(name)
+            entry, part = part_of(name)
             key = self._key(entry)
             there = unknown if key is None else parts
             there.setdefault(key or entry, {})[part] = adapter[name]
@@ -284,7 +284,7 @@ class AdapterWeights(Weights):
             del unknown[entry]
             if weight := self._key(f"{entry.removesuffix('.bias')}.weight"):
                 idle.add(f"{weight.removesuffix('.weight')}.bias")
-        self._refuse_unknown([name for name in adapter if _place(name)[0] in unknown])
+        self._refuse_unknown([name for name in adapter if part_of(name)[0] in unknown])
         _refuse_half_biases(parts, config, idle)
         self._replaced = {key: own[""] for key, own in parts.items() if "" in own}
         for key, own in parts.items():
@@ -393,7 +393,7 @@ class AdapterWeights(Weights):
         if not names:
             return
         lines = shortened([f"'{name}'" for name in names])
-        if all(_place(name)[1] == "bias" for name in names):
+        if all(part_of(name)[1] == "bias" for name in names):
             raise ConfigError(
                 "The adapter has biases (lora_bias) for layers that have none in its base. PEFT "
                 f"cannot merge them either: the model has no parameter for them.\n  {lines}"

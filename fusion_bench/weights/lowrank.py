@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_bench.problems import FusionBenchError, check_between
+from fusion_bench.problems import ConfigError, FusionBenchError, check_between
+from fusion_bench.weights.adapter import AdapterConfig, part_of
 from fusion_bench.weights.mapping import TensorSpec, Weights
 from fusion_bench.weights.matrices import svd
 
@@ -16,6 +17,16 @@ from fusion_bench.weights.matrices import svd
 DEFAULT_RANK = 32
 #: Columns beyond the rank that a randomised SVD looks at.
 _OVERSAMPLING = 8
+_NO_PRODUCT = {
+    "": "a copy of a whole tensor (modules_to_save, or trained biases)",
+    "lora_magnitude_vector": "a magnitude of DoRA, which depends on the base",
+    "delta": "a set of trained tokens (trainable_token_indices)",
+    "original": "a set of trained tokens (trainable_token_indices)",
+}
+_WITH_BASE = (
+    "Adapters can be merged without their base if they are nothing but products. Merge these as "
+    "models on their base, and extract an adapter of the result."
+)
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class LowRankWeights(Weights):
             rows are flattened.
         vectors: those that are stored.
         files: what they were read from.
+        errors: of factors that stand for other products, the relative Frobenius error.
     """
 
     def __init__(
@@ -158,11 +170,13 @@ class LowRankWeights(Weights):
         factors: Mapping[str, Factors],
         vectors: Mapping[str, Tensor],
         files: tuple[Path, ...] = (),
+        errors: Mapping[str, float] | None = None,
     ):
         self._specs = dict(specs)
         self._vectors = dict(vectors)
         self._files = files
         self.factors = dict(factors)
+        self.errors = dict(errors or {})
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -193,3 +207,65 @@ class LowRankWeights(Weights):
         first = start // columns
         rows = self.factors[key].product(first, -(-stop // columns))
         return rows.reshape(-1)[start - first * columns : stop - first * columns]
+
+
+@dataclass(frozen=True)
+class AdapterParts:
+    """An adapter's products by the keys that their layers' weights have in the base.
+
+    Attributes:
+        specs: the entries' shapes, in float32; embeddings are [tokens, features].
+        factors: of the layers' weights.
+        vectors: what is added to the layers' biases.
+        embeddings: the keys of embeddings.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    factors: Mapping[str, Factors]
+    vectors: Mapping[str, Tensor]
+    embeddings: frozenset[str]
+
+    @classmethod
+    def of(cls, adapter: Weights, config: AdapterConfig) -> "AdapterParts":
+        """Return the products of an adapter's tensors.
+
+        Args:
+            adapter: the tensors, in PEFT's layout.
+            config: how they are to be applied.
+
+        Raises:
+            ConfigError: an adapter with more than products, such as DoRA or whole modules.
+        """
+        parts: dict[str, dict[str, str]] = {}
+        for name in adapter:
+            key, part = part_of(name)
+            if reason := _NO_PRODUCT.get(part):
+                raise ConfigError(f"'{name}' is {reason}. {_WITH_BASE}")
+            parts.setdefault(key, {})[part] = name
+        specs, factors, vectors, embeddings = {}, {}, {}, set()
+        for key, own in parts.items():
+            module = key.removesuffix(".weight").removesuffix(".bias")
+            if "bias" in own:
+                rank = adapter.spec(parts[f"{module}.weight"]["lora_A"]).shape[0]
+                vectors[key] = adapter[own["bias"]].float() * config.scaling(module, rank)
+                specs[key] = TensorSpec(tuple(vectors[key].shape), torch.float32)
+                continue
+            embedding = "lora_embedding_A" in own
+            kind = "lora_embedding_" if embedding else "lora_"
+            if lacking := {f"{kind}A", f"{kind}B"} - own.keys():
+                raise ConfigError(f"The adapter is incomplete: '{key}' lacks '{min(lacking)}'.")
+            a, b = (adapter[own[f"{kind}{side}"]] for side in "AB")
+            rank, kernel = len(a), tuple(a.shape[2:])
+            left, right = b.flatten(1), a.flatten(1)
+            shape = (len(left), a.shape[1], *kernel)
+            if left.shape[1] != rank:
+                raise ConfigError(
+                    f"The adapter is damaged: of '{key}' A has the rank {rank}, and B has "
+                    f"{left.shape[1]}."
+                )
+            if embedding:
+                embeddings.add(key)
+                left, right, shape = right.T, left.T, (shape[1], shape[0])
+            factors[key] = Factors(left, right, config.scaling(module, rank))
+            specs[key] = TensorSpec(shape, torch.float32)
+        return cls(specs, factors, vectors, frozenset(embeddings))
