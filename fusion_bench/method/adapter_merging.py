@@ -169,13 +169,17 @@ def _side_by_side(parts: Sequence[tuple[float, Factors]]) -> Factors:
 
 
 def _summed(parts: Sequence[tuple[float, Factors]]) -> Factors:
-    """Return sums of the factors; the sign of a negative weight goes to ``a``."""
-    scaled = [(weight * own.scale, own) for weight, own in parts]
-    roots = [(math.sqrt(abs(scale)), math.copysign(1, scale), own) for scale, own in scaled]
-    b = torch.stack([own.b.float() * root for root, _, own in roots]).sum(0)
-    return Factors(
-        b, torch.stack([own.a.float() * (root * sign) for root, sign, own in roots]).sum(0)
-    )
+    """Return sums of the factors; the sign of a negative weight goes to PEFT's A."""
+    sides = []
+    for side in "ba":
+        total = torch.zeros(())
+        for weight, own in parts:
+            scale = weight * own.scale
+            has_sign = (side == "b") == own.embedding
+            root = math.sqrt(abs(scale)) * (math.copysign(1, scale) if has_sign else 1)
+            total = total + root * (own.b if side == "b" else own.a).float()
+        sides.append(total)
+    return Factors(*sides)
 
 
 def _error(whole: Factors, kept: Factors) -> float:

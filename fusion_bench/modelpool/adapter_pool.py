@@ -194,7 +194,7 @@ class AdapterPool:
             config: the run's config.
 
         Raises:
-            FusionBenchError: adapters that store their matrices in two ways.
+            FusionBenchError: adapters with different copies of the base's embeddings.
         """
         weights = model.weights if isinstance(model, Model) else model
         assert isinstance(weights, Weights)
@@ -212,6 +212,7 @@ class AdapterPool:
             bias = f"{module}.bias"
             shift = weights.read(bias, 0, spec.shape[0]) if bias in self._biases else None
             builder.factors(module, factors, error=error, kernel=spec.shape[2:], bias=shift)
+        self._copy(builder)
         weights.verify()
         base = next((own for own in configs.values() if own.base), None)
         sources = {
@@ -246,6 +247,22 @@ class AdapterPool:
             rows, columns = spec.shape[0], spec.numel // spec.shape[0]
             found = Factors(torch.zeros(rows, 1), torch.zeros(1, columns))
         return found, error
+
+    def _copy(self, builder: AdapterBuilder) -> None:
+        """Add the tensors of the base that adapters have copies of."""
+        known: dict[str, Weights] = {}
+        for name in self.model_names:
+            for copied in self._adapter(name).copies:
+                own = self._stored[name]
+                if not torch.equal(known.setdefault(copied, own)[copied], own[copied]):
+                    raise ConfigError(
+                        f"'{copied}' differs from that of another adapter. Adapters can be merged "
+                        "without their base if they change nothing but by products.",
+                        "Merge them as models on their base, and extract an adapter of the result.",
+                        place=("models", name),
+                    )
+        for copied, own in known.items():
+            builder.copy(own, copied)
 
     @cached_property
     def _limits(self) -> Truncation:

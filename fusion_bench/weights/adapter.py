@@ -102,6 +102,7 @@ class AdapterConfig:
     revision: str | None = None
     bias: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> "AdapterConfig":
@@ -143,6 +144,7 @@ class AdapterConfig:
             revision=revision or None,
             bias=bool(content.get("lora_bias")),
             tokens=_token_indices(content.get("trainable_token_indices")),
+            saved=tuple(map(str, content.get("modules_to_save") or ())),
         )
 
     def scaling(self, module: str, rank: int) -> float:

@@ -164,6 +164,10 @@ class AdapterBuilder:
         self._whole.append(module)
         self._changes.append(ModuleChange(module, "whole", 0, 0.0))
 
+    def copy(self, weights: Weights, name: str) -> None:
+        """Add a tensor under the name that it has in another adapter."""
+        self._parts[name] = weights, name
+
     def left(self, module: str) -> None:
         """Note that a module stays as it is in the base, although it has changed."""
         self._changes.append(ModuleChange(module, "left", 0, 1.0))

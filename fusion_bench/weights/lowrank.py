@@ -37,11 +37,14 @@ class Factors:
         b: of shape [m, r].
         a: of shape [r, n].
         scale: a factor.
+        embedding: whether it is that of an embedding [tokens, features], so that PEFT calls
+            ``b`` A and ``a`` B.
     """
 
     b: Tensor
     a: Tensor
     scale: float = 1.0
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -218,12 +221,15 @@ class AdapterParts:
         factors: of the layers' weights.
         vectors: what is added to the layers' biases.
         embeddings: the keys of embeddings.
+        copies: the names of tensors that PEFT puts beside factors of an embedding: copies of the
+            base's own.
     """
 
     specs: Mapping[str, TensorSpec]
     factors: Mapping[str, Factors]
     vectors: Mapping[str, Tensor]
     embeddings: frozenset[str]
+    copies: tuple[str, ...]
 
     @classmethod
     def of(cls, adapter: Weights, config: AdapterConfig) -> "AdapterParts":
@@ -237,8 +243,13 @@ class AdapterParts:
             ConfigError: an adapter with more than products, such as DoRA or whole modules.
         """
         parts: dict[str, dict[str, str]] = {}
+        copies = []
         for name in adapter:
             key, part = part_of(name)
+            trained = name.removesuffix(".weight").endswith(config.saved)
+            if not part and name.endswith(".weight") and not trained:
+                copies.append(name)
+                continue
             if reason := _NO_PRODUCT.get(part):
                 raise ConfigError(f"'{name}' is {reason}. {_WITH_BASE}")
             parts.setdefault(key, {})[part] = name
@@ -266,6 +277,6 @@ class AdapterParts:
             if embedding:
                 embeddings.add(key)
                 left, right, shape = right.T, left.T, (shape[1], shape[0])
-            factors[key] = Factors(left, right, config.scaling(module, rank))
+            factors[key] = Factors(left, right, config.scaling(module, rank), embedding)
             specs[key] = TensorSpec(shape, torch.float32)
-        return cls(specs, factors, vectors, frozenset(embeddings))
+        return cls(specs, factors, vectors, frozenset(embeddings), tuple(copies))
