@@ -1,7 +1,7 @@
 r"""Merging LoRA adapters in their factors, $\sum_i w_i s_i B_i A_i$, as PEFT's weighted adapters.
 
 ``cat`` puts the factors side by side, ``svd`` shortens these, ``linear`` sums the factors, with
-$\sqrt{|w_i s_i|}$ before each. https://huggingface.co/docs/peft/developer_guides/model_merging
+$\sqrt{|w_i s_i|}$ before each. Mangrulkar et al., PEFT, https://github.com/huggingface/peft
 """
 
 import math
@@ -45,6 +45,7 @@ class AdapterMerging:
     rank: int | None = None
     energy: float | None = None
 
+    needs_pretrained = False
     needs = Needs()
 
     def __post_init__(self) -> None:
@@ -179,7 +180,8 @@ def _summed(parts: Sequence[tuple[float, Factors]]) -> Factors:
             root = math.sqrt(abs(scale)) * (math.copysign(1, scale) if has_sign else 1)
             total = total + root * (own.b if side == "b" else own.a).float()
         sides.append(total)
-    return Factors(*sides)
+    b, a = sides
+    return Factors(b, a)
 
 
 def _error(whole: Factors, kept: Factors) -> float:

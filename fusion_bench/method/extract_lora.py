@@ -61,6 +61,8 @@ class ExtractLora:
         power_iterations: with a number, the SVD is randomised, with so many power iterations.
     """
 
+    needs_pretrained = True
+
     base_method: object = None
     rank: int | None = None
     energy: float | None = None
@@ -250,10 +252,9 @@ class ExtractLora:
         if layer.kind == "embedding":
             builder.embedding(layer.name, factors, error=error)
             return
-        bias = layer.keys.get("bias")
-        shift = None if bias is None else model.zeros(bias)
-        if bias in changed:
-            shift = model.change(bias)
+        shift = None
+        if bias := layer.keys.get("bias"):
+            shift = model.change(bias) if bias in changed else model.zeros(bias)
         builder.factors(layer.name, factors, error=error, kernel=kernel, bias=shift)
 
 

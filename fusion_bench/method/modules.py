@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Kind = Literal["linear", "convolution", "embedding", "other"]
 
@@ -38,8 +38,10 @@ def layers_of(model: nn.Module, keys: Collection[str]) -> Sequence[Layer]:
         keys: the keys of its entries; entries that are tied may have one key together.
     """
     stored: dict[int, str] = {}
-    entries = dict(model.named_parameters(remove_duplicate=False))
-    entries |= dict(model.named_buffers(remove_duplicate=False))
+    entries: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     for key, tensor in entries.items():
         if key in keys:
             stored.setdefault(id(tensor), key)
@@ -49,7 +51,7 @@ def layers_of(model: nn.Module, keys: Collection[str]) -> Sequence[Layer]:
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name.startswith(f"{outer}.") for outer in inside):
             continue
-        own = {
+        own: dict[str, Tensor] = {
             **dict(module.named_parameters(recurse=False)),
             **dict(module.named_buffers(recurse=False)),
         }

@@ -92,8 +92,8 @@ def _table(modules: Sequence[Mapping[str, object]]) -> "Table":
     kinds: dict[tuple[str, str], list[tuple[float, int, str]]] = {}
     for own in modules:
         name, how = str(own["module"]), str(own["how"])
-        found = float(str(own["error"])), int(str(own["rank"])), name
-        kinds.setdefault((_kind_of(name), how), []).append(found)
+        one = float(str(own["error"])), int(str(own["rank"])), name
+        kinds.setdefault((_kind_of(name), how), []).append(one)
     table = Table(box=box.SIMPLE, title="What the adapter misses of the change")
     table.add_column("module", overflow="fold")
     for title in ("number", "rank", "error", "largest", "layer"):
