@@ -150,6 +150,14 @@ class TensorwiseAlgorithm:
         """
         self.inputs(pool)
 
+    def outline(self, pool: ModelPool) -> Weights:
+        """Return the result's shapes, types and origins; no weight is read.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        return MergedWeights(self.inputs(pool), _unread)
+
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> Weights | Mapping[str, Weights]:
@@ -218,6 +226,10 @@ class TensorwiseAlgorithm:
         )
         self.check(inputs)
         return inputs
+
+
+def _unread(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    raise RuntimeError(f"'{key}' of an outline has no values.")
 
 
 def run(
