@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 from torch import Tensor
 
 from fusion_bench.arguments import arguments_of
+from fusion_bench.catalog import OF_ALL_ENTRIES
 from fusion_bench.instantiate import type_problems
 from fusion_bench.method.per_model import known, per_model_options, refuse_unknown
 from fusion_bench.problems import (
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 #: Of a rule: which entries it is for, and its options.
 Rule = Mapping[str, object]
 
-#: What holds for the whole model.
-_OF_ALL = ("where", "show_pbar", "inplace", "base_method")
 _GRADIENT = "gradient"
 
 
@@ -218,10 +217,12 @@ class _Rules:
     def _refuse_unknown(self, options: Mapping[str, object]) -> None:
         if not options:
             raise FusionBenchError("this rule sets no option.", "Add one beside 'match'.")
-        takes = [name for name in signature(type(self._method)).parameters if name not in _OF_ALL]
+        takes = [
+            name for name in signature(type(self._method)).parameters if name not in OF_ALL_ENTRIES
+        ]
         name_of = type(self._method).__name__
         for option in options:
-            if option in _OF_ALL:
+            if option in OF_ALL_ENTRIES:
                 reason = f"'{option}' holds for the whole model."
                 raise FusionBenchError(reason, "Set it outside of 'where'.", place=(option,))
             if option not in takes:
