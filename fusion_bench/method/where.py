@@ -407,7 +407,8 @@ def _nearest(pattern: str, keys: Sequence[str]) -> list[str]:
         names = key.split(".")
         for index in range(max(1, len(names) - parts + 1)):
             whole.setdefault(".".join(names[index : index + parts]), key)
-    return [whole[near] for near in get_close_matches(stem, whole, n=3, cutoff=0)]
+    near = get_close_matches(stem, whole, n=3) or get_close_matches(stem, whole, n=1, cutoff=0)
+    return list(dict.fromkeys(whole[name] for name in near))
 
 
 def _is_number(value: object) -> bool:
