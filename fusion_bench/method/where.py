@@ -265,7 +265,7 @@ class _Rules:
 
     def given(self, key: str, theirs: Sequence[tuple[str, ...]]) -> dict[str, tuple[Given, ...]]:
         """Return each option's value, or of an option by model its values, for an entry."""
-        own = {}
+        own: dict[str, tuple[Given, ...]] = {}
         for option in self.options:
             if option not in self._per_model:
                 own[option] = (self._first(option, (key,)),)
@@ -324,7 +324,7 @@ class _Rules:
         kind = type(self._method)
         Problems(type_problems(kind, options)).raise_all()
         if is_dataclass(self._method):
-            return replace(self._method, where=(), **options)  # type: ignore[call-arg]
+            return replace(self._method, where=(), **options)
         arguments = arguments_of(self._method)
         if arguments is None:
             raise FusionBenchError(
