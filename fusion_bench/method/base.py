@@ -160,6 +160,14 @@ class TensorwiseAlgorithm:
         """
         self.inputs(pool)
 
+    def outline(self, pool: ModelPool) -> Weights:
+        """Return the result's shapes, types and origins; no weight is read.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        return MergedWeights(self.inputs(pool), _unread)
+
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> Weights | Mapping[str, Weights]:
@@ -251,6 +259,10 @@ class TensorwiseAlgorithm:
         for option in sorted(per_model_options(type(self))):
             of_each(getattr(self, option), inputs.names, option)
         self.check(inputs)
+
+
+def _unread(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    raise RuntimeError(f"'{key}' of an outline has no values.")
 
 
 def run(
