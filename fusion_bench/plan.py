@@ -19,8 +19,8 @@ class Step:
     """One thing that a run does.
 
     Attributes:
-        verb: ``build``, ``download``, ``prepare``, ``merge``, ``read``, ``compute``,
-            ``evaluate`` or ``write``.
+        verb: ``build``, ``download``, ``prepare``, ``merge``, ``read``, ``compute``, ``option``
+            (what it is for which entries), ``evaluate`` or ``write``.
         what: the object of the step.
         nbytes: the number of bytes, if known.
         place: the directory or file that takes the bytes.

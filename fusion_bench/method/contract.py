@@ -99,6 +99,17 @@ class Comparing(Protocol):
 
 
 @runtime_checkable
+class Composing(Protocol):
+    """A method that merges by another one.
+
+    Attributes:
+        base_method: the other method.
+    """
+
+    base_method: object
+
+
+@runtime_checkable
 class Outlining(Protocol):
     """A method that tells by headers alone what it makes of which entries."""
 

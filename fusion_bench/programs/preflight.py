@@ -23,7 +23,7 @@ from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
-from fusion_bench.problems import ConfigError, Problem, Problems
+from fusion_bench.problems import ConfigError, Place, Problem, Problems
 from fusion_bench.programs.fusing import LearnedSplit, without_taskpool
 from fusion_bench.programs.outline import outlined
 from fusion_bench.programs.owners import check_owners, owners, ownership_hint
@@ -31,6 +31,7 @@ from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import plain
+from fusion_bench.programs.told_options import tell_options
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
@@ -101,11 +102,14 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
             hint = ownership_hint(owners(taskpool, names), names)
             plan.note(*([] if hint is None else [hint]))
     _check_nodes(plan, run, scratch)
+    options: list[Step] = []
     if modelpool is not None:
-        _compare(plan, modelpool, run.settings)
+        options = _compare(plan, modelpool, run.settings)
         _outline(plan, modelpool, run.settings)
         _compare_data(plan, run, modelpool, scratch)
     _add_steps(plan, run)
+    for step in options:
+        plan.add(step)
     _check_memory(plan, run)
     return plan
 
@@ -215,15 +219,19 @@ class _Headers:
         return self._pool.build_model(weights)
 
 
-def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> None:
+def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> list[Step]:
     """Compare keys, shapes, types and tying by headers, and models with methods.
 
     Where not all models can be compared, methods are still asked about their number and names.
+
+    Returns:
+        What the methods' options are for which entries.
     """
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     merging = any(setting.method.needs.weights for setting in settings)
     sound = merging and _can_be_merged(plan, modelpool, needed)
     opened = plan.weights if sound and all(name in plan.weights for name in needed) else {}
+    told: dict[Place, list[Step]] = {}  # of several settings of a method those of the first
     for setting in settings:
         needs, based = setting.method.needs, modelpool.has_pretrained
         with plan.collect(), setting.located():
@@ -234,7 +242,11 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
         unknown = suppress(LookupError) if known == {} else nullcontext()
         with plan.collect(), setting.located(), unknown:
             # That the pretrained model is missing is said already.
-            setting.method.check_pool(_Headers(modelpool, names, known, based or needs.base))
+            pool = _Headers(modelpool, names, known, based or needs.base)
+            setting.method.check_pool(pool)
+            if known and setting.place not in told:
+                told[setting.place] = tell_options(plan, setting.method, pool, setting.place)
+    return [step for steps in told.values() for step in steps]
 
 
 def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> None:
