@@ -14,6 +14,7 @@ from torch import nn
 
 from fusion_bench.method.base import aligned, run
 from fusion_bench.method.contract import Data, ModelPool, Needs, Ran
+from fusion_bench.method.per_model import PerModel, of_each
 from fusion_bench.problems import FusionBenchError, check_choice
 from fusion_bench.weights import Weights
 from fusion_bench.weights.lowrank import Factors, LowRankWeights, Truncation, shortened
@@ -32,8 +33,8 @@ class AdapterMerging:
         combination: ``cat`` is exact, and its rank is the sum of the adapters' ranks; ``svd`` is
             the best approximation of a rank; ``linear`` sums the factors, which is another thing
             than the sum of the products, and needs equal ranks.
-        weights: each adapter's weight, as a list in the pool's order or by name; 1 where it is not
-            given.
+        weights: one for each adapter by name, or a list in the pool's order; 1 each if there are
+            none.
         rank: with ``svd`` the largest rank; by default the largest of the adapters', or no limit
             with ``energy``.
         energy: with ``svd`` the smallest rank is taken that keeps this share of the squared
@@ -41,7 +42,7 @@ class AdapterMerging:
     """
 
     combination: Combination = "cat"
-    weights: Sequence[float] | Mapping[str, float] | None = None
+    weights: PerModel | None = None
     rank: int | None = None
     energy: float | None = None
 
@@ -67,7 +68,7 @@ class AdapterMerging:
             FusionBenchError: one of these.
         """
         known = {name: pool.weights(name) for name in pool.model_names}
-        self._weight_of(list(known))
+        of_each(self.weights, list(known), "weights")
         if any(len(own) and not isinstance(own, LowRankWeights) for own in known.values()):
             raise FusionBenchError(
                 "AdapterMerging merges adapters, and these are whole models.",
@@ -87,7 +88,8 @@ class AdapterMerging:
         """
         self.check_pool(pool)
         adapters = _low_rank(pool)
-        weights = self._weight_of(pool.model_names)
+        values = of_each(self.weights, pool.model_names, "weights")
+        weights = dict(zip(pool.model_names, values, strict=True))
         first = next(iter(adapters.values()))
         factors, errors, vectors = {}, {}, {}
         for key in first:
@@ -110,7 +112,11 @@ class AdapterMerging:
                     errors[key] = _error(whole, factors[key])
         specs = {key: first.spec(key) for key in first}
         files = tuple(file for own in adapters.values() for file in own.files)
-        return LowRankWeights(specs, factors, vectors, files, errors)
+        origins = {
+            key: tuple(origin for own in adapters.values() for origin in own.origins(key))
+            for key in first
+        }
+        return LowRankWeights(specs, factors, vectors, files, origins, errors)
 
     def run(
         self,
@@ -120,23 +126,6 @@ class AdapterMerging:
     ) -> Ran:
         """Merge a pool's adapters."""
         return run(self, modelpool, fabric, data)
-
-    def _weight_of(self, names: Sequence[str]) -> dict[str, float]:
-        """Return each adapter's weight."""
-        given = self.weights
-        if given is None:
-            return dict.fromkeys(names, 1.0)
-        if isinstance(given, Mapping):
-            if unknown := [name for name in given if name not in names]:
-                raise FusionBenchError(
-                    f"there is no adapter '{unknown[0]}' in the pool.", place=("weights",)
-                )
-            return {name: float(given.get(name, 1.0)) for name in names}
-        if len(given) != len(names):
-            raise FusionBenchError(
-                f"there are {len(given)} weights for {len(names)} adapters.", place=("weights",)
-            )
-        return dict(zip(names, map(float, given), strict=True))
 
     def _limits(self, adapters: Mapping[str, LowRankWeights]) -> Truncation:
         if self.rank is None and self.energy is None:

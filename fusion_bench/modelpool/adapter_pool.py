@@ -158,7 +158,8 @@ class AdapterPool:
             hint = did_you_mean(name, self._models)
             raise FusionBenchError(f"Adapter '{name}' is not in the pool.", hint)
         own = self._adapter(name)
-        return LowRankWeights(self._specs, own.factors, own.vectors, self._stored[name].files)
+        files = self._stored[name].files
+        return LowRankWeights(self._specs, own.factors, own.vectors, files, own.origins)
 
     def model(self, name: str) -> Model:
         """Return the same, without a config."""

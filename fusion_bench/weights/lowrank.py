@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusion_bench.problems import ConfigError, FusionBenchError, check_between
 from fusion_bench.weights.adapter import AdapterConfig, part_of
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 from fusion_bench.weights.matrices import svd
 
 #: The rank where neither a rank nor an energy is given.
@@ -164,6 +164,7 @@ class LowRankWeights(Weights):
             rows are flattened.
         vectors: those that are stored.
         files: what they were read from.
+        origins: the stored entries that an entry is made of; by default none.
         errors: of factors that stand for other products, the relative Frobenius error.
     """
 
@@ -173,6 +174,7 @@ class LowRankWeights(Weights):
         factors: Mapping[str, Factors],
         vectors: Mapping[str, Tensor],
         files: tuple[Path, ...] = (),
+        origins: Mapping[str, tuple[Origin, ...]] | None = None,
         errors: Mapping[str, float] | None = None,
     ):
         self._specs = dict(specs)
@@ -180,6 +182,7 @@ class LowRankWeights(Weights):
         self._files = files
         self.factors = dict(factors)
         self.errors = dict(errors or {})
+        self._origins = dict(origins or {})
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -211,6 +214,10 @@ class LowRankWeights(Weights):
         rows = self.factors[key].product(first, -(-stop // columns))
         return rows.reshape(-1)[start - first * columns : stop - first * columns]
 
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the adapters' tensors that an entry is made of; of zeros none."""
+        return self._origins.get(key, ())
+
 
 @dataclass(frozen=True)
 class AdapterParts:
@@ -221,6 +228,7 @@ class AdapterParts:
         factors: of the layers' weights.
         vectors: what is added to the layers' biases.
         embeddings: the keys of embeddings.
+        origins: the adapter's tensors that an entry is made of.
         copies: the names of tensors that PEFT puts beside factors of an embedding: copies of the
             base's own.
     """
@@ -229,6 +237,7 @@ class AdapterParts:
     factors: Mapping[str, Factors]
     vectors: Mapping[str, Tensor]
     embeddings: frozenset[str]
+    origins: Mapping[str, tuple[Origin, ...]]
     copies: tuple[str, ...]
 
     @classmethod
@@ -279,4 +288,7 @@ class AdapterParts:
                 left, right, shape = right.T, left.T, (shape[1], shape[0])
             factors[key] = Factors(left, right, config.scaling(module, rank), embedding)
             specs[key] = TensorSpec(shape, torch.float32)
-        return cls(specs, factors, vectors, frozenset(embeddings), tuple(copies))
+        origins = {
+            key: tuple(Origin(adapter, name) for name in own.values()) for key, own in parts.items()
+        }
+        return cls(specs, factors, vectors, frozenset(embeddings), origins, tuple(copies))

@@ -211,9 +211,10 @@ def test_what_is_more_than_products_is_refused(
 
 def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     _, pool = written("plain", tmp_path)
-    for weights in ([1.0], {"c": 1.0}):
-        with pytest.raises(FusionBenchError, match="weights"):
+    for weights in ([1.0], {"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0}):
+        with pytest.raises(FusionBenchError) as raised:
             AdapterMerging(weights=weights).check_pool(pool)  # type: ignore[arg-type]
+        assert raised.value.problems[0].place[0] == "weights"
     with pytest.raises(FusionBenchError, match="does not shorten"):
         AdapterMerging(rank=3)
     whole = HFModelPool({"a": str(tmp_path / "base")})
