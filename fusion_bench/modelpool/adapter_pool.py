@@ -230,6 +230,14 @@ class AdapterPool:
             config=config,
         )
 
+    def as_saved(self, weights: Weights) -> LowRankWeights:
+        """Return merged products as ``save_model`` writes them."""
+        products = [key for key in self._specs if key not in self._biases]
+        found = {key: self._factored(weights, key, self._specs[key])[0] for key in products}
+        vectors = {key: weights[key].to(self._dtype) for key in self._specs if key in self._biases}
+        factors = {key: own.to(self._dtype) for key, own in found.items()}
+        return LowRankWeights(self._specs, factors, vectors)
+
     def open_saved(self, path: Path) -> Weights:
         """Return the products of what ``save_model`` wrote."""
         stored = open_checkpoint(path / _FILES[0])

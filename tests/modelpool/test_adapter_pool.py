@@ -59,6 +59,8 @@ def test_the_command_line_merges_adapters(root: Path) -> None:
     done = fusion_bench(*words, *again, cwd=root)
     assert done.returncode == 0, done.stderr
     assert json.loads((root / "out" / "adapter_config.json").read_text())["r"] == 1
+    verified = fusion_bench("verify", "out", cwd=root)
+    assert verified.returncode == 0 and "computed again from the recipe" in verified.stdout
     done = fusion_bench(*words, *again, "dry_run=true", cwd=root)
     assert done.returncode == 0, done.stderr
 

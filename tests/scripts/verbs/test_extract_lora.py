@@ -25,6 +25,8 @@ def test_an_adapter_is_extracted_and_its_errors_are_shown(tmp_path: Path) -> Non
     assert first[:3] == [kind, "2", "4"]
     assert first[4:] == [f"{worst['error']:.2%}", worst["module"].split(".")[2]]
     assert str(tmp_path / "adapter" / "adapter_errors.png") in done.stdout
+    verified = fusion_bench("verify", "adapter", cwd=tmp_path)
+    assert verified.returncode == 0 and "computed again from the recipe" in verified.stdout
     again = fusion_bench(*WORDS, "--energy", "0.9", cwd=tmp_path)
     assert again.returncode == 2 and "exists already" in again.stderr
     again = fusion_bench(
