@@ -55,6 +55,17 @@ def test_how_many_are_kept(options: dict[str, float], rank: int) -> None:
     assert Truncation(**options).factors(with_values([4, 2, 1, 0.5])).rank == rank
 
 
+@pytest.mark.parametrize("shape", [(70, 50), (50, 70)])
+@pytest.mark.parametrize("rank", [60, 2])  # of the second the sixth value is a rounding error
+def test_few_of_many_singular_values(shape: tuple[int, int], rank: int) -> None:
+    matrix = random(shape[0], rank) @ random(rank, shape[1], seed=1)
+    u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    found = Truncation(rank=6).factors(matrix)
+    assert found.rank == min(rank, 6)
+    exact = (u[:, : found.rank] * s[: found.rank]) @ vh[: found.rank]
+    assert np.abs(found.product().numpy() - exact).max() < 1e-5
+
+
 def test_a_matrix_of_zeros_has_none() -> None:
     assert Truncation().factors(torch.zeros(4, 3)).rank == 0
     assert Truncation(energy=0.9).factors(torch.zeros(4, 3)).rank == 0
