@@ -22,9 +22,16 @@ from fusion_bench.modelpool.agreement import (
     compare_vocabularies,
     holds,
 )
-from fusion_bench.modelpool.build import build, class_named, read_whole, refuse_incomplete
+from fusion_bench.modelpool.build import (
+    build,
+    class_named,
+    read_whole,
+    refuse_incomplete,
+    skeleton,
+)
 from fusion_bench.modelpool.directory import write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
+from fusion_bench.modelpool.layouts import in_layout_of
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
 from fusion_bench.modelpool.tokens import Vocabulary
@@ -51,12 +58,13 @@ from fusion_bench.weights import (
     check_size,
     in_memory,
     is_special,
+    learned,
     open_repository,
 )
 from fusion_bench.weights.config import vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +323,27 @@ class HFModelPool:
         if name == self._reference:
             return self._reference_model
         own = self._opened(self._source(name))
-        return replace(own, weights=under_keys_of(self._reference_model.weights, own.weights))
+        with within("models", name):
+            return replace(own, weights=self._like_reference(own.weights))
+
+    def _like_reference(self, weights: Weights) -> Weights:
+        """Return weights with the reference's keys, and in its layout, as far as both are known."""
+        reference = self._reference_model.weights
+        named = under_keys_of(reference, weights)
+        strange = [key for key in learned(named) if key not in reference]
+        lacking = [key for key in learned(reference) if key not in named]
+        if not (strange and lacking):
+            return named
+        model = self._skeleton
+        return named if model is None else in_layout_of(reference, named, model)
+
+    @cached_property
+    def _skeleton(self) -> "PreTrainedModel | None":
+        """The reference's architecture; None where it is none of transformers."""
+        if self._source(self._reference).config() is None:
+            return None
+        config = self._config_for(self._reference)
+        return None if config is None else skeleton(self.model_class, config)
 
     def weights(self, name: str) -> Weights:
         """Return a model's weights, as in ``model``.

@@ -12,6 +12,7 @@ from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.model import Model
+from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "Arrangement",
     "Config",
     "HubWeights",
     "Inputs",
@@ -28,7 +30,9 @@ __all__ = [
     "MergeTensor",
     "MergedWeights",
     "Model",
+    "Regrouped",
     "Renamed",
+    "Run",
     "TensorSpec",
     "TensorWeights",
     "Weights",
@@ -44,6 +48,7 @@ __all__ = [
     "open_checkpoint",
     "open_repository",
     "quantised",
+    "rearranged",
     "same_for_all",
     "sha256",
     "shortened",
