@@ -101,23 +101,23 @@ def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arran
             groups.setdefault(name, (of_pattern[pattern], []))[1].append((key, pattern))
     for name, (converter, members) in groups.items():
         specs = {key: weights.spec(key) for key, _ in members}
-        positions = dict(zip(specs, _positions(specs), strict=True))
+        rows = dict(zip(specs, positions(specs), strict=True))
         conversion = deepcopy(converter)
         for key, pattern in members:
-            conversion.add_tensor(name, key, pattern, positions[key])
+            conversion.add_tensor(name, key, pattern, rows[key])
         try:
             converted = conversion.convert(name, model=model, config=model.config)
         except Exception as error:  # of an incomplete group transformers raises anything
             log.debug("'%s' stays in its own layout: %s", name, error)
             continue
         for target, result in converted.items():
-            rows = result[0] if isinstance(result, list) else result
-            if (entry := _arranged(rows, specs)) is not None:
+            moved = result[0] if isinstance(result, list) else result
+            if (entry := arranged(moved, specs)) is not None:
                 found[target] = entry
     return found
 
 
-def _positions(specs: Mapping[str, TensorSpec]) -> Iterator[Tensor]:
+def positions(specs: Mapping[str, TensorSpec]) -> Iterator[Tensor]:
     """Yield for each entry where its rows begin when all are flattened behind each other.
 
     The last dimension, which is a row, has the size 1 there.
@@ -130,7 +130,7 @@ def _positions(specs: Mapping[str, TensorSpec]) -> Iterator[Tensor]:
         first += spec.numel
 
 
-def _arranged(rows: Tensor, specs: Mapping[str, TensorSpec]) -> Arrangement | None:
+def arranged(rows: Tensor, specs: Mapping[str, TensorSpec]) -> Arrangement | None:
     """Return what converted positions say; None where rows were not kept whole."""
     sizes = {spec.shape[-1] if len(spec.shape) > 1 else 1 for spec in specs.values()}
     many = {len(spec.shape) > 1 for spec in specs.values()}

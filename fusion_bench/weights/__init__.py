@@ -5,8 +5,10 @@ from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, sh
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
+from fusion_bench.weights.dequantise import dequantised, undecodable
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
+from fusion_bench.weights.gguf import GgufWeights
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
@@ -23,6 +25,7 @@ __all__ = [
     "Aligned",
     "Arrangement",
     "Config",
+    "GgufWeights",
     "HubWeights",
     "Inputs",
     "MergePiece",
@@ -38,6 +41,7 @@ __all__ = [
     "Weights",
     "align",
     "check_size",
+    "dequantised",
     "first_of",
     "in_memory",
     "into_module",
@@ -53,6 +57,7 @@ __all__ = [
     "sha256",
     "shortened",
     "stream",
+    "undecodable",
     "weight_files",
     "without_prefix",
     "write_checkpoint",

@@ -73,7 +73,9 @@ class Arrangement:
 
 
 def rearranged(
-    wanted: Mapping[str, Arrangement], own: Mapping[str, Arrangement], shapes: Mapping[str, TensorSpec]
+    wanted: Mapping[str, Arrangement],
+    own: Mapping[str, Arrangement],
+    shapes: Mapping[str, TensorSpec],
 ) -> dict[str, Arrangement]:
     """Return entries of one layout as arrangements of another's.
 
