@@ -35,15 +35,14 @@ def gguf_config(stored: GgufWeights) -> Config:
             )
         if made.get_text_config().num_hidden_layers > len(stored):
             raise ValueError("it has more layers than tensors")
-        config: Config = {**made.to_dict(), "dtype": "bfloat16"}
-        config["architectures"] = [type(skeleton("AutoModelForCausalLM", made)).__name__]
+        names = [type(skeleton("AutoModelForCausalLM", made)).__name__]
+        return {**made.to_dict(), "dtype": "bfloat16", "architectures": names}
     except Exception as error:  # of odd metadata it raises anything
         reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
         raise ConfigError(
             f"transformers cannot make a config of '{path}' ({architecture}): {reason}. Use the "
             "original model."
         ) from error
-    return config
 
 
 def _refuse_unknown(path: Path, architecture: str) -> None:

@@ -124,28 +124,32 @@ def positions(specs: Mapping[str, TensorSpec]) -> Iterator[Tensor]:
     """
     first = 0
     for spec in specs.values():
-        row = spec.shape[-1] if len(spec.shape) > 1 else 1
-        shape = (*spec.shape[:-1], 1) if len(spec.shape) > 1 else spec.shape
+        matrix, row = _row(spec)
+        shape = (*spec.shape[:-1], 1) if matrix else spec.shape
         yield torch.arange(first, first + spec.numel, max(row, 1)).view(shape)
         first += spec.numel
 
 
 def arranged(rows: Tensor, specs: Mapping[str, TensorSpec]) -> Arrangement | None:
-    """Return what converted positions say; None where rows were not kept whole."""
-    sizes = {spec.shape[-1] if len(spec.shape) > 1 else 1 for spec in specs.values()}
-    many = {len(spec.shape) > 1 for spec in specs.values()}
-    if len(sizes) > 1 or len(many) > 1 or (many == {True} and rows.shape[-1:] != (1,)):
-        return None
-    (size,) = sizes
+    """Return what moved positions say; None where rows were not kept whole."""
     starts = rows.reshape(-1)
     if not len(starts):
+        return None
+    keys, ends = list(specs), list(accumulate(spec.numel for spec in specs.values()))
+    matrix, size = _row(specs[keys[bisect_right(ends, int(starts[0]))]])
+    if matrix and rows.shape[-1] != 1:
         return None
     cuts = torch.nonzero(starts[1:] != starts[:-1] + size).flatten() + 1
     begins = [0, *cuts.tolist(), len(starts)]
     firsts = starts[begins[:-1]].tolist()
-    keys, ends = list(specs), list(accumulate(spec.numel for spec in specs.values()))
-    shape = (*rows.shape[:-1], size) if many == {True} else tuple(rows.shape)
-    return Arrangement.of(shape, _runs(firsts, begins, size, keys, ends))
+    shape = (*rows.shape[:-1], size) if matrix else tuple(rows.shape)
+    entry = Arrangement.of(shape, _runs(firsts, begins, size, keys, ends))
+    return entry if all(_row(specs[key]) == (matrix, size) for key in entry.keys) else None
+
+
+def _row(spec: TensorSpec) -> tuple[bool, int]:
+    """Return whether an entry has rows, and the elements of one."""
+    return len(spec.shape) > 1, spec.shape[-1] if len(spec.shape) > 1 else 1
 
 
 def _runs(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,20 @@ class Regrouped(Weights):
             whole = self._weights.spec(run.key).numel
             total += self._weights.bytes_to_read(run.key) * (run.stop - run.start) / max(whole, 1)
         return round(total)
+
+    def described(self) -> str:
+        """Return a sentence on an entry that is stored otherwise; empty where none is."""
+        other = [(key, entry) for key, entry in self._entries.items() if entry.keys != (key,)]
+        if not other:
+            return ""
+        key, entry = max(other, key=lambda pair: len(pair[1].keys))
+        more = f" and {len(entry.keys) - 1} more" if len(entry.keys) > 1 else ""
+        return f"'{key}' is read from '{entry.keys[0]}'{more}."
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the stored entries of all ranges."""
+        entry = self._entries[key]
+        return tuple(origin for source in entry.keys for origin in self._weights.origins(source))
 
     def verify(self) -> None:
         """Raise errors that were found while reading."""
