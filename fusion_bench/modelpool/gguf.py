@@ -105,6 +105,14 @@ def gguf_weights(stored: GgufWeights, config: Any) -> Weights:
             f"'{path}' is not a whole model, or has names that are not known.\n  "
             f"{shortened(lines)}" + (f"\n  '{unread[0]}' has no place" if unread else "")
         )
+    for key, entry in entries.items():
+        shape = list(expected[key].shape) if key in expected else None
+        if entry is not None and shape is not None and shape != list(entry.shape):
+            raise FusionBenchError(
+                f"'{path}': '{key}' is {list(entry.shape)}, and {shape} by the config that is made "
+                "of the file.",
+                "Put the config.json of the original model beside it.",
+            )
     known = {key: entry for key in expected if (entry := entries.get(key)) is not None}
     return Regrouped(GgufWeights(path, shifts), known)
 

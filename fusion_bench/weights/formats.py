@@ -94,7 +94,7 @@ def foreign_folder(
     none = f"There are no weights in '{place}'"
     for ending, description in _BY_ENDING.items():
         if found := sorted(file for file in files if file.lower().endswith(ending)):
-            told = description.replace("this file itself", f"'{here}/{found[0]}'")
+            told = description.replace("Name this file itself", f"{name} '{here}/{found[0]}'")
             return f"{none}: '{found[0]}' {told}"
     if "onnx" in folders:
         return f"{none}: what is in 'onnx' {_EXPORTED}"

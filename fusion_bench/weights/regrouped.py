@@ -66,7 +66,7 @@ class Arrangement:
         for index in range(bisect_right(self._ends, start), len(self.runs)):
             run, end = self.runs[index], self._ends[index]
             begin = end - (run.stop - run.start)
-            if begin >= stop:
+            if begin >= stop or start == stop:
                 return
             first, last = max(start, begin) - begin, min(stop, end) - begin
             yield Run(run.key, run.start + first, run.start + last)

@@ -28,7 +28,7 @@ class Gguf(Folder):
             node = named.node
             if (
                 isinstance(node, str)
-                and node.endswith(".gguf")
+                and node.lower().endswith(".gguf")
                 and Path(node).expanduser().is_file()
             ):
                 return cls(named, node)
