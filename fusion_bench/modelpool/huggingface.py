@@ -170,12 +170,12 @@ class HFModelPool:
         for name in sorted(known, key=lambda name: name != self._reference):
             with plan.collect():
                 if name == self._reference or self._reference in plan.weights:
-                    plan.weights[name] = own = self.weights(name)
+                    plan.weights[name] = weights = self.weights(name)
                     self._refuse_untied(name)
-                    if isinstance(own, Regrouped) and name != self._reference:
+                    if isinstance(weights, Regrouped) and name != self._reference:
                         plan.note(
                             f"{name}: its weights are stored in another layout than those of "
-                            f"'{self._reference}'. {own.described()}"
+                            f"'{self._reference}'. {weights.described()}"
                         )
                 elif self._base(name) is None:  # nothing to compare with, but it can be damaged
                     self._opened(self._source(name))

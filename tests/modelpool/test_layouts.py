@@ -1,4 +1,4 @@
-"""The same model per expert and with fused experts: what transformers reads as one is merged as one."""
+"""A model per expert and one with fused experts are merged as one."""
 
 import re
 from collections.abc import Callable

@@ -43,6 +43,7 @@ def of_4_bits(key: str, weight: Tensor) -> tuple[State, Tensor]:
 
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
     beside = {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
+    state.dtype = torch.float32  # what the library decodes is then not rounded
     return {key: codes, **beside}, dequantize_4bit(codes, state)
 
 
