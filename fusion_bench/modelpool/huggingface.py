@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -32,7 +33,7 @@ from fusion_bench.modelpool.build import (
 )
 from fusion_bench.modelpool.directory import copy_files, processor_files, write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
-from fusion_bench.modelpool.layouts import in_layout_of
+from fusion_bench.modelpool.layouts import in_current_layout, in_layout_of
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
 from fusion_bench.modelpool.tokens import Vocabulary
@@ -572,7 +573,23 @@ class HFModelPool:
         at_hand = base.named.name == self._reference
         below = self._reference_model if at_hand else self._opened(base)
         with within(*source.named.place):
-            return source.open(below)
+            try:
+                return source.open(below)
+            except FusionBenchError:
+                current = self._as_its_class_names_it(below, base)
+                if current is None:
+                    raise
+                with suppress(FusionBenchError):  # or else the first error, with the file's names
+                    return source.open(current)
+                raise
+
+    def _as_its_class_names_it(self, model: Model, source: Source) -> Model | None:
+        """Return a model in the layout of its class in transformers; None where it is in that."""
+        config = None if source.config() is None else source.config_for(self._config_class)
+        if (part := self._part_of(config)) is None:
+            return None
+        weights = in_current_layout(model.weights, skeleton(self.model_class, part))
+        return None if weights is model.weights else replace(model, weights=weights)
 
 
 def _policy(section: Mapping[str, Any]) -> MergePolicy:

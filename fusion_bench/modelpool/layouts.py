@@ -68,6 +68,22 @@ def in_layout_of(reference: Weights, weights: Weights, model: "PreTrainedModel")
     return Regrouped(weights, found | kept) if found else weights
 
 
+def in_current_layout(weights: Weights, model: "PreTrainedModel") -> Weights:
+    """Return ``weights`` as the entries of the model's class, as an adapter of it knows them.
+
+    Args:
+        weights: the same architecture's weights in any layout.
+        model: a model of this architecture, on any device.
+    """
+    entries = _arrangements(weights, model)
+    used = {source for entry in entries.values() for source in entry.keys}
+    kept = {key: Arrangement.whole(key, weights.spec(key).shape) for key in weights}
+    others = {key: entry for key, entry in kept.items() if key not in used and key not in entries}
+    if all(key in weights for key in entries):
+        return weights
+    return Regrouped(weights, entries | others)
+
+
 def _made_of(entry: Arrangement) -> str:
     """Return which entries something is made of."""
     first, count = f"'{entry.keys[0]}'", len(entry.keys)

@@ -249,6 +249,33 @@ def test_an_adapter_of_a_base_in_another_layout(tmp_path: Path) -> None:
         CausalLMPool({"x": other}).weights("x")
 
 
+def test_an_adapter_that_names_modules_as_todays_class_does(tmp_path: Path) -> None:
+    """Files of ViT have names of another time, and PEFT those of the module that it was put in."""
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+    )
+    model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    module, stored = "vit.layers.1.attention.q_proj", tensors(tmp_path / "base")
+    state = model.state_dict()
+    own = "vit.encoder.layer.1.attention.attention.query.weight"
+    assert torch.equal(stored[own], state[f"{module}.weight"]) and own not in state
+    added = write_lora(tmp_path / "x", state, [module], base_name=str(tmp_path / "base"))
+    expected = stored[own].double() + added[f"{module}.weight"]
+    named = {"_pretrained_": str(tmp_path / "base"), "x": str(tmp_path / "x")}
+    weights = HFModelPool(named, "AutoModelForImageClassification").weights("x")
+    assert weights.keys() == stored.keys()
+    torch.testing.assert_close(weights[own], expected.float())
+    alone = HFModelPool({"x": str(tmp_path / "x")}, "AutoModelForImageClassification")
+    module_of = alone.load_model("x").state_dict()
+    torch.testing.assert_close(module_of[f"{module}.weight"], expected.float())
+
+
 def test_where_transformers_knows_no_conversion_nothing_changes(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**{k: v for k, v in SIZES.items() if "experts" not in k})
     for name in "ab":
