@@ -16,7 +16,8 @@ from fusion_bench.method import TiesMergingAlgorithm
 from fusion_bench.modelpool import CausalLMPool, HFModelPool
 from fusion_bench.modelpool.layouts import in_layout_of
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Regrouped, TensorWeights, in_memory
+from fusion_bench.programs.outline import outlined
+from fusion_bench.weights import Regrouped, TensorWeights, in_memory, merge
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
@@ -173,6 +174,18 @@ def test_the_plan_says_so_and_a_method_of_whole_tensors_agrees(tmp_path: Path) -
     ties = TiesMergingAlgorithm(show_pbar=False)
     found, expected = (in_memory(ties.run(each)) for each in (pool, alike))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("base", ["apart", "fused"])
+def test_the_outline_names_models_not_parts(base: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(["apart", "fused"]):
+        write(made("mixtral", seed), tmp_path / name, fused=name == "fused")
+    order = sorted(["apart", "fused"], key=lambda name: name != base)
+    pool = CausalLMPool({name: str(tmp_path / name) for name in order})
+    models = {name: pool.weights(name) for name in order}
+    merged = merge(models, lambda key, tensors, base: tensors[0])
+    (line,) = outlined(merged, models).lines
+    assert re.fullmatch(rf"all \d+ entries from {order[0]} and {order[1]}", line)
 
 
 def test_origins_are_the_models_own_entries(tmp_path: Path) -> None:
