@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -33,7 +33,7 @@ from fusion_bench.modelpool.build import (
 )
 from fusion_bench.modelpool.directory import copy_files, processor_files, write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
-from fusion_bench.modelpool.layouts import in_current_layout, in_layout_of
+from fusion_bench.modelpool.layouts import in_current_layout, in_file_layout, in_layout_of
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
 from fusion_bench.modelpool.tokens import Vocabulary
@@ -576,20 +576,18 @@ class HFModelPool:
             try:
                 return source.open(below)
             except FusionBenchError:
-                current = self._as_its_class_names_it(below, base)
-                if current is None:
-                    raise
-                with suppress(FusionBenchError):  # or else the first error, with the file's names
-                    return source.open(current)
+                for other in self._in_other_layouts(below, base):
+                    with suppress(FusionBenchError):  # or else the first error, with own names
+                        return source.open(other)
                 raise
 
-    def _as_its_class_names_it(self, model: Model, source: Source) -> Model | None:
-        """Return a model in the layout of its class in transformers; None where it is in that."""
+    def _in_other_layouts(self, model: Model, source: Source) -> Iterator[Model]:
+        """Yield a model as its class in transformers names its entries, and as it writes them."""
         config = None if source.config() is None else source.config_for(self._config_class)
-        if (part := self._part_of(config)) is None:
-            return None
-        weights = in_current_layout(model.weights, skeleton(self.model_class, part))
-        return None if weights is model.weights else replace(model, weights=weights)
+        if (part := self._part_of(config)) is not None:
+            bare = skeleton(self.model_class, part)
+            for layout in (in_current_layout, in_file_layout):
+                yield replace(model, weights=layout(model.weights, bare))
 
 
 def _policy(section: Mapping[str, Any]) -> MergePolicy:

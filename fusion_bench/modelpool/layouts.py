@@ -84,6 +84,23 @@ def in_current_layout(weights: Weights, model: "PreTrainedModel") -> Weights:
     return Regrouped(weights, entries | others)
 
 
+def in_file_layout(weights: Weights, model: "PreTrainedModel") -> Weights:
+    """Return ``weights`` as transformers writes a model of this class, one expert an entry.
+
+    Args:
+        weights: the same architecture's weights in any layout.
+        model: a model of this architecture, on any device.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    current = in_current_layout(weights, model)
+    specs = {key: current.spec(key) for key in current}
+    moved = revert_weight_conversion(model, dict(zip(specs, positions(specs), strict=True)))
+    entries = {key: arranged(rows, specs) for key, rows in moved.items()}
+    known = {key: entry for key, entry in entries.items() if entry is not None}
+    return Regrouped(current, known) if len(known) == len(entries) else current
+
+
 def _made_of(entry: Arrangement) -> str:
     """Return which entries something is made of."""
     first, count = f"'{entry.keys[0]}'", len(entry.keys)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from fixtures_llm import average, rewrite, tensors, write_lora
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusion_bench.method import TiesMergingAlgorithm
@@ -257,9 +257,28 @@ def test_an_adapter_of_a_base_in_another_layout(tmp_path: Path) -> None:
     found = pool.weights("x")["model.layers.0.mlp.experts.down_proj"]
     expected = base[f"{module}.weight"].double() + added[f"{module}.weight"]
     torch.testing.assert_close(found[1], expected.float())
-    other = {"path": str(tmp_path / "lora"), "base": str(tmp_path / "fused")}
-    with pytest.raises(FusionBenchError, match=re.escape(module)):
-        CausalLMPool({"x": other}).weights("x")
+
+
+def test_an_adapter_of_one_expert_on_a_fused_base(tmp_path: Path) -> None:
+    base = write(made("mixtral", 0), tmp_path / "fused", fused=True)
+    apart = write(made("mixtral", 0), tmp_path / "apart", fused=False)
+    module = "model.layers.0.block_sparse_moe.experts.1.w3"
+    added = write_lora(tmp_path / "lora", apart, [module])[f"{module}.weight"]
+    named = {"path": str(tmp_path / "lora"), "base": str(tmp_path / "fused")}
+    pool = CausalLMPool({"fused": str(tmp_path / "fused"), "x": named})
+    weights = in_memory(pool.weights("x"))
+    assert weights.keys() == base.keys()
+    for key, value in base.items():
+        expected = value.double()
+        if key == "model.layers.0.mlp.experts.gate_up_proj":
+            expected[1, 24:] += added
+        torch.testing.assert_close(weights[key], expected.float())
+    write_lora(tmp_path / "other", apart, [module])
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    state = {key.replace("experts.1", "experts.9"): v for key, v in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(FusionBenchError, match=r"experts\.9\.w3"):
+        CausalLMPool({"x": {**named, "path": str(tmp_path / "other")}}).weights("x")
 
 
 def test_an_adapter_that_names_modules_as_todays_class_does(tmp_path: Path) -> None:
