@@ -185,7 +185,7 @@ def test_the_outline_names_models_not_parts(base: str, tmp_path: Path) -> None:
     models = {name: pool.weights(name) for name in order}
     merged = merge(models, lambda key, tensors, base: tensors[0])
     (line,) = outlined(merged, models).lines
-    assert re.fullmatch(rf"all \d+ entries from {order[0]} and {order[1]}", line)
+    assert re.fullmatch(rf"all \d+ tensors from {order[0]} and {order[1]}", line)
 
 
 def test_origins_are_the_models_own_entries(tmp_path: Path) -> None:
