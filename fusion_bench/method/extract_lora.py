@@ -189,6 +189,12 @@ class ExtractLora:
                     builder.left(layer.name)
                     left.append(layer.name)
                 work.advance(model.bytes_of(layer))
+        covered = {key for layer in layers for key in layer.keys.values()}
+        if lost := [key for key in self._kept(model.outside(covered)) if model.differs(key)]:
+            raise FusionBenchError(
+                f"'{lost[0]}' has changed, and the model's class has no layer with that entry.",
+                "Leave it out with {here}exclude_keys, or merge without an adapter.",
+            )
         if left:
             more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
             named = ", ".join(left[:_NAMED])
@@ -296,6 +302,11 @@ class _Differing:
                 for one, other in self._pieces(key)
             )
         return self._known[key]
+
+    def outside(self, covered: Collection[str]) -> Iterator[str]:
+        """Yield the entries that neither are ``covered`` nor tied to one that is."""
+        tied = {self._base.tied_to(key) for key in covered}
+        return (k for k in self._base if k not in covered and self._base.tied_to(k) not in tied)
 
     def has_shapes(self, layer: Layer) -> bool:
         """Return whether a layer's entries have the shapes that they have in the base."""
