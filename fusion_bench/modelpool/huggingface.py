@@ -23,10 +23,13 @@ from fusion_bench.modelpool.agreement import (
     holds,
 )
 from fusion_bench.modelpool.build import build, class_named, read_whole, refuse_incomplete
+from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.directory import write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
+from fusion_bench.modelpool.output_tokens import OutputTokens
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
+from fusion_bench.modelpool.token_setting import TokenSetting
 from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
@@ -38,7 +41,7 @@ from fusion_bench.problems import (
     within,
 )
 from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import unbuilt
+from fusion_bench.sources import plain_source, unbuilt
 from fusion_bench.storage import check_file_name, read_json, write_text
 from fusion_bench.tokenizer import TokenizerSource, tokenizer_files
 from fusion_bench.weights import (
@@ -84,6 +87,14 @@ class HFModelPool:
         train_datasets: name to dataset node, for methods that learn from training data.
         val_datasets: likewise, for methods that tune on validation data.
         test_datasets: likewise, for methods that adapt to unlabelled test data.
+        tokenizer: ``union``, ``base`` or the name of a model: all models are seen with the rows of
+            that tokenizer, matched by token, and the merged model gets it. A mapping says more:
+            ``source``, one of these; ``base``, the model whose row a token gets that others lack,
+            by default the pretrained one; ``tokens``, a token to its ``source`` (a model,
+            ``{kind: model_token, model, token}`` or ``{kind: zero}``) and ``force``, for all
+            models; ``pad_to_multiple_of``. Anything else is as in ``processor``.
+        chat_template: of the merged model's tokenizer: ``auto``, the most frequent of the models';
+            a known name; or a text in Jinja.
 
     Raises:
         FusionBenchError: an empty pool, an impossible policy or size, or a name that no file can
@@ -109,6 +120,8 @@ class HFModelPool:
         train_datasets: Mapping[str, Any] | None = None,
         val_datasets: Mapping[str, Any] | None = None,
         test_datasets: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
     ):
         self._sources = Sources(models or {}, model_class)
         problems = Problems()
@@ -119,6 +132,13 @@ class HFModelPool:
             check_size(max_shard_size)
         with problems.collect("policy"):
             self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})
+        setting = None
+        with problems.collect("tokenizer"):
+            setting = TokenSetting.read(plain_source(tokenizer), self._sources)
+        if setting is None and tokenizer is not None:
+            processor = tokenizer
+        with problems.collect("chat_template"):
+            check_template(chat_template)
         self.model_class = model_class
         self._processor = Processor(processor, self._sources) if processor else None
         self.max_shard_size = max_shard_size
@@ -127,6 +147,18 @@ class HFModelPool:
         self.test_datasets = dict(test_datasets or {})
         self.model_names = [name for name in self._sources if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._sources
+        self._tokens: OutputTokens | None = None
+        if setting is not None or chat_template is not None:
+            self._tokens = OutputTokens(
+                setting,
+                chat_template,
+                [name for name in self._sources if name in ("_pretrained_", *self.model_names)],
+                self._sources,
+                TokenizerSource(self._tokenizer),
+                self._own_model,
+                lambda: self._config_of(self._reference),
+                model_class,
+            )
         self._found: dict[tuple[str, ...], Found] = {}
         self.notes: list[str] = []
         with problems.collect("models"):
@@ -157,6 +189,12 @@ class HFModelPool:
                 if self._sources[name].plan(plan):
                     known.append(name)
         known = [name for name in known if self._can_be_read(name, known)]
+        if self._tokens is not None:
+            if len(known) < len(self._sources):
+                known = []  # the rows depend on all of them
+            else:
+                with plan.collect():
+                    plan.note(*self._tokens.notes)
         for name in sorted(known, key=lambda name: name != self._reference):
             with plan.collect():
                 if name == self._reference or self._reference in plan.weights:
@@ -224,7 +262,7 @@ class HFModelPool:
 
     def _compared(self, names: Collection[str]) -> Found:
         found = Found()
-        configs = {name: config for name in names if (config := self._source(name).config())}
+        configs = {name: config for name in names if (config := self._config_said(name))}
         if configs:
             warn = self.policy.on_config == "warn"
             heads = self.model_class != "AutoModel"  # of a classifier it takes the backbone
@@ -233,11 +271,15 @@ class HFModelPool:
         if self._processor is not None and self._has_tokens and (place := self._processor.folder):
             folders[f"the tokenizer of '{place.name}'"] = (place,)
         vocabularies = {name: own for name in folders if (own := self._vocabulary(folders[name]))}
-        if vocabularies:
+        if vocabularies and not self._changes_rows:
             warn = self.policy.on_tokenizer == "warn"
             found += compare_vocabularies(vocabularies, warn=warn)
         pictures = {name: said for name in names if (said := self._preprocessor(name))}
         return found + compare_pictures(pictures) if pictures else found
+
+    @property
+    def _changes_rows(self) -> bool:
+        return self._tokens is not None and self._tokens.changes_rows
 
     @property
     def _has_tokens(self) -> bool:
@@ -264,11 +306,13 @@ class HFModelPool:
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
-        return vocabulary(self._source(self._reference).config())
+        return vocabulary(self._config_said(self._reference))
 
     @cached_property
     def tokenizer(self) -> TokenizerSource:
         """The models' tokenizer: the one that a merged model gets."""
+        if (tokens := self._tokens) is not None:
+            return TokenizerSource(lambda: tokens.tokenizer, unbuilt=self._unbuilt)
         return TokenizerSource(self._tokenizer, self._check_tokenizer, self._unbuilt)
 
     def _unbuilt(self) -> Path | None:
@@ -312,6 +356,10 @@ class HFModelPool:
         Raises:
             FusionBenchError: an unknown name, or a source that cannot be read or is quantised.
         """
+        return self._own_model(name) if self._tokens is None else self._tokens.model(name)
+
+    def _own_model(self, name: str) -> Model:
+        """Return a model with the rows of its own tokenizer."""
         if name == self._reference:
             return self._reference_model
         own = self._opened(self._source(name))
@@ -330,8 +378,10 @@ class HFModelPool:
 
         Without a name it is that of a merged model, which is built like the reference.
         """
-        source = self._source(self._reference if name is None else name)
-        return hashlib.sha256(source.architecture().encode()).hexdigest()
+        own = self._source(self._reference if name is None else name).architecture()
+        if self._tokens is not None:
+            own = json.dumps([own, self._tokens.identity])
+        return hashlib.sha256(own.encode()).hexdigest()
 
     def load_model(self, name: str) -> nn.Module:
         """Load a model afresh, in eval mode, on the CPU.
@@ -342,10 +392,10 @@ class HFModelPool:
         """
         source = self._source(name)
         with within(*source.named.place):
-            module = source.load()
+            module = None if self._changes_rows else source.load()
         if module is not None:
             return module
-        whole = source.home if self._base(name) is None else None
+        whole = source.home if self._base(name) is None and not self._changes_rows else None
         if whole is None or self.model_class == "AutoModel":
             config = self._config_for(self._with_config(name))
             return build(self.model_class, self.weights(name), config)
@@ -394,6 +444,13 @@ class HFModelPool:
 
     def _config_for(self, name: str) -> "PretrainedConfig | None":
         """Return what a model is built by; None for a module without a config."""
+        config = self._config_of(name)
+        if config is None or self._tokens is None:
+            return config
+        return self._tokens.built_by(name, config)
+
+    def _config_of(self, name: str) -> "PretrainedConfig | None":
+        """Return a model's own config, as transformers has it."""
         source = self._source(name)
         with within(*source.named.place):
             config = source.config_for(self._config_class)
@@ -457,6 +514,8 @@ class HFModelPool:
         reference.write_companions(directory, processors=self._processor is None)
         if self._processor is not None:
             self._processor.write(directory)
+        if self._tokens is not None:
+            self._tokens.write(directory)
         file = directory / "config.json"
         if not file.exists():
             log.warning(
@@ -471,7 +530,7 @@ class HFModelPool:
         named = config.get("architectures") or []
         if self.model_class == "AutoModel" and re.search("For|Head", json.dumps(named)):
             del config["architectures"]  # a classifier's, of which this is the backbone
-        tokens = (self._reference_model.config or {}).get("vocab_size")
+        tokens = (self.model(self._reference).config or {}).get("vocab_size")
         if tokens is not None and "vocab_size" in config:  # an adapter may have added some
             config["vocab_size"] = tokens
         if config != before:
@@ -484,6 +543,13 @@ class HFModelPool:
     @property
     def _reference(self) -> str:
         return "_pretrained_" if self.has_pretrained else self.model_names[0]
+
+    def _config_said(self, name: str) -> Config | None:
+        """Return what a model's config says, for the tokens that it gets."""
+        config = self._source(name).config()
+        if config is None or self._tokens is None:
+            return config
+        return self._tokens.config(name, config)
 
     def _source(self, name: str) -> Source:
         """Return how a model is named."""

@@ -2,6 +2,7 @@
 
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
+from fusion_bench.weights.by_token import ByToken, Row, token_axis
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "ByToken",
     "Config",
     "HubWeights",
     "Inputs",
@@ -29,6 +31,7 @@ __all__ = [
     "MergedWeights",
     "Model",
     "Renamed",
+    "Row",
     "TensorSpec",
     "TensorWeights",
     "Weights",
@@ -48,6 +51,7 @@ __all__ = [
     "sha256",
     "shortened",
     "stream",
+    "token_axis",
     "weight_files",
     "without_prefix",
     "write_checkpoint",
