@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 from fusion_bench.weights.stream import PIECE
 
 #: Elements between two wanted rows up to which one read of both is faster than two.
@@ -111,6 +111,13 @@ class ByToken(Weights):
         first, last = start // width, -(-stop // width)
         rows = self._gathered(key, np.arange(first, last))
         return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the stored entries that an entry is made of: the model's own, then others'."""
+        found = list(self._weights.origins(key))
+        for donor in self._others if key in self._keys else ():
+            found += donor.origins(self._key_in(donor, key))
+        return tuple(found)
 
     def verify(self) -> None:
         """Raise errors that were found while reading any of the models."""
