@@ -98,7 +98,7 @@ class HFModelPool:
             ``source``, one of these; ``base``, the model whose row a token gets that others lack,
             by default the pretrained one; ``tokens``, a token to its ``source`` (a model,
             ``{kind: model_token, model, token}`` or ``{kind: zero}``) and ``force``, for all
-            models; ``pad_to_multiple_of``. Anything else is as in ``processor``.
+            models; ``pad_to_multiple_of``. Anything else says the same as ``processor``.
         chat_template: of the merged model's tokenizer: ``auto``, the most frequent of the models';
             a known name; or a text in Jinja.
 
@@ -158,11 +158,11 @@ class HFModelPool:
             self._tokens = OutputTokens(
                 setting,
                 chat_template,
-                [name for name in self._sources if name in ("_pretrained_", *self.model_names)],
+                list(dict.fromkeys([*["_pretrained_"] * self.has_pretrained, *self.model_names])),
                 self._sources,
                 TokenizerSource(self._tokenizer),
                 self._own_model,
-                lambda: self._config_of(self._reference),
+                self._config_of,
                 model_class,
             )
         self._found: dict[tuple[str, ...], Found] = {}
@@ -195,12 +195,8 @@ class HFModelPool:
                 if self._sources[name].plan(plan):
                     known.append(name)
         known = [name for name in known if self._can_be_read(name, known)]
-        if self._tokens is not None:
-            if len(known) < len(self._sources):
-                known = []  # the rows depend on all of them
-            else:
-                with plan.collect():
-                    plan.note(*self._tokens.notes)
+        if self._tokens is not None and not self._plan_tokens(plan, known):
+            known = []
         for name in sorted(known, key=lambda name: name != self._reference):
             with plan.collect():
                 if name == self._reference or self._reference in plan.weights:
@@ -224,6 +220,15 @@ class HFModelPool:
             return False
         base = self._base(name)
         return base is None or not base.named.name or self._can_be_read(base.named.name, known)
+
+    def _plan_tokens(self, plan: Plan, known: Collection[str]) -> bool:
+        """Note what the output tokenizer is; tell whether rows are known, as all models count."""
+        if self._tokens is None or len(known) < len(self._sources):
+            return False
+        before = len(plan.problems)
+        with plan.collect():
+            plan.note(*self._tokens.notes)
+        return len(plan.problems) == before
 
     def _refuse_untied(self, name: str) -> None:
         """Refuse a model with an output layer of its own where the merged model would have none."""
@@ -289,7 +294,8 @@ class HFModelPool:
 
     @property
     def _has_tokens(self) -> bool:
-        return self._part is None and bool(self.vocabulary)
+        own = self._source(self._reference).config()
+        return self._part is None and bool(vocabulary(own))
 
     def _vocabulary(self, folders: Iterable[Repository]) -> Vocabulary | None:
         """Return the tokenizer in the first folder with one; None where models have no tokens."""

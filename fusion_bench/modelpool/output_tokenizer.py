@@ -60,6 +60,11 @@ class ModelTokens:
         return dict(self.tokenizer.get_vocab())
 
     @cached_property
+    def texts(self) -> dict[int, str]:
+        """The token of each id."""
+        return {i: token for token, i in self.everything.items()}
+
+    @cached_property
     def ids(self) -> dict[str, int]:
         """The id of each token that has a row, in their order."""
         ordered = sorted(self.everything.items(), key=lambda item: item[1])

@@ -1,6 +1,7 @@
 """A pool's models, seen by the tokens of one output tokenizer."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 #: By how much the number of tokens is raised to see which entries grow.
 _MORE = 64
+#: What chat templates write between messages.
+_MARK = re.compile(r"<\|\w+\|>")
 #: Whose ids are the tokenizer's own where it is another than the model's.
 _OWN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -47,7 +50,7 @@ class OutputTokens:
         pool: the names of all models.
         unchanged: the tokenizer where no setting is given.
         model: returns a model of the pool with its own rows.
-        config_for: returns the reference's config as transformers has it, if it has any.
+        config_for: returns a model's config as transformers has it, if it has any.
         model_class: the class in transformers that a module is built by.
     """
 
@@ -59,7 +62,7 @@ class OutputTokens:
         pool: Collection[str],
         unchanged: TokenizerSource,
         model: Callable[[str], Model],
-        config_for: "Callable[[], PretrainedConfig | None]",
+        config_for: "Callable[[str], PretrainedConfig | None]",
         model_class: str,
     ):
         self._setting = setting
@@ -114,13 +117,12 @@ class OutputTokens:
         if self._setting is None:
             return config
         own, begins = self._tokens(name), name == self._donor
-        texts = {i: token for token, i in own.everything.items()}
 
         def moved(key: str, i: int) -> int | None:
             if begins and i < own.rows:
                 return i
             named = None if begins or key not in _OWN_IDS else getattr(self.tokenizer, key)
-            return named if isinstance(named, int) else self._made.ids.get(texts.get(i, ""))
+            return named if isinstance(named, int) else self._made.ids.get(own.texts.get(i, ""))
 
         return for_tokens(config, vocabulary(config), self._size, moved)
 
@@ -170,6 +172,13 @@ class OutputTokens:
         """Yield what is new about the tokenizer and the rows."""
         if self._template == "auto" and not self.tokenizer.chat_template:
             yield "chat_template=auto: no model has a chat template."
+        if isinstance(template := self.tokenizer.chat_template, str) and self._template:
+            marks = dict.fromkeys(_MARK.findall(template))
+            if unknown := [mark for mark in marks if mark not in self._made.ids]:
+                yield (
+                    f"The chat template writes {', '.join(map(repr, unknown))}, which is no token "
+                    "of the merged tokenizer; 'tokens' adds it."
+                )
         if self._setting is None:
             return
         made, begun = self._made, len(self._made.ids) - sum(self._made.appended.values())
@@ -205,6 +214,8 @@ class OutputTokens:
     def _begin(self) -> TokenizerSource:
         """The tokenizer that the output's begins with."""
         if self._setting is None:
+            with within("chat_template"):
+                _ = self._unchanged.tokenizer
             return self._unchanged
         if self._donor in self._pool:
             return self._tokens(self._donor).source
@@ -280,7 +291,9 @@ class OutputTokens:
                 specs = [weights.spec(key) for key in weights if key in self._keys]
                 sizes = [spec.shape[token_axis(spec)] for spec in specs]
                 if not sizes:
-                    raise FusionBenchError("it has no entry with a row for each token.")
+                    raise FusionBenchError(
+                        "it has no entry with a row for each token.", "Use a model of texts."
+                    )
             self._known[name] = ModelTokens(
                 name, source, min(*sizes, vocabulary(config) or sizes[0])
             )
@@ -302,11 +315,14 @@ class OutputTokens:
         name = self._names[0]
         weights, size = self._original(name).weights, vocabulary(self._original(name).config)
         if size is None:
-            reason = "its config.json states no vocab_size, so it is not known which entries have a"
-            raise FusionBenchError(f"{reason} row for each token.", place=("models", name))
+            raise FusionBenchError(
+                f"the config.json of '{name}' states no vocab_size: it has no rows by token.",
+                "Remove {here}tokenizer.",
+                place=("tokenizer",),
+            )
         before: Mapping[str, tuple[int, ...]] = {}
         with suppress(FusionBenchError):  # an architecture that transformers does not know
-            if (config := self._config_for()) is not None:
+            if (config := self._config_for(name)) is not None:
                 old = vocabulary(config.to_dict()) or size
                 larger = for_tokens(config.to_dict(), old, old + _MORE, lambda key, i: i)
                 before = entry_shapes(self._model_class, config)

@@ -99,7 +99,7 @@ def _chosen(token: str, wanted: TokenRow, model: Callable[[str], ModelTokens]) -
         return ((found.name, wanted.token_id),)
     text = token if wanted.token is None else wanted.token
     if text not in found.ids:
-        near = did_you_mean(text, found.added or found.ids)
+        near = did_you_mean(text, found.ids)
         raise FusionBenchError(
             f"'{found.name}' has no row for the token {text!r}.",
             f"Name a model that has it, or another token of this one. {near}",
