@@ -117,11 +117,12 @@ class OutputTokens:
         if self._setting is None:
             return config
         own, begins = self._tokens(name), name == self._donor
+        others = not begins and self._setting.source not in ("base", "union")
 
         def moved(key: str, i: int) -> int | None:
             if begins and i < own.rows:
                 return i
-            named = None if begins or key not in _OWN_IDS else getattr(self.tokenizer, key)
+            named = getattr(self.tokenizer, key) if others and key in _OWN_IDS else None
             return named if isinstance(named, int) else self._made.ids.get(own.texts.get(i, ""))
 
         return for_tokens(config, vocabulary(config), self._size, moved)
@@ -281,14 +282,15 @@ class OutputTokens:
     def _tokens(self, name: str) -> ModelTokens:
         """Return the tokens of a model of the pool."""
         if name not in self._known:
-            weights, config = self._original(name).weights, self._original(name).config
+            own = self._original(name)
+            weights, config, keys = own.weights, own.config, self._keys
             with within("models", name):
                 if (source := self._source(name)) is None:
                     raise FusionBenchError(
                         "there is no tokenizer beside it, so its rows cannot be matched by token.",
                         "Put its tokenizer's files into its folder.",
                     )
-                specs = [weights.spec(key) for key in weights if key in self._keys]
+                specs = [weights.spec(key) for key in weights if key in keys]
                 sizes = [spec.shape[token_axis(spec)] for spec in specs]
                 if not sizes:
                     raise FusionBenchError(

@@ -77,12 +77,14 @@ class TokenSetting:
             problems.append(Problem(("source",), f"{source!r} is no tokenizer.", remedy))
         with problems.collect("base"):
             base = base if given.get("base") is None else _model(given["base"], models)
+        nodes: Mapping[Any, Any] = {}
         with problems.collect("tokens"):
-            for token, node in _mapping(given.get("tokens") or {}).items():
-                with problems.collect(str(token)):
-                    if not isinstance(token, str):
-                        raise ConfigError("a token is a text.", f'Write "{token}" in quotes.')
-                    chosen[token] = _chosen(_mapping(node), models)
+            nodes = _mapping(given.get("tokens") or {})
+        for token, node in nodes.items():
+            with problems.collect("tokens", str(token)):
+                if not isinstance(token, str):
+                    raise ConfigError("a token is a text.", f'Write "{token}" in quotes.')
+                chosen[token] = _chosen(_mapping(node), models)
         problems.raise_all()
         return cls(
             source or "union",
