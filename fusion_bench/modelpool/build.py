@@ -88,19 +88,6 @@ def build(
     return built
 
 
-def entry_shapes(model_class: str, config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a module's entries; the module takes no memory.
-
-    Raises:
-        FusionBenchError: no such class, or none for this config.
-    """
-    made = class_named(model_class)
-    with torch.device("meta"), _a_class_that_fits():
-        auto = not hasattr(made, "config_class")
-        module = from_config(made, config) if auto else made(config)
-    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-
-
 def read_whole(
     model_class: str, repository: Repository
 ) -> "tuple[PreTrainedModel, dict[str, Any]]":
@@ -134,6 +121,20 @@ def refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise FusionBenchError(f"{name} is not a whole model.\n  {shortened(problems)}")
+
+
+def skeleton(model_class: str, config: "PretrainedConfig") -> "PreTrainedModel":
+    """Return a model without memory for its weights.
+
+    Raises:
+        FusionBenchError: no such class, or none for the architecture.
+    """
+    made = class_named(model_class)
+    with torch.device("meta"), _a_class_that_fits():
+        model: PreTrainedModel = (
+            made(config) if hasattr(made, "config_class") else from_config(made, config)
+        )
+    return model
 
 
 def _concrete(model_class: Any, config: "PretrainedConfig | None") -> Any:
