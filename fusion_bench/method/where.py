@@ -235,6 +235,8 @@ class _Rules:
             return _gradient(option, value)
         if option not in self._per_model:
             return value
+        if value is None:
+            return 1.0
         if isinstance(value, Mapping):
             with within(option):
                 for model in value:
