@@ -17,7 +17,8 @@ CONFIGS = ("config.json", "generation_config.json")
 #: What is told of an adapter's errors, beside it.
 ADAPTER_ERRORS, ADAPTER_PICTURE = "adapter_errors.json", "adapter_errors.png"
 ADAPTER_FILES = (ADAPTER_ERRORS, ADAPTER_PICTURE)
-_TOKENIZER = (
+#: Files of tokenizers.
+TOKENIZER = (
     # transformers
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,7 +66,7 @@ _TOKENIZER = (
 )
 #: Files of tokenizers and processors.
 PROCESSORS = (
-    *_TOKENIZER,
+    *TOKENIZER,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
