@@ -21,6 +21,7 @@ from fusion_bench.method.plain import refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import (
     Aligned,
+    Cut,
     Inputs,
     MergedWeights,
     MergePiece,
@@ -108,12 +109,21 @@ class TensorwiseAlgorithm:
     def check(self, inputs: Inputs) -> None:
         """Refuse models that the method cannot merge."""
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return how an entry may be cut without a change of the result.
+
+        ``elements``: anywhere; ``rows``: into slices along the first dimension, which keep their
+        other dimensions; ``whole``: not at all. What is not cut takes memory for all of it.
+        """
+        return "elements" if self.elementwise else "whole"
+
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Return the function that merges a piece, or a dict of functions for several models.
 
-        The place for a first pass, ``inputs.survey``, where the method needs a statistic of the
-        whole model. What is found is kept in what is returned, never in ``self``: the weights are
-        computed later, when they are read.
+        The place for a first pass, where the method needs a statistic: of the whole model by
+        ``inputs.survey``, of each entry by ``inputs.each``, and by what
+        ``fusion_bench.weights.statistics`` makes of these. What is found is kept in what is
+        returned, never in ``self``: the weights are computed later, when they are read.
         """
         return same_for_all(self.merge_tensor)
 
@@ -205,6 +215,7 @@ class TensorwiseAlgorithm:
             self.elementwise,
             not self.shows_nonfinite,
             self.show_pbar,
+            self.cut,
         )
         self.check(inputs)
         return inputs

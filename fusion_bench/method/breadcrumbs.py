@@ -5,7 +5,7 @@ are noise.
 Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between, check_choice
-from fusion_bench.weights.ops import add_scaled, keep_largest, ranks, task_vectors
+from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.ops import add_scaled, ranks, task_vectors
+from fusion_bench.weights.statistics import Cutoff, Piece, largest
 
 Scope = Literal["tensor", "row"]
 
@@ -43,19 +45,49 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
         check_between("gamma", self.gamma, 0, 1)
         check_choice("scope", self.scope, Scope)
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus the scaled sum of what is kept."""
-        assert base is not None
-        vectors = map(self._medium, task_vectors(key, 0, tensors, base))
-        return add_scaled(base, vectors, self.scaling_factor)
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that rows stay whole where shares are of a row."""
+        return "rows" if self.scope == "row" else "elements"
 
-    def _medium(self, vector: Tensor) -> Tensor:
-        """Return a task vector without the largest and the smallest elements."""
-        if not vector.ndim:
-            return vector
-        size = vector.shape[-1] if self.scope == "row" else vector.numel()
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return the function that adds what is kept; find the cutoffs of each tensor."""
+        cutoffs = inputs.each(self._cutoffs)
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            vectors = task_vectors(key, start, tensors, base)
+            if self.scope == "row":
+                vectors = map(self._medium, vectors)
+            elif inputs.spec(key).shape:
+                vectors = (
+                    smallest.keep(key, start, vector) - outlier.keep(key, start, vector)
+                    for (smallest, outlier), vector in zip(cutoffs(key), vectors, strict=True)
+                )
+            return add_scaled(base, vectors, self.scaling_factor)
+
+        return merge
+
+    def _cutoffs(self, entry: Inputs) -> list[tuple[Cutoff, Cutoff]]:
+        """Return, for each model, the cutoffs of what is kept with the outliers, and of these."""
+
+        def twice(*piece: *Piece) -> Iterator[Tensor]:
+            for vector in task_vectors(*piece):
+                yield from (vector, vector)
+
+        top, kept = self._counts(entry.count())
+        found = largest(entry, twice, [top + kept, top] * len(entry.names))
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def _counts(self, size: int) -> tuple[int, int]:
+        """Return how many of ``size`` elements are outliers, and how many are kept."""
         top, kept = (int(size * Fraction(str(share))) for share in (self.gamma, self.density))
-        if self.scope == "tensor":
-            return keep_largest(vector, top + kept) - keep_largest(vector, top)
-        place = size - 1 - ranks(vector)  # from the largest on
-        return vector * ((place >= top) & (place < top + kept))
+        return top, kept
+
+    def _medium(self, rows: Tensor) -> Tensor:
+        """Return rows without their largest and smallest elements."""
+        if not rows.ndim:
+            return rows
+        size = rows.shape[-1]
+        top, kept = self._counts(size)
+        place = size - 1 - ranks(rows)  # from the largest on
+        return rows * ((place >= top) & (place < top + kept))

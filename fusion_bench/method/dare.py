@@ -21,7 +21,7 @@ from fusion_bench.weights.ops import (
     is_linear_weight,
     task_vectors,
 )
-from fusion_bench.weights.statistics import Values
+from fusion_bench.weights.statistics import Values, restoring_l1
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class _Dropping:
             rate = 0.0 if whole else self.sparsity_ratio
             vectors = task_vectors(key, start, tensors, base)
             for name, vector in zip(inputs.names, vectors, strict=True):
-                yield drop(vector, rate, self.way, (self.seed or 0, name, key), start)
+                rescale = self.way == "inverse_keep"
+                yield drop(vector, rate, rescale, (self.seed or 0, name, key), start)
 
-        return dropped
+        return restoring_l1(inputs, dropped, task_vectors) if self.way == "l1" else dropped
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class DareTaskArithmetic(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     scaling_factor: float = 0.3
     sparsity_ratio: float = 0.5
@@ -86,7 +88,6 @@ class DareTaskArithmetic(TensorwiseAlgorithm):
         self._dropping = _Dropping(
             self.sparsity_ratio, self.only_on_linear_weights, self.rescale, self.seed
         )
-        self.elementwise = self.rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that adds the sparse task vectors to the pretrained model."""
@@ -106,6 +107,7 @@ class DareSimpleAverage(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     sparsity_ratio: float = 0.5
     only_on_linear_weights: bool = False
@@ -116,7 +118,6 @@ class DareSimpleAverage(TensorwiseAlgorithm):
         self._dropping = _Dropping(
             self.sparsity_ratio, self.only_on_linear_weights, self.rescale, self.seed
         )
-        self.elementwise = self.rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that adds the mean sparse task vector to the pretrained model."""
@@ -143,6 +144,7 @@ class DareTiesMerging(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     sparsity_ratio: float = 0.5
     only_on_linear_weights: bool = False
@@ -169,7 +171,6 @@ class DareTiesMerging(TensorwiseAlgorithm):
             self.keep,
             self.zero_sign,
         )
-        self.elementwise = self.rescale != "l1" and self._ties.elementwise
         self.shows_nonfinite = self._ties.shows_nonfinite
 
     def merger(self, inputs: Inputs) -> MergePiece:

@@ -15,16 +15,16 @@ from torch import Tensor
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.problems import FusionBenchError, check_between, check_choice
-from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
     add_scaled,
     ranks,
-    rescale_l1,
     task_vectors,
     uniform,
 )
+from fusion_bench.weights.statistics import restoring_l1
 
 Window = Literal["full", "half"]
 Merge = Literal["elect", "linear"]
@@ -77,6 +77,10 @@ class DellaMerging(TensorwiseAlgorithm):
         if self.merge == "linear" and self.merge_func == "max":
             raise FusionBenchError("'max' is only for merge=elect.", place=("merge_func",))
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that rows stay whole."""
+        return "rows"
+
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that makes the task vectors sparse and merges them."""
 
@@ -85,8 +89,10 @@ class DellaMerging(TensorwiseAlgorithm):
         ) -> Iterator[Tensor]:
             vectors = task_vectors(key, start, tensors, base)
             for name, vector in zip(inputs.names, vectors, strict=True):
-                yield self._pruned(vector, (self.seed or 0, name, key))
+                yield self._pruned(vector, (self.seed or 0, name, key), start)
 
+        if self.rescale == "l1":
+            pruned = restoring_l1(inputs, pruned, task_vectors)
         if self.merge == "elect":
             everything = 1  # nothing is trimmed
             ties = TiesMergingAlgorithm(self.scaling_factor, everything, (), self.merge_func)
@@ -99,17 +105,15 @@ class DellaMerging(TensorwiseAlgorithm):
 
         return add
 
-    def _pruned(self, vector: Tensor, seed: Sequence[object]) -> Tensor:
-        """Return a sparse task vector, row by row: along all dimensions except the first."""
+    def _pruned(self, vector: Tensor, seed: Sequence[object], start: int) -> Tensor:
+        """Return sparse rows of a task vector: rows lie along all dimensions except the first."""
         rows = vector.flatten(1) if vector.ndim > 1 else vector.reshape(1, -1)
         last = rows.shape[1] - 1
         # From -1 for the smallest to 1 for the largest; 0 for one that is alone.
         place = ranks(rows).to(rows.dtype).mul_(2).sub_(last).div_(max(last, 1))
         keep = place.mul_(self._half).add_(self.density)
-        draws = torch.from_numpy(uniform(rows.numel(), seed)).to(rows).view_as(rows)
+        draws = torch.from_numpy(uniform(rows.numel(), seed, start)).to(rows).view_as(rows)
         left = (draws < keep).to(rows.dtype).mul_(rows)
         if self.rescale == "inverse_keep":
             left.div_(keep)
-        elif self.rescale == "l1":
-            left = rescale_l1(left, rows)
         return left.view(vector.shape)

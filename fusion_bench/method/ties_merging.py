@@ -22,10 +22,9 @@ from fusion_bench.weights.ops import (
     MergeFunc,
     disjoint_merge,
     elected_signs,
-    keep_largest,
     task_vectors,
 )
-from fusion_bench.weights.statistics import Piece, Values, largest, once, sums, total
+from fusion_bench.weights.statistics import Cutoff, Piece, Values, largest, once, sums, total
 
 Scope = Literal["model", "tensor"]
 Keep = Literal["exact_topk", "ge_kth"]
@@ -50,6 +49,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     scaling_factor: float = 1.0
     threshold: float = 20
@@ -65,7 +65,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         check_choice("scope", self.scope, Scope)
         check_choice("keep", self.keep, Keep)
         check_choice("zero_sign", self.zero_sign, ZeroSign)
-        self.elementwise = self.shows_nonfinite = self.scope == "model"
+        self.shows_nonfinite = self.scope == "model"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""
@@ -112,30 +112,26 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
 
     def _trimmed(self, inputs: Inputs, vectors: Values) -> Values:
         """Return the function that keeps only the largest elements of ``vectors``."""
+
+        def cutoffs(part: Inputs) -> list[Cutoff]:
+            count, ties = self._count(part.count()), self.keep == "ge_kth"
+            return largest(part, vectors, [count] * len(part.names), ties=ties)
+
         if self.scope == "tensor":
-            return partial(self._trimmed_alone, vectors)
-        count, ties = self._count(inputs.count()), self.keep == "ge_kth"
-        cutoffs = largest(inputs, vectors, [count] * len(inputs.names), ties=ties)
+            found = inputs.each(cutoffs)
+        else:
+            of_all = cutoffs(inputs)
+
+            def found(key: str) -> list[Cutoff]:
+                return of_all
 
         def trimmed(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
         ) -> Iterator[Tensor]:
-            for cutoff, vector in zip(cutoffs, vectors(key, start, tensors, base), strict=True):
+            for cutoff, vector in zip(found(key), vectors(key, start, tensors, base), strict=True):
                 yield cutoff.keep(key, start, vector)
 
         return trimmed
-
-    def _trimmed_alone(
-        self,
-        vectors: Values,
-        key: str,
-        start: int,
-        tensors: Sequence[Tensor],
-        base: Tensor | None,
-    ) -> Iterator[Tensor]:
-        """Yield the kept elements of each tensor separately."""
-        for vector in vectors(key, start, tensors, base):
-            yield keep_largest(vector, self._count(vector.numel()), ties=self.keep == "ge_kth")
 
     def _count(self, size: int) -> int:
         """Return how many of ``size`` elements are kept."""

@@ -8,7 +8,7 @@ from fusion_bench.weights.config import Config
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
-from fusion_bench.weights.inputs import Inputs, matches
+from fusion_bench.weights.inputs import Cut, Inputs, matches
 from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.model import Model
@@ -21,6 +21,7 @@ __all__ = [
     "AdapterWeights",
     "Aligned",
     "Config",
+    "Cut",
     "HubWeights",
     "Inputs",
     "MergePiece",

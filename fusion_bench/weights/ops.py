@@ -220,16 +220,16 @@ def _generator(*seed: object) -> np.random.Generator:
 
 
 def drop(
-    vector: Tensor, rate: float, rescale: Rescale, seed: Sequence[object], start: int = 0
+    vector: Tensor, rate: float, rescale: bool, seed: Sequence[object], start: int = 0
 ) -> Tensor:
-    """Set elements to 0 with the probability ``rate`` (DARE), and scale up what is left.
+    """Set elements to 0 with the probability ``rate`` (DARE).
 
     Yu et al., https://arxiv.org/abs/2311.03099
 
     Args:
         vector: a task vector, or a piece of one that starts at ``start``.
         rate: from 0 to 1; where it is 1, nothing is left.
-        rescale: ``inverse_keep`` divides by ``1 - rate``; ``l1`` restores the sum of magnitudes.
+        rescale: divide what is left by ``1 - rate``.
         seed: tells this draw from others.
         start: the first element's place in its entry.
     """
@@ -237,14 +237,4 @@ def drop(
         return vector
     kept = torch.from_numpy(bernoulli(1 - rate, vector.numel(), seed, start))
     dropped = kept.to(vector).view(vector.shape).mul_(vector)
-    if rescale == "inverse_keep" and rate < 1:
-        return dropped.div_(1 - rate)
-    if rescale == "l1":
-        return rescale_l1(dropped, vector)
-    return dropped
-
-
-def rescale_l1(sparse: Tensor, whole: Tensor) -> Tensor:
-    """Return ``sparse`` with the sum of magnitudes that ``whole`` has; zero stays zero."""
-    left = sparse.double().abs().sum()
-    return sparse if left == 0 else sparse * float(whole.double().abs().sum() / left)
+    return dropped.div_(1 - rate) if rescale and rate < 1 else dropped
