@@ -116,7 +116,7 @@ def write_models(root: Path, kind: str, count: int, *, small: bool) -> None:
         if (place / "config.json").exists():
             continue
         place.mkdir(parents=True, exist_ok=True)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for key, shape in shapes.items():
             same = torch.Generator().manual_seed(len(tensors))
             tensor = 0.02 * torch.randn(shape, generator=same) + ("norm" in key)

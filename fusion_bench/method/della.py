@@ -91,17 +91,16 @@ class DellaMerging(TensorwiseAlgorithm):
             for name, vector in zip(inputs.names, vectors, strict=True):
                 yield self._pruned(vector, (self.seed or 0, name, key), start)
 
-        if self.rescale == "l1":
-            pruned = restoring_l1(inputs, pruned, task_vectors)
+        sparse = restoring_l1(inputs, pruned, task_vectors) if self.rescale == "l1" else pruned
         if self.merge == "elect":
             everything = 1  # nothing is trimmed
             ties = TiesMergingAlgorithm(self.scaling_factor, everything, (), self.merge_func)
-            return ties.merger_of(inputs, pruned)
+            return ties.merger_of(inputs, sparse)
         factor = self.scaling_factor / (len(inputs.names) if self.merge_func == "mean" else 1)
 
         def add(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
-            return add_scaled(base, pruned(key, start, tensors, base), factor)
+            return add_scaled(base, sparse(key, start, tensors, base), factor)
 
         return add
 

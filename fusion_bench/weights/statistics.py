@@ -207,7 +207,12 @@ class Cutoff:
 
 
 def largest(
-    inputs: Inputs, values: Values, counts: Sequence[int], *, ties: bool = False
+    inputs: Inputs,
+    values: Values,
+    counts: Sequence[int],
+    *,
+    ties: bool = False,
+    wide: bool = False,
 ) -> list[Cutoff]:
     """Find, for each quantity, its ``count`` elements of largest magnitude in the whole model.
 
@@ -221,10 +226,11 @@ def largest(
         counts: how many elements to keep of each quantity.
         ties: keep all elements of the smallest magnitude kept, instead of just ``count`` in all.
             Where some are to go, those with the last key and index go.
+        wide: the quantities are float64; they are float32 unless the models are that too.
     """
     size = inputs.count()
     everything = [inputs.aligned.reference, *inputs.aligned.models.values()]
-    wide = any(w.spec(key).dtype == torch.float64 for w in everything for key in inputs)
+    wide = wide or any(w.spec(key).dtype == torch.float64 for w in everything for key in inputs)
     room = 0 if ties else _REMEMBERED // max(1, len(counts))
     searches = [_Search(min(count, size), size, 64 if wide else 32, room) for count in counts]
     if inputs.in_pieces and size > _SAMPLED * _COARSE:
