@@ -15,7 +15,6 @@ kept: a run that was stopped goes on.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -150,7 +149,7 @@ def measured(row: str, root: Path, counts: list[int], known: dict[str, str]) -> 
 
 
 def merge_command(row: str, root: Path, count: int) -> list[str]:
-    """Return the command that merges so many models; it replaces an earlier result."""
+    """Return the command that merges so many models, into a directory where it runs."""
     method, *options = VARIANTS.get(row, (row, *SETTINGS.get(row, [])))
     return [
         str(Path(sys.executable).with_name("fusion_bench")),
@@ -159,8 +158,7 @@ def merge_command(row: str, root: Path, count: int) -> list[str]:
         *options,
         f"modelpool.models._pretrained_={root / 'base'}",
         *(f"modelpool.models.m{i}={root / f'm{i}'}" for i in range(count)),
-        f"merged_model_save_path={root / 'merged'}",
-        "overwrite=true",
+        "merged_model_save_path=merged",
     ]
 
 
@@ -179,8 +177,6 @@ def watched(command: list[str]) -> tuple[float, float]:
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)}\n{output.read().decode()}")
-        shutil.rmtree(place, ignore_errors=True)
-        Path(place).mkdir()
     return most / 1e6, used.ru_utime + used.ru_stime
 
 

@@ -216,6 +216,7 @@ class TensorwiseAlgorithm:
             not self.shows_nonfinite,
             self.show_pbar,
             self.cut,
+            one_by_one=self.heavy,
         )
         self.check(inputs)
         return inputs

@@ -13,6 +13,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import Keep, Scope, TiesMergingAlgorithm, ZeroSign
 from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
@@ -21,7 +22,7 @@ from fusion_bench.weights.ops import (
     is_linear_weight,
     task_vectors,
 )
-from fusion_bench.weights.statistics import Values, restoring_l1
+from fusion_bench.weights.statistics import Values
 
 
 @dataclass(frozen=True)

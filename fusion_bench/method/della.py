@@ -16,6 +16,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.problems import FusionBenchError, check_between, check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
@@ -24,7 +25,6 @@ from fusion_bench.weights.ops import (
     task_vectors,
     uniform,
 )
-from fusion_bench.weights.statistics import restoring_l1
 
 Window = Literal["full", "half"]
 Merge = Literal["elect", "linear"]

@@ -18,8 +18,9 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import along_arcs, themselves
 from fusion_bench.problems import FusionBenchError, check_one_each
 from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.entries import column_products
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import column_products, products
+from fusion_bench.weights.statistics import products
 
 
 @dataclass(eq=False)

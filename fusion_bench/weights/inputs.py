@@ -48,6 +48,7 @@ class Inputs:
         look_for_nonfinite: look for NaN and infinity, which will not show in what is made.
         show_progress: show a bar while they are read.
         cuts: how each entry may be cut; by default anywhere with ``elementwise``, else not at all.
+        one_by_one: pieces are worked on one after the other, each by all of torch's threads.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Inputs:
         look_for_nonfinite: bool = True,
         show_progress: bool = False,
         cuts: Cuts | None = None,
+        one_by_one: bool = False,
     ):
         self.aligned = aligned
         self.policy = policy
@@ -70,11 +72,14 @@ class Inputs:
         self._all = [*self._inputs, *([] if aligned.base is None else [aligned.base])]
         self._elementwise = elementwise
         self._cuts = cuts
+        self._one_by_one = one_by_one
         self._crew: Crew | None = None
         self._keys: Sequence[str] | None = None
         self._may_cut = all(weights.in_pieces for weights in self._all)
-        self.in_pieces = self._may_cut and all(
-            key in aligned.copied or self.cut(key) != "whole" for key in self
+        self.in_pieces = (
+            self._may_cut
+            and not one_by_one
+            and all(key in aligned.copied or self.cut(key) != "whole" for key in self)
         )
 
     @property
@@ -116,8 +121,20 @@ class Inputs:
                 log.warning("'%s' matches no key.", pattern)
         removed = {key for key in self if matches(key, patterns)}
         aligned = replace(self.aligned, copied=self.aligned.copied | removed)
-        settings = (self._elementwise, self._look_for_nonfinite)
-        return Inputs(aligned, self.policy, *settings, self.show_progress, self._cuts)
+        return Inputs(
+            aligned,
+            self.policy,
+            self._elementwise,
+            self._look_for_nonfinite,
+            self.show_progress,
+            self._cuts,
+            self._one_by_one,
+        )
+
+    @property
+    def is_double(self) -> bool:
+        """Whether an entry of any model is float64, and so is computed in it."""
+        return any(w.spec(key).dtype == torch.float64 for w in self._all for key in self)
 
     def each(self, find: Callable[["Inputs"], T]) -> Callable[[str], T]:
         """Return a function that gives, for a key, what ``find`` finds out of this entry alone.

@@ -15,7 +15,7 @@ from fusion_bench.weights.inputs import matches
 #: Singular values of a smaller share of the largest are what float32 leaves of 0.
 NEGLIGIBLE = 1e-6
 #: Down to this share of the largest singular value a Gram matrix gives vectors to 1e-6.
-_RESOLVED = 1e-5
+RESOLVED = 1e-5
 #: Elements of a vector that are converted to float64 at a time; those of some models fit the cache.
 _AT_ONCE = 2**14
 #: Columns that are converted to float64 at a time.
@@ -62,14 +62,16 @@ def svd(
     if matrix.shape[0] > matrix.shape[1]:
         u, s, vh = svd(matrix.T, count, tol, scale)
         return vh.T, s, u.T
-    s, u = _spectrum(gram(matrix), count)
-    kept = _kept(s, tol, scale)
-    if kept and s[kept - 1] <= _RESOLVED * s[0]:
+    s, u = spectrum(gram(matrix), count)
+    kept = count_kept(s, tol, scale)
+    if kept and s[kept - 1] <= RESOLVED * s[0]:
         v, s, uh = torch.linalg.svd(wide(matrix).T, full_matrices=False)  # LAPACK prefers it tall
-        kept = _kept(s[:count], tol, scale)
+        kept = count_kept(s[:count], tol, scale)
         return uh[:kept].T, s[:kept], v[:, :kept].T
     u, s = u[:, :kept], s[:kept]
-    vh = (u / s).T @ wide(matrix)
+    left, vh = (u / s).T, u.new_empty(kept, matrix.shape[1])
+    for to, part in zip(vh.split(_COLUMNS, dim=1), matrix.split(_COLUMNS, dim=1), strict=True):
+        torch.mm(left, wide(part), out=to)
     return u, s, vh
 
 
@@ -87,8 +89,8 @@ def column_space(matrices: Iterable[Tensor], shape: Sequence[int], tol: float) -
     total = torch.zeros(())
     for matrix in matrices:
         total = gram(matrix) + total
-    s, u = _spectrum(total)
-    return u[:, : _kept(s, tol)]
+    s, u = spectrum(total)
+    return u[:, : count_kept(s, tol)]
 
 
 def inverse_root(gram: Tensor) -> Tensor:
@@ -98,8 +100,8 @@ def inverse_root(gram: Tensor) -> Tensor:
     columns. Where columns of ``A`` depend on each other, as those of equal models do, it is the
     one polar factor that is 0 where ``A`` is.
     """
-    s, u = _spectrum(gram)
-    kept = _kept(s, _RESOLVED)
+    s, u = spectrum(gram)
+    kept = count_kept(s, RESOLVED)
     u = u[:, :kept]
     return (u / s[:kept]) @ u.T
 
@@ -110,7 +112,7 @@ def orthogonal_product(left: Tensor, s: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.multi_dot([left, middle, right])
 
 
-def _spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+def spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Return singular values, the largest first, and left singular vectors, from ``gram``."""
     if not math.isfinite(gram.trace()):
         return gram.new_zeros(0), gram.new_zeros(len(gram), 0)
@@ -118,8 +120,8 @@ def _spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     return values.clamp_(min=0).sqrt_().flip(0)[:count], vectors.flip(1)[:, :count]
 
 
-def _kept(s: Tensor, tol: float, scale: float | None = None) -> int:
-    """Return how many singular values are not negligible."""
+def count_kept(s: Tensor, tol: float, scale: float | None = None) -> int:
+    """Return how many singular values are larger than a share of the largest, or of ``scale``."""
     if tol == 0 or not len(s):
         return len(s)
     return int((s > tol * (s[0] if scale is None else scale)).sum())

@@ -4,7 +4,7 @@ The results do not depend on threads, the order of files, or the size of pieces.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 from typing import Any, TypeVar
@@ -75,35 +75,6 @@ def products(inputs: Inputs, vectors: Values) -> dict[str, Tensor]:
     }
 
 
-def column_products(entry: Inputs, vectors: Values) -> Tensor:
-    """Return the inner products of all pairs of quantities along the first dimension, in float64.
-
-    Args:
-        entry: inputs with a single entry that is cut into rows; a 1-d one is a column.
-        vectors: the quantities.
-
-    Returns:
-        The products, shape (quantities, quantities, ...): the entry's without the first dimension.
-    """
-    waiting: dict[int, tuple[int, Tensor]] = {}
-    result: Any = 0.0
-    reached, lock = 0, threading.Lock()
-
-    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
-        nonlocal reached, result
-        own = torch.stack([vector.double() for vector in vectors(key, start, tensors, base)])
-        own = own if own.ndim > 1 else own[:, None]
-        found = torch.einsum("ir...,jr...->ij...", own, own)
-        with lock:
-            waiting[start] = own[0].numel(), found
-            while reached in waiting:  # in this order whoever comes first
-                size, found = waiting.pop(reached)
-                result, reached = found + result, reached + size
-
-    entry.survey(look)
-    return result
-
-
 def cosines_and_norms(products: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and norms of vectors that have these inner products.
 
@@ -117,31 +88,6 @@ def cosines_and_norms(products: Tensor) -> tuple[Tensor, Tensor]:
 def total(sums: dict[str, list[float]]) -> list[float]:
     """Return each quantity's sum over all entries."""
     return [fsum(column) for column in zip(*sums.values(), strict=True)]
-
-
-def restoring_l1(inputs: Inputs, sparse: Values, whole: Values) -> Values:
-    """Return the function that gives what ``sparse`` does, with the L1 norms that ``whole`` has.
-
-    Norms are of a whole entry; one that is 0 stays 0.
-    """
-
-    def magnitudes(*piece: *Piece) -> Iterator[Tensor]:
-        for left, full in zip(sparse(*piece), whole(*piece), strict=True):
-            yield left.abs()
-            yield full.abs()
-
-    def factors(entry: Inputs) -> list[float]:
-        norms = total(sums(entry, magnitudes))
-        pairs = zip(norms[::2], norms[1::2], strict=True)
-        return [full / left if left else 1.0 for left, full in pairs]
-
-    found = inputs.each(factors)
-
-    def restored(*piece: *Piece) -> Iterator[Tensor]:
-        for left, factor in zip(sparse(*piece), found(piece[0]), strict=True):
-            yield left * factor
-
-    return restored
 
 
 def extremes(inputs: Inputs, values: Values) -> list[tuple[float, float]]:
@@ -229,8 +175,7 @@ def largest(
         wide: the quantities are float64; they are float32 unless the models are that too.
     """
     size = inputs.count()
-    everything = [inputs.aligned.reference, *inputs.aligned.models.values()]
-    wide = wide or any(w.spec(key).dtype == torch.float64 for w in everything for key in inputs)
+    wide = wide or inputs.is_double
     room = 0 if ties else _REMEMBERED // max(1, len(counts))
     searches = [_Search(min(count, size), size, 64 if wide else 32, room) for count in counts]
     if inputs.in_pieces and size > _SAMPLED * _COARSE:
