@@ -75,6 +75,19 @@ def svd(
     return u, s, vh
 
 
+def right_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return singular values and, as columns, right singular vectors of a tall matrix.
+
+    Both are those of ``svd``, for less memory.
+    """
+    s, v = spectrum(gram(matrix.mT))
+    number = count_kept(s, NEGLIGIBLE)
+    if number and s[number - 1] <= RESOLVED * s[0]:
+        _, s, vh = svd(matrix)
+        return s, vh.mT
+    return s[:number], v[:, :number]
+
+
 def column_space(matrices: Iterable[Tensor], shape: Sequence[int], tol: float) -> Tensor:
     """Return the left singular vectors of matrices side by side, in float64.
 
