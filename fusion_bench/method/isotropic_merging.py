@@ -62,7 +62,7 @@ class ISO_C_Merge(TensorwiseAlgorithm):  # noqa: N801
         factors = inputs.each(partial(_flattening, self.rank_tol))
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-            if inputs.cut(key) != "rows":
+            if self.cut(key, inputs.spec(key).shape) != "rows":
                 return self.merge_tensor(key, tensors, base)
             assert base is not None
             flat = wide(_sum(key, tensors, base)) @ factors(key)
@@ -109,7 +109,7 @@ class ISO_CTS_Merge(TensorwiseAlgorithm):  # noqa: N801
         factors = inputs.each(self._tall)
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-            if inputs.cut(key) != "rows":
+            if self.cut(key, inputs.spec(key).shape) != "rows":
                 return self.merge_tensor(key, tensors, base)
             assert base is not None
             left, right = factors(key)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import along_arcs, themselves
-from fusion_bench.problems import FusionBenchError, check_one_each
+from fusion_bench.method.per_model import PerModel, of_each
+from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import column_products
 from fusion_bench.weights.ops import task_vectors
@@ -28,23 +29,18 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
     """A weighted mean along arcs: of the task vectors, or without a pretrained model of the models.
 
     Args:
-        weights: one per model, in the pool's order; equal where not given. Only their ratios
-            matter.
+        weights: one for each model by name, or a list in the pool's order; equal where not given.
+            Only their ratios matter.
         axis: what counts as a vector: ``None`` for the whole tensor; -1 for each row, along the
             last dimension; 0 for each column, along the first.
     """
 
-    weights: Sequence[float] | None = None
+    weights: PerModel | None = None
     axis: int | None = None
 
     def __post_init__(self) -> None:
         if self.axis not in (None, 0, -1):
             raise FusionBenchError(f"{self.axis!r} is not null, 0 or -1.", place=("axis",))
-
-    def check(self, inputs: Inputs) -> None:
-        """Refuse weights that do not fit the models."""
-        if self.weights is not None:
-            check_one_each("weights", self.weights, inputs.names)
 
     def cut(self, key: str, shape: Sequence[int]) -> Cut:
         """Return that the rows of tensors stay whole where these or columns are vectors."""
@@ -53,7 +49,7 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the models' shares in each entry, column or row."""
         vectors = themselves if inputs.aligned.base is None else task_vectors
-        weights = self.weights or [1.0] * len(inputs.names)
+        weights = of_each(self.weights, inputs.names)
 
         def find(entry: Inputs) -> Tensor:
             if self.axis == 0:

@@ -6,14 +6,14 @@ singular vectors, https://arxiv.org/abs/2412.00081
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.method.per_model import PerModel, of_each
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import cut_of_matrices, right_factors, right_product
 from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd, wide
@@ -28,7 +28,8 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
     vector.
 
     Args:
-        alpha: scaling factor of the change; a list has a factor for each model's task vector.
+        alpha: scaling factor of the change; a list, or a mapping of names, has a factor for each
+            model's task vector.
         exclude_keys: keys or key patterns of matrices that are merged like other entries.
         return_single_task_models: also return each model with only those directions of its task
             vector that are in ``merged``.
@@ -37,18 +38,9 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     heavy = True
 
-    alpha: float | Sequence[float] | None = 1.0
+    alpha: PerModel | None = 1.0
     exclude_keys: Sequence[str] | None = None
     return_single_task_models: bool = False
-
-    def check(self, inputs: Inputs) -> None:
-        """Refuse a wrong number of factors."""
-        if isinstance(self.alpha, Sequence) and len(self.alpha) != len(inputs.names):
-            raise FusionBenchError(
-                f"{len(self.alpha)} factors for {len(inputs.names)} models: "
-                f"{', '.join(inputs.names)}.",
-                place=("alpha",),
-            )
 
     def cut(self, key: str, shape: Sequence[int]) -> Cut:
         """Return that of large tall matrices, such as embeddings, only rows stay whole."""
@@ -56,10 +48,12 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Return what merges, or by name also what truncates each model."""
+        if isinstance(self.alpha, Mapping):
+            return replace(self, alpha=of_each(self.alpha, inputs.names)).merger(inputs)
         factors = inputs.each(self._tall_factors)
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-            if inputs.cut(key) != "rows":
+            if self.cut(key, inputs.spec(key).shape) != "rows":
                 return self.merge_tensor(key, tensors, base)
             assert base is not None
             inner, outer = factors(key)
@@ -90,8 +84,7 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
     ) -> Tensor:
         """Return one model's task vector times its factor."""
         assert base is not None
-        alpha = 1.0 if self.alpha is None else self.alpha
-        factor = alpha[model] if isinstance(alpha, Sequence) else alpha
+        factor = of_each(self.alpha, [""] * len(tensors))[model]
         return (tensors[model] - base).mul_(factor)
 
     def _tall_factors(self, entry: Inputs) -> tuple[list[Tensor], Tensor]:
@@ -142,7 +135,7 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
         ) -> Tensor:
             assert base is not None
-            if inputs.cut(key) == "rows":
+            if self.cut(key, inputs.spec(key).shape) == "rows":
                 return base + (wide(vector(key, start, tensors, base)) @ projections(key)).to(base)
             rank = self._rank(key, tensors, base)
             if rank == 0:

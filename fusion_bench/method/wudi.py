@@ -67,7 +67,7 @@ class WUDIMerging(TensorwiseAlgorithm):
         grams = inputs.each(self._grams)
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-            shared = grams(key) if inputs.cut(key) == "rows" else None
+            shared = grams(key) if self.cut(key, inputs.spec(key).shape) == "rows" else None
             return self.merge_tensor(key, tensors, base, shared)
 
         return merge

@@ -3,7 +3,7 @@
 import logging
 import math
 from binascii import crc32
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -81,6 +81,7 @@ class Inputs:
             and not one_by_one
             and all(key in aligned.copied or self.cut(key) != "whole" for key in self)
         )
+        self._asked: frozenset[str] | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -120,16 +121,28 @@ class Inputs:
             if not any(matches(key, [pattern]) for key in self):
                 log.warning("'%s' matches no key.", pattern)
         removed = {key for key in self if matches(key, patterns)}
-        aligned = replace(self.aligned, copied=self.aligned.copied | removed)
-        return Inputs(
-            aligned,
-            self.policy,
-            self._elementwise,
-            self._look_for_nonfinite,
-            self.show_progress,
-            self._cuts,
-            self._one_by_one,
-        )
+        return self._with_copied(removed)
+
+    def asking(self, keys: Collection[str]) -> "Inputs":
+        """Return the same models, for a method that merges these entries alone.
+
+        Statistics of whole models are of all entries still, those of single entries of these.
+        """
+        inputs = copy(self)
+        inputs._asked = frozenset(keys)
+        return inputs
+
+    def asked(self) -> "Inputs":
+        """Return the same models with all entries copied that are not asked for."""
+        if self._asked is None:
+            return self
+        return self._with_copied({key for key in self if key not in self._asked})
+
+    def _with_copied(self, keys: Collection[str]) -> "Inputs":
+        inputs = copy(self)
+        inputs.aligned = replace(self.aligned, copied=self.aligned.copied | frozenset(keys))
+        inputs.nonfinite = {}
+        return inputs
 
     @property
     def is_double(self) -> bool:
