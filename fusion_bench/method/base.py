@@ -35,6 +35,7 @@ from fusion_bench.weights import (
     align,
     in_memory,
     is_special,
+    predicted_peak,
     same_for_all,
 )
 from fusion_bench.weights.config import plain
@@ -169,6 +170,18 @@ class TensorwiseAlgorithm:
                 keys, shapes or dtypes.
         """
         self.inputs(pool)
+
+    def predicted_peak(self, inputs: Inputs) -> int:
+        """Return the bytes of anonymous memory that merging to a disk takes at most, by headers.
+
+        What the program has before it begins, some 0.4 GB with torch, comes on top.
+        """
+        merged = MergedWeights(inputs, same_for_all(self.merge_tensor))
+        return predicted_peak(merged) + self.kept_bytes(inputs)
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of what first passes find and keep, beside the pieces; by headers."""
+        return 0
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None

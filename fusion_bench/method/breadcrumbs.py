@@ -21,7 +21,7 @@ from fusion_bench.problems import check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import add_scaled, divisor, ranks, task_vectors
-from fusion_bench.weights.statistics import Cutoff, Piece, largest
+from fusion_bench.weights.statistics import Cutoff, Piece, largest, search_bytes
 
 Scope = Literal["tensor", "row"]
 MeanOrSum = Literal["sum", "mean"]
@@ -75,6 +75,11 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
     def cut(self, key: str, shape: Sequence[int]) -> Cut:
         """Return that rows stay whole where shares are of a row."""
         return "rows" if self.scope == "row" else "elements"
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        size = max(map(inputs.merged, inputs), default=0)
+        return 0 if self.scope == "row" else search_bytes(size, 2 * len(inputs.names))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that merges what is kept of the task vectors."""

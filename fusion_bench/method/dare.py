@@ -190,6 +190,10 @@ class DareTiesMerging(TensorwiseAlgorithm):
         )
         self.shows_nonfinite = self._ties.shows_nonfinite
 
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        return self._ties.kept_bytes(inputs)
+
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that merges the sparse task vectors as in TIES."""
         return self._ties.merger_of(inputs, self._dropping.vectors(inputs))

@@ -63,6 +63,11 @@ class OPCM(TensorwiseAlgorithm):
         spec = TensorSpec(tuple(shape), torch.float32)
         return "whole" if is_linear_weight(key, spec) else "elements"
 
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the sums that are kept at hand."""
+        linear = [k for k in inputs if is_linear_weight(k, inputs.spec(k))]
+        return min(_AT_HAND, 4 * sum(map(inputs.merged, linear)))
+
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Add up the task vectors, and find the scale after each step.
 

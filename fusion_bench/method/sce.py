@@ -15,7 +15,16 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import Cutoff, Piece, Values, largest, products, sums, total
+from fusion_bench.weights.statistics import (
+    Cutoff,
+    Piece,
+    Values,
+    largest,
+    products,
+    search_bytes,
+    sums,
+    total,
+)
 
 
 @dataclass(eq=False)
@@ -33,6 +42,11 @@ class SCEAlgorithm(TensorwiseAlgorithm):
 
     def __post_init__(self) -> None:
         check_between("select_topk", self.select_topk, 0, 1)
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        size = max(map(inputs.merged, inputs), default=0)
+        return 0 if self.select_topk == 1 else search_bytes(size, 1)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the elements that are selected in each entry, and the models' weights there."""

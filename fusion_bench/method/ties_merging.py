@@ -27,7 +27,16 @@ from fusion_bench.weights.ops import (
     task_vectors,
     weighted,
 )
-from fusion_bench.weights.statistics import Cutoff, Piece, Values, largest, once, sums, total
+from fusion_bench.weights.statistics import (
+    Cutoff,
+    Piece,
+    Values,
+    largest,
+    once,
+    search_bytes,
+    sums,
+    total,
+)
 
 Scope = Literal["model", "tensor"]
 Keep = Literal["exact_topk", "ge_kth", "at_least_one"]
@@ -78,6 +87,14 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         check_choice("zero_sign", self.zero_sign, ZeroSign)
         check_choice("rescale", self.rescale, Restore)
         self.shows_nonfinite = self.scope == "model"
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        if self.scope == "tensor":
+            size = max(map(inputs.merged, inputs), default=0)
+        else:
+            size = inputs.count()
+        return search_bytes(size, len(inputs.names))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""

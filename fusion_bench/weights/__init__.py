@@ -10,10 +10,17 @@ from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Cut, Inputs, matches
 from fusion_bench.weights.layers import LayerPlace, Layers
-from fusion_bench.weights.mapping import Origin, TensorSpec, TensorWeights, Weights, is_special
+from fusion_bench.weights.mapping import (
+    Cost,
+    Origin,
+    TensorSpec,
+    TensorWeights,
+    Weights,
+    is_special,
+)
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.model import Model
-from fusion_bench.weights.stream import in_memory, into_module, stream
+from fusion_bench.weights.stream import in_memory, into_module, predicted_peak, stream
 from fusion_bench.weights.views import Renamed, Stacked, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
 
@@ -22,6 +29,7 @@ __all__ = [
     "AdapterWeights",
     "Aligned",
     "Config",
+    "Cost",
     "Cut",
     "HubWeights",
     "Inputs",
@@ -49,6 +57,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "open_repository",
+    "predicted_peak",
     "quantised",
     "same_for_all",
     "sha256",

@@ -17,10 +17,14 @@ from torch import Tensor
 
 from fusion_bench.weights.align import Aligned, MergePolicy
 from fusion_bench.weights.crew import Crew, PerKey
-from fusion_bench.weights.mapping import Origin, TensorSpec
+from fusion_bench.weights.mapping import Cost, Origin, TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
 
 log = logging.getLogger(__name__)
+
+#: Copies of a piece, in memory, beside those of the models; of a matrix that is factorised, in
+#: float32; and of squares of its smaller side, beside the models' own, in float64.
+_COPIES, _WHOLE, _SQUARES = 6, 12, 4
 
 T = TypeVar("T")
 #: How an entry may be cut without a change of what is made of it: anywhere, into slices along the
@@ -191,6 +195,22 @@ class Inputs:
         if key in self.aligned.copied:
             return self.aligned.reference.bytes_to_read(key)
         return sum(weights.bytes_to_read(key) for weights in self._all)
+
+    def cost(self, key: str) -> Cost:
+        """Return what merging an entry takes, with the rough number of copies that methods hold.
+
+        Of a piece there are one copy for each model and a few more, in the type of the computation.
+        A matrix that is factorised whole is in float64, as its factors and their products are.
+        """
+        shape, models = self.spec(key).shape, len(self._all)
+        size = min(max(PIECE, self.grain(key)), self.merged(key))
+        is_double = any(weights.spec(key).dtype == torch.float64 for weights in self._all)
+        held = size * (8 if is_double else 4) * (models + _COPIES)
+        if self._one_by_one and self.cut(key) != "elements" and len(shape) == 2:
+            smaller = min(shape)
+            held = 4 * size * _WHOLE + 8 * smaller**2 * (models + _SQUARES)
+        inner = sum(weights.cost(key).peak_bytes for weights in self._all)
+        return Cost(self.bytes_to_read(key), held + inner)
 
     def origins(self, key: str) -> tuple[Origin, ...]:
         """Return the stored entries of all models, or what is copied from the reference."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights.align import MergePolicy, align, shortened
 from fusion_bench.weights.inputs import Inputs
-from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
+from fusion_bench.weights.mapping import Cost, Origin, TensorSpec, Weights
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,10 @@ class MergedWeights(Weights):
     def origins(self, key: str) -> tuple[Origin, ...]:
         """Return the stored entries of all models."""
         return self._inputs.origins(key)
+
+    def cost(self, key: str) -> Cost:
+        """Return what merging the entry takes."""
+        return self._inputs.cost(key)
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return merged elements, in float32 or float64."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from fusion_bench.weights.mapping import TensorSpec
 
@@ -55,33 +54,6 @@ def block(key: str) -> tuple[str, int] | None:
     """Return the stack of blocks of an entry, and its block's index."""
     match = _BLOCK_KEY.match(key)
     return (match[1], int(match[2])) if match else None
-
-
-def keep_largest(values: Tensor, count: int, *, ties: bool = False) -> Tensor:
-    """Return ``values`` with all but the ``count`` largest magnitudes set to 0.
-
-    Of equal magnitudes at the limit the first are kept, with ``ties`` all.
-    """
-    if count >= values.numel():
-        return values
-    if count <= 0:
-        return torch.zeros_like(values)
-    flat = values.reshape(-1)
-    magnitudes = flat.abs()
-    limit = _smallest(magnitudes, flat.numel() - count)
-    kept = hardshrink(flat, limit)  # what is strictly larger
-    equal = (magnitudes == limit).nonzero().view(-1)
-    if not ties:
-        equal = equal[: count - int(torch.count_nonzero(magnitudes > limit))]
-    kept[equal] = flat[equal]
-    return kept.view(values.shape)
-
-
-def _smallest(values: Tensor, place: int) -> float:
-    """Return the value at a place, were the values sorted; numpy finds it twice as fast."""
-    if not values.is_cpu:
-        return float(values.kthvalue(place + 1).values)
-    return float(np.partition(values.numpy(), place)[place])
 
 
 def ranks(rows: Tensor) -> Tensor:

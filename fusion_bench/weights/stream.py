@@ -63,6 +63,12 @@ def stream(
     weights.verify()
 
 
+def predicted_peak(weights: Weights) -> int:
+    """Return the bytes of anonymous memory that ``stream`` takes at most, beside what there was."""
+    most = max((weights.cost(key).peak_bytes for key in weights), default=0)
+    return most * (torch.get_num_threads() if weights.in_pieces else 1)
+
+
 def visit(
     source: Pieces,
     work: Callable[[str, int, int], None],

@@ -19,7 +19,6 @@ from fusion_bench.weights.ops import (
     drop,
     elected_signs,
     is_linear_weight,
-    keep_largest,
     task_vectors,
     uniform,
 )
@@ -67,40 +66,6 @@ def test_linear_weights_are_matrices_but_no_embeddings(
     key: str, shape: tuple[int, ...], linear: bool
 ) -> None:
     assert is_linear_weight(key, TensorSpec(shape, torch.float32)) == linear
-
-
-# --- the largest elements
-
-
-def test_keep_largest_by_hand() -> None:
-    values = torch.tensor([[1.0, -3], [2, -2]])
-    assert keep_largest(values, 2).tolist() == [[0, -3], [2, 0]]
-    assert keep_largest(values, 2, ties=True).tolist() == [[0, -3], [2, -2]]
-
-
-@given(st.lists(quarters, max_size=20), st.integers(-1, 22), st.booleans(), st.booleans())
-@quick
-def test_keep_largest_against_sorting(
-    values: list[float], count: int, ties: bool, double: bool
-) -> None:
-    magnitudes = np.abs(np.array(values))
-    order = np.argsort(-magnitudes, kind="stable")[: max(count, 0)]
-    mask = np.isin(np.arange(len(values)), order)
-    if ties and len(order):
-        mask = magnitudes >= magnitudes[order[-1]]
-    given_values = torch.tensor(values, dtype=torch.float64 if double else torch.float32)
-    before = given_values.clone()
-    found = keep_largest(given_values, count, ties=ties)
-    assert found.tolist() == np.where(mask, values, 0).tolist()
-    assert found.dtype == given_values.dtype and torch.equal(given_values, before)
-
-
-def test_keep_largest_of_odd_shapes() -> None:
-    assert keep_largest(torch.tensor(3.0), 1).tolist() == 3
-    assert keep_largest(torch.tensor(3.0), 0).tolist() == 0
-    assert keep_largest(torch.empty(0, 2), 1).shape == (0, 2)
-    transposed = torch.tensor([[1.0, 4], [3, 2]]).T
-    assert keep_largest(transposed, 2).tolist() == [[0, 3], [4, 0]]
 
 
 # --- the disjoint merge
