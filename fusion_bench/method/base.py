@@ -171,13 +171,20 @@ class TensorwiseAlgorithm:
         """
         self.inputs(pool)
 
+    def outline(self, pool: ModelPool) -> Weights:
+        """Return the result's shapes, types and origins; no weight is read.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        return MergedWeights(self.inputs(pool), _unread)
+
     def predicted_peak(self, inputs: Inputs) -> int:
         """Return the bytes of anonymous memory that merging to a disk takes at most, by headers.
 
         What the program has before it begins, some 0.4 GB with torch, comes on top.
         """
-        merged = MergedWeights(inputs, same_for_all(self.merge_tensor))
-        return predicted_peak(merged) + self.kept_bytes(inputs)
+        return predicted_peak(MergedWeights(inputs, _unread)) + self.kept_bytes(inputs)
 
     def kept_bytes(self, inputs: Inputs) -> int:
         """Return the bytes of what first passes find and keep, beside the pieces; by headers."""
@@ -282,6 +289,10 @@ class TensorwiseAlgorithm:
         for option in sorted(per_model_options(type(self))):
             of_each(getattr(self, option), inputs.names, option)
         self.check(inputs)
+
+
+def _unread(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    raise RuntimeError(f"'{key}' of an outline has no values.")
 
 
 def run(

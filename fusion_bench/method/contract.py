@@ -109,6 +109,18 @@ class Composing(Protocol):
     base_method: object
 
 
+@runtime_checkable
+class Outlining(Protocol):
+    """A method that tells by headers alone what it makes of which entries."""
+
+    def outline(self, pool: ModelPool) -> "Weights | Model":
+        """Return the result with its shapes, types and origins; its values cannot be read.
+
+        Raises:
+            FusionBenchError: as ``FusionMethod.check_pool``.
+        """
+
+
 class Saving(Protocol):
     """A pool that writes models."""
 
