@@ -152,7 +152,8 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         if self.scope == "tensor":
             found = inputs.each(cutoffs)
         else:
-            of_all = cutoffs(inputs)
+            about = (vectors, *thresholds, self.keep)
+            of_all = inputs.remember(about, lambda: cutoffs(inputs))
 
             def found(key: str) -> list[Cutoff]:
                 return of_all

@@ -3,7 +3,7 @@
 import logging
 import math
 from binascii import crc32
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -86,6 +86,7 @@ class Inputs:
             and all(key in aligned.copied or self.cut(key) != "whole" for key in self)
         )
         self._asked: frozenset[str] | None = None
+        self._remembered: dict[object, Any] = {}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -135,6 +136,19 @@ class Inputs:
         inputs = copy(self)
         inputs._asked = frozenset(keys)
         return inputs
+
+    def remember(self, about: Hashable, compute: Callable[[], T]) -> T:
+        """Return a statistic of the whole model, which methods for other entries may share.
+
+        Args:
+            about: what distinguishes it from others.
+            compute: finds it, if it is not known yet.
+        """
+        found = (about, self.aligned.copied)
+        if found not in self._remembered:
+            self._remembered[found] = compute()
+        known: T = self._remembered[found]
+        return known
 
     def asked(self) -> "Inputs":
         """Return the same models with all entries copied that are not asked for."""

@@ -259,7 +259,7 @@ class _Search:
             if self.remembers and own.stop > self.room:
                 self.remembers = False
                 self.inside.clear()
-                self.indices = self.bits = np.empty(0)
+                self.indices, self.bits = np.empty(0, np.int32), np.empty(0, self.word)
             elif self.remembers and here is not None:
                 self.indices[own], self.bits[own] = here, bits
                 self.inside[key, start] = own

@@ -25,7 +25,8 @@ from fusion_bench.method import (
 )
 from fusion_bench.method.checks import Pool
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Renamed, TensorWeights, Weights, in_memory
+from fusion_bench.weights import Inputs, Renamed, TensorWeights, Weights, in_memory
+from fusion_bench.weights.statistics import products
 
 LAYERS = 4
 NAMES = ("self_attn.q", "mlp.up", "norm")
@@ -274,11 +275,18 @@ def test_a_method_of_ones_own_has_to_keep_its_arguments() -> None:
         ({"match": "*self_atn.*", "threshold": 1}, r"\[1\]\.match: '\*self_atn\.\*' matches no"),
         ({"match": "*self_atn.*", "threshold": 1}, r"nearest: model\.layers\.0\.self_attn\.q"),
         (3, r"where\[1\]: 3 is not a mapping"),
+        ({"threshold": [{"gradient": 1}, 2]}, r"where\[1\]\.threshold\.a\.gradient: 1 is not a list"),
     ],
 )  # fmt: skip
 def test_rules_that_do_not_work_are_told_with_their_place(rule: Any, message: str) -> None:
     method = TiesMergingAlgorithm(where=[{"match": "head", "scaling_factor": 1}, rule])
     with pytest.raises(FusionBenchError, match=message):
+        method.check_pool(Pool(models("a", "b")))
+
+
+def test_rules_are_a_list() -> None:
+    method: Any = TiesMergingAlgorithm(where={"scaling_factor": 1})  # type: ignore[arg-type]
+    with pytest.raises(FusionBenchError, match=r"^where: it is not a list of rules"):
         method.check_pool(Pool(models("a", "b")))
 
 
@@ -290,6 +298,29 @@ def test_all_that_is_wrong_with_the_form_is_told_at_once() -> None:
         "where[0].scal",
         "where[1].threshold.z",
     ]
+
+
+def test_one_look_at_the_whole_model_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, survey = [], Inputs.survey
+    monkeypatch.setattr(Inputs, "survey", lambda *a, **k: (looks.append(1), survey(*a, **k))[1])
+    own = models("a", "b")
+    TiesMergingAlgorithm().fuse(Pool(own))  # type: ignore[arg-type]
+    alone = len(looks)
+    rules = [{"scaling_factor": {"gradient": [0.1, 1]}}, {"weights": {"gradient": [1, 2]}}]
+    TiesMergingAlgorithm(where=rules).fuse(Pool(own))  # type: ignore[arg-type]
+    assert alone and len(looks) == 2 * alone
+
+
+def test_statistics_of_single_entries_are_of_those_that_are_asked_for() -> None:
+    own, seen = models("a", "b"), []
+
+    def look(key: str, *_: object) -> list[Tensor]:
+        seen.append(key)
+        return [torch.zeros(1)]
+
+    inputs = SCEAlgorithm().inputs(Pool(own))  # type: ignore[arg-type]
+    products(inputs.asking(["head"]), look)  # type: ignore[arg-type]
+    assert set(seen) == {"head"}
 
 
 def test_rules_in_a_base_method_are_checked_and_used() -> None:
