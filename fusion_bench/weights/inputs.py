@@ -22,9 +22,10 @@ from fusion_bench.weights.stream import PIECE, visit
 
 log = logging.getLogger(__name__)
 
-#: Copies of a piece, in memory, beside those of the models; of a matrix that is factorised, in
-#: float32; and of squares of its smaller side, beside the models' own, in float64.
-_COPIES, _WHOLE, _SQUARES = 6, 12, 4
+#: Copies of a piece, in memory, beside those of the models, with what the allocator keeps for the
+#: next one; of a matrix that is factorised, in float32; and of squares of its smaller side, beside
+#: the models' own, in float64.
+_COPIES, _WHOLE, _SQUARES = 20, 10, 4
 
 T = TypeVar("T")
 #: How an entry may be cut without a change of what is made of it: anywhere, into slices along the

@@ -54,13 +54,8 @@ for name, options in json.loads(sys.argv[2]):
     ("name", "options"),
     [
         ("SimpleAverageAlgorithm", "{}"),
-        ("TiesMergingAlgorithm", "{}"),
         ("TiesMergingAlgorithm", '{"scope": "tensor"}'),
-        ("DareTaskArithmetic", '{"rescale": "l1"}'),
-        ("DellaMerging", "{}"),
-        ("NuSlerpAlgorithm", "{}"),
         ("ISO_C_Merge", "{}"),
-        ("TaskSingularVectorMerging", "{}"),
     ],
 )
 def test_what_is_said_is_within_a_fifth_of_what_is_measured(
