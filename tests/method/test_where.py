@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method import (
+    ConsensusTaskArithmetic,
     DareTaskArithmetic,
     EMRMerging,
     KnOTSMerging,
     LiNeSAlgorithm,
+    LocalizeAndStitch,
+    MagMaxAlgorithm,
     ModelBreadcrumbs,
     NuSlerpAlgorithm,
+    PCBMerging,
     SCEAlgorithm,
     SimpleAverageAlgorithm,
     SlerpMergeAlgorithm,
+    TallMaskTaskArithmeticAlgorithm,
     TaskArithmeticAlgorithm,
+    TaskSingularVectorMerging,
     TensorwiseAlgorithm,
     TiesMergingAlgorithm,
     WeightedAverageAlgorithm,
@@ -140,6 +146,33 @@ def test_every_entry_is_merged_as_by_a_method_with_its_options(
 ) -> None:
     method = kind(**options, where=[{"match": "*mlp*", **others}])
     assert_parts(method, {"mlp": kind(**{**options, **others}), "": kind(**options)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "values"),
+    [
+        (PCBMerging, "density", (0.2, 0.5)),
+        (LocalizeAndStitch, "density", (0.2, 0.5)),
+        (ConsensusTaskArithmetic, "tall_mask_lambda", (0.3, 0.9)),
+        (TallMaskTaskArithmeticAlgorithm, "tall_mask_lambda", (0.3, 0.9)),
+        (TaskSingularVectorMerging, "alpha", (0.3, 0.9)),
+        (MagMaxAlgorithm, "weights", (0.3, -0.9)),
+    ],
+)
+def test_values_of_models_by_name_are_those_in_order(
+    kind: Any, option: str, values: tuple[float, float]
+) -> None:
+    def fused(value: Any) -> dict[str, Tensor]:
+        made = kind(**{option: value}).fuse(Pool(models("a", "b")))
+        parts = made.items() if isinstance(made, dict) else [("", made)]
+        return {f"{name}:{key}": t for name, own in parts for key, t in in_memory(own).items()}
+
+    first, second = values
+    named, listed = fused({"b": second, "a": first}), fused([first, second])
+    alike, turned = fused(first), fused([second, first])
+    assert all(torch.equal(named[key], listed[key]) for key in named)
+    assert any(not torch.equal(named[key], alike[key]) for key in named)
+    assert any(not torch.equal(named[key], turned[key]) for key in named)
 
 
 def test_methods_that_make_several_models_take_rules() -> None:
@@ -275,7 +308,7 @@ def test_a_method_of_ones_own_has_to_keep_its_arguments() -> None:
         ({"match": "*self_atn.*", "threshold": 1}, r"\[1\]\.match: '\*self_atn\.\*' matches no"),
         ({"match": "*self_atn.*", "threshold": 1}, r"nearest: model\.layers\.0\.self_attn\.q"),
         (3, r"where\[1\]: 3 is not a mapping"),
-        ({"threshold": [{"gradient": 1}, 2]}, r"where\[1\]\.threshold\.a\.gradient: 1 is not a list"),
+        ({"threshold": [{"gradient": 1}, 2]}, r"where\[1\]\.threshold\.a\.gradient: 1 is not"),
     ],
 )  # fmt: skip
 def test_rules_that_do_not_work_are_told_with_their_place(rule: Any, message: str) -> None:
