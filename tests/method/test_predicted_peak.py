@@ -100,9 +100,9 @@ def test_the_cost_of_an_entry() -> None:
 
 
 def test_what_first_passes_keep_is_counted() -> None:
-    from fusion_bench.method.checks import Net, Pool, family
+    from fusion_bench.method.checks import Net, Pool, as_weights, family
 
-    pool = Pool(family(Net))
+    pool = Pool(as_weights(family(Net)))
     for method in (TiesMergingAlgorithm(), OPCM()):
         inputs = method.inputs(pool)
         assert method.kept_bytes(inputs) > 0 == SimpleAverageAlgorithm().kept_bytes(inputs)
