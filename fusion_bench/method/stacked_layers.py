@@ -6,7 +6,7 @@ al., SOLAR 10.7B, https://arxiv.org/abs/2312.15166
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from fusion_bench.method.slices import (
 )
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.weights import Config, Layers, Model, Stacked, TensorSpec, Weights, first_of
-from fusion_bench.weights.blueprint import Blueprint, Run, restacked
+from fusion_bench.weights.blueprint import Blueprint, Run, restacked, states
 from fusion_bench.weights.computed import is_computed
 
 if TYPE_CHECKING:
@@ -174,11 +174,19 @@ class _Stack:
         self._sources = {name: self._source(name) for name in names}
         self.reference = self._sources[own]
         drawn = self.reference.blueprint
-        keys = list(self.reference.model.weights)
-        known = self.reference.layers.stacks
-        if drawn is not None and Layers(drawn.entries).stacks.keys() >= known.keys():
-            keys = [*drawn.entries, *(key for key in keys if key not in drawn.entries)]
-        self._sides = sides(keys, {} if drawn is None else drawn.tied)
+        known = list(self.reference.layers.stacks)
+        self._drawn_as: dict[str, str] = {}
+        self._sides = sides(self.reference.keys, {})
+        if drawn is not None:
+            order = list(Layers(drawn.entries).stacks)
+            self._drawn_as = _matched(known, order)
+            known.sort(key=lambda stack: order.index(self._drawn_as.get(stack, order[0])))
+            stored = {own: stack for stack, own in self._drawn_as.items()}
+            self._sides |= {
+                key: (stored[stack], behind)
+                for key, (stack, behind) in sides(drawn.entries, drawn.tied).items()
+                if stack in stored
+            }
         if not known:
             raise FusionBenchError(
                 f"no layers are found in the names of the entries of '{own}'.",
@@ -187,6 +195,8 @@ class _Stack:
         chosen: dict[str, list[Slice]] = {}
         for one in slices:
             chosen.setdefault(chosen_stack(one, known), []).append(one)
+        for stack, (one, *_) in chosen.items():
+            self._refuse_shared(stack, one)
         copied = Slice({own: None}, None, None, PassthroughAlgorithm(), None, (), ())
         self.parts = [
             part for stack in known for part in self._parts(stack, chosen.get(stack, [copied]))
@@ -195,8 +205,9 @@ class _Stack:
     def _source(self, name: str) -> Source:
         model, drawn = self._pool.model(name), None
         if isinstance(self._pool, Drawing) and model.config is not None:
-            drawn = self._pool.blueprint(model.config)
-        return Source(model, Layers(model.weights), drawn)
+            with suppress(FusionBenchError):  # its own config may be of another release
+                drawn = self._pool.blueprint(model.config)
+        return Source.of(model, drawn)
 
     def _parts(self, stack: str, slices: Sequence[Slice]) -> Iterator[_Part]:
         first = 0
@@ -244,7 +255,7 @@ class _Stack:
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Return a model's entries in front of a stack and behind it, as far as they are wanted."""
         ends: tuple[dict[str, str], dict[str, str]] = {}, {}
-        own = sides([*source.model.weights], {})
+        own = sides(source.keys, {})
         for key, stored in source.outside().items():
             place, last = self._sides.get(key) or own.get(key, (stack, True))
             if place == stack and (behind if last else front):
@@ -301,21 +312,42 @@ class _Stack:
             for stack, runs in stacks.items()
             if [run.layers for run in runs] != [range(self.reference.count(stack))]
         }
-        counts = {stack: self.reference.count(stack) for stack in changed}
+        names = {stack: self._drawn_as.get(stack, stack) for stack in changed}
+        counts = {names[stack]: self.reference.count(stack) for stack in changed}
         with within("slices"):
-            made = restacked(own, drawn, counts, changed, draw)
+            new = {names[stack]: runs for stack, runs in changed.items()}
+            made = restacked(own, drawn, counts, new, draw)
         if drawn is not None:
             with within("slices"):
                 self._check(made, draw(made), drawn)
         return made
 
+    def _refuse_shared(self, stack: str, one: Slice) -> None:
+        """Refuse a stack whose number of layers no key of the config states."""
+        config, count = self.reference.blueprint, self.reference.count(stack)
+        if config is None or states(config.config, count):
+            return
+        raise FusionBenchError(
+            f"the config of this '{config.config.get('model_type')}' states no number of layers "
+            f"that is {count}, as '{stack}' has. Stages, and layers that share their weights, "
+            "cannot be stacked.",
+            "Choose models of another kind.",
+            place=(*one.place, "stack"),
+        )
+
     def _check(self, config: Config, made: Blueprint | None, own: Blueprint) -> None:
         """Refuse a config whose module has other entries than those that are written."""
         if made is None:
             return
+        stacks, lines = Layers(made.entries).stacks, []
+        for stack, own_stack in self._drawn_as.items():
+            layers = (next(iter(p.layers.values())) for p in self.parts if p.stack == stack)
+            count, found = sum(map(len, layers)), len(stacks.get(own_stack, ()))
+            if found != count:
+                lines.append(f"a module of that config has {found} layers, and here are {count}")
         weights = self.reference.model.weights
         odd = _odd({key: weights.spec(key) for key in weights}, own)
-        lines = [line for what, line in _odd(self.specs(), made).items() if what not in odd]
+        lines += [line for what, line in _odd(self.specs(), made).items() if what not in odd]
         if not lines:
             return
         kind = config.get("model_type")
@@ -326,6 +358,14 @@ class _Stack:
             "Choose layers so that those of each form stay where they are.",
             details=first_of(lines, 10),
         )
+
+
+def _matched(stored: Sequence[str], drawn: Sequence[str]) -> dict[str, str]:
+    """Return what stacks of a file are called in a module, which may have newer names."""
+    same = {stack: stack for stack in stored if stack in drawn}
+    left = [stack for stack in stored if stack not in same]
+    others = [stack for stack in drawn if stack not in same]
+    return same | (dict(zip(left, others, strict=True)) if len(left) == len(others) == 1 else {})
 
 
 def _odd(specs: Mapping[str, TensorSpec], drawn: Blueprint) -> dict[tuple[str, str], str]:
