@@ -13,10 +13,12 @@ from fusion_bench.method.ensemble import EnsembleAlgorithm
 from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.plain import Runs, as_method, class_name
 from fusion_bench.problems import FusionBenchError, Place, Problems, did_you_mean, within
-from fusion_bench.weights import Layers, Model, Stacked, TensorSpec, Weights, is_special
+from fusion_bench.weights import Layers, Model, Stacked, Weights, is_special
 from fusion_bench.weights.blueprint import Blueprint
 
 BASE = "_pretrained_"
+#: The place of the method of slices without their own.
+COMMON = ("base_method",)
 _KEYS = ("models", "base", "base_method", "stack")
 
 
@@ -114,7 +116,7 @@ def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
         )
     problems.raise_all()
     assert method is not None
-    own_place: Place = (*place, "base_method") if own is not None else ("base_method",)
+    own_place: Place = COMMON if own is None else (*place, "base_method")
     stack = node.get("stack")
     if base is None and method.needs.base:
         base = BASE
@@ -208,7 +210,12 @@ class SlicePool:
         pool: the whole models.
         weights: by name, under the names that the entries have in the new model.
         names: the models to merge.
+
+    Attributes:
+        elsewhere: names of entries of the new model that are in other slices.
     """
+
+    elsewhere: Collection[str] = ()
 
     def __init__(self, pool: ModelPool, weights: Mapping[str, Weights], names: Sequence[str]):
         self._weights = weights
@@ -221,12 +228,6 @@ class SlicePool:
     def reference(self) -> Weights:
         """The base's weights, or else the first model's."""
         return self._weights[BASE if self.has_pretrained else self.model_names[0]]
-
-    def spec(self, key: str) -> TensorSpec:
-        """Return shape and type of a merged entry."""
-        spec, dtype = self.reference.spec(key), self.policy.torch_dtype
-        floating = spec.dtype.is_floating_point and dtype is not None
-        return TensorSpec(spec.shape, dtype) if floating and dtype else spec
 
     def weights(self, name: str) -> Weights:
         """Return a model's layers."""

@@ -14,11 +14,12 @@ from torch import nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.base import refuse_disagreeing, run
-from fusion_bench.method.contract import Data, Drawing, Form, ModelPool, Needs, Ran
+from fusion_bench.method.contract import Data, Drawing, ModelPool, Needs, Outlining, Ran
 from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.plain import class_name
 from fusion_bench.method.slices import (
     BASE,
+    COMMON,
     Slice,
     SlicePool,
     Source,
@@ -80,19 +81,26 @@ class StackedLayers:
                 merge, or that no config describes.
         """
         check_names(self._slices, pool)
-        if pool.weights(_reference(pool)):  # else nothing but the names is known
-            self.form(pool)
-
-    def form(self, pool: ModelPool) -> Form:
-        """Return the merged model's entries and layers; no weight is read."""
+        if not pool.weights(_reference(pool)):  # nothing but the names is known
+            return
         stack = _Stack(self._slices, pool)
         for part in stack.parts:
             with _placed(part.slice):
                 part.slice.method.check_pool(part.pool)
         stack.config()
-        specs = stack.specs()
-        size = sum(spec.numel for key, spec in specs.items())
-        return Form(specs, f"{stack.described()}; {_amount(size)} parameters")
+
+    def described(self, pool: ModelPool) -> str:
+        """Return which layers the merged model has, and its size."""
+        made = self.outline(pool)
+        weights = made.weights if isinstance(made, Model) else made
+        own = [weights.spec(key).numel for key in weights if weights.tied_to(key) == key]
+        return f"{_Stack(self._slices, pool).described()}; {_amount(sum(own))} parameters"
+
+    def outline(self, pool: ModelPool) -> Weights | Model:
+        """Return the merged model's shapes, types, origins and config; no weight is read."""
+        check_names(self._slices, pool)
+        stack = _Stack(self._slices, pool)
+        return stack.model([_outlined(part) for part in stack.parts])
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
@@ -107,24 +115,21 @@ class StackedLayers:
         Raises:
             FusionBenchError: as ``check_pool``.
         """
-        self.check_pool(pool)
+        check_names(self._slices, pool)
         refuse_disagreeing(pool, layers=False)
         stack = _Stack(self._slices, pool)
-        entries: dict[str, tuple[Weights, str]] = {}
+        merged = []
         for part in stack.parts:
             with _placed(part.slice):
-                merged = part.slice.method.fuse(part.pool, fabric)
-            if not isinstance(merged, Weights):
+                made = part.slice.method.fuse(part.pool, fabric)
+            if not isinstance(made, Weights):
                 raise FusionBenchError(
                     f"{class_name(part.slice.method)} returns no weights of one model.",
                     "Choose another method.",
                     place=part.slice.method_place,
                 )
-            entries |= {key: (merged, key) for key in merged}
-        weights, config = Stacked(entries), stack.config()
-        if config is None:
-            return weights
-        return replace(stack.reference.model, weights=weights, config=config)
+            merged.append(made)
+        return stack.model(merged)
 
     def run(
         self,
@@ -201,6 +206,15 @@ class _Stack:
         self.parts = [
             part for stack in known for part in self._parts(stack, chosen.get(stack, [copied]))
         ]
+        names = {
+            name
+            for part in self.parts
+            for key in part.pool.reference
+            for name in (key, *(origin.key for origin in part.pool.reference.origins(key)))
+        }
+        for part in self.parts:
+            if part.slice.method_place == COMMON:  # its rules need not match in every slice
+                part.pool.elsewhere = names
 
     def _source(self, name: str) -> Source:
         model, drawn = self._pool.model(name), None
@@ -264,14 +278,13 @@ class _Stack:
                     ends[last][key] = stored
         return ends
 
-    def specs(self) -> dict[str, TensorSpec]:
-        """Return the merged model's entries, those that are tied once."""
-        return {
-            key: part.pool.spec(key)
-            for part in self.parts
-            for key in part.pool.reference
-            if part.pool.reference.tied_to(key) == key
-        }
+    def model(self, merged: Sequence[Weights]) -> Weights | Model:
+        """Return the merged weights of all parts as one model; without a config the weights."""
+        entries = {key: (weights, key) for weights in merged for key in weights}
+        weights, config = Stacked(entries), self.config()
+        if config is None:
+            return weights
+        return replace(self.reference.model, weights=weights, config=config)
 
     def described(self) -> str:
         """Return in words which layers the new model has."""
@@ -347,7 +360,7 @@ class _Stack:
                 lines.append(f"a module of that config has {found} layers, and here are {count}")
         weights = self.reference.model.weights
         odd = _odd({key: weights.spec(key) for key in weights}, own)
-        lines += [line for what, line in _odd(self.specs(), made).items() if what not in odd]
+        lines += [line for what, line in _odd(self._specs(), made).items() if what not in odd]
         if not lines:
             return
         kind = config.get("model_type")
@@ -358,6 +371,25 @@ class _Stack:
             "Choose layers so that those of each form stay where they are.",
             details=first_of(lines, 10),
         )
+
+    def _specs(self) -> dict[str, TensorSpec]:
+        """Return the merged model's entries, those that are tied once."""
+        seen = (part.pool.reference for part in self.parts)
+        return {
+            key: weights.spec(key)
+            for weights in seen
+            for key in weights
+            if weights.tied_to(key) == key
+        }
+
+
+def _outlined(part: _Part) -> Weights:
+    method = part.slice.method
+    if not isinstance(method, Outlining):
+        return part.pool.reference
+    with _placed(part.slice):
+        made = method.outline(part.pool)
+    return made.weights if isinstance(made, Model) else made
 
 
 def _matched(stored: Sequence[str], drawn: Sequence[str]) -> dict[str, str]:
