@@ -1,7 +1,7 @@
 """What transformers would build by a config, told without memory for a weight."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import signature
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.modelpool.build import class_named
-from fusion_bench.pretrained import from_config
-from fusion_bench.weights import Layers, TensorSpec
+from fusion_bench.modelpool.build import config_of, skeleton
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.weights import Config, Layers, TensorSpec, TensorWeights, Weights
 from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import plain
 
@@ -20,35 +20,62 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def blueprint(model_class: str, config: "PretrainedConfig", whole: "PretrainedConfig") -> Blueprint:
+def blueprint(
+    config: Config,
+    model_class: str,
+    config_class: str,
+    part_of: "Callable[[PretrainedConfig | None], PretrainedConfig | None]",
+    canonical: Callable[[Weights], Weights],
+) -> Blueprint | None:
     """Return what a class of transformers builds by a config.
 
     Args:
+        config: of a model.
         model_class: of transformers.
-        config: what a module is built by.
-        whole: what it is a part of, or the same.
+        config_class: what reads the config.
+        part_of: takes the part that the module is built by.
+        canonical: gives entries the keys that they are wanted under.
+
+    Returns:
+        ``None`` for an architecture that transformers does not know.
+
+    Raises:
+        FusionBenchError: a config that its class refuses.
     """
-    module = _on_meta(model_class, config)
+    try:
+        whole = config_of(config, config_class)
+    except FusionBenchError:
+        return None
+    except Exception as error:  # each class fails in its own way over what somebody wrote
+        raise _unbuildable(config, error) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old names, which the config's owner has seen
+            module = skeleton(model_class, part_of(whole) or whole)
+    except FusionBenchError:
+        raise
+    except Exception as error:
+        raise _unbuildable(config, error) from error
+    tensors = module.state_dict(keep_vars=True)
+    order = _in_order_of_use(module, list(tensors))
+    named = canonical(TensorWeights({key: torch.empty(0) for key in order}))
     first: dict[int, str] = {}
     entries, tied = {}, {}
-    tensors = module.state_dict(keep_vars=True)
-    for key in _in_order_of_use(module, list(tensors)):
-        tensor = tensors[key]
+    for key in named:
+        (origin,) = named.origins(key)
+        tensor = tensors[origin.key]
         entries[key] = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if (known := first.setdefault(id(tensor), key)) != key:
             tied[key] = known
     return Blueprint(plain(whole.to_dict()), entries, tied)
 
 
-def _on_meta(model_class: str, config: "PretrainedConfig") -> "PreTrainedModel":
-    made = class_named(model_class)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of old names, which the config's owner has seen
-        if hasattr(made, "from_config"):  # an AutoModel…
-            module: PreTrainedModel = from_config(made, config)
-        else:
-            module = made(config)
-    return module
+def _unbuildable(config: Config, error: Exception) -> FusionBenchError:
+    """Return the problem of a config that its class refuses."""
+    said = " ".join(str(error).split())[:300]
+    return FusionBenchError(
+        f"transformers cannot build a '{config.get('model_type')}' by this config: {said}"
+    )
 
 
 def _in_order_of_use(module: "PreTrainedModel", keys: Sequence[str]) -> list[str]:

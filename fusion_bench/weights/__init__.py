@@ -5,14 +5,17 @@ from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, sh
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
+from fusion_bench.weights.dequantise import dequantised, undecodable
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
+from fusion_bench.weights.gguf import GgufWeights
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.layers import LayerPlace, Layers
 from fusion_bench.weights.mapping import Origin, TensorSpec, TensorWeights, Weights, is_special
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.model import Model
+from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, Stacked, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
@@ -21,7 +24,9 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "Arrangement",
     "Config",
+    "GgufWeights",
     "HubWeights",
     "Inputs",
     "LayerPlace",
@@ -32,13 +37,16 @@ __all__ = [
     "MergedWeights",
     "Model",
     "Origin",
+    "Regrouped",
     "Renamed",
+    "Run",
     "Stacked",
     "TensorSpec",
     "TensorWeights",
     "Weights",
     "align",
     "check_size",
+    "dequantised",
     "first_of",
     "in_memory",
     "into_module",
@@ -49,10 +57,12 @@ __all__ = [
     "open_checkpoint",
     "open_repository",
     "quantised",
+    "rearranged",
     "same_for_all",
     "sha256",
     "shortened",
     "stream",
+    "undecodable",
     "weight_files",
     "without_prefix",
     "write_checkpoint",
