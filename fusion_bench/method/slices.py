@@ -185,14 +185,36 @@ class Source:
         """Return how many layers a stack has; 0 where there is none."""
         return len(self.layers.stacks.get(stack, ()))
 
+    def tied(self) -> dict[str, str]:
+        """Return the entries that are another's memory, with the first name of that."""
+        weights = self.model.weights
+        return {key: first for key in self.keys if (first := weights.tied_to(key)) != key}
+
     def entries(self, stack: str, layers: range, first: int) -> dict[str, str]:
-        """Return the entries of some layers: the names in a new stack to their own."""
-        start = layers.start
-        return {
-            f"{stack}.{first + place.index - start}.{place.rest}": key
-            for key in self.keys
-            if (place := self.layers.place(key)) and place.stack == stack and place.index in layers
-        }
+        """Return the entries of some layers: the names in a new stack to their own.
+
+        What the first layer has for all, such as T5's biases of positions, stays with the first.
+        """
+        shared, found = self._shared(stack), {}
+        for key in self.keys:
+            place = self.layers.place(key)
+            if place is None or place.stack != stack:
+                continue
+            if place.index == 0 and place.rest in shared:
+                if first == 0:
+                    found[f"{stack}.0.{place.rest}"] = key
+            elif place.index in layers:
+                found[f"{stack}.{first + place.index - layers.start}.{place.rest}"] = key
+        return found
+
+    def _shared(self, stack: str) -> set[str]:
+        """Return what a stack's first layer has besides all that the others have."""
+        own: set[str] = set()
+        others: set[str] = set()
+        for key in self.keys:
+            if (place := self.layers.place(key)) and place.stack == stack:
+                (others if place.index else own).add(place.rest)
+        return own - others if others and others <= own else set()
 
     def outside(self) -> dict[str, str]:
         """Return the entries outside of layers, those that are tied too: names to stored keys."""

@@ -55,7 +55,7 @@ class Stack:
         drawn = self.reference.blueprint
         known = list(self.reference.layers.stacks)
         self._drawn_as: dict[str, str] = {}
-        self._sides = sides(self.reference.keys, {})
+        self._sides = sides(self.reference.keys, self.reference.tied())
         if drawn is not None:
             order = list(Layers(drawn.entries).stacks)
             self._drawn_as = _matched(known, order)
@@ -143,7 +143,7 @@ class Stack:
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Return a model's entries in front of a stack and behind it, as far as they are wanted."""
         ends: tuple[dict[str, str], dict[str, str]] = {}, {}
-        own = sides(source.keys, {})
+        own = sides(source.keys, source.tied())
         for key, stored in source.outside().items():
             place, last = self._sides.get(key) or own.get(key, (stack, True))
             if place == stack and (behind if last else front):
@@ -201,6 +201,8 @@ class Stack:
         }
         names = {stack: self._drawn_as.get(stack, stack) for stack in changed}
         counts = {names[stack]: self.reference.count(stack) for stack in changed}
+        if drawn is not None:
+            own = drawn.stated
         with within("slices"):
             new = {names[stack]: runs for stack, runs in changed.items()}
             made = restacked(own, drawn, counts, new, draw)

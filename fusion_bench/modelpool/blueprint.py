@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fusion_bench.modelpool.build import config_of, skeleton
+from fusion_bench.modelpool.build import config_of, part_for, skeleton
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Config, Layers, TensorSpec, TensorWeights, Weights
 from fusion_bench.weights.blueprint import Blueprint
@@ -67,7 +67,8 @@ def blueprint(
         entries[key] = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if (known := first.setdefault(id(tensor), key)) != key:
             tied[key] = known
-    return Blueprint(plain(whole.to_dict()), entries, tied)
+    stated = part_for(config, config_class)
+    return Blueprint(plain(whole.to_dict()), stated, entries, tied)
 
 
 def _unbuildable(config: Config, error: Exception) -> FusionBenchError:

@@ -30,11 +30,13 @@ class Blueprint:
 
     Attributes:
         config: the config, with what its class adds by default.
+        stated: the same without that; the part of it that is for the module.
         entries: of the module that it describes, in the order in which the module uses them.
         tied: an entry that is another's memory, and the first name of that.
     """
 
     config: Config
+    stated: Config
     entries: Mapping[str, TensorSpec]
     tied: Mapping[str, str] = field(default_factory=dict)
 

@@ -22,7 +22,7 @@ from fusion_bench.method import (
     TiesMergingAlgorithm,
 )
 from fusion_bench.method.checks import Pool
-from fusion_bench.modelpool import HFModelPool
+from fusion_bench.modelpool import CLIPVisionModelPool, HFModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, Model, TensorWeights, Weights
 
@@ -515,6 +515,28 @@ def test_one_of_two_stacks(tmp_path: Path, stack: str, key: str, from_b: str) ->
     reloaded(pool, made, tmp_path / "out")
 
 
+def test_biases_of_positions_stay_with_the_first_layer(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "vocab_size": 40}
+    a, b = (T5Config(**sizes, num_layers=i, num_decoder_layers=j) for i, j in ((4, 2), (2, 4)))
+    models = written(tmp_path, "T5ForConditionalGeneration", a, b)
+    pool = HFModelPool(models, "AutoModelForSeq2SeqLM")
+    slices = [
+        {"stack": "encoder.block", "models": {"a": [2, 4]}},
+        {"stack": "encoder.block", "models": {"b": [0, 1]}},
+        {"stack": "decoder.block", "models": {"b": [1, 4]}},
+    ]
+    made = stacked(pool, slices)
+    assert made.config is not None
+    assert (made.config["num_layers"], made.config["num_decoder_layers"]) == (3, 3)
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    for stack, own in (("encoder", "a"), ("decoder", "b")):
+        assert torch.equal(made.weights[f"{stack}.{bias}"], pool.weights(own)[f"{stack}.{bias}"])
+    assert sum("relative_attention_bias" in key for key in made.weights) == 2
+    reloaded(pool, made, tmp_path / "out")
+
+
 def test_one_tower_of_clip(tmp_path: Path) -> None:
     from transformers import CLIPConfig
 
@@ -530,6 +552,37 @@ def test_one_tower_of_clip(tmp_path: Path) -> None:
     found = owners(made)
     assert found["visual_projection.weight"] == "b" and found["text_projection.weight"] == "a"
     reloaded(pool, made, tmp_path / "out")
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_encoders_of_clip_alone_and_in_a_whole_one(tmp_path: Path, first: str) -> None:
+    from transformers import CLIPConfig, CLIPVisionConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8, "num_hidden_layers": 4}
+    text = {**SMALL, "num_hidden_layers": 4}
+    alone = written(tmp_path, "CLIPVisionModel", CLIPVisionConfig(**vision))["a"]
+    whole = CLIPConfig(text_config=text, vision_config={**vision, "num_hidden_layers": 6})
+    models = {"a": alone, "b": written(tmp_path / "whole", "CLIPModel", whole)["a"]}
+    pool = CLIPVisionModelPool({first: models.pop(first), **models})
+    made = stacked(pool, [{"models": {"a": [0, 3]}}, {"models": {"b": [1, 6]}}])
+    assert made.config is not None and made.config["num_hidden_layers"] == 8
+    reloaded(pool, made, tmp_path / "out")
+    pool.build_model(made)
+
+
+def test_modules_by_name_keep_their_ties() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SMALL, num_hidden_layers=3, tie_word_embeddings=True)
+    model: Any = LlamaForCausalLM(config)
+    made: Any = StackedLayers([{"models": {"a": [0, 3]}}, {"models": {"a": [1, 3]}}]).run(
+        {"a": model}
+    )
+    assert made["lm_head.weight"].data_ptr() == made["model.embed_tokens.weight"].data_ptr()
+    own = "mlp.up_proj.weight"
+    assert torch.equal(made[f"model.layers.4.{own}"], model.state_dict()[f"model.layers.2.{own}"])
+    assert len({key.split(".")[2] for key in made if "layers" in key}) == 5
 
 
 def deepseek(layers: int) -> Any:
