@@ -59,7 +59,8 @@ class Stack:
         if drawn is not None:
             order = list(Layers(drawn.entries).stacks)
             self._drawn_as = _matched(known, order)
-            known.sort(key=lambda stack: order.index(self._drawn_as.get(stack, order[0])))
+            places = {stack: order.index(own) for stack, own in self._drawn_as.items()}
+            known.sort(key=lambda stack: places.get(stack, len(order)))
             stored = {own: stack for stack, own in self._drawn_as.items()}
             self._sides |= {
                 key: (stored[stack], behind)

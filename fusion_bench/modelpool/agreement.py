@@ -315,7 +315,7 @@ def _stretched(config: Config) -> bool:
 def _completed(config: Config) -> dict[str, Any] | None:
     """Return a config with what its class has by default; None where transformers knows none."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or _enormous(config):
+    if not isinstance(kind, str) or enormous(config):
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -329,10 +329,10 @@ def _completed(config: Config) -> dict[str, Any] | None:
         return None
 
 
-def _enormous(config: Config) -> bool:
+def enormous(config: Config) -> bool:
     """Tell whether a class would make lists of the config that fill the memory."""
     return any(
-        _enormous(value)
+        enormous(value)
         if isinstance(value, Mapping)
         else isinstance(value, int) and value > _LONGEST_LIST and bool(_LISTED.search(key))
         for key, value in config.items()

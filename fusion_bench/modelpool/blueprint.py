@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fusion_bench.modelpool.agreement import enormous
 from fusion_bench.modelpool.build import config_of, part_for, skeleton
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Config, Layers, TensorSpec, TensorWeights, Weights
@@ -37,11 +38,14 @@ def blueprint(
         canonical: gives entries the keys that they are wanted under.
 
     Returns:
-        ``None`` for an architecture that transformers does not know.
+        ``None`` for an architecture that transformers does not know, and where the config has more
+        layers than a model can have.
 
     Raises:
         FusionBenchError: a config that its class refuses.
     """
+    if enormous(config):
+        return None
     try:
         whole = config_of(config, config_class)
     except FusionBenchError:

@@ -617,6 +617,17 @@ def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:
         StackedLayers([{"models": {"a": [0, 4]}}]).check_pool(pool)
 
 
+def test_a_config_of_a_billion_layers_fills_no_memory(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SMALL, num_hidden_layers=2)
+    pool = HFModelPool(written(tmp_path, "LlamaForCausalLM", config), CAUSAL)
+    assert pool.blueprint({**config.to_dict(), "num_hidden_layers": 10**9}) is None
+    with pytest.raises(FusionBenchError, match="cannot build a 'llama' by this config: "):
+        pool.blueprint({**config.to_dict(), "hidden_act": "none such"})
+    assert pool.blueprint({"model_type": "of a stranger"}) is None
+
+
 def test_models_of_other_depth_are_compared_but_for_their_layers(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
