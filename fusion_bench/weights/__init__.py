@@ -2,6 +2,7 @@
 
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
+from fusion_bench.weights.by_token import ByToken, Row, token_axis
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
@@ -25,6 +26,7 @@ __all__ = [
     "AdapterWeights",
     "Aligned",
     "Arrangement",
+    "ByToken",
     "Config",
     "GgufWeights",
     "HubWeights",
@@ -39,6 +41,7 @@ __all__ = [
     "Origin",
     "Regrouped",
     "Renamed",
+    "Row",
     "Run",
     "Stacked",
     "TensorSpec",
@@ -62,6 +65,7 @@ __all__ = [
     "sha256",
     "shortened",
     "stream",
+    "token_axis",
     "undecodable",
     "weight_files",
     "without_prefix",

@@ -77,7 +77,7 @@ def test_from_slices_to_a_verified_model(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = " ".join(done.stdout.split())
     assert "layers 0–1 of a, 2 of a with 3 of b, 2–4 of b → 6 layers; 9.18 K parameters" in told
-    assert "model.layers.{3-5}.* (27 entries) from b (layer {2-4})" in told
+    assert "model.layers.{3-5}.* (27 tensors) from b (layer {2-4})" in told
 
     done = stacked(place, "report_save_path=first.json")
     assert done.returncode == 0, done.stderr
