@@ -15,7 +15,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method import AdapterMerging, ExtractLora, TensorwiseAlgorithm, checks
+from fusion_bench.method import (
+    AdapterMerging,
+    ExtractLora,
+    StackedLayers,
+    TensorwiseAlgorithm,
+    checks,
+)
 from fusion_bench.method.checks import Net, Traits
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
@@ -57,6 +63,7 @@ SPECIAL: dict[str, Special] = {
     "model_stock/model_stock average=angle": Special(options={"clamp": True}),
     "opcm/opcm": Special(ordered=True, draws={"shuffle_order": True}),
     "opcm/weight_average": Special(rounds=True),
+    "passthrough": Special(alone=True, ordered=True),
     "rlhf/salsa": Special(options={"weights": [0.5, 0.3, 0.2]}, ordered=True, rounds=True),
     "rlhf/warm": Special(rounds=True),
     "rlhf/warp_liti": Special(two_ends=True, ordered=True, rounds=True),
@@ -100,8 +107,8 @@ def method_class(name: str) -> type[Any]:
 
 def kind(name: str) -> str | None:
     """Return how a method is tested: as a function of the models' ``weights`` that needs nothing
-    else, as one that learns from ``data``, as one that makes a ``module``, or as one that makes an
-    ``adapter``.
+    else, as one that learns from ``data``, as one that makes a ``module``, as one that makes an
+    ``adapter``, or as one of ``layers``; the last two have tests of their own.
 
     Of any other kind nothing is known here, and so nothing would be tested.
     """
@@ -115,6 +122,8 @@ def kind(name: str) -> str | None:
         return "data"
     if issubclass(own, TensorwiseAlgorithm):
         return "weights"
+    if issubclass(own, StackedLayers):
+        return "layers"
     return "module" if issubclass(own, EnsembleAlgorithm) else None
 
 

@@ -27,12 +27,14 @@ from fusion_bench.method.model_stock import ModelStock
 from fusion_bench.method.multi_slerp import MultiSlerpAlgorithm
 from fusion_bench.method.nuslerp import NuSlerpAlgorithm
 from fusion_bench.method.opcm import OPCM, OPCMForCLIP
+from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.pcb_merging import PCBMerging
 from fusion_bench.method.regmean import RegMeanAlgorithm
 from fusion_bench.method.regmean_plusplus import RegMeanAlgorithmPlusPlus
 from fusion_bench.method.sce import SCEAlgorithm
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.method.slerp import SlerpMergeAlgorithm
+from fusion_bench.method.stacked_layers import StackedLayers
 from fusion_bench.method.tall_mask import ConsensusTaskArithmetic, TallMaskTaskArithmeticAlgorithm
 from fusion_bench.method.task_arithmetic import TaskArithmeticAlgorithm
 from fusion_bench.method.task_singular_vector import TaskSingularVectorMerging
@@ -76,6 +78,7 @@ __all__ = [
     "NuSlerpAlgorithm",
     "OPCMForCLIP",
     "PCBMerging",
+    "PassthroughAlgorithm",
     "RegMeanAlgorithm",
     "RegMeanAlgorithmForCLIP",
     "RegMeanAlgorithmForCLIPPlusPlus",
@@ -84,6 +87,7 @@ __all__ = [
     "SimpleAverageAlgorithm",
     "SimpleEnsembleAlgorithm",
     "SlerpMergeAlgorithm",
+    "StackedLayers",
     "TallMaskTaskArithmeticAlgorithm",
     "TaskArithmeticAlgorithm",
     "TaskSingularVectorMerging",

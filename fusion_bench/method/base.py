@@ -15,6 +15,7 @@ from fusion_bench.method.contract import (
     FusionMethod,
     ModelPool,
     Needs,
+    Partial,
     Product,
     Ran,
 )
@@ -332,17 +333,21 @@ def aligned(
     models = models or {name: pool.weights(name) for name in pool.model_names}
     found = align(models, base, policy or pool.policy, pool.vocabulary)
     refuse_disagreeing(pool)
-    return found
+    return replace(found, elsewhere=pool.elsewhere) if isinstance(pool, Partial) else found
 
 
-def refuse_disagreeing(pool: ModelPool) -> None:
+def refuse_disagreeing(pool: ModelPool, *, layers: bool = True) -> None:
     """Refuse models that compute unlike, weights aside; warn of what differs and may.
+
+    Args:
+        pool: the models.
+        layers: whether they must have the same layers.
 
     Raises:
         FusionBenchError: what the pool's policy does not allow.
     """
     if isinstance(pool, Comparing):
         known = set(pool.notes)
-        for note in pool.compare():
+        for note in pool.compare(layers=layers):
             if note not in known:
                 log.warning("%s", note)

@@ -98,7 +98,7 @@ def resolve(method: "TensorwiseAlgorithm", inputs: Inputs) -> Resolved:
         return Resolved((), {}, ())
     theirs = {key: _names_of(inputs, key) for key in inputs}
     names = (name for own in theirs.values() for each in own for name in each)
-    rules.refuse_unmatched(dict.fromkeys([*theirs, *names]))
+    rules.refuse_unmatched(dict.fromkeys([*theirs, *names, *inputs.aligned.elsewhere]))
     layers = Layers(inputs)
     found: dict[str, dict[str, tuple[Given, ...]]] = {}
     written: dict[tuple[int, float], str] = {}  # the options of entries that rules treat alike

@@ -50,8 +50,17 @@ def config_of(content: Config, config_class: str) -> "PretrainedConfig":
         if kind not in transformers.CONFIG_MAPPING:
             raise FusionBenchError(f"transformers knows no model of the type '{kind}'.")
         made = transformers.CONFIG_MAPPING[kind]
-    config: PretrainedConfig = made.from_dict(dict(content))
+    config: PretrainedConfig = made.from_dict(dict(part_for(content, config_class)))
     return config
+
+
+def part_for(content: Config, config_class: str) -> Config:
+    """Return the part of a ``config.json`` that a class reads: of CLIP's that of its encoder."""
+    import transformers
+
+    key = getattr(getattr(transformers, config_class), "base_config_key", "")
+    part = content.get(key)
+    return part if isinstance(part, Mapping) else content
 
 
 def build(

@@ -24,6 +24,7 @@ from fusion_bench.modelpool.agreement import (
     compare_vocabularies,
     holds,
 )
+from fusion_bench.modelpool.blueprint import blueprint
 from fusion_bench.modelpool.build import (
     build,
     class_named,
@@ -72,6 +73,7 @@ from fusion_bench.weights import (
     open_repository,
 )
 from fusion_bench.weights.adapter_builder import AdaptedModel
+from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import vocabulary
 
 if TYPE_CHECKING:
@@ -176,7 +178,8 @@ class HFModelPool:
                 self._config_of,
                 model_class,
             )
-        self._found: dict[tuple[str, ...], Found] = {}
+        self._found: dict[tuple[tuple[str, ...], bool], Found] = {}
+        self._blueprints: dict[str, Blueprint | None] = {}
         self.notes: list[str] = []
         with problems.collect("models"):
             if not self.model_names:
@@ -212,7 +215,6 @@ class HFModelPool:
             with plan.collect():
                 if name == self._reference or self._reference in plan.weights:
                     plan.weights[name] = weights = self.weights(name)
-                    self._refuse_untied(name)
                     if isinstance(weights, Regrouped) and name != self._reference:
                         plan.note(
                             f"{name}: its weights are stored in another layout than those of "
@@ -263,13 +265,14 @@ class HFModelPool:
                 place=("models", name),
             )
 
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
+    def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Compare what besides weights decides what the models compute with the reference's.
 
         That are configs, tokenizers, and how pictures are prepared, as far as they are known.
 
         Args:
             names: of which models; by default all.
+            layers: whether they are to have the same layers.
 
         Returns:
             In sentences, what differs and is merged all the same; also kept as ``notes``.
@@ -279,21 +282,27 @@ class HFModelPool:
         """
         wanted = dict.fromkeys([self._reference, *self.model_names])
         chosen = tuple(name for name in wanted if names is None or name in names)
-        if chosen not in self._found:
-            self._found[chosen] = self._compared(chosen)
-        found = self._found[chosen]
+        if (chosen, layers) not in self._found:
+            self._found[chosen, layers] = self._compared(chosen, layers)
+        found = self._found[chosen, layers]
         self.notes = list(found.notes)
         if found.refused:
             raise error_of(found.refused)
         return self.notes
 
-    def _compared(self, names: Collection[str]) -> Found:
-        found = Found()
+    def _compared(self, names: Collection[str], layers: bool) -> Found:
+        problems = Problems()
+        for name in names:
+            with problems.collect():
+                self._refuse_untied(name)
+        found = Found(tuple(problems))
         configs = {name: config for name in names if (config := self._config_said(name))}
         if configs:
             warn = self.policy.on_config == "warn"
             heads = self.model_class != "AutoModel"  # of a classifier it takes the backbone
-            found += compare_configs(configs, warn=warn, part=self._part, heads=heads)
+            found += compare_configs(
+                configs, warn=warn, part=self._part, heads=heads, layers=layers
+            )
         folders = {name: self._source(name).companions for name in names}
         if self._processor is not None and self._has_tokens and (place := self._processor.folder):
             folders[f"the tokenizer of '{place.name}'"] = (place,)
@@ -451,6 +460,21 @@ class HFModelPool:
         with within(*source.named.place):
             refuse_incomplete(f"'{whole.name}'", info)
         return module
+
+    def blueprint(self, config: Config) -> Blueprint | None:
+        """Return what the pool's class builds by a config, under the keys that the pool works with.
+
+        Nothing takes memory. ``None`` for an architecture that transformers does not know.
+
+        Raises:
+            FusionBenchError: a config that its class refuses.
+        """
+        asked = json.dumps(dict(config), sort_keys=True, default=str)
+        if asked not in self._blueprints:
+            self._blueprints[asked] = blueprint(
+                config, self.model_class, self._config_class, self._part_of, self._canonical
+            )
+        return self._blueprints[asked]
 
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Return a module of the reference's architecture with these weights.

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fusion_bench.method.base import aligned
-from fusion_bench.method.contract import FusionMethod, ModelPool, Outlining
+from fusion_bench.method.contract import Describing, FusionMethod, ModelPool, Outlining
 from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.modelpool.sources import Sources
@@ -36,7 +36,8 @@ from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
 from fusion_bench.storage import is_first_process
-from fusion_bench.weights import MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights import Config, MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights.blueprint import Blueprint
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +219,9 @@ class _Headers:
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         return self._pool.build_model(weights)
 
+    def blueprint(self, config: Config) -> Blueprint | None:
+        return self._pool.blueprint(config)
+
 
 def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> list[Step]:
     """Compare keys, shapes, types and tying by headers, and models with methods.
@@ -228,15 +232,16 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
         What the methods' options are for which entries.
     """
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
-    merging = any(setting.method.needs.weights for setting in settings)
-    sound = merging and _can_be_merged(plan, modelpool, needed)
-    opened = plan.weights if sound and all(name in plan.weights for name in needed) else {}
+    wanted = {s.method.needs.alike for s in settings if s.method.needs.weights}
+    sound = {alike: _can_be_merged(plan, modelpool, needed, alike) for alike in sorted(wanted)}
+    whole = all(name in plan.weights for name in needed)
     told: dict[Place, list[Step]] = {}  # of several settings of a method those of the first
     for setting in settings:
         needs, based = setting.method.needs, modelpool.has_pretrained
         with plan.collect(), setting.located():
             refuse_without_pretrained(setting.method, modelpool)
         names = modelpool.model_names if setting.models is None else setting.models
+        opened = plan.weights if whole and sound.get(needs.alike) else {}
         known = None if not needs.weights else opened if based or not needs.base else {}
         # A method of the user's may look for an entry.
         unknown = suppress(LookupError) if known == {} else nullcontext()
@@ -263,7 +268,8 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     outline = outlined(merged, {name: plan.weights[name] for name in names})
     plan.reads = outline.nbytes
     plan.writes = nbytes_of(merged)
-    plan.entries = list(outline.lines)
+    said = [method.described(pool)] if isinstance(method, Describing) else []
+    plan.entries = [*said, *outline.lines]
 
 
 def nbytes_of(weights: Weights) -> int:
@@ -271,17 +277,20 @@ def nbytes_of(weights: Weights) -> int:
     return sum(weights.spec(key).nbytes for key in weights if weights.tied_to(key) == key)
 
 
-def _can_be_merged(plan: Plan, modelpool: PlacedModelPool, needed: Sequence[str]) -> bool:
-    """Check whether the opened models can be merged."""
+def _can_be_merged(
+    plan: Plan, modelpool: PlacedModelPool, needed: Sequence[str], alike: bool
+) -> bool:
+    """Check whether the opened models can be merged; ``alike`` asks for the same layers too."""
     names = [name for name in modelpool.model_names if name in plan.weights]
     if not names or needed[0] not in plan.weights:
         return False
     before = len(plan.problems)
     opened: ModelPool = _Headers(modelpool, names, plan.weights, modelpool.has_pretrained)
+    if alike:
+        with plan.collect(*modelpool.place, "models"):
+            plan.note(*aligned(opened).notes)
     with plan.collect(*modelpool.place, "models"):
-        plan.note(*aligned(opened).notes)
-    with plan.collect(*modelpool.place, "models"):
-        plan.note(*modelpool.compare(list(plan.weights)))
+        plan.note(*modelpool.compare(list(plan.weights), layers=alike))
     return len(plan.problems) == before
 
 
