@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusion_bench.problems import Place
 from fusion_bench.results import Metric, SampleScores
+from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import MergePolicy, Model, Weights
 
 if TYPE_CHECKING:
@@ -96,6 +97,15 @@ class Comparing(Protocol):
         Raises:
             FusionBenchError: what the policy does not allow.
         """
+
+
+@runtime_checkable
+class ReadingTexts(Protocol):
+    """A pool whose models read texts."""
+
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        """The models' tokenizer, which need not exist."""
 
 
 class Saving(Protocol):

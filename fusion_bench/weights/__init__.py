@@ -2,6 +2,7 @@
 
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
+from fusion_bench.weights.averaged import Averaged, Share, Sums
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "Averaged",
     "Config",
     "HubWeights",
     "Inputs",
@@ -33,7 +35,9 @@ __all__ = [
     "Model",
     "Origin",
     "Renamed",
+    "Share",
     "Stacked",
+    "Sums",
     "TensorSpec",
     "TensorWeights",
     "Weights",
