@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusion_bench.method.contract import ModelPool
 from fusion_bench.method.expert_nodes import Expert
+from fusion_bench.method.pools import base_of
 from fusion_bench.method.prompts import State, layer_states, tokenizer_of, tokens_of
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Model
@@ -21,11 +22,6 @@ States = Callable[[Sequence[str]], Tensor]
 
 #: A norm below it is rounding.
 _TINY = 1e-8
-
-
-def base_of(pool: ModelPool) -> str:
-    """Return the name of the model that gives a mixture everything but the MLPs."""
-    return "_pretrained_" if pool.has_pretrained else pool.model_names[0]
 
 
 class Router:

@@ -8,7 +8,6 @@ Komatsuzaki et al., Sparse Upcycling, https://arxiv.org/abs/2212.05055
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -35,19 +34,17 @@ from fusion_bench.method.expert_nodes import (
     read_expert,
     refuse_unknown,
 )
-from fusion_bench.method.expert_router import Router, base_of
+from fusion_bench.method.expert_router import Router
+from fusion_bench.method.pools import base_of, located
 from fusion_bench.method.prompts import State, refuse_without_tokenizer
 from fusion_bench.problems import FusionBenchError, check_between, check_choice, within
 from fusion_bench.weights import (
     Config,
-    Inputs,
-    MergedWeights,
-    MergePiece,
     Model,
     Stacked,
     TensorWeights,
     Weights,
-    align,
+    changed,
 )
 from fusion_bench.weights.ops import normal
 
@@ -128,12 +125,12 @@ class MixtureOfExperts:
         if not pool.weights(base):
             return  # nothing but the names is known
         if self._reads_prompts:
-            with _located(pool):
+            with located(pool):
                 refuse_without_tokenizer(pool)
-        with _located(pool, base):
+        with located(pool, base):
             refuse_family(_config(pool))
         layout = layout_for(_config(pool), self.layout, self._shared is not None)
-        with _located(pool, base):
+        with located(pool, base):
             refuse_attention(_config(pool), layout)
             refuse_entries(pool.weights(base), layout)
         _check_shapes(pool, experts, self._shared)
@@ -195,12 +192,6 @@ class MixtureOfExperts:
         return run(self, modelpool, fabric, data)
 
 
-def _located(pool: ModelPool, *model: str) -> AbstractContextManager[None]:
-    """Say of a problem that it is the pool's, or one of its models'."""
-    place = [*pool.policy.place[:-1], *(("models", *model) if model else ())]
-    return within(*place, whole=True)
-
-
 def _config(pool: ModelPool) -> Config:
     """Return the base's config.json.
 
@@ -218,11 +209,11 @@ def _config(pool: ModelPool) -> Config:
 def _check_shapes(pool: ModelPool, experts: Sequence[Expert], shared: Expert | None) -> None:
     """Refuse experts whose MLPs do not fit into the base's layers, or beside each other."""
     base, shapes = base_of(pool), dict[str, tuple[int, int]]()
-    with _located(pool, base):
+    with located(pool, base):
         layers = mlp_of(pool.weights(base))
     width = pool.weights(base).spec(next(iter(layers.values()))["gate_proj"]).shape[1]
     for expert in [*experts, *([] if shared is None else [shared])]:
-        with _located(pool, expert.model):
+        with located(pool, expert.model):
             model = pool.model(expert.model)
             config = model.config or _config(pool)
             refuse_family(config)
@@ -276,7 +267,7 @@ class _Mixture:
 
     def model(self, device: torch.device) -> Model:
         """Return the mixture; its router is computed."""
-        kept = self._changed(self._base.weights, base_of(self._pool))
+        kept = changed(base_of(self._pool), self._base.weights, self._pool.policy)
         mlp = {key: layer for layer, parts in self._layers.items() for key in parts.values()}
         blocks = self._blocks(TensorWeights(self._routers(device)))
         parts: dict[str, tuple[Weights, str]] = {}
@@ -313,7 +304,7 @@ class _Mixture:
         factors = {parts["down_proj"]: expert.scale for parts in keys.values()}
         named = {key for parts in keys.values() for key in parts.values()}
         if noise == 0 and expert.scale == 1:
-            return self._changed(weights, expert.model), keys
+            return changed(expert.model, weights, self._pool.policy), keys
 
         def change(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             (own,) = tensors
@@ -322,15 +313,7 @@ class _Mixture:
                 own = own + noise * torch.from_numpy(drawn).to(own)
             return own * factors.get(key, 1.0)
 
-        return self._changed(weights, expert.model, change), keys
-
-    def _changed(self, weights: Weights, name: str, change: MergePiece | None = None) -> Weights:
-        """Return weights in the type of the result, piece by piece."""
-        policy = self._pool.policy
-        if change is None and policy.torch_dtype is None:
-            return weights
-        inputs = Inputs(align({name: weights}, None, policy, None), policy, True, True, False)
-        return MergedWeights(inputs, change or (lambda key, start, tensors, base: tensors[0]))
+        return changed(expert.model, weights, self._pool.policy, change), keys
 
     def _routers(self, device: torch.device) -> dict[str, Tensor]:
         """Return what no model has: routers, and a shared expert that adds nothing."""

@@ -12,7 +12,14 @@ from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.layers import LayerPlace, Layers
 from fusion_bench.weights.mapping import Origin, TensorSpec, TensorWeights, Weights, is_special
-from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
+from fusion_bench.weights.merge import (
+    MergedWeights,
+    MergePiece,
+    MergeTensor,
+    changed,
+    merge,
+    same_for_all,
+)
 from fusion_bench.weights.model import Model
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, Stacked, without_prefix
@@ -42,6 +49,7 @@ __all__ = [
     "TensorWeights",
     "Weights",
     "align",
+    "changed",
     "check_size",
     "first_of",
     "in_memory",
