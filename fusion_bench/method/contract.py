@@ -108,6 +108,29 @@ class ReadingTexts(Protocol):
         """The models' tokenizer, which need not exist."""
 
 
+@runtime_checkable
+class Composing(Protocol):
+    """A method that merges by another one.
+
+    Attributes:
+        base_method: the other method.
+    """
+
+    base_method: object
+
+
+@runtime_checkable
+class Outlining(Protocol):
+    """A method that tells by headers alone what it makes of which entries."""
+
+    def outline(self, pool: ModelPool) -> "Weights | Model":
+        """Return the result with its shapes, types and origins; its values cannot be read.
+
+        Raises:
+            FusionBenchError: as ``FusionMethod.check_pool``.
+        """
+
+
 class Saving(Protocol):
     """A pool that writes models."""
 

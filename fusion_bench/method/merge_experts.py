@@ -122,17 +122,34 @@ class MergeExperts:
         """
         self.check_pool(pool)
         (name,) = pool.model_names
-        model = pool.model(name)
-        blocks = blocks_of(model.weights)
+        weights = pool.weights(name)
+        blocks = blocks_of(weights)
         device = torch.device("cpu") if fabric is None else fabric.device
         counts = self._usage(pool, blocks, device) if self.average == "usage" else None
+        groups = [self._groups(weights, block) for block in blocks]
+        return self._model(pool, groups, counts)
+
+    def outline(self, pool: ModelPool) -> Model:
+        """Return the smaller mixture as of consecutive experts.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        self.check_pool(pool)
+        blocks = blocks_of(pool.weights(pool.model_names[0]))
+        return self._model(pool, [consecutive(own.count, self.num_experts) for own in blocks], None)
+
+    def _model(
+        self, pool: ModelPool, groups: Sequence[Sequence[Sequence[int]]], counts: Tensor | None
+    ) -> Model:
+        """Return the mixture with each layer's groups merged, by the experts' counts."""
+        (name,) = pool.model_names
+        model, policy = pool.model(name), pool.policy
+        blocks = blocks_of(model.weights)
         entries: dict[str, Sums] = {}
-        for index, block in enumerate(blocks):
-            groups = self._groups(model.weights, block)
-            equal = torch.ones(block.count)
-            used = equal if counts is None else counts[index].double()
-            entries |= _merged(block, groups, equal, used)
-        policy = pool.policy
+        for index, (block, own) in enumerate(zip(blocks, groups, strict=True)):
+            equal = torch.ones(block.count, dtype=torch.float64)
+            entries |= _merged(block, own, equal, equal if counts is None else counts[index])
         averaged = Averaged(model.weights, entries, policy.torch_dtype)
         kept, gone = changed(name, model.weights, policy), {k for b in blocks for k in b.keys}
         parts: dict[str, tuple[Weights, str]] = {}
@@ -156,8 +173,7 @@ class MergeExperts:
         """Return the experts of each group, in ascending order."""
         count = self.num_experts
         if self.grouping == "consecutive":
-            ends = [block.count * i // count for i in range(count + 1)]
-            return [list(range(*pair)) for pair in pairwise(ends)]
+            return consecutive(block.count, count)
         if self.grouping == "router":
             rows = normalize(weights[block.router].double(), dim=1)
             return grouped(rows @ rows.T, count)
@@ -213,6 +229,12 @@ def _chosen(config: Config) -> int:
     return int(made.num_experts_per_tok)
 
 
+def consecutive(experts: int, count: int) -> list[list[int]]:
+    """Return ``count`` groups of neighbours, as equal in size as can be."""
+    ends = [experts * i // count for i in range(count + 1)]
+    return [list(range(*pair)) for pair in pairwise(ends)]
+
+
 def grouped(similarities: Tensor, count: int) -> list[list[int]]:
     """Return ``count`` groups of what is similar, by average linkage.
 
@@ -259,7 +281,7 @@ def _merged(
         counts = equal if part is block.rows else used
         sums = []
         for group in groups:
-            own = counts[list(group)]
+            own = counts[list(group)].double()
             own = own / own.sum() if own.sum() > 0 else torch.full_like(own, 1 / len(own))
             places = [part.places[index] for index in group]
             sums.append(

@@ -34,7 +34,7 @@ from fusion_bench.method.expert_nodes import (
     read_expert,
     refuse_unknown,
 )
-from fusion_bench.method.expert_router import Router
+from fusion_bench.method.expert_router import Router, Rows
 from fusion_bench.method.pools import base_of, located
 from fusion_bench.method.prompts import State, refuse_without_tokenizer
 from fusion_bench.problems import FusionBenchError, check_between, check_choice, within
@@ -176,11 +176,23 @@ class MixtureOfExperts:
         Raises:
             FusionBenchError: as ``check_pool``, and prompts that cancel each other.
         """
+        device = torch.device("cpu") if fabric is None else fabric.device
+        mixture = self._mixture(pool)
+        return mixture.model(mixture.rows(device))
+
+    def outline(self, pool: ModelPool) -> Model:
+        """Return the mixture with a router whose values are not known.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        mixture = self._mixture(pool)
+        return mixture.model(mixture.unknown_rows())
+
+    def _mixture(self, pool: ModelPool) -> "_Mixture":
         self.check_pool(pool)
         experts = experts_of(self.experts, pool.model_names, self.num_experts)
-        return _Mixture(self, pool, experts, self._shared).model(
-            torch.device("cpu") if fabric is None else fabric.device
-        )
+        return _Mixture(self, pool, experts, self._shared)
 
     def run(
         self,
@@ -265,11 +277,11 @@ class _Mixture:
         self._width = spec.shape[1]
         self._dtype = pool.policy.torch_dtype or spec.dtype
 
-    def model(self, device: torch.device) -> Model:
-        """Return the mixture; its router is computed."""
+    def model(self, rows: Rows) -> Model:
+        """Return the mixture with these rows in its routers."""
         kept = changed(base_of(self._pool), self._base.weights, self._pool.policy)
         mlp = {key: layer for layer, parts in self._layers.items() for key in parts.values()}
-        blocks = self._blocks(TensorWeights(self._routers(device)))
+        blocks = self._blocks(TensorWeights(self._routers(rows)))
         parts: dict[str, tuple[Weights, str]] = {}
         for key in kept:
             if key not in mlp:
@@ -315,10 +327,9 @@ class _Mixture:
 
         return changed(expert.model, weights, self._pool.policy, change), keys
 
-    def _routers(self, device: torch.device) -> dict[str, Tensor]:
+    def _routers(self, rows: Rows) -> dict[str, Tensor]:
         """Return what no model has: routers, and a shared expert that adds nothing."""
         layout, found = self._layout, dict[str, Tensor]()
-        rows = self._rows(device)
         for layer in self._layers:
             prefix = f"{layer[0]}.{layer[1]}."
             own = rows[layer].to(self._dtype)
@@ -332,7 +343,12 @@ class _Mixture:
                     found[name] = empty.T.contiguous() if part == "down_proj" else empty
         return found
 
-    def _rows(self, device: torch.device) -> Mapping[tuple[str, int], Tensor]:
+    def unknown_rows(self) -> Rows:
+        """Return rows without values."""
+        empty = torch.empty(len(self._experts) + 1, self._width, device="meta")
+        return dict.fromkeys(self._layers, empty)
+
+    def rows(self, device: torch.device) -> Rows:
         """Return each layer's rows: one an expert, and one for the shared expert."""
         method, router = self._method, Router(self._pool, self._base, self._layers, self._width)
         everybody = [*self._experts, self._shared or Expert("")]
