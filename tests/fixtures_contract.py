@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method import TensorwiseAlgorithm, checks
+from fusion_bench.method import MergeExperts, MixtureOfExperts, TensorwiseAlgorithm, checks
 from fusion_bench.method.checks import Net, Traits
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
@@ -100,7 +100,8 @@ def method_class(name: str) -> type[Any]:
 
 def kind(name: str) -> str | None:
     """Return how a method is tested: as a function of the models' ``weights`` that needs nothing
-    else, as one that learns from ``data``, or as one that makes a ``module``.
+    else, as one that learns from ``data``, as one that makes a ``module``, or by tests of its own
+    as one for ``language`` models only.
 
     Of any other kind nothing is known here, and so nothing would be tested.
     """
@@ -112,6 +113,8 @@ def kind(name: str) -> str | None:
         return "data"
     if issubclass(own, TensorwiseAlgorithm):
         return "weights"
+    if issubclass(own, MixtureOfExperts | MergeExperts):
+        return "language"
     return "module" if issubclass(own, EnsembleAlgorithm) else None
 
 
