@@ -6,8 +6,10 @@ from fusion_bench.weights.averaged import Averaged, Share, Sums
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
+from fusion_bench.weights.dequantise import dequantised, undecodable
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
+from fusion_bench.weights.gguf import GgufWeights
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.layers import LayerPlace, Layers
@@ -21,6 +23,7 @@ from fusion_bench.weights.merge import (
     same_for_all,
 )
 from fusion_bench.weights.model import Model
+from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, Stacked, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
@@ -29,8 +32,10 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "Arrangement",
     "Averaged",
     "Config",
+    "GgufWeights",
     "HubWeights",
     "Inputs",
     "LayerPlace",
@@ -41,7 +46,9 @@ __all__ = [
     "MergedWeights",
     "Model",
     "Origin",
+    "Regrouped",
     "Renamed",
+    "Run",
     "Share",
     "Stacked",
     "Sums",
@@ -51,6 +58,7 @@ __all__ = [
     "align",
     "changed",
     "check_size",
+    "dequantised",
     "first_of",
     "in_memory",
     "into_module",
@@ -61,10 +69,12 @@ __all__ = [
     "open_checkpoint",
     "open_repository",
     "quantised",
+    "rearranged",
     "same_for_all",
     "sha256",
     "shortened",
     "stream",
+    "undecodable",
     "weight_files",
     "without_prefix",
     "write_checkpoint",
