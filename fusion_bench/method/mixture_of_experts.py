@@ -70,7 +70,7 @@ class MixtureOfExperts:
             in the pool, or a mapping with ``model``, ``positive_prompts``, ``negative_prompts``,
             ``noise`` and ``scale``, a factor on the last of the MLP's projections.
         num_experts: of a single model, how many copies of its MLP there are.
-        shared_expert: an item as in ``experts`` whose MLP reads every token; for ``qwen2_moe``.
+        shared_expert: the one that reads every token, given like the others; for ``qwen2_moe``.
         gate: what the router's rows are. ``hidden``: the hidden states of the prompts that enter
             the layer; ``embedding``: the embeddings of the prompts' tokens, alike in all layers;
             ``random``; ``zero``, by which the first experts are chosen.
