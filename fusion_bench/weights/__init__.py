@@ -3,6 +3,7 @@
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
 from fusion_bench.weights.averaged import Averaged, Share, Sums
+from fusion_bench.weights.by_token import ByToken, Row, token_axis
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
@@ -34,6 +35,7 @@ __all__ = [
     "Aligned",
     "Arrangement",
     "Averaged",
+    "ByToken",
     "Config",
     "GgufWeights",
     "HubWeights",
@@ -48,6 +50,7 @@ __all__ = [
     "Origin",
     "Regrouped",
     "Renamed",
+    "Row",
     "Run",
     "Share",
     "Stacked",
@@ -74,6 +77,7 @@ __all__ = [
     "sha256",
     "shortened",
     "stream",
+    "token_axis",
     "undecodable",
     "weight_files",
     "without_prefix",
