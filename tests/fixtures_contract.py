@@ -18,6 +18,8 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.method import (
     AdapterMerging,
     ExtractLora,
+    MergeExperts,
+    MixtureOfExperts,
     StackedLayers,
     TensorwiseAlgorithm,
     checks,
@@ -107,8 +109,8 @@ def method_class(name: str) -> type[Any]:
 
 def kind(name: str) -> str | None:
     """Return how a method is tested: as a function of the models' ``weights`` that needs nothing
-    else, as one that learns from ``data``, as one that makes a ``module``, as one that makes an
-    ``adapter``, or as one of ``layers``; the last two have tests of their own.
+    else, as one that learns from ``data``, or as one that makes a ``module``. Those of adapters,
+    layers and experts have ``tests`` of their own.
 
     Of any other kind nothing is known here, and so nothing would be tested.
     """
@@ -116,14 +118,14 @@ def kind(name: str) -> str | None:
         own = method_class(name)
     except ImportError:  # a test says so; the others can still be run
         return None
-    if own in (AdapterMerging, ExtractLora):
-        return "adapter"
     if issubclass(own, LearningAlgorithm):
         return "data"
     if issubclass(own, TensorwiseAlgorithm):
         return "weights"
-    if issubclass(own, StackedLayers):
-        return "layers"
+    if issubclass(
+        own, AdapterMerging | ExtractLora | StackedLayers | MixtureOfExperts | MergeExperts
+    ):
+        return "tests"
     return "module" if issubclass(own, EnsembleAlgorithm) else None
 
 

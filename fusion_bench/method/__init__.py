@@ -22,6 +22,8 @@ from fusion_bench.method.linear_interpolation import LinearInterpolationAlgorith
 from fusion_bench.method.lines import LiNeSAlgorithm
 from fusion_bench.method.localize_and_stitch import LocalizeAndStitch
 from fusion_bench.method.magmax import MagMaxAlgorithm
+from fusion_bench.method.merge_experts import MergeExperts
+from fusion_bench.method.mixture_of_experts import MixtureOfExperts
 from fusion_bench.method.model_soup import GreedySoupAlgorithm, LearnedSoupAlgorithm
 from fusion_bench.method.model_stock import ModelStock
 from fusion_bench.method.multi_slerp import MultiSlerpAlgorithm
@@ -72,6 +74,8 @@ __all__ = [
     "LocalizeAndStitch",
     "MagMaxAlgorithm",
     "MaxModelPredictorAlgorithm",
+    "MergeExperts",
+    "MixtureOfExperts",
     "ModelBreadcrumbs",
     "ModelStock",
     "MultiSlerpAlgorithm",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusion_bench.problems import Place
 from fusion_bench.results import Metric, SampleScores
+from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import Config, MergePolicy, Model, Weights
 from fusion_bench.weights.blueprint import Blueprint
 
@@ -115,6 +116,15 @@ class Drawing(Protocol):
         Raises:
             FusionBenchError: a config that nothing can be built by.
         """
+
+
+@runtime_checkable
+class ReadingTexts(Protocol):
+    """A pool whose models read texts."""
+
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        """The models' tokenizer, which need not exist."""
 
 
 @runtime_checkable

@@ -36,6 +36,7 @@ from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
 from fusion_bench.storage import is_first_process
+from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import Config, MergePolicy, Model, TensorWeights, Weights
 from fusion_bench.weights.blueprint import Blueprint
 
@@ -177,7 +178,6 @@ class _Headers:
         pool: the pool.
         names: the models to merge.
         opened: their weights; of a model that is not among them nothing but the name is known.
-            ``None`` asks the pool.
         has_pretrained: whether there is a pretrained model.
     """
 
@@ -185,7 +185,7 @@ class _Headers:
         self,
         pool: PlacedModelPool,
         names: Sequence[str],
-        opened: Mapping[str, Weights] | None,
+        opened: Mapping[str, Weights],
         has_pretrained: bool,
     ):
         self._pool = pool
@@ -199,22 +199,21 @@ class _Headers:
 
     @property
     def vocabulary(self) -> int | None:
-        return None if self._opened == {} else self._pool.vocabulary
+        return self._pool.vocabulary if self._opened else None
+
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        return self._pool.tokenizer
 
     def weights(self, name: str) -> Weights:
-        if self._opened is None:
-            return self._pool.weights(name)
         return self._opened.get(name, TensorWeights({}))
 
     def load_model(self, name: str) -> nn.Module:
         return self._pool.load_model(name)
 
     def model(self, name: str) -> Model:
-        if self._opened is None:
-            return self._pool.model(name)
-        return Model(
-            self.weights(name), self._pool.model(name).config if self._opened else None, ""
-        )
+        config = self._pool.model(name).config if self._opened else None
+        return Model(self.weights(name), config, "")
 
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         return self._pool.build_model(weights)
@@ -234,15 +233,15 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     wanted = {s.method.needs.alike for s in settings if s.method.needs.weights}
     sound = {alike: _can_be_merged(plan, modelpool, needed, alike) for alike in sorted(wanted)}
-    whole = all(name in plan.weights for name in needed)
+    opened = plan.weights if all(name in plan.weights for name in needed) else {}
     told: dict[Place, list[Step]] = {}  # of several settings of a method those of the first
     for setting in settings:
         needs, based = setting.method.needs, modelpool.has_pretrained
         with plan.collect(), setting.located():
             refuse_without_pretrained(setting.method, modelpool)
         names = modelpool.model_names if setting.models is None else setting.models
-        opened = plan.weights if whole and sound.get(needs.alike) else {}
-        known = None if not needs.weights else opened if based or not needs.base else {}
+        fits = not needs.weights or sound.get(needs.alike)
+        known = opened if fits and (based or not needs.base) else {}
         # A method of the user's may look for an entry.
         unknown = suppress(LookupError) if known == {} else nullcontext()
         with plan.collect(), setting.located(), unknown:

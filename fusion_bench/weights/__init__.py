@@ -2,6 +2,7 @@
 
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
+from fusion_bench.weights.averaged import Averaged, Share, Sums
 from fusion_bench.weights.by_token import ByToken, Row, token_axis
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
@@ -21,7 +22,14 @@ from fusion_bench.weights.mapping import (
     Weights,
     is_special,
 )
-from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
+from fusion_bench.weights.merge import (
+    MergedWeights,
+    MergePiece,
+    MergeTensor,
+    changed,
+    merge,
+    same_for_all,
+)
 from fusion_bench.weights.model import Model
 from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
 from fusion_bench.weights.stream import in_memory, into_module, predicted_peak, stream
@@ -33,6 +41,7 @@ __all__ = [
     "AdapterWeights",
     "Aligned",
     "Arrangement",
+    "Averaged",
     "ByToken",
     "Config",
     "Cost",
@@ -52,11 +61,14 @@ __all__ = [
     "Renamed",
     "Row",
     "Run",
+    "Share",
     "Stacked",
+    "Sums",
     "TensorSpec",
     "TensorWeights",
     "Weights",
     "align",
+    "changed",
     "check_size",
     "dequantised",
     "first_of",

@@ -59,6 +59,24 @@ def merge(
     return MergedWeights(inputs, same_for_all(merge_tensor))
 
 
+def changed(
+    name: str, weights: Weights, policy: MergePolicy, change: MergePiece | None = None
+) -> Weights:
+    """Return one model's weights in the policy's type, each piece changed by ``change``.
+
+    Args:
+        name: the model, for messages.
+        weights: its weights; they are returned where nothing changes.
+        policy: what to do with NaN, and the type of the result.
+        change: the only one of ``tensors`` is what it changes.
+    """
+    if change is None and policy.torch_dtype is None:
+        return weights
+    aligned = align({name: weights}, None, policy, None)
+    inputs = Inputs(aligned, policy, True, True, weights.show_progress)
+    return MergedWeights(inputs, change or (lambda key, start, tensors, base: tensors[0]))
+
+
 class MergedWeights(Weights):
     """Weights that are merged when they are read, in the reference's order.
 

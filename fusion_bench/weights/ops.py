@@ -217,6 +217,15 @@ def uniform(numel: int, seed: Sequence[object], start: int = 0) -> NDArray[np.fl
     return np.concatenate([np.empty(0, np.float32), *parts])
 
 
+def normal(numel: int, seed: Sequence[object], start: int = 0) -> NDArray[np.float32]:
+    """Draw from the standard normal distribution, with ``seed`` and ``start`` as above."""
+    parts = [
+        _generator(*seed, block).standard_normal(end, dtype=np.float32)[begin:]
+        for block, begin, end in _blocks(start, numel)
+    ]
+    return np.concatenate([np.empty(0, np.float32), *parts])
+
+
 def _blocks(start: int, numel: int) -> Iterator[tuple[int, int, int]]:
     """Yield the blocks that a piece touches, each with the piece's first and last place in it."""
     for block in range(start // _BLOCK, -(-(start + numel) // _BLOCK)):
