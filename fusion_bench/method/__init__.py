@@ -1,6 +1,7 @@
 """Fusion methods, one per file."""
 
 from fusion_bench.method.adamerging import AdaMergingAlgorithm
+from fusion_bench.method.arcee_fusion import ArceeFusionAlgorithm
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.breadcrumbs import ModelBreadcrumbs
 from fusion_bench.method.dare import DareSimpleAverage, DareTaskArithmetic, DareTiesMerging
@@ -23,9 +24,11 @@ from fusion_bench.method.magmax import MagMaxAlgorithm
 from fusion_bench.method.model_soup import GreedySoupAlgorithm, LearnedSoupAlgorithm
 from fusion_bench.method.model_stock import ModelStock
 from fusion_bench.method.multi_slerp import MultiSlerpAlgorithm
+from fusion_bench.method.nearswap import NearSwapAlgorithm
 from fusion_bench.method.nuslerp import NuSlerpAlgorithm
 from fusion_bench.method.opcm import OPCM, OPCMForCLIP
 from fusion_bench.method.pcb_merging import PCBMerging
+from fusion_bench.method.ram import RAMAlgorithm, RAMPlusAlgorithm
 from fusion_bench.method.regmean import RegMeanAlgorithm
 from fusion_bench.method.regmean_plusplus import RegMeanAlgorithmPlusPlus
 from fusion_bench.method.sce import SCEAlgorithm
@@ -46,6 +49,7 @@ RegMeanAlgorithmForCLIPPlusPlus = RegMeanAlgorithmPlusPlus
 __all__ = [
     "OPCM",
     "AdaMergingAlgorithm",
+    "ArceeFusionAlgorithm",
     "ConsensusTaskArithmetic",
     "DareSimpleAverage",
     "DareTaskArithmetic",
@@ -69,9 +73,12 @@ __all__ = [
     "ModelBreadcrumbs",
     "ModelStock",
     "MultiSlerpAlgorithm",
+    "NearSwapAlgorithm",
     "NuSlerpAlgorithm",
     "OPCMForCLIP",
     "PCBMerging",
+    "RAMAlgorithm",
+    "RAMPlusAlgorithm",
     "RegMeanAlgorithm",
     "RegMeanAlgorithmForCLIP",
     "RegMeanAlgorithmForCLIPPlusPlus",
