@@ -1,7 +1,7 @@
 r"""Arcee Fusion: take over the changes that matter most, and leave the others.
 
-The importance of an element is its change times how far the softmax of its row moves,
-$|\tau| \cdot \mathrm{KL}(\operatorname{softmax}(\theta_1) \,\|\, \operatorname{softmax}(\theta_0))$.
+The importance of an element is its change times how far the softmax $\sigma$ of its row moves,
+$|\tau| \cdot \mathrm{KL}(\sigma(\theta_1) \,\|\, \sigma(\theta_0))$.
 Changes whose importance is at least the median plus 1.5 times the interquartile range are kept.
 
 Arcee AI, Arcee Fusion, 2024, as published with mergekit.

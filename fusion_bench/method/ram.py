@@ -1,8 +1,8 @@
 r"""RAM: add what one model alone has changed, and average what several have.
 
 An element of a task vector is active where $|\tau_t| > \varepsilon$. With $c$ active models the
-result is $\theta_0 + \frac{1}{c} \sum_{t\ \mathrm{active}} \tau_t$. RAM+ adds more of what one model
-alone has changed, the more so the more of its changes it shares with others.
+result is $\theta_0 + \frac{1}{c} \sum_{t\ \mathrm{active}} \tau_t$. RAM+ adds more of what one
+model alone has changed, the more so the more of its changes it shares with others.
 
 Reinforced Agent Merging, https://arxiv.org/abs/2601.13572
 """
@@ -48,9 +48,9 @@ class RAMAlgorithm(TensorwiseAlgorithm):
 
 @dataclass(eq=False)
 class RAMPlusAlgorithm(TensorwiseAlgorithm):
-    """RAM with larger changes where one model alone is active, tensor by tensor.
+    r"""RAM with larger changes where one model alone is active, tensor by tensor.
 
-    A model's own changes are scaled by $1 + r \\min(s / u, \\alpha)$: of its active elements, $s$
+    A model's own changes are scaled by $1 + r \min(s / u, \alpha)$: of its active elements, $s$
     are shared with other models and $u$ are its own alone.
 
     Args:

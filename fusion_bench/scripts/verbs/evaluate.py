@@ -30,7 +30,8 @@ def run(arguments: Namespace) -> None:
     from fusion_bench.catalog import unambiguous
     from fusion_bench.scripts.run import run_composed
     from fusion_bench.scripts.verbs.merge import pool_words, separated
-    from fusion_bench.scripts.words import in_grammar, named_after
+    from fusion_bench.recipes import named_after
+    from fusion_bench.scripts.words import in_grammar
 
     given, settings = separated(arguments.models, "taskpool")
     names, more = separated(arguments.tasks, "taskpool")

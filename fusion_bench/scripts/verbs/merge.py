@@ -35,7 +35,8 @@ def run(arguments: Namespace) -> None:
     from fusion_bench.catalog import find
     from fusion_bench.problems import FusionBenchError
     from fusion_bench.scripts.run import run_composed
-    from fusion_bench.scripts.words import in_grammar, named_after
+    from fusion_bench.recipes import named_after
+    from fusion_bench.scripts.words import in_grammar
 
     given, settings = separated(arguments.models, "method")
     method = find(arguments.method, ("methods",))
