@@ -15,6 +15,7 @@ from fusion_bench.method.contract import (
     FusionMethod,
     ModelPool,
     Needs,
+    Product,
     Ran,
 )
 from fusion_bench.method.plain import refuse_without_pretrained
@@ -25,6 +26,7 @@ from fusion_bench.weights import (
     MergedWeights,
     MergePiece,
     MergePolicy,
+    Model,
     TensorWeights,
     Weights,
     align,
@@ -32,6 +34,7 @@ from fusion_bench.weights import (
     is_special,
     same_for_all,
 )
+from fusion_bench.weights.config import plain
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -58,11 +61,18 @@ class ModuleDict:
         """Return the module itself."""
         return self._modules[name]
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def model(self, name: str) -> Model:
+        """Return the module's weights, with its config where it has one."""
+        module = self._modules[name]
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        config = None if to_dict is None else plain(to_dict())
+        return Model(self.weights(name), config, type(module).__name__)
+
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Return a copy of the pretrained module, or else of the first, with these weights."""
         name = "_pretrained_" if self.has_pretrained else self.model_names[0]
         module = deepcopy(self._modules[name])
-        module.load_state_dict(dict(weights))
+        module.load_state_dict(dict(weights.weights if isinstance(weights, Model) else weights))
         return module.eval()
 
 
@@ -220,13 +230,15 @@ def run(
     if not isinstance(modelpool, Mapping):
         return method.fuse(modelpool, fabric, data)
     fused = method.fuse(ModuleDict(modelpool), fabric, data)
-    if isinstance(fused, Weights):
-        return in_memory(fused)
-    if isinstance(fused, nn.Module):
-        return fused
-    return {
-        name: in_memory(part) if isinstance(part, Weights) else part for name, part in fused.items()
-    }
+    if isinstance(fused, Mapping) and not isinstance(fused, Weights):
+        return {name: _in_memory(part) for name, part in fused.items()}
+    return _in_memory(fused)
+
+
+def _in_memory(product: Product) -> dict[str, Tensor] | nn.Module:
+    if isinstance(product, Model):
+        product = product.weights
+    return in_memory(product) if isinstance(product, Weights) else product
 
 
 def aligned(

@@ -21,6 +21,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.results import ACCURACY, Metric, SampleScores
 from fusion_bench.weights import (
     MergePolicy,
+    Model,
     TensorWeights,
     Weights,
     in_memory,
@@ -160,11 +161,15 @@ class Pool:
         """Return a model's weights."""
         return self._models[name]
 
+    def model(self, name: str) -> Model:
+        """Return a model without a config."""
+        return Model(self.weights(name), None, "test")
+
     def load_model(self, name: str) -> nn.Module:
         """Refuse: there are weights alone."""
         raise NotImplementedError(name)
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Refuse: there are weights alone."""
         raise NotImplementedError
 
@@ -180,8 +185,9 @@ class TrainablePool(Pool):
         """Return a copy of a module."""
         return deepcopy(self._modules[name]).eval()
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Return a module with these weights."""
+        weights = weights.weights if isinstance(weights, Model) else weights
         module = deepcopy(next(iter(self._modules.values()))).eval()
         module.load_state_dict({key: weights[key] for key in weights})
         return module

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusion_bench.problems import Place
 from fusion_bench.results import Metric, SampleScores
-from fusion_bench.weights import MergePolicy, Weights
+from fusion_bench.weights import MergePolicy, Model, Weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 #: The part of the datasets that a method learns from. The test split is that of the task pool.
 Split = Literal["train", "validation", "test"]
 
+#: One fused model: weights for the config that the pool's models have, or a ``Model`` with its own.
+Product = Weights | Model | nn.Module
 #: What a method makes of a pool: one model, or several by name.
-Fused = Weights | nn.Module | Mapping[str, Weights | nn.Module]
+Fused = Product | Mapping[str, Product]
 #: What ``run`` returns: the same, with state dicts instead of weights for a dict of modules.
 Ran = Fused | dict[str, Tensor] | Mapping[str, dict[str, Tensor] | nn.Module]
 
@@ -68,11 +70,14 @@ class ModelPool(Protocol):
     def weights(self, name: str) -> Weights:
         """Return a model's weights, which the caller must not write to."""
 
+    def model(self, name: str) -> Model:
+        """Return a model: its weights, and what else determines what it computes."""
+
     def load_model(self, name: str) -> nn.Module:
         """Return a model as a module in eval mode, on the CPU, which the caller may change."""
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return a module with these weights."""
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
+        """Return a module with these weights; a ``Model`` is built by its own config."""
 
 
 @runtime_checkable
@@ -98,7 +103,7 @@ class Saving(Protocol):
 
     def save_model(
         self,
-        model: nn.Module | Weights,
+        model: Product,
         path: str | Path,
         config: Mapping[str, Any] | None = None,
     ) -> None:

@@ -17,7 +17,15 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.problems import FusionBenchError, check_between, within
-from fusion_bench.weights import Inputs, MergePiece, MergePolicy, TensorSpec, Weights
+from fusion_bench.weights import (
+    Inputs,
+    MergePiece,
+    MergePolicy,
+    Model,
+    Origin,
+    TensorSpec,
+    Weights,
+)
 from fusion_bench.weights.matrices import column_space, is_matrix
 from fusion_bench.weights.ops import task_vectors
 
@@ -68,6 +76,7 @@ class KnOTSMerging(TensorwiseAlgorithm):
         alignment = _Alignment(inputs, self.exclude_keys or (), self.rank_tol)
         with within("base_method", keyed_only=True):
             fused = self._base.fuse(_AlignedPool(alignment))
+        assert not isinstance(fused, Model)
         if isinstance(fused, Weights):
             return self._turned_back(alignment, fused)
         return {name: self._turned_back(alignment, own) for name, own in fused.items()}
@@ -171,13 +180,17 @@ class _AlignedPool:
         model = None if name == "_pretrained_" else self.model_names.index(name)
         return _Aligned(self._alignment, model)
 
+    def model(self, name: str) -> Model:
+        """Return the same, without a config."""
+        return Model(self.weights(name), None, "aligned task vectors")
+
     def load_model(self, name: str) -> nn.Module:
         """Refuse: aligned task vectors are not a module's weights."""
         raise FusionBenchError(
             "This method needs modules, but aligned task vectors have no modules."
         )
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Refuse: aligned task vectors are not weights of a module."""
         return self.load_model("")
 
@@ -227,3 +240,7 @@ class _Aligned(Weights):
     def tied_to(self, key: str) -> str:
         """Return the first key of an entry that is tied in every model."""
         return self._alignment.inputs.tied_to(key)
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the stored entries of all models: they share the directions."""
+        return self._alignment.inputs.origins(key)

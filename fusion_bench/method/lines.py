@@ -23,6 +23,7 @@ from fusion_bench.weights import (
     Inputs,
     MergedWeights,
     MergePiece,
+    Model,
     Weights,
     align,
 )
@@ -96,11 +97,11 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         refuse_without_pretrained(self, pool)
         with within("base_method", keyed_only=True):
             fused = self._base.fuse(pool, fabric, data)
-        if isinstance(fused, Weights | nn.Module):
+        if isinstance(fused, Weights | Model | nn.Module):
             return self._scaled(pool, fused)
         return {name: self._scaled(pool, own) for name, own in fused.items()}
 
-    def _scaled(self, pool: ModelPool, merged: Weights | nn.Module) -> Weights:
+    def _scaled(self, pool: ModelPool, merged: Weights | Model | nn.Module) -> Weights:
         """Return weights that scale ``merged`` when they are read."""
         if not isinstance(merged, Weights):
             raise _no_weights(self._base)
@@ -127,9 +128,9 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
 
 
 def _no_weights(method: FusionMethod) -> FusionBenchError:
-    """Return the problem of a base method that returns a module."""
+    """Return the problem of a base method that returns no weights of the models' own form."""
     return FusionBenchError(
-        f"{class_name(method)} returns a module instead of weights, which cannot be scaled.",
+        f"{class_name(method)} returns a module or another form of model, which cannot be scaled.",
         "Choose another method.",
         place=("base_method",),
     )

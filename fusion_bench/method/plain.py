@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from fusion_bench.method.contract import Data, Fused, FusionMethod, ModelPool, Needs
+from fusion_bench.method.contract import Data, Fused, FusionMethod, ModelPool, Needs, Product
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import TensorWeights, Weights
+from fusion_bench.weights import Model, TensorWeights, Weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -110,13 +110,13 @@ def _fuses_in_run(own: type) -> bool:
     return run is not fuse and issubclass(run, fuse)
 
 
-def _named(result: object, name: str = "") -> dict[str, nn.Module | Weights]:
+def _named(result: object, name: str = "") -> dict[str, Product]:
     """Return by name what a ``run`` returned: weights, a module, or a family of either.
 
     Raises:
         FusionBenchError: it returned something else.
     """
-    if isinstance(result, nn.Module | Weights):
+    if isinstance(result, nn.Module | Weights | Model):
         return {name: result}
     if not isinstance(result, Mapping):
         raise FusionBenchError(

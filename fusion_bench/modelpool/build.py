@@ -13,7 +13,7 @@ from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.repository import Repository
 from fusion_bench.sources import reading
 from fusion_bench.trust import trusts_remote_code
-from fusion_bench.weights import Weights, in_memory, shortened, weight_files
+from fusion_bench.weights import Config, Weights, in_memory, shortened, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -34,6 +34,24 @@ def class_named(name: str) -> Any:
         raise FusionBenchError(
             f"transformers has no '{name}'.", did_you_mean(name, known), place=("model_class",)
         ) from error
+
+
+def config_of(content: Config, config_class: str) -> "PretrainedConfig":
+    """Return what a class of transformers makes of a ``config.json``.
+
+    Raises:
+        FusionBenchError: a ``model_type`` that transformers does not know.
+    """
+    import transformers
+
+    made = getattr(transformers, config_class)
+    if made is transformers.AutoConfig:
+        kind = str(content.get("model_type"))
+        if kind not in transformers.CONFIG_MAPPING:
+            raise FusionBenchError(f"transformers knows no model of the type '{kind}'.")
+        made = transformers.CONFIG_MAPPING[kind]
+    config: PretrainedConfig = made.from_dict(dict(content))
+    return config
 
 
 def build(

@@ -9,11 +9,12 @@ from torch import nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.agreement import PREPROCESSOR
+from fusion_bench.modelpool.build import config_of
 from fusion_bench.modelpool.directory import tell_what_is_left
 from fusion_bench.modelpool.huggingface import HFModelPool
 from fusion_bench.pretrained import from_pretrained
 from fusion_bench.sources import reading
-from fusion_bench.weights import MergePolicy, Renamed, Weights
+from fusion_bench.weights import MergePolicy, Model, Renamed, Weights
 
 #: Every reader understands files with this prefix; a live module's keys are without it.
 _FILE_PREFIX = "vision_model."
@@ -75,8 +76,10 @@ class CLIPVisionModelPool(HFModelPool):
         encoder: nn.Module = getattr(module, "vision_model", module)  # a full CLIP model holds one
         return encoder
 
-    def _write_companions(self, directory: Path) -> None:
+    def _write_companions(self, model: Model | None, directory: Path) -> None:
         config = deepcopy(self._config_for(self._reference))
+        if model is not None and model.config is not None:
+            config = self._part_of(config_of(model.config, self._config_class))
         assert config is not None
         config.architectures = ["CLIPVisionModel"]
         if self.policy.dtype is not None:

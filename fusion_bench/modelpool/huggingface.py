@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,14 @@ from fusion_bench.modelpool.agreement import (
     compare_vocabularies,
     holds,
 )
-from fusion_bench.modelpool.build import build, class_named, read_whole, refuse_incomplete
-from fusion_bench.modelpool.directory import write_directory
+from fusion_bench.modelpool.build import (
+    build,
+    class_named,
+    config_of,
+    read_whole,
+    refuse_incomplete,
+)
+from fusion_bench.modelpool.directory import copy_files, processor_files, write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
@@ -354,15 +360,20 @@ class HFModelPool:
             refuse_incomplete(f"'{whole.name}'", info)
         return module
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Return a module of the reference's architecture with these weights.
 
-        Nothing is initialised to be thrown away, and tensors are taken over as they are. A module
-        that transformers did not make is copied.
+        A ``Model`` is built by its own config. Nothing is initialised to be thrown away, and
+        tensors are taken over as they are. A module that transformers did not make is copied.
 
         Raises:
             FusionBenchError: weights that are not all of the model's, or no config.
         """
+        if isinstance(weights, Model) and weights.config is not None:
+            config = self._part_of(config_of(weights.config, self._config_class))
+            return build(self.model_class, weights.weights, config)
+        if isinstance(weights, Model):
+            weights = weights.weights
         if self._source(self._reference).config() is None:
             return self._copy(weights)
         return build(self.model_class, weights, self._config_for(self._reference))
@@ -396,34 +407,41 @@ class HFModelPool:
         """Return what a model is built by; None for a module without a config."""
         source = self._source(name)
         with within(*source.named.place):
-            config = source.config_for(self._config_class)
+            return self._part_of(source.config_for(self._config_class))
+
+    def _part_of(self, config: "PretrainedConfig | None") -> "PretrainedConfig | None":
+        """Return the part of a config that the pool's models are built by."""
         return config if self._part is None else getattr(config, self._part, config)
 
     def save_model(
         self,
-        model: nn.Module | Weights,
+        model: nn.Module | Weights | Model,
         path: str | Path,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a model as a Hugging Face directory, which appears whole or not at all.
 
-        Beside the weights are the reference's config and tokenizer files and a model card. The
-        recipe is in the card and in the weights' metadata: ``config``, and each source with its
-        files' hashes.
+        Beside the weights are the reference's config and tokenizer files, or those of a ``Model``,
+        and a model card. The recipe is in the card and in the weights' metadata: ``config``, and
+        each source with its files' hashes.
 
         Args:
             model: weights, which are computed as they are written, or a module.
             path: a directory; what is there is replaced.
             config: the run's config.
         """
-        weights = model if isinstance(model, Weights) else TensorWeights(model.state_dict())
+        own = model if isinstance(model, Model) else None
+        if isinstance(model, Model):
+            weights = model.weights
+        else:
+            weights = model if isinstance(model, Weights) else TensorWeights(model.state_dict())
         write_directory(
             Path(path).absolute(),
             self._for_file(weights),
             sources={name: source.described() for name, source in self._sources.items()},
             config=config,
             max_shard_size=self.max_shard_size,
-            write_companions=self._write_companions,
+            write_companions=partial(self._write_companions, own),
         )
 
     def open_saved(self, path: Path) -> Weights:
@@ -451,10 +469,21 @@ class HFModelPool:
         """Return weights with the keys that they have in a file."""
         return weights
 
-    def _write_companions(self, directory: Path) -> None:
-        """Write config, tokenizer and processor files beside merged weights."""
+    def _write_companions(self, model: Model | None, directory: Path) -> None:
+        """Write config, tokenizer and processor files beside merged weights.
+
+        Args:
+            model: one with a config of its own, in place of the reference's.
+            directory: where they go.
+        """
         reference = self._source(self._reference)
-        reference.write_companions(directory, processors=self._processor is None)
+        others = model is not None and model.companions not in ((), reference.companions)
+        reference.write_companions(directory, processors=self._processor is None and not others)
+        if model is not None and others and self._processor is None:
+            for place in reversed(model.companions):
+                copy_files(place, processor_files(place), directory)
+        if model is not None and model.config is not None:
+            write_text(directory / "config.json", json.dumps(dict(model.config), indent=2) + "\n")
         if self._processor is not None:
             self._processor.write(directory)
         file = directory / "config.json"
@@ -472,7 +501,9 @@ class HFModelPool:
         if self.model_class == "AutoModel" and re.search("For|Head", json.dumps(named)):
             del config["architectures"]  # a classifier's, of which this is the backbone
         tokens = (self._reference_model.config or {}).get("vocab_size")
-        if tokens is not None and "vocab_size" in config:  # an adapter may have added some
+        if (
+            model is None and tokens is not None and "vocab_size" in config
+        ):  # an adapter may have added some
             config["vocab_size"] = tokens
         if config != before:
             write_text(file, json.dumps(config, indent=2) + "\n")

@@ -9,6 +9,7 @@ from urllib.parse import quote
 from lightning.fabric import Fabric
 from torch import nn
 
+from fusion_bench.method.contract import Product
 from fusion_bench.problems import Place, within
 from fusion_bench.programs.fusing import MERGED
 from fusion_bench.programs.owners import owners
@@ -20,7 +21,7 @@ from fusion_bench.report.schema import Role
 from fusion_bench.results import SampleScores
 from fusion_bench.storage import write_bytes
 from fusion_bench.tasks import canonical_name
-from fusion_bench.weights import TensorWeights, Weights, sha256
+from fusion_bench.weights import Model, TensorWeights, Weights, sha256
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Evaluator:
             for model, found in models.items():
                 self.scores.add(task, model, found)
 
-    def evaluate_merged(self, merged: Mapping[str, nn.Module | Weights]) -> None:
+    def evaluate_merged(self, merged: Mapping[str, Product]) -> None:
         """Evaluate the merged models."""
         for name, model in merged.items():
             tasks = self.merged_tasks(name)
@@ -120,6 +121,9 @@ class Evaluator:
                 build = partial(self.modelpool.build_model, model)
                 known = self.modelpool.architecture()
                 self._evaluate(name, "merged", model, build, known, tasks)
+            elif isinstance(model, Model):
+                build = partial(self.modelpool.build_model, model)
+                self._evaluate(name, "merged", model.weights, build, model.architecture, tasks)
             else:  # what it computes is not told by its weights, so that nothing is kept of it
                 weights = TensorWeights(model.state_dict())
                 self._evaluate(name, "merged", weights, model, None, tasks)

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from fusion_bench.instantiate import SharedObjects
-from fusion_bench.method.contract import Saving
+from fusion_bench.method.contract import Product, Saving
 from fusion_bench.method.plain import class_name
 from fusion_bench.plan import Plan
 from fusion_bench.problems import EnvironmentProblem, within
@@ -27,6 +27,8 @@ from fusion_bench.programs.fusing import (
     fuse,
     materialize,
     tuning_data,
+    weights_of,
+    with_weights,
 )
 from fusion_bench.programs.output_paths import OutputPaths
 from fusion_bench.programs.pools import ForeseesWork, PlacedModelPool, ReadsTexts, TaskPool
@@ -40,7 +42,6 @@ from fusion_bench.progress import SAMPLES, kept, quiet_libraries, step
 from fusion_bench.report import Report, Scores, Search, Seconds, compare_contenders
 from fusion_bench.report.changes import changed_samples
 from fusion_bench.storage import whole_directory
-from fusion_bench.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +254,7 @@ class _Run:
     def _evaluate(
         self,
         evaluator: Evaluator,
-        merged: Mapping[str, nn.Module | Weights],
+        merged: Mapping[str, Product],
         fabric: Fabric,
         inputs: Mapping[str, str],
     ) -> None:
@@ -302,7 +303,7 @@ class _Run:
 
     def _fuse(
         self, fabric: Fabric, chosen: Setting, data: TuningData, search: Search | None
-    ) -> dict[str, nn.Module | Weights]:
+    ) -> dict[str, Product]:
         """Return the merged models by name, saved if a path is given.
 
         Merged weights are computed while they are written. They are kept in memory only if they are
@@ -331,11 +332,12 @@ class _Run:
         if self.taskpool is not None:
             return merged
         for name, directory in directories.items():
-            if isinstance(merged[name], Weights):
-                merged[name] = self.modelpool.open_saved(directory)
+            if weights_of(merged[name]) is not None:
+                saved = self.modelpool.open_saved(directory)
+                merged[name] = with_weights(merged[name], saved)
         return merged
 
-    def _save(self, model: nn.Module | Weights, place: Path, config: Mapping[str, object]) -> None:
+    def _save(self, model: Product, place: Path, config: Mapping[str, object]) -> None:
         try:
             if isinstance(model, Savable):
                 model.save(place, self.modelpool, config)

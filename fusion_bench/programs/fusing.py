@@ -2,21 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.instantiate import accepts
-from fusion_bench.method.contract import FusionMethod, ModelPool, Split
+from fusion_bench.method.contract import FusionMethod, ModelPool, Product, Split
 from fusion_bench.method.plain import class_name
 from fusion_bench.problems import ConfigError, FusionBenchError, Place, key_of, within
 from fusion_bench.programs.pools import Nodes, PlacedModelPool, TaskPool
 from fusion_bench.programs.spec import Places, Section, plain
 from fusion_bench.progress import Step, step
 from fusion_bench.report import Tuning, TuningTask
-from fusion_bench.weights import TensorWeights, Weights, in_memory
+from fusion_bench.weights import Model, TensorWeights, Weights, in_memory
 from fusion_bench.weights.stream import bytes_to_read
 
 if TYPE_CHECKING:
@@ -41,26 +41,41 @@ def seeded(method: Section, seed: int | None) -> Section:
 
 def fuse(
     method: FusionMethod, modelpool: ModelPool, fabric: Fabric, data: TuningData
-) -> dict[str, nn.Module | Weights]:
+) -> dict[str, Product]:
     """Return the merged models by name; weights are computed when they are read."""
     fused = method.fuse(modelpool, fabric, data)
-    if isinstance(fused, nn.Module | Weights):
+    if isinstance(fused, nn.Module | Weights | Model):
         return {MERGED: fused}
     return {f"{MERGED}/{name}": model for name, model in fused.items()}
 
 
-def materialize(merged: Mapping[str, nn.Module | Weights]) -> dict[str, nn.Module | Weights]:
+def materialize(merged: Mapping[str, Product]) -> dict[str, Product]:
     """Return the same with all weights computed and in memory."""
     with counted(merged):
-        return {
-            name: TensorWeights(in_memory(model)) if isinstance(model, Weights) else model
-            for name, model in merged.items()
-        }
+        return {name: _materialized(model) for name, model in merged.items()}
 
 
-def counted(merged: Mapping[str, nn.Module | Weights]) -> AbstractContextManager[Step]:
+def _materialized(model: Product) -> Product:
+    weights = weights_of(model)
+    return model if weights is None else with_weights(model, TensorWeights(in_memory(weights)))
+
+
+def weights_of(model: Product) -> Weights | None:
+    """Return the weights that are computed when they are read; ``None`` of a module."""
+    if isinstance(model, nn.Module):
+        return None
+    return model.weights if isinstance(model, Model) else model
+
+
+def with_weights(model: Product, weights: Weights) -> Product:
+    """Return a merged model with other weights in place of its own."""
+    return replace(model, weights=weights) if isinstance(model, Model) else weights
+
+
+def counted(merged: Mapping[str, Product]) -> AbstractContextManager[Step]:
     """Read all merged weights as one step, which counts the bytes of them together."""
-    shown = [m for m in merged.values() if isinstance(m, Weights) and m.show_progress]
+    known = (weights_of(model) for model in merged.values())
+    shown = [weights for weights in known if weights is not None and weights.show_progress]
     return step("", sum(sum(bytes_to_read(model).values()) for model in shown) or None, "B")
 
 

@@ -10,11 +10,12 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.method import contract
+from fusion_bench.method.contract import Product
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, within
 from fusion_bench.results import Example, SampleScores
 from fusion_bench.tokenizer import TokenizerSource
-from fusion_bench.weights import MergePolicy, TensorWeights, Weights
+from fusion_bench.weights import MergePolicy, Model, TensorWeights, Weights
 
 if TYPE_CHECKING:
     from fusion_bench.taskpool import LearningData, TaskDescription
@@ -154,12 +155,17 @@ class PlacedModelPool:
         with self._here():
             return self._pool.architecture(name)
 
+    def model(self, name: str) -> Model:
+        """As in ``ModelPool``."""
+        with self._here():
+            return self._pool.model(name)
+
     def load_model(self, name: str) -> nn.Module:
         """As in ``ModelPool``."""
         with self._here():
             return self._pool.load_model(name)
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """As in ``ModelPool``."""
         with self._here():
             return self._pool.build_model(weights)
@@ -171,7 +177,7 @@ class PlacedModelPool:
 
     def save_model(
         self,
-        model: nn.Module | Weights,
+        model: Product,
         path: str | Path,
         config: Mapping[str, object] | None = None,
     ) -> None:
@@ -218,11 +224,17 @@ class _PlainPool:
         known = self._call("architecture", name) if self._has("architecture") else None
         return None if known is None else str(known)
 
+    def model(self, name: str) -> Model:
+        if not self._has("model"):
+            return Model(self.weights(name), None, type(self._pool).__name__)
+        model: Model = self._call("model", name)
+        return model
+
     def load_model(self, name: str) -> nn.Module:
         model: nn.Module = self._call("load_model", name)
         return model
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         model: nn.Module = self._call("build_model", weights)
         return model
 
@@ -232,7 +244,7 @@ class _PlainPool:
 
     def save_model(
         self,
-        model: nn.Module | Weights,
+        model: Product,
         path: str | Path,
         config: Mapping[str, object] | None = None,
     ) -> None:

@@ -34,7 +34,7 @@ from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
 from fusion_bench.storage import is_first_process
-from fusion_bench.weights import MergePolicy, TensorWeights, Weights
+from fusion_bench.weights import MergePolicy, Model, TensorWeights, Weights
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,14 @@ class _Headers:
     def load_model(self, name: str) -> nn.Module:
         return self._pool.load_model(name)
 
-    def build_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def model(self, name: str) -> Model:
+        if self._opened is None:
+            return self._pool.model(name)
+        return Model(
+            self.weights(name), self._pool.model(name).config if self._opened else None, ""
+        )
+
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         return self._pool.build_model(weights)
 
 

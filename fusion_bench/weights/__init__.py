@@ -9,11 +9,12 @@ from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
-from fusion_bench.weights.mapping import TensorSpec, TensorWeights, Weights, is_special
+from fusion_bench.weights.layers import LayerPlace, Layers
+from fusion_bench.weights.mapping import Origin, TensorSpec, TensorWeights, Weights, is_special
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.model import Model
 from fusion_bench.weights.stream import in_memory, into_module, stream
-from fusion_bench.weights.views import Renamed, without_prefix
+from fusion_bench.weights.views import Renamed, Stacked, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
 
 __all__ = [
@@ -23,12 +24,16 @@ __all__ = [
     "Config",
     "HubWeights",
     "Inputs",
+    "LayerPlace",
+    "Layers",
     "MergePiece",
     "MergePolicy",
     "MergeTensor",
     "MergedWeights",
     "Model",
+    "Origin",
     "Renamed",
+    "Stacked",
     "TensorSpec",
     "TensorWeights",
     "Weights",

@@ -18,7 +18,7 @@ from fusion_bench.problems import ConfigError
 from fusion_bench.storage import read_json
 from fusion_bench.weights.align import shortened
 from fusion_bench.weights.formats import foreign_adapter
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 
 _PART = re.compile(
     r"(?P<module>.+)\."
@@ -250,6 +250,7 @@ class AdapterWeights(Weights):
         self._updates: dict[str, _Update] = {}
         self._column_scales: dict[str, Tensor] = {}
         self._rows: dict[str, _Rows] = {}
+        self._names: dict[str, list[str]] = {}
         parts: dict[str, dict[str, Tensor]] = {}
         unknown: dict[str, dict[str, Tensor]] = {}
         for name in adapter:
@@ -257,6 +258,8 @@ class AdapterWeights(Weights):
             key = self._key(entry)
             there = unknown if key is None else parts
             there.setdefault(key or entry, {})[part] = adapter[name]
+            if key is not None:
+                self._names.setdefault(key, []).append(name)
         # The output layer that is tied to the embedding is stored beside it, and in the base not.
         for entry in [
             e for e in unknown if any(_equal_updates(unknown[e], p) for p in parts.values())
@@ -316,6 +319,11 @@ class AdapterWeights(Weights):
         changed = {key, first} & (self._replaced.keys() | self._updates.keys())
         alike = self._rows.get(key) is self._rows.get(first)
         return first if alike and not changed else key
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the base's entries, and the adapter's that change or replace them."""
+        base = () if key in self._replaced else self._base.origins(key)
+        return (*base, *(Origin(self._adapter, name) for name in self._names.get(key, ())))
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements of the flattened entry, computed over the rows that hold them."""

@@ -17,7 +17,7 @@ from fusion_bench.problems import (
     key_of,
 )
 from fusion_bench.weights.computed import is_computed
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 
 #: The types whose values are plain numbers; narrower ones mean little without scales beside them.
 _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -318,6 +318,10 @@ class _Completed(Weights):
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements of the model's entry, or else of the reference's."""
         return self._of(key).read(self._tied.get(key, key), start, stop)
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return those of the model's entry, or else of the reference's."""
+        return self._of(key).origins(self._tied.get(key, key))
 
     def _of(self, key: str) -> Weights:
         if key not in self._reference:

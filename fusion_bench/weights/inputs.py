@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.weights.align import Aligned, MergePolicy
-from fusion_bench.weights.mapping import TensorSpec
+from fusion_bench.weights.mapping import Origin, TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,12 @@ class Inputs:
         if key in self.aligned.copied:
             return self.aligned.reference.bytes_to_read(key)
         return sum(weights.bytes_to_read(key) for weights in self._all)
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the stored entries of all models, or what is copied from the reference."""
+        copied = key in self.aligned.copied
+        found = [self.aligned.reference] if copied else self._all
+        return tuple(origin for weights in found for origin in weights.origins(key))
 
     def shape(self, key: str, start: int, stop: int) -> tuple[int, ...]:
         """Return the shape in which ``read`` gives elements: 1-d where pieces will do."""

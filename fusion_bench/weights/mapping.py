@@ -28,6 +28,19 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """A stored entry that another is made of.
+
+    Attributes:
+        weights: the weights that store it.
+        key: its key there.
+    """
+
+    weights: "Weights"
+    key: str
+
+
 class Weights(Mapping[str, Tensor]):
     """A model's named tensors, in the model's order; callers must not write to them.
 
@@ -76,6 +89,10 @@ class Weights(Mapping[str, Tensor]):
     def bytes_to_read(self, key: str) -> int:
         """Return the number of bytes to read for an entry, for progress."""
         return self.spec(key).nbytes
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the stored entries that an entry is made of; itself where it is stored."""
+        return (Origin(self, key),)
 
     def verify(self) -> None:
         """Raise errors that were found while reading; called after all entries are read."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights.align import MergePolicy, align, shortened
 from fusion_bench.weights.inputs import Inputs
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,10 @@ class MergedWeights(Weights):
     def bytes_to_read(self, key: str) -> int:
         """Return the bytes of the entry in all models."""
         return self._inputs.bytes_to_read(key)
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the stored entries of all models."""
+        return self._inputs.origins(key)
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return merged elements, in float32 or float64."""

@@ -27,6 +27,12 @@ class Model:
     kind: str
     companions: tuple[Repository, ...] = ()
 
+    @property
+    def architecture(self) -> str:
+        """The hash of what besides the weights determines the results: class and config."""
+        parts = [self.kind, dict(self.config or {})]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     @cached_property
     def identity(self) -> str:
         """The hash of weights, class and config; computing it reads all weights.

@@ -5,10 +5,84 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 
 
-class Renamed(Weights):
+class Stacked(Weights):
+    """Entries of several weights under new names, in a new order.
+
+    One entry may have several names; these are not tied. Entries that are tied in their weights
+    stay tied.
+
+    Args:
+        parts: key to the weights with its entry, and the entry's key there.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Weights, str]]):
+        self._parts = dict(parts)
+        self._weights = list({id(own): own for own, _ in self._parts.values()}.values())
+        self.in_pieces = all(weights.in_pieces for weights in self._weights)
+        self.show_progress = any(weights.show_progress for weights in self._weights)
+        self._first: dict[tuple[int, str], str] = {}
+        for key, (weights, name) in self._parts.items():
+            group = id(weights), weights.tied_to(name)
+            first = self._first.setdefault(group, key)
+            if name == group[1] != self._parts[first][1]:  # what is first there is first here
+                self._first[group] = key
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files behind the entries."""
+        return tuple(dict.fromkeys(file for weights in self._weights for file in weights.files))
+
+    def __getitem__(self, key: str) -> Tensor:
+        weights, name = self._parts[key]
+        return weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and dtype of an entry."""
+        weights, name = self._parts[key]
+        return weights.spec(name)
+
+    def tied_to(self, key: str) -> str:
+        """Return the first key that shares the entry's memory under another name there."""
+        weights, name = self._parts[key]
+        first = self._first[id(weights), weights.tied_to(name)]
+        return key if self._parts[first][1] == name else first
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements of the flattened entry."""
+        weights, name = self._parts[key]
+        return weights.read(name, start, stop)
+
+    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
+        """Yield the pieces that the entry may be read in."""
+        weights, name = self._parts[key]
+        return weights.pieces(name, size)
+
+    def bytes_to_read(self, key: str) -> int:
+        """Return the number of bytes to read for an entry."""
+        weights, name = self._parts[key]
+        return weights.bytes_to_read(name)
+
+    def origins(self, key: str) -> tuple[Origin, ...]:
+        """Return the stored entries that an entry is made of."""
+        weights, name = self._parts[key]
+        return weights.origins(name)
+
+    def verify(self) -> None:
+        """Raise errors that were found while reading."""
+        for weights in self._weights:
+            weights.verify()
+
+
+class Renamed(Stacked):
     """Some entries of other weights, with new names and a new order.
 
     Args:
@@ -17,49 +91,12 @@ class Renamed(Weights):
     """
 
     def __init__(self, weights: Weights, names: Mapping[str, str]):
-        self._weights = weights
-        self._names = dict(names)
-        self._new = {old: new for new, old in reversed(self._names.items())}
-        self.in_pieces = weights.in_pieces
-        self.show_progress = weights.show_progress
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files behind the entries."""
-        return self._weights.files
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._weights[self._names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Return shape and dtype of an entry."""
-        return self._weights.spec(self._names[key])
+        super().__init__({new: (weights, old) for new, old in names.items()})
 
     def tied_to(self, key: str) -> str:
-        """Return the new name of the first key that shares the entry's memory."""
-        return self._new.get(self._weights.tied_to(self._names[key]), key)
-
-    def read(self, key: str, start: int, stop: int) -> Tensor:
-        """Return elements of the flattened entry."""
-        return self._weights.read(self._names[key], start, stop)
-
-    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
-        """Yield the pieces that the entry may be read in."""
-        return self._weights.pieces(self._names[key], size)
-
-    def bytes_to_read(self, key: str) -> int:
-        """Return the number of bytes to read for an entry."""
-        return self._weights.bytes_to_read(self._names[key])
-
-    def verify(self) -> None:
-        """Raise errors that were found while reading."""
-        self._weights.verify()
+        """Return the first key that shares the entry's memory, or is another name of it."""
+        weights, name = self._parts[key]
+        return self._first[id(weights), weights.tied_to(name)]
 
 
 def without_prefix(keys: Mapping[str, object], known: Mapping[str, object]) -> str:

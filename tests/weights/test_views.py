@@ -3,7 +3,7 @@ import torch
 from fixtures_weights import all_bits, total, weights
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Renamed, TensorWeights, in_memory, merge, without_prefix
+from fusion_bench.weights import Renamed, Stacked, TensorWeights, in_memory, merge, without_prefix
 
 
 def test_entries_have_the_new_names_in_the_new_order() -> None:
@@ -72,3 +72,35 @@ def test_a_prefix_counts_if_all_known_keys_have_it(
     keys: list[str], known: list[str], prefix: str
 ) -> None:
     assert without_prefix(dict.fromkeys(keys), dict.fromkeys(known)) == prefix
+
+
+def test_a_stack_takes_entries_of_several_weights() -> None:
+    shared = torch.ones(3)
+    one = TensorWeights({"embed": shared, "head": shared, "layer": torch.zeros(2)})
+    other = TensorWeights({"layer": torch.full((2,), 5.0)})
+    stack = Stacked(
+        {
+            "0.layer": (one, "layer"),
+            "1.layer": (other, "layer"),
+            "2.layer": (one, "layer"),
+            "embed": (one, "embed"),
+            "head": (one, "head"),
+        }
+    )
+    tensors = in_memory(stack)
+    assert [tensors[f"{i}.layer"].tolist() for i in range(3)] == [[0, 0], [5, 5], [0, 0]]
+    assert stack.tied_to("2.layer") == "2.layer"  # a layer that is used twice is written twice
+    assert stack.tied_to("head") == "embed"
+    assert [(origin.weights, origin.key) for origin in stack.origins("1.layer")] == [
+        (other, "layer")
+    ]
+
+
+def test_a_merged_entry_comes_from_all_models() -> None:
+    models = {"a": weights(x=1.0), "b": weights(x=3.0)}
+    merged = merge(models, lambda key, tensors, base: sum(tensors))
+    origins = Renamed(merged, {"y": "x"}).origins("y")
+    assert [(origin.weights, origin.key) for origin in origins] == [
+        (models["a"], "x"),
+        (models["b"], "x"),
+    ]
