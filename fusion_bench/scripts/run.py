@@ -40,6 +40,7 @@ from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
 from fusion_bench.scripts.hydra_version import check_hydra
 from fusion_bench.scripts.process import closed_stdin, plain_messages, unexpected
+from fusion_bench.scripts.recipes import refuse_recipe, take_recipe
 from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.scripts.words import choice, models
 from fusion_bench.shown import colour, set_up_streams
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
-    r"((method|modelpool|taskpool|fabric|search)(?=={)|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
+    r"((method|modelpool|taskpool|fabric|search)(?=={)|recipe|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
     r"method\.(base_method\.)*(show_pbar|inplace)|fabric\.\w+(\.\w+)*|path\.\w+|print_config|print_function_call|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
@@ -153,10 +154,7 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
         name = HydraConfig.get().job.config_name or ""
         directory, slash, file = name.rpartition("/")
         if isinstance(settings, dict) and {"merge_method", "slices"} & settings.keys():
-            raise FusionBenchError(
-                f"'{name}' is a recipe of mergekit.",
-                "docs/from_mergekit.md says what to write instead, such as 'fusion_bench merge'.",
-            )
+            raise refuse_recipe(f"{name}.yaml")
         raise FusionBenchError(
             f"The config '{name}' has no program at its top level. "
             + (
@@ -191,6 +189,7 @@ def run_settings(settings: dict[str, Any], output_dir: str | None, parts: Shared
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
     _take_out_theirs(settings)
+    take_recipe(settings)
     # For a program without this key it was about the folder alone.
     looked_at = {key: value for key, value in settings.items() if key != "overwrite"}
     Problems(precheck.problems(looked_at)).raise_all()

@@ -6,6 +6,7 @@ from pathlib import Path
 from fusion_bench.modelpool.sources.adapter import Adapter, with_bases
 from fusion_bench.modelpool.sources.file import File
 from fusion_bench.modelpool.sources.folder import Folder
+from fusion_bench.modelpool.sources.merged import Merged
 from fusion_bench.modelpool.sources.module import Module
 from fusion_bench.modelpool.sources.node import Node
 from fusion_bench.modelpool.sources.source import Named, Source
@@ -19,6 +20,7 @@ KINDS: tuple[Callable[[Named], Source | None], ...] = (
     File.take,
     Adapter.take,
     Folder.take,
+    Merged.take,
     Node.take,
 )
 
