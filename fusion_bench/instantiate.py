@@ -332,7 +332,7 @@ def _signature_problems(
         for name in sorted(given - set(parameters) - {name for name, _ in told}):
             reason = f"{_short(target)} takes no such key."
             yield Problem((name,), reason, did_you_mean(name, parameters))
-    yield from _type_problems(function, {k: v for k, v in node.items() if k in parameters})
+    yield from type_problems(function, {k: v for k, v in node.items() if k in parameters})
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():
@@ -341,7 +341,7 @@ def _signature_problems(
             yield Problem((name,), f"missing; {_short(target)} needs it.")
 
 
-def _type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
+def type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each value whose type does not match the signature.
 
     Only plain values are looked at: a node becomes an object later.

@@ -28,7 +28,7 @@ Method = type[TensorwiseAlgorithm | LearningAlgorithm | EnsembleAlgorithm]
 
 _BASES = (TensorwiseAlgorithm, LearningAlgorithm, EnsembleAlgorithm)
 #: Options that every method has, so that no YAML needs them.
-_COMMON = ("show_pbar", "inplace")
+_COMMON = ("show_pbar", "inplace", "where")
 
 
 def add_method(root: Path, name: str) -> None:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import KW_ONLY, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from fusion_bench.method.contract import (
     Product,
     Ran,
 )
+from fusion_bench.method.per_model import of_each, per_model_options
 from fusion_bench.method.plain import refuse_without_pretrained
+from fusion_bench.method.where import Resolved, Rule, resolve
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import (
     Aligned,
@@ -92,6 +94,10 @@ class TensorwiseAlgorithm:
     Args:
         show_pbar: show a progress bar.
         inplace: of modules given as a dict, write to the pretrained one, or else to the first.
+        where: rules that give options other values in some entries: under ``match`` a key pattern
+            or a list of them, and the options. The first rule that matches and sets an option is
+            used. A value may be a ``gradient`` along the layers. A pattern that matches nothing is
+            refused, but in a rule that is ``optional``.
     """
 
     needs_pretrained = False
@@ -100,15 +106,20 @@ class TensorwiseAlgorithm:
     shows_nonfinite = False
     show_pbar = True
     inplace = False
+    where: Sequence[Rule] = ()
 
     @keeps_arguments
-    def __init__(self, show_pbar: bool = True, inplace: bool = False):
+    def __init__(
+        self, show_pbar: bool = True, inplace: bool = False, *, where: Sequence[Rule] = ()
+    ):
         self.show_pbar = show_pbar
         self.inplace = inplace
+        self.where = where
 
     def __init_subclass__(cls) -> None:
         """Add the options of every method to a dataclass's own."""
-        cls.__annotations__ = {**cls.__annotations__, "show_pbar": bool, "inplace": bool}
+        last = {"show_pbar": bool, "inplace": bool, "_": KW_ONLY, "where": Sequence[Rule]}
+        cls.__annotations__ = {**cls.__annotations__, **last}
 
     @property
     def needs(self) -> Needs:
@@ -164,7 +175,7 @@ class TensorwiseAlgorithm:
             FusionBenchError: as ``check_pool``.
         """
         inputs = self.inputs(pool, fabric)
-        merger = self.merger(inputs)
+        merger = resolve(self, inputs).merger(inputs) if self.where else self.merger(inputs)
         if isinstance(merger, Mapping):
             return {name: MergedWeights(inputs, own) for name, own in merger.items()}
         return MergedWeights(inputs, merger)
@@ -209,15 +220,38 @@ class TensorwiseAlgorithm:
         policy = pool.policy
         if self.heavy and fabric is not None and policy.device == "cpu":
             policy = replace(policy, device=str(fabric.device))
-        inputs = Inputs(
-            aligned(pool, policy),
+        found = aligned(pool, policy)
+        asked = Inputs(found, policy)
+        methods = [own.method for own in self.resolved(asked).variants] or [self]
+        return Inputs(
+            found,
             policy,
-            self.elementwise,
-            not self.shows_nonfinite,
+            all(own.elementwise for own in methods),
+            not all(own.shows_nonfinite for own in methods),
             self.show_pbar,
         )
+
+    def resolved(self, inputs: Inputs) -> Resolved:
+        """Return the options of each entry; there are none to tell without ``where``.
+
+        Raises:
+            FusionBenchError: rules and options that do not fit the models, and what ``check``
+                refuses.
+        """
+        if self.where:
+            return resolve(self, inputs)
+        self.check_options(inputs)
+        return Resolved((), {}, ())
+
+    def check_options(self, inputs: Inputs) -> None:
+        """Refuse options that do not fit the models, and what ``check`` refuses.
+
+        Raises:
+            FusionBenchError: they do not.
+        """
+        for option in sorted(per_model_options(type(self))):
+            of_each(getattr(self, option), inputs.names, option)
         self.check(inputs)
-        return inputs
 
 
 def run(

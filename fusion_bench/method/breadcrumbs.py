@@ -5,18 +5,31 @@ are noise.
 Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.problems import check_between, check_choice
-from fusion_bench.weights.ops import add_scaled, keep_largest, ranks, task_vectors
+from fusion_bench.method.della import Merge
+from fusion_bench.method.per_model import PerModel, check_each_between, of_each
+from fusion_bench.method.ties_merging import Restore, TiesMergingAlgorithm, ZeroSign
+from fusion_bench.problems import check_choice
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.ops import (
+    add_scaled,
+    divisor,
+    keep_largest,
+    ranks,
+    rescale_l1,
+    task_vectors,
+)
 
 Scope = Literal["tensor", "row"]
+MeanOrSum = Literal["sum", "mean"]
+GivesWay = Literal["density", "gamma"]
 
 
 @dataclass(eq=False)
@@ -25,37 +38,84 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
 
     Args:
         scaling_factor: scaling factor of the sum of the kept elements.
-        density: the share of elements that is kept, at most all except the largest.
-        gamma: the share of the largest elements, which are dropped.
+        density: the share of elements that is kept: one for all, one for each model by name, or a
+            list in the pool's order.
+        gamma: the share of the largest elements, which are dropped, in the same forms.
         scope: shares of the whole ``tensor``, or of each ``row`` along its last dimension. Shares
             are rounded down. Entries with a single value are kept.
+        gives_way: which of the two shares is made smaller where they are more than 1 together.
+        weights: factors of the task vectors, in the same forms as ``density``.
+        merge: ``linear`` adds what is kept; ``elect`` elects a sign at each element, as TIES does.
+        merge_func: how the values are merged: ``sum`` or ``mean``, which divides by the sum of the
+            weights, of those that agree where a sign is elected.
+        zero_sign: the elected sign where the sum is 0: that of the ``global_majority``, or
+            ``positive``.
+        rescale: ``l1`` restores each tensor's sum of magnitudes.
     """
 
     needs_pretrained = True
 
     scaling_factor: float = 0.3
-    density: float = 0.1
-    gamma: float = 0.01
+    density: PerModel = 0.1
+    gamma: PerModel = 0.01
     scope: Scope = "tensor"
+    gives_way: GivesWay = field(default="density", kw_only=True)
+    weights: PerModel = field(default=1.0, kw_only=True)
+    merge: Merge = field(default="linear", kw_only=True)
+    merge_func: MeanOrSum = field(default="sum", kw_only=True)
+    zero_sign: ZeroSign = field(default="global_majority", kw_only=True)
+    rescale: Restore = field(default="none", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_between("density", self.density, 0, 1)
-        check_between("gamma", self.gamma, 0, 1)
+        check_each_between("density", self.density, 0, 1)
+        check_each_between("gamma", self.gamma, 0, 1)
         check_choice("scope", self.scope, Scope)
+        check_choice("gives_way", self.gives_way, GivesWay)
+        check_choice("merge", self.merge, Merge)
+        check_choice("merge_func", self.merge_func, MeanOrSum)
+        check_choice("zero_sign", self.zero_sign, ZeroSign)
+        check_choice("rescale", self.rescale, Restore)
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus the scaled sum of what is kept."""
-        assert base is not None
-        vectors = map(self._medium, task_vectors(key, 0, tensors, base))
-        return add_scaled(base, vectors, self.scaling_factor)
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return the function that merges what is kept of the task vectors."""
+        given = (self.density, self.gamma, self.weights)
+        densities, gammas, weights = (of_each(value, inputs.names) for value in given)
 
-    def _medium(self, vector: Tensor) -> Tensor:
+        def kept(
+            key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+        ) -> Iterator[Tensor]:
+            vectors = task_vectors(key, start, tensors, base)
+            yield from map(self._medium, vectors, densities, gammas)
+
+        if self.merge == "elect":
+            everything = 1  # nothing more is trimmed
+            ties = TiesMergingAlgorithm(
+                self.scaling_factor,
+                everything,
+                merge_func=self.merge_func,
+                zero_sign=self.zero_sign,
+                weights=self.weights,
+            )
+            return ties.merger_of(inputs, kept)
+        factor = self.scaling_factor / (divisor(weights) if self.merge_func == "mean" else 1)
+
+        def add(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            return add_scaled(base, kept(key, start, tensors, base), factor, weights)
+
+        return add
+
+    def _medium(self, vector: Tensor, density: float, gamma: float) -> Tensor:
         """Return a task vector without the largest and the smallest elements."""
         if not vector.ndim:
             return vector
         size = vector.shape[-1] if self.scope == "row" else vector.numel()
-        top, kept = (int(size * Fraction(str(share))) for share in (self.gamma, self.density))
+        top, kept = (int(size * Fraction(str(share))) for share in (gamma, density))
+        if self.gives_way == "gamma":
+            top = min(top, size - kept)
         if self.scope == "tensor":
-            return keep_largest(vector, top + kept) - keep_largest(vector, top)
-        place = size - 1 - ranks(vector)  # from the largest on
-        return vector * ((place >= top) & (place < top + kept))
+            medium = keep_largest(vector, top + kept) - keep_largest(vector, top)
+        else:
+            place = size - 1 - ranks(vector)  # from the largest on
+            medium = vector * ((place >= top) & (place < top + kept))
+        return medium if self.rescale == "none" else rescale_l1(medium, vector)

@@ -562,8 +562,8 @@ def options(method: FusionMethod, models: Models, traits: Traits) -> None:
     if not isinstance(method, TensorwiseAlgorithm):
         return
     given = inspect.signature(type(method)).parameters.values()
-    last = [(own.name, own.default, own.kind) for own in given][-2:]
     anyhow = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    last = [(own.name, own.default, own.kind) for own in given if own.kind is anyhow][-2:]
     assert last == [("show_pbar", True, anyhow), ("inplace", False, anyhow)], f"they are {last}"
 
 

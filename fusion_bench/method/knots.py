@@ -69,7 +69,7 @@ class KnOTSMerging(TensorwiseAlgorithm):
     def check(self, inputs: Inputs) -> None:
         """Refuse what the base method cannot merge."""
         with within("base_method"):
-            self._base.check(inputs)
+            self._base.resolved(inputs)
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Merge the aligned task vectors with the base method, and transform the result back."""

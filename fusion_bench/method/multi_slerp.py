@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import combined, themselves
-from fusion_bench.problems import FusionBenchError, check_between, check_one_each
+from fusion_bench.method.per_model import PerModel, of_each
+from fusion_bench.problems import FusionBenchError, check_between
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import cosines_and_norms, products
@@ -33,14 +34,14 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
     With a pretrained model its task vectors are averaged and added to it.
 
     Args:
-        weights: one per model, in the pool's order; equal where not given.
+        weights: one for each model by name, or a list in the pool's order; equal where not given.
         normalize_weights: divide the weights by their sum.
         eps: smaller norms count as zero.
     """
 
     elementwise = True
 
-    weights: Sequence[float] | None = None
+    weights: PerModel | None = None
     normalize_weights: bool = True
     eps: float = 1e-8
 
@@ -49,17 +50,15 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
 
     def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""
-        if self.weights is None:
-            return
-        check_one_each("weights", self.weights, inputs.names)
-        if self.normalize_weights and sum(self.weights) == 0:
+        if self.normalize_weights and sum(of_each(self.weights, inputs.names)) == 0:
             raise FusionBenchError("they sum to zero.", place=("weights",))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find each entry's weights: of the tensors, or of the task vectors."""
+        given = of_each(self.weights, inputs.names)
         vectors = themselves if inputs.aligned.base is None else task_vectors
         weights = {
-            key: self._weights(key, inputs.merged(key), own)
+            key: self._weights(key, inputs.merged(key), own, given)
             for key, own in products(inputs, vectors).items()
         }
 
@@ -69,10 +68,10 @@ class MultiSlerpAlgorithm(TensorwiseAlgorithm):
 
         return merge
 
-    def _weights(self, key: str, size: int, products: Tensor) -> Tensor:
+    def _weights(self, key: str, size: int, products: Tensor, given: Sequence[float]) -> Tensor:
         """Return the weight of each tensor in the mean."""
         cosines, norms = cosines_and_norms(products)
-        weights = torch.tensor(self.weights or [1.0] * len(norms), dtype=torch.float64)
+        weights = torch.tensor(given, dtype=torch.float64)
         if self.normalize_weights:
             weights = weights / weights.sum()
         length = (weights @ cosines @ weights).clamp(min=0).sqrt()

@@ -1,14 +1,17 @@
-r"""Task arithmetic: $\theta = \theta_0 + \lambda \sum_t (\theta_t - \theta_0)$.
+r"""Task arithmetic: $\theta = \theta_0 + \lambda \sum_t w_t\,(\theta_t - \theta_0)$.
 
 Ilharco et al., Editing models with task arithmetic, https://arxiv.org/abs/2212.04089
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.per_model import PerModel, of_each
+from fusion_bench.weights import Inputs, MergePiece, same_for_all
+from fusion_bench.weights.ops import divisor, task_vectors, weighted
 
 
 @dataclass(eq=False)
@@ -18,6 +21,9 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     Args:
         scaling_factor: of the sum; usually tuned on validation data. A negative value makes the
             model forget the tasks.
+        weights: factors of the task vectors: one for all, one for each model by name, or a list in
+            the pool's order.
+        normalize: divide the weights by their sum.
     """
 
     needs_pretrained = True
@@ -25,11 +31,23 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     shows_nonfinite = True
 
     scaling_factor: float = 0.3
+    weights: PerModel = field(default=1.0, kw_only=True)
+    normalize: bool = field(default=False, kw_only=True)
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return the function that merges, with the weights in the models' order."""
+        if isinstance(self.weights, Mapping):
+            own = replace(self, weights=of_each(self.weights, inputs.names))
+            return same_for_all(own.merge_tensor)
+        return same_for_all(self.merge_tensor)
 
     def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Return ``base`` plus ``scaling_factor`` times the sum of the differences to it."""
         assert base is not None
-        task_vectors = tensors[0] - base
-        for tensor in tensors[1:]:
-            task_vectors += tensor - base
-        return task_vectors.mul_(self.scaling_factor).add_(base)
+        weights = of_each(self.weights, [""] * len(tensors))
+        vectors = weighted(task_vectors(key, 0, tensors, base), weights)
+        total = next(vectors)
+        for vector in vectors:
+            total += vector
+        factor = self.scaling_factor / (divisor(weights) if self.normalize else 1)
+        return total.mul_(factor).add_(base)

@@ -5,7 +5,7 @@ vectors of all tasks are made orthonormal, so tasks no longer interfere. Gargiul
 singular vectors, https://arxiv.org/abs/2412.00081
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.method.per_model import PerModel, of_each
 from fusion_bench.weights import Inputs, MergePiece, same_for_all
 from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd
 from fusion_bench.weights.ops import add_scaled, task_vectors
@@ -27,7 +27,8 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
     vector.
 
     Args:
-        alpha: scaling factor of the change; a list has a factor for each model's task vector.
+        alpha: scaling factor of the change; a list, or a mapping of names, has a factor for each
+            model's task vector.
         exclude_keys: keys or key patterns of matrices that are merged like other entries.
         return_single_task_models: also return each model with only those directions of its task
             vector that are in ``merged``.
@@ -36,22 +37,14 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     heavy = True
 
-    alpha: float | Sequence[float] | None = 1.0
+    alpha: PerModel | None = 1.0
     exclude_keys: Sequence[str] | None = None
     return_single_task_models: bool = False
 
-    def check(self, inputs: Inputs) -> None:
-        """Refuse a wrong number of factors."""
-        if isinstance(self.alpha, Sequence) and len(self.alpha) != len(inputs.names):
-            raise FusionBenchError(
-                f"{len(self.alpha)} factors for {len(inputs.names)} models: "
-                f"{', '.join(inputs.names)}.",
-                place=("alpha",),
-            )
-
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Return what merges, or by name also what truncates each model."""
-        merge = same_for_all(self.merge_tensor)
+        factors = of_each(self.alpha, inputs.names)
+        merge = same_for_all(partial(self._merged, factors))
         if not self.return_single_task_models:
             return merge
         singles = {
@@ -60,22 +53,20 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
         }
         return {"merged": merge, **singles}
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    def _merged(
+        self, factors: Sequence[float], key: str, tensors: Sequence[Tensor], base: Tensor | None
+    ) -> Tensor:
         """Return ``base`` plus the merged task vector."""
         assert base is not None
-        vectors = self._scaled(key, tensors, base)
+        vectors = (
+            vector.mul_(factor)
+            for vector, factor in zip(task_vectors(key, 0, tensors, base), factors, strict=True)
+        )
         rank = self._rank(key, tensors, base)
         if rank == 0:
             return add_scaled(base, vectors, 1 / len(tensors))
         u, s, vh = zip(*(svd(vector, rank) for vector in vectors), strict=True)
         return base + orthogonal_product(torch.cat(u, 1), torch.cat(s), torch.cat(vh)).to(base)
-
-    def _scaled(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> Iterator[Tensor]:
-        """Yield the task vectors times their factors."""
-        alpha = 1.0 if self.alpha is None else self.alpha
-        factors = alpha if isinstance(alpha, Sequence) else [alpha] * len(tensors)
-        for vector, factor in zip(task_vectors(key, 0, tensors, base), factors, strict=True):
-            yield vector.mul_(factor)
 
     def _rank(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> int:
         """Return how many directions each model has in the entry."""

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2306.01708
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from typing import Literal
@@ -16,20 +16,24 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import ModelPool
-from fusion_bench.problems import check_between, check_choice
+from fusion_bench.method.per_model import PerModel, check_each_between, of_each
+from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
 from fusion_bench.weights.ops import (
     MergeFunc,
     disjoint_merge,
     elected_signs,
     keep_largest,
+    rescale_l1,
     task_vectors,
+    weighted,
 )
 from fusion_bench.weights.statistics import Piece, Values, largest, once, sums, total
 
 Scope = Literal["model", "tensor"]
-Keep = Literal["exact_topk", "ge_kth"]
+Keep = Literal["exact_topk", "ge_kth", "at_least_one"]
 ZeroSign = Literal["global_majority", "positive"]
+Restore = Literal["none", "l1"]
 
 
 @dataclass(eq=False)
@@ -38,34 +42,43 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
 
     Args:
         scaling_factor: scaling factor of the change.
-        threshold: how much of each task vector is kept: a percentage above 1, otherwise a share.
+        threshold: how much of each task vector is kept: a percentage above 1, otherwise a share;
+            one for all, one for each model by name, or a list in the pool's order.
         remove_keys: entries that are copied from the pretrained model.
         merge_func: how values of the elected sign are merged: ``mean``, ``sum`` or ``max``.
         scope: where the largest elements are searched: in the whole ``model`` or in each
             ``tensor``.
-        keep: ``exact_topk`` keeps just so many; ``ge_kth`` keeps one more, and all that equal it,
-            as common code does.
+        keep: ``exact_topk`` keeps just so many, rounded down; ``at_least_one`` keeps one where that
+            is none; ``ge_kth`` keeps one more, and all that equal it, as common code does.
         zero_sign: the sign where the sum is 0: that of the ``global_majority``, or ``positive``.
+        weights: factors of the task vectors, by which they vote and are merged: one for all, one
+            for each model by name, or a list in the pool's order. A negative one turns a model's
+            vote.
+        rescale: ``l1`` restores each tensor's sum of magnitudes, as before it was trimmed.
     """
 
     needs_pretrained = True
     shows_nonfinite = True
 
     scaling_factor: float = 1.0
-    threshold: float = 20
+    threshold: PerModel = 20
     remove_keys: Sequence[str] = ()
     merge_func: MergeFunc = "mean"
     scope: Scope = "model"
     keep: Keep = "exact_topk"
     zero_sign: ZeroSign = "global_majority"
+    weights: PerModel = field(default=1.0, kw_only=True)
+    rescale: Restore = field(default="none", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_between("threshold", self.threshold, 0, 100)
+        check_each_between("threshold", self.threshold, 0, 100)
         check_choice("merge_func", self.merge_func, MergeFunc)
         check_choice("scope", self.scope, Scope)
         check_choice("keep", self.keep, Keep)
         check_choice("zero_sign", self.zero_sign, ZeroSign)
-        self.elementwise = self.shows_nonfinite = self.scope == "model"
+        check_choice("rescale", self.rescale, Restore)
+        self.shows_nonfinite = self.scope == "model"
+        self.elementwise = self.scope == "model" and self.rescale == "none"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""
@@ -75,6 +88,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         """Return the function that trims and merges ``vectors``, one per model."""
         merged = inputs.without(self.remove_keys)
         trimmed = self._trimmed(merged, vectors)
+        weights = of_each(self.weights, inputs.names)
         zero_sign = once(partial(self._zero_sign, merged, trimmed))
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
@@ -82,7 +96,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
             if not merged.merged(key):
                 return base.clone()
             kept = trimmed(key, start, tensors, base)
-            task_vector = disjoint_merge(kept, self.merge_func, zero_sign)
+            task_vector = disjoint_merge(kept, self.merge_func, zero_sign, weights)
             return task_vector.mul_(self.scaling_factor).add_(base)
 
         return merge
@@ -92,6 +106,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         inputs = Inputs(aligned(modelpool), modelpool.policy)
         merged = inputs.without(self.remove_keys)
         trimmed = self._trimmed(merged, task_vectors)
+        weights = of_each(self.weights, inputs.names)
         zero_sign = once(partial(self._zero_sign, merged, trimmed))
 
         def keep(
@@ -100,7 +115,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
             assert base is not None
             if not merged.merged(key):
                 return base.clone()
-            kept = list(trimmed(key, start, tensors, base))
+            kept = list(weighted(trimmed(key, start, tensors, base), weights))
             signs = elected_signs(kept)
             signs[signs == 0] = zero_sign()
             return base + kept[index] * (kept[index].sign() == signs)
@@ -112,42 +127,52 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
 
     def _trimmed(self, inputs: Inputs, vectors: Values) -> Values:
         """Return the function that keeps only the largest elements of ``vectors``."""
+        thresholds = of_each(self.threshold, inputs.names)
         if self.scope == "tensor":
-            return partial(self._trimmed_alone, vectors)
-        count, ties = self._count(inputs.count()), self.keep == "ge_kth"
-        cutoffs = largest(inputs, vectors, [count] * len(inputs.names), ties=ties)
+            return partial(self._trimmed_alone, vectors, thresholds)
+        size, ties = inputs.count(), self.keep == "ge_kth"
+        counts = [self._count(size, threshold) for threshold in thresholds]
+        cutoffs = largest(inputs, vectors, counts, ties=ties)
 
         def trimmed(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
         ) -> Iterator[Tensor]:
             for cutoff, vector in zip(cutoffs, vectors(key, start, tensors, base), strict=True):
-                yield cutoff.keep(key, start, vector)
+                yield self._rescaled(cutoff.keep(key, start, vector), vector)
 
         return trimmed
 
     def _trimmed_alone(
         self,
         vectors: Values,
+        thresholds: Sequence[float],
         key: str,
         start: int,
         tensors: Sequence[Tensor],
         base: Tensor | None,
     ) -> Iterator[Tensor]:
         """Yield the kept elements of each tensor separately."""
-        for vector in vectors(key, start, tensors, base):
-            yield keep_largest(vector, self._count(vector.numel()), ties=self.keep == "ge_kth")
+        for vector, threshold in zip(vectors(key, start, tensors, base), thresholds, strict=True):
+            count = self._count(vector.numel(), threshold)
+            yield self._rescaled(keep_largest(vector, count, ties=self.keep == "ge_kth"), vector)
 
-    def _count(self, size: int) -> int:
+    def _count(self, size: int, threshold: float) -> int:
         """Return how many of ``size`` elements are kept."""
-        share = Fraction(str(self.threshold)) / (100 if self.threshold > 1 else 1)
-        return min(size, int(size * share) + (self.keep == "ge_kth"))
+        share = Fraction(str(threshold)) / (100 if threshold > 1 else 1)
+        count = int(size * share) + (self.keep == "ge_kth")
+        return min(size, max(count, 1) if self.keep == "at_least_one" else count)
+
+    def _rescaled(self, kept: Tensor, whole: Tensor) -> Tensor:
+        return kept if self.rescale == "none" else rescale_l1(kept, whole)
 
     def _zero_sign(self, inputs: Inputs, trimmed: Values) -> int:
         """Return the sign of elements whose sum is 0."""
         if self.zero_sign == "positive":
             return 1
 
+        weights = of_each(self.weights, inputs.names)
+
         def signs(*piece: *Piece) -> Iterator[Tensor]:
-            yield elected_signs(trimmed(*piece))
+            yield elected_signs(weighted(trimmed(*piece), weights))
 
         return int(np.sign(total(sums(inputs, signs))[0]))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.problems import FusionBenchError, check_one_each
-from fusion_bench.weights import Inputs, matches
+from fusion_bench.method.per_model import PerModel, of_each
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.weights import Inputs, MergePiece, matches
 
 
 @dataclass(eq=False)
@@ -19,8 +20,7 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
     """The weighted sum of all models, without the pretrained model.
 
     Args:
-        weights: one per model, in the pool's order; negative values are allowed without
-            ``normalize``.
+        weights: one for each model by name, or a list in the pool's order; they may be negative.
         normalize: divide the weights by their sum.
         layer_weights: maps key patterns (``*`` matches anything) to weights for matching entries;
             the first match is used, or ``weights`` without a match.
@@ -33,9 +33,9 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
     elementwise = True
     shows_nonfinite = True
 
-    weights: Sequence[float]
+    weights: PerModel
     normalize: bool = True
-    layer_weights: Mapping[str, Sequence[float]] | None = None
+    layer_weights: Mapping[str, Mapping[str, float] | Sequence[float]] | None = None
 
     def check(self, inputs: Inputs) -> None:
         """Refuse weights that do not fit the models."""
@@ -43,22 +43,25 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
             f"layer_weights.{key}": own for key, own in (self.layer_weights or {}).items()
         }
         for name, weights in named.items():
-            check_one_each(name, weights, inputs.names)
-            if self.normalize and sum(weights) == 0:
+            if sum(of_each(weights, inputs.names, name)) == 0 and self.normalize:
                 raise FusionBenchError(
                     "the weights sum to zero and cannot be normalised.",
                     "Give {here}normalize=false.",
                     place=(name,),
                 )
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return the weighted sum of ``tensors``."""
-        weights = next(
-            (own for pattern, own in (self.layer_weights or {}).items() if matches(key, [pattern])),
-            self.weights,
-        )
-        scale = sum(weights) if self.normalize else 1.0
-        total = torch.zeros_like(tensors[0])
-        for weight, tensor in zip(weights, tensors, strict=True):
-            total.add_(tensor, alpha=weight / scale)
-        return total
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return the function that sums the models."""
+        layers = self.layer_weights or {}
+        weights = of_each(self.weights, inputs.names)
+        own = {pattern: of_each(layers[pattern], inputs.names) for pattern in layers}
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            found = next((own[p] for p in own if matches(key, [p])), weights)
+            scale = sum(found) if self.normalize else 1.0
+            total = torch.zeros_like(tensors[0])
+            for weight, tensor in zip(found, tensors, strict=True):
+                total.add_(tensor, alpha=weight / scale)
+            return total
+
+        return merge

@@ -3,7 +3,8 @@
 import logging
 import math
 from binascii import crc32
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -60,6 +61,7 @@ class Inputs:
         self._all = [*self._inputs, *([] if aligned.base is None else [aligned.base])]
         self.in_pieces = elementwise and all(weights.in_pieces for weights in self._all)
         self._elementwise = elementwise
+        self._asked: frozenset[str] | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -100,6 +102,26 @@ class Inputs:
                 log.warning("'%s' matches no key.", pattern)
         removed = {key for key in self if matches(key, patterns)}
         aligned = replace(self.aligned, copied=self.aligned.copied | removed)
+        settings = (self._elementwise, self._look_for_nonfinite)
+        inputs = Inputs(aligned, self.policy, *settings, self.show_progress)
+        inputs._asked = self._asked
+        return inputs
+
+    def asking(self, keys: Collection[str]) -> "Inputs":
+        """Return the same models, for a method that merges these entries alone.
+
+        Statistics of whole models are of all entries still, those of single entries of these.
+        """
+        inputs = copy(self)
+        inputs._asked = frozenset(keys)
+        return inputs
+
+    def asked(self) -> "Inputs":
+        """Return the same models with all entries copied that are not asked for."""
+        if self._asked is None:
+            return self
+        copied = frozenset(key for key in self if key not in self._asked)
+        aligned = replace(self.aligned, copied=self.aligned.copied | copied)
         settings = (self._elementwise, self._look_for_nonfinite)
         return Inputs(aligned, self.policy, *settings, self.show_progress)
 

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,9 @@ _BLOCK_KEY = re.compile(r"(.*?(?:^|\.)(?:layers?|blocks?|resblocks|stages|h))\.(
 
 MergeFunc = Literal["mean", "sum", "max"]
 Rescale = Literal["inverse_keep", "l1", "none"]
+
+#: What is left of weights that sum to zero, in float64.
+_NOTHING = 1e-12
 
 
 def task_vectors(
@@ -90,16 +94,37 @@ def ranks(rows: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, positions)
 
 
-def add_scaled(base: Tensor, vectors: Iterable[Tensor], factor: float) -> Tensor:
-    """Return ``base`` plus ``factor`` times the sum of ``vectors``."""
+def add_scaled(
+    base: Tensor, vectors: Iterable[Tensor], factor: float, weights: Iterable[float] | None = None
+) -> Tensor:
+    """Return ``base`` plus ``factor`` times the sum of ``vectors``, each times its weight."""
     total = torch.zeros_like(base)
-    for vector in vectors:
-        total += vector
+    if weights is None:
+        for vector in vectors:
+            total += vector
+    else:
+        for vector, weight in zip(vectors, weights, strict=True):
+            total.add_(vector, alpha=weight)
     return total.mul_(factor).add_(base)
 
 
+def divisor(weights: Iterable[float]) -> float:
+    """Return what turns a sum with these weights into a mean; 1 if they cancel out."""
+    total = sum(weights)
+    return total if abs(total) >= 1e-8 else 1.0
+
+
+def weighted(vectors: Iterable[Tensor], weights: Sequence[float]) -> Iterator[Tensor]:
+    """Yield each vector times its weight; they are written to."""
+    for vector, weight in zip(vectors, weights, strict=True):
+        yield vector if weight == 1 else vector.mul_(weight)
+
+
 def disjoint_merge(
-    vectors: Iterable[Tensor], func: MergeFunc, zero_sign: Callable[[], int]
+    vectors: Iterable[Tensor],
+    func: MergeFunc,
+    zero_sign: Callable[[], int],
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Elect a sign for each element, and merge the values with this sign.
 
@@ -111,24 +136,37 @@ def disjoint_merge(
         func: how values that agree are merged; ``max`` takes the largest of them.
         zero_sign: gives the sign, -1, 0 (nothing is merged) or 1, of elements whose sum is 0
             though not all values are; it is called only if there are such elements.
+        weights: factors of the vectors, by which they vote and are merged. A mean is divided by the
+            sum of those that agree, and not divided where that is 0.
     """
-    values, counts, farthest = _Sums(), _Sums(), _Farthest()
-    for vector in vectors:
-        signs = vector.sign() if func == "mean" else None
+    plain = weights is None or all(weight == 1 for weight in weights)
+    values, divisors, farthest = _Sums(), _Sums(), _Farthest()
+    for vector, weight in zip(vectors, repeat(1.0) if weights is None else weights, strict=False):
+        own = vector if weight == 1 else vector.mul_(weight)
+        signs = own.sign() if func == "mean" else None
         if func == "max":
-            farthest.add(vector)
-        values.add(vector)
+            farthest.add(own)
+        values.add(own)
         if signs is not None:
-            counts.add(signs)
-    sign = values.total.sign()
+            divisors.add(signs if plain else signs.double(), weight)
+    sign = _signs(values, zero_sign)
+    merged = farthest.of(sign) if func == "max" else values.of(sign)
+    if func == "mean" and plain:
+        merged /= divisors.of(sign).clamp_(min=1)
+    elif func == "mean":
+        divisor = divisors.of(sign.double())
+        merged /= divisor.masked_fill_(divisor.abs() < _NOTHING, 1)
+    return merged.mul_(sign)
+
+
+def _signs(values: "_Sums", zero_sign: Callable[[], int]) -> Tensor:
+    """Return the elected signs."""
+    sign: Tensor = values.total.sign()
     # An element that is not finite must not hide the others.
     contested = (1 - sign.abs()).mul_(values.sizes).nan_to_num_()
     if contested.numel() and contested.amax() > 0:
         sign.add_(contested.sign_(), alpha=zero_sign())
-    merged = farthest.of(sign) if func == "max" else values.of(sign)
-    if func == "mean":
-        merged /= counts.of(sign).clamp_(min=1)
-    return merged.mul_(sign)
+    return sign
 
 
 class _Sums:
@@ -137,10 +175,10 @@ class _Sums:
     total: Any = 0.0
     sizes: Any = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Add values, which are written to."""
-        self.total += values
-        self.sizes += values.abs_()
+    def add(self, values: Tensor, weight: float = 1.0) -> None:
+        """Add values, times a weight; they are written to."""
+        self.total += values if weight == 1 else values * weight
+        self.sizes += values.abs_() if weight == 1 else values.abs_().mul_(weight)
 
     def of(self, sign: Tensor) -> Tensor:
         """Return the sum of the magnitudes of those values that have a sign; half of all for 0."""

@@ -60,14 +60,17 @@ def _sum(piece: Tensor) -> float:
 
 
 def products(inputs: Inputs, vectors: Values) -> dict[str, Tensor]:
-    """Return, for each merged entry, the inner products of all pairs of quantities, in float64."""
+    """Return, for each entry to merge, the inner products of all pairs of quantities, in float64.
+
+    Of the entries that ``inputs.asking`` leaves out there are none.
+    """
     parts: dict[str, dict[int, Tensor]] = {}
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
         found = inner_products(list(vectors(key, start, tensors, base)))
         parts.setdefault(key, {})[start] = found.cpu()
 
-    inputs.survey(look)
+    inputs.asked().survey(look)
     return {
         key: torch.stack([parts[key][start] for start in sorted(parts[key])]).sum(0)
         for key in inputs

@@ -162,5 +162,5 @@ def test_nan_in_a_model_is_named() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(FusionBenchError, match=r"alpha: 3 factors for 2 models: a, b"):
+    with pytest.raises(FusionBenchError, match=r"alpha: 3 values for 2 models \(a, b\)"):
         merged(TaskSingularVectorMerging([1, 2, 3]), [[1.0], [2.0]], [0.0])
