@@ -39,7 +39,7 @@ def run(arguments: Namespace) -> None:
     """Run the config ``merge_llm`` with these models, or with a recipe.
 
     Raises:
-        FusionBenchError: no such method, or one that needs a base without one; mistakes in a recipe.
+        FusionBenchError: no such method, one that needs a base without one, or a faulty recipe.
     """
     from fusion_bench.scripts import mergekit
     from fusion_bench.scripts.run import run_composed
