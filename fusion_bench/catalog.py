@@ -24,6 +24,9 @@ GROUPS: Mapping[Kind, str] = {"methods": "method", "models": "modelpool", "tasks
 #: The main program, whose keys a config has that names no program itself.
 PROGRAM = "fusion_bench.programs.FabricModelFusionProgram"
 
+#: Keys of a method that hold for all entries, so that no rule of its ``where`` gives them.
+OF_ALL_ENTRIES = ("_target_", "where", "show_pbar", "inplace", "base_method")
+
 #: Names in papers and in other programs.
 _ALIASES: Mapping[str, str] = {
     "average": "simple_average",

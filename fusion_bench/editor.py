@@ -67,6 +67,7 @@ def schema_files(names: Iterable[str]) -> dict[str, Json]:
         own["anyOf"].insert(0, {"enum": list(choices)})
     definitions = {
         "interpolation": INTERPOLATION,
+        **_RULES,
         **_parts(classes),
         "defaults": _defaults(),
         **{f"{group}_choice": _choice(group, classes) for group in _GROUPS},
@@ -389,6 +390,44 @@ def _defaults() -> Json:
             ]
         },
     }
+
+
+#: What the rules of ``where`` consist of.
+_RULES: Json = {
+    "match": {
+        "words": "pattern or list of patterns",
+        "description": "Which entries the rule is for: key patterns, in which * matches anything.",
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        ],
+    },
+    "gradient": {
+        "words": "gradient",
+        "type": "object",
+        "properties": {
+            "gradient": {
+                "description": "Values along the layers, from the first to the last.",
+                "type": "array",
+                "minItems": 1,
+            }
+        },
+        "required": ["gradient"],
+        "additionalProperties": False,
+    },
+    "gradients": {
+        "words": "mapping of models",
+        "description": "A number or a gradient for each model.",
+        "type": "object",
+        "additionalProperties": {
+            "anyOf": [
+                {"type": "number"},
+                {"$ref": "#/definitions/gradient"},
+                {"$ref": "#/definitions/interpolation"},
+            ]
+        },
+    },
+}
 
 
 def _by_name(words: str, summary: str, inner: str) -> Json:

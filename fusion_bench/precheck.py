@@ -5,7 +5,7 @@ from typing import Any
 
 from jsonschema import Draft7Validator
 
-from fusion_bench.catalog import choices_of, definitions
+from fusion_bench.catalog import OF_ALL_ENTRIES, choices_of, definitions
 from fusion_bench.problems import Place, Problem, did_you_mean
 
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
@@ -61,8 +61,35 @@ def _own_problems(
         elif key == "loggers" and isinstance(value, Mapping | str) and "_target_" not in value:
             remedy = "Choose one: 'fabric/loggers=csv_logger', and set its keys beside that."
             yield Problem((key,), f"'{value}' names no logger.", remedy)
+        elif key == "where" and isinstance(value, list):
+            yield from _rule_problems(value, name, known)
         elif not _holds_nodes(value) and not _fits(value, known[key]):
             yield Problem((key,), *_mismatch(value, known[key]))
+
+
+def _rule_problems(rules: list[Any], name: str, properties: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with options that are given by rules, as with those of the class."""
+    known = properties["where"]["anyOf"][0]["items"].get("properties", {})
+    for index, rule in enumerate(rules):
+        if not isinstance(rule, Mapping):
+            yield Problem(("where", index), f"'{rule}' is not a mapping.")
+            continue
+        for key, value in rule.items():
+            place = ("where", index, str(key))
+            if key in OF_ALL_ENTRIES:
+                reason = f"'{key}' holds for the whole model."
+                yield Problem(place, reason, "Set it outside of 'where'.")
+            elif key not in known:
+                near = did_you_mean(str(key), known)
+                yield Problem(place, f"{name} has no such option.", near)
+            elif key != "match" and not _inner(value) and not _fits(value, properties[key]):
+                yield Problem(place, *_mismatch(value, properties[key]))
+
+
+def _inner(value: object) -> bool:
+    """Return whether a value has values of its own for models or layers; the method reads them."""
+    listed = isinstance(value, list) and any(isinstance(own, Mapping) for own in value)
+    return listed or isinstance(value, Mapping)
 
 
 def _holds_nodes(value: object) -> bool:

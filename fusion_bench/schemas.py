@@ -17,6 +17,7 @@ from docstring_parser import DocstringStyle, parse
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from fusion_bench.catalog import OF_ALL_ENTRIES
 from fusion_bench.trust import find
 
 #: JSON, as ``json.dumps`` takes it.
@@ -196,6 +197,8 @@ def mapping_schema(
         elif (default := _plain(parameter.default)) is not MISSING:
             own["default"] = default
         properties[key] = own
+    if "where" in properties and is_ours(name):
+        properties["where"]["anyOf"][0]["items"] = _rule_schema(name, properties)
     if only:
         properties |= {key: {"description": meanings[key]} for key in meanings.keys() - properties}
     return {
@@ -207,6 +210,28 @@ def mapping_schema(
         "patternProperties": _KEYS | ({"^hydra$": {}} if package == "programs" else {}),
         "additionalProperties": not closed,
     }
+
+
+def _rule_schema(name: str, properties: Json) -> Json:
+    """Return the schema of a rule of ``where``: a pattern, and options of the class itself."""
+    options = [key for key in properties if key not in OF_ALL_ENTRIES]
+    forms = [{"$ref": "#/definitions/gradient"}, {"$ref": "#/definitions/gradients"}]
+
+    def value(key: str) -> Json:
+        own = {"$ref": f"#/definitions/{name}/properties/{key}"}
+        return {"anyOf": [own, *forms[: 2 if _by_model(properties[key]) else 1]]}
+
+    return {
+        "type": "object",
+        "properties": {"match": {"$ref": "#/definitions/match"}, **{k: value(k) for k in options}},
+        "additionalProperties": False,
+    }
+
+
+def _by_model(schema: Json) -> bool:
+    """Return whether a value may be a mapping of models to numbers."""
+    number = {"additionalProperties": {"type": "number"}, "type": "object"}
+    return schema == number or any(map(_by_model, schema.get("anyOf", ())))
 
 
 def _documented(function: Any) -> tuple[str, Mapping[str, str]]:

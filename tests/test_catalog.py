@@ -88,7 +88,10 @@ def test_types_are_told_in_words() -> None:
     assert found["merge_func"].type == "mean, sum or max"
     assert found["merge_func"].choices == ("mean", "sum", "max")
     assert found["remove_keys"].type == "list of texts"
-    assert (found["threshold"].type, found["threshold"].default) == ("number", 20)
+    assert (found["threshold"].type, found["threshold"].default) == (
+        "number or mapping or list of numbers",
+        20,
+    )
     assert found["show_pbar"].choices == (True, False)
     lines = {option.name: option for option in options("fusion_bench.method.LiNeSAlgorithm")}
     assert lines["base_method"].required and lines["base_method"].type == "method node"

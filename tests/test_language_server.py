@@ -101,7 +101,7 @@ def test_the_settings_find_the_same_schemas(server: LanguageServer) -> None:
         (f"{WHOLE}seed: abc\n", 10, 'Incorrect type. Expected "integer | null".'),
         (f"{WHOLE}sead: 1\n", 10, "Property sead is not allowed."),
         (
-            WHOLE.replace(TIES, f"{TIES}  threshold: high\n"),
+            WHOLE.replace(TIES, f"{TIES}  scaling_factor: high\n"),
             4,
             'Incorrect type. Expected "number".',
         ),

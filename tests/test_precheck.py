@@ -25,7 +25,7 @@ def said(**config: Any) -> str:
         ({"dry_run": "yes"}, "dry_run: 'yes' is not true or false."),
         (
             {"method": {"_target_": TIES, "threshold": "high"}},
-            "method.threshold: 'high' is not a number.",
+            "method.threshold: 'high' is not a number or a mapping or a list of numbers.",
         ),
         (
             {"method": {"_target_": TIES, "treshold": 20}},
@@ -40,8 +40,31 @@ def said(**config: Any) -> str:
             "method.remove_keys: 'a.*' is not a list.",
         ),
         (
-            {"method": {"_target_": LINES, "base_method": {"_target_": TIES, "threshold": None}}},
-            "method.base_method.threshold: null is not a number.",
+            {
+                "method": {
+                    "_target_": LINES,
+                    "base_method": {"_target_": TIES, "scaling_factor": None},
+                }
+            },
+            "method.base_method.scaling_factor: null is not a number.",
+        ),
+        (
+            {"method": {"_target_": TIES, "where": [{"match": "*a*"}, {"thresold": 1}]}},
+            "method.where[1].thresold: TiesMergingAlgorithm has no such option. "
+            "Did you mean 'threshold'?",
+        ),
+        (
+            {"method": {"_target_": TIES, "where": [{"scope": "tensors"}]}},
+            "method.where[0].scope: 'tensors' is unknown. Did you mean 'tensor'?",
+        ),
+        (
+            {"method": {"_target_": LINES, "base_method": {"_target_": TIES, "where": [1]}}},
+            "method.base_method.where[0]: '1' is not a mapping.",
+        ),
+        (
+            {"method": {"_target_": TIES, "where": [{"inplace": True}]}},
+            "method.where[0].inplace: 'inplace' holds for the whole model. "
+            "Set it outside of 'where'.",
         ),
     ],
 )
@@ -58,3 +81,12 @@ def test_all_are_told_at_once() -> None:
 def test_what_is_not_ours_is_left_alone() -> None:
     node = {"_target_": "my_methods.Own", "anything": object()}
     assert said(method=node, fabric={"_target_": "lightning.Fabric", "devices": "x"}) == ""
+
+
+def test_rules_with_gradients_and_values_of_models_pass() -> None:
+    rules = [
+        {"match": "*attn*", "threshold": {"gradient": [1, 5]}, "scaling_factor": 0.5},
+        {"match": ["*a", "b*"], "threshold": {"a": 1, "b": {"gradient": [1, 2]}}},
+        {"threshold": [1, {"gradient": [1, 2]}], "weights": [1, 2]},
+    ]
+    assert said(method={"_target_": TIES, "where": rules, "threshold": {"a": 20, "b": 30}}) == ""

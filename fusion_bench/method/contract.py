@@ -98,6 +98,17 @@ class Comparing(Protocol):
         """
 
 
+@runtime_checkable
+class Composing(Protocol):
+    """A method that merges by another one.
+
+    Attributes:
+        base_method: the other method.
+    """
+
+    base_method: object
+
+
 class Saving(Protocol):
     """A pool that writes models."""
 

@@ -76,6 +76,12 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
     def check_pool(self, pool: ModelPool) -> None:
         """Refuse what the base method cannot merge, and what it makes a module of."""
         refuse_without_pretrained(self, pool)
+        if self.where:
+            raise FusionBenchError(
+                "LiNeS scales the change of another method along the layers.",
+                "Give the rules to that one: {here}base_method.where.",
+                place=("where",),
+            )
         if isinstance(self._base, EnsembleAlgorithm):
             raise _no_weights(self._base)
         with within("base_method"):
@@ -94,7 +100,7 @@ class LiNeSAlgorithm(TensorwiseAlgorithm):
         Raises:
             FusionBenchError: no pretrained model; a base method that does not return weights.
         """
-        refuse_without_pretrained(self, pool)
+        self.check_pool(pool)
         with within("base_method", keyed_only=True):
             fused = self._base.fuse(pool, fabric, data)
         if isinstance(fused, Weights | Model | nn.Module):

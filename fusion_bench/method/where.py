@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 from torch import Tensor
 
 from fusion_bench.arguments import arguments_of
+from fusion_bench.catalog import OF_ALL_ENTRIES
 from fusion_bench.instantiate import type_problems
 from fusion_bench.method.per_model import known, per_model_options, refuse_unknown
 from fusion_bench.problems import (
@@ -26,7 +27,7 @@ from fusion_bench.problems import (
     within,
 )
 from fusion_bench.weights import Inputs, MergePiece, matches
-from fusion_bench.weights.ops import block
+from fusion_bench.weights.layers import Layers
 
 if TYPE_CHECKING:
     from fusion_bench.method.base import TensorwiseAlgorithm
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 #: Of a rule: which entries it is for, and its options.
 Rule = Mapping[str, object]
 
-#: What holds for the whole model.
-_OF_ALL = ("where", "show_pbar", "inplace", "base_method")
 _GRADIENT = "gradient"
 #: Of a rule that may match nothing.
 _OPTIONAL = "optional"
@@ -157,19 +156,20 @@ def resolve(method: "TensorwiseAlgorithm", inputs: Inputs) -> Resolved:
     if not list(inputs):  # the models are not known
         return Resolved((), {}, ())
     theirs = {key: _names_of(inputs, key) for key in inputs}
-    rules.refuse_unmatched({name for key in theirs for name in (key, *theirs[key])})
-    depths = _depths(inputs)
+    names = (name for own in theirs.values() for each in own for name in each)
+    rules.refuse_unmatched(dict.fromkeys([*theirs, *names]))
+    layers = Layers(inputs)
     found: dict[str, dict[str, tuple[Given, ...]]] = {}
     groups: dict[str, list[str]] = {}
     for key in keys:
         found[key] = rules.given(key, theirs[key])
-        options = rules.values(found[key], depths.get(key, 0.0))
+        options = rules.values(found[key], _depth(layers, key))
         groups.setdefault(repr(options), []).append(key)
     variants = []
     for own in groups.values():
         first = own[0]
         with _told_of(found[first]):
-            made = rules.variant(rules.values(found[first], depths.get(first, 0.0)), first)
+            made = rules.variant(rules.values(found[first], _depth(layers, first)), first)
             made.check_options(inputs)
         variants.append(Variant(made, tuple(own)))
     used = {
@@ -224,10 +224,12 @@ class _Rules:
     def _refuse_unknown(self, options: Mapping[str, object]) -> None:
         if not options:
             raise FusionBenchError("this rule sets no option.", "Add one beside 'match'.")
-        takes = [name for name in signature(type(self._method)).parameters if name not in _OF_ALL]
+        takes = [
+            name for name in signature(type(self._method)).parameters if name not in OF_ALL_ENTRIES
+        ]
         name_of = type(self._method).__name__
         for option in options:
-            if option in _OF_ALL:
+            if option in OF_ALL_ENTRIES:
                 reason = f"'{option}' holds for the whole model."
                 raise FusionBenchError(reason, "Set it outside of 'where'.", place=(option,))
             if option not in takes:
@@ -268,23 +270,25 @@ class _Rules:
                     problems.add([Problem(("where", index, "match"), reason, near)])
         problems.raise_all()
 
-    def given(self, key: str, theirs: Sequence[str]) -> dict[str, tuple[Given, ...]]:
+    def given(self, key: str, theirs: Sequence[tuple[str, ...]]) -> dict[str, tuple[Given, ...]]:
         """Return each option's value, or of an option by model its values, for an entry."""
         own = {}
         for option in self.options:
             if option not in self._per_model:
-                own[option] = (self._first(option, key),)
+                own[option] = (self._first(option, (key,)),)
                 continue
             own[option] = tuple(
-                self._first(option, name, model, index)
-                for index, (model, name) in enumerate(zip(self._models, theirs, strict=True))
+                self._first(option, names, model, index)
+                for index, (model, names) in enumerate(zip(self._models, theirs, strict=True))
             )
         return own
 
-    def _first(self, option: str, key: str, model: str = "", index: int = 0) -> Given:
+    def _first(self, option: str, names: Sequence[str], model: str = "", index: int = 0) -> Given:
         """Return what the first rule that matches gives, or else the method's own value."""
         for number, values in enumerate(self._values):
-            if option in values and matches(key, self._patterns[number]):
+            if option not in values:
+                continue
+            if any(matches(name, self._patterns[number]) for name in names):
                 value = values[option]
                 if not model or not isinstance(value, Mapping):
                     return Given(value, number)
@@ -314,13 +318,16 @@ class _Rules:
         for option in self._per_model.intersection(options):
             values = options[option]
             assert isinstance(values, list)
-            for model, value in zip(self._models, values, strict=True):
+            for index, (model, value) in enumerate(zip(self._models, values, strict=True)):
                 if value is None:
                     raise FusionBenchError(
                         f"there is no value for the model '{model}' in '{key}'.",
                         "Give one there or in a rule.",
                         place=(option,),
                     )
+                if not _is_number(value):
+                    reason = f"{value!r} is not a number."
+                    raise FusionBenchError(reason, place=(option, index))
         kind = type(self._method)
         Problems(type_problems(kind, options)).raise_all()
         if is_dataclass(self._method):
@@ -384,21 +391,18 @@ def _of_model(model: str, value: object) -> object:
     return _gradient(model, value) if isinstance(value, Mapping) else value
 
 
-def _names_of(inputs: Inputs, key: str) -> list[str]:
-    """Return what each model calls an entry itself."""
-    return [key for _ in inputs.names]
+def _names_of(inputs: Inputs, key: str) -> list[tuple[str, ...]]:
+    """Return what each model calls an entry itself, by all that it is made of."""
+    return [
+        tuple(origin.key for origin in weights.origins(key))
+        for weights in inputs.aligned.models.values()
+    ]
 
 
-def _depths(keys: Iterable[str]) -> dict[str, float]:
-    """Return how deep each key's layer is among those that there are, from 0 to 1."""
-    blocks = {key: place for key in keys if (place := block(key))}
-    layers: dict[str, list[int]] = {}
-    for stack, index in sorted(set(blocks.values())):
-        layers.setdefault(stack, []).append(index)
-    return {
-        key: layers[stack].index(index) / (len(layers[stack]) - 1) if len(layers[stack]) > 1 else 1
-        for key, (stack, index) in blocks.items()
-    }
+def _depth(layers: Layers, key: str) -> float:
+    """Return how deep an entry is, from 0 to 1; 0 outside of layers."""
+    place = layers.place(key)
+    return 0.0 if place is None else place.depth
 
 
 def _nearest(pattern: str, keys: Sequence[str]) -> list[str]:

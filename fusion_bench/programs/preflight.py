@@ -23,7 +23,7 @@ from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
-from fusion_bench.problems import ConfigError, Problem, Problems
+from fusion_bench.problems import ConfigError, Place, Problem, Problems
 from fusion_bench.programs.fusing import LearnedSplit, without_taskpool
 from fusion_bench.programs.owners import check_owners, owners, ownership_hint
 from fusion_bench.programs.pools import PlacedModelPool
@@ -31,6 +31,7 @@ from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import plain
 from fusion_bench.recipes import translate
+from fusion_bench.programs.told_options import option_notes
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
@@ -225,6 +226,7 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     merging = any(setting.method.needs.weights for setting in settings)
     sound = merging and _can_be_merged(plan, modelpool, needed)
     opened = plan.weights if sound and all(name in plan.weights for name in needed) else {}
+    told: set[Place] = set()  # of several settings of a method the first
     for setting in settings:
         needs, based = setting.method.needs, modelpool.has_pretrained
         with plan.collect(), setting.located():
@@ -235,7 +237,11 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
         unknown = suppress(LookupError) if known == {} else nullcontext()
         with plan.collect(), setting.located(), unknown:
             # That the pretrained model is missing is said already.
-            setting.method.check_pool(_Headers(modelpool, names, known, based or needs.base))
+            pool = _Headers(modelpool, names, known, based or needs.base)
+            setting.method.check_pool(pool)
+            if known and setting.place not in told:
+                plan.note(*option_notes(setting.method, pool, setting.place))
+                told.add(setting.place)
 
 
 def _can_be_merged(plan: Plan, modelpool: PlacedModelPool, needed: Sequence[str]) -> bool:
