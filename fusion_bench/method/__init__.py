@@ -27,6 +27,7 @@ from fusion_bench.method.multi_slerp import MultiSlerpAlgorithm
 from fusion_bench.method.nearswap import NearSwapAlgorithm
 from fusion_bench.method.nuslerp import NuSlerpAlgorithm
 from fusion_bench.method.opcm import OPCM, OPCMForCLIP
+from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.pcb_merging import PCBMerging
 from fusion_bench.method.ram import RAMAlgorithm, RAMPlusAlgorithm
 from fusion_bench.method.regmean import RegMeanAlgorithm
@@ -34,6 +35,7 @@ from fusion_bench.method.regmean_plusplus import RegMeanAlgorithmPlusPlus
 from fusion_bench.method.sce import SCEAlgorithm
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.method.slerp import SlerpMergeAlgorithm
+from fusion_bench.method.stacked_layers import StackedLayers
 from fusion_bench.method.tall_mask import ConsensusTaskArithmetic, TallMaskTaskArithmeticAlgorithm
 from fusion_bench.method.task_arithmetic import TaskArithmeticAlgorithm
 from fusion_bench.method.task_singular_vector import TaskSingularVectorMerging
@@ -79,6 +81,7 @@ __all__ = [
     "PCBMerging",
     "RAMAlgorithm",
     "RAMPlusAlgorithm",
+    "PassthroughAlgorithm",
     "RegMeanAlgorithm",
     "RegMeanAlgorithmForCLIP",
     "RegMeanAlgorithmForCLIPPlusPlus",
@@ -87,6 +90,7 @@ __all__ = [
     "SimpleAverageAlgorithm",
     "SimpleEnsembleAlgorithm",
     "SlerpMergeAlgorithm",
+    "StackedLayers",
     "TallMaskTaskArithmeticAlgorithm",
     "TaskArithmeticAlgorithm",
     "TaskSingularVectorMerging",

@@ -293,14 +293,18 @@ def aligned(
     return found
 
 
-def refuse_disagreeing(pool: ModelPool) -> None:
+def refuse_disagreeing(pool: ModelPool, *, layers: bool = True) -> None:
     """Refuse models that compute unlike, weights aside; warn of what differs and may.
+
+    Args:
+        pool: the models.
+        layers: whether they must have the same layers.
 
     Raises:
         FusionBenchError: what the pool's policy does not allow.
     """
     if isinstance(pool, Comparing):
         known = set(pool.notes)
-        for note in pool.compare():
+        for note in pool.compare(layers=layers):
             if note not in known:
                 log.warning("%s", note)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fusion_bench.problems import Place
 from fusion_bench.results import Metric, SampleScores
-from fusion_bench.weights import MergePolicy, Model, Weights
+from fusion_bench.weights import Config, MergePolicy, Model, TensorSpec, Weights
+from fusion_bench.weights.blueprint import Blueprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +35,7 @@ class Needs:
     Attributes:
         base: the ``_pretrained_`` model.
         weights: models with the same tensors, which it merges; an ensemble takes any models.
+        alike: models that have the same layers; a method that stacks layers takes others.
         split: the part of the datasets that it learns from; ``None`` where it learns from none.
         split_place: where in the method's config that is chosen.
         own_data: a dataset for each model, not just some datasets.
@@ -42,6 +44,7 @@ class Needs:
 
     base: bool = False
     weights: bool = True
+    alike: bool = True
     split: Split | None = None
     own_data: bool = False
     labels: bool = False
@@ -90,8 +93,12 @@ class Comparing(Protocol):
 
     notes: list[str]
 
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
+    def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Return the differences of some models, by default of all, as sentences.
+
+        Args:
+            names: of which models.
+            layers: whether their layers are compared too.
 
         Raises:
             FusionBenchError: what the policy does not allow.
@@ -107,6 +114,18 @@ class Composing(Protocol):
     """
 
     base_method: object
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """A pool that tells what a config describes."""
+
+    def blueprint(self, config: Config) -> Blueprint | None:
+        """Return what a config describes; ``None`` where that is not known.
+
+        Raises:
+            FusionBenchError: a config that nothing can be built by.
+        """
 
 
 class Saving(Protocol):
@@ -150,6 +169,31 @@ class TaskData(Protocol):
 
 
 Data = Mapping[str, TaskData]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a merged model that has other entries than the pool's.
+
+    Attributes:
+        specs: of its entries.
+        note: what it is, in words.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    note: str
+
+
+@runtime_checkable
+class Forming(Protocol):
+    """A method whose merged model has another form than the pool's."""
+
+    def form(self, pool: ModelPool) -> Form:
+        """Return the form of the merged model; no weight is read.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from typing import Any
 from fusion_bench.modelpool.tokens import Comparison, Vocabulary, compare_tokens
 from fusion_bench.problems import Problem
 from fusion_bench.weights import first_of
+from fusion_bench.weights.blueprint import without_layers
 from fusion_bench.weights.config import Config, decides, deciding, plain
 
 #: How many tokens a model may see, which matters where rotary embeddings are stretched to it.
@@ -54,6 +55,7 @@ def compare_configs(
     warn: bool = False,
     part: str | None = None,
     heads: bool = False,
+    layers: bool = True,
 ) -> Found:
     """Compare models' configs with that of the first, the reference.
 
@@ -62,12 +64,13 @@ def compare_configs(
         warn: merge models whatever differs.
         part: the key of the part of a config that is merged, for configs that have it.
         heads: classifiers are merged with their heads, so that the order of classes counts.
+        layers: the models are to have the same layers.
     """
     (name, reference), *others = configs.items()
     found: dict[Difference, list[str]] = {}
     for model, config in others:
         other_order = _other_order(config, reference) if heads else []
-        for difference in [*other_order, *differences(config, reference, part)]:
+        for difference in [*other_order, *differences(config, reference, part, layers=layers)]:
             found.setdefault(difference, []).append(model)
     much, notes = [], []
     for each, models in found.items():
@@ -196,7 +199,9 @@ class Difference:
     much: bool
 
 
-def differences(own: Config, reference: Config, part: str | None = None) -> list[Difference]:
+def differences(
+    own: Config, reference: Config, part: str | None = None, *, layers: bool = True
+) -> list[Difference]:
     """Return what makes two models compute unlike.
 
     Releases of transformers name the same in different ways and leave out what a class has by
@@ -208,16 +213,18 @@ def differences(own: Config, reference: Config, part: str | None = None) -> list
         own: a model's config.
         reference: that of the model whose config a merged one gets.
         part: the key of the part that is merged, for configs that have it.
+        layers: whether their number, and what is listed layer by layer, is compared too.
     """
     own, reference = _named(own, reference), _named(reference, own)
     if _alike(deciding(own), deciding(reference)):
         return []
     completed = _completed(own), _completed(reference)
     known = None not in completed
-    first, second = (
-        deciding(_part(full if known and full is not None else config, part))
+    parts = [
+        _part(full if known and full is not None else config, part)
         for full, config in zip(completed, (own, reference), strict=True)
-    )
+    ]
+    first, second = (deciding(each if layers else without_layers(each)) for each in parts)
     kinds = first.get("model_type"), second.get("model_type")
     if kinds[0] != kinds[1]:
         # One may be inside the other, as a vision encoder is in CLIP.

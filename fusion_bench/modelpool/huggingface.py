@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
@@ -59,6 +60,7 @@ from fusion_bench.weights import (
     is_special,
     open_repository,
 )
+from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import vocabulary
 
 if TYPE_CHECKING:
@@ -133,7 +135,8 @@ class HFModelPool:
         self.test_datasets = dict(test_datasets or {})
         self.model_names = [name for name in self._sources if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._sources
-        self._found: dict[tuple[str, ...], Found] = {}
+        self._found: dict[tuple[tuple[str, ...], bool], Found] = {}
+        self._blueprints: dict[str, Blueprint | None] = {}
         self.notes: list[str] = []
         with problems.collect("models"):
             if not self.model_names:
@@ -167,7 +170,6 @@ class HFModelPool:
             with plan.collect():
                 if name == self._reference or self._reference in plan.weights:
                     plan.weights[name] = self.weights(name)
-                    self._refuse_untied(name)
                 elif self._base(name) is None:  # nothing to compare with, but it can be damaged
                     self._opened(self._source(name))
         for name in known:
@@ -204,13 +206,14 @@ class HFModelPool:
                 place=("models", name),
             )
 
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
+    def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Compare what besides weights decides what the models compute with the reference's.
 
         That are configs, tokenizers, and how pictures are prepared, as far as they are known.
 
         Args:
             names: of which models; by default all.
+            layers: whether they are to have the same layers.
 
         Returns:
             In sentences, what differs and is merged all the same; also kept as ``notes``.
@@ -220,21 +223,27 @@ class HFModelPool:
         """
         wanted = dict.fromkeys([self._reference, *self.model_names])
         chosen = tuple(name for name in wanted if names is None or name in names)
-        if chosen not in self._found:
-            self._found[chosen] = self._compared(chosen)
-        found = self._found[chosen]
+        if (chosen, layers) not in self._found:
+            self._found[chosen, layers] = self._compared(chosen, layers)
+        found = self._found[chosen, layers]
         self.notes = list(found.notes)
         if found.refused:
             raise error_of(found.refused)
         return self.notes
 
-    def _compared(self, names: Collection[str]) -> Found:
-        found = Found()
+    def _compared(self, names: Collection[str], layers: bool) -> Found:
+        problems = Problems()
+        for name in names:
+            with problems.collect():
+                self._refuse_untied(name)
+        found = Found(tuple(problems))
         configs = {name: config for name in names if (config := self._source(name).config())}
         if configs:
             warn = self.policy.on_config == "warn"
             heads = self.model_class != "AutoModel"  # of a classifier it takes the backbone
-            found += compare_configs(configs, warn=warn, part=self._part, heads=heads)
+            found += compare_configs(
+                configs, warn=warn, part=self._part, heads=heads, layers=layers
+            )
         folders = {name: self._source(name).companions for name in names}
         if self._processor is not None and self._has_tokens and (place := self._processor.folder):
             folders[f"the tokenizer of '{place.name}'"] = (place,)
@@ -359,6 +368,48 @@ class HFModelPool:
         with within(*source.named.place):
             refuse_incomplete(f"'{whole.name}'", info)
         return module
+
+    def blueprint(self, config: Config) -> Blueprint | None:
+        """Return what the pool's class builds by a config, under the keys that the pool works with.
+
+        Nothing takes memory. ``None`` for an architecture that transformers does not know.
+
+        Raises:
+            FusionBenchError: a config that its class refuses.
+        """
+        asked = json.dumps(dict(config), sort_keys=True, default=str)
+        if asked not in self._blueprints:
+            self._blueprints[asked] = self._drawn(config)
+        return self._blueprints[asked]
+
+    def _drawn(self, config: Config) -> Blueprint | None:
+        from fusion_bench.modelpool.blueprint import blueprint
+
+        try:
+            whole = config_of(config, self._config_class)
+        except FusionBenchError:
+            return None
+        except Exception as error:  # each class fails in its own way
+            raise _unbuildable(config, error) from error
+        part = self._part_of(whole)
+        try:
+            drawn = blueprint(self.model_class, whole if part is None else part, whole)
+        except FusionBenchError:
+            raise
+        except Exception as error:
+            raise _unbuildable(config, error) from error
+        names = self._canonical(TensorWeights({key: torch.empty(0) for key in drawn.entries}))
+        own = {key: origin.key for key in names for origin in names.origins(key)}
+        known = {there: key for key, there in own.items()}
+        return Blueprint(
+            drawn.config,
+            {key: drawn.entries[there] for key, there in own.items()},
+            {
+                known[key]: known[first]
+                for key, first in drawn.tied.items()
+                if key in known and first in known
+            },
+        )
 
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Return a module of the reference's architecture with these weights.
@@ -542,6 +593,14 @@ class HFModelPool:
         below = self._reference_model if at_hand else self._opened(base)
         with within(*source.named.place):
             return source.open(below)
+
+
+def _unbuildable(config: Config, error: Exception) -> FusionBenchError:
+    """Return the problem of a config that its class refuses."""
+    said = " ".join(str(error).split())[:300]
+    return FusionBenchError(
+        f"transformers cannot build a '{config.get('model_type')}' by this config: {said}"
+    )
 
 
 def _policy(section: Mapping[str, Any]) -> MergePolicy:

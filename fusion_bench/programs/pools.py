@@ -15,7 +15,8 @@ from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, within
 from fusion_bench.results import Example, SampleScores
 from fusion_bench.tokenizer import TokenizerSource
-from fusion_bench.weights import MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights import Config, MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights.blueprint import Blueprint
 
 if TYPE_CHECKING:
     from fusion_bench.taskpool import LearningData, TaskDescription
@@ -50,8 +51,11 @@ class ModelPool(contract.ModelPool, contract.Saving, Protocol):
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
         """Return the pool's plan; no weight is read."""
 
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
+    def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Return in sentences what differs in some models, by default in all."""
+
+    def blueprint(self, config: Config) -> Blueprint | None:
+        """Return what a config describes; ``None`` if unknown."""
 
     def architecture(self, name: str | None = None) -> str | None:
         """Return a hash of a model's computation, without weights; ``None`` if unknown."""
@@ -140,10 +144,15 @@ class PlacedModelPool:
         with self._here():
             return self._pool.plan(scratch, built=built)
 
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
+    def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """As in ``ModelPool``."""
         with self._here():
-            return self._pool.compare(names)
+            return self._pool.compare(names, layers=layers)
+
+    def blueprint(self, config: Config) -> Blueprint | None:
+        """As in ``ModelPool``."""
+        with self._here():
+            return self._pool.blueprint(config)
 
     def weights(self, name: str) -> Weights:
         """As in ``ModelPool``."""
@@ -211,8 +220,14 @@ class _PlainPool:
         plan: Plan = self._call("plan", scratch, built=built) if self._has("plan") else Plan()
         return plan
 
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
-        return list(self._call("compare", names)) if self._has("compare") else []
+    def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
+        if not self._has("compare"):
+            return []
+        return list(self._call("compare", names, **({} if layers else {"layers": False})))
+
+    def blueprint(self, config: Config) -> Blueprint | None:
+        drawn: Blueprint | None = None
+        return self._call("blueprint", config) if self._has("blueprint") else drawn
 
     def weights(self, name: str) -> Weights:
         if not self._has("weights"):

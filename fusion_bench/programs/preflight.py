@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fusion_bench.method.base import aligned
-from fusion_bench.method.contract import FusionMethod, ModelPool
+from fusion_bench.method.contract import Form, Forming, FusionMethod, ModelPool
 from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.modelpool.sources import Sources
@@ -36,7 +36,8 @@ from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
 from fusion_bench.storage import is_first_process
-from fusion_bench.weights import MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights import Config, MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights.blueprint import Blueprint
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +105,12 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
             hint = ownership_hint(owners(taskpool, names), names)
             plan.note(*([] if hint is None else [hint]))
     _check_nodes(plan, run, scratch)
+    forms: list[Form] = []
     if modelpool is not None:
-        _compare(plan, modelpool, run.settings)
+        forms = _compare(plan, modelpool, run.settings)
         _compare_data(plan, run, modelpool, scratch)
-    _add_steps(plan, run)
-    _check_memory(plan, run)
+    _add_steps(plan, run, forms)
+    _check_memory(plan, run, forms)
     return plan
 
 
@@ -216,45 +218,59 @@ class _Headers:
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         return self._pool.build_model(weights)
 
+    def blueprint(self, config: Config) -> Blueprint | None:
+        return self._pool.blueprint(config)
 
-def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> None:
+
+def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> list[Form]:
     """Compare keys, shapes, types and tying by headers, and models with methods.
 
     Where not all models can be compared, methods are still asked about their number and names.
+
+    Returns:
+        The forms of merged models that have other entries than the pool's.
     """
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
-    merging = any(setting.method.needs.weights for setting in settings)
-    sound = merging and _can_be_merged(plan, modelpool, needed)
-    opened = plan.weights if sound and all(name in plan.weights for name in needed) else {}
+    wanted = {s.method.needs.alike for s in settings if s.method.needs.weights}
+    sound = {alike: _can_be_merged(plan, modelpool, needed, alike) for alike in sorted(wanted)}
+    whole = all(name in plan.weights for name in needed)
+    forms: list[Form] = []
     told: set[Place] = set()  # of several settings of a method the first
     for setting in settings:
         needs, based = setting.method.needs, modelpool.has_pretrained
         with plan.collect(), setting.located():
             refuse_without_pretrained(setting.method, modelpool)
         names = modelpool.model_names if setting.models is None else setting.models
+        opened = plan.weights if whole and sound.get(needs.alike) else {}
         known = None if not needs.weights else opened if based or not needs.base else {}
         # A method of the user's may look for an entry.
         unknown = suppress(LookupError) if known == {} else nullcontext()
         with plan.collect(), setting.located(), unknown:
             # That the pretrained model is missing is said already.
-            pool = _Headers(modelpool, names, known, based or needs.base)
-            setting.method.check_pool(pool)
+            headers = _Headers(modelpool, names, known, based or needs.base)
+            setting.method.check_pool(headers)
             if known and setting.place not in told:
-                plan.note(*option_notes(setting.method, pool, setting.place))
+                plan.note(*option_notes(setting.method, headers, setting.place))
                 told.add(setting.place)
+            if isinstance(setting.method, Forming) and known != {}:
+                forms.append(setting.method.form(headers))
+    return forms
 
 
-def _can_be_merged(plan: Plan, modelpool: PlacedModelPool, needed: Sequence[str]) -> bool:
-    """Check whether the opened models can be merged."""
+def _can_be_merged(
+    plan: Plan, modelpool: PlacedModelPool, needed: Sequence[str], alike: bool
+) -> bool:
+    """Check whether the opened models can be merged; ``alike`` asks for the same layers too."""
     names = [name for name in modelpool.model_names if name in plan.weights]
     if not names or needed[0] not in plan.weights:
         return False
     before = len(plan.problems)
     opened: ModelPool = _Headers(modelpool, names, plan.weights, modelpool.has_pretrained)
+    if alike:
+        with plan.collect(*modelpool.place, "models"):
+            plan.note(*aligned(opened).notes)
     with plan.collect(*modelpool.place, "models"):
-        plan.note(*aligned(opened).notes)
-    with plan.collect(*modelpool.place, "models"):
-        plan.note(*modelpool.compare(list(plan.weights)))
+        plan.note(*modelpool.compare(list(plan.weights), layers=alike))
     return len(plan.problems) == before
 
 
@@ -295,7 +311,7 @@ def _is_test_split(node: object) -> bool:
     return isinstance(split, str) and is_test_split(split)
 
 
-def _add_steps(plan: Plan, prepared: Prepared) -> None:
+def _add_steps(plan: Plan, prepared: Prepared, forms: Sequence[Form]) -> None:
     modelpool, taskpool, settings = prepared.modelpool, prepared.taskpool, prepared.settings
     if plan.weights:
         total = sum(sum(w.spec(key).nbytes for key in w) for w in plan.weights.values())
@@ -310,13 +326,15 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
             what += f", with {_count(len(settings), 'setting')}"
         device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
+    for form in forms:
+        plan.add(Step("compute", form.note))
     if taskpool is not None:
         evaluated = "the merged model" if settings else "the models"
         if settings and prepared.spec.baselines != "none":
             evaluated += " and its inputs"
         plan.add(Step("evaluate", f"{evaluated}, on {_count(len(taskpool.task_names), 'task')}"))
     if (path := prepared.paths.model_path) is not None:
-        size = None if modelpool is None else _merged_bytes(plan, modelpool)
+        size = None if modelpool is None else _merged_bytes(plan, modelpool, forms)
         plan.add(Step("write", "the merged model", size, path, "merged_model_save_path"))
     for logger in prepared.tracker.loggers:
         plan.add(Step("track", f"the figures, with {logger.name}"))
@@ -329,8 +347,10 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
             plan.add(Step("write", "the report", None, place, key))
 
 
-def _merged_bytes(plan: Plan, modelpool: PlacedModelPool) -> int | None:
-    """Return the size of a merged model, which has the reference's entries."""
+def _merged_bytes(plan: Plan, modelpool: PlacedModelPool, forms: Sequence[Form]) -> int | None:
+    """Return the size of a merged model, which has the reference's entries or its own form's."""
+    if forms:
+        return max(sum(spec.nbytes for spec in form.specs.values()) for form in forms)
     name = "_pretrained_" if modelpool.has_pretrained else modelpool.model_names[0]
     weights = plan.weights.get(name)
     if weights is None:
@@ -382,12 +402,12 @@ def _check_room(plan: Plan) -> None:
             )
 
 
-def _check_memory(plan: Plan, prepared: Prepared) -> None:
+def _check_memory(plan: Plan, prepared: Prepared, forms: Sequence[Form]) -> None:
     """Check whether a merged model fits in memory, as a lower bound."""
     modelpool, taskpool, fabric = prepared.modelpool, prepared.taskpool, prepared.fabric
     if modelpool is None or not plan.weights or (taskpool is None and prepared.paths.model_path):
         return  # entry by entry it goes to the disk
-    needed, free = _merged_bytes(plan, modelpool), _free_memory()
+    needed, free = _merged_bytes(plan, modelpool, forms), _free_memory()
     if needed is None:
         return
     smaller = modelpool.policy.typed("dtype", "bfloat16")

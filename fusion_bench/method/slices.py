@@ -1,0 +1,341 @@
+"""Slices of layers: how they are written, and the pools that their methods see."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method.contract import FusionMethod, ModelPool
+from fusion_bench.method.ensemble import EnsembleAlgorithm
+from fusion_bench.method.passthrough import PassthroughAlgorithm
+from fusion_bench.method.plain import Runs, as_method, class_name
+from fusion_bench.problems import FusionBenchError, Place, Problems, did_you_mean, within
+from fusion_bench.weights import Layers, Model, Stacked, TensorSpec, Weights, is_special
+from fusion_bench.weights.blueprint import Blueprint
+
+BASE = "_pretrained_"
+_KEYS = ("models", "base", "base_method", "stack")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of some models, merged by a method into as many new layers.
+
+    Attributes:
+        models: name to the layers ``(start, stop)``; ``None`` for all. They are merged.
+        base: the model that the method sees as the pretrained one.
+        base_layers: its layers; ``None`` for those of the models.
+        method: merges them.
+        stack: of which stack; ``None`` for the only one.
+        place: in the config.
+        method_place: of the method.
+    """
+
+    models: Mapping[str, tuple[int, int] | None]
+    base: str | None
+    base_layers: tuple[int, int] | None
+    method: FusionMethod
+    stack: str | None
+    place: Place
+    method_place: Place
+
+    @property
+    def names(self) -> list[str]:
+        """All models, the base first."""
+        return list(dict.fromkeys([*([self.base] if self.base else []), *self.models]))
+
+
+def read_slices(slices: object, default: object) -> list[Slice]:
+    """Return what a config says about slices.
+
+    Args:
+        slices: a list of mappings.
+        default: the method of slices without their own; ``None`` for none.
+
+    Raises:
+        FusionBenchError: with each mistake.
+    """
+    if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
+        raise FusionBenchError(
+            f"{slices!r} is not a list of slices.",
+            "Give some, such as [{models: {a: [0, 4]}}, {models: {b: [2, 6]}}].",
+            place=("slices",),
+        )
+    problems, found = Problems(), []
+    common = None
+    with problems.collect("base_method"):
+        common = None if default is None else _method(default)
+    for index, node in enumerate(slices):
+        with problems.collect("slices", index):
+            found.append(_slice(node, common, ("slices", index)))
+    problems.raise_all()
+    return found
+
+
+def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
+    if not isinstance(node, Mapping):
+        raise FusionBenchError(f"{node!r} is not a mapping.", "Give the slice's models.")
+    problems = Problems()
+    for key in node:
+        with problems.collect():
+            if key not in _KEYS:
+                raise FusionBenchError(
+                    "there is no such key.", did_you_mean(str(key), _KEYS), place=(str(key),)
+                )
+    named = node.get("models")
+    if not isinstance(named, Mapping) or not named:
+        raise FusionBenchError(
+            "missing; a slice needs models, each with its layers.",
+            "Give them by name, such as {a: [0, 4]}.",
+            place=("models",),
+        )
+    models: dict[str, tuple[int, int] | None] = {}
+    for name, layers in named.items():
+        with problems.collect("models", str(name)):
+            models[str(name)] = _layers(layers)
+    base = node.get("base")
+    method = default
+    if (own := node.get("base_method")) is not None:
+        with problems.collect("base_method"):
+            method = _method(own)
+    if base is None and BASE in models and len(models) > 1:
+        base = BASE
+    base_layers = models.pop(str(base), None) if base is not None and len(models) > 1 else None
+    if method is None and len(models) == 1 and own is None:
+        method = PassthroughAlgorithm()
+    if method is None and own is None:
+        raise FusionBenchError(
+            f"missing; {', '.join(models)} must be merged.",
+            "Name a method here, or {above}base_method for all slices.",
+            place=("base_method",),
+        )
+    problems.raise_all()
+    assert method is not None
+    own_place: Place = (*place, "base_method") if own is not None else ("base_method",)
+    stack = node.get("stack")
+    if base is None and method.needs.base:
+        base = BASE
+    return Slice(
+        *(models, None if base is None else str(base), base_layers, method),
+        *(None if stack is None else str(stack), place, own_place),
+    )
+
+
+def _layers(layers: object) -> tuple[int, int] | None:
+    if layers is None:
+        return None
+    ends = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else []
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    if len(ends) != 2 or not whole or not 0 <= ends[0] < ends[1]:
+        raise FusionBenchError(
+            f"{layers!r} is no range of layers.",
+            "Give the first layer and the one behind the last, such as [0, 4] for the first four.",
+        )
+    return ends[0], ends[1]
+
+
+def _method(node: object) -> FusionMethod:
+    made = instantiate(node, "method")
+    if not isinstance(made, Runs):
+        raise FusionBenchError(f"{node!r} is not a method.", "Give one as a config node.")
+    method = as_method(made)
+    if method.needs.split is not None or isinstance(method, EnsembleAlgorithm):
+        raise FusionBenchError(
+            f"{class_name(method)} needs whole models, and a slice is none.",
+            "Choose a method that merges weights without data.",
+        )
+    return method
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of the pool, as far as slices see it.
+
+    Attributes:
+        model: the model.
+        layers: its stacks.
+        blueprint: what its config describes, if that is known.
+    """
+
+    model: Model
+    layers: Layers
+    blueprint: Blueprint | None
+
+    def count(self, stack: str) -> int:
+        """Return how many layers a stack has; 0 where there is none."""
+        return len(self.layers.stacks.get(stack, ()))
+
+    def entries(self, stack: str, layers: range, first: int) -> dict[str, str]:
+        """Return the entries of some layers: the names in a new stack to their own."""
+        start = layers.start
+        return {
+            f"{stack}.{first + place.index - start}.{place.rest}": key
+            for key in self.model.weights
+            if (place := self.layers.place(key)) and place.stack == stack and place.index in layers
+        }
+
+    def outside(self) -> dict[str, str]:
+        """Return the entries outside of layers, those that are tied too: names to stored keys."""
+        weights = self.model.weights
+        found = {key: key for key in weights if self.layers.place(key) is None}
+        for key, first in (self.blueprint.tied if self.blueprint else {}).items():
+            if key not in weights and first in found:
+                found[key] = first
+        return found
+
+
+class SlicePool:
+    """Some layers of a pool's models, as a pool.
+
+    Args:
+        pool: the whole models.
+        weights: by name, under the names that the entries have in the new model.
+        names: the models to merge.
+    """
+
+    def __init__(self, pool: ModelPool, weights: Mapping[str, Weights], names: Sequence[str]):
+        self._weights = weights
+        self.model_names = list(names)
+        self.has_pretrained = BASE in weights and BASE not in names
+        self.policy = pool.policy
+        self.vocabulary = pool.vocabulary
+
+    @property
+    def reference(self) -> Weights:
+        """The base's weights, or else the first model's."""
+        return self._weights[BASE if self.has_pretrained else self.model_names[0]]
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and type of a merged entry."""
+        spec, dtype = self.reference.spec(key), self.policy.torch_dtype
+        floating = spec.dtype.is_floating_point and dtype is not None
+        return TensorSpec(spec.shape, dtype) if floating and dtype else spec
+
+    def weights(self, name: str) -> Weights:
+        """Return a model's layers."""
+        return self._weights[name]
+
+    def model(self, name: str) -> Model:
+        """Return the same, without a config."""
+        return Model(self.weights(name), None, "layers")
+
+    def load_model(self, name: str) -> nn.Module:
+        """Refuse: some layers are no module."""
+        raise FusionBenchError("This method needs modules, and layers of a model are none.")
+
+    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
+        """Refuse: some layers are no module."""
+        return self.load_model("")
+
+
+def sides(keys: Iterable[str], tied: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
+    """Return where entries outside of layers belong: a stack, and whether behind it.
+
+    An entry belongs to the stack with which it shares most of its name, or else the one in front of
+    it; what is in front of all belongs to the first.
+
+    Args:
+        keys: of a model, in the order in which it uses them.
+        tied: what is another entry's memory; it belongs where that belongs.
+    """
+    order = list(keys)
+    layers = Layers(order)
+    first: dict[str, int] = {}
+    for index, key in enumerate(order):
+        if place := layers.place(key):
+            first.setdefault(place.stack, index)
+    found: dict[str, tuple[str, bool]] = {}
+    for index, key in enumerate(order):
+        if layers.place(key) is None and first:
+            before = [stack for stack, start in first.items() if start < index]
+            nearest = max(first, key=lambda stack: _shared(stack, key))
+            if not _shared(nearest, key) or len(first) == 1:
+                nearest = before[-1] if before else next(iter(first))
+            found[key] = nearest, first[nearest] < index
+    return found | {key: found[own] for key, own in tied.items() if own in found and key in found}
+
+
+def _shared(stack: str, key: str) -> int:
+    """Return how many modules around an entry are around a stack too."""
+    count = 0
+    for one, other in zip(stack.split(".")[:-1], key.split(".")[:-1], strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def range_of(name: str, given: tuple[int, int] | None, count: int, stack: str) -> range:
+    """Return which layers are meant.
+
+    Raises:
+        FusionBenchError: the model has no such layers; the place is the model's name.
+    """
+    start, stop = given or (0, count)
+    if not count or stop > count:
+        has = f"has {count}, 0 to {count - 1}" if count else f"has no stack '{stack}'"
+        raise FusionBenchError(
+            f"there are no layers [{start}, {stop}): '{name}' {has}.",
+            f"Give an end of at most {count}." if count else "",
+            place=(name,),
+        )
+    return range(start, stop)
+
+
+def check_names(slices: Iterable[Slice], pool: ModelPool) -> None:
+    """Refuse models that are not in the pool.
+
+    Raises:
+        FusionBenchError: with each of them.
+    """
+    known = [*([BASE] if pool.has_pretrained else []), *pool.model_names]
+    problems = Problems()
+    for one in slices:
+        for name in one.names:
+            if name in known or (is_special(name) and name != BASE):
+                continue
+            place: Place = ("models", name) if name in one.models else ("base",)
+            with problems.collect(*one.place):
+                if name == BASE and place == ("base",):
+                    raise FusionBenchError(
+                        f"{class_name(one.method)} needs a pretrained model.",
+                        "Name one of the pool's models as the slice's base, or add "
+                        "'_pretrained_' to the pool.",
+                        place=place,
+                    )
+                raise FusionBenchError(
+                    f"Model '{name}' is not in the pool.", did_you_mean(name, known), place=place
+                )
+    problems.raise_all()
+
+
+def chosen_stack(one: Slice, stacks: Collection[str]) -> str:
+    """Return the stack of a slice.
+
+    Raises:
+        FusionBenchError: an unknown one, or none where there are several.
+    """
+    known = list(stacks)
+    if one.stack is None and len(known) == 1:
+        return known[0]
+    if one.stack in known:
+        return str(one.stack)
+    with within(*one.place):
+        if one.stack is None:
+            raise FusionBenchError(
+                f"missing; the model has {len(known)} stacks of layers.",
+                f"Choose one: {', '.join(known)}.",
+                place=("stack",),
+            )
+        raise FusionBenchError(
+            f"the model has no stack '{one.stack}'.",
+            did_you_mean(one.stack, known),
+            place=("stack",),
+        )
+
+
+def view(source: Source, names: Mapping[str, str]) -> Weights:
+    """Return entries of a model under other names."""
+    weights = source.model.weights
+    return Stacked({new: (weights, own) for new, own in names.items()})
