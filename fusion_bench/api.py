@@ -66,7 +66,7 @@ def merge(
     base: Model | None = None,
     method: Method = "simple_average",
     out: None = None,
-    tokenizer: str | PathLike[str] | None = None,
+    tokenizer: str | PathLike[str] | Mapping[str, object] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
     fabric: "Mapping[str, object] | Fabric | None" = None,
@@ -82,7 +82,7 @@ def merge(
     base: Model | None = None,
     method: Method = "simple_average",
     out: str | PathLike[str],
-    tokenizer: str | PathLike[str] | None = None,
+    tokenizer: str | PathLike[str] | Mapping[str, object] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
     fabric: "Mapping[str, object] | Fabric | None" = None,
@@ -97,7 +97,7 @@ def merge(
     base: Model | None = None,
     method: Method = "simple_average",
     out: str | PathLike[str] | None = None,
-    tokenizer: str | PathLike[str] | None = None,
+    tokenizer: str | PathLike[str] | Mapping[str, object] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
     fabric: "Mapping[str, object] | Fabric | None" = None,
@@ -117,7 +117,8 @@ def merge(
         method: its name, such as ``ties``, its config node, or an object.
         out: the directory for the merged model.
         tokenizer: whose tokenizer and processor files go beside it; by default the base's, or else
-            the first model's.
+            the first model's. ``union``, ``base``, the name of a model or a mapping match rows by
+            their tokens, as in ``HFModelPool``.
         policy: what to do where models differ; keys as in ``MergePolicy``.
         seed: seeds every random number generator.
         fabric: ``lightning.Fabric``, or its arguments; by default one process on the best device.
@@ -374,7 +375,7 @@ def _with_options(
 def _pool(
     models: Models,
     base: Model | None,
-    tokenizer: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | Mapping[str, object] | None,
     policy: Mapping[str, object] | MergePolicy | None,
 ) -> Section:
     """Return the node of a model pool, or the pool that was given as an object."""
@@ -404,14 +405,15 @@ def _pool(
 def _completed(
     node: Mapping[str, object],
     models: Mapping[str, object],
-    tokenizer: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | Mapping[str, object] | None,
     policy: Mapping[str, object] | MergePolicy | None,
 ) -> dict[str, object]:
     """Return a pool's node with the models, and with what else is given."""
     made = {**node, "_recursive_": False, "models": models}
     if tokenizer is not None:
         takes = parameters(str(node["_target_"]))
-        made["tokenizer" if "tokenizer" in takes else "processor"] = fspath(tokenizer)
+        given = tokenizer if isinstance(tokenizer, Mapping) else fspath(tokenizer)
+        made["tokenizer" if "tokenizer" in takes else "processor"] = given
     if policy is not None:
         made["policy"] = policy
     return made

@@ -14,7 +14,8 @@ from fusion_bench.problems import ConfigError
 
 #: A model's configs.
 CONFIGS = ("config.json", "generation_config.json")
-_TOKENIZER = (
+#: Files of tokenizers.
+TOKENIZER = (
     # transformers
     "tokenizer.json",
     "tokenizer_config.json",
@@ -62,7 +63,7 @@ _TOKENIZER = (
 )
 #: Files of tokenizers and processors.
 PROCESSORS = (
-    *_TOKENIZER,
+    *TOKENIZER,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",

@@ -62,6 +62,8 @@ _NODES_BY_NAME = {
     "test_datasets": False,
 }
 _NODES = ("processor", "tokenizer", "clip_model", "data_processor")
+#: Keys of a pool's ``tokenizer`` that is not a node, but says where tokens come from.
+_SAYS = ("source", "base", "tokens", "pad_to_multiple_of")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
@@ -292,7 +294,10 @@ def _problems(
 def _pool_problems(node: Mapping[Any, Any]) -> Iterator[Problem]:
     """Yield a problem for each value in a pool that should be a node."""
     for name in _NODES:
-        for problem in _part_problems(node.get(name), _EXAMPLES[name], texts=True):
+        part = node.get(name)
+        if name == "tokenizer" and isinstance(part, Mapping) and not part.keys().isdisjoint(_SAYS):
+            continue  # the pool tells what it says of tokens
+        for problem in _part_problems(part, _EXAMPLES[name], texts=True):
             yield problem.inside(name)
     for group, texts in _NODES_BY_NAME.items():
         nodes = node.get(group)

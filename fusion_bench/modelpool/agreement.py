@@ -126,8 +126,8 @@ def compare_vocabularies(vocabularies: Mapping[str, Vocabulary], *, warn: bool =
         ("models",),
         "the same token ids mean different strings in these models, so rows of different tokens "
         "would be merged.",
-        "Use models with the same tokenizer, or give {here}policy.on_tokenizer=warn to merge them "
-        "all the same.",
+        "Give {here}tokenizer=union to match rows by their tokens, use models with the same "
+        "tokenizer, or give {here}policy.on_tokenizer=warn to merge them all the same.",
         details=tuple(first_of(much)),
     )
     return Found((refusal,), tuple(notes))

@@ -13,31 +13,37 @@ class CausalLMPool(HFModelPool):
 
     Args:
         models: as in ``HFModelPool``.
-        tokenizer: where the merged model's tokenizer files come from; by default the reference
-            model, which is the pretrained one or else the first.
+        tokenizer: ``union``, ``base`` or a model's name, or more of it as in ``HFModelPool``: all
+            models are seen by the tokens of that tokenizer. Or where the merged model's tokenizer
+            files come from, while the rows stay as they are; by default the reference model, which
+            is the pretrained one or else the first.
         policy: as in ``HFModelPool``.
         max_shard_size: of a merged model's files.
         train_datasets: as in ``HFModelPool``; so are the other datasets.
+        chat_template: as in ``HFModelPool``.
     """
 
     @keeps_arguments
     def __init__(
         self,
         models: Mapping[str, Any],
-        tokenizer: str | None = None,
+        tokenizer: Any = None,
         policy: Mapping[str, Any] | MergePolicy | None = None,
         max_shard_size: int | str = "5GB",
         train_datasets: Mapping[str, Any] | None = None,
         val_datasets: Mapping[str, Any] | None = None,
         test_datasets: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ):
         super().__init__(
             models,
             "AutoModelForCausalLM",
-            tokenizer,
+            None,
             policy,
             max_shard_size,
             train_datasets,
             val_datasets,
             test_datasets,
+            tokenizer,
+            chat_template,
         )

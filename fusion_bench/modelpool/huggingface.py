@@ -30,10 +30,13 @@ from fusion_bench.modelpool.build import (
     read_whole,
     refuse_incomplete,
 )
+from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.directory import copy_files, processor_files, write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
+from fusion_bench.modelpool.output_tokens import OutputTokens
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
+from fusion_bench.modelpool.token_setting import TokenSetting
 from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
@@ -45,7 +48,7 @@ from fusion_bench.problems import (
     within,
 )
 from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import unbuilt
+from fusion_bench.sources import plain_source, unbuilt
 from fusion_bench.storage import check_file_name, read_json, write_text
 from fusion_bench.tokenizer import TokenizerSource, tokenizer_files
 from fusion_bench.weights import (
@@ -92,6 +95,14 @@ class HFModelPool:
         train_datasets: name to dataset node, for methods that learn from training data.
         val_datasets: likewise, for methods that tune on validation data.
         test_datasets: likewise, for methods that adapt to unlabelled test data.
+        tokenizer: ``union``, ``base`` or the name of a model: all models are seen with the rows of
+            that tokenizer, matched by token, and the merged model gets it. A mapping says more:
+            ``source``, one of these; ``base``, the model whose row a token gets that others lack,
+            by default the pretrained one; ``tokens``, a token to its ``source`` (a model,
+            ``{kind: model_token, model, token}`` or ``{kind: zero}``) and ``force``, for all
+            models; ``pad_to_multiple_of``. Anything else says the same as ``processor``.
+        chat_template: of the merged model's tokenizer: ``auto``, the most frequent of the models';
+            a known name; or a text in Jinja.
 
     Raises:
         FusionBenchError: an empty pool, an impossible policy or size, or a name that no file can
@@ -117,6 +128,8 @@ class HFModelPool:
         train_datasets: Mapping[str, Any] | None = None,
         val_datasets: Mapping[str, Any] | None = None,
         test_datasets: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
     ):
         self._sources = Sources(models or {}, model_class)
         problems = Problems()
@@ -127,6 +140,13 @@ class HFModelPool:
             check_size(max_shard_size)
         with problems.collect("policy"):
             self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})
+        setting = None
+        with problems.collect("tokenizer"):
+            setting = TokenSetting.read(plain_source(tokenizer), self._sources)
+        if setting is None and tokenizer is not None:
+            processor = tokenizer
+        with problems.collect("chat_template"):
+            check_template(chat_template)
         self.model_class = model_class
         self._processor = Processor(processor, self._sources) if processor else None
         self.max_shard_size = max_shard_size
@@ -137,6 +157,18 @@ class HFModelPool:
         self.has_pretrained = "_pretrained_" in self._sources
         self._found: dict[tuple[tuple[str, ...], bool], Found] = {}
         self._blueprints: dict[str, Blueprint | None] = {}
+        self._tokens: OutputTokens | None = None
+        if setting is not None or chat_template is not None:
+            self._tokens = OutputTokens(
+                setting,
+                chat_template,
+                list(dict.fromkeys([*["_pretrained_"] * self.has_pretrained, *self.model_names])),
+                self._sources,
+                TokenizerSource(self._tokenizer),
+                self._own_model,
+                self._config_of,
+                model_class,
+            )
         self.notes: list[str] = []
         with problems.collect("models"):
             if not self.model_names:
@@ -166,6 +198,8 @@ class HFModelPool:
                 if self._sources[name].plan(plan):
                     known.append(name)
         known = [name for name in known if self._can_be_read(name, known)]
+        if self._tokens is not None and not self._plan_tokens(plan, known):
+            known = []
         for name in sorted(known, key=lambda name: name != self._reference):
             with plan.collect():
                 if name == self._reference or self._reference in plan.weights:
@@ -188,6 +222,15 @@ class HFModelPool:
             return False
         base = self._base(name)
         return base is None or not base.named.name or self._can_be_read(base.named.name, known)
+
+    def _plan_tokens(self, plan: Plan, known: Collection[str]) -> bool:
+        """Note what the output tokenizer is; tell whether rows are known, as all models count."""
+        if self._tokens is None or len(known) < len(self._sources):
+            return False
+        before = len(plan.problems)
+        with plan.collect():
+            plan.note(*self._tokens.notes)
+        return len(plan.problems) == before
 
     def _refuse_untied(self, name: str) -> None:
         """Refuse a model with an output layer of its own where the merged model would have none."""
@@ -237,7 +280,7 @@ class HFModelPool:
             with problems.collect():
                 self._refuse_untied(name)
         found = Found(tuple(problems))
-        configs = {name: config for name in names if (config := self._source(name).config())}
+        configs = {name: config for name in names if (config := self._config_said(name))}
         if configs:
             warn = self.policy.on_config == "warn"
             heads = self.model_class != "AutoModel"  # of a classifier it takes the backbone
@@ -248,15 +291,20 @@ class HFModelPool:
         if self._processor is not None and self._has_tokens and (place := self._processor.folder):
             folders[f"the tokenizer of '{place.name}'"] = (place,)
         vocabularies = {name: own for name in folders if (own := self._vocabulary(folders[name]))}
-        if vocabularies:
+        if vocabularies and not self._changes_rows:
             warn = self.policy.on_tokenizer == "warn"
             found += compare_vocabularies(vocabularies, warn=warn)
         pictures = {name: said for name in names if (said := self._preprocessor(name))}
         return found + compare_pictures(pictures) if pictures else found
 
     @property
+    def _changes_rows(self) -> bool:
+        return self._tokens is not None and self._tokens.changes_rows
+
+    @property
     def _has_tokens(self) -> bool:
-        return self._part is None and bool(self.vocabulary)
+        own = self._source(self._reference).config()
+        return self._part is None and bool(vocabulary(own))
 
     def _vocabulary(self, folders: Iterable[Repository]) -> Vocabulary | None:
         """Return the tokenizer in the first folder with one; None where models have no tokens."""
@@ -279,11 +327,13 @@ class HFModelPool:
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
-        return vocabulary(self._source(self._reference).config())
+        return vocabulary(self._config_said(self._reference))
 
     @cached_property
     def tokenizer(self) -> TokenizerSource:
         """The models' tokenizer: the one that a merged model gets."""
+        if (tokens := self._tokens) is not None:
+            return TokenizerSource(lambda: tokens.tokenizer, unbuilt=self._unbuilt)
         return TokenizerSource(self._tokenizer, self._check_tokenizer, self._unbuilt)
 
     def _unbuilt(self) -> Path | None:
@@ -327,6 +377,10 @@ class HFModelPool:
         Raises:
             FusionBenchError: an unknown name, or a source that cannot be read or is quantised.
         """
+        return self._own_model(name) if self._tokens is None else self._tokens.model(name)
+
+    def _own_model(self, name: str) -> Model:
+        """Return a model with the rows of its own tokenizer."""
         if name == self._reference:
             return self._reference_model
         own = self._opened(self._source(name))
@@ -345,8 +399,10 @@ class HFModelPool:
 
         Without a name it is that of a merged model, which is built like the reference.
         """
-        source = self._source(self._reference if name is None else name)
-        return hashlib.sha256(source.architecture().encode()).hexdigest()
+        own = self._source(self._reference if name is None else name).architecture()
+        if self._tokens is not None:
+            own = json.dumps([own, self._tokens.identity])
+        return hashlib.sha256(own.encode()).hexdigest()
 
     def load_model(self, name: str) -> nn.Module:
         """Load a model afresh, in eval mode, on the CPU.
@@ -357,10 +413,10 @@ class HFModelPool:
         """
         source = self._source(name)
         with within(*source.named.place):
-            module = source.load()
+            module = None if self._changes_rows else source.load()
         if module is not None:
             return module
-        whole = source.home if self._base(name) is None else None
+        whole = source.home if self._base(name) is None and not self._changes_rows else None
         if whole is None or self.model_class == "AutoModel":
             config = self._config_for(self._with_config(name))
             return build(self.model_class, self.weights(name), config)
@@ -456,6 +512,13 @@ class HFModelPool:
 
     def _config_for(self, name: str) -> "PretrainedConfig | None":
         """Return what a model is built by; None for a module without a config."""
+        config = self._config_of(name)
+        if config is None or self._tokens is None:
+            return config
+        return self._tokens.built_by(name, config)
+
+    def _config_of(self, name: str) -> "PretrainedConfig | None":
+        """Return a model's own config, as transformers has it."""
         source = self._source(name)
         with within(*source.named.place):
             return self._part_of(source.config_for(self._config_class))
@@ -533,10 +596,12 @@ class HFModelPool:
         if model is not None and others and self._processor is None:
             for place in reversed(model.companions):
                 copy_files(place, processor_files(place), directory)
-        if model is not None and model.config is not None:
-            write_text(directory / "config.json", json.dumps(dict(model.config), indent=2) + "\n")
         if self._processor is not None:
             self._processor.write(directory)
+        if self._tokens is not None:
+            self._tokens.write(directory)
+        if model is not None and model.config is not None:
+            write_text(directory / "config.json", json.dumps(dict(model.config), indent=2) + "\n")
         file = directory / "config.json"
         if not file.exists():
             log.warning(
@@ -551,10 +616,8 @@ class HFModelPool:
         named = config.get("architectures") or []
         if self.model_class == "AutoModel" and re.search("For|Head", json.dumps(named)):
             del config["architectures"]  # a classifier's, of which this is the backbone
-        tokens = (self._reference_model.config or {}).get("vocab_size")
-        if (
-            model is None and tokens is not None and "vocab_size" in config
-        ):  # an adapter may have added some
+        tokens = None if model else (self.model(self._reference).config or {}).get("vocab_size")
+        if tokens is not None and "vocab_size" in config:  # an adapter may have added some
             config["vocab_size"] = tokens
         if config != before:
             write_text(file, json.dumps(config, indent=2) + "\n")
@@ -566,6 +629,13 @@ class HFModelPool:
     @property
     def _reference(self) -> str:
         return "_pretrained_" if self.has_pretrained else self.model_names[0]
+
+    def _config_said(self, name: str) -> Config | None:
+        """Return what a model's config says, for the tokens that it gets."""
+        config = self._source(name).config()
+        if config is None or self._tokens is None:
+            return config
+        return self._tokens.config(name, config)
 
     def _source(self, name: str) -> Source:
         """Return how a model is named."""

@@ -13,13 +13,16 @@ class Seq2SeqLMPool(HFModelPool):
 
     Args:
         models: as in ``HFModelPool``.
-        tokenizer: where the merged model's tokenizer files come from; by default the reference
-            model, which is the pretrained one or else the first.
+        tokenizer: ``union``, ``base`` or a model's name, or more of it as in ``HFModelPool``: all
+            models are seen by the tokens of that tokenizer. Or where the merged model's tokenizer
+            files come from, while the rows stay as they are; by default the reference model, which
+            is the pretrained one or else the first.
         policy: as in ``HFModelPool``.
         max_shard_size: of a merged model's files.
         train_datasets: as in ``HFModelPool``.
         val_datasets: likewise.
         test_datasets: likewise.
+        chat_template: as in ``HFModelPool``.
     """
 
     @keeps_arguments
@@ -32,14 +35,17 @@ class Seq2SeqLMPool(HFModelPool):
         train_datasets: Mapping[str, Any] | None = None,
         val_datasets: Mapping[str, Any] | None = None,
         test_datasets: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ):
         super().__init__(
             models,
             "AutoModelForSeq2SeqLM",
-            tokenizer,
+            None,
             policy,
             max_shard_size,
             train_datasets,
             val_datasets,
             test_datasets,
+            tokenizer,
+            chat_template,
         )

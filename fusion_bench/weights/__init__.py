@@ -2,6 +2,7 @@
 
 from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
 from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
+from fusion_bench.weights.by_token import ByToken, Row, token_axis
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "ByToken",
     "Config",
     "HubWeights",
     "Inputs",
@@ -33,6 +35,7 @@ __all__ = [
     "Model",
     "Origin",
     "Renamed",
+    "Row",
     "Stacked",
     "TensorSpec",
     "TensorWeights",
@@ -53,6 +56,7 @@ __all__ = [
     "sha256",
     "shortened",
     "stream",
+    "token_axis",
     "weight_files",
     "without_prefix",
     "write_checkpoint",

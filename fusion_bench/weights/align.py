@@ -182,6 +182,7 @@ class _Comparison:
         self.cast: dict[tuple[str, str, str], int] = {}  # model and both types: how many entries
         self.problems: list[str] = []
         self.fixes: dict[str, None] = {}  # an ordered set
+        self.remedies: dict[str, None] = {}
 
     def aligned(self, model: str, weights: Weights) -> Weights:
         """Return ``weights`` with the reference's keys, if the policy allows."""
@@ -231,6 +232,8 @@ class _Comparison:
                 self._problem(None, line)
             elif self.policy.on_vocabulary == "error":
                 self._problem(("on_vocabulary", "common"), f"{line}: another vocabulary")
+                tokens = key_of((*self.policy.place[:-1], "tokenizer"))
+                self.remedies[f"give {tokens}=union to match rows by their tokens"] = None
             else:
                 known = self.common_rows.get(key, expected.shape[0])
                 self.common_rows[key] = min(known, spec.shape[0])
@@ -279,6 +282,7 @@ class _Comparison:
         raise FusionBenchError(
             f"These models cannot be merged: their weights do not match those of '{self.name}'. "
             "Use models that were fine-tuned from the same base"
+            + "".join(f", {remedy}" for remedy in self.remedies)
             + (f", or set {' '.join(self.fixes)}" if self.fixes else "")
             + ".\n  "
             + "\n  ".join(self.problems)
