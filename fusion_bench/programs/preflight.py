@@ -30,8 +30,8 @@ from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import plain
-from fusion_bench.recipes import translate
 from fusion_bench.programs.told_options import option_notes
+from fusion_bench.recipes import translate
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible

@@ -147,7 +147,8 @@ def options_of(chains: Iterable[Chain]) -> tuple[dict[str, object], list[dict[st
             options[chain.option] = last.value
         links = tuple(conditions) if plain else chain.links
         rest.append(Chain(chain.option, chain.model, links))
-    return options, list(_rules(rest))
+    given = {name: own for name, own in options.items() if own != {} or name == "weights"}
+    return given, list(_rules(rest))
 
 
 def _rules(chains: Sequence[Chain]) -> Iterator[dict[str, object]]:

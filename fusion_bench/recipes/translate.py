@@ -325,6 +325,8 @@ class _Translation:
                         links.append(Link((), value))
                     elif not links:
                         self._missing(name, parts[0][2][index].place if model else None)
+                    elif model is None and parts[0][0].name is None:
+                        self._open_end(name)
                 chains.append(Chain(parameter.option, model, tuple(links)))
         return chains
 
@@ -341,6 +343,13 @@ class _Translation:
             self._wrong((*place, "parameters", name), f"missing; {method} needs one of each model.")
         else:
             self._wrong(here, f"missing; {method} needs it.")
+
+    def _open_end(self, name: str) -> None:
+        """Refuse conditions after which some tensors may have no value."""
+        settings = self.recipe.parameters.get(name)
+        place = settings.place if settings else (*self.recipe.place, "parameters", name)
+        reason = f"tensors that none of the filters fits have no '{name}'."
+        self._wrong(place, reason, "Add one for the others at the end: {value: …}.")
 
     def _method_node(self, names: Sequence[str], chains: Sequence[Chain]) -> Node:
         """Return the node of a method with all of its options."""

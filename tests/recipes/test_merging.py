@@ -224,3 +224,106 @@ def test_levels(here: Load) -> None:
     own = "{weight: [{filter: q_proj, value: 3}, {filter: layers.1., value: [1, 2]}]}"
     text = recipe("task_arithmetic", 2, "{weight: [{filter: mlp, value: 0.1}, {value: 0.7}]}", own)
     agree(merged(text), run(text, here))
+
+
+#: Stand-ins for the kinds of recipes that mergekit's own documentation shows.
+EXAMPLES = {
+    "linear of two": """\
+models:
+  - model: a
+    parameters: {weight: 1.0}
+  - model: b
+    parameters: {weight: 0.3}
+merge_method: linear
+dtype: float32
+""",
+    "slerp with gradients and filters": """\
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 4]}
+      - {model: a, layer_range: [0, 4]}
+merge_method: slerp
+base_model: base
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+    - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+    - value: 0.5
+dtype: float32
+""",
+    "slerp along a gradient": """\
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 4]}
+      - {model: b, layer_range: [0, 4]}
+merge_method: slerp
+base_model: a
+parameters: {t: [0.1, 1, 0.3]}
+dtype: float32
+""",
+    "ties with densities of each model": """\
+models:
+  - model: a
+    parameters: {density: [1, 0.7, 0.1], weight: 1.0}
+  - model: b
+    parameters: {density: 0.5, weight: [0, 0.3, 0.7, 1]}
+  - model: c
+    parameters:
+      density: 0.33
+      weight: [{filter: mlp, value: 0.5}, {value: 0}]
+merge_method: ties
+base_model: base
+parameters: {normalize: true, int8_mask: true}
+dtype: float32
+""",
+    "layers of several models": """\
+slices:
+  - sources: [{model: a, layer_range: [0, 3]}]
+  - sources: [{model: b, layer_range: [1, 4], parameters: {scale: [{filter: o_proj, value: 0}]}}]
+  - sources: [{model: a, layer_range: [3, 4]}]
+merge_method: passthrough
+dtype: float32
+""",
+    "stages": TWO_STAGES,
+}
+MORE = {
+    "slices that are merged": """\
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 2]}
+      - {model: a, layer_range: [1, 3], parameters: {weight: [0.2, 0.8]}}
+      - {model: b, layer_range: [2, 4], parameters: {weight: 1}}
+  - sources:
+      - {model: base, layer_range: [1, 4]}
+      - {model: c, layer_range: [1, 4]}
+    parameters: {weight: [0, 1, 0.5], density: [{filter: mlp, value: 0.4}]}
+merge_method: ties
+base_model: base
+parameters: {density: 0.6, lambda: 0.9}
+dtype: float32
+""",
+    "a base of one slice": """\
+slices:
+  - sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]
+    parameters: {t: [0.2, 0.6]}
+    base_model: b
+  - sources: [{model: a, layer_range: [1, 4]}, {model: b, layer_range: [1, 4]}]
+merge_method: slerp
+base_model: a
+parameters: {t: [{filter: "layers.2.", value: 0.9}, {value: [0, 1]}]}
+dtype: float32
+""",
+    "one model twice in a slice": """\
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}, {model: a, layer_range: [2, 4]}]
+    parameters: {weight: 1}
+merge_method: linear
+dtype: float32
+""",
+}
+
+
+@pytest.mark.parametrize("name", [*EXAMPLES, *MORE])
+def test_examples(name: str, here: Load) -> None:
+    text = {**EXAMPLES, **MORE}[name]
+    agree(merged(text), run(text, here))
