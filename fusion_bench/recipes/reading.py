@@ -53,11 +53,15 @@ def read_text(file: Path) -> str:
         raise ConfigError(f"'{file}' is no text in UTF-8.", "Name a YAML file.") from error
 
 
-def documents(text: str) -> list[Recipe]:
-    """Return the documents of a recipe.
+def documents(text: str, problems: Problems) -> list[Recipe]:
+    """Return the documents of a recipe, as far as they can be read.
+
+    Args:
+        text: the recipe.
+        problems: takes all mistakes, with their places.
 
     Raises:
-        ConfigError: no YAML, or with all mistakes and their places.
+        ConfigError: no YAML, or nothing that could be read.
     """
     try:
         nodes = [node for node in yaml.safe_load_all(text) if node is not None]
@@ -66,12 +70,13 @@ def documents(text: str) -> list[Recipe]:
     if not nodes:
         raise ConfigError("the recipe is empty.", "Give a 'merge_method' and 'models'.")
     _refuse_large(nodes)
-    problems, found = Problems(), []
+    found = []
     for index, node in enumerate(nodes):
         reader = _Reader(problems, (index,) if len(nodes) > 1 else ())
         if (recipe := reader.recipe(node)) is not None:
             found.append(recipe)
-    problems.raise_all()
+    if not found:
+        problems.raise_all()
     return found
 
 

@@ -59,18 +59,19 @@ def translate(text: str, pool: Mapping[str, object] | None = None) -> Translated
     Raises:
         FusionBenchError: all mistakes of the recipe, and what we cannot do, with their places.
     """
-    recipes = documents(text)
-    final, stages = _ordered(recipes)
-    done: dict[str, Translated] = {}
     problems = Problems()
+    recipes = documents(text, problems)
+    final, stages = _ordered(recipes, problems)
+    done: dict[str, Translated] = {}
     notes: list[str] = []
     for recipe in [*stages, final]:
+        if recipe.method not in METHODS:
+            continue  # told by the reader
         made = _Translation(recipe, dict(pool or _POOL), done)
         with problems.collect():
             translated = made.whole()
             done[recipe.name or ""] = translated
             notes += translated.notes
-        done.setdefault(recipe.name or "", Translated({}, {}, ()))
     problems.raise_all()
     found = done[final.name or ""]
     used = _needed(final, {recipe.name: recipe for recipe in stages})
@@ -100,14 +101,13 @@ def first_model(text: str) -> str:
     raise AssertionError("every pool has a model")
 
 
-def _ordered(recipes: Sequence[Recipe]) -> tuple[Recipe, list[Recipe]]:
+def _ordered(recipes: Sequence[Recipe], problems: Problems) -> tuple[Recipe, list[Recipe]]:
     """Return the final document and the others, each after those that it uses.
 
     Raises:
-        FusionBenchError: names twice, several final documents, or cycles.
+        FusionBenchError: several final documents, or cycles.
     """
     named: dict[str, Recipe] = {}
-    problems = Problems()
     for recipe in recipes:
         if recipe.name is None:
             continue
@@ -123,7 +123,7 @@ def _ordered(recipes: Sequence[Recipe]) -> tuple[Recipe, list[Recipe]]:
         remedy = "Give all but the final one a 'name', and use them."
         reason = "there are several final documents."
         problems.add([Problem(finals[1].place, reason, remedy)])
-    problems.raise_all()
+        problems.raise_all()
     order: list[Recipe] = []
 
     def visit(recipe: Recipe, path: tuple[Recipe, ...]) -> None:
