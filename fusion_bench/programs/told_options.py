@@ -34,8 +34,8 @@ def option_notes(method: FusionMethod, pool: ModelPool, place: Place) -> Iterato
             yield f"{key_of((*place, option))} {said}: {folded(keys, given)}"
     for rule, option in resolved.unused:
         yield (
-            f"{key_of((*place, 'where', rule, option))} decides nothing: rules before it do, for "
-            "all that it matches"
+            f"{key_of((*place, 'where', rule, option))} decides nothing: it matches no "
+            "entry, or rules before it decide for all that it matches"
         )
 
 

@@ -155,8 +155,8 @@ def _rules(chains: Sequence[Chain]) -> Iterator[dict[str, object]]:
     """Yield rules in which each chain keeps its order; what has equal patterns shares one."""
     left = [list(chain.links) for chain in chains]
     while heads := [(index, links[0]) for index, links in enumerate(left) if links]:
-        # One for all tensors waits, so that it may share a rule with others.
-        _, first = next(((i, head) for i, head in heads if head.patterns), heads[0])
+        # One for all tensors waits, and a short chain, so that they may share rules with others.
+        _, first = max(heads, key=lambda each: (bool(each[1].patterns), len(left[each[0]])))
         rule: dict[str, object] = {}
         if first.patterns:
             rule["match"] = first.patterns[0] if len(first.patterns) == 1 else [*first.patterns]

@@ -245,8 +245,8 @@ class _Reader:
     def _path(self, node: object, place: Place) -> tuple[str, str | None] | None:
         """Return a path and its revision, given as text or as a mapping."""
         if isinstance(node, str) and node:
-            path, at, revision = node.partition("@")
-            return path, revision if at else None
+            name, at, behind = node.partition("@")
+            return name, behind if at else None
         path = node.get("path") if isinstance(node, Mapping) else None
         if isinstance(node, Mapping) and isinstance(path, str) and path:
             revision = node.get("revision")

@@ -49,12 +49,17 @@ class Translated:
     notes: tuple[str, ...]
 
 
-def translate(text: str, pool: Mapping[str, object] | None = None) -> Translated:
+def translate(
+    text: str,
+    pool: Mapping[str, object] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Translated:
     """Return the config of a recipe; nothing but its text is looked at.
 
     Args:
         text: the recipe.
         pool: the ``_target_`` and other keys of the pools; by default causal language models.
+        names: paths of models to their names in the pool; others are named after their paths.
 
     Raises:
         FusionBenchError: all mistakes of the recipe, and what we cannot do, with their places.
@@ -65,9 +70,9 @@ def translate(text: str, pool: Mapping[str, object] | None = None) -> Translated
     done: dict[str, Translated] = {}
     notes: list[str] = []
     for recipe in [*stages, final]:
-        if recipe.method not in METHODS:
+        if recipe.method not in METHODS or not any(True for _ in recipe.sources()):
             continue  # told by the reader
-        made = _Translation(recipe, dict(pool or _POOL), done)
+        made = _Translation(recipe, dict(pool or _POOL), done, dict(names or {}))
         with problems.collect():
             translated = made.whole()
             done[recipe.name or ""] = translated
@@ -158,6 +163,7 @@ class _Translation:
     recipe: Recipe
     pool: Node
     stages: Mapping[str, Translated]
+    known: Mapping[str, str] = field(default_factory=dict)
     problems: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
     _models: dict[str, object] = field(default_factory=dict)
@@ -203,7 +209,13 @@ class _Translation:
             while label in labels:
                 label += "-2"
             labels[label] = reference
-        return {labels[label]: name for name, label in named_after(list(labels)).items()}
+        known = {label: own for label in labels if (own := self.known.get(label)) is not None}
+        named = {own: label for label, own in known.items()}
+        for name, label in named_after([label for label in labels if label not in known]).items():
+            while name in named:
+                name += "-2"
+            named[name] = label
+        return {labels[label]: name for name, label in named.items()}
 
     def _check_names(self) -> None:
         """Refuse parameters that the method does not have."""
@@ -254,8 +266,7 @@ class _Translation:
             if listed[0].count(source.model) > 1:
                 self._wrong(source.place, "the same model twice.", "Remove one.")
                 return {}
-        if not self._check_models(wholes[0], recipe.base):
-            return {}
+        self._check_models(wholes[0], recipe.base)
         parts = [
             (module, part, self._taking_part(part, recipe.base, whole=True))
             for module, part in zip(recipe.modules, wholes, strict=True)
@@ -279,10 +290,9 @@ class _Translation:
             return part.sources
         return tuple(source for source in part.sources if source.model != base)
 
-    def _check_models(self, part: Slice, base: Reference | None) -> bool:
+    def _check_models(self, part: Slice, base: Reference | None) -> None:
         """Refuse a missing base and a wrong number of models."""
         method, name = self._method, self.recipe.method
-        before = len(self.problems)
         if base is None and method.base in ("origin", "end"):
             self._wrong(
                 (*self.recipe.place, "base_model"),
@@ -297,7 +307,6 @@ class _Translation:
                 wanted = f"exactly {least}" if least == most else f"at least {least}"
                 reason = f"{name} merges {wanted}{beside}, and there are {count}."
                 self._wrong(part.place, reason)
-        return len(self.problems) == before
 
     def _chains(
         self, names: Sequence[str], parts: Sequence[tuple[Module, Slice, Sequence[Source]]]
@@ -310,12 +319,13 @@ class _Translation:
             models = list(enumerate(names)) if parameter.of_model else [(0, None)]
             for index, model in models:
                 links: list[Link] = []
+                before = len(self.problems)
                 for module, part, sources in parts:
                     own = [sources[index].parameters] if parameter.of_model else []
                     levels = [*own, part.parameters, module.parameters, self.recipe.parameters]
                     with self.problems.collect():
                         links += chain_of(name, levels, parameter, module.name)
-                if not links or links[-1].patterns:
+                if len(self.problems) == before and (not links or links[-1].patterns):
                     if not parameter.required:
                         default = parameter.default
                         assert default is not None
@@ -401,7 +411,8 @@ class _Translation:
         return {**node, "slices": slices}
 
     def _slice(self, module: Module, part: Slice, base: Reference | None) -> Node | None:
-        if not self._check_models(part, base) or not part.sources:
+        self._check_models(part, base)
+        if not part.sources:
             return None
         role = self._method.base
         compared = role in ("origin", "end") or (role == "optional" and base is not None)
@@ -419,12 +430,11 @@ class _Translation:
         taking = self._taking_part(part, base, whole=False)
         merged = [names[i] for i, source in enumerate(part.sources) if source in taking]
         node: Node = {"models": models}
-        if compared:
+        if compared and base is not None:
             if all(source.model != base for source in part.sources):
                 reason = f"the base '{base}' is not among the sources."
                 self._wrong((*part.place, "sources"), reason, "Add it, with its layers.")
                 return None
-            assert base is not None
             node["base"] = self._names[base]
         node["base_method"] = self._method_node(
             merged, self._chains(merged, [(module, part, taking)])

@@ -30,7 +30,7 @@ def take_recipe(settings: dict[str, Any]) -> None:
         pool = settings.get("modelpool")
         pool = dict(pool) if isinstance(pool, Mapping) else {}
         kind = {key: pool[key] for key in ("_target_", "model_class") if key in pool}
-        translated = translate(text, kind or None)
+        translated = translate(text, kind or None, _names(pool.get("models")))
     policy = {**(pool.get("policy") or {})}
     theirs = {**translated.modelpool}
     made = theirs.pop("policy", {})
@@ -44,6 +44,12 @@ def take_recipe(settings: dict[str, Any]) -> None:
     settings["recipe"] = text if "\n" in text else f"{text}\n"
     if settings.get("seed") is not None:
         _seed(settings["modelpool"]["models"], settings["seed"])
+
+
+def _names(models: object) -> dict[str, str]:
+    """Return the names of the models that the config would merge, by their paths."""
+    own = models.items() if isinstance(models, Mapping) else ()
+    return {path: str(name) for name, path in own if isinstance(path, str) and name[:1] != "_"}
 
 
 def _refuse_overrides() -> None:

@@ -1,16 +1,18 @@
 """Composes a config with Hydra and runs the program that it names."""
 
+import io
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -26,7 +28,7 @@ from yaml import YAMLError
 
 from fusion_bench import precheck
 from fusion_bench.catalog import GROUPS, KINDS, suggestion
-from fusion_bench.command import option, replaced
+from fusion_bench.command import file_as_options, option, replaced
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import SharedObjects, accepts, instantiate
 from fusion_bench.problems import (
@@ -98,6 +100,20 @@ def run_composed(words: Sequence[str], show_traceback: bool = False) -> None:
         set_up_hydra()
         with closed_stdin(), replaced(_prepared(list(words))), _raising():
             run()
+
+
+def composed_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the config that words of the command line stand for, resolved; nothing is run.
+
+    Raises:
+        SystemExit: an error, whose message is printed.
+    """
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        run_composed(file_as_options([*words, "--cfg", "job", "--resolve"]))
+    settings = yaml.safe_load(printed.getvalue())
+    take_recipe(settings)
+    return dict(settings)
 
 
 @contextmanager

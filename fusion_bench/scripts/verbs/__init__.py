@@ -1,7 +1,7 @@
 """The verbs of the command line, ``fusion_bench VERB …``: a module each, imported when it is used.
 
-A verb is a module of the same name in this package. Its docstring is the text of its help. What is
-slow to import is imported inside ``run``.
+A verb is a module of the same name in this package, with ``_`` for ``-``. Its docstring is the text
+of its help. What is slow to import is imported inside ``run``.
 """
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = {
     "cp": "copy one into a YAML of your own",
     "validate": "check a config without running it",
     "merge": "merge models into a folder",
+    "export-recipe": "write a recipe of mergekit that means what a config does",
     "evaluate": "evaluate models on tasks, side by side",
     "compare": "compare runs, with intervals",
     "index": "one page over all runs below a folder",
@@ -120,4 +121,4 @@ def page() -> str:
 
 
 def _module(name: str) -> Verb:
-    return cast(Verb, import_module(f"{__name__}.{name}"))
+    return cast(Verb, import_module(f"{__name__}.{name.replace('-', '_')}"))
