@@ -19,8 +19,8 @@ class Step:
     """One thing that a run does.
 
     Attributes:
-        verb: ``build``, ``download``, ``prepare``, ``read``, ``compute``, ``evaluate`` or
-            ``write``.
+        verb: ``build``, ``download``, ``prepare``, ``merge``, ``read``, ``compute``, ``option``
+            (what it is for which entries), ``evaluate`` or ``write``.
         what: the object of the step.
         nbytes: the number of bytes, if known.
         place: the directory or file that takes the bytes.
@@ -49,12 +49,18 @@ class Plan:
         problems: the problems; places are relative to the part.
         weights: the models that could be opened by their headers alone, by name.
         notes: remarks on accepted differences, each once.
+        entries: what the merged model's entries come from, as sentences.
+        reads: the bytes of the weights that a merge reads, if known.
+        writes: the bytes of the merged weights, if known.
     """
 
     steps: list[Step] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
     weights: "dict[str, Weights]" = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    entries: list[str] = field(default_factory=list)
+    reads: int | None = None
+    writes: int | None = None
     _files: dict[tuple[str, str], int | None] = field(default_factory=dict)
 
     @contextmanager

@@ -15,6 +15,7 @@ from fusion_bench.method.contract import (
     FusionMethod,
     ModelPool,
     Needs,
+    Partial,
     Product,
     Ran,
 )
@@ -161,6 +162,14 @@ class TensorwiseAlgorithm:
         """
         self.inputs(pool)
 
+    def outline(self, pool: ModelPool) -> Weights:
+        """Return the result's shapes, types and origins; no weight is read.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        return MergedWeights(self.inputs(pool), _unread)
+
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> Weights | Mapping[str, Weights]:
@@ -254,6 +263,10 @@ class TensorwiseAlgorithm:
         self.check(inputs)
 
 
+def _unread(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    raise RuntimeError(f"'{key}' of an outline has no values.")
+
+
 def run(
     method: FusionMethod,
     modelpool: ModelPool | Mapping[str, nn.Module],
@@ -290,7 +303,7 @@ def aligned(
     models = models or {name: pool.weights(name) for name in pool.model_names}
     found = align(models, base, policy or pool.policy, pool.vocabulary)
     refuse_disagreeing(pool)
-    return found
+    return replace(found, elsewhere=pool.elsewhere) if isinstance(pool, Partial) else found
 
 
 def refuse_disagreeing(pool: ModelPool, *, layers: bool = True) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusion_bench.problems import Place
 from fusion_bench.results import Metric, SampleScores
-from fusion_bench.weights import Config, MergePolicy, Model, TensorSpec, Weights
+from fusion_bench.weights import Config, MergePolicy, Model, Weights
 from fusion_bench.weights.blueprint import Blueprint
 
 if TYPE_CHECKING:
@@ -106,6 +106,18 @@ class Comparing(Protocol):
 
 
 @runtime_checkable
+class Drawing(Protocol):
+    """A pool that tells what a config describes."""
+
+    def blueprint(self, config: Config) -> Blueprint | None:
+        """Return what a config describes; ``None`` where that is not known.
+
+        Raises:
+            FusionBenchError: a config that nothing can be built by.
+        """
+
+
+@runtime_checkable
 class Composing(Protocol):
     """A method that merges by another one.
 
@@ -117,14 +129,14 @@ class Composing(Protocol):
 
 
 @runtime_checkable
-class Drawing(Protocol):
-    """A pool that tells what a config describes."""
+class Outlining(Protocol):
+    """A method that tells by headers alone what it makes of which entries."""
 
-    def blueprint(self, config: Config) -> Blueprint | None:
-        """Return what a config describes; ``None`` where that is not known.
+    def outline(self, pool: ModelPool) -> "Weights | Model":
+        """Return the result with its shapes, types and origins; its values cannot be read.
 
         Raises:
-            FusionBenchError: a config that nothing can be built by.
+            FusionBenchError: as ``FusionMethod.check_pool``.
         """
 
 
@@ -171,29 +183,27 @@ class TaskData(Protocol):
 Data = Mapping[str, TaskData]
 
 
-@dataclass(frozen=True)
-class Form:
-    """The form of a merged model that has other entries than the pool's.
+@runtime_checkable
+class Describing(Protocol):
+    """A method that tells what it makes of a pool in a line of the plan."""
 
-    Attributes:
-        specs: of its entries.
-        note: what it is, in words.
-    """
+    def described(self, pool: ModelPool) -> str:
+        """Return what it makes; no weight is read.
 
-    specs: Mapping[str, TensorSpec]
-    note: str
+        Raises:
+            FusionBenchError: as ``FusionMethod.check_pool``.
+        """
 
 
 @runtime_checkable
-class Forming(Protocol):
-    """A method whose merged model has another form than the pool's."""
+class Partial(Protocol):
+    """A pool of some entries of a larger model.
 
-    def form(self, pool: ModelPool) -> Form:
-        """Return the form of the merged model; no weight is read.
+    Attributes:
+        elsewhere: names of entries of the rest, which patterns may match too.
+    """
 
-        Raises:
-            FusionBenchError: as ``check_pool``.
-        """
+    elsewhere: Collection[str]
 
 
 @runtime_checkable

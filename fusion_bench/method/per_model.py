@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import get_args, get_type_hints
 
 from fusion_bench.problems import (
@@ -17,7 +16,6 @@ from fusion_bench.problems import (
 PerModel = float | Mapping[str, float] | Sequence[float]
 
 
-@cache
 def per_model_options(cls: type) -> frozenset[str]:
     """Return the names of a class's options that are annotated as ``PerModel``."""
     wanted = set(get_args(PerModel))

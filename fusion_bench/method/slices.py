@@ -1,7 +1,9 @@
 """Slices of layers: how they are written, and the pools that their methods see."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor, nn
 
@@ -11,10 +13,12 @@ from fusion_bench.method.ensemble import EnsembleAlgorithm
 from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.plain import Runs, as_method, class_name
 from fusion_bench.problems import FusionBenchError, Place, Problems, did_you_mean, within
-from fusion_bench.weights import Layers, Model, Stacked, TensorSpec, Weights, is_special
+from fusion_bench.weights import Layers, Model, Stacked, Weights, is_special
 from fusion_bench.weights.blueprint import Blueprint
 
 BASE = "_pretrained_"
+#: The place of the method of slices without their own.
+COMMON = ("base_method",)
 _KEYS = ("models", "base", "base_method", "stack")
 
 
@@ -112,7 +116,7 @@ def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
         )
     problems.raise_all()
     assert method is not None
-    own_place: Place = (*place, "base_method") if own is not None else ("base_method",)
+    own_place: Place = COMMON if own is None else (*place, "base_method")
     stack = node.get("stack")
     if base is None and method.needs.base:
         base = BASE
@@ -154,13 +158,28 @@ class Source:
 
     Attributes:
         model: the model.
+        keys: of its entries; layers that a file has beyond those of the config are left out.
         layers: its stacks.
         blueprint: what its config describes, if that is known.
     """
 
     model: Model
+    keys: Sequence[str]
     layers: Layers
     blueprint: Blueprint | None
+
+    @classmethod
+    def of(cls, model: Model, blueprint: Blueprint | None) -> "Source":
+        """Return a model with what its config describes."""
+        layers = Layers(model.weights)
+        known = Layers(blueprint.entries if blueprint else ()).stacks
+        keys = [
+            key
+            for key in model.weights
+            if (place := layers.place(key)) is None
+            or place.number in known.get(place.stack, (place.number,))
+        ]
+        return cls(model, keys, Layers(keys), blueprint)
 
     def count(self, stack: str) -> int:
         """Return how many layers a stack has; 0 where there is none."""
@@ -171,16 +190,15 @@ class Source:
         start = layers.start
         return {
             f"{stack}.{first + place.index - start}.{place.rest}": key
-            for key in self.model.weights
+            for key in self.keys
             if (place := self.layers.place(key)) and place.stack == stack and place.index in layers
         }
 
     def outside(self) -> dict[str, str]:
         """Return the entries outside of layers, those that are tied too: names to stored keys."""
-        weights = self.model.weights
-        found = {key: key for key in weights if self.layers.place(key) is None}
+        found = {key: key for key in self.keys if self.layers.place(key) is None}
         for key, first in (self.blueprint.tied if self.blueprint else {}).items():
-            if key not in weights and first in found:
+            if key not in found and first in found:
                 found[key] = first
         return found
 
@@ -192,7 +210,12 @@ class SlicePool:
         pool: the whole models.
         weights: by name, under the names that the entries have in the new model.
         names: the models to merge.
+
+    Attributes:
+        elsewhere: names of entries of the new model that are in other slices.
     """
+
+    elsewhere: Collection[str] = ()
 
     def __init__(self, pool: ModelPool, weights: Mapping[str, Weights], names: Sequence[str]):
         self._weights = weights
@@ -205,12 +228,6 @@ class SlicePool:
     def reference(self) -> Weights:
         """The base's weights, or else the first model's."""
         return self._weights[BASE if self.has_pretrained else self.model_names[0]]
-
-    def spec(self, key: str) -> TensorSpec:
-        """Return shape and type of a merged entry."""
-        spec, dtype = self.reference.spec(key), self.policy.torch_dtype
-        floating = spec.dtype.is_floating_point and dtype is not None
-        return TensorSpec(spec.shape, dtype) if floating and dtype else spec
 
     def weights(self, name: str) -> Weights:
         """Return a model's layers."""
@@ -232,7 +249,7 @@ class SlicePool:
 def sides(keys: Iterable[str], tied: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
     """Return where entries outside of layers belong: a stack, and whether behind it.
 
-    An entry belongs to the stack with which it shares most of its name, or else the one in front of
+    An entry belongs to the stack whose name begins with the same words, or else the one in front of
     it; what is in front of all belongs to the first.
 
     Args:
@@ -248,22 +265,18 @@ def sides(keys: Iterable[str], tied: Mapping[str, str]) -> dict[str, tuple[str, 
     found: dict[str, tuple[str, bool]] = {}
     for index, key in enumerate(order):
         if layers.place(key) is None and first:
-            before = [stack for stack, start in first.items() if start < index]
-            nearest = max(first, key=lambda stack: _shared(stack, key))
-            if not _shared(nearest, key) or len(first) == 1:
-                nearest = before[-1] if before else next(iter(first))
-            found[key] = nearest, first[nearest] < index
+            alike = {stack: _same_words(stack, key) for stack in first}
+            nearest = [stack for stack in first if alike[stack] == max(alike.values())]
+            before = [stack for stack in nearest if first[stack] < index]
+            stack = before[-1] if before else nearest[0]
+            found[key] = stack, first[stack] < index
     return found | {key: found[own] for key, own in tied.items() if own in found and key in found}
 
 
-def _shared(stack: str, key: str) -> int:
-    """Return how many modules around an entry are around a stack too."""
-    count = 0
-    for one, other in zip(stack.split(".")[:-1], key.split(".")[:-1], strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+def _same_words(one: str, other: str) -> int:
+    """Return how many words two names have in common at their beginning."""
+    pairs = zip(re.split(r"[._]", one), re.split(r"[._]", other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def range_of(name: str, given: tuple[int, int] | None, count: int, stack: str) -> range:
@@ -274,7 +287,9 @@ def range_of(name: str, given: tuple[int, int] | None, count: int, stack: str) -
     """
     start, stop = given or (0, count)
     if not count or stop > count:
-        has = f"has {count}, 0 to {count - 1}" if count else f"has no stack '{stack}'"
+        has = "has 1" if count == 1 else f"has {count}, 0 to {count - 1}"
+        if not count:
+            has = f"has no stack '{stack}'"
         raise FusionBenchError(
             f"there are no layers [{start}, {stop}): '{name}' {has}.",
             f"Give an end of at most {count}." if count else "",

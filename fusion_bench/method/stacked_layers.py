@@ -6,7 +6,7 @@ al., SOLAR 10.7B, https://arxiv.org/abs/2312.15166
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,12 @@ from torch import nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.base import refuse_disagreeing, run
-from fusion_bench.method.contract import Data, Drawing, Form, ModelPool, Needs, Ran
+from fusion_bench.method.contract import Data, Drawing, ModelPool, Needs, Outlining, Ran
 from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.plain import class_name
 from fusion_bench.method.slices import (
     BASE,
+    COMMON,
     Slice,
     SlicePool,
     Source,
@@ -31,7 +32,7 @@ from fusion_bench.method.slices import (
 )
 from fusion_bench.problems import FusionBenchError, within
 from fusion_bench.weights import Config, Layers, Model, Stacked, TensorSpec, Weights, first_of
-from fusion_bench.weights.blueprint import Blueprint, Run, restacked
+from fusion_bench.weights.blueprint import Blueprint, Run, restacked, states
 from fusion_bench.weights.computed import is_computed
 
 if TYPE_CHECKING:
@@ -80,19 +81,26 @@ class StackedLayers:
                 merge, or that no config describes.
         """
         check_names(self._slices, pool)
-        if pool.weights(_reference(pool)):  # else nothing but the names is known
-            self.form(pool)
-
-    def form(self, pool: ModelPool) -> Form:
-        """Return the merged model's entries and layers; no weight is read."""
+        if not pool.weights(_reference(pool)):  # nothing but the names is known
+            return
         stack = _Stack(self._slices, pool)
         for part in stack.parts:
             with _placed(part.slice):
                 part.slice.method.check_pool(part.pool)
         stack.config()
-        specs = stack.specs()
-        size = sum(spec.numel for key, spec in specs.items())
-        return Form(specs, f"{stack.described()}; {_amount(size)} parameters")
+
+    def described(self, pool: ModelPool) -> str:
+        """Return which layers the merged model has, and its size."""
+        made = self.outline(pool)
+        weights = made.weights if isinstance(made, Model) else made
+        own = [weights.spec(key).numel for key in weights if weights.tied_to(key) == key]
+        return f"{_Stack(self._slices, pool).described()}; {_amount(sum(own))} parameters"
+
+    def outline(self, pool: ModelPool) -> Weights | Model:
+        """Return the merged model's shapes, types, origins and config; no weight is read."""
+        check_names(self._slices, pool)
+        stack = _Stack(self._slices, pool)
+        return stack.model([_outlined(part) for part in stack.parts])
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
@@ -107,24 +115,21 @@ class StackedLayers:
         Raises:
             FusionBenchError: as ``check_pool``.
         """
-        self.check_pool(pool)
+        check_names(self._slices, pool)
         refuse_disagreeing(pool, layers=False)
         stack = _Stack(self._slices, pool)
-        entries: dict[str, tuple[Weights, str]] = {}
+        merged = []
         for part in stack.parts:
             with _placed(part.slice):
-                merged = part.slice.method.fuse(part.pool, fabric)
-            if not isinstance(merged, Weights):
+                made = part.slice.method.fuse(part.pool, fabric)
+            if not isinstance(made, Weights):
                 raise FusionBenchError(
                     f"{class_name(part.slice.method)} returns no weights of one model.",
                     "Choose another method.",
                     place=part.slice.method_place,
                 )
-            entries |= {key: (merged, key) for key in merged}
-        weights, config = Stacked(entries), stack.config()
-        if config is None:
-            return weights
-        return replace(stack.reference.model, weights=weights, config=config)
+            merged.append(made)
+        return stack.model(merged)
 
     def run(
         self,
@@ -174,11 +179,19 @@ class _Stack:
         self._sources = {name: self._source(name) for name in names}
         self.reference = self._sources[own]
         drawn = self.reference.blueprint
-        keys = list(self.reference.model.weights)
-        known = self.reference.layers.stacks
-        if drawn is not None and Layers(drawn.entries).stacks.keys() >= known.keys():
-            keys = [*drawn.entries, *(key for key in keys if key not in drawn.entries)]
-        self._sides = sides(keys, {} if drawn is None else drawn.tied)
+        known = list(self.reference.layers.stacks)
+        self._drawn_as: dict[str, str] = {}
+        self._sides = sides(self.reference.keys, {})
+        if drawn is not None:
+            order = list(Layers(drawn.entries).stacks)
+            self._drawn_as = _matched(known, order)
+            known.sort(key=lambda stack: order.index(self._drawn_as.get(stack, order[0])))
+            stored = {own: stack for stack, own in self._drawn_as.items()}
+            self._sides |= {
+                key: (stored[stack], behind)
+                for key, (stack, behind) in sides(drawn.entries, drawn.tied).items()
+                if stack in stored
+            }
         if not known:
             raise FusionBenchError(
                 f"no layers are found in the names of the entries of '{own}'.",
@@ -187,16 +200,28 @@ class _Stack:
         chosen: dict[str, list[Slice]] = {}
         for one in slices:
             chosen.setdefault(chosen_stack(one, known), []).append(one)
+        for stack, (one, *_) in chosen.items():
+            self._refuse_shared(stack, one)
         copied = Slice({own: None}, None, None, PassthroughAlgorithm(), None, (), ())
         self.parts = [
             part for stack in known for part in self._parts(stack, chosen.get(stack, [copied]))
         ]
+        names = {
+            name
+            for part in self.parts
+            for key in part.pool.reference
+            for name in (key, *(origin.key for origin in part.pool.reference.origins(key)))
+        }
+        for part in self.parts:
+            if part.slice.method_place == COMMON:  # its rules need not match in every slice
+                part.pool.elsewhere = names
 
     def _source(self, name: str) -> Source:
         model, drawn = self._pool.model(name), None
         if isinstance(self._pool, Drawing) and model.config is not None:
-            drawn = self._pool.blueprint(model.config)
-        return Source(model, Layers(model.weights), drawn)
+            with suppress(FusionBenchError):  # its own config may be of another release
+                drawn = self._pool.blueprint(model.config)
+        return Source.of(model, drawn)
 
     def _parts(self, stack: str, slices: Sequence[Slice]) -> Iterator[_Part]:
         first = 0
@@ -244,7 +269,7 @@ class _Stack:
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Return a model's entries in front of a stack and behind it, as far as they are wanted."""
         ends: tuple[dict[str, str], dict[str, str]] = {}, {}
-        own = sides([*source.model.weights], {})
+        own = sides(source.keys, {})
         for key, stored in source.outside().items():
             place, last = self._sides.get(key) or own.get(key, (stack, True))
             if place == stack and (behind if last else front):
@@ -253,14 +278,13 @@ class _Stack:
                     ends[last][key] = stored
         return ends
 
-    def specs(self) -> dict[str, TensorSpec]:
-        """Return the merged model's entries, those that are tied once."""
-        return {
-            key: part.pool.spec(key)
-            for part in self.parts
-            for key in part.pool.reference
-            if part.pool.reference.tied_to(key) == key
-        }
+    def model(self, merged: Sequence[Weights]) -> Weights | Model:
+        """Return the merged weights of all parts as one model; without a config the weights."""
+        entries = {key: (weights, key) for weights in merged for key in weights}
+        weights, config = Stacked(entries), self.config()
+        if config is None:
+            return weights
+        return replace(self.reference.model, weights=weights, config=config)
 
     def described(self) -> str:
         """Return in words which layers the new model has."""
@@ -301,21 +325,42 @@ class _Stack:
             for stack, runs in stacks.items()
             if [run.layers for run in runs] != [range(self.reference.count(stack))]
         }
-        counts = {stack: self.reference.count(stack) for stack in changed}
+        names = {stack: self._drawn_as.get(stack, stack) for stack in changed}
+        counts = {names[stack]: self.reference.count(stack) for stack in changed}
         with within("slices"):
-            made = restacked(own, drawn, counts, changed, draw)
+            new = {names[stack]: runs for stack, runs in changed.items()}
+            made = restacked(own, drawn, counts, new, draw)
         if drawn is not None:
             with within("slices"):
                 self._check(made, draw(made), drawn)
         return made
 
+    def _refuse_shared(self, stack: str, one: Slice) -> None:
+        """Refuse a stack whose number of layers no key of the config states."""
+        config, count = self.reference.blueprint, self.reference.count(stack)
+        if config is None or states(config.config, count):
+            return
+        raise FusionBenchError(
+            f"the config of this '{config.config.get('model_type')}' states no number of layers "
+            f"that is {count}, as '{stack}' has. Stages, and layers that share their weights, "
+            "cannot be stacked.",
+            "Choose models of another kind.",
+            place=(*one.place, "stack"),
+        )
+
     def _check(self, config: Config, made: Blueprint | None, own: Blueprint) -> None:
         """Refuse a config whose module has other entries than those that are written."""
         if made is None:
             return
+        stacks, lines = Layers(made.entries).stacks, []
+        for stack, own_stack in self._drawn_as.items():
+            layers = (next(iter(p.layers.values())) for p in self.parts if p.stack == stack)
+            count, found = sum(map(len, layers)), len(stacks.get(own_stack, ()))
+            if found != count:
+                lines.append(f"a module of that config has {found} layers, and here are {count}")
         weights = self.reference.model.weights
         odd = _odd({key: weights.spec(key) for key in weights}, own)
-        lines = [line for what, line in _odd(self.specs(), made).items() if what not in odd]
+        lines += [line for what, line in _odd(self._specs(), made).items() if what not in odd]
         if not lines:
             return
         kind = config.get("model_type")
@@ -326,6 +371,33 @@ class _Stack:
             "Choose layers so that those of each form stay where they are.",
             details=first_of(lines, 10),
         )
+
+    def _specs(self) -> dict[str, TensorSpec]:
+        """Return the merged model's entries, those that are tied once."""
+        seen = (part.pool.reference for part in self.parts)
+        return {
+            key: weights.spec(key)
+            for weights in seen
+            for key in weights
+            if weights.tied_to(key) == key
+        }
+
+
+def _outlined(part: _Part) -> Weights:
+    method = part.slice.method
+    if not isinstance(method, Outlining):
+        return part.pool.reference
+    with _placed(part.slice):
+        made = method.outline(part.pool)
+    return made.weights if isinstance(made, Model) else made
+
+
+def _matched(stored: Sequence[str], drawn: Sequence[str]) -> dict[str, str]:
+    """Return what stacks of a file are called in a module, which may have newer names."""
+    same = {stack: stack for stack in stored if stack in drawn}
+    left = [stack for stack in stored if stack not in same]
+    others = [stack for stack in drawn if stack not in same]
+    return same | (dict(zip(left, others, strict=True)) if len(left) == len(others) == 1 else {})
 
 
 def _odd(specs: Mapping[str, TensorSpec], drawn: Blueprint) -> dict[tuple[str, str], str]:

@@ -157,7 +157,7 @@ def resolve(method: "TensorwiseAlgorithm", inputs: Inputs) -> Resolved:
         return Resolved((), {}, ())
     theirs = {key: _names_of(inputs, key) for key in inputs}
     names = (name for own in theirs.values() for each in own for name in each)
-    rules.refuse_unmatched(dict.fromkeys([*theirs, *names]))
+    rules.refuse_unmatched(dict.fromkeys([*theirs, *names, *inputs.aligned.elsewhere]))
     layers = Layers(inputs)
     found: dict[str, dict[str, tuple[Given, ...]]] = {}
     groups: dict[str, list[str]] = {}
@@ -272,7 +272,7 @@ class _Rules:
 
     def given(self, key: str, theirs: Sequence[tuple[str, ...]]) -> dict[str, tuple[Given, ...]]:
         """Return each option's value, or of an option by model its values, for an entry."""
-        own = {}
+        own: dict[str, tuple[Given, ...]] = {}
         for option in self.options:
             if option not in self._per_model:
                 own[option] = (self._first(option, (key,)),)
@@ -331,7 +331,7 @@ class _Rules:
         kind = type(self._method)
         Problems(type_problems(kind, options)).raise_all()
         if is_dataclass(self._method):
-            return replace(self._method, where=(), **options)  # type: ignore[call-arg]
+            return replace(self._method, where=(), **options)
         arguments = arguments_of(self._method)
         if arguments is None:
             raise FusionBenchError(
@@ -414,7 +414,8 @@ def _nearest(pattern: str, keys: Sequence[str]) -> list[str]:
         names = key.split(".")
         for index in range(max(1, len(names) - parts + 1)):
             whole.setdefault(".".join(names[index : index + parts]), key)
-    return [whole[near] for near in get_close_matches(stem, whole, n=3, cutoff=0)]
+    near = get_close_matches(stem, whole, n=3) or get_close_matches(stem, whole, n=1, cutoff=0)
+    return list(dict.fromkeys(whole[name] for name in near))
 
 
 def _is_number(value: object) -> bool:

@@ -5,6 +5,7 @@ A card is text that people may edit: what is added later replaces its own sectio
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,16 @@ from typing import Any
 import yaml
 
 from fusion_bench import __version__
+from fusion_bench.command import typed
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.redact import redacted
+from fusion_bench.repository import Repository
 from fusion_bench.shown import visible
 
+#: A model's card, whose header states the license.
+_CARD = "README.md"
+_LONGEST_LICENSE = 80
+_OTHER = "other: "
 #: Before which section others are put.
 _LAST = "Recipe"
 _CAUSAL = """\
@@ -94,12 +103,30 @@ class Origin:
         commit: its state on the Hub.
         files: what its weights were read from.
         base: what an adapter was put on.
+        license: what its own card says.
     """
 
     name: str
     commit: str | None = None
     files: tuple[Path, ...] = ()
     base: "Origin | None" = None
+    license: str | None = None
+
+
+def stated_license(place: Repository) -> str | None:
+    """Return the license that a model's card states, if it does; ``other: name`` for a rare one."""
+    if _CARD not in place.files:
+        return None
+    from huggingface_hub import metadata_load
+
+    try:
+        content = metadata_load(place.fetch(_CARD) / _CARD) or {}
+    except (FusionBenchError, ValueError, yaml.YAMLError, OSError, UnicodeDecodeError):
+        return None  # a merge does not fail for its sake
+    found, name = content.get("license"), content.get("license_name")
+    if found == "other" and isinstance(name, str):
+        found = f"{_OTHER}{name}"
+    return " ".join(found.split())[:_LONGEST_LICENSE] if isinstance(found, str) else None
 
 
 def recipe(
@@ -114,13 +141,16 @@ def recipe(
         sources: name to source.
         sha256: gives a file's hash.
     """
+    program, *words = typed()
     return {
         "version": __version__,
+        "command": redacted(shlex.join([Path(program).name, *words])),
         "sources": {
             name: {
                 "source": source.name,
                 **({"commit": source.commit} if source.commit else {}),
                 **({} if source.base is None else _base(source.base)),
+                **({} if source.license is None else {"license": source.license}),
                 "sha256": {file.name: sha256(file) for file in source.files},
             }
             for name, source in sources.items()
@@ -143,14 +173,18 @@ def model_card(title: str, recipe: Mapping[str, Any], code: str | None = None) -
     named = [(s["source"], s.get("commit")) for s in sources.values()]
     named += [(s["base"], s.get("base_commit")) for s in sources.values() if "base" in s]
     bases = list(dict.fromkeys(name.partition("@")[0] for name, commit in named if commit))
+    licenses = {source.get("license") for source in sources.values()}
+    common = (next(iter(licenses)) or "") if len(licenses) == 1 else ""
     header = ModelCardData(
         library_name="transformers",
+        license="other" if common.startswith(_OTHER) else common or None,
+        license_name=common.removeprefix(_OTHER) if common.startswith(_OTHER) else None,
         base_model=bases or None,
         base_model_relation="merge" if bases else None,
         tags=["merge", "fusion_bench"],
     ).to_yaml()
     rows = [
-        f"| {_cell(name)} | {_place(source)} | {source.get('commit', '')} |"
+        f"| {_cell(name)} | {_place(source)} | {source.get('commit', '')} | {_license(source)} |"
         for name, source in sources.items()
     ]
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
@@ -165,9 +199,16 @@ def model_card(title: str, recipe: Mapping[str, Any], code: str | None = None) -
             "",
             f"These weights were merged by FusionBench {recipe['version']} from the models below.",
             "",
-            "| Name | Origin | Commit |",
-            "| --- | --- | --- |",
+            "| Name | Origin | Commit | License |",
+            "| --- | --- | --- | --- |",
             *rows,
+            "",
+            *_of_licenses(licenses),
+            "The command was",
+            "",
+            "```bash",
+            recipe["command"].replace("```", "` ` `"),
+            "```",
             "",
             *([] if code is None else ["## Usage", "", "```python", code, "```", ""]),
             f"## {_LAST}",
@@ -257,6 +298,17 @@ def _place(source: Mapping[str, Any]) -> str:
     """Return a source's cell: its name, and for an adapter what it was put on."""
     base = f" on {_cell(source['base'])}" if "base" in source else ""
     return f"{_cell(source['source'])}{base}"
+
+
+def _license(source: Mapping[str, Any]) -> str:
+    return _cell(source["license"]) if source.get("license") else "not stated"
+
+
+def _of_licenses(licenses: Collection[str | None]) -> list[str]:
+    """Return what is to be said of the licenses of a merged model's sources."""
+    if len(licenses) == 1 and None not in licenses:
+        return []
+    return ["The sources state different licenses, or none. The terms of each apply.", ""]
 
 
 def _cell(text: str) -> str:

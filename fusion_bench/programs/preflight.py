@@ -18,19 +18,20 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fusion_bench.method.base import aligned
-from fusion_bench.method.contract import Form, Forming, FusionMethod, ModelPool
+from fusion_bench.method.contract import Describing, FusionMethod, ModelPool, Outlining
 from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import ConfigError, Place, Problem, Problems
 from fusion_bench.programs.fusing import LearnedSplit, without_taskpool
+from fusion_bench.programs.outline import outlined
 from fusion_bench.programs.owners import check_owners, owners, ownership_hint
 from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import plain
-from fusion_bench.programs.told_options import option_notes
+from fusion_bench.programs.told_options import tell_options
 from fusion_bench.recipes import translate
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
@@ -105,12 +106,15 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
             hint = ownership_hint(owners(taskpool, names), names)
             plan.note(*([] if hint is None else [hint]))
     _check_nodes(plan, run, scratch)
-    forms: list[Form] = []
+    options: list[Step] = []
     if modelpool is not None:
-        forms = _compare(plan, modelpool, run.settings)
+        options = _compare(plan, modelpool, run.settings)
+        _outline(plan, modelpool, run.settings)
         _compare_data(plan, run, modelpool, scratch)
-    _add_steps(plan, run, forms)
-    _check_memory(plan, run, forms)
+    _add_steps(plan, run)
+    for step in options:
+        plan.add(step)
+    _check_memory(plan, run)
     return plan
 
 
@@ -222,20 +226,19 @@ class _Headers:
         return self._pool.blueprint(config)
 
 
-def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> list[Form]:
+def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> list[Step]:
     """Compare keys, shapes, types and tying by headers, and models with methods.
 
     Where not all models can be compared, methods are still asked about their number and names.
 
     Returns:
-        The forms of merged models that have other entries than the pool's.
+        What the methods' options are for which entries.
     """
     needed = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     wanted = {s.method.needs.alike for s in settings if s.method.needs.weights}
     sound = {alike: _can_be_merged(plan, modelpool, needed, alike) for alike in sorted(wanted)}
     whole = all(name in plan.weights for name in needed)
-    forms: list[Form] = []
-    told: set[Place] = set()  # of several settings of a method the first
+    told: dict[Place, list[Step]] = {}  # of several settings of a method those of the first
     for setting in settings:
         needs, based = setting.method.needs, modelpool.has_pretrained
         with plan.collect(), setting.located():
@@ -247,14 +250,36 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
         unknown = suppress(LookupError) if known == {} else nullcontext()
         with plan.collect(), setting.located(), unknown:
             # That the pretrained model is missing is said already.
-            headers = _Headers(modelpool, names, known, based or needs.base)
-            setting.method.check_pool(headers)
+            pool = _Headers(modelpool, names, known, based or needs.base)
+            setting.method.check_pool(pool)
             if known and setting.place not in told:
-                plan.note(*option_notes(setting.method, headers, setting.place))
-                told.add(setting.place)
-            if isinstance(setting.method, Forming) and known != {}:
-                forms.append(setting.method.form(headers))
-    return forms
+                told[setting.place] = tell_options(plan, setting.method, pool, setting.place)
+                if isinstance(setting.method, Describing):
+                    said = setting.method.described(pool)
+                    told[setting.place].insert(0, Step("compute", said))
+    return [step for steps in told.values() for step in steps]
+
+
+def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> None:
+    """Add what the merged model's entries come from, where that is known by headers."""
+    if plan.problems or len(settings) != 1 or settings[0].models is not None:
+        return
+    method = settings[0].method
+    names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
+    if not isinstance(method, Outlining) or not plan.weights.keys() >= set(names):
+        return
+    pool = _Headers(modelpool, modelpool.model_names, plan.weights, modelpool.has_pretrained)
+    made = method.outline(pool)
+    merged = made.weights if isinstance(made, Model) else made
+    outline = outlined(merged, {name: plan.weights[name] for name in names})
+    plan.reads = outline.nbytes
+    plan.writes = nbytes_of(merged)
+    plan.entries = list(outline.lines)
+
+
+def nbytes_of(weights: Weights) -> int:
+    """Return the bytes that weights take in memory or in files; tied entries count once."""
+    return sum(weights.spec(key).nbytes for key in weights if weights.tied_to(key) == key)
 
 
 def _can_be_merged(
@@ -311,11 +336,15 @@ def _is_test_split(node: object) -> bool:
     return isinstance(split, str) and is_test_split(split)
 
 
-def _add_steps(plan: Plan, prepared: Prepared, forms: Sequence[Form]) -> None:
+def _add_steps(plan: Plan, prepared: Prepared) -> None:
     modelpool, taskpool, settings = prepared.modelpool, prepared.taskpool, prepared.settings
     if plan.weights:
-        total = sum(sum(w.spec(key).nbytes for key in w) for w in plan.weights.values())
+        total = plan.reads if taskpool is None else None  # which evaluates whole models
+        if total is None:
+            total = sum(sum(w.spec(key).nbytes for key in w) for w in plan.weights.values())
         plan.add(Step("read", f"{_count(len(plan.weights), 'model')}", total))
+    for line in plan.entries:
+        plan.add(Step("merge", line))
     if modelpool is not None and settings:
         merged = (modelpool.model_names if s.models is None else s.models for s in settings)
         *sizes, largest = dict.fromkeys(map(len, merged))
@@ -326,15 +355,13 @@ def _add_steps(plan: Plan, prepared: Prepared, forms: Sequence[Form]) -> None:
             what += f", with {_count(len(settings), 'setting')}"
         device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
-    for form in forms:
-        plan.add(Step("compute", form.note))
     if taskpool is not None:
         evaluated = "the merged model" if settings else "the models"
         if settings and prepared.spec.baselines != "none":
             evaluated += " and its inputs"
         plan.add(Step("evaluate", f"{evaluated}, on {_count(len(taskpool.task_names), 'task')}"))
     if (path := prepared.paths.model_path) is not None:
-        size = None if modelpool is None else _merged_bytes(plan, modelpool, forms)
+        size = None if modelpool is None else _merged_bytes(plan, modelpool)
         plan.add(Step("write", "the merged model", size, path, "merged_model_save_path"))
     for logger in prepared.tracker.loggers:
         plan.add(Step("track", f"the figures, with {logger.name}"))
@@ -347,10 +374,10 @@ def _add_steps(plan: Plan, prepared: Prepared, forms: Sequence[Form]) -> None:
             plan.add(Step("write", "the report", None, place, key))
 
 
-def _merged_bytes(plan: Plan, modelpool: PlacedModelPool, forms: Sequence[Form]) -> int | None:
-    """Return the size of a merged model, which has the reference's entries or its own form's."""
-    if forms:
-        return max(sum(spec.nbytes for spec in form.specs.values()) for form in forms)
+def _merged_bytes(plan: Plan, modelpool: PlacedModelPool) -> int | None:
+    """Return the size of a merged model: as outlined, or else that of the reference."""
+    if plan.writes is not None:
+        return plan.writes
     name = "_pretrained_" if modelpool.has_pretrained else modelpool.model_names[0]
     weights = plan.weights.get(name)
     if weights is None:
@@ -402,12 +429,12 @@ def _check_room(plan: Plan) -> None:
             )
 
 
-def _check_memory(plan: Plan, prepared: Prepared, forms: Sequence[Form]) -> None:
+def _check_memory(plan: Plan, prepared: Prepared) -> None:
     """Check whether a merged model fits in memory, as a lower bound."""
     modelpool, taskpool, fabric = prepared.modelpool, prepared.taskpool, prepared.fabric
     if modelpool is None or not plan.weights or (taskpool is None and prepared.paths.model_path):
         return  # entry by entry it goes to the disk
-    needed, free = _merged_bytes(plan, modelpool, forms), _free_memory()
+    needed, free = _merged_bytes(plan, modelpool), _free_memory()
     if needed is None:
         return
     smaller = modelpool.policy.typed("dtype", "bfloat16")

@@ -1,29 +1,30 @@
 """What the options of a method are for which entries, for the plan of a run."""
 
-from collections.abc import Iterator
-
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import Composing, FusionMethod, ModelPool
 from fusion_bench.method.where import Given
+from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import Place, key_of
 from fusion_bench.weights import Inputs
 from fusion_bench.weights.folding import folded
 
 
-def option_notes(method: FusionMethod, pool: ModelPool, place: Place) -> Iterator[str]:
-    """Yield a line for each value that rules give an option, and for each that they never give.
+def tell_options(plan: Plan, method: FusionMethod, pool: ModelPool, place: Place) -> list[Step]:
+    """Return a step for each value that rules give an option; note what they never give.
 
     Args:
+        plan: takes the notes.
         method: the method, which fits the models.
         pool: the models, of which only the headers are read.
         place: the method's place in the config.
     """
     if not isinstance(method, TensorwiseAlgorithm):
-        return
+        return []
+    steps: list[Step] = []
     if isinstance(method, Composing) and isinstance(method.base_method, TensorwiseAlgorithm):
-        yield from option_notes(method.base_method, pool, (*place, "base_method"))
+        steps += tell_options(plan, method.base_method, pool, (*place, "base_method"))
     if not method.where:
-        return
+        return steps
     inputs = Inputs(aligned(pool), pool.policy)
     resolved = method.resolved(inputs)
     for option, given in resolved.given.items():
@@ -31,12 +32,13 @@ def option_notes(method: FusionMethod, pool: ModelPool, place: Place) -> Iterato
         for key, values in given.items():
             groups.setdefault(_said(values, inputs.names), []).append(key)
         for said, keys in groups.items():
-            yield f"{key_of((*place, option))} {said}: {folded(keys, given)}"
+            what = f"{key_of((*place, option))} {said}: {folded(keys, given)}"
+            steps.append(Step("option", what))
     for rule, option in resolved.unused:
-        yield (
-            f"{key_of((*place, 'where', rule, option))} decides nothing: it matches no "
-            "entry, or rules before it decide for all that it matches"
-        )
+        key = key_of((*place, "where", rule, option))
+        reason = "it matches no entry, or rules before it decide for all that it matches"
+        plan.note(f"{key} decides nothing: {reason}.")
+    return steps
 
 
 def _said(values: tuple[Given, ...], models: list[str]) -> str:

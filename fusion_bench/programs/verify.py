@@ -1,7 +1,7 @@
 """Verifies a merged model: that its files are whole, finite, and what recipe and report say."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,32 @@ from fusion_bench import modelpool
 from fusion_bench.modelpool import HFModelPool
 from fusion_bench.modelpool.kinds import pool_node
 from fusion_bench.problems import FusionBenchError, ResultError
+from fusion_bench.programs.recompute import recompute
 from fusion_bench.report import Report
 from fusion_bench.storage import file_sha256
 from fusion_bench.weights import Weights
 from fusion_bench.weights.digest import sha256
 
+#: So many entries are computed again.
+ENTRIES = 16
 #: The recipe in a model's card.
 _RECIPE = re.compile(r"^## Recipe\n\n(`{3,})yaml\n(.*?)\n\1$", re.MULTILINE | re.DOTALL)
 
 
-def verify(folder: Path, report: Path | None = None) -> Iterator[str]:
+def verify(
+    folder: Path, report: Path | None = None, entries: int | None = ENTRIES
+) -> Iterator[str]:
     """Yield what is sound, a sentence each.
 
     Args:
         folder: a merged model's.
         report: the ``report.json`` of the run, or the run's folder.
+        entries: how many entries are computed again from the recipe; ``None`` computes all.
 
     Raises:
         FusionBenchError: a folder without a model, or a file that is no report.
         ResultError: entries that are not finite, other sources than the recipe has, or other
-            weights than the report.
+            weights than the recipe gives or the report has.
     """
     recipe = _recipe(folder)
     weights = _pool(folder, recipe).weights("model")
@@ -41,7 +47,9 @@ def verify(folder: Path, report: Path | None = None) -> Iterator[str]:
             f"'{folder}': {len(bad)} of {len(weights)} entries hold NaN or infinity: '{bad[0]}' …"
         )
     yield f"{len(weights)} entries with {parameters:,} parameters are there, all finite."
-    yield from _sources(recipe)
+    missing = yield from _sources(recipe)
+    if recipe and not missing and entries != 0:
+        yield from recompute(folder.absolute(), recipe["config"], entries)
     if report is not None:
         found = Report.load(report / "report.json" if report.is_dir() else report)
         identity = sha256(weights)
@@ -96,14 +104,15 @@ def _pool(folder: Path, recipe: Mapping[str, Any]) -> HFModelPool:
     return found(models)
 
 
-def _sources(recipe: Mapping[str, Any]) -> Iterator[str]:
-    """Compare the sources that are on this machine with the recipe.
+def _sources(recipe: Mapping[str, Any]) -> Generator[str, None, bool]:
+    """Compare the sources that are on this machine with the recipe; return whether some are not.
 
     Raises:
         ResultError: another hash.
     """
     if not recipe:
         yield "It has no recipe, so its sources are not compared."
+    missing = False
     sources: Mapping[str, Mapping[str, Any]] = recipe.get("sources", {})
     for name, source in sources.items():
         here = Path(str(source.get("source")))
@@ -111,8 +120,10 @@ def _sources(recipe: Mapping[str, Any]) -> Iterator[str]:
         known = {file: here / file if here.is_dir() else here for file in hashes}
         if not hashes or not all(path.is_file() for path in known.values()):
             yield f"{name}: '{here}' is not on this machine."
+            missing = True
             continue
         for file, path in known.items():
             if file_sha256(path) != hashes[file]:
                 raise ResultError(f"{name}: '{path}' is not the file that was merged.")
         yield f"{name}: '{here}' has the files that were merged."
+    return missing

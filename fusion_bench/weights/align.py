@@ -125,6 +125,7 @@ class Aligned:
         copied: entries that are copied from the reference.
         common_rows: the number of common rows of entries with different row counts.
         notes: accepted differences, as sentences for the plan and the report.
+        elsewhere: names of entries in the rest of the model that these are a part of.
     """
 
     reference: Weights
@@ -133,6 +134,7 @@ class Aligned:
     copied: frozenset[str]
     common_rows: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    elsewhere: Collection[str] = ()
 
 
 def align(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,11 +90,18 @@ def restacked(
     implicit = {path: own for path, own in listed.items() if _at(config, path) is None}
     for path in listed.keys() - implicit.keys():
         _put(made, path, listed[path])
-    redrawn = draw(made) if implicit else None
+    redrawn = None
+    with suppress(FusionBenchError):  # it is drawn again when it is complete
+        redrawn = draw(made) if implicit else None
     for path, own in implicit.items():  # a class may list the new layers otherwise
         if redrawn is None or _at(redrawn.config, path) != own:
             _put(made, path, own)
     return made
+
+
+def states(config: Config, count: int) -> bool:
+    """Tell whether a config has a number of layers that is ``count``."""
+    return any(_counts(config, count))
 
 
 def without_layers(config: Config) -> dict[str, Any]:

@@ -46,9 +46,9 @@ def _patterns(keys: set[str], everything: Sequence[str]) -> Iterator[str]:
         of_numbers: dict[tuple[int, ...], list[str]] = {}
         for rest, numbers in rests.items():
             of_numbers.setdefault(tuple(sorted(numbers)), []).append(rest)
-        for numbers, own in of_numbers.items():
-            there = [rest for rest in whole[stack] if set(whole[stack][rest]) & set(numbers)]
-            layer = f"{stack}.{_ranges(numbers)}."
+        for places, own in of_numbers.items():
+            there = [rest for rest in whole[stack] if set(whole[stack][rest]) & set(places)]
+            layer = f"{stack}.{_ranges(places)}."
             whole_layer = len(own) == len(there) > 1
             patterns = ["*"] if whole_layer else [pattern for pattern, _ in _globs(own, there)]
             found += [(first[stack], f"{layer}{pattern}") for pattern in patterns]

@@ -41,13 +41,15 @@ class Layers:
     entries; a number behind it counts parts of a layer, such as experts.
 
     Attributes:
+        keys: the entries.
         stacks: the numbers of each stack's layers, in ascending order.
     """
 
     def __init__(self, keys: Iterable[str]):
         parts: dict[str, tuple[str, int, str]] = {}
         entries: dict[str, dict[int, int]] = {}
-        for key in keys:
+        self.keys = tuple(keys)
+        for key in self.keys:
             if found := _IN_LAYER.fullmatch(key):
                 stack, number = found["stack"], int(found["index"])
                 parts[key] = stack, number, found["rest"]

@@ -21,7 +21,16 @@ from fusion_bench.modelpool import (
     Seq2SeqLMPool,
     SequenceClassificationModelPool,
 )
-from fusion_bench.modelpool.card import Origin, model_card, recipe, renamed, usage, with_section
+from fusion_bench.modelpool.card import (
+    Origin,
+    model_card,
+    recipe,
+    renamed,
+    stated_license,
+    usage,
+    with_section,
+)
+from fusion_bench.repository import locate
 
 CONFIG: dict[str, Any] = {"method": {"scaling_factor": 0.3}, "seed": None, "list": [1, "zwei ´`"]}
 
@@ -30,10 +39,15 @@ def made(**sources: Origin) -> dict[str, Any]:
     return recipe(CONFIG, sources, lambda file: f"hash of {file}")
 
 
-def test_a_recipe_names_version_config_and_sources() -> None:
+def test_a_recipe_names_version_command_config_and_sources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["/usr/bin/fusion_bench", "merge", "a", "b", "--out", "one folder"]
+    monkeypatch.setattr("sys.argv", words)
     source = Origin("o/n@v1", "abc", (Path("one.bin"), Path("two.bin")))
     assert made(a=source, b=Origin("here")) == {
         "version": fusion_bench.__version__,
+        "command": "fusion_bench merge a b --out 'one folder'",
         "sources": {
             "a": {
                 "source": "o/n@v1",
@@ -62,11 +76,50 @@ def test_a_card_without_models_of_the_hub_names_no_base() -> None:
     assert data.base_model is None and data.get("base_model_relation") is None
 
 
+@pytest.mark.parametrize(
+    ("licenses", "header", "said"),
+    [
+        (("mit", "mit"), {"license": "mit"}, False),
+        (("other: gemma", "other: gemma"), {"license": "other", "license_name": "gemma"}, False),
+        (("mit", "apache-2.0"), {}, True),
+        (("mit", None), {}, True),
+    ],
+)
+def test_the_licenses_of_the_sources_are_stated(
+    licenses: tuple[str | None, str | None], header: dict[str, str], said: bool
+) -> None:
+    sources = {name: Origin(name, license=own) for name, own in zip("ab", licenses, strict=True)}
+    card = ModelCard(model_card("m", made(**sources)))
+    found = {key: own for key, own in card.data.to_dict().items() if key.startswith("license")}
+    assert found == header
+    assert ("different licenses" in card.text) is said
+    assert f"| `a` | `a` |  | `{licenses[0]}` |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# m\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: gemma\n---\n", "other: gemma"),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("# no header\n", None),
+        (None, None),
+    ],
+)
+def test_a_license_is_read_from_a_models_card(
+    tmp_path: Path, text: str | None, expected: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert stated_license(locate(str(tmp_path))) == expected
+
+
 @pytest.mark.parametrize("name", ["a|b", "a`b", "a\nb"])
 def test_a_strange_name_stays_in_its_cell(name: str) -> None:
     card = model_card("m", made(**{name: Origin(name)}))
     (row,) = [line for line in card.splitlines() if line.startswith("| `a")]
-    assert row.count("|") == 4 and row.count("`") == 4
+    assert row.count("|") == 5 and row.count("`") == 4
 
 
 def test_the_recipe_in_the_card_is_yaml_that_says_the_same() -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from fusion_bench.modelpool.card import Origin
+from fusion_bench.modelpool.card import Origin, stated_license
 from fusion_bench.modelpool.directory import copy_files, processor_files
 from fusion_bench.modelpool.sources.file import whole
 from fusion_bench.modelpool.sources.source import Named, Source
@@ -133,7 +133,7 @@ class Adapter:
         files = (*self._weights().files, *base.files)
         below = self.base.named.name
         origin = Origin(below) if below else Origin(base.name, base.commit)
-        return Origin(self.at.name, self.at.commit, files, origin)
+        return Origin(self.at.name, self.at.commit, files, origin, stated_license(self.at))
 
     def config_for(self, config_class: str) -> "PretrainedConfig | None":
         """Return that of the whole model."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from fusion_bench.companions import CONFIGS
-from fusion_bench.modelpool.card import Origin
+from fusion_bench.modelpool.card import Origin, stated_license
 from fusion_bench.modelpool.directory import (
     copy_files,
     processor_files,
@@ -102,7 +102,8 @@ class Folder:
 
     def described(self) -> Origin:
         """Return its name, its state on the Hub, and the files with its weights."""
-        return Origin(self.at.name, self.at.commit, self._weights().files)
+        files = self._weights().files
+        return Origin(self.at.name, self.at.commit, files, license=stated_license(self.at))
 
     def config_for(self, config_class: str) -> "PretrainedConfig | None":
         """Return what a class of transformers makes of its config."""

@@ -1,0 +1,318 @@
+"""How long mergekit's recipes take, here and in mergekit itself, and how much memory.
+
+    python benchmarks/recipes.py --peer /path/to/the/python/with/mergekit
+    python benchmarks/recipes.py --small     # small files, without mergekit unless it is given
+
+The models are made on the spot: a Llama with random weights, and others that are a step away from
+it. Both programs run the same file of YAML in a process of their own, which has imported all that
+it needs; the first round warms up and does not count. Each merge ends when its files are on the
+disk. Then the two results are compared: ``difference`` is the largest one, in steps of the output's
+type (1 is its rounding). Methods that draw random masks have none.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import alternate, publish
+from safetensors.torch import save_file
+
+from fusion_bench.weights import TensorWeights, open_checkpoint
+
+#: So many elements of noise are drawn; larger tensors repeat them, to be quick.
+NOISE = 2**22
+#: Tokens that only the second model has.
+ADDED = 100
+MERGES = {
+    "linear": {"weight": 0.5},
+    "task_arithmetic": {"weight": 0.5},
+    "ties": {"weight": 0.5, "density": 0.2},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "della": {"weight": 0.5, "density": 0.5, "epsilon": 0.1},
+    "breadcrumbs": {"weight": 0.5, "density": 0.9, "gamma": 0.01},
+}
+RANDOM = ("dare_ties", "della")
+
+
+def main() -> None:
+    """Make the models, measure each recipe, print the table and write it after each row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="these recipes")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
+    parser.add_argument("--small", action="store_true", help="small files, to try it out")
+    parser.add_argument("--peer", help="a Python that has mergekit")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        root = (arguments.workdir or Path(scratch)).absolute()
+        models = Models(root, small=arguments.small)
+        recipes = {
+            name: own
+            for name, own in written(models, root).items()
+            if not arguments.only or name in arguments.only
+        }
+        programs = {"fusion_bench": stack.enter_context(program(sys.executable, "ours"))}
+        if arguments.peer:
+            programs["mergekit"] = stack.enter_context(program(arguments.peer, "mergekit"))
+        table: dict[str, Any] = {}
+        for name, words in recipes.items():
+            table[name] = measured(name, words, programs, root, arguments.rounds)
+            publish(
+                {"recipe": table}, "recipes.py", arguments.rounds, arguments.json,
+                arguments.markdown, ("torch", "transformers", "safetensors"),
+            )  # fmt: skip
+
+
+class Models:
+    """A base, two models that are near to it, and one with more tokens; in bfloat16."""
+
+    def __init__(self, root: Path, *, small: bool):
+        from transformers import LlamaConfig
+
+        self.tokens = 512 if small else 32000
+        self.layers = 4 if small else 16
+        config = {
+            "vocab_size": self.tokens,
+            "hidden_size": 64 if small else 1024,
+            "intermediate_size": 128 if small else 2816,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": 4 if small else 16,
+            "num_key_value_heads": 2 if small else 4,
+            "tie_word_embeddings": False,
+        }
+        self.base, self.a, self.b, self.wide = (root / name for name in ("base", "a", "b", "wide"))
+        for step, place in enumerate((self.base, self.a, self.b)):
+            self._write(place, LlamaConfig(**config), step)
+        wider = LlamaConfig(**{**config, "vocab_size": self.tokens + ADDED})
+        self._write(self.wide, wider, 3)
+
+    def _write(self, place: Path, config: Any, step: int) -> None:
+        if (place / "config.json").exists():
+            return
+        from transformers import LlamaForCausalLM
+
+        place.mkdir(parents=True, exist_ok=True)
+        with torch.device("meta"):
+            module = LlamaForCausalLM._from_config(config)
+        base, own = (
+            torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)) for seed in (0, step)
+        )
+        values = base * 0.02 + (own * 0.002 if step else 0)
+        tensors = {
+            key: values.repeat(-(-tensor.numel() // NOISE))[: tensor.numel()]
+            .view(tensor.shape)
+            .bfloat16()
+            for key, tensor in module.state_dict().items()
+        }
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+        config.save_pretrained(place)
+        _write_tokenizer(place, config.vocab_size)
+
+
+def _write_tokenizer(place: Path, size: int) -> None:
+    """Write a tokenizer of whole words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    words |= {f"w{number}": number for number in range(3, size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )  # fmt: skip
+    whole.save_pretrained(place)
+
+
+def written(models: Models, root: Path) -> dict[str, dict[str, list[str]]]:
+    """Write the recipes; return the words of each program's command, without the output."""
+    exact = {"dtype": "float32", "out_dtype": "bfloat16"}
+    a, b, base, wide = map(str, (models.a, models.b, models.base, models.wide))
+    half = models.layers // 2
+    documents: dict[str, dict[str, Any]] = {}
+    for method, parameters in MERGES.items():
+        documents[method] = {
+            "merge_method": method,
+            "models": [{"model": model, "parameters": parameters} for model in (a, b)],
+            **({} if method == "linear" else {"base_model": base}),
+            **exact,
+        }
+    documents["slerp"] = {
+        "merge_method": "slerp",
+        "models": [{"model": a}, {"model": b}],
+        "base_model": a,
+        "parameters": {
+            "t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"filter": "mlp", "value": 0.3},
+                  {"value": 0.5}]
+        },
+        **exact,
+    }  # fmt: skip
+    documents["passthrough slices"] = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": a, "layer_range": [0, half + 2]}]},
+            {"sources": [{"model": b, "layer_range": [half - 2, models.layers]}]},
+        ],
+        "dtype": "bfloat16",
+    }
+    documents["union tokenizer"] = {
+        "merge_method": "linear",
+        "models": [{"model": model, "parameters": {"weight": 0.5}} for model in (a, wide)],
+        "base_model": a,
+        "tokenizer": {"source": "union"},
+        **exact,
+    }
+    commands = {}
+    for name, document in documents.items():
+        file = root / f"{name.replace(' ', '_')}.yaml"
+        file.write_text(json.dumps(document))  # YAML contains JSON
+        commands[name] = {
+            "fusion_bench": ["merge", str(file), "{out}"],
+            "mergekit": ["run_yaml", str(file), "{out}", "--lazy-unpickle", "--quiet"],
+        }
+    extraction = ["--out-path={out}", "--max-rank=16", f"--model={a}", f"--base-model={base}"]
+    commands["extract-lora"] = {
+        "fusion_bench": ["extract-lora", a, "--base", base, "--out", "{out}", "--rank", "16"],
+        "mergekit": ["extract_lora", *extraction],
+    }
+    file = root / "moe.yaml"
+    experts = [{"source_model": model, "positive_prompts": ["w5"]} for model in (a, b)]
+    file.write_text(
+        json.dumps(
+            {"base_model": base, "gate_mode": "cheap_embed", "dtype": "bfloat16",
+             "experts": experts}
+        )
+    )  # fmt: skip
+    commands["moe"] = {
+        "fusion_bench": ["merge", str(file), "{out}"],
+        "mergekit": ["moe", str(file), "{out}"],
+    }
+    return commands
+
+
+@contextmanager
+def program(python: str, name: str) -> Iterator["Program"]:
+    """Start a process that runs one command after the other."""
+    script = Path(__file__).with_name("recipe_peers.py")
+    with subprocess.Popen(
+        [python, str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield Program(process)
+        assert process.stdin
+        process.stdin.close()
+
+
+class Program:
+    """A process that merges, watched from outside.
+
+    Attributes:
+        peaks: the most anonymous memory of each command beside what the process had, in bytes.
+    """
+
+    def __init__(self, process: "subprocess.Popen[str]"):
+        self._process = process
+        self.peaks: list[int] = []
+
+    def run(self, words: list[str]) -> float:
+        """Run a command and return its seconds."""
+        assert self._process.stdin and self._process.stdout
+        before, most, done = self._anonymous(), 0, threading.Event()
+
+        def sample() -> None:
+            nonlocal most
+            while not done.wait(0.005):
+                most = max(most, self._anonymous())
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        try:
+            self._process.stdin.write(json.dumps(words) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        finally:
+            done.set()
+            thread.join()
+        self.peaks.append(most - before)
+        return float(answer)
+
+    def _anonymous(self) -> int:
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def measured(
+    name: str,
+    words: Mapping[str, list[str]],
+    programs: Mapping[str, Program],
+    root: Path,
+    rounds: int,
+) -> dict[str, Any]:
+    """Return the row of a recipe."""
+    outputs = {own: root / f"out_{own}" for own in programs}
+    for running in programs.values():
+        running.peaks.clear()
+
+    def work(own: str) -> Callable[[], float]:
+        command = [word.replace("{out}", str(outputs[own])) for word in words[own]]
+
+        def run() -> float:
+            shutil.rmtree(outputs[own], ignore_errors=True)
+            return programs[own].run(command)
+
+        return run
+
+    times = alternate({own: work(own) for own in programs}, rounds)
+    row: dict[str, Any] = {}
+    for own, running in programs.items():
+        row[f"{own}, s"] = round(statistics.median(times[own]), 2)
+        row[f"{own}, MB"] = round(max(running.peaks) / 1e6)
+    if "mergekit" in programs:
+        pairs = zip(times["mergekit"], times["fusion_bench"], strict=True)
+        row["times as fast"] = round(statistics.median(one / other for one, other in pairs), 1)
+        row["difference"] = "random" if name in RANDOM else difference(*outputs.values())
+    for output in outputs.values():
+        shutil.rmtree(output, ignore_errors=True)
+    return row
+
+
+def difference(one: Path, other: Path) -> str:
+    """Return the largest difference of two models, in steps of the output's type."""
+    largest = 0.0
+    ours, theirs = (opened(place) for place in (one, other))
+    if missing := sorted(set(ours) ^ set(theirs)):
+        return f"other entries: {missing[0]}"
+    for key in ours:
+        mine, its = ours[key], theirs[key]
+        if mine.shape != its.shape:
+            return f"other shapes: {key}"
+        step = torch.finfo(its.dtype).eps * its.double().abs().clamp_min(1e-6)
+        largest = max(largest, float(((mine.double() - its.double()).abs() / step).max()))
+    return f"{largest:.2g}"
+
+
+def opened(place: Path) -> TensorWeights:
+    """Return the entries of a model or an adapter."""
+    index, adapter = place / "model.safetensors.index.json", place / "adapter_model.safetensors"
+    file = next((own for own in (index, adapter) if own.exists()), place / "model.safetensors")
+    return open_checkpoint(file)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

@@ -1,0 +1,123 @@
+"""Which entries of a merged model come from what, in a few lines, without reading a weight."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fusion_bench.weights import LayerPlace, Layers, Weights
+
+#: So many entries are named one by one.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a merged model is made of.
+
+    Attributes:
+        lines: entries, and what they come from; those of alike layers in one line.
+        nbytes: the bytes of the stored entries that are read, each once.
+    """
+
+    lines: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a merged entry comes from: a model, and there another layer or another name."""
+
+    model: str
+    offset: int = 0
+    other: str = ""
+
+
+def outlined(merged: Weights, models: Mapping[str, Weights]) -> Outline:
+    """Return what the entries of merged weights come from.
+
+    Args:
+        merged: whose origins are known by headers.
+        models: the pool's models, for their names.
+    """
+    owners: dict[tuple[int, str], tuple[str, str]] = {}
+    for name, model in models.items():
+        for key in model:
+            for origin in model.origins(key):  # that of an adapter's base is known by then
+                owners.setdefault((id(origin.weights), origin.key), (name, key))
+    layers, stored = Layers(merged), {name: Layers(model) for name, model in models.items()}
+    groups: dict[tuple[_Source, ...], list[str]] = {}
+    read: dict[tuple[int, str], int] = {}
+    for key in merged:
+        sources: dict[_Source, None] = {}
+        for origin in merged.origins(key):
+            part = id(origin.weights), origin.key
+            read[part] = origin.weights.spec(origin.key).nbytes
+            if part in owners:
+                name, own = owners[part]
+                there = stored[name].place(own)
+                sources[_source(name, key, own, layers.place(key), there)] = None
+        groups.setdefault(tuple(sources), []).append(key)
+    lines = tuple(_line(sources, keys, layers) for sources, keys in groups.items())
+    return Outline(lines, sum(read.values()))
+
+
+def _source(
+    model: str, key: str, name: str, here: LayerPlace | None, there: LayerPlace | None
+) -> _Source:
+    """Return where an entry comes from, told in a way that entries of other layers share."""
+    if key == name or here is None or there is None:
+        return _Source(model, other="" if key == name else name)
+    alike = (here.stack, here.rest) == (there.stack, there.rest)
+    other = "" if alike else f"{there.stack}.*.{there.rest}"
+    return _Source(model, there.number - here.number, other)
+
+
+def _line(sources: Sequence[_Source], keys: Sequence[str], layers: Layers) -> str:
+    places = [place for key in keys if (place := layers.place(key)) is not None]
+    names = [_named(source, places) for source in sources] or ["nothing that is stored"]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    if 1 < len(keys) == len(layers.keys):
+        return f"all {len(keys):,} entries from {listed}"
+    count = "" if len(keys) == 1 else f" ({len(keys):,} entries)"
+    return f"{', '.join(_folded(keys, places, layers))}{count} from {listed}"
+
+
+def _named(source: _Source, places: Sequence[LayerPlace]) -> str:
+    """Return a model's name, and which of its layers or entries."""
+    details = [source.other] if source.other else []
+    if source.offset:
+        numbers = sorted({place.number + source.offset for place in places})
+        details.append("layer " + ", ".join(_range(run) for run in _runs(numbers)))
+    return f"{source.model} ({', '.join(details)})" if details else source.model
+
+
+def _folded(keys: Sequence[str], places: Sequence[LayerPlace], layers: Layers) -> Iterator[str]:
+    """Yield patterns for keys: ranges of layers, and the names of what is outside of them."""
+    parts: dict[str, dict[int, list[str]]] = {}
+    for place in places:
+        parts.setdefault(place.stack, {}).setdefault(place.number, []).append(place.rest)
+    for stack, numbers in parts.items():
+        for run in _runs(sorted(numbers)):
+            rests = numbers[run[0]]
+            few = len(rests) <= _NAMED and all(numbers[number] == rests for number in run)
+            for rest in rests if few else ["*"]:
+                yield f"{stack}.{_range(run)}.{rest}"
+    others = [key for key in keys if layers.place(key) is None]
+    yield from others[:_NAMED]
+    if len(others) > _NAMED:
+        yield f"{len(others) - _NAMED} more"
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Yield ascending numbers in runs without gaps."""
+    run: list[int] = []
+    for number in numbers:
+        if run and number != run[-1] + 1:
+            yield run
+            run = []
+        run.append(number)
+    if run:
+        yield run
+
+
+def _range(run: Sequence[int]) -> str:
+    return str(run[0]) if len(run) == 1 else f"{{{run[0]}-{run[-1]}}}"
