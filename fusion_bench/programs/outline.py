@@ -1,12 +1,10 @@
 """Which entries of a merged model come from what, in a few lines, without reading a weight."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusion_bench.weights import LayerPlace, Layers, Weights
-
-#: So many entries are named one by one.
-_NAMED = 3
+from fusion_bench.weights.folding import folded, ranges
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,7 @@ def _line(sources: Sequence[_Source], keys: Sequence[str], layers: Layers) -> st
     places = [place for key in keys if (place := layers.place(key)) is not None]
     names = [_named(source, places) for source in sources] or ["nothing that is stored"]
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    if 1 < len(keys) == len(layers.keys):
-        return f"all {len(keys):,} entries from {listed}"
-    count = "" if len(keys) == 1 else f" ({len(keys):,} entries)"
-    return f"{', '.join(_folded(keys, places, layers))}{count} from {listed}"
+    return f"{folded(keys, layers.keys)} from {listed}"
 
 
 def _named(source: _Source, places: Sequence[LayerPlace]) -> str:
@@ -86,38 +81,5 @@ def _named(source: _Source, places: Sequence[LayerPlace]) -> str:
     details = [source.other] if source.other else []
     if source.offset:
         numbers = sorted({place.number + source.offset for place in places})
-        details.append("layer " + ", ".join(_range(run) for run in _runs(numbers)))
+        details.append(f"layer {ranges(numbers)}")
     return f"{source.model} ({', '.join(details)})" if details else source.model
-
-
-def _folded(keys: Sequence[str], places: Sequence[LayerPlace], layers: Layers) -> Iterator[str]:
-    """Yield patterns for keys: ranges of layers, and the names of what is outside of them."""
-    parts: dict[str, dict[int, list[str]]] = {}
-    for place in places:
-        parts.setdefault(place.stack, {}).setdefault(place.number, []).append(place.rest)
-    for stack, numbers in parts.items():
-        for run in _runs(sorted(numbers)):
-            rests = numbers[run[0]]
-            few = len(rests) <= _NAMED and all(numbers[number] == rests for number in run)
-            for rest in rests if few else ["*"]:
-                yield f"{stack}.{_range(run)}.{rest}"
-    others = [key for key in keys if layers.place(key) is None]
-    yield from others[:_NAMED]
-    if len(others) > _NAMED:
-        yield f"{len(others) - _NAMED} more"
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Yield ascending numbers in runs without gaps."""
-    run: list[int] = []
-    for number in numbers:
-        if run and number != run[-1] + 1:
-            yield run
-            run = []
-        run.append(number)
-    if run:
-        yield run
-
-
-def _range(run: Sequence[int]) -> str:
-    return str(run[0]) if len(run) == 1 else f"{{{run[0]}-{run[-1]}}}"

@@ -48,7 +48,7 @@ def _patterns(keys: set[str], everything: Sequence[str]) -> Iterator[str]:
             of_numbers.setdefault(tuple(sorted(numbers)), []).append(rest)
         for places, own in of_numbers.items():
             there = [rest for rest in whole[stack] if set(whole[stack][rest]) & set(places)]
-            layer = f"{stack}.{_ranges(places)}."
+            layer = f"{stack}.{ranges(places)}."
             whole_layer = len(own) == len(there) > 1
             patterns = ["*"] if whole_layer else [pattern for pattern, _ in _globs(own, there)]
             found += [(first[stack], f"{layer}{pattern}") for pattern in patterns]
@@ -79,7 +79,7 @@ def _by_part(names: Iterable[str], start: int) -> Mapping[str, list[str]]:
     return found
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers as ``3``, ``{0-3}`` or ``{0-1,5}``."""
     runs: list[list[int]] = []
     for number in numbers:

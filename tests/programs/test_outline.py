@@ -22,7 +22,7 @@ def test_entries_that_come_from_the_same_models_are_one_line() -> None:
     models = {"_pretrained_": llama(3), "a": llama(3), "b": llama(3)}
     merged = TaskArithmeticAlgorithm().outline(Pool(models))
     found = outlined(merged, models)
-    assert found.lines == ("all 15 entries from a, b and _pretrained_",)
+    assert found.lines == ("all 15 tensors from a, b and _pretrained_",)
     assert found.nbytes == 3 * 15 * 4 * 4
 
 
@@ -36,9 +36,9 @@ def test_layers_of_other_numbers_are_told() -> None:
     parts["head.weight"] = b, "head.weight"
     found = outlined(Stacked(parts), models)
     assert found.lines == (
-        "layers.{0-1}.*, embed.weight (9 entries) from a",
-        "layers.{2-3}.*, head.weight (9 entries) from b",
-        "layers.4.* (4 entries) from b (layer 2)",
+        "embed.weight, layers.{0-1}.* (9 tensors) from a",
+        "layers.{2-3}.*, head.weight (9 tensors) from b",
+        "layers.4.* (4 tensors) from b (layer 2)",
     )
     assert found.nbytes == 18 * 4 * 4  # layer 2 of b is read once
 
@@ -48,16 +48,16 @@ def test_a_part_of_each_layer_is_named() -> None:
     a, b = models.values()
     parts = {key: (b if ".q." in key else a, key) for key in a}
     assert outlined(Stacked(parts), models).lines == (
-        "layers.{0-1}.k.weight, layers.{0-1}.v.weight, layers.{0-1}.norm.weight, embed.weight, "
-        "norm.weight, head.weight (9 entries) from a",
-        "layers.{0-1}.q.weight (2 entries) from b",
+        "embed.weight, layers.{0-1}.k.weight, layers.{0-1}.v.weight, 3 more patterns (9 tensors) "
+        "from a",
+        "layers.{0-1}.q.weight (2 tensors) from b",
     )
 
 
 def test_another_name_is_told() -> None:
     models = {"a": llama(2)}
     stack = Stacked({"head.weight": (models["a"], "embed.weight")})
-    assert outlined(stack, models).lines == ("head.weight from a (embed.weight)",)
+    assert outlined(stack, models).lines == ("all 1 tensor from a (embed.weight)",)
 
 
 def test_an_outline_has_no_values() -> None:
