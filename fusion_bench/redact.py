@@ -37,7 +37,8 @@ def secret_keys(node: Any, key: str = "") -> Iterator[str]:
         for name, child in node.items():
             place = f"{key}.{name}" if key else str(name)
             shown = isinstance(child, str) and child and "${" not in child
-            if shown and _SECRET_KEY.fullmatch(str(name)):
+            word = name == "token" and node.get("kind") == "model_token"  # of a vocabulary
+            if shown and not word and _SECRET_KEY.fullmatch(str(name)):
                 yield place
             else:
                 yield from secret_keys(child, place)

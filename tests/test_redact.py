@@ -58,3 +58,10 @@ def test_logs_and_tracebacks_are_rewritten(caplog: pytest.LogCaptureFixture) -> 
         assert TOKEN not in caplog.text and "ValueError: bad ***" in caplog.text
     finally:
         caplog.handler.filters.clear()
+
+
+def test_a_token_of_a_vocabulary_is_no_secret() -> None:
+    row = {"kind": "model_token", "model": "a", "token": "<|im_start|>"}
+    assert not list(secret_keys({"tokens": {"<x>": {"source": row}}}))
+    assert list(secret_keys({"source": {**row, "token": TOKEN}})) == ["source.token"]
+    assert list(secret_keys({"source": {**row, "kind": "other"}})) == ["source.token"]

@@ -12,9 +12,6 @@ from torch import Tensor
 from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 from fusion_bench.weights.stream import PIECE
 
-#: Elements between two wanted rows up to which one read of both is faster than two.
-_NEAR = 4096
-
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -132,8 +129,11 @@ class ByToken(Weights):
     def _gathered(self, key: str, tokens: NDArray[np.int64]) -> Tensor:
         """Return the rows of output tokens, ``[tokens, width]``."""
         width, own = self._width(key), self._rows[tokens]
+        if (np.diff(own) == 1).all() and (own >= 0).all() and len(own):
+            start, stop = int(own[0]) * width, (int(own[-1]) + 1) * width
+            return self._weights.read(key, start, stop).view(-1, width)
         if (own >= 0).all():
-            return _rows(self._weights, key, own, width)
+            return self._weights.take(key, torch.from_numpy(own), width)
         dtype = torch.promote_types(self._weights.spec(key).dtype, torch.float32)
         values = torch.zeros(len(tokens), width, dtype=dtype)
         counts = torch.ones(len(tokens), 1, dtype=dtype)
@@ -148,12 +148,13 @@ class ByToken(Weights):
                 wanted.setdefault(id(row.weights), []).append((place, row))
         for found in wanted.values():
             donor = found[0][1].weights
-            indices = np.array([row.index for _, row in found])
-            part = _rows(donor, self._key_in(donor, key), indices, width).to(dtype)
+            indices = torch.tensor([row.index for _, row in found])
+            part = donor.take(self._key_in(donor, key), indices, width).to(dtype)
             values.index_add_(0, torch.tensor([place for place, _ in found]), part)
-        values /= counts
-        there = np.flatnonzero(own >= 0)
-        values[torch.from_numpy(there)] = _rows(self._weights, key, own[there], width).to(dtype)
+        if (counts > 1).any():
+            values /= counts
+        there = torch.from_numpy(np.flatnonzero(own >= 0))
+        values[there] = self._weights.take(key, torch.from_numpy(own)[there], width).to(dtype)
         return values
 
     def _mean(self, key: str) -> Tensor:
@@ -173,21 +174,3 @@ class ByToken(Weights):
 def token_axis(spec: TensorSpec) -> int:
     """Return which dimension of an entry by token counts the tokens: the first that is not 1."""
     return next((axis for axis, size in enumerate(spec.shape) if size != 1), 0)
-
-
-def _rows(weights: Weights, key: str, indices: NDArray[np.int64], width: int) -> Tensor:
-    """Return rows of an entry, ``[indices, width]``; what lies close together is read at once."""
-    order = np.argsort(indices, kind="stable")
-    ordered = indices[order]
-    far = np.flatnonzero(np.diff(ordered) > max(_NEAR // width, 1)) + 1
-    blocks = []
-    for run in np.split(ordered, far):
-        if len(run):
-            first, last = int(run[0]), int(run[-1]) + 1
-            block = weights.read(key, first * width, last * width).view(-1, width)
-            whole = len(run) == last - first and (np.diff(run) == 1).all()
-            blocks.append(block if whole else block[torch.from_numpy(run - first)])
-    if not blocks:
-        return torch.empty(0, width)
-    found = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    return found if (np.diff(order) == 1).all() else found[torch.from_numpy(np.argsort(order))]

@@ -3,11 +3,15 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+#: Elements between two wanted rows up to which one read of both is faster than two.
+_NEAR = 4096
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,22 @@ class Weights(Mapping[str, Tensor]):
         for start in range(0, numel, size):
             yield start, min(start + size, numel)
 
+    def take(self, key: str, rows: Tensor, width: int) -> Tensor:
+        """Return rows of an entry, seen as a matrix of so many columns: ``[rows, width]``.
+
+        What lies close together is read at once.
+        """
+        if not len(rows):
+            return torch.empty(0, width)
+        ordered, order = rows.sort(stable=True)
+        far = (ordered.diff() > max(_NEAR // width, 1)).nonzero().view(-1) + 1
+        blocks = []
+        for start, stop in pairwise([0, *far.tolist(), len(rows)]):
+            first, last = int(ordered[start]), int(ordered[stop - 1]) + 1
+            block = self.read(key, first * width, last * width).view(-1, width)
+            blocks.append(block[ordered[start:stop] - first])
+        return torch.cat(blocks)[order.argsort()]
+
     def bytes_to_read(self, key: str) -> int:
         """Return the number of bytes to read for an entry, for progress."""
         return self.spec(key).nbytes
@@ -155,6 +175,10 @@ class TensorWeights(Weights):
         if flat is None:  # kept, for a copy of the whole entry a piece would be slow
             flat = self._flat[key] = self._tensors[key].reshape(-1)
         return flat[start:stop]
+
+    def take(self, key: str, rows: Tensor, width: int) -> Tensor:
+        """Return rows of an entry, of a mapped file those alone are read."""
+        return self.read(key, 0, self.spec(key).numel).view(-1, width)[rows]
 
 
 def is_special(name: str) -> bool:

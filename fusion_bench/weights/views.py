@@ -61,6 +61,11 @@ class Stacked(Weights):
         weights, name = self._parts[key]
         return weights.read(name, start, stop)
 
+    def take(self, key: str, rows: Tensor, width: int) -> Tensor:
+        """Return rows of an entry."""
+        weights, name = self._parts[key]
+        return weights.take(name, rows, width)
+
     def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
         """Yield the pieces that the entry may be read in."""
         weights, name = self._parts[key]

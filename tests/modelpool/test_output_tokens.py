@@ -1,6 +1,7 @@
 """Models of different tokenizers, merged token by token, against rows put together here."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from fixtures_llm import average, rewrite, tensors, write_lora
 from fixtures_tokens import CODE, COMMON, Kind, trained, write_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -614,3 +616,33 @@ def test_a_merged_model_is_built_and_another_run_of_it_is_known(family: Path) ->
         assert built.config.vocab_size == models.vocabulary
     assert models.architecture() != pool(family, "base", "b", tokenizer="b").architecture()
     assert models.architecture() == pool(family, "base", "b").architecture()
+
+
+def test_the_order_of_tokens_in_an_input_makes_no_difference(family: Path, tmp_path: Path) -> None:
+    """The same model with its tokens, and rows, in another order is merged to the same bits."""
+    size = len(vocabulary(family / "a"))
+    drawn = torch.randperm(size - 4, generator=torch.Generator().manual_seed(0))
+    order = torch.cat([torch.arange(4), 4 + drawn])  # new id to old id
+    shutil.copytree(family / "a", tmp_path / "a")
+    state = tensors(family / "a")
+    state |= {key: state[key][order].contiguous() for key in TABLES}
+    save_file(state, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    new = {int(old): i for i, old in enumerate(order)}
+
+    def reorder(content: dict[str, Any]) -> None:
+        tokens = content["model"]["vocab"]
+        content["model"]["vocab"] = {token: new[i] for token, i in tokens.items()}
+
+    rewrite(tmp_path / "a", reorder, "tokenizer.json")
+    plain = in_memory(average(pool(family, "base", "a", "b")))
+    moved = CausalLMPool(
+        {
+            "_pretrained_": str(family / "base"),
+            "a": str(tmp_path / "a"),
+            "b": str(family / "b"),
+        },
+        tokenizer="union",
+    )
+    assert vocabulary(tmp_path / "a") != vocabulary(family / "a")
+    for key, value in in_memory(average(moved)).items():
+        assert torch.equal(value, plain[key]), key

@@ -10,6 +10,7 @@ from torch import Tensor
 from fusion_bench.weights import (
     ByToken,
     Row,
+    Stacked,
     TensorWeights,
     Weights,
     in_memory,
@@ -22,11 +23,13 @@ EMBEDDING, HEAD, BIAS, NORM = "embed.weight", "head.weight", "head.bias", "norm.
 KEYS = (EMBEDDING, HEAD, BIAS)
 
 
-class Counting(TensorWeights):
+class Counting(Stacked):
     """Weights that note how many elements were read at once."""
 
+    take = Weights.take
+
     def __init__(self, tensors: Mapping[str, Tensor]):
-        super().__init__(tensors)
+        super().__init__({key: (TensorWeights(tensors), key) for key in tensors})
         self.reads: list[tuple[str, int]] = []
 
     def __getitem__(self, key: str) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusion_bench.weights import TensorSpec, TensorWeights, is_special
+from fusion_bench.weights import Stacked, TensorSpec, TensorWeights, Weights, is_special
 
 
 class Tied(nn.Module):
@@ -82,3 +82,19 @@ def test_bytes_count_elements_times_their_size() -> None:
 @pytest.mark.parametrize(("name", "special"), [("_a", True), ("a_", True), ("a_b", False)])
 def test_an_underscore_at_an_end_makes_a_name_special(name: str, special: bool) -> None:
     assert is_special(name) is special
+
+
+class Pieces(Stacked):
+    """Weights that take rows as any others do, by reading."""
+
+    take = Weights.take
+
+
+@pytest.mark.parametrize("width", [1, 3, 5000])
+def test_rows_are_taken_in_any_order(width: int) -> None:
+    table = torch.arange(7 * width, dtype=torch.float32).view(7, width)
+    stored = TensorWeights({"a": table})
+    for weights in (stored, Stacked({"a": (stored, "a")}), Pieces({"a": (stored, "a")})):
+        for rows in ([], [3], [0, 1, 2], [6, 0, 0, 3], [5, 4, 3, 2, 1]):
+            wanted = torch.tensor(rows, dtype=torch.int64)
+            assert torch.equal(weights.take("a", wanted, width), table[wanted])
