@@ -1,5 +1,7 @@
 """Documents: what is read, and what is told of mistakes."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,3 +211,14 @@ def test_filters_become_patterns() -> None:
         *("encoder.*coder.bl*", "encoder.bl*"),
         *("model.encoder.*coder.bl*", "model.encoder.bl*"),
     )
+
+
+@pytest.mark.parametrize("page", ["recipes.md", "from_mergekit.md"])
+def test_recipes_that_pages_show(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    shown = [
+        code for code in re.findall(r"```text.*?\n(.*?)```", text, re.S) if "merge_method" in code
+    ]
+    assert shown or page == "from_mergekit.md"
+    for code in shown:
+        assert translate(code).method
