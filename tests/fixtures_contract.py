@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method import TensorwiseAlgorithm, checks
+from fusion_bench.method import StackedLayers, TensorwiseAlgorithm, checks
 from fusion_bench.method.checks import Net, Traits
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
@@ -59,6 +59,7 @@ SPECIAL: dict[str, Special] = {
     "nearswap": Special(two_ends=True, ordered=True),
     "opcm/opcm": Special(ordered=True, draws={"shuffle_order": True}),
     "opcm/weight_average": Special(rounds=True),
+    "passthrough": Special(alone=True, ordered=True),
     "rlhf/salsa": Special(options={"weights": [0.5, 0.3, 0.2]}, ordered=True, rounds=True),
     "rlhf/warm": Special(rounds=True),
     "rlhf/warp_liti": Special(two_ends=True, ordered=True, rounds=True),
@@ -102,7 +103,8 @@ def method_class(name: str) -> type[Any]:
 
 def kind(name: str) -> str | None:
     """Return how a method is tested: as a function of the models' ``weights`` that needs nothing
-    else, as one that learns from ``data``, or as one that makes a ``module``.
+    else, as one that learns from ``data``, as one that makes a ``module``, or as one of ``layers``,
+    which has tests of its own.
 
     Of any other kind nothing is known here, and so nothing would be tested.
     """
@@ -114,6 +116,8 @@ def kind(name: str) -> str | None:
         return "data"
     if issubclass(own, TensorwiseAlgorithm):
         return "weights"
+    if issubclass(own, StackedLayers):
+        return "layers"
     return "module" if issubclass(own, EnsembleAlgorithm) else None
 
 

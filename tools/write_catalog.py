@@ -120,7 +120,7 @@ def _scores(file: Path) -> dict[str, str]:
 
 
 def _needs(method: type) -> str:
-    base = not issubclass(method, EnsembleAlgorithm) and method.needs_pretrained  # type: ignore[attr-defined]
+    base = not issubclass(method, EnsembleAlgorithm) and getattr(method, "needs_pretrained", False)
     data = ""
     if issubclass(method, LearningAlgorithm):
         data = "labelled data" if method.uses_labels else "data"

@@ -43,12 +43,14 @@ class Traits:
     """Where a method differs from the rest.
 
     Attributes:
+        alone: it takes exactly one model, the pretrained one not counted.
         two_ends: it takes exactly two models, the pretrained one counted.
         ordered: the order of the models matters.
         rounds: what it makes of equal models is that model but for rounding.
         ignores: entries of ``Net`` that it takes from the base without a look at the models.
     """
 
+    alone: bool = False
     two_ends: bool = False
     ordered: bool = False
     rounds: bool = False
@@ -80,7 +82,7 @@ def check_method(
     Raises:
         AssertionError: with the rule that the method breaks.
     """
-    models, traits = family(Net), Traits(two_ends, ordered, rounds)
+    models, traits = family(Net), Traits(two_ends=two_ends, ordered=ordered, rounds=rounds)
     for check in checks_of(method):
         try:
             check(method, models, traits)
@@ -246,6 +248,8 @@ def chosen(models: Mapping[str, T], traits: Traits) -> dict[str, T]:
     """Return as many of the models as a method takes."""
     base = [BASE] if BASE in models else []
     tuned = [model for model in models if model != BASE]
+    if traits.alone:
+        tuned = tuned[:1]
     if traits.two_ends:
         tuned = tuned[: 1 if base else 2]
     return {key: models[key] for key in base + tuned}

@@ -98,31 +98,31 @@ def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
     for name, layers in named.items():
         with problems.collect("models", str(name)):
             models[str(name)] = _layers(layers)
-    base = node.get("base")
-    method = default
-    if (own := node.get("base_method")) is not None:
-        with problems.collect("base_method"):
+    method, own = default, node.get("base_method")
+    with problems.collect("base_method"):
+        if own is not None:
             method = _method(own)
-    if base is None and BASE in models and len(models) > 1:
-        base = BASE
-    base_layers = models.pop(str(base), None) if base is not None and len(models) > 1 else None
-    if method is None and len(models) == 1 and own is None:
-        method = PassthroughAlgorithm()
-    if method is None and own is None:
-        raise FusionBenchError(
-            f"missing; {', '.join(models)} must be merged.",
-            "Name a method here, or {above}base_method for all slices.",
-            place=("base_method",),
-        )
+        elif method is None and len(named) == 1:
+            method = PassthroughAlgorithm()
+        if method is None:
+            raise FusionBenchError(
+                f"missing; {', '.join(map(str, named))} must be merged.",
+                "Name a method here, or a base_method for all slices.",
+            )
     problems.raise_all()
     assert method is not None
-    own_place: Place = COMMON if own is None else (*place, "base_method")
-    stack = node.get("stack")
-    if base is None and method.needs.base:
+    base, stack = node.get("base"), node.get("stack")
+    if base is None and (method.needs.base or (BASE in models and len(models) > 1)):
         base = BASE
     return Slice(
-        *(models, None if base is None else str(base), base_layers, method),
-        *(None if stack is None else str(stack), place, own_place),
+        base=None if base is None else str(base),
+        # A base among others is not merged, and alone it is.
+        base_layers=models.pop(str(base), None) if len(models) > 1 else None,
+        models=models,
+        method=method,
+        stack=None if stack is None else str(stack),
+        place=place,
+        method_place=COMMON if own is None else (*place, "base_method"),
     )
 
 

@@ -254,9 +254,6 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
             setting.method.check_pool(pool)
             if known and setting.place not in told:
                 told[setting.place] = tell_options(plan, setting.method, pool, setting.place)
-                if isinstance(setting.method, Describing):
-                    said = setting.method.described(pool)
-                    told[setting.place].insert(0, Step("compute", said))
     return [step for steps in told.values() for step in steps]
 
 
@@ -274,7 +271,8 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     outline = outlined(merged, {name: plan.weights[name] for name in names})
     plan.reads = outline.nbytes
     plan.writes = nbytes_of(merged)
-    plan.entries = list(outline.lines)
+    said = [method.described(pool)] if isinstance(method, Describing) else []
+    plan.entries = [*said, *outline.lines]
 
 
 def nbytes_of(weights: Weights) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.weights.computed import is_computed
 from fusion_bench.weights.config import Config
 from fusion_bench.weights.layers import Layers
 from fusion_bench.weights.mapping import TensorSpec
@@ -102,6 +103,29 @@ def restacked(
 def states(config: Config, count: int) -> bool:
     """Tell whether a config has a number of layers that is ``count``."""
     return any(_counts(config, count))
+
+
+def differences(specs: Mapping[str, TensorSpec], drawn: Blueprint) -> dict[tuple[str, str], str]:
+    """Return what a module has otherwise than stored entries, by kind and name in any layer."""
+    stored, module = Layers(specs), Layers(drawn.entries)
+    found: dict[tuple[str, str], str] = {}
+
+    def add(what: str, layers: Layers, key: str, line: str) -> None:
+        place = layers.place(key)
+        found.setdefault((what, f"{place.stack}.*.{place.rest}" if place else key), line)
+
+    there = {drawn.tied.get(key, key) for key in specs}
+    for key, spec in drawn.entries.items():
+        if drawn.tied.get(key, key) not in there and not is_computed(key, spec):
+            add("lacks", module, key, f"a module of that config has '{key}', which is missing")
+    for key, spec in specs.items():
+        if key not in drawn.entries:
+            if not is_computed(key, spec):
+                add("extra", stored, key, f"a module of that config has no '{key}'")
+        elif spec.shape != drawn.entries[key].shape:
+            line = f"'{key}' is {list(spec.shape)}, in the config {list(drawn.entries[key].shape)}"
+            add("shape", stored, key, line)
+    return found
 
 
 def without_layers(config: Config) -> dict[str, Any]:
