@@ -1,5 +1,6 @@
 """Whole recipes on tiny Llamas, against a reference in float64."""
 
+import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from recipes.reference import Array, Tensors, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.fusing import seeded
@@ -327,3 +328,29 @@ dtype: float32
 def test_examples(name: str, here: Load) -> None:
     text = {**EXAMPLES, **MORE}[name]
     agree(merged(text), run(text, here))
+
+
+def test_an_adapter_on_its_own_model(here: Load, models: Path, tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    down, up = draws.normal(size=(2, 8)), draws.normal(size=(8, 2))
+    key = "model.layers.1.self_attn.q_proj"
+    (tmp_path / "lora").mkdir()
+    adapter = {
+        f"base_model.model.{key}.lora_A.weight": torch.tensor(down, dtype=torch.float32),
+        f"base_model.model.{key}.lora_B.weight": torch.tensor(up, dtype=torch.float32),
+    }
+    save_file(adapter, tmp_path / "lora" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    text = json.dumps({**settings, "base_model_name_or_path": "elsewhere"})
+    (tmp_path / "lora" / "adapter_config.json").write_text(text, encoding="utf-8")
+
+    def opened_with(name: str) -> Tensors:
+        path, plus, _ = name.partition("+")
+        tensors = here(path)
+        weight = f"{key}.weight"
+        return {**tensors, weight: tensors[weight] + 3 * up @ down} if plus else tensors
+
+    # The adapter is put on 'a', and not on the base of the merge.
+    text = recipe("task_arithmetic", 2, own="{weight: 0.7}")
+    text = text.replace("model: a", f"model: a+{tmp_path / 'lora'}")
+    agree(merged(text), run(text, opened_with))
