@@ -145,6 +145,24 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     return "by MLX" if isinstance(mlx, Mapping) and "bits" in mlx else None
 
 
+def quantisation_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a config.json says of its quantised weights; empty where it says nothing."""
+    for key, section in _settings(config):
+        if key in _QUANTISED and isinstance(section, Mapping) and section:
+            return section
+    return {}
+
+
+def without_quantisation(config: Any) -> Any:
+    """Return a config's content as it is of plain weights, the sections in it likewise."""
+    if isinstance(config, list):
+        return [without_quantisation(each) for each in config]
+    if not isinstance(config, Mapping):
+        return config
+    plain = {key: value for key, value in config.items() if key not in _QUANTISED}
+    return {key: without_quantisation(value) for key, value in plain.items()}
+
+
 def _settings(config: Any) -> Iterator[tuple[str, Any]]:
     """Yield all keys and values, including nested ones."""
     level = [config]

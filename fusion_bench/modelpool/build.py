@@ -136,6 +136,20 @@ def refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:
         raise FusionBenchError(f"{name} is not a whole model.\n  {shortened(problems)}")
 
 
+def skeleton(model_class: str, config: "PretrainedConfig") -> "PreTrainedModel":
+    """Return a model without memory for its weights.
+
+    Raises:
+        FusionBenchError: no such class, or none for the architecture.
+    """
+    made = class_named(model_class)
+    with torch.device("meta"), _a_class_that_fits():
+        model: PreTrainedModel = (
+            made(config) if hasattr(made, "config_class") else from_config(made, config)
+        )
+    return model
+
+
 def _concrete(model_class: Any, config: "PretrainedConfig | None") -> Any:
     """Return the class that an ``AutoModel…`` stands for."""
     if hasattr(model_class, "config_class"):

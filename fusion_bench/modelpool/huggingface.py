@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -29,10 +30,12 @@ from fusion_bench.modelpool.build import (
     config_of,
     read_whole,
     refuse_incomplete,
+    skeleton,
 )
 from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.directory import copy_files, processor_files, write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
+from fusion_bench.modelpool.layouts import in_current_layout, in_file_layout, in_layout_of
 from fusion_bench.modelpool.output_tokens import OutputTokens
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
@@ -55,19 +58,21 @@ from fusion_bench.weights import (
     Config,
     MergePolicy,
     Model,
+    Regrouped,
     Renamed,
     TensorWeights,
     Weights,
     check_size,
     in_memory,
     is_special,
+    learned,
     open_repository,
 )
 from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +208,12 @@ class HFModelPool:
         for name in sorted(known, key=lambda name: name != self._reference):
             with plan.collect():
                 if name == self._reference or self._reference in plan.weights:
-                    plan.weights[name] = self.weights(name)
+                    plan.weights[name] = weights = self.weights(name)
+                    if isinstance(weights, Regrouped) and name != self._reference:
+                        plan.note(
+                            f"{name}: its weights are stored in another layout than those of "
+                            f"'{self._reference}'. {weights.described()}"
+                        )
                 elif self._base(name) is None:  # nothing to compare with, but it can be damaged
                     self._opened(self._source(name))
         for name in known:
@@ -384,7 +394,27 @@ class HFModelPool:
         if name == self._reference:
             return self._reference_model
         own = self._opened(self._source(name))
-        return replace(own, weights=under_keys_of(self._reference_model.weights, own.weights))
+        with within("models", name):
+            return replace(own, weights=self._like_reference(own.weights))
+
+    def _like_reference(self, weights: Weights) -> Weights:
+        """Return weights with the reference's keys, and in its layout, as far as both are known."""
+        reference = self._reference_model.weights
+        named = under_keys_of(reference, weights)
+        strange = [key for key in learned(named) if key not in reference]
+        lacking = [key for key in learned(reference) if key not in named]
+        if not (strange and lacking):
+            return named
+        model = self._skeleton
+        return named if model is None else in_layout_of(reference, named, model)
+
+    @cached_property
+    def _skeleton(self) -> "PreTrainedModel | None":
+        """The reference's architecture; None where it is none of transformers."""
+        if self._source(self._reference).config() is None:
+            return None
+        config = self._config_for(self._reference)
+        return None if config is None else skeleton(self.model_class, config)
 
     def weights(self, name: str) -> Weights:
         """Return a model's weights, as in ``model``.
@@ -547,8 +577,10 @@ class HFModelPool:
         own = model if isinstance(model, Model) else None
         if isinstance(model, Model):
             weights = model.weights
+        elif isinstance(model, Weights):
+            weights = model
         else:
-            weights = model if isinstance(model, Weights) else TensorWeights(model.state_dict())
+            weights = self._like_reference(TensorWeights(model.state_dict()))
         write_directory(
             Path(path).absolute(),
             self._for_file(weights),
@@ -662,7 +694,21 @@ class HFModelPool:
         at_hand = base.named.name == self._reference
         below = self._reference_model if at_hand else self._opened(base)
         with within(*source.named.place):
-            return source.open(below)
+            try:
+                return source.open(below)
+            except FusionBenchError:
+                for other in self._in_other_layouts(below, base):
+                    with suppress(FusionBenchError):  # or else the first error, with own names
+                        return source.open(other)
+                raise
+
+    def _in_other_layouts(self, model: Model, source: Source) -> Iterator[Model]:
+        """Yield a model as its class in transformers names its entries, and as it writes them."""
+        config = None if source.config() is None else source.config_for(self._config_class)
+        if (part := self._part_of(config)) is not None:
+            bare = skeleton(self.model_class, part)
+            for layout in (in_current_layout, in_file_layout):
+                yield replace(model, weights=layout(model.weights, bare))
 
 
 def _unbuildable(config: Config, error: Exception) -> FusionBenchError:

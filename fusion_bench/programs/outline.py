@@ -36,11 +36,13 @@ def outlined(merged: Weights, models: Mapping[str, Weights]) -> Outline:
         merged: whose origins are known by headers.
         models: the pool's models, for their names.
     """
-    owners: dict[tuple[int, str], tuple[str, str]] = {}
+    owners: dict[tuple[int, str], tuple[str, dict[str, None]]] = {}
     for name, model in models.items():
         for key in model:
             for origin in model.origins(key):  # that of an adapter's base is known by then
-                owners.setdefault((id(origin.weights), origin.key), (name, key))
+                own = owners.setdefault((id(origin.weights), origin.key), (name, {}))
+                if own[0] == name:  # in another layout one stored entry is part of several
+                    own[1][key] = None
     layers, stored = Layers(merged), {name: Layers(model) for name, model in models.items()}
     groups: dict[tuple[_Source, ...], list[str]] = {}
     read: dict[tuple[int, str], int] = {}
@@ -50,9 +52,10 @@ def outlined(merged: Weights, models: Mapping[str, Weights]) -> Outline:
             part = id(origin.weights), origin.key
             read[part] = origin.weights.spec(origin.key).nbytes
             if part in owners:
-                name, own = owners[part]
-                there = stored[name].place(own)
-                sources[_source(name, key, own, layers.place(key), there)] = None
+                name, names = owners[part]
+                own_key = key if key in names else next(iter(names))
+                there = stored[name].place(own_key)
+                sources[_source(name, key, own_key, layers.place(key), there)] = None
         groups.setdefault(tuple(sources), []).append(key)
     lines = tuple(_line(sources, keys, layers) for sources, keys in groups.items())
     return Outline(lines, sum(read.values()))

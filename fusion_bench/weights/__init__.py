@@ -6,14 +6,17 @@ from fusion_bench.weights.by_token import ByToken, Row, token_axis
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
+from fusion_bench.weights.dequantise import dequantised, undecodable
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
+from fusion_bench.weights.gguf import GgufWeights
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
 from fusion_bench.weights.inputs import Inputs, matches
 from fusion_bench.weights.layers import LayerPlace, Layers
 from fusion_bench.weights.mapping import Origin, TensorSpec, TensorWeights, Weights, is_special
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.model import Model
+from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
 from fusion_bench.weights.stream import in_memory, into_module, stream
 from fusion_bench.weights.views import Renamed, Stacked, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
@@ -22,8 +25,10 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "Aligned",
+    "Arrangement",
     "ByToken",
     "Config",
+    "GgufWeights",
     "HubWeights",
     "Inputs",
     "LayerPlace",
@@ -34,14 +39,17 @@ __all__ = [
     "MergedWeights",
     "Model",
     "Origin",
+    "Regrouped",
     "Renamed",
     "Row",
+    "Run",
     "Stacked",
     "TensorSpec",
     "TensorWeights",
     "Weights",
     "align",
     "check_size",
+    "dequantised",
     "first_of",
     "in_memory",
     "into_module",
@@ -52,11 +60,13 @@ __all__ = [
     "open_checkpoint",
     "open_repository",
     "quantised",
+    "rearranged",
     "same_for_all",
     "sha256",
     "shortened",
     "stream",
     "token_axis",
+    "undecodable",
     "weight_files",
     "without_prefix",
     "write_checkpoint",

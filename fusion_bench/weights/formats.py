@@ -10,9 +10,10 @@ from fusion_bench.weights.mapping import Weights
 
 _ORIGINAL = "Use the original model."
 _GGUF = (
-    "is in the format of llama.cpp, whose weights are quantised and in another layout. "
-    f"{_ORIGINAL} The merged model can be converted again."
+    "is in the format of llama.cpp. Name this file itself as the model, after "
+    f"pip install 'fusion_bench[gguf]'. Or: {_ORIGINAL}"
 )
+_GGML = f"is in an old format of llama.cpp. {_ORIGINAL}"
 _PYTORCH = (
     "Save it as safetensors: transformers 4 still reads it, with from_{kind}=True in "
     "from_pretrained, and save_pretrained then writes safetensors."
@@ -22,7 +23,7 @@ _EXPORTED = f"is exported for inference; its graph has no weight names for mergi
 #: Endings of file names and what such files are.
 _BY_ENDING: Mapping[str, str] = {
     ".gguf": _GGUF,
-    ".ggml": _GGUF,
+    ".ggml": _GGML,
     ".onnx": _EXPORTED,
     ".engine": _EXPORTED,
     ".tflite": _EXPORTED,
@@ -47,7 +48,7 @@ _ONE_FILE = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 #: How files begin, and what such files are.
 _BY_BEGINNING: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", f"is a GGUF file: it {_GGUF}"),
-    *((magic, f"is a GGML file: it {_GGUF}") for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")),
+    *((magic, f"is a GGML file: it {_GGML}") for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")),
     (b"\x89HDF\r\n", f"is HDF5, a TensorFlow or Keras checkpoint. {_ORIGINAL}"),
     (
         b"version https://git-lfs.github.com/",
@@ -93,12 +94,13 @@ def foreign_folder(
     none = f"There are no weights in '{place}'"
     for ending, description in _BY_ENDING.items():
         if found := sorted(file for file in files if file.lower().endswith(ending)):
-            return f"{none}: '{found[0]}' {description}"
+            told = description.replace("Name this file itself", f"{name} '{here}/{found[0]}'")
+            return f"{none}: '{found[0]}' {told}"
     if "onnx" in folders:
         return f"{none}: what is in 'onnx' {_EXPORTED}"
     models = sorted(file for file in files if file.endswith(_ONE_FILE) and "optim" not in file)
     if any(file.startswith("ggml") for file in models):
-        return f"{none}: '{models[0]}' {_GGUF}"
+        return f"{none}: '{models[0]}' {_GGML}"
     if models:
         return f"{none} under a usual name. {name} one of its files: '{here}/{models[0]}'."
     return None

@@ -161,9 +161,9 @@ def test_an_adapters_base_may_be_on_the_hub(hub: Hub, root: Path, tmp_path: Path
 
 def test_a_quantised_model_is_refused_before_it_is_downloaded(hub: Hub, root: Path) -> None:
     write_llama(root / "models" / "org" / "q")
-    section = {"quant_method": "awq"}
+    section = {"quant_method": "gptq"}
     rewrite(root / "models" / "org" / "q", lambda c: c.update(quantization_config=section))
-    with pytest.raises(FusionBenchError, match=r"org/q' is quantised \(awq\)"):
+    with pytest.raises(FusionBenchError, match=r"org/q' is quantised \(gptq\)"):
         CausalLMPool({"q": "org/q"}).weights("q")
     assert weights_files([path for _, path in hub.requests]) == []
 

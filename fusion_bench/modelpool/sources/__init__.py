@@ -6,6 +6,7 @@ from pathlib import Path
 from fusion_bench.modelpool.sources.adapter import Adapter, with_bases
 from fusion_bench.modelpool.sources.file import File
 from fusion_bench.modelpool.sources.folder import Folder
+from fusion_bench.modelpool.sources.gguf import Gguf
 from fusion_bench.modelpool.sources.merged import Merged
 from fusion_bench.modelpool.sources.module import Module
 from fusion_bench.modelpool.sources.node import Node
@@ -17,6 +18,7 @@ from fusion_bench.weights import HubWeights, Weights, open_repository
 #: Each is asked in turn; the last takes anything.
 KINDS: tuple[Callable[[Named], Source | None], ...] = (
     Module.take,
+    Gguf.take,
     File.take,
     Adapter.take,
     Folder.take,

@@ -12,6 +12,7 @@ from fusion_bench.modelpool.sources import KINDS, Sources
 from fusion_bench.modelpool.sources.adapter import Adapter
 from fusion_bench.modelpool.sources.file import File
 from fusion_bench.modelpool.sources.folder import Folder
+from fusion_bench.modelpool.sources.gguf import Gguf
 from fusion_bench.modelpool.sources.module import Module
 from fusion_bench.modelpool.sources.node import Node
 from fusion_bench.modelpool.sources.source import Source
@@ -23,7 +24,9 @@ def sources(tmp_path: Path) -> Sources:
     write_llama(tmp_path / "folder")
     base = str(tmp_path / "folder")
     write_lora(tmp_path / "lora", tensors(tmp_path / "folder"), [], base_name=base)
+    (tmp_path / "Q4.GGUF").touch()
     models = {
+        "gguf": tmp_path / "Q4.GGUF",
         "module": nn.Linear(2, 2),
         "node": {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2},
         "file": tmp_path / "folder" / "model.safetensors",
@@ -41,6 +44,7 @@ def test_the_first_that_takes_a_node_wins(
     monkeypatch.setenv("FUSION_BENCH_CACHE", "/nowhere")  # where the zoo is not
     kinds = {name: type(source) for name, source in sources.items()}
     assert kinds == {
+        "gguf": Gguf,
         "module": Module,
         "node": Node,
         "file": File,
@@ -54,7 +58,7 @@ def test_the_first_that_takes_a_node_wins(
 
 def test_every_kind_answers_everything() -> None:
     wanted = {name for name in vars(Source) if not name.startswith("_")}
-    for kind in (Module, Node, File, Folder, Adapter):
+    for kind in (Module, Node, Gguf, File, Folder, Adapter):
         fields = set(kind.__dataclass_fields__)
         assert {name for name in wanted if not hasattr(kind, name)} <= fields
 
