@@ -369,9 +369,6 @@ class _Translation:
         node |= without_models(options, names)
         if "nuslerp_flatten" in method.parameters:
             node["axis"] = self._axis()
-        if self.recipe.method == "passthrough":
-            rules = [{key: _alone(value) for key, value in rule.items()} for rule in rules]
-            node = {key: _alone(value) for key, value in node.items()}
         if rules:
             node["where"] = rules
         return node
@@ -498,10 +495,3 @@ class _Translation:
 
     def _wrong(self, place: Place, reason: str, remedy: str = "") -> None:
         self.problems.add([Problem(place, reason, remedy)])
-
-
-def _alone(value: object) -> object:
-    """Return the value of the only model."""
-    if isinstance(value, Mapping) and len(value) == 1 and "gradient" not in value:
-        return next(iter(value.values()))
-    return value

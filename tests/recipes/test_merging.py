@@ -314,6 +314,33 @@ base_model: a
 parameters: {t: [{filter: "layers.2.", value: 0.9}, {value: [0, 1]}]}
 dtype: float32
 """,
+    "filters by the models' own names and by those of the result": """\
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 2]}
+      - model: a
+        layer_range: [1, 3]
+        parameters: {weight: [{filter: layers.1., value: 2}, {value: 0.5}]}
+  - sources:
+      - {model: base, layer_range: [1, 3]}
+      - model: b
+        layer_range: [2, 4]
+        parameters: {weight: [{filter: layers.2., value: 3}, {value: 0.7}]}
+merge_method: task_arithmetic
+base_model: base
+parameters: {lambda: [{filter: layers.3., value: 0.1}, {value: 1}]}
+dtype: float32
+""",
+    "scales by the model's own names": """\
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}]
+  - sources:
+      - model: b
+        layer_range: [1, 4]
+        parameters: {scale: [{filter: layers.3., value: 0.5}, {value: 2}]}
+merge_method: passthrough
+dtype: float32
+""",
     "one model twice in a slice": """\
 slices:
   - sources: [{model: a, layer_range: [0, 2]}, {model: a, layer_range: [2, 4]}]
