@@ -212,8 +212,8 @@ class _Export:
         name = min(differing, key=lambda each: len(differing[each]))
         for key in differing[name]:
             fixed = known[name].fixed[key]
-            reason = f"'{values.get(key)}': mergekit's {name} is the variant {key}={fixed}."
-            self._wrong((*place, key), reason)
+            reason = f"'{values.get(key)}' is not as in mergekit's {name}."
+            self._wrong((*place, key), reason, f"Its variant is {{here}}{key}={fixed}.")
         allowed = {own.option for own in known[name].parameters.values()} | set(known[name].fixed)
         defaults = self._defaults(node)
         for key, value in values.items():

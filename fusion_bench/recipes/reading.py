@@ -1,12 +1,9 @@
 """Reads mergekit's YAML, with all mistakes at once and their places."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from fusion_bench.problems import ConfigError, Place, Problem, Problems, did_you_mean
+from fusion_bench.problems import Place, Problem, Problems, did_you_mean
 from fusion_bench.recipes.document import (
     Condition,
     Module,
@@ -21,13 +18,10 @@ from fusion_bench.recipes.document import (
     Tokens,
 )
 from fusion_bench.recipes.methods import METHODS, PARAMETERS
+from fusion_bench.recipes.text import nodes_of
 
 T = TypeVar("T")
 
-#: No recipe is longer, in bytes, or holds more values.
-_LONGEST = 4 * 2**20
-_MOST_VALUES = 200_000
-_DEEPEST = 40
 _BODIES = ("models", "slices", "modules")
 _KEYS = (
     *("merge_method", *_BODIES, "base_model", "dtype", "out_dtype", "parameters"),
@@ -35,22 +29,6 @@ _KEYS = (
 )
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "half": "float16"}
-
-
-def read_text(file: Path) -> str:
-    """Return the text of a recipe.
-
-    Raises:
-        ConfigError: there is no such file, or it is too large or no text.
-    """
-    if not file.is_file():
-        raise ConfigError(f"there is no recipe '{file}'.", "Name a YAML file.")
-    if file.stat().st_size > _LONGEST:
-        raise ConfigError(f"'{file}' is too large for a recipe.", "Name a YAML file.")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{file}' is no text in UTF-8.", "Name a YAML file.") from error
 
 
 def documents(text: str, problems: Problems) -> list[Recipe]:
@@ -63,14 +41,7 @@ def documents(text: str, problems: Problems) -> list[Recipe]:
     Raises:
         ConfigError: no YAML, or nothing that could be read.
     """
-    try:
-        nodes = [node for node in yaml.safe_load_all(text) if node is not None]
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"the recipe is no YAML: {' '.join(str(error).split())}") from error
-    if not nodes:
-        raise ConfigError("the recipe is empty.", "Give a 'merge_method' and 'models'.")
-    _refuse_large(nodes)
-    found = []
+    nodes, found = nodes_of(text), []
     for index, node in enumerate(nodes):
         reader = _Reader(problems, (index,) if len(nodes) > 1 else ())
         if (recipe := reader.recipe(node)) is not None:
@@ -78,25 +49,6 @@ def documents(text: str, problems: Problems) -> list[Recipe]:
     if not found:
         problems.raise_all()
     return found
-
-
-def _refuse_large(node: object) -> None:
-    """Refuse a document that is deep or, through its aliases, long."""
-    level: list[object] = [node]
-    count = 0
-    for _ in range(_DEEPEST):
-        level = [
-            child
-            for value in level
-            if isinstance(value, dict | list)
-            for child in (value.values() if isinstance(value, dict) else value)
-        ]
-        count += len(level)
-        if count > _MOST_VALUES:
-            break
-        if not level:
-            return
-    raise ConfigError("the recipe is too large.", "Write it without aliases in aliases.")
 
 
 class _Reader:

@@ -11,7 +11,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.recipes import first_model, named_after, translate
 from fusion_bench.recipes.document import Reference
 from fusion_bench.recipes.levels import patterns_of
-from fusion_bench.recipes.reading import read_text
+from fusion_bench.recipes.text import read_text
 
 
 def problems(text: str) -> dict[str, str]:
