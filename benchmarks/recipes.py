@@ -7,7 +7,9 @@ The models are made on the spot: a Llama with random weights, and others that ar
 it. Both programs run the same file of YAML in a process of their own, which has imported all that
 it needs; the first round warms up and does not count. Each merge ends when its files are on the
 disk. Then the two results are compared: ``difference`` is the largest one, in steps of the output's
-type (1 is its rounding). Methods that draw random masks have none.
+type (1 is its rounding), and the share of the elements that are further apart. Changes of bfloat16
+models have many equal magnitudes, of which TIES and Breadcrumbs keep others here than there.
+Methods that draw random masks are not compared.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from measure import alternate, publish
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from fusion_bench.weights import TensorWeights, open_checkpoint
 
@@ -125,7 +128,6 @@ class Models:
 
 def _write_tokenizer(place: Path, size: int) -> None:
     """Write a tokenizer of whole words."""
-    from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
@@ -292,18 +294,37 @@ def measured(
 
 
 def difference(one: Path, other: Path) -> str:
-    """Return the largest difference of two models, in steps of the output's type."""
+    """Return the largest difference of two models in steps of the output's type, and its share.
+
+    The share is that of elements that differ by more than one step.
+    """
     largest = 0.0
+    apart = count = 0
     ours, theirs = (opened(place) for place in (one, other))
     if missing := sorted(set(ours) ^ set(theirs)):
         return f"other entries: {missing[0]}"
+    rows = same_rows(one, other)
     for key in ours:
         mine, its = ours[key], theirs[key]
         if mine.shape != its.shape:
             return f"other shapes: {key}"
+        if rows is not None and len(its) == len(rows):
+            its = its[rows]
         step = torch.finfo(its.dtype).eps * its.double().abs().clamp_min(1e-6)
-        largest = max(largest, float(((mine.double() - its.double()).abs() / step).max()))
-    return f"{largest:.2g}"
+        steps = (mine.double() - its.double()).abs() / step
+        largest = max(largest, float(steps.max()))
+        apart += int((steps > 1).sum())
+        count += steps.numel()
+    return f"{largest:.2g} steps" + (f", {apart / count:.2g} of all apart" if apart else "")
+
+
+def same_rows(one: Path, other: Path) -> torch.Tensor | None:
+    """Return which row of the other model's embedding has the token of each row."""
+    files = [place / "tokenizer.json" for place in (one, other)]
+    if not all(file.exists() for file in files):
+        return None
+    mine, its = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+    return torch.tensor([its[token] for token in sorted(mine, key=mine.__getitem__)])
 
 
 def opened(place: Path) -> TensorWeights:

@@ -21,7 +21,8 @@ from fusion_bench.method.contract import (
 )
 from fusion_bench.method.per_model import of_each, per_model_options
 from fusion_bench.method.plain import refuse_without_pretrained
-from fusion_bench.method.where import Resolved, Rule, resolve
+from fusion_bench.method.rules import Rule
+from fusion_bench.method.where import Resolved, resolve
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import (
     Aligned,

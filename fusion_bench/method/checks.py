@@ -13,6 +13,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from fusion_bench.arguments import arguments_of
+from fusion_bench.catalog import OF_ALL_ENTRIES
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.contract import Data, FusionMethod, Ran
 from fusion_bench.method.data import LearningAlgorithm
@@ -571,6 +573,24 @@ def options(method: FusionMethod, models: Models, traits: Traits) -> None:
     assert last == [("show_pbar", True, anyhow), ("inplace", False, anyhow)], f"they are {last}"
 
 
+def rules(method: FusionMethod, models: Models, traits: Traits) -> None:
+    """Options that a rule of ``where`` gives to entries are as the method's own."""
+    if not isinstance(method, TensorwiseAlgorithm) or not (given := arguments_of(method)):
+        return
+    own = [name for name in given if name not in OF_ALL_ENTRIES]
+    if not own:
+        return
+    pattern = {"match": ["conv.*", "logit_scale"]}
+    ruled = copy(method)
+    ruled.where = [{**pattern, **{name: given[name] for name in own}}]
+    try:
+        found = entries(fuse(ruled, models, traits))
+    except FusionBenchError as error:
+        assert "base_method.where" in str(error), f"the message is: {error}"
+        return
+    _assert_agree(method, found, entries(fuse(method, models, traits)))
+
+
 def inplace(method: FusionMethod, models: Models, traits: Traits) -> None:
     """With ``inplace`` the result is written to the base alone; several results are refused."""
     if not isinstance(method, TensorwiseAlgorithm):
@@ -611,6 +631,7 @@ MERGING: Sequence[Check] = (
     pieces,
     finite,
     options,
+    rules,
     inplace,
 )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.problems import check_between
+from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import largest
@@ -25,22 +25,23 @@ class LocalizeAndStitch(TensorwiseAlgorithm):
 
     Args:
         density: the share of each task vector of the whole model that is kept. Unchanged elements
-            are never kept.
+            are never kept. One for all, one for each model by name, or a list in the pool's order.
     """
 
     needs_pretrained = True
     shows_nonfinite = True
     elementwise = True
 
-    density: float = 0.1
+    density: PerModel = 0.1
 
     def __post_init__(self) -> None:
-        check_between("density", self.density, 0, 1)
+        check_each_between("density", self.density, 0, 1)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""
-        count = int(inputs.count() * Fraction(str(self.density)))
-        cutoffs = largest(inputs, task_vectors, [count] * len(inputs.names))
+        size, densities = inputs.count(), of_each(self.density, inputs.names)
+        counts = [int(size * Fraction(str(density))) for density in densities]
+        cutoffs = largest(inputs, task_vectors, counts)
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.problems import check_between, check_choice
+from fusion_bench.method.per_model import PerModel, check_each_between, of_each
+from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.statistics import Piece, extremes, largest, sums, total
@@ -30,7 +31,8 @@ class PCBMerging(TensorwiseAlgorithm):
     """The pretrained model plus the mean of the changes, weighted by their scores.
 
     Args:
-        density: the share of each task vector's elements that count, from 0 to 1.
+        density: the share of each task vector's elements that count, from 0 to 1: one for all, one
+            for each model by name, or a list in the pool's order.
         scaling_factor: scaling factor of the change.
         variant: how elements are scored: ``paper``, or ``released`` as in the authors' code.
     """
@@ -38,18 +40,19 @@ class PCBMerging(TensorwiseAlgorithm):
     needs_pretrained = True
     elementwise = True
 
-    density: float = 0.1
+    density: PerModel = 0.1
     scaling_factor: float = 1.0
     variant: Variant = "paper"
 
     def __post_init__(self) -> None:
-        check_between("density", self.density, 0, 1)
+        check_each_between("density", self.density, 0, 1)
         check_choice("variant", self.variant, Variant)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the ranges of all scores, and the elements to keep."""
-        count = int(inputs.count() * Fraction(str(self.density)))
-        scored = (_as_in_the_paper if self.variant == "paper" else _as_released)(inputs, count)
+        size, densities = inputs.count(), of_each(self.density, inputs.names)
+        counts = [int(size * Fraction(str(density))) for density in densities]
+        scored = (_as_in_the_paper if self.variant == "paper" else _as_released)(inputs, counts)
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
@@ -63,7 +66,7 @@ class PCBMerging(TensorwiseAlgorithm):
         return merge
 
 
-def _as_in_the_paper(inputs: Inputs, count: int) -> Scored:
+def _as_in_the_paper(inputs: Inputs, counts: Sequence[int]) -> Scored:
     r"""Score by $\mathrm{softmax}(T N(\tau_t^2)) \sum_u \mathrm{softmax}(N(\tau_t \tau_u))$.
 
     $N$ maps the whole model's values to the range from 0 to 1.
@@ -96,7 +99,7 @@ def _as_in_the_paper(inputs: Inputs, count: int) -> Scored:
         for own, softmax in zip(between, softmaxes, strict=True):
             yield softmax.mul_(own)
 
-    cutoffs = largest(inputs, scores, [count for _ in tasks])
+    cutoffs = largest(inputs, scores, counts)
 
     def scored(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor]]:
         key, start, *_ = piece
@@ -107,7 +110,7 @@ def _as_in_the_paper(inputs: Inputs, count: int) -> Scored:
     return scored
 
 
-def _as_released(inputs: Inputs, count: int) -> Scored:
+def _as_released(inputs: Inputs, counts: Sequence[int]) -> Scored:
     r"""Score by $\exp(T N(|\tau_t|)^2) \tanh(\tau_t \sum_u \tau_u)$, from the last that counts on.
 
     The magnitudes are clipped first: one in 10,000 at either end.
@@ -144,7 +147,7 @@ def _as_released(inputs: Inputs, count: int) -> Scored:
         for score, (low, _) in zip(signed_scores(*piece), ranges, strict=True):
             yield score.sub_(low)
 
-    cuts = largest(inputs, scores, [min(count + 1, size)] * tasks, ties=True)
+    cuts = largest(inputs, scores, [min(count + 1, size) for count in counts], ties=True)
 
     def scored(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor]]:
         found = zip(scores(*piece), task_vectors(*piece), cuts, ranges, limits, strict=True)

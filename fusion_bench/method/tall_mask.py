@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import FusionBenchError, check_between
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
@@ -25,7 +26,8 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
     """A model for each task: the pretrained model plus the masked sum of all task vectors.
 
     Args:
-        tall_mask_lambda: a larger value keeps fewer elements in a mask.
+        tall_mask_lambda: a larger value keeps fewer elements in a mask: one for all, one for each
+            model by name, or a list in the pool's order.
         debug: no effect; kept because configs of FusionBench have it.
         verbose: no effect.
     """
@@ -34,24 +36,18 @@ class TallMaskTaskArithmeticAlgorithm(TensorwiseAlgorithm):
     shows_nonfinite = True
     elementwise = True
 
-    tall_mask_lambda: float = 0.6
+    tall_mask_lambda: PerModel = 0.6
     debug: int = 0
     verbose: int = 0
 
     def __post_init__(self) -> None:
-        check_between("tall_mask_lambda", self.tall_mask_lambda, 0, math.inf)
+        check_each_between("tall_mask_lambda", self.tall_mask_lambda, 0, math.inf)
 
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
         """Return the merge function of each task's model by name."""
-        return {name: partial(self._merge, task) for task, name in enumerate(inputs.names)}
-
-    def _merge(
-        self, task: int, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
-    ) -> Tensor:
-        assert base is not None
-        total = _total(tensors, base)
-        mask = _tall_mask(tensors[task] - base, total, self.tall_mask_lambda)
-        return mask.mul_(total).add_(base)
+        factors = of_each(self.tall_mask_lambda, inputs.names)
+        tasks = zip(inputs.names, range(len(factors)), factors, strict=True)
+        return {name: partial(_merge, task, factor) for name, task, factor in tasks}
 
 
 @dataclass(eq=False)
@@ -60,7 +56,7 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
 
     Args:
         scaling_factor: scaling factor of the change.
-        tall_mask_lambda: a larger value keeps fewer elements in a task's mask.
+        tall_mask_lambda: a larger value keeps fewer elements in a task's mask, in the same forms.
         k: how many tasks must keep an element; 0 keeps all, as task arithmetic does.
 
     Raises:
@@ -72,11 +68,11 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
     elementwise = True
 
     scaling_factor: float = 0.3
-    tall_mask_lambda: float = 0.6
+    tall_mask_lambda: PerModel = 0.6
     k: int = 2
 
     def __post_init__(self) -> None:
-        check_between("tall_mask_lambda", self.tall_mask_lambda, 0, math.inf)
+        check_each_between("tall_mask_lambda", self.tall_mask_lambda, 0, math.inf)
         check_between("k", self.k, 0, math.inf)
         self.k = math.ceil(self.k)
 
@@ -89,14 +85,33 @@ class ConsensusTaskArithmetic(TensorwiseAlgorithm):
                 place=("k",),
             )
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus the sum of the changes, where enough masks agree."""
-        assert base is not None
-        total = _total(tensors, base)
-        surplus = torch.full_like(base, 1 - self.k)
-        for vector in task_vectors(key, 0, tensors, base):
-            surplus.add_(_tall_mask(vector, total, self.tall_mask_lambda))
-        return surplus.clamp_(0, 1).mul_(total).mul_(self.scaling_factor).add_(base)
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return the function that adds the sum of the changes where enough masks agree."""
+        factors = of_each(self.tall_mask_lambda, inputs.names)
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            total = _total(tensors, base)
+            surplus = torch.full_like(base, 1 - self.k)
+            vectors = task_vectors(key, start, tensors, base)
+            for vector, factor in zip(vectors, factors, strict=True):
+                surplus.add_(_tall_mask(vector, total, factor))
+            return surplus.clamp_(0, 1).mul_(total).mul_(self.scaling_factor).add_(base)
+
+        return merge
+
+
+def _merge(
+    task: int,
+    factor: float,
+    key: str,
+    start: int,
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+) -> Tensor:
+    assert base is not None
+    total = _total(tensors, base)
+    return _tall_mask(tensors[task] - base, total, factor).mul_(total).add_(base)
 
 
 def _total(tensors: Sequence[Tensor], base: Tensor) -> Tensor:

@@ -132,7 +132,9 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
             return partial(self._trimmed_alone, vectors, thresholds)
         size, ties = inputs.count(), self.keep == "ge_kth"
         counts = [self._count(size, threshold) for threshold in thresholds]
-        cutoffs = largest(inputs, vectors, counts, ties=ties)
+        cutoffs = inputs.remember(
+            (vectors, *counts, ties), lambda: largest(inputs, vectors, counts, ties=ties)
+        )
 
         def trimmed(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None

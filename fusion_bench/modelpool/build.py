@@ -88,19 +88,6 @@ def build(
     return built
 
 
-def entry_shapes(model_class: str, config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a module's entries; the module takes no memory.
-
-    Raises:
-        FusionBenchError: no such class, or none for this config.
-    """
-    made = class_named(model_class)
-    with torch.device("meta"), _a_class_that_fits():
-        auto = not hasattr(made, "config_class")
-        module = from_config(made, config) if auto else made(config)
-    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-
-
 def read_whole(
     model_class: str, repository: Repository
 ) -> "tuple[PreTrainedModel, dict[str, Any]]":

@@ -148,12 +148,13 @@ class HFModelPool:
         setting = None
         with problems.collect("tokenizer"):
             setting = TokenSetting.read(plain_source(tokenizer), self._sources)
+        named = "processor"
         if setting is None and tokenizer is not None:
-            processor = tokenizer
+            named, processor = "tokenizer", tokenizer
         with problems.collect("chat_template"):
             check_template(chat_template)
         self.model_class = model_class
-        self._processor = Processor(processor, self._sources) if processor else None
+        self._processor = Processor(processor, self._sources, named) if processor else None
         self.max_shard_size = max_shard_size
         self.train_datasets = dict(train_datasets or {})
         self.val_datasets = dict(val_datasets or {})
@@ -413,7 +414,7 @@ class HFModelPool:
         """The reference's architecture; None where it is none of transformers."""
         if self._source(self._reference).config() is None:
             return None
-        config = self._config_for(self._reference)
+        config = self._config_of(self._reference)
         return None if config is None else skeleton(self.model_class, config)
 
     def weights(self, name: str) -> Weights:

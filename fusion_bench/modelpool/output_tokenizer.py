@@ -83,7 +83,7 @@ class Made:
 
     Attributes:
         tokenizer: the tokenizer, which nobody may change.
-        ids: each token's id.
+        ids: each token's id, in their order.
         appended: how many tokens of each model were appended, and under '' those that the config
             names and no model has.
         left_out: tokens that were left out, as they have no row.
@@ -149,7 +149,8 @@ def make(
             append(owner, [added.get(token, token)])
     if template is not None:
         made.chat_template = template
-    return Made(made, dict(made.get_vocab()), appended, left_out)
+    ids = dict(sorted(made.get_vocab().items(), key=lambda item: item[1]))
+    return Made(made, ids, appended, left_out)
 
 
 def check_saved(

@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from fusion_bench.companions import CONFIGS, TEMPLATES, TOKENIZER
-from fusion_bench.modelpool.build import entry_shapes
+from fusion_bench.modelpool.build import skeleton
 from fusion_bench.modelpool.chat_templates import chosen
 from fusion_bench.modelpool.output_tokenizer import Made, ModelTokens, check_saved, make
 from fusion_bench.modelpool.token_config import for_tokens
@@ -322,13 +323,18 @@ class OutputTokens:
                 "Remove {here}tokenizer.",
                 place=("tokenizer",),
             )
-        before: Mapping[str, tuple[int, ...]] = {}
+        before: Mapping[str, torch.Size] = {}
         with suppress(FusionBenchError):  # an architecture that transformers does not know
             if (config := self._config_for(name)) is not None:
                 old = vocabulary(config.to_dict()) or size
                 larger = for_tokens(config.to_dict(), old, old + _MORE, lambda key, i: i)
-                before = entry_shapes(self._model_class, config)
-                after = entry_shapes(self._model_class, type(config).from_dict(larger))
+                before, after = (
+                    {
+                        key: own.shape
+                        for key, own in skeleton(self._model_class, c).state_dict().items()
+                    }
+                    for c in (config, type(config).from_dict(larger))
+                )
         keys = {key for key, shape in before.items() if after[key] != shape}
         keys |= {k for k in weights if k not in before and size in weights.spec(k).shape[:2]}
         return frozenset(keys)

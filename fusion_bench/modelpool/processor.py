@@ -19,11 +19,13 @@ class Processor:
     Args:
         node: the name of a folder, or a config node; as for models.
         sources: the models beside it.
+        key: the pool's key that names it.
     """
 
-    def __init__(self, node: object, sources: Sources):
+    def __init__(self, node: object, sources: Sources, key: str = "processor"):
+        self._key = key
         self._node = plain_source(node)
-        self._source = whole(Named(self._node, ("processor",), sources))
+        self._source = whole(Named(self._node, (key,), sources))
 
     @property
     def folder(self) -> Repository | None:
@@ -32,7 +34,7 @@ class Processor:
         Raises:
             FusionBenchError: they are not there.
         """
-        with within("processor"):
+        with within(self._key):
             return None if self._source is None else self._source.at
 
     @property
@@ -43,7 +45,7 @@ class Processor:
     def plan(self, plan: Plan) -> None:
         """Note files that are not here."""
         if self._source is not None and self.unbuilt is None:
-            with plan.collect("processor"):
+            with plan.collect(self._key):
                 plan.download(self._source.at, *processor_files(self._source.at))
 
     def made(self) -> Any:
@@ -52,7 +54,7 @@ class Processor:
         Raises:
             FusionBenchError: it cannot be made.
         """
-        with within("processor"):
+        with within(self._key):
             return load("processor", self._node, "processor")
 
     def write(self, directory: Path) -> None:
@@ -68,6 +70,6 @@ class Processor:
             raise FusionBenchError(
                 f"'{folder.name}' has neither a tokenizer nor a processor.",
                 "Name another source, or none to take the pretrained model's.",
-                place=("processor",),
+                place=(self._key,),
             )
         copy_files(folder, names, directory)

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from fusion_bench.problems import ConfigError, Problem, Problems, check_choice, did_you_mean, within
@@ -55,11 +57,15 @@ class TokenSetting:
             models: the names of the pool's models.
 
         Raises:
-            ConfigError: a mapping with unknown keys or impossible values; places are its own.
+            ConfigError: a mapping with unknown keys or impossible values, or a word that is nearly
+                ``union`` or ``base``; places are its own.
         """
         base = "_pretrained_" if "_pretrained_" in models else None
         if isinstance(given, str) and given in ("base", "union", *models):
             return cls(given, base)
+        near = isinstance(given, str) and get_close_matches(given, ("union", "base"), cutoff=0.75)
+        if near and not Path(given).exists():
+            raise ConfigError(f"'{given}' is no tokenizer.", did_you_mean(given, near))
         if not isinstance(given, Mapping) or not any(key in given for key in _KEYS):
             return None
         problems, chosen = Problems(), {}

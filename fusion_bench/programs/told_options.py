@@ -2,7 +2,7 @@
 
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import Composing, FusionMethod, ModelPool
-from fusion_bench.method.where import Given
+from fusion_bench.method.rules import Given
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import Place, key_of
 from fusion_bench.weights import Inputs

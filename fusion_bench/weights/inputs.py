@@ -3,14 +3,14 @@
 import logging
 import math
 from binascii import crc32
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from fusion_bench.weights.mapping import Origin, TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: What is done with a piece of an entry: its key, its first element, the models' tensors, and the
 #: pretrained model's.
@@ -62,6 +64,7 @@ class Inputs:
         self.in_pieces = elementwise and all(weights.in_pieces for weights in self._all)
         self._elementwise = elementwise
         self._asked: frozenset[str] | None = None
+        self._remembered: dict[object, Any] = {}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -104,7 +107,7 @@ class Inputs:
         aligned = replace(self.aligned, copied=self.aligned.copied | removed)
         settings = (self._elementwise, self._look_for_nonfinite)
         inputs = Inputs(aligned, self.policy, *settings, self.show_progress)
-        inputs._asked = self._asked
+        inputs._asked, inputs._remembered = self._asked, self._remembered
         return inputs
 
     def asking(self, keys: Collection[str]) -> "Inputs":
@@ -115,6 +118,19 @@ class Inputs:
         inputs = copy(self)
         inputs._asked = frozenset(keys)
         return inputs
+
+    def remember(self, about: Hashable, compute: Callable[[], T]) -> T:
+        """Return a statistic of the whole model, which methods for other entries may share.
+
+        Args:
+            about: what distinguishes it from others.
+            compute: finds it, if it is not known yet.
+        """
+        found = (about, self.aligned.copied)
+        if found not in self._remembered:
+            self._remembered[found] = compute()
+        known: T = self._remembered[found]
+        return known
 
     def asked(self) -> "Inputs":
         """Return the same models with all entries copied that are not asked for."""

@@ -16,10 +16,12 @@ from fusion_bench.method import (
     DareTaskArithmetic,
     DareTiesMerging,
     DellaMerging,
+    KarcherMeanAlgorithm,
     ModelBreadcrumbs,
     ModelStock,
     MultiSlerpAlgorithm,
     NuSlerpAlgorithm,
+    SCEAlgorithm,
     SlerpMergeAlgorithm,
     TaskArithmeticAlgorithm,
     TiesMergingAlgorithm,
@@ -326,3 +328,53 @@ def test_model_stock(filter_wise: bool) -> None:
         return base + (t * sum(rows) / 3).reshape(SHAPES[key])
 
     assert_merged(ModelStock(filter_wise=filter_wise), expected)
+
+
+@pytest.mark.parametrize("select_topk", [1.0, 0.4])
+def test_sce(select_topk: float) -> None:
+    def expected(key: str) -> Array:
+        base, whole = deltas(key)
+        parts = np.stack(whole)
+        variance = parts.var(axis=0)
+        if select_topk < 1:
+            count = int(select_topk * np.count_nonzero(variance))
+            order = np.argsort(-variance.reshape(-1), kind="stable")
+            mask = np.zeros(variance.size)
+            mask[order[:count]] = 1
+            parts = parts * mask.reshape(variance.shape)
+        energy = (parts**2).reshape(3, -1).sum(1)
+        weights = (energy / energy.sum()).reshape(3, *[1] * base.ndim)
+        sign = np.where(parts.sum(0) >= 0, 1, -1)
+        agree = (parts * sign) > 0
+        divisor = (weights * agree).sum(0)
+        merged = (weights * parts * agree).sum(0) / np.where(divisor == 0, 1, divisor)
+        return np.asarray(base + merged)
+
+    assert_merged(SCEAlgorithm(select_topk), expected)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, 0.2, 0.9], [0.0, 1.0, 1.0]])
+def test_karcher(weights: list[float]) -> None:
+    shares = np.array(weights) / sum(weights)
+
+    def expected(key: str) -> Array:
+        whole = [array(TUNED[name][key]).reshape(-1) for name in NAMES]
+        norms = np.array([np.linalg.norm(one) for one in whole])
+        units = [one / norm for one, norm in zip(whole, norms, strict=True)]
+        mean = sum(s * unit for s, unit in zip(shares, units, strict=True))
+        mean = mean / np.linalg.norm(mean)
+        for _ in range(100):
+            step = np.zeros_like(mean)
+            for share, unit in zip(shares, units, strict=True):
+                cos = np.clip(unit @ mean, -1, 1)
+                angle = np.arccos(cos)
+                if angle > 1e-12:
+                    step += share * angle / np.sin(angle) * (unit - cos * mean)
+            length = np.linalg.norm(step)
+            if length < 1e-12:
+                break
+            mean = np.cos(length) * mean + np.sin(length) * step / length
+        return np.asarray(mean * (shares @ norms)).reshape(SHAPES[key])
+
+    method = KarcherMeanAlgorithm(100, 1e-9, weights=named(weights))
+    assert_merged(method, expected, TUNED)

@@ -9,23 +9,30 @@ import torch
 from torch import Tensor
 
 from fusion_bench.method import (
+    ConsensusTaskArithmetic,
     DareTaskArithmetic,
     EMRMerging,
     KnOTSMerging,
     LiNeSAlgorithm,
+    LocalizeAndStitch,
+    MagMaxAlgorithm,
     ModelBreadcrumbs,
     NuSlerpAlgorithm,
+    PCBMerging,
     SCEAlgorithm,
     SimpleAverageAlgorithm,
     SlerpMergeAlgorithm,
+    TallMaskTaskArithmeticAlgorithm,
     TaskArithmeticAlgorithm,
+    TaskSingularVectorMerging,
     TensorwiseAlgorithm,
     TiesMergingAlgorithm,
     WeightedAverageAlgorithm,
 )
 from fusion_bench.method.checks import Pool
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Renamed, TensorWeights, Weights, in_memory
+from fusion_bench.weights import Inputs, Renamed, TensorWeights, Weights, in_memory
+from fusion_bench.weights.statistics import products
 
 LAYERS = 4
 NAMES = ("self_attn.q", "mlp.up", "norm")
@@ -139,6 +146,33 @@ def test_every_entry_is_merged_as_by_a_method_with_its_options(
 ) -> None:
     method = kind(**options, where=[{"match": "*mlp*", **others}])
     assert_parts(method, {"mlp": kind(**{**options, **others}), "": kind(**options)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "values"),
+    [
+        (PCBMerging, "density", (0.2, 0.5)),
+        (LocalizeAndStitch, "density", (0.2, 0.5)),
+        (ConsensusTaskArithmetic, "tall_mask_lambda", (0.3, 0.9)),
+        (TallMaskTaskArithmeticAlgorithm, "tall_mask_lambda", (0.3, 0.9)),
+        (TaskSingularVectorMerging, "alpha", (0.3, 0.9)),
+        (MagMaxAlgorithm, "weights", (0.3, -0.9)),
+    ],
+)
+def test_values_of_models_by_name_are_those_in_order(
+    kind: Any, option: str, values: tuple[float, float]
+) -> None:
+    def fused(value: Any) -> dict[str, Tensor]:
+        made = kind(**{option: value}).fuse(Pool(models("a", "b")))
+        parts = made.items() if isinstance(made, dict) else [("", made)]
+        return {f"{name}:{key}": t for name, own in parts for key, t in in_memory(own).items()}
+
+    first, second = values
+    named, listed = fused({"b": second, "a": first}), fused([first, second])
+    alike, turned = fused(first), fused([second, first])
+    assert all(torch.equal(named[key], listed[key]) for key in named)
+    assert any(not torch.equal(named[key], alike[key]) for key in named)
+    assert any(not torch.equal(named[key], turned[key]) for key in named)
 
 
 def test_methods_that_make_several_models_take_rules() -> None:
@@ -274,11 +308,18 @@ def test_a_method_of_ones_own_has_to_keep_its_arguments() -> None:
         ({"match": "*self_atn.*", "threshold": 1}, r"\[1\]\.match: '\*self_atn\.\*' matches no"),
         ({"match": "*self_atn.*", "threshold": 1}, r"nearest: model\.layers\.0\.self_attn\.q"),
         (3, r"where\[1\]: 3 is not a mapping"),
+        ({"threshold": [{"gradient": 1}, 2]}, r"where\[1\]\.threshold\.a\.gradient: 1 is not"),
     ],
 )  # fmt: skip
 def test_rules_that_do_not_work_are_told_with_their_place(rule: Any, message: str) -> None:
     method = TiesMergingAlgorithm(where=[{"match": "head", "scaling_factor": 1}, rule])
     with pytest.raises(FusionBenchError, match=message):
+        method.check_pool(Pool(models("a", "b")))
+
+
+def test_rules_are_a_list() -> None:
+    method: Any = TiesMergingAlgorithm(where={"scaling_factor": 1})  # type: ignore[arg-type]
+    with pytest.raises(FusionBenchError, match=r"^where: it is not a list of rules"):
         method.check_pool(Pool(models("a", "b")))
 
 
@@ -290,6 +331,29 @@ def test_all_that_is_wrong_with_the_form_is_told_at_once() -> None:
         "where[0].scal",
         "where[1].threshold.z",
     ]
+
+
+def test_one_look_at_the_whole_model_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, survey = [], Inputs.survey
+    monkeypatch.setattr(Inputs, "survey", lambda *a, **k: (looks.append(1), survey(*a, **k))[1])
+    own = models("a", "b")
+    TiesMergingAlgorithm().fuse(Pool(own))  # type: ignore[arg-type]
+    alone = len(looks)
+    rules = [{"scaling_factor": {"gradient": [0.1, 1]}}, {"weights": {"gradient": [1, 2]}}]
+    TiesMergingAlgorithm(where=rules).fuse(Pool(own))  # type: ignore[arg-type]
+    assert alone and len(looks) == 2 * alone
+
+
+def test_statistics_of_single_entries_are_of_those_that_are_asked_for() -> None:
+    own, seen = models("a", "b"), []
+
+    def look(key: str, *_: object) -> list[Tensor]:
+        seen.append(key)
+        return [torch.zeros(1)]
+
+    inputs = SCEAlgorithm().inputs(Pool(own))  # type: ignore[arg-type]
+    products(inputs.asking(["head"]), look)  # type: ignore[arg-type]
+    assert set(seen) == {"head"}
 
 
 def test_rules_in_a_base_method_are_checked_and_used() -> None:

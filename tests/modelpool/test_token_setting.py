@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,14 @@ def test_a_text_names_a_tokenizer() -> None:
 @pytest.mark.parametrize("given", [None, "path/to/tokenizer", {"_target_": "x"}, "c"])
 def test_what_names_files_is_no_setting(given: object) -> None:
     assert TokenSetting.read(given, MODELS) is None
+
+
+def test_a_slip_of_the_keyboard_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FusionBenchError, match=r"'unoin' is no tokenizer\. Did you mean 'union'"):
+        TokenSetting.read("unoin", MODELS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unions").mkdir()
+    assert TokenSetting.read("unions", MODELS) is None
 
 
 def test_a_mapping_says_more() -> None:

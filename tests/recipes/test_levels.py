@@ -12,7 +12,7 @@ from recipes.reference import Tensors, gradient, run
 from torch import nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method.where import Gradient
+from fusion_bench.method.rules import Gradient
 from fusion_bench.recipes import translate
 
 LAYERS = 4

@@ -1,0 +1,287 @@
+"""Reads the rules of ``where``: which of them gives an option its value in an entry."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from difflib import get_close_matches
+from inspect import signature
+from typing import TYPE_CHECKING, get_args, get_type_hints
+
+from fusion_bench.arguments import arguments_of
+from fusion_bench.catalog import OF_ALL_ENTRIES
+from fusion_bench.instantiate import type_problems
+from fusion_bench.method.per_model import known, per_model_options, refuse_unknown
+from fusion_bench.problems import FusionBenchError, Problem, Problems, did_you_mean, within
+from fusion_bench.weights import matches
+
+if TYPE_CHECKING:
+    from fusion_bench.method.base import TensorwiseAlgorithm
+
+#: Of a rule: which entries it is for, and its options.
+Rule = Mapping[str, object]
+
+_GRADIENT = "gradient"
+#: Of a rule that may match nothing.
+_OPTIONAL = "optional"
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Values along the layers, from the first to the last.
+
+    Numbers are interpolated, and rounded to 15 digits. Other values are those of the point before,
+    and so are the values of options that are whole numbers.
+    """
+
+    points: tuple[object, ...]
+
+    def at(self, depth: float, whole: bool = False) -> object:
+        """Return the value at a depth from 0 to 1; ``whole`` if it is to be a whole number."""
+        place = depth * (len(self.points) - 1)
+        index = int(place)
+        start, end = self.points[index], self.points[min(index + 1, len(self.points) - 1)]
+        if whole or not (_is_number(start) and _is_number(end)):
+            return start
+        assert isinstance(start, int | float) and isinstance(end, int | float)
+        share = place - index
+        return float(f"{(1 - share) * start + share * end:.15g}")
+
+    def __str__(self) -> str:
+        return f"from {' to '.join(map(str, self.points))} along the layers"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value and where it comes from.
+
+    Attributes:
+        value: as it is given: a value, or a ``Gradient``.
+        rule: the number of the rule; ``None`` for the option itself.
+    """
+
+    value: object
+    rule: int | None = None
+
+
+class Rules:
+    """The rules of a method, checked and read.
+
+    Args:
+        method: the method.
+        models: the names of the models.
+
+    Raises:
+        FusionBenchError: malformed rules.
+    """
+
+    def __init__(self, method: "TensorwiseAlgorithm", models: Sequence[str]):
+        self._method = method
+        self._models = models
+        self._hints = get_type_hints(type(method))
+        self._per_model = per_model_options(type(method))
+        self._patterns: list[list[str]] = []
+        self._values: list[dict[str, object]] = []
+        self._optional: set[int] = set()
+        problems = Problems()
+        if isinstance(method.where, Mapping | str):
+            raise FusionBenchError("it is not a list of rules.", place=("where",))
+        for index, rule in enumerate(method.where):
+            with problems.collect("where", index):
+                if not isinstance(rule, Mapping):
+                    raise FusionBenchError(f"{rule!r} is not a mapping of options.")
+                self._patterns.append(_patterns(rule.get("match", "*")))
+                own = {k: value for k, value in rule.items() if k not in ("match", _OPTIONAL)}
+                if rule.get(_OPTIONAL, False):
+                    self._optional.add(index)
+                self._refuse_unknown(own)
+                self._values.append({name: self._read(name, own[name]) for name in own})
+        problems.raise_all()
+        self._matching: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._given: dict[tuple[tuple[int, ...], ...], dict[str, tuple[Given, ...]]] = {}
+        self.options = list(dict.fromkeys(name for own in self._values for name in own))
+
+    def everything(self) -> Iterator[tuple[int, str]]:
+        """Yield the number and the options of each rule."""
+        for index, own in enumerate(self._values):
+            yield from ((index, option) for option in own)
+
+    def _refuse_unknown(self, options: Mapping[str, object]) -> None:
+        if not options:
+            raise FusionBenchError("this rule sets no option.", "Add one beside 'match'.")
+        takes = [
+            name for name in signature(type(self._method)).parameters if name not in OF_ALL_ENTRIES
+        ]
+        name_of = type(self._method).__name__
+        for option in options:
+            if option in OF_ALL_ENTRIES:
+                reason = f"'{option}' holds for the whole model."
+                raise FusionBenchError(reason, "Set it outside of 'where'.", place=(option,))
+            if option not in takes:
+                near = did_you_mean(str(option), takes)
+                raise FusionBenchError(f"{name_of} has no such option.", near, place=(option,))
+
+    def _read(self, option: str, value: object) -> object:
+        """Return a value with its gradients; of each model by name, where it has such a form."""
+        if isinstance(value, Mapping) and _GRADIENT in value:
+            return _gradient(option, value)
+        if option not in self._per_model:
+            return value
+        if value is None:
+            return 1.0
+        if isinstance(value, Mapping):
+            with within(option):
+                for model in value:
+                    refuse_unknown(model, self._models, (model,))
+                return {model: _of_model(model, own) for model, own in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            own = zip(self._models, known(value, self._models, option), strict=True)
+            with within(option):
+                return {model: _of_model(model, one) for model, one in own}
+        return value
+
+    def refuse_unmatched(self, keys: Iterable[str]) -> None:
+        """Refuse patterns that match no entry.
+
+        Raises:
+            FusionBenchError: there are some.
+        """
+        keys, problems = list(keys), Problems()
+        for index, patterns in enumerate(self._patterns):
+            for pattern in patterns if index not in self._optional else ():
+                if not any(matches(key, [pattern]) for key in keys):
+                    near = f"The nearest: {', '.join(_nearest(pattern, keys))}."
+                    reason = f"'{pattern}' matches no entry."
+                    problems.add([Problem(("where", index, "match"), reason, near)])
+        problems.raise_all()
+
+    def given(self, key: str, theirs: Sequence[tuple[str, ...]]) -> dict[str, tuple[Given, ...]]:
+        """Return each option's value, or of an option by model its values, for an entry.
+
+        It is the same object for all entries that the same rules match.
+        """
+        matching = (self._numbers((key,)), *map(self._numbers, theirs))
+        if matching not in self._given:
+            self._given[matching] = {
+                option: tuple(
+                    self._first(option, numbers, model, index)
+                    for index, (model, numbers) in enumerate(
+                        zip(self._models, matching[1:], strict=True)
+                    )
+                )
+                if option in self._per_model
+                else (self._first(option, matching[0]),)
+                for option in self.options
+            }
+        return self._given[matching]
+
+    def _numbers(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """Return the numbers of the rules that match one of the names."""
+        if names not in self._matching:
+            self._matching[names] = tuple(
+                number
+                for number, patterns in enumerate(self._patterns)
+                if any(matches(name, patterns) for name in names)
+            )
+        return self._matching[names]
+
+    def _first(self, option: str, numbers: Sequence[int], model: str = "", index: int = 0) -> Given:
+        """Return what the first of these rules gives, or else the method's own value."""
+        for number in numbers:
+            if option in self._values[number]:
+                value = self._values[number][option]
+                if not model or not isinstance(value, Mapping):
+                    return Given(value, number)
+                if model in value:
+                    return Given(value[model], number)
+        value = vars(self._method).get(option, getattr(type(self._method), option, None))
+        return Given(known(value, self._models, option)[index] if model else value)
+
+    def values(self, given: Mapping[str, tuple[Given, ...]], depth: float) -> dict[str, object]:
+        """Return the options of an entry at a depth."""
+
+        def at(option: str, value: object) -> object:
+            if not isinstance(value, Gradient):
+                return value
+            kinds = get_args(self._hints.get(option)) or (self._hints.get(option),)
+            return value.at(depth, whole=int in kinds and float not in kinds)
+
+        found = {option: [at(option, one.value) for one in own] for option, own in given.items()}
+        return {o: own if o in self._per_model else own[0] for o, own in found.items()}
+
+    def variant(self, options: Mapping[str, object], key: str) -> "TensorwiseAlgorithm":
+        """Return the method with other options.
+
+        Raises:
+            FusionBenchError: what the method says of them, and a model without a value.
+        """
+        for option in self._per_model.intersection(options):
+            values = options[option]
+            assert isinstance(values, list)
+            for index, (model, value) in enumerate(zip(self._models, values, strict=True)):
+                if value is None:
+                    raise FusionBenchError(
+                        f"there is no value for the model '{model}' in '{key}'.",
+                        "Give one there or in a rule.",
+                        place=(option,),
+                    )
+                if not _is_number(value):
+                    reason = f"{value!r} is not a number."
+                    raise FusionBenchError(reason, place=(option, index))
+        kind = type(self._method)
+        Problems(type_problems(kind, options)).raise_all()
+        if is_dataclass(self._method):
+            return replace(self._method, where=(), **options)
+        arguments = arguments_of(self._method)
+        if arguments is None:
+            raise FusionBenchError(
+                f"{kind.__name__} does not keep its arguments.",
+                "Make it a dataclass, or decorate its __init__ with "
+                "fusion_bench.arguments.keeps_arguments.",
+                place=("where",),
+            )
+        return kind(**{**arguments, "where": (), **options})
+
+
+def _patterns(given: object) -> list[str]:
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not patterns:
+        raise FusionBenchError(f"{given!r} is not a pattern.", place=("match",))
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise FusionBenchError(f"{pattern!r} is not a pattern.", place=("match",))
+    return list(patterns)
+
+
+def _gradient(option: str, value: Mapping[str, object]) -> Gradient:
+    points = value[_GRADIENT]
+    if set(value) != {_GRADIENT}:
+        other = next(name for name in value if name != _GRADIENT)
+        raise FusionBenchError(
+            "there is nothing to give beside 'gradient'.",
+            "Name the pattern in 'match', beside the option.",
+            place=(option, other),
+        )
+    if isinstance(points, str) or not isinstance(points, Sequence) or not points:
+        raise FusionBenchError(f"{points!r} is not a list.", place=(option, _GRADIENT))
+    return Gradient(tuple(points))
+
+
+def _of_model(model: str, value: object) -> object:
+    return _gradient(model, value) if isinstance(value, Mapping) else value
+
+
+def _nearest(pattern: str, keys: Sequence[str]) -> list[str]:
+    """Return entries in which something is called nearly as what a pattern looks for."""
+    stem = re.sub(r"[*?]|\[.*?\]", "", pattern).strip(".")
+    parts = stem.count(".") + 1
+    whole: dict[str, str] = {}
+    for key in keys:
+        names = key.split(".")
+        for index in range(max(1, len(names) - parts + 1)):
+            whole.setdefault(".".join(names[index : index + parts]), key)
+    near = get_close_matches(stem, whole, n=3) or get_close_matches(stem, whole, n=1, cutoff=0)
+    return list(dict.fromkeys(whole[name] for name in near))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

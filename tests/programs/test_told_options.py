@@ -1,0 +1,79 @@
+"""The plan tells what each option is for which entries."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method import KnOTSMerging, SimpleAverageAlgorithm, TiesMergingAlgorithm
+from fusion_bench.method.checks import Pool
+from fusion_bench.plan import Plan
+from fusion_bench.problems import ConfigError
+from fusion_bench.programs.told_options import tell_options
+from fusion_bench.weights import TensorWeights
+
+KEYS = [
+    "embed",
+    *(f"layers.{layer}.{part}" for layer in range(3) for part in ("attn.q", "attn.k", "mlp.up")),
+    "head",
+]
+POOL: Any = Pool(
+    {name: TensorWeights({key: torch.ones(4) for key in KEYS}) for name in ("_pretrained_", *"ab")}
+)
+RULES = [
+    {"match": "*attn*", "scaling_factor": 0.5, "threshold": {"b": {"gradient": [10, 20]}}},
+    {"match": "layers.1.*", "scaling_factor": 2, "threshold": 30},
+    {"match": "*attn.q", "scaling_factor": 3},
+]
+TOLD = [
+    "scaling_factor 1.0: embed, layers.{0,2}.mlp.up, head (4 tensors)",
+    "scaling_factor 0.5: layers.{0-2}.attn.* (6 tensors)",
+    "scaling_factor 2: layers.1.mlp.up",
+    "threshold 20: embed, layers.{0,2}.mlp.up, head (4 tensors)",
+    "threshold a=20, b=from 10 to 20 along the layers: layers.{0,2}.attn.* (4 tensors)",
+    "threshold a=30, b=from 10 to 20 along the layers: layers.1.attn.* (2 tensors)",
+    "threshold 30: layers.1.mlp.up",
+]
+
+
+def told(method: Any, *place: str) -> tuple[list[str], list[str]]:
+    plan = Plan()
+    steps = tell_options(plan, method, POOL, place)
+    assert {step.verb for step in steps} <= {"option"}
+    return [step.what for step in steps], plan.notes
+
+
+def test_each_value_is_told_with_the_entries_that_it_is_for() -> None:
+    lines, notes = told(TiesMergingAlgorithm(where=RULES), "method")
+    assert sorted(lines) == sorted(f"method.{line}" for line in TOLD)
+    assert notes == [
+        "method.where[2].scaling_factor decides nothing: rules before it do, for all that it "
+        "matches."
+    ]
+
+
+def test_rules_of_a_base_method_have_its_place() -> None:
+    rules = [{"match": "head", "threshold": 1}]
+    lines, _ = told(KnOTSMerging(TiesMergingAlgorithm(where=rules)), "method")
+    assert lines[-1] == "method.base_method.threshold 1: head"
+
+
+def test_without_rules_nothing_is_told() -> None:
+    assert told(SimpleAverageAlgorithm()) == ([], []) == told(KnOTSMerging())
+
+
+def test_a_dry_run_shows_it(
+    program_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ties = "fusion_bench.method.TiesMergingAlgorithm"
+    rules = [{"match": "*self_attn*", "scaling_factor": 0.5}]
+    method = {"_target_": ties, "where": rules}
+    models = program_config["modelpool"]["models"]
+    models.setdefault("_pretrained_", models["a"])
+    instantiate({**program_config, "method": method, "dry_run": True}).run()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "option method.scaling_factor 0.5: encoder.layers." in shown
+    rules[0]["match"] = "*self_atn*"
+    with pytest.raises(ConfigError, match=r"^method\.where\[0\]\.match: '\*self_atn\*' matches no"):
+        instantiate({**program_config, "method": method, "dry_run": True}).run()
