@@ -14,6 +14,9 @@ from fusion_bench.problems import ConfigError
 
 #: A model's configs.
 CONFIGS = ("config.json", "generation_config.json")
+#: What is told of an adapter's errors, beside it.
+ADAPTER_ERRORS, ADAPTER_PICTURE = "adapter_errors.json", "adapter_errors.png"
+ADAPTER_FILES = (ADAPTER_ERRORS, ADAPTER_PICTURE)
 #: Files of tokenizers.
 TOKENIZER = (
     # transformers

@@ -15,7 +15,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method import StackedLayers, TensorwiseAlgorithm, checks
+from fusion_bench.method import (
+    AdapterMerging,
+    ExtractLora,
+    StackedLayers,
+    TensorwiseAlgorithm,
+    checks,
+)
 from fusion_bench.method.checks import Net, Traits
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
@@ -103,8 +109,8 @@ def method_class(name: str) -> type[Any]:
 
 def kind(name: str) -> str | None:
     """Return how a method is tested: as a function of the models' ``weights`` that needs nothing
-    else, as one that learns from ``data``, as one that makes a ``module``, or as one of ``layers``,
-    which has tests of its own.
+    else, as one that learns from ``data``, as one that makes a ``module``, as one that makes an
+    ``adapter``, or as one of ``layers``, which has tests of its own.
 
     Of any other kind nothing is known here, and so nothing would be tested.
     """
@@ -112,6 +118,8 @@ def kind(name: str) -> str | None:
         own = method_class(name)
     except ImportError:  # a test says so; the others can still be run
         return None
+    if own in (AdapterMerging, ExtractLora):
+        return "adapter"
     if issubclass(own, LearningAlgorithm):
         return "data"
     if issubclass(own, TensorwiseAlgorithm):

@@ -18,7 +18,7 @@ from typing import Any
 from fusion_bench.catalog import KINDS, Kind
 from fusion_bench.configs import CONFIG_DIR, datasets, merged, suites
 from fusion_bench.editor import schema_files
-from fusion_bench.method import TensorwiseAlgorithm
+from fusion_bench.method import ExtractLora, TensorwiseAlgorithm
 from fusion_bench.method.data import LearningAlgorithm
 from fusion_bench.method.ensemble import EnsembleAlgorithm
 from fusion_bench.schemas import targets
@@ -130,7 +130,7 @@ def _needs(method: type) -> str:
 def _cost(method: type, measured: Mapping[str, float] | None) -> str:
     if issubclass(method, LearningAlgorithm):
         return "learns"
-    heavy = issubclass(method, TensorwiseAlgorithm) and method.heavy
+    heavy = method is ExtractLora or (issubclass(method, TensorwiseAlgorithm) and method.heavy)
     times = measured["times the average"] if measured else 100.0 if heavy else 1.0
     return "low" if times <= 5 else "medium" if times <= 50 else "high"
 

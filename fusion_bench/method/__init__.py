@@ -1,6 +1,7 @@
 """Fusion methods, one per file."""
 
 from fusion_bench.method.adamerging import AdaMergingAlgorithm
+from fusion_bench.method.adapter_merging import AdapterMerging
 from fusion_bench.method.arcee_fusion import ArceeFusionAlgorithm
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.breadcrumbs import ModelBreadcrumbs
@@ -13,6 +14,7 @@ from fusion_bench.method.ensemble import (
     WeightedEnsembleAlgorithm,
 )
 from fusion_bench.method.expo import ExPOAlgorithm
+from fusion_bench.method.extract_lora import ExtractLora
 from fusion_bench.method.fisher_merging import FisherMergingAlgorithm
 from fusion_bench.method.isotropic_merging import ISO_C_Merge, ISO_CTS_Merge
 from fusion_bench.method.karcher import KarcherMeanAlgorithm
@@ -51,6 +53,7 @@ RegMeanAlgorithmForCLIPPlusPlus = RegMeanAlgorithmPlusPlus
 __all__ = [
     "OPCM",
     "AdaMergingAlgorithm",
+    "AdapterMerging",
     "ArceeFusionAlgorithm",
     "ConsensusTaskArithmetic",
     "DareSimpleAverage",
@@ -59,6 +62,7 @@ __all__ = [
     "DellaMerging",
     "EMRMerging",
     "ExPOAlgorithm",
+    "ExtractLora",
     "FisherMergingAlgorithm",
     "FisherMergingForCLIPVisionModel",
     "GreedySoupAlgorithm",

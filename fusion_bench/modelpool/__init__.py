@@ -1,5 +1,6 @@
 """Where models come from: names to weights, names to modules, modules to disk."""
 
+from fusion_bench.modelpool.adapter_pool import AdapterPool
 from fusion_bench.modelpool.causal_lm import CausalLMPool
 from fusion_bench.modelpool.clip_vision import CLIPVisionModelPool
 from fusion_bench.modelpool.huggingface import HFModelPool
@@ -8,6 +9,7 @@ from fusion_bench.modelpool.sequence_classification import SequenceClassificatio
 from fusion_bench.modelpool.sources.merged import MergedModel
 
 __all__ = [
+    "AdapterPool",
     "CLIPVisionModelPool",
     "CausalLMPool",
     "HFModelPool",

@@ -93,6 +93,15 @@ name = {name}
 model = {model}.from_pretrained(name)
 print(model.config)"""
 
+_ADAPTER = """\
+from peft import PeftModel
+from transformers import {kind}
+
+base = {kind}.from_pretrained({base})
+name = {name}
+model = PeftModel.from_pretrained(base, name)
+print(model.peft_config["default"])"""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -159,13 +168,16 @@ def recipe(
     }
 
 
-def model_card(title: str, recipe: Mapping[str, Any], code: str | None = None) -> str:
+def model_card(
+    title: str, recipe: Mapping[str, Any], code: str | None = None, *, adapter: bool = False
+) -> str:
     """Return the ``README.md`` of a merged model, with the header that the Hub reads.
 
     Args:
         title: the model's name.
         recipe: how it was made.
         code: how it is used.
+        adapter: whether it is a LoRA adapter.
     """
     from huggingface_hub import ModelCardData
 
@@ -176,12 +188,12 @@ def model_card(title: str, recipe: Mapping[str, Any], code: str | None = None) -
     licenses = {source.get("license") for source in sources.values()}
     common = (next(iter(licenses)) or "") if len(licenses) == 1 else ""
     header = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         license="other" if common.startswith(_OTHER) else common or None,
         license_name=common.removeprefix(_OTHER) if common.startswith(_OTHER) else None,
         base_model=bases or None,
-        base_model_relation="merge" if bases else None,
-        tags=["merge", "fusion_bench"],
+        base_model_relation=("adapter" if adapter else "merge") if bases else None,
+        tags=[*(["lora"] if adapter else []), "merge", "fusion_bench"],
     ).to_yaml()
     rows = [
         f"| {_cell(name)} | {_place(source)} | {source.get('commit', '')} | {_license(source)} |"
@@ -197,7 +209,8 @@ def model_card(title: str, recipe: Mapping[str, Any], code: str | None = None) -
             "",
             f"# {title}",
             "",
-            f"These weights were merged by FusionBench {recipe['version']} from the models below.",
+            f"{'This LoRA adapter was made' if adapter else 'These weights were merged'} by "
+            f"FusionBench {recipe['version']} from the models below.",
             "",
             "| Name | Origin | Commit | License |",
             "| --- | --- | --- | --- |",
@@ -249,6 +262,20 @@ def usage(name: str, config: Mapping[str, Any], files: Collection[str]) -> str:
         return _TEXTS.format(**named)
     model = "CLIPVisionModel" if config.get("model_type") == "clip_vision_model" else "AutoModel"
     return _PLAIN.format(model=model, **named)
+
+
+def adapter_usage(name: str, settings: Mapping[str, Any]) -> str | None:
+    """Return Python code that puts an adapter on its base; None where it names no base.
+
+    Args:
+        name: of the adapter's folder or repository.
+        settings: its ``adapter_config.json``.
+    """
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        return None
+    kind = (settings.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"
+    return _ADAPTER.format(name=_text(name), base=_text(base), kind=kind)
 
 
 def _pictures(kind: str, config: Mapping[str, Any]) -> str | None:

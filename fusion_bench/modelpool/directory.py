@@ -22,7 +22,7 @@ from fusion_bench.companions import (
     TEMPLATES,
     module_folders,
 )
-from fusion_bench.modelpool.card import Origin, model_card, recipe, usage
+from fusion_bench.modelpool.card import Origin, adapter_usage, model_card, recipe, usage
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
@@ -44,6 +44,7 @@ def write_directory(
     config: Mapping[str, Any] | None,
     max_shard_size: int | str,
     write_companions: Callable[[Path], None],
+    name: str = "model",
 ) -> None:
     """Write a model as a Hugging Face directory, in place of what is at ``path``.
 
@@ -58,6 +59,7 @@ def write_directory(
         max_shard_size: of the weights' files.
         write_companions: puts config, tokenizer and processor files into a directory; called
             first, so that one that is not there is noticed before the work.
+        name: of the weights' file, in place of ``model``.
 
     Raises:
         FusionBenchError: a disk that is full or fails, or what is wrong with the weights.
@@ -76,13 +78,19 @@ def write_directory(
                 max_shard_size=max_shard_size,
                 metadata={"fusion_bench": json.dumps(pending)},
                 finish=lambda: {"fusion_bench": json.dumps(final())},
+                name=name,
             )
-            card = model_card(path.name, final(), _usage(path.name, directory))
+            card = model_card(
+                path.name, final(), _usage(path.name, directory), adapter=name != "model"
+            )
             write_text(directory / "README.md", card)
 
 
 def _usage(name: str, directory: Path) -> str | None:
     """Return the code that uses a model; None without a config."""
+    adapter = directory / "adapter_config.json"
+    if adapter.exists():
+        return adapter_usage(name, read_json(adapter))
     file = directory / "config.json"
     content = read_json(file) if file.exists() else None
     if not isinstance(content, dict):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
+from fusion_bench.modelpool.adapter_folder import write_adapter
 from fusion_bench.modelpool.agreement import (
     PREPROCESSOR,
     Found,
@@ -37,6 +38,7 @@ from fusion_bench.modelpool.directory import copy_files, processor_files, write_
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.modelpool.layouts import in_current_layout, in_file_layout, in_layout_of
 from fusion_bench.modelpool.output_tokens import OutputTokens
+from fusion_bench.modelpool.policy import policy_of
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.sources import Source, Sources
 from fusion_bench.modelpool.token_setting import TokenSetting
@@ -44,7 +46,6 @@ from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
     FusionBenchError,
-    Problem,
     Problems,
     did_you_mean,
     error_of,
@@ -55,6 +56,8 @@ from fusion_bench.sources import plain_source, unbuilt
 from fusion_bench.storage import check_file_name, read_json, write_text
 from fusion_bench.tokenizer import TokenizerSource, tokenizer_files
 from fusion_bench.weights import (
+    AdapterConfig,
+    AdapterWeights,
     Config,
     MergePolicy,
     Model,
@@ -66,8 +69,10 @@ from fusion_bench.weights import (
     in_memory,
     is_special,
     learned,
+    open_checkpoint,
     open_repository,
 )
+from fusion_bench.weights.adapter_builder import AdaptedModel
 from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import vocabulary
 
@@ -88,8 +93,8 @@ class HFModelPool:
             directory, a ``zoo:`` name, a file of weights, a directory with a LoRA adapter in PEFT's
             layout, a config node, or a module. A file's config is beside it, or else the
             reference's. An adapter's base is ``_pretrained_`` if its config names that one, and
-            without ``_pretrained_`` the one that it names; ``{path: adapter, base: model}`` gives
-            it another, which is a model of the pool or one more name.
+            without ``_pretrained_`` the one that it names; ``{path: adapter, base: model}`` or
+            ``model+adapter`` gives it another, which is a model of the pool or one more name.
             Names with a leading or trailing underscore take no part in the fusion.
         model_class: the class in ``transformers`` whose ``from_pretrained`` builds a model.
         processor: whose tokenizer and processor files go beside a merged model: a name as in
@@ -144,7 +149,7 @@ class HFModelPool:
         with problems.collect():
             check_size(max_shard_size)
         with problems.collect("policy"):
-            self.policy = policy if isinstance(policy, MergePolicy) else _policy(policy or {})
+            self.policy = policy if isinstance(policy, MergePolicy) else policy_of(policy or {})
         setting = None
         with problems.collect("tokenizer"):
             setting = TokenSetting.read(plain_source(tokenizer), self._sources)
@@ -568,13 +573,27 @@ class HFModelPool:
 
         Beside the weights are the reference's config and tokenizer files, or those of a ``Model``,
         and a model card. The recipe is in the card and in the weights' metadata: ``config``, and
-        each source with its files' hashes.
+        each source with its files' hashes. Of an ``AdaptedModel`` the adapter is written alone, in
+        PEFT's layout.
 
         Args:
             model: weights, which are computed as they are written, or a module.
             path: a directory; what is there is replaced.
             config: the run's config.
         """
+        sources = {name: source.described() for name, source in self._sources.items()}
+        if isinstance(model, AdaptedModel):
+            base = self._source("_pretrained_").at
+            write_adapter(
+                Path(path).absolute(),
+                model.adapter,
+                base=base.repo_id or str(base.directory or base.name),
+                revision=base.commit,
+                base_class=self._class_of_base(),
+                sources=sources,
+                config=config,
+            )
+            return
         own = model if isinstance(model, Model) else None
         if isinstance(model, Model):
             weights = model.weights
@@ -585,7 +604,7 @@ class HFModelPool:
         write_directory(
             Path(path).absolute(),
             self._for_file(weights),
-            sources={name: source.described() for name, source in self._sources.items()},
+            sources=sources,
             config=config,
             max_shard_size=self.max_shard_size,
             write_companions=partial(self._write_companions, own),
@@ -593,7 +612,19 @@ class HFModelPool:
 
     def open_saved(self, path: Path) -> Weights:
         """Return the weights that ``save_model`` wrote, under the pool's keys."""
+        settings = path / "adapter_config.json"
+        if settings.exists():
+            adapter = open_checkpoint(path / "adapter_model.safetensors")
+            base = self.weights("_pretrained_")
+            return AdapterWeights(base, adapter, AdapterConfig.read(settings))
         return self._canonical(open_repository(locate(str(path))))
+
+    def _class_of_base(self) -> str:
+        """Return the class of transformers that makes the pretrained model."""
+        named = (self._source("_pretrained_").config() or {}).get("architectures")
+        if self.model_class.startswith("Auto") and isinstance(named, list) and named:
+            return self.model_class if self.model_class == "AutoModel" else str(named[0])
+        return self.model_class
 
     def _canonical(self, weights: Weights) -> Weights:
         """Return a file's or a module's weights with the keys that the pool works with.
@@ -718,16 +749,3 @@ def _unbuildable(config: Config, error: Exception) -> FusionBenchError:
     return FusionBenchError(
         f"transformers cannot build a '{config.get('model_type')}' by this config: {said}"
     )
-
-
-def _policy(section: Mapping[str, Any]) -> MergePolicy:
-    known, problems = MergePolicy.options(), Problems()
-    for name in section:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            problems.append(Problem((name,), "there is no such key.", hint))
-    policy = MergePolicy()
-    with problems.collect():
-        policy = MergePolicy(**{name: own for name, own in section.items() if name in known})
-    problems.raise_all()
-    return policy

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fusion_bench.companions import KNOWN, TEMPLATES
+from fusion_bench.companions import ADAPTER_FILES, KNOWN, TEMPLATES
 from fusion_bench.problems import ConfigError, Place, did_you_mean, within
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.storage import check_unclaimed, claimed, write_text
 
 #: What a saved model's directory holds, beside weights and chat templates. Where there is anything
 #: else it is not replaced.
-_MODEL_FILES = (*KNOWN, "ensemble.json", "README.md")
+_MODEL_FILES = (*KNOWN, *ADAPTER_FILES, "ensemble.json", "README.md")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 #: Bytes of a name, beside which there are others that begin with it.

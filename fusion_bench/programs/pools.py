@@ -65,6 +65,14 @@ class ModelPool(contract.ModelPool, contract.Saving, Protocol):
 
 
 @runtime_checkable
+class Shortening(Protocol):
+    """A pool that saves an approximation of what is merged."""
+
+    def as_saved(self, weights: Weights) -> Weights:
+        """Return merged weights as ``save_model`` writes them."""
+
+
+@runtime_checkable
 class _Plans(Protocol):
     """A pool with a ``plan``; reading its other attributes would read the models' headers."""
 

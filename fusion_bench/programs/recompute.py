@@ -12,7 +12,7 @@ from fusion_bench.method.plain import as_method, class_name
 from fusion_bench.problems import ResultError
 from fusion_bench.programs.environment import make_fabric
 from fusion_bench.programs.fusing import MERGED, fuse, seeded, weights_of
-from fusion_bench.programs.pools import placed
+from fusion_bench.programs.pools import Shortening, placed
 from fusion_bench.weights import Weights
 from fusion_bench.weights.stream import PIECE
 
@@ -54,13 +54,16 @@ def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> I
         )
         return
     node = {"_recursive_": False, **config["modelpool"]}
-    pool = placed(instantiate(node, "modelpool"))
+    own = instantiate(node, "modelpool")
+    pool = placed(own)
     products = fuse(method, pool, make_fabric({"accelerator": "cpu"}), None)
     product = products.get(MERGED, products.get(f"{MERGED}/{folder.name}"))
     made = None if product is None else weights_of(product)
     if made is None:
         yield f"{class_name(method)} makes no weights that could be computed one by one."
         return
+    if isinstance(own, Shortening):
+        made = own.as_saved(made)
     saved = pool.open_saved(folder)
     if missing := sorted(set(made) ^ set(saved)):
         raise ResultError(f"'{folder}' is not that merge: '{missing[0]}' is only in one of both.")

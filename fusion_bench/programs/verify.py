@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fusion_bench import modelpool
-from fusion_bench.modelpool import HFModelPool
+from fusion_bench.modelpool import AdapterPool, HFModelPool
 from fusion_bench.modelpool.kinds import pool_node
 from fusion_bench.problems import FusionBenchError, ResultError
 from fusion_bench.programs.recompute import recompute
@@ -87,7 +87,7 @@ def _recipe(folder: Path) -> Mapping[str, Any]:
         raise FusionBenchError(f"'{card}': its recipe cannot be read.") from error
 
 
-def _pool(folder: Path, recipe: Mapping[str, Any]) -> HFModelPool:
+def _pool(folder: Path, recipe: Mapping[str, Any]) -> HFModelPool | AdapterPool:
     """Return a pool of the model alone, which says which entries are the model's.
 
     It is of the kind that the model was merged by, or else of the one that its config names.
@@ -97,6 +97,8 @@ def _pool(folder: Path, recipe: Mapping[str, Any]) -> HFModelPool:
     if not isinstance(node, Mapping):
         node = pool_node(models, heads=True)
     found: object = vars(modelpool).get(str(node.get("_target_")).rpartition(".")[2])
+    if found is AdapterPool:
+        return AdapterPool(models)
     if not isinstance(found, type) or not issubclass(found, HFModelPool):
         found = HFModelPool
     if found is HFModelPool:

@@ -16,7 +16,7 @@ def named_after(paths: Collection[str]) -> dict[str, str]:
     """
     if len(set(paths)) < len(paths):
         raise ConfigError("the same model twice.", "Remove one.")
-    plain = {path: path.removeprefix("zoo:").partition("@")[0] for path in paths}
+    plain = {path: re.sub(r"@[^+]*", "", path.removeprefix("zoo:")) for path in paths}
     shared = Counter(plain.values())
     parts = {
         path: PurePosixPath(name if shared[name] == 1 else path.removeprefix("zoo:")).parts

@@ -102,37 +102,50 @@ class AdapterConfig:
     revision: str | None = None
     bias: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> "AdapterConfig":
         """Read the file."""
         try:
-            content: dict[str, Any] = read_json(path)
-            kind = content["peft_type"]
-            if kind != "LORA":
-                raise ConfigError(f"'{path}': {foreign_adapter(str(kind))}")
-            if reason := _refused(content):
-                raise ConfigError(f"'{path}': {reason} {_WITH_PEFT}")
-            base = content.get("base_model_name_or_path")
-            revision = content.get("revision")
-            for name in (base, revision):
-                if not (name is None or isinstance(name, str)):
-                    raise TypeError(name)
-            return cls(
-                base=base or None,
-                alpha=float(content["lora_alpha"]),
-                rank_stabilised=bool(content.get("use_rslora")),
-                transposed=bool(content.get("fan_in_fan_out")),
-                alpha_pattern={
-                    _bounded_pattern(pattern): float(value)
-                    for pattern, value in dict(content.get("alpha_pattern") or {}).items()
-                },
-                revision=revision or None,
-                bias=bool(content.get("lora_bias")),
-                tokens=_token_indices(content.get("trainable_token_indices")),
-            )
+            return cls.of(read_json(path))
+        except ConfigError as error:
+            raise ConfigError(f"'{path}': {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(f"'{path}' is not the configuration of a LoRA adapter.") from error
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "AdapterConfig":
+        """Return what the content of such a file says.
+
+        Raises:
+            ConfigError: an adapter of another kind than LoRA.
+            ValueError, KeyError, TypeError, AttributeError, OverflowError: no such content.
+        """
+        kind = content["peft_type"]
+        if kind != "LORA":
+            raise ConfigError(foreign_adapter(str(kind)))
+        if reason := _refused(content):
+            raise ConfigError(f"{reason} {_WITH_PEFT}")
+        base = content.get("base_model_name_or_path")
+        revision = content.get("revision")
+        for name in (base, revision):
+            if not (name is None or isinstance(name, str)):
+                raise TypeError(name)
+        return cls(
+            base=base or None,
+            alpha=float(content["lora_alpha"]),
+            rank_stabilised=bool(content.get("use_rslora")),
+            transposed=bool(content.get("fan_in_fan_out")),
+            alpha_pattern={
+                _bounded_pattern(pattern): float(value)
+                for pattern, value in dict(content.get("alpha_pattern") or {}).items()
+            },
+            revision=revision or None,
+            bias=bool(content.get("lora_bias")),
+            tokens=_token_indices(content.get("trainable_token_indices")),
+            saved=tuple(map(str, content.get("modules_to_save") or ())),
+        )
 
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor of a module's low-rank product."""
@@ -185,7 +198,7 @@ class _Rows:
         return laid
 
 
-def _place(name: str) -> tuple[str, str]:
+def part_of(name: str) -> tuple[str, str]:
     """Return the entry that an adapter's tensor belongs to, and the tensor's role."""
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     plain = plain.replace(".modules_to_save.", ".")
@@ -215,10 +228,12 @@ def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bo
     )
 
 
-def _refuse_half_biases(parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> None:
-    """Refuse biases without products or without ``lora_bias``, and vice versa."""
+def _refuse_half_biases(
+    parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig, idle: set[str]
+) -> None:
+    """Refuse biases without products or without ``lora_bias``, and vice versa; some are zeros."""
     wanted = {f"{k.removesuffix('.weight')}.bias" for k, own in parts.items() if "lora_B" in own}
-    there = {key for key, own in parts.items() if "bias" in own}
+    there = {key for key, own in parts.items() if "bias" in own} | idle
     if there and not config.bias:
         raise ConfigError(
             "The adapter is incomplete: it has biases of its products, 'lora_B.bias', but its "
@@ -254,7 +269,7 @@ class AdapterWeights(Weights):
         parts: dict[str, dict[str, Tensor]] = {}
         unknown: dict[str, dict[str, Tensor]] = {}
         for name in adapter:
-            entry, part = _place(name)
+            entry, part = part_of(name)
             key = self._key(entry)
             there = unknown if key is None else parts
             there.setdefault(key or entry, {})[part] = adapter[name]
@@ -265,8 +280,14 @@ class AdapterWeights(Weights):
             e for e in unknown if any(_equal_updates(unknown[e], p) for p in parts.values())
         ]:
             del unknown[entry]
-        self._refuse_unknown([name for name in adapter if _place(name)[0] in unknown])
-        _refuse_half_biases(parts, config)
+        # A layer without a bias has a shift of zeros where other layers of the adapter have one.
+        idle = set()
+        for entry in [e for e, own in unknown.items() if "bias" in own and not own["bias"].any()]:
+            del unknown[entry]
+            if weight := self._key(f"{entry.removesuffix('.bias')}.weight"):
+                idle.add(f"{weight.removesuffix('.weight')}.bias")
+        self._refuse_unknown([name for name in adapter if part_of(name)[0] in unknown])
+        _refuse_half_biases(parts, config, idle)
         self._replaced = {key: own[""] for key, own in parts.items() if "" in own}
         for key, own in parts.items():
             if "delta" in own:
@@ -374,7 +395,7 @@ class AdapterWeights(Weights):
         if not names:
             return
         lines = shortened([f"'{name}'" for name in names])
-        if all(_place(name)[1] == "bias" for name in names):
+        if all(part_of(name)[1] == "bias" for name in names):
             raise ConfigError(
                 "The adapter has biases (lora_bias) for layers that have none in its base. PEFT "
                 f"cannot merge them either: the model has no parameter for them.\n  {lines}"

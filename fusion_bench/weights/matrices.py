@@ -15,7 +15,7 @@ from fusion_bench.weights.inputs import matches
 #: Singular values of a smaller share of the largest are what float32 leaves of 0.
 NEGLIGIBLE = 1e-6
 #: Down to this share of the largest singular value a Gram matrix gives vectors to 1e-6.
-_RESOLVED = 1e-5
+RESOLVED = 1e-5
 #: Elements of a vector that are converted to float64 at a time; those of some models fit the cache.
 _AT_ONCE = 2**14
 #: Columns that are converted to float64 at a time.
@@ -64,7 +64,7 @@ def svd(
         return vh.T, s, u.T
     s, u = _spectrum(gram(matrix), count)
     kept = _kept(s, tol, scale)
-    if kept and s[kept - 1] <= _RESOLVED * s[0]:
+    if kept and s[kept - 1] <= RESOLVED * s[0]:
         v, s, uh = torch.linalg.svd(wide(matrix).T, full_matrices=False)  # LAPACK prefers it tall
         kept = _kept(s[:count], tol, scale)
         return uh[:kept].T, s[:kept], v[:, :kept].T
@@ -99,7 +99,7 @@ def inverse_root(gram: Tensor) -> Tensor:
     one polar factor that is 0 where ``A`` is.
     """
     s, u = _spectrum(gram)
-    kept = _kept(s, _RESOLVED)
+    kept = _kept(s, RESOLVED)
     u = u[:, :kept]
     return (u / s[:kept]) @ u.T
 

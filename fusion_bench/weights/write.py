@@ -52,6 +52,7 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
     finish: Callable[[], Mapping[str, str]] | None = None,
+    name: str = "model",
 ) -> None:
     """Write ``model.safetensors``, or shards and their index, into an existing directory.
 
@@ -65,6 +66,7 @@ def write_checkpoint(
         metadata: goes into each file's header.
         finish: returns the final metadata after all tensors are written; it must have the length of
             ``metadata``.
+        name: of the file, in place of ``model``.
 
     Raises:
         EnvironmentProblem: a disk that is full or fails.
@@ -78,16 +80,16 @@ def write_checkpoint(
             raise FusionBenchError(
                 f"'{key}' has the type {name}, which safetensors does not support."
             )
-    index, plan = _split(specs, max_shard_size)
+    index, plan = _split(specs, max_shard_size, name)
     metadata = {"format": "pt", **(metadata or {})}
     try:
         with ExitStack() as stack:
             shards: list[_Shard] = []
             files: dict[str, _Shard] = {}
             to_flush: SimpleQueue[int | None] = SimpleQueue()
-            for name, keys in plan.items():
+            for file, keys in plan.items():
                 contained = {key: specs[key] for key in keys}
-                shard = _Shard(directory / name, contained, metadata, to_flush.put)
+                shard = _Shard(directory / file, contained, metadata, to_flush.put)
                 stack.callback(shard.close)
                 shards.append(shard)
                 files |= dict.fromkeys(keys, shard)
@@ -97,7 +99,7 @@ def write_checkpoint(
             for shard in shards:
                 shard.finish(final)
         if index is not None:
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (directory / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2))
     except OSError as error:
         raise EnvironmentProblem(_explain(error, directory, specs.values())) from error
 
@@ -183,7 +185,7 @@ def _no_size(size: int | str | None) -> FusionBenchError:
 
 
 def _split(
-    specs: Mapping[str, TensorSpec], max_shard_size: int | str
+    specs: Mapping[str, TensorSpec], max_shard_size: int | str, name: str
 ) -> tuple[dict[str, object] | None, dict[str, list[str]]]:
     """Return each file's keys, and the index if there are several files."""
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -193,12 +195,12 @@ def _split(
         plan = split_state_dict_into_shards_factory(
             dict(specs),
             get_storage_size=lambda spec: spec.nbytes,
-            filename_pattern="model{suffix}.safetensors",
+            filename_pattern=f"{name}{{suffix}}.safetensors",
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
         raise _no_size(max_shard_size) from error
-    files = plan.filename_to_tensors or {"model.safetensors": []}
+    files = plan.filename_to_tensors or {f"{name}.safetensors": []}
     if not plan.is_sharded:
         return None, files
     return {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, files

@@ -1,6 +1,7 @@
 """An adapter is a model: that on which it is put, with what it adds.
 
-It is put on the model that it was trained on, or the run is refused.
+It is put on the model that it was trained on, or the run is refused. ``base+adapter`` and
+``{path: adapter, base: base}`` name another.
 """
 
 import json
@@ -193,8 +194,15 @@ class Adapter:
             raise
 
     def _outside(self, name: str, *key: str) -> Source:
-        """Return a whole model that is none of the pool, if it is there."""
-        source = whole(Named(name, (*self.named.place, *key), self.named.pool))
+        """Return a model that is none of the pool, if it is there; ``base+adapter`` is one."""
+        place, pool = (*self.named.place, *key), self.named.pool
+        if both := split(name):
+            below, node = both
+            adapter = Adapter.take(Named(node, place, pool, base=below))
+            if adapter is None:
+                raise ConfigError(f"'{node}' is no adapter, and stands after a '+'.")
+            return adapter
+        source = whole(Named(name, place, pool))
         assert source is not None
         if unbuilt(name) is None:
             _ = source.at  # is there
@@ -220,7 +228,7 @@ class Adapter:
 
 
 def with_bases(models: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
-    """Return each model's source, and the base of those that are given as ``{path, base}``.
+    """Return each model's source, and the base of ``{path, base}`` and of ``base+adapter``.
 
     Raises:
         ConfigError: a mapping that is neither that nor a config node.
@@ -246,8 +254,23 @@ def with_bases(models: Mapping[str, object]) -> tuple[dict[str, object], dict[st
             if named.get("base") is not None:
                 bases[str(name)] = named["base"]
             source = named["path"]
+        if isinstance(source, str) and str(name) not in bases and (both := split(source)):
+            bases[str(name)], source = both
         sources[str(name)] = source
     return sources, bases
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """Return base and adapter of ``base+adapter``, the last of several; None of another name.
+
+    A path that is there is no such name, and a ``+`` in one of the two paths does not separate.
+    """
+    if _is_here(name):
+        return None
+    found = [(name[:at], name[at + 1 :]) for at, sign in enumerate(name) if sign == "+"]
+    found = [(base, adapter) for base, adapter in reversed(found) if base and adapter]
+    here = [both for both in found if any(map(_is_here, both))]
+    return next(iter(here or found), None)
 
 
 def is_same_model(config: AdapterConfig, place: Repository) -> bool:

@@ -44,7 +44,7 @@ class Named:
         """
         if self.base is not None:
             reason = f"'{self.node}' is no adapter, and only adapters have a base."
-            raise ConfigError(reason, "Remove 'base'.", place=("base",))
+            raise ConfigError(reason, "Name it alone, without a base.", place=("base",))
 
 
 class Source(Protocol):

@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "validate": "check a config without running it",
     "merge": "merge models into a folder",
     "export-recipe": "write a recipe of mergekit that means what a config does",
+    "extract-lora": "extract a LoRA adapter from a model and its base",
     "evaluate": "evaluate models on tasks, side by side",
     "compare": "compare runs, with intervals",
     "index": "one page over all runs below a folder",

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CausalLMPool
-from fusion_bench.modelpool.sources.adapter import is_same_model
+from fusion_bench.modelpool.sources.adapter import is_same_model, split
 from fusion_bench.problems import ConfigError, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.weights import AdapterConfig, in_memory
@@ -406,3 +406,51 @@ def test_an_adapters_own_copy_of_a_layer_is_what_it_changes(family: Path, tmp_pa
     models = CausalLMPool({"_pretrained_": family / "base", "x": tmp_path / "x"})
     key = f"{MODULES[0]}.weight"
     assert torch.allclose(models.weights("x")[key].double(), copy.double() + added[key])
+
+
+def test_base_and_adapter_in_one_name(root: Path) -> None:
+    write_lora(root / "y", tensors(root / "base"), MODULES[:1], seed=3, base_name="owner/unknown")
+    base, other, x, y = (str(root / name) for name in ("base", "other", "x", "y"))
+    models = pool(
+        root, x=f"{other}+{x}", y=f"{base}+{y}", both=f"{other}+{x}+{y}", own="_pretrained_+" + y
+    )
+    assert models.plan(built=False).problems == []
+    same = pool(root, x={"path": x, "base": other}, y={"path": y, "base": base})
+    for name in "xy":
+        for key, value in in_memory(same.weights(name)).items():
+            assert torch.equal(models.weights(name)[key], value)
+    assert torch.equal(models.weights("own")[KEY], models.weights("y")[KEY])
+    # One after another, as if each were merged in turn.
+    added = models.weights("y")[KEY] - models.weights("_pretrained_")[KEY]
+    wanted = models.weights("x")[KEY] + added
+    assert (models.weights("both")[KEY] - wanted).abs().max() < 1e-6
+    origin = models.weights("both").files
+    assert {file.parent.name for file in origin} == {"other", "x", "y"}
+
+
+def test_a_plus_in_a_path_separates_nothing(root: Path) -> None:
+    shutil.copytree(root / "other", root / "c++")
+    shutil.copytree(root / "x", root / "a+b")
+    assert split(str(root / "c++")) is None
+    both = (str(root / "c++"), str(root / "a+b"))
+    assert split("+".join(both)) == both
+    assert split("owner/model@main+owner/adapter@v1") == ("owner/model@main", "owner/adapter@v1")
+    assert split("owner/model+") is None and split("+owner/adapter") is None
+    models = pool(root, x="+".join(both))
+    assert torch.equal(
+        models.weights("x")[KEY], pool(root, x=f"{root / 'other'}+{root / 'x'}").weights("x")[KEY]
+    )
+
+
+def test_what_follows_a_plus_is_an_adapter(root: Path) -> None:
+    base, other, x = (str(root / name) for name in ("base", "other", "x"))
+    assert "is no adapter" in both(pool(root, x=f"{base}+{other}"))
+    assert "is no adapter" in both(pool(root, x=f"{base}+{other}+{x}"))
+    assert "no such directory: './gone'" in both(pool(root, x=f"./gone+{x}"))
+
+
+def test_models_on_the_command_line_may_have_a_plus(root: Path) -> None:
+    words = ["--config-name", "merge_llm", f"+modelpool.models.x={root / 'other'}+{root / 'x'}"]
+    words += [f"+modelpool.models._pretrained_={root / 'base'}", "dry_run=true"]
+    done = fusion_bench(*words, "method=task_arithmetic", cwd=root)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,334 @@
+r"""Extraction of a LoRA adapter from a full model: $\theta - \theta_0 \approx BA$, layer by layer.
+
+$B = U \sqrt{S}$ and $A = \sqrt{S} V^\top$ of the truncated singular value decomposition, the best
+approximation of its rank (Eckart and Young, 1936). Hu et al., LoRA, https://arxiv.org/abs/2106.09685
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusion_bench.instantiate import instantiate
+from fusion_bench.method.base import aligned, run
+from fusion_bench.method.contract import Data, FusionMethod, ModelPool, Needs, Ran
+from fusion_bench.method.modules import Layer, layers_of
+from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
+from fusion_bench.problems import FusionBenchError, check_choice, within
+from fusion_bench.progress import quiet_libraries, step
+from fusion_bench.weights import (
+    AdapterWeights,
+    Aligned,
+    MergePolicy,
+    Model,
+    Stacked,
+    Weights,
+    align,
+    matches,
+)
+from fusion_bench.weights.adapter_builder import AdaptedModel, Adapter, AdapterBuilder
+from fusion_bench.weights.lowrank import Factors, Truncation
+from fusion_bench.weights.stream import PIECE
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
+
+Embeddings = Literal["whole", "factors"]
+#: So many modules that stay as they are in the base are named in the log.
+_NAMED = 5
+
+
+@dataclass(eq=False)
+class ExtractLora:
+    """The pretrained model with the change of one model as a LoRA adapter.
+
+    It is evaluated as a model, and saved as an adapter in PEFT's layout. Layers get factors;
+    embeddings, norms and all else that is no layer get a copy, if they have changed.
+
+    Args:
+        base_method: a method whose result is the model; without it the pool has one model.
+        rank: the largest rank of a layer's factors; ``None`` is 32, or no limit with ``energy``.
+        energy: the smallest rank is taken that keeps this share of the squared singular values,
+            from 0 to 1.
+        epsilon: singular values that are not greater are left out.
+        embeddings: whether embeddings and the head are copied ``whole``, or get ``factors``.
+        exclude_keys: keys or key patterns of entries that stay as they are in the pretrained model.
+        power_iterations: with a number, the SVD is randomised, with so many power iterations.
+    """
+
+    needs_pretrained = True
+
+    base_method: object = None
+    rank: int | None = None
+    energy: float | None = None
+    epsilon: float = 0.0
+    embeddings: Embeddings = "whole"
+    exclude_keys: Sequence[str] = ()
+    power_iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        self._truncation = Truncation(self.rank, self.energy, self.epsilon, self.power_iterations)
+        check_choice("embeddings", self.embeddings, Embeddings)
+        self._base: FusionMethod | None = None
+        if self.base_method is not None:
+            with within("base_method"):
+                made = instantiate(self.base_method, "method")
+            if not isinstance(made, Runs):
+                reason = f"{self.base_method!r} is not a method."
+                raise FusionBenchError(reason, place=("base_method",))
+            self.base_method = self._base = as_method(made)
+
+    @property
+    def needs(self) -> Needs:
+        """What the base method asks for, and the pretrained model."""
+        if self._base is None:
+            return Needs(base=True)
+        needs = self._base.needs
+        return replace(needs, base=True, split_place=("base_method", *needs.split_place))
+
+    def check_pool(self, pool: ModelPool) -> None:
+        """Refuse what the base method cannot merge, and several models without one.
+
+        Raises:
+            FusionBenchError: one of these, or weights that differ in keys or shapes.
+        """
+        refuse_without_pretrained(self, pool)
+        if self._base is not None:
+            with within("base_method"):
+                self._base.check_pool(pool)
+            return
+        if len(pool.model_names) != 1:
+            raise FusionBenchError(
+                f"there are {len(pool.model_names)} models, and an adapter is extracted from one.",
+                "Name one, or choose the method that merges them with {here}base_method.",
+            )
+        aligned(pool)
+
+    def fuse(
+        self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
+    ) -> AdaptedModel | Mapping[str, AdaptedModel]:
+        """Extract the adapter, module by module.
+
+        Args:
+            pool: the models.
+            fabric: whose device factorises, if the pool's policy names no other.
+            data: for a base method that learns from it.
+
+        Raises:
+            FusionBenchError: as ``check_pool``; a base method that does not return weights; a model
+                that is its base.
+        """
+        self.check_pool(pool)
+        if self._base is None:
+            return self._extracted(pool, pool.weights(pool.model_names[0]), fabric)
+        with within("base_method", keyed_only=True):
+            fused = self._base.fuse(pool, fabric, data)
+        if isinstance(fused, Weights | Model | nn.Module):
+            return self._extracted(pool, self._weights(fused), fabric)
+        return {
+            name: self._extracted(pool, self._weights(own), fabric) for name, own in fused.items()
+        }
+
+    def run(
+        self,
+        modelpool: ModelPool | Mapping[str, nn.Module],
+        fabric: "Fabric | None" = None,
+        data: Data | None = None,
+    ) -> Ran:
+        """Extract from a pool's models, or from a dict of modules; of these it is a state dict."""
+        return run(self, modelpool, fabric, data)
+
+    def _weights(self, fused: Weights | Model | nn.Module) -> Weights:
+        if isinstance(fused, Weights):
+            return fused
+        assert self._base is not None
+        what = "a model of another form" if isinstance(fused, Model) else "a module"
+        raise FusionBenchError(
+            f"{class_name(self._base)} makes {what}, of which no adapter can be made.",
+            "Choose another method.",
+            place=("base_method",),
+        )
+
+    def _extracted(self, pool: ModelPool, model: Weights, fabric: "Fabric | None") -> AdaptedModel:
+        base = pool.model("_pretrained_")
+        # What was merged may be stored in another type than the models.
+        policy = replace(pool.policy, on_dtype="cast")
+        found = align({"model": model}, base.weights, policy, pool.vocabulary)
+        device = torch.device(policy.device)
+        if fabric is not None and device.type == "cpu":
+            device = fabric.device
+        quiet_libraries()
+        module = pool.build_model(_shapes_of(base.weights))
+        differing = _Differing(found, policy, device)
+        adapter = self._adapter(layers_of(module, base.weights), differing)
+        model.verify()
+        weights = AdapterWeights(base.weights, adapter.tensors, adapter.config)
+        return AdaptedModel(weights, base.config, base.kind, base.companions, adapter=adapter)
+
+    def _adapter(self, layers: Sequence[Layer], model: "_Differing") -> Adapter:
+        transposed = any(layer.transposed for layer in layers)
+        builder = AdapterBuilder(transposed=transposed)
+        gets_factors = self._getting_factors(layers, model, transposed)
+        left = []
+        total = sum(model.bytes_of(layer) for layer in layers)
+        with step("Extracting", total, "B") as work:
+            for layer in layers:
+                work.detail = layer.name
+                kept = self._kept(layer.keys.values())
+                changed = [key for key in kept if model.differs(key)]
+                if changed and gets_factors(layer):
+                    self._factorise(builder, layer, changed, model)
+                elif changed:
+                    builder.whole(layer.name, model.only(changed, layer), layer.keys)
+                elif len(kept) < len(layer.keys) and any(map(model.differs, layer.keys.values())):
+                    builder.left(layer.name)
+                    left.append(layer.name)
+                work.advance(model.bytes_of(layer))
+        covered = {key for layer in layers for key in layer.keys.values()}
+        if lost := [key for key in self._kept(model.outside(covered)) if model.differs(key)]:
+            raise FusionBenchError(
+                f"'{lost[0]}' has changed, and the model's class has no layer with that entry.",
+                "Leave it out with {here}exclude_keys, or merge without an adapter.",
+            )
+        if left:
+            more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+            named = ", ".join(left[:_NAMED])
+            log.warning("These modules stay as they are in the base: %s%s.", named, more)
+        if not builder.has_factors:
+            raise FusionBenchError(
+                "No layer of the model differs from the pretrained model, so that there is nothing "
+                "to extract.",
+                "Name a model that was fine-tuned from it.",
+            )
+        return builder.build([layer.name for layer in layers])
+
+    def _getting_factors(
+        self, layers: Sequence[Layer], model: "_Differing", transposed: bool
+    ) -> Callable[[Layer], bool]:
+        """Return the function that tells whether a layer gets factors, if it has changed.
+
+        An adapter stores all its matrices in one way, and PEFT knows no biases of factors beside
+        factors of an embedding.
+        """
+        linear = ("linear", "convolution")
+        embeddings = self.embeddings == "factors"
+        biases = (own.keys["bias"] for own in layers if own.kind in linear and "bias" in own.keys)
+        if embeddings and any(map(model.differs, self._kept(biases))):
+            embeddings = False
+            log.warning(
+                "Embeddings are copied whole: biases have changed, and PEFT knows no adapter with "
+                "factors of embeddings and changed biases."
+            )
+
+        def gets_factors(layer: Layer) -> bool:
+            if layer.kind == "embedding" or layer.is_head:
+                wanted = embeddings
+            else:
+                wanted = layer.kind in linear
+            fits = layer.kind != "linear" or layer.transposed == transposed
+            return wanted and fits and model.has_shapes(layer)
+
+        return gets_factors
+
+    def _kept(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if not matches(key, self.exclude_keys)]
+
+    def _factorise(
+        self, builder: AdapterBuilder, layer: Layer, changed: Sequence[str], model: "_Differing"
+    ) -> None:
+        """Add a layer's factors, of rank 1 where only its bias has changed."""
+        key = layer.keys["weight"]
+        matrix = model.change(key) if key in changed else model.zeros(key)
+        kernel = matrix.shape[2:]
+        matrix = (matrix.T if layer.transposed else matrix).flatten(1)
+        if not matrix.isfinite().all():
+            raise FusionBenchError(f"'{key}' has NaN or infinity, in the model or in its base.")
+        factors = self._truncation.factors(matrix)
+        if not factors.rank:  # PEFT knows no rank of 0
+            factors = Factors(
+                matrix.new_zeros(len(matrix), 1), matrix.new_zeros(1, matrix.shape[1])
+            )
+        factors = factors.to(model.dtype(key))
+        error = factors.error(matrix)
+        if layer.kind == "embedding":
+            builder.embedding(layer.name, factors, error=error)
+            return
+        shift = None
+        if bias := layer.keys.get("bias"):
+            shift = model.change(bias) if bias in changed else model.zeros(bias)
+        builder.factors(layer.name, factors, error=error, kernel=kernel, bias=shift)
+
+
+def _shapes_of(weights: Weights) -> dict[str, Tensor]:
+    """Return zeros in the shapes of all entries, which take no memory."""
+    specs = {key: weights.spec(key) for key in weights}
+    return {key: torch.zeros((), dtype=own.dtype).expand(own.shape) for key, own in specs.items()}
+
+
+class _Differing:
+    """A model beside its base."""
+
+    def __init__(self, found: Aligned, policy: MergePolicy, device: torch.device):
+        self._model = found.models["model"]
+        self._base = found.reference
+        self._copied = found.copied
+        self._policy = policy
+        self._device = device
+        self._known: dict[str, bool] = {}
+
+    def bytes_of(self, layer: Layer) -> int:
+        """Return how many bytes are read for a layer."""
+        keys = layer.keys.values()
+        return sum(self._model.bytes_to_read(key) + self._base.bytes_to_read(key) for key in keys)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the type of the factors of an entry's change."""
+        return self._policy.torch_dtype or self._model.spec(key).dtype
+
+    def differs(self, key: str) -> bool:
+        """Return whether an entry differs from the base's."""
+        if key in self._copied:
+            return False
+        if self._model.spec(key).shape != self._base.spec(key).shape:
+            return True
+        if key not in self._known:
+            self._known[key] = any(
+                not torch.equal(one.to(torch.promote_types(one.dtype, other.dtype)), other)
+                for one, other in self._pieces(key)
+            )
+        return self._known[key]
+
+    def outside(self, covered: Collection[str]) -> Iterator[str]:
+        """Yield the entries that neither are ``covered`` nor tied to one that is."""
+        tied = {self._base.tied_to(key) for key in covered}
+        return (k for k in self._base if k not in covered and self._base.tied_to(k) not in tied)
+
+    def has_shapes(self, layer: Layer) -> bool:
+        """Return whether a layer's entries have the shapes that they have in the base."""
+        keys = layer.keys.values()
+        return all(self._model.spec(key).shape == self._base.spec(key).shape for key in keys)
+
+    def only(self, changed: Collection[str], layer: Layer) -> Weights:
+        """Return a layer's entries, those that are not among the ``changed`` from the base."""
+        keys = layer.keys.values()
+        return Stacked({k: (self._model if k in changed else self._base, k) for k in keys})
+
+    def change(self, key: str) -> Tensor:
+        """Return the difference of an entry, in float32."""
+        spec = self._base.spec(key)
+        own, base = (each.read(key, 0, spec.numel) for each in (self._model, self._base))
+        return own.to(self._device, torch.float32).sub(base.to(self._device)).view(spec.shape)
+
+    def zeros(self, key: str) -> Tensor:
+        """Return zeros in the shape of an entry."""
+        return torch.zeros(self._base.spec(key).shape, device=self._device)
+
+    def _pieces(self, key: str) -> Iterator[tuple[Tensor, Tensor]]:
+        size = PIECE if self._model.in_pieces else max(self._base.spec(key).numel, 1)
+        for start, stop in self._model.pieces(key, size):
+            yield self._model.read(key, start, stop), self._base.read(key, start, stop)

@@ -1,0 +1,58 @@
+"""The verb that extracts an adapter, from the models to the table in the terminal."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import fusion_bench
+from fixtures_peft import write_pair
+
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.scripts import verbs
+
+WORDS = ["extract-lora", "tuned", "--base", "base", "--out", "adapter"]
+
+
+def test_an_adapter_is_extracted_and_its_errors_are_shown(tmp_path: Path) -> None:
+    write_pair("llama", tmp_path)
+    done = fusion_bench(*WORDS, "--rank", "4", cwd=tmp_path, env={"COLUMNS": "100"})
+    assert done.returncode == 0, done.stderr
+    errors = json.loads((tmp_path / "adapter" / "adapter_errors.json").read_text())["modules"]
+    worst = max(errors, key=lambda own: own["error"])
+    table = done.stdout[done.stdout.index("What the adapter misses") :]
+    first = next(line for line in table.splitlines() if "model.layers.*" in line).split()
+    kind = worst["module"].replace(".0.", ".*.").replace(".1.", ".*.")
+    assert first[:3] == [kind, "2", "4"]
+    assert first[4:] == [f"{worst['error']:.2%}", worst["module"].split(".")[2]]
+    assert str(tmp_path / "adapter" / "adapter_errors.png") in done.stdout
+    verified = fusion_bench("verify", "adapter", cwd=tmp_path)
+    assert verified.returncode == 0 and "computed again from the recipe" in verified.stdout
+    again = fusion_bench(*WORDS, "--energy", "0.9", cwd=tmp_path)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    again = fusion_bench(
+        *WORDS, "--energy", "0.9", "--overwrite", "embeddings=factors", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] and "embed_tokens" in config["target_modules"]
+    # The adapter on its base is a model, in any verb.
+    pair = ["merge", "base+adapter", "tuned", "--base", "base", "--out", "merged", "--method", "ta"]
+    done = fusion_bench(*pair, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    write_pair("llama", tmp_path)
+    done = fusion_bench(*WORDS, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "valid" in done.stdout and not (tmp_path / "adapter").exists()
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    base, tuned = map(str, write_pair("llama", tmp_path))
+    with pytest.raises(FusionBenchError, match="there are 2 models"):
+        verbs.run("extract-lora", [base, tuned, "--base", base, "--out", "x"])
+    with pytest.raises(FusionBenchError, match="is one of the models"):
+        verbs.run("extract-lora", [tuned, "--base", base, "--out", tuned, "--overwrite"])
+    done = fusion_bench(*WORDS, "--rank", "0", cwd=tmp_path)
+    assert done.returncode == 2 and "method.rank: 0 is not a whole number" in done.stderr
