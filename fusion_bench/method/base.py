@@ -26,6 +26,7 @@ from fusion_bench.method.where import Resolved, resolve
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import (
     Aligned,
+    Cut,
     Inputs,
     MergedWeights,
     MergePiece,
@@ -36,6 +37,7 @@ from fusion_bench.weights import (
     align,
     in_memory,
     is_special,
+    predicted_peak,
     same_for_all,
 )
 from fusion_bench.weights.config import plain
@@ -131,12 +133,21 @@ class TensorwiseAlgorithm:
     def check(self, inputs: Inputs) -> None:
         """Refuse models that the method cannot merge."""
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return how an entry may be cut without a change of the result.
+
+        ``elements``: anywhere; ``rows``: into slices along the first dimension, which keep their
+        other dimensions; ``whole``: not at all. What is not cut takes memory for all of it.
+        """
+        return "elements" if self.elementwise else "whole"
+
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Return the function that merges a piece, or a dict of functions for several models.
 
-        The place for a first pass, ``inputs.survey``, where the method needs a statistic of the
-        whole model. What is found is kept in what is returned, never in ``self``: the weights are
-        computed later, when they are read.
+        The place for a first pass, where the method needs a statistic: of the whole model by
+        ``inputs.survey``, of each entry by ``inputs.each``, and by what
+        ``fusion_bench.weights.statistics`` makes of these. What is found is kept in what is
+        returned, never in ``self``: the weights are computed later, when they are read.
         """
         return same_for_all(self.merge_tensor)
 
@@ -170,6 +181,17 @@ class TensorwiseAlgorithm:
             FusionBenchError: as ``check_pool``.
         """
         return MergedWeights(self.inputs(pool), _unread)
+
+    def predicted_peak(self, inputs: Inputs) -> int:
+        """Return the bytes of anonymous memory that merging to a disk takes at most, by headers.
+
+        What the program has before it begins, some 0.4 GB with torch, comes on top.
+        """
+        return predicted_peak(MergedWeights(inputs, _unread)) + self.kept_bytes(inputs)
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of what first passes find and keep, beside the pieces; by headers."""
+        return 0
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
@@ -233,12 +255,20 @@ class TensorwiseAlgorithm:
         found = aligned(pool, policy)
         asked = Inputs(found, policy)
         methods = [own.method for own in self.resolved(asked).variants] or [self]
+
+        def strictest(key: str, shape: Sequence[int]) -> Cut:
+            """Return how all of the methods may cut, for one may look at the others' entries."""
+            own = {method.cut(key, shape) for method in methods}
+            return "whole" if "whole" in own else "rows" if "rows" in own else "elements"
+
         return Inputs(
             found,
             policy,
             all(own.elementwise for own in methods),
             not all(own.shows_nonfinite for own in methods),
             self.show_pbar,
+            strictest,
+            one_by_one=self.heavy,
         )
 
     def resolved(self, inputs: Inputs) -> Resolved:

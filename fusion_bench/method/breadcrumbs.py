@@ -8,6 +8,7 @@ Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -17,15 +18,10 @@ from fusion_bench.method.della import Merge
 from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.method.ties_merging import Restore, TiesMergingAlgorithm, ZeroSign
 from fusion_bench.problems import check_choice
-from fusion_bench.weights import Inputs, MergePiece
-from fusion_bench.weights.ops import (
-    add_scaled,
-    divisor,
-    keep_largest,
-    ranks,
-    rescale_l1,
-    task_vectors,
-)
+from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.entries import restoring_l1
+from fusion_bench.weights.ops import add_scaled, divisor, ranks, task_vectors
+from fusion_bench.weights.statistics import Cutoff, Piece, largest, search_bytes
 
 Scope = Literal["tensor", "row"]
 MeanOrSum = Literal["sum", "mean"]
@@ -76,17 +72,34 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
         check_choice("zero_sign", self.zero_sign, ZeroSign)
         check_choice("rescale", self.rescale, Restore)
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that rows stay whole where shares are of a row."""
+        return "rows" if self.scope == "row" else "elements"
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        size = max(map(inputs.merged, inputs), default=0)
+        return 0 if self.scope == "row" else search_bytes(size, 2 * len(inputs.names))
+
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that merges what is kept of the task vectors."""
         given = (self.density, self.gamma, self.weights)
         densities, gammas, weights = (of_each(value, inputs.names) for value in given)
+        cutoffs = inputs.each(partial(self._cutoffs, densities, gammas))
 
-        def kept(
+        def medium(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
         ) -> Iterator[Tensor]:
             vectors = task_vectors(key, start, tensors, base)
-            yield from map(self._medium, vectors, densities, gammas)
+            if not inputs.spec(key).shape:
+                yield from vectors
+            elif self.scope == "row":
+                yield from map(self._medium, vectors, densities, gammas)
+            else:
+                for vector, (kept, outliers) in zip(vectors, cutoffs(key), strict=True):
+                    yield kept.keep(key, start, vector) - outliers.keep(key, start, vector)
 
+        kept = restoring_l1(inputs, medium, task_vectors) if self.rescale == "l1" else medium
         if self.merge == "elect":
             everything = 1  # nothing more is trimmed
             ties = TiesMergingAlgorithm(
@@ -105,17 +118,30 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
 
         return add
 
-    def _medium(self, vector: Tensor, density: float, gamma: float) -> Tensor:
-        """Return a task vector without the largest and the smallest elements."""
-        if not vector.ndim:
-            return vector
-        size = vector.shape[-1] if self.scope == "row" else vector.numel()
+    def _cutoffs(
+        self, densities: Sequence[float], gammas: Sequence[float], entry: Inputs
+    ) -> list[tuple[Cutoff, Cutoff]]:
+        """Return, for each model, the cutoffs of what is kept with the outliers, and of these."""
+
+        def twice(*piece: *Piece) -> Iterator[Tensor]:
+            for vector in task_vectors(*piece):
+                yield from (vector, vector)
+
+        counts = [
+            self._counts(entry.count(), *shares) for shares in zip(densities, gammas, strict=True)
+        ]
+        both = [count for top, kept in counts for count in (top + kept, top)]
+        found = largest(entry, twice, both)
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def _counts(self, size: int, density: float, gamma: float) -> tuple[int, int]:
+        """Return how many of ``size`` elements are outliers, and how many are kept."""
         top, kept = (int(size * Fraction(str(share))) for share in (gamma, density))
-        if self.gives_way == "gamma":
-            top = min(top, size - kept)
-        if self.scope == "tensor":
-            medium = keep_largest(vector, top + kept) - keep_largest(vector, top)
-        else:
-            place = size - 1 - ranks(vector)  # from the largest on
-            medium = vector * ((place >= top) & (place < top + kept))
-        return medium if self.rescale == "none" else rescale_l1(medium, vector)
+        return (min(top, size - kept) if self.gives_way == "gamma" else top), kept
+
+    def _medium(self, rows: Tensor, density: float, gamma: float) -> Tensor:
+        """Return rows without their largest and smallest elements."""
+        size = rows.shape[-1]
+        top, kept = self._counts(size, density, gamma)
+        place = size - 1 - ranks(rows)  # from the largest on
+        return rows * ((place >= top) & (place < top + kept))

@@ -14,6 +14,7 @@ from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.method.ties_merging import Keep, Scope, TiesMergingAlgorithm, ZeroSign
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
@@ -56,11 +57,12 @@ class _Dropping:
         ) -> Iterator[Tensor]:
             whole = self.only_on_linear_weights and not is_linear_weight(key, inputs.spec(key))
             vectors = task_vectors(key, start, tensors, base)
+            rescale = self.way == "inverse_keep"
             for name, vector, rate in zip(inputs.names, vectors, rates, strict=True):
                 seed = (self.seed or 0, name, key)
-                yield drop(vector, 0.0 if whole else rate, self.way, seed, start)
+                yield drop(vector, 0.0 if whole else rate, rescale, seed, start)
 
-        return dropped
+        return restoring_l1(inputs, dropped, task_vectors) if self.way == "l1" else dropped
 
 
 @dataclass(eq=False)
@@ -81,6 +83,7 @@ class DareTaskArithmetic(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     scaling_factor: float = 0.3
     sparsity_ratio: PerModel = 0.5
@@ -94,7 +97,6 @@ class DareTaskArithmetic(TensorwiseAlgorithm):
         self._dropping = _Dropping(
             self.sparsity_ratio, self.only_on_linear_weights, self.rescale, self.seed
         )
-        self.elementwise = self.rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that adds the sparse task vectors to the pretrained model."""
@@ -117,6 +119,7 @@ class DareSimpleAverage(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     sparsity_ratio: PerModel = 0.5
     only_on_linear_weights: bool = False
@@ -128,7 +131,6 @@ class DareSimpleAverage(TensorwiseAlgorithm):
         self._dropping = _Dropping(
             self.sparsity_ratio, self.only_on_linear_weights, self.rescale, self.seed
         )
-        self.elementwise = self.rescale != "l1"
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that adds the mean sparse task vector to the pretrained model."""
@@ -157,6 +159,7 @@ class DareTiesMerging(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     sparsity_ratio: PerModel = 0.5
     only_on_linear_weights: bool = False
@@ -185,8 +188,11 @@ class DareTiesMerging(TensorwiseAlgorithm):
             self.zero_sign,
             weights=self.weights,
         )
-        self.elementwise = self.rescale != "l1" and self._ties.elementwise
         self.shows_nonfinite = self._ties.shows_nonfinite
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        return self._ties.kept_bytes(inputs)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that merges the sparse task vectors as in TIES."""

@@ -16,14 +16,14 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm, ZeroSign
 from fusion_bench.problems import FusionBenchError, check_choice
-from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
     add_scaled,
     divisor,
     ranks,
-    rescale_l1,
     task_vectors,
     uniform,
 )
@@ -84,6 +84,10 @@ class DellaMerging(TensorwiseAlgorithm):
         """Refuse probabilities of a model that are none."""
         self._windows(inputs)
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that rows stay whole."""
+        return "rows"
+
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that makes the task vectors sparse and merges them."""
         windows, weights = self._windows(inputs), of_each(self.weights, inputs.names)
@@ -93,8 +97,9 @@ class DellaMerging(TensorwiseAlgorithm):
         ) -> Iterator[Tensor]:
             vectors = task_vectors(key, start, tensors, base)
             for name, vector, window in zip(inputs.names, vectors, windows, strict=True):
-                yield self._pruned(vector, *window, (self.seed or 0, name, key))
+                yield self._pruned(vector, *window, (self.seed or 0, name, key), start)
 
+        sparse = restoring_l1(inputs, pruned, task_vectors) if self.rescale == "l1" else pruned
         if self.merge == "elect":
             everything = 1  # nothing is trimmed
             ties = TiesMergingAlgorithm(
@@ -104,12 +109,12 @@ class DellaMerging(TensorwiseAlgorithm):
                 zero_sign=self.zero_sign,
                 weights=self.weights,
             )
-            return ties.merger_of(inputs, pruned)
+            return ties.merger_of(inputs, sparse)
         factor = self.scaling_factor / (divisor(weights) if self.merge_func == "mean" else 1)
 
         def add(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
-            return add_scaled(base, pruned(key, start, tensors, base), factor, weights)
+            return add_scaled(base, sparse(key, start, tensors, base), factor, weights)
 
         return add
 
@@ -132,9 +137,9 @@ class DellaMerging(TensorwiseAlgorithm):
         return half
 
     def _pruned(
-        self, vector: Tensor, density: float, half: float, seed: Sequence[object]
+        self, vector: Tensor, density: float, half: float, seed: Sequence[object], start: int
     ) -> Tensor:
-        """Return a sparse task vector, row by row: along all dimensions except the first."""
+        """Return sparse rows of a task vector: rows lie along all dimensions except the first."""
         if density == 1:
             return vector
         rows = vector.flatten(1) if vector.ndim > 1 else vector.reshape(1, -1)
@@ -142,10 +147,8 @@ class DellaMerging(TensorwiseAlgorithm):
         # From -1 for the smallest to 1 for the largest; 0 for one that is alone.
         place = ranks(rows).to(rows.dtype).mul_(2).sub_(last).div_(max(last, 1))
         keep = place.mul_(half).add_(density)
-        draws = torch.from_numpy(uniform(rows.numel(), seed)).to(rows).view_as(rows)
+        draws = torch.from_numpy(uniform(rows.numel(), seed, start)).to(rows).view_as(rows)
         left = (draws < keep).to(rows.dtype).mul_(rows)
         if self.rescale == "inverse_keep":
             left.div_(keep)
-        elif self.rescale == "l1":
-            left = rescale_l1(left, rows)
         return left.view(vector.shape)

@@ -71,6 +71,10 @@ class KnOTSMerging(TensorwiseAlgorithm):
         with within("base_method"):
             self._base.resolved(inputs)
 
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the directions that are kept at hand."""
+        return _AT_HAND
+
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Merge the aligned task vectors with the base method, and transform the result back."""
         alignment = _Alignment(inputs, self.exclude_keys or (), self.rank_tol)

@@ -16,7 +16,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import largest
+from fusion_bench.weights.statistics import largest, search_bytes
 
 
 @dataclass(eq=False)
@@ -36,6 +36,10 @@ class LocalizeAndStitch(TensorwiseAlgorithm):
 
     def __post_init__(self) -> None:
         check_each_between("density", self.density, 0, 1)
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        return search_bytes(inputs.count(), len(inputs.names))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""

@@ -11,13 +11,17 @@ of WARP: Ramé et al., https://arxiv.org/abs/2406.16768
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import along_arcs
+from fusion_bench.method.geometry import along_arcs, themselves
 from fusion_bench.method.per_model import PerModel, of_each
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.entries import column_products
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.statistics import products
 
 
 @dataclass(eq=False)
@@ -38,18 +42,31 @@ class NuSlerpAlgorithm(TensorwiseAlgorithm):
         if self.axis not in (None, 0, -1):
             raise FusionBenchError(f"{self.axis!r} is not null, 0 or -1.", place=("axis",))
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that the rows of tensors stay whole where these or columns are vectors."""
+        return "elements" if self.axis is None else "rows"
+
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Return the function that interpolates."""
+        """Find the models' shares in each entry, column or row."""
+        vectors = themselves if inputs.aligned.base is None else task_vectors
         weights = of_each(self.weights, inputs.names)
 
+        def find(entry: Inputs) -> Tensor:
+            if self.axis == 0:
+                return along_arcs(column_products(entry, vectors), weights)
+            (found,) = products(entry, vectors).values()
+            return along_arcs(found, weights)
+
+        shares = inputs.each(find)
+
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-            vectors = (t.double() if base is None else (t - base).double() for t in tensors)
-            point, total = next(vectors), weights[0]
-            for vector, weight in zip(vectors, weights[1:], strict=True):
-                total += weight
-                t = weight / total if abs(total) >= 1e-6 else 0.5
-                point = along_arcs(point, vector, t, self.axis if vector.ndim else None)
-            merged = point.to(tensors[0].dtype)
+            own = torch.stack([v.double() for v in vectors(key, start, tensors, base)])
+            if self.axis == -1 and own.ndim > 1:
+                rows = torch.einsum("i...n,j...n->ij...", own, own)
+                found = along_arcs(rows, weights).unsqueeze(-1)
+            else:
+                found = shares(key)
+            merged = torch.einsum("i...,i...->...", own, found.to(own)).to(tensors[0].dtype)
             return merged if base is None else merged + base
 
         return merge

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between, check_choice
-from fusion_bench.weights import Inputs, MergePiece
-from fusion_bench.weights.matrices import svd, wide
+from fusion_bench.weights import Cut, Inputs, MergePiece, TensorSpec
+from fusion_bench.weights.matrices import right_vectors, svd, wide
 from fusion_bench.weights.ops import is_linear_weight, uniform
-from fusion_bench.weights.statistics import sums, total
+from fusion_bench.weights.statistics import Piece, sums, total
 
 Rho = Literal["paper", "fusionbench"]
+
+#: Bytes of matrices that are kept at hand, and rows of one that are taken at a time.
+_AT_HAND, _ROWS = 2**28, 4096
 
 
 @dataclass(eq=False)
@@ -55,6 +58,16 @@ class OPCM(TensorwiseAlgorithm):
         check_between("alpha", self.alpha, 0, 1)
         check_choice("rho", self.rho, Rho)
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that linear layers' matrices stay whole."""
+        spec = TensorSpec(tuple(shape), torch.float32)
+        return "whole" if is_linear_weight(key, spec) else "elements"
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the sums that are kept at hand."""
+        linear = [k for k in inputs if is_linear_weight(k, inputs.spec(k))]
+        return min(_AT_HAND, 4 * sum(map(inputs.merged, linear)))
+
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Add up the task vectors, and find the scale after each step.
 
@@ -77,16 +90,33 @@ class OPCM(TensorwiseAlgorithm):
         }
 
     def clean(self, vector: Tensor, merged: Tensor) -> Tensor:
-        """Return the matrix ``vector`` without its part along the directions of ``merged``."""
+        """Return ``vector`` without its part along the directions of ``merged``.
+
+        Both are matrices; ``vector`` may be written to.
+        """
         if not 0 < float(merged.norm()) < math.inf:
             return vector
-        u, s, vh = svd(merged)  # without the directions of value 0, which are anyone's guess
-        change = wide(vector)
-        inside = u.mT @ change @ vh.mT
+        if len(merged) < merged.shape[1]:
+            u, s, vh = svd(merged)  # without the directions of value 0, which are anyone's guess
+            change = wide(vector)
+            inside = u.mT @ change @ vh.mT
+            return (change - u @ self._taken(inside, s) @ vh).to(vector)
+        # The left sides are the matrix times the right ones: it is enough to go by rows.
+        s, v = right_vectors(merged)
+        rows = [one.split(_ROWS) for one in (merged, vector)]
+        both = sum(wide(m).mT @ wide(c) for m, c in zip(*rows, strict=True))
+        inside = (v / s).mT @ both @ v
+        factor = torch.linalg.multi_dot([v / s, self._taken(inside, s), v.mT])
+        for own, change in zip(*rows, strict=True):
+            change.sub_((wide(own) @ factor).to(change))
+        return vector
+
+    def _taken(self, inside: Tensor, values: Tensor) -> Tensor:
+        """Return what is taken of a change along the directions."""
         taken = inside.diagonal().diag_embed()
-        closed = self._closed(s)
+        closed = self._closed(values)
         taken[:closed, :closed] = inside[:closed, :closed]
-        return (change - u @ taken @ vh).to(vector)
+        return taken
 
     def _closed(self, values: Tensor) -> int:
         """Return the number of reserved directions."""
@@ -104,27 +134,36 @@ OPCMForCLIP = OPCM
 class _Path:
     """The sum of the cleaned task vectors, step by step.
 
-    Of each entry the sum that was asked for last is kept, in all one copy of the model: who asks
-    for one step after the other computes each once.
+    Of as many matrices as there is room for, the sum that was asked for last is kept: who asks for
+    one step after the other computes each once.
     """
 
     def __init__(self, method: OPCM, inputs: Inputs, order: Sequence[int]):
         self._method = method
         self._inputs = inputs
         self._order = order
-        self._last: dict[str, tuple[int, Tensor]] = {}
+        self._kept: dict[tuple[str, int], tuple[int, Tensor]] = {}
+        self._last: dict[tuple[str, int], tuple[int, Tensor]] = {}
 
-    def after(self, step: int, key: str, tensors: Sequence[Tensor], base: Tensor) -> Tensor:
-        """Return an entry's sum after so many models; the caller must not write to it."""
-        done, last = self._last.get(key, (0, None))
-        if last is None or done > step:
+    def after(self, step: int, *piece: *Piece) -> Tensor:
+        """Return a piece of the sum after so many models; the caller must not write to it."""
+        key, start, tensors, base = piece
+        assert base is not None
+        linear = is_linear_weight(key, self._inputs.spec(key))
+        place = key, start
+        done, last = self._last.get(place) or self._kept.get(place) or (0, torch.zeros_like(base))
+        if done > step:
             done, last = 0, torch.zeros_like(base)
         merged = last.to(base.device)
-        linear = is_linear_weight(key, self._inputs.spec(key))
         for model in self._order[done:step]:
             vector = tensors[model] - base
             merged = merged + (self._method.clean(vector, merged) if linear else vector)
-        self._last[key] = step, merged.cpu()
+        found = step, merged.cpu()
+        self._last = {place: found}
+        # Entries come in the same order each time: to make room would drop the next to come.
+        others = (kept.nbytes for own, (_, kept) in self._kept.items() if own != place)
+        if linear and sum(others) + merged.nbytes <= _AT_HAND:
+            self._kept[place] = found
         return merged
 
     def scales(self) -> list[float]:
@@ -136,7 +175,7 @@ class _Path:
             assert base is not None
             for step, model in enumerate(self._order, 1):
                 yield (tensors[model] - base).square()
-                yield self.after(step, key, tensors, base).square()
+                yield self.after(step, key, start, tensors, base).square()
 
         squared = total(sums(self._inputs, squares)) or [0.0] * (2 * len(self._order))
         norms = [math.sqrt(value) for value in squared[::2]]
@@ -151,6 +190,6 @@ class _Path:
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
-            return base + self.after(step, key, tensors, base) * scale
+            return base + self.after(step, key, start, tensors, base) * scale
 
         return merge

@@ -19,7 +19,8 @@ from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import Piece, extremes, largest, sums, total
+from fusion_bench.weights.statistics import Piece, extremes, largest, search_bytes, sums, total
+from fusion_bench.weights.stream import PIECE
 
 Variant = Literal["paper", "released"]
 #: Of a piece, for each model: the score of each element, 0 where it does not count, and its change.
@@ -47,6 +48,13 @@ class PCBMerging(TensorwiseAlgorithm):
     def __post_init__(self) -> None:
         check_each_between("density", self.density, 0, 1)
         check_choice("variant", self.variant, Variant)
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        models = len(inputs.names)
+        products = models**2 if self.variant == "paper" else 0
+        pieces = 4 * PIECE * torch.get_num_threads() * products
+        return pieces + search_bytes(inputs.count(), models)
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the ranges of all scores, and the elements to keep."""

@@ -5,7 +5,7 @@ the mean square of what is kept, and average where the signs agree with that of 
 Wan et al., FuseChat, https://arxiv.org/abs/2408.07990
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,18 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between
-from fusion_bench.weights import Inputs, MergePiece, same_for_all
-from fusion_bench.weights.matrices import inner_products
+from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import products
+from fusion_bench.weights.statistics import (
+    Cutoff,
+    Piece,
+    Values,
+    largest,
+    products,
+    search_bytes,
+    sums,
+    total,
+)
 
 
 @dataclass(eq=False)
@@ -28,42 +36,64 @@ class SCEAlgorithm(TensorwiseAlgorithm):
     """
 
     needs_pretrained = True
+    elementwise = True
 
     select_topk: float = 1.0
 
     def __post_init__(self) -> None:
         check_between("select_topk", self.select_topk, 0, 1)
-        self.elementwise = self.select_topk == 1
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        size = max(map(inputs.merged, inputs), default=0)
+        return 0 if self.select_topk == 1 else search_bytes(size, 1)
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Compute the models' weights in each entry, entry by entry if elements are selected."""
-        if self.select_topk < 1:
-            return same_for_all(self.merge_tensor)
-        energies = {k: own.diagonal() for k, own in products(inputs, task_vectors).items()}
+        """Find the elements that are selected in each entry, and the models' weights there."""
+        vectors = task_vectors if self.select_topk == 1 else self._selected(inputs)
+
+        def energy(entry: Inputs) -> Tensor:
+            (found,) = products(entry, vectors).values()
+            return found.diagonal()
+
+        energies = inputs.each(energy)
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
-            vectors = list(task_vectors(key, start, tensors, base))
-            return _of_majority(vectors, energies[key]).add_(base)
+            own = list(vectors(key, start, tensors, base))
+            return _of_majority(own, energies(key)).add_(base)
 
         return merge
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus what the selected elements give."""
-        assert base is not None
-        vectors = [tensor - base for tensor in tensors]
-        selected = self._selected(vectors)
-        for vector in vectors:
-            vector.mul_(selected)
-        return _of_majority(vectors, inner_products(vectors).diagonal()).add_(base)
+    def _selected(self, inputs: Inputs) -> Values:
+        """Return the function that keeps of the task vectors where they vary most."""
 
-    def _selected(self, task_vectors: Sequence[Tensor]) -> Tensor:
-        """Return 1 where elements vary most between the models, the first of equal ones; else 0."""
-        variance = torch.stack(list(task_vectors)).double().var(dim=0, correction=0).flatten()
-        count = int(self.select_topk * int((variance > 0).sum()))
-        kept = torch.zeros_like(task_vectors[0]).view(-1)
-        kept[variance.argsort(descending=True, stable=True)[:count]] = 1
-        return kept.view(task_vectors[0].shape)
+        def varying(*piece: *Piece) -> Iterator[Tensor]:
+            yield _variance(list(task_vectors(*piece))).sign_()
+
+        def variances(*piece: *Piece) -> Iterator[Tensor]:
+            yield _variance(list(task_vectors(*piece)))
+
+        def find(entry: Inputs) -> Cutoff:
+            count = int(self.select_topk * total(sums(entry, varying))[0])
+            (cutoff,) = largest(entry, variances, [count], wide=True)
+            return cutoff
+
+        cutoffs = inputs.each(find)
+
+        def selected(*piece: *Piece) -> Iterator[Tensor]:
+            key, start, *_ = piece
+            vectors = list(task_vectors(*piece))
+            kept = cutoffs(key).keep(key, start, _variance(vectors)).sign_()
+            for vector in vectors:
+                yield vector.mul_(kept)
+
+        return selected
+
+
+def _variance(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the variance between the vectors, in float64."""
+    return torch.stack(list(vectors)).double().var(dim=0, correction=0)
 
 
 def _of_majority(vectors: Sequence[Tensor], energy: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
-from fusion_bench.method.geometry import cosine, lerp, refuse_all_but_two, slerp, two_ends
+from fusion_bench.method.geometry import arc, between, refuse_all_but_two, two_ends
 from fusion_bench.problems import check_between
-from fusion_bench.weights import Inputs
+from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.statistics import Piece, cosines_and_norms, products
 
 
 @dataclass(eq=False)
@@ -27,6 +28,8 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
         epsilon: a tensor whose norm is at most this has no direction.
     """
 
+    elementwise = True
+
     t: float = 0.5
     DOT_THRESHOLD: float = 0.9995  # the name that existing configs use
     epsilon: float = 1e-8
@@ -38,10 +41,21 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
         """Refuse any number of models except two."""
         refuse_all_but_two(inputs, "SLERP")
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return the point on the arc."""
-        start, end = two_ends(tensors, base)
-        cos = cosine(start, end, self.epsilon)
-        if abs(cos) > self.DOT_THRESHOLD:
-            return lerp(start, end, self.t)
-        return slerp(start, end, self.t, cos)
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Find the angle of each entry, and return the function that goes along the arc."""
+
+        def ends(*piece: *Piece) -> Sequence[Tensor]:
+            return two_ends(*piece[2:])
+
+        def shares(entry: Inputs) -> tuple[float, float]:
+            (found,) = products(entry, ends).values()
+            cosines, norms = cosines_and_norms(found)
+            cos = float(cosines[0, 1]) if norms.amin() > self.epsilon else 0.0
+            return (1 - self.t, self.t) if abs(cos) > self.DOT_THRESHOLD else arc(self.t, cos)
+
+        found = inputs.each(shares)
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            return between(*two_ends(tensors, base), found(key))
+
+        return merge

@@ -19,16 +19,24 @@ from fusion_bench.method.contract import ModelPool
 from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
+from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     disjoint_merge,
     elected_signs,
-    keep_largest,
-    rescale_l1,
     task_vectors,
     weighted,
 )
-from fusion_bench.weights.statistics import Piece, Values, largest, once, sums, total
+from fusion_bench.weights.statistics import (
+    Cutoff,
+    Piece,
+    Values,
+    largest,
+    once,
+    search_bytes,
+    sums,
+    total,
+)
 
 Scope = Literal["model", "tensor"]
 Keep = Literal["exact_topk", "ge_kth", "at_least_one"]
@@ -59,6 +67,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
 
     needs_pretrained = True
     shows_nonfinite = True
+    elementwise = True
 
     scaling_factor: float = 1.0
     threshold: PerModel = 20
@@ -78,7 +87,14 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         check_choice("zero_sign", self.zero_sign, ZeroSign)
         check_choice("rescale", self.rescale, Restore)
         self.shows_nonfinite = self.scope == "model"
-        self.elementwise = self.scope == "model" and self.rescale == "none"
+
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of the search for the largest elements."""
+        if self.scope == "tensor":
+            size = max(map(inputs.merged, inputs), default=0)
+        else:
+            size = inputs.count()
+        return search_bytes(size, len(inputs.names))
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Find the cutoff of each task vector."""
@@ -128,44 +144,33 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
     def _trimmed(self, inputs: Inputs, vectors: Values) -> Values:
         """Return the function that keeps only the largest elements of ``vectors``."""
         thresholds = of_each(self.threshold, inputs.names)
+
+        def cutoffs(part: Inputs) -> list[Cutoff]:
+            counts = [self._count(part.count(), threshold) for threshold in thresholds]
+            return largest(part, vectors, counts, ties=self.keep == "ge_kth")
+
         if self.scope == "tensor":
-            return partial(self._trimmed_alone, vectors, thresholds)
-        size, ties = inputs.count(), self.keep == "ge_kth"
-        counts = [self._count(size, threshold) for threshold in thresholds]
-        cutoffs = inputs.remember(
-            (vectors, *counts, ties), lambda: largest(inputs, vectors, counts, ties=ties)
-        )
+            found = inputs.each(cutoffs)
+        else:
+            about = (vectors, *thresholds, self.keep)
+            of_all = inputs.remember(about, lambda: cutoffs(inputs))
+
+            def found(key: str) -> list[Cutoff]:
+                return of_all
 
         def trimmed(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
         ) -> Iterator[Tensor]:
-            for cutoff, vector in zip(cutoffs, vectors(key, start, tensors, base), strict=True):
-                yield self._rescaled(cutoff.keep(key, start, vector), vector)
+            for cutoff, vector in zip(found(key), vectors(key, start, tensors, base), strict=True):
+                yield cutoff.keep(key, start, vector)
 
-        return trimmed
-
-    def _trimmed_alone(
-        self,
-        vectors: Values,
-        thresholds: Sequence[float],
-        key: str,
-        start: int,
-        tensors: Sequence[Tensor],
-        base: Tensor | None,
-    ) -> Iterator[Tensor]:
-        """Yield the kept elements of each tensor separately."""
-        for vector, threshold in zip(vectors(key, start, tensors, base), thresholds, strict=True):
-            count = self._count(vector.numel(), threshold)
-            yield self._rescaled(keep_largest(vector, count, ties=self.keep == "ge_kth"), vector)
+        return restoring_l1(inputs, trimmed, vectors) if self.rescale == "l1" else trimmed
 
     def _count(self, size: int, threshold: float) -> int:
         """Return how many of ``size`` elements are kept."""
         share = Fraction(str(threshold)) / (100 if threshold > 1 else 1)
         count = int(size * share) + (self.keep == "ge_kth")
         return min(size, max(count, 1) if self.keep == "at_least_one" else count)
-
-    def _rescaled(self, kept: Tensor, whole: Tensor) -> Tensor:
-        return kept if self.rescale == "none" else rescale_l1(kept, whole)
 
     def _zero_sign(self, inputs: Inputs, trimmed: Values) -> int:
         """Return the sign of elements whose sum is 0."""

@@ -4,6 +4,7 @@ $\tau = \arg\min_\tau \sum_t \|(\tau - \tau_t)\,\tau_t^\top\|^2 / \|\tau_t\|^2$,
 Cheng et al., Whoever started the interference should end it, https://arxiv.org/abs/2503.08099
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,9 @@ from torch import Tensor
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between, check_choice
 from fusion_bench.threads import fixed_threads
-from fusion_bench.weights.matrices import is_matrix
+from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.entries import cut_of_matrices, folded
+from fusion_bench.weights.matrices import is_matrix, wide
 from fusion_bench.weights.ops import task_vectors
 
 Solver = Literal["adam", "lstsq"]
@@ -55,8 +58,31 @@ class WUDIMerging(TensorwiseAlgorithm):
         check_choice("divisor", self.divisor, Divisor)
         check_choice("rest", self.rest, Rest)
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus the fitted, or else the mean task vector."""
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that of large tall matrices, such as embeddings, only rows stay whole."""
+        return cut_of_matrices(key, shape, self.exclude_keys or ())
+
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return what merges; of large tall matrices find what all rows share."""
+        grams = inputs.each(self._grams)
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            shared = grams(key) if self.cut(key, inputs.spec(key).shape) == "rows" else None
+            return self.merge_tensor(key, tensors, base, shared)
+
+        return merge
+
+    def merge_tensor(
+        self,
+        key: str,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        grams: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return ``base`` plus the fitted, or else the mean task vector.
+
+        ``grams`` are those of the models' whole matrices, where these are rows of them.
+        """
         assert base is not None
         fitted = is_matrix(key, base.shape, self.exclude_keys or ())
         if self.rest == "base" and not fitted:
@@ -67,28 +93,60 @@ class WUDIMerging(TensorwiseAlgorithm):
         if not fitted:
             return merged.div_(len(tensors)).add_(base)
         with fixed_threads(merged.numel(), merged.device):
-            gram, pull = self._equations(key, tensors, base, merged)
+            gram, pull = self._equations(key, tensors, base, merged, grams)
             if pull.any():  # else the sum is the minimum
                 merged += self._solution(gram, pull, like=merged)
         return merged.add_(base)
 
     def _equations(
-        self, key: str, tensors: Sequence[Tensor], base: Tensor, total: Tensor
+        self,
+        key: str,
+        tensors: Sequence[Tensor],
+        base: Tensor,
+        total: Tensor,
+        grams: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """Return ``gram`` and ``pull``: at ``total + x`` the gradient is 2 (x @ gram + pull)."""
-        dtype = torch.float64 if self.solver == "lstsq" else base.dtype
+        dtype = self._dtype(base)
         gram = base.new_zeros(base.shape[1], base.shape[1], dtype=dtype)
         pull = torch.zeros_like(base, dtype=dtype)
-        for vector in task_vectors(key, 0, tensors, base):
-            norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-            if norm == 0:  # it asks for nothing
-                continue
-            weight = 1.0 if self.divisor == "squared" else norm
-            unit = vector.to(dtype) / norm
-            own = (unit.mT @ unit) * weight
+        for model, vector in enumerate(task_vectors(key, 0, tensors, base)):
+            own = self._gram(vector) if grams is None else grams[model]
             gram += own
             pull.addmm_((total - vector).to(dtype), own)
         return gram, pull
+
+    def _dtype(self, like: Tensor) -> torch.dtype:
+        return torch.float64 if self.solver == "lstsq" else like.dtype
+
+    def _gram(self, vector: Tensor) -> Tensor:
+        """Return the weighted Gram matrix of a task vector; one of 0 asks for nothing."""
+        norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+        if norm == 0:
+            return vector.new_zeros(vector.shape[1], vector.shape[1], dtype=self._dtype(vector))
+        unit = vector.to(self._dtype(vector)) / norm
+        return (unit.mT @ unit) * self._weight(norm)
+
+    def _weight(self, norm: float) -> float:
+        return 1.0 if self.divisor == "squared" else norm
+
+    def _grams(self, entry: Inputs) -> list[Tensor]:
+        """Return what ``_gram`` does of all models' matrices, which are cut into rows."""
+        found = []
+        for model in range(len(entry.names)):
+
+            def product(
+                key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+            ) -> Tensor:
+                assert base is not None
+                vector = wide(tensors[model] - base)  # noqa: B023
+                return vector.mT @ vector
+
+            own = folded(entry, product)
+            norm = math.sqrt(float(own.trace()))
+            own = own / norm**2 * self._weight(norm) if norm else own
+            found.append(own if entry.is_double or self.solver == "lstsq" else own.float())
+        return found
 
     def _solution(self, gram: Tensor, pull: Tensor, like: Tensor) -> Tensor:
         """Return ``x``."""

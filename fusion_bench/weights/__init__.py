@@ -11,13 +11,20 @@ from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.gguf import GgufWeights
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
-from fusion_bench.weights.inputs import Inputs, matches
+from fusion_bench.weights.inputs import Cut, Inputs, matches
 from fusion_bench.weights.layers import LayerPlace, Layers
-from fusion_bench.weights.mapping import Origin, TensorSpec, TensorWeights, Weights, is_special
+from fusion_bench.weights.mapping import (
+    Cost,
+    Origin,
+    TensorSpec,
+    TensorWeights,
+    Weights,
+    is_special,
+)
 from fusion_bench.weights.merge import MergedWeights, MergePiece, MergeTensor, merge, same_for_all
 from fusion_bench.weights.model import Model
 from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
-from fusion_bench.weights.stream import in_memory, into_module, stream
+from fusion_bench.weights.stream import in_memory, into_module, predicted_peak, stream
 from fusion_bench.weights.views import Renamed, Stacked, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
 
@@ -28,6 +35,8 @@ __all__ = [
     "Arrangement",
     "ByToken",
     "Config",
+    "Cost",
+    "Cut",
     "GgufWeights",
     "HubWeights",
     "Inputs",
@@ -59,6 +68,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "open_repository",
+    "predicted_peak",
     "quantised",
     "rearranged",
     "same_for_all",

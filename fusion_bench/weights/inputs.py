@@ -10,19 +10,29 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusion_bench.weights.align import Aligned, MergePolicy
-from fusion_bench.weights.mapping import Origin, TensorSpec
+from fusion_bench.weights.crew import Crew, PerKey
+from fusion_bench.weights.mapping import Cost, Origin, TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+#: Copies of a piece, in memory, beside those of the models, with what the allocator keeps for the
+#: next one; of a matrix that is factorised, in float32; and of squares of its smaller side, beside
+#: the models' own, in float64.
+_COPIES, _WHOLE, _SQUARES = 20, 10, 4
 
+T = TypeVar("T")
+#: How an entry may be cut without a change of what is made of it: anywhere, into slices along the
+#: first dimension, or not at all.
+Cut = Literal["elements", "rows", "whole"]
+#: How an entry of a key and a shape may be cut.
+Cuts = Callable[[str, Sequence[int]], Cut]
 #: What is done with a piece of an entry: its key, its first element, the models' tensors, and the
 #: pretrained model's.
 Visit = Callable[[str, int, Sequence[Tensor], Tensor | None], None]
@@ -42,6 +52,8 @@ class Inputs:
         elementwise: entries may be read in 1-d pieces.
         look_for_nonfinite: look for NaN and infinity, which will not show in what is made.
         show_progress: show a bar while they are read.
+        cuts: how each entry may be cut; by default anywhere with ``elementwise``, else not at all.
+        one_by_one: pieces are worked on one after the other, each by all of torch's threads.
     """
 
     def __init__(
@@ -51,6 +63,8 @@ class Inputs:
         elementwise: bool = True,
         look_for_nonfinite: bool = True,
         show_progress: bool = False,
+        cuts: Cuts | None = None,
+        one_by_one: bool = False,
     ):
         self.aligned = aligned
         self.policy = policy
@@ -61,8 +75,17 @@ class Inputs:
         self._on_cpu = torch.device(policy.device).type == "cpu"
         self._inputs = list(aligned.models.values())
         self._all = [*self._inputs, *([] if aligned.base is None else [aligned.base])]
-        self.in_pieces = elementwise and all(weights.in_pieces for weights in self._all)
         self._elementwise = elementwise
+        self._cuts = cuts
+        self._one_by_one = one_by_one
+        self._crew: Crew | None = None
+        self._keys: Sequence[str] | None = None
+        self._may_cut = all(weights.in_pieces for weights in self._all)
+        self.in_pieces = (
+            self._may_cut
+            and not one_by_one
+            and all(key in aligned.copied or self.cut(key) != "whole" for key in self)
+        )
         self._asked: frozenset[str] | None = None
         self._remembered: dict[object, Any] = {}
 
@@ -73,7 +96,7 @@ class Inputs:
         return tuple(dict.fromkeys(file for weights in everything for file in weights.files))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.aligned.reference)
+        return iter(self.aligned.reference if self._keys is None else self._keys)
 
     def spec(self, key: str) -> TensorSpec:
         """Return the reference's shape and dtype."""
@@ -104,11 +127,7 @@ class Inputs:
             if not any(matches(key, [pattern]) for key in self):
                 log.warning("'%s' matches no key.", pattern)
         removed = {key for key in self if matches(key, patterns)}
-        aligned = replace(self.aligned, copied=self.aligned.copied | removed)
-        settings = (self._elementwise, self._look_for_nonfinite)
-        inputs = Inputs(aligned, self.policy, *settings, self.show_progress)
-        inputs._asked, inputs._remembered = self._asked, self._remembered
-        return inputs
+        return self._with_copied(removed)
 
     def asking(self, keys: Collection[str]) -> "Inputs":
         """Return the same models, for a method that merges these entries alone.
@@ -136,15 +155,53 @@ class Inputs:
         """Return the same models with all entries copied that are not asked for."""
         if self._asked is None:
             return self
-        copied = frozenset(key for key in self if key not in self._asked)
-        aligned = replace(self.aligned, copied=self.aligned.copied | copied)
-        settings = (self._elementwise, self._look_for_nonfinite)
-        return Inputs(aligned, self.policy, *settings, self.show_progress)
+        return self._with_copied({key for key in self if key not in self._asked})
+
+    def _with_copied(self, keys: Collection[str]) -> "Inputs":
+        inputs = copy(self)
+        inputs.aligned = replace(self.aligned, copied=self.aligned.copied | frozenset(keys))
+        inputs.nonfinite = {}
+        return inputs
+
+    @property
+    def is_double(self) -> bool:
+        """Whether an entry of any model is float64, and so is computed in it."""
+        return any(w.spec(key).dtype == torch.float64 for w in self._all for key in self)
+
+    def each(self, find: Callable[["Inputs"], T]) -> Callable[[str], T]:
+        """Return a function that gives, for a key, what ``find`` finds out of this entry alone.
+
+        It does so once, when it is first asked for. Threads that need it meanwhile take part: they
+        share the pieces of whatever ``find`` surveys.
+        """
+        return PerKey(lambda key, crew: find(self._only(key, crew)))
+
+    def _only(self, key: str, crew: Crew) -> "Inputs":
+        """Return the same models with one entry; what is not finite is noticed elsewhere."""
+        part = copy(self)
+        part._keys, part._crew = (key,), crew
+        part._look_for_nonfinite = part.show_progress = False
+        return part
+
+    def cut(self, key: str) -> Cut:
+        """Return how an entry may be cut."""
+        if self._cuts is not None:
+            return self._cuts(key, self.spec(key).shape)
+        return "elements" if self._elementwise else "whole"
+
+    def grain(self, key: str) -> int:
+        """Return the fewest elements that may be read of an entry; it is cut at multiples."""
+        cut, shape = self.cut(key), self.spec(key).shape
+        if cut == "elements" and self._may_cut:
+            return 1
+        if cut == "rows" and self._may_cut and len(shape) > 1:
+            return max(1, math.prod(shape[1:]))
+        return max(1, self.merged(key))
 
     def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
         """Yield start and stop of pieces of what is merged of an entry."""
-        numel = self.merged(key)
-        step = size if self.in_pieces else max(numel, 1)
+        numel, grain = self.merged(key), self.grain(key)
+        step = max(1, size // grain) * grain
         for start in range(0, numel, step):
             yield start, min(start + step, numel)
 
@@ -154,6 +211,22 @@ class Inputs:
             return self.aligned.reference.bytes_to_read(key)
         return sum(weights.bytes_to_read(key) for weights in self._all)
 
+    def cost(self, key: str) -> Cost:
+        """Return what merging an entry takes, with the rough number of copies that methods hold.
+
+        Of a piece there are one copy for each model and a few more, in the type of the computation.
+        A matrix that is factorised whole is in float64, as its factors and their products are.
+        """
+        shape, models = self.spec(key).shape, len(self._all)
+        size = min(max(PIECE, self.grain(key)), self.merged(key))
+        is_double = any(weights.spec(key).dtype == torch.float64 for weights in self._all)
+        held = size * (8 if is_double else 4) * (models + _COPIES)
+        if self._one_by_one and self.cut(key) != "elements" and len(shape) == 2:
+            smaller = min(shape)
+            held = 4 * size * _WHOLE + 8 * smaller**2 * (models + _SQUARES)
+        inner = sum(weights.cost(key).peak_bytes for weights in self._all)
+        return Cost(self.bytes_to_read(key), held + inner)
+
     def origins(self, key: str) -> tuple[Origin, ...]:
         """Return the stored entries of all models, or what is copied from the reference."""
         copied = key in self.aligned.copied
@@ -161,12 +234,13 @@ class Inputs:
         return tuple(origin for weights in found for origin in weights.origins(key))
 
     def shape(self, key: str, start: int, stop: int) -> tuple[int, ...]:
-        """Return the shape in which ``read`` gives elements: 1-d where pieces will do."""
-        if self._elementwise:
-            return (stop - start,)
+        """Return the shape in which ``read`` gives elements: 1-d where any will do."""
         shape = self.spec(key).shape
-        rows = self.aligned.common_rows.get(key)
-        return shape if rows is None else (rows, *shape[1:])
+        if self.cut(key) == "elements":
+            return (stop - start,)
+        if stop - start == math.prod(shape):
+            return shape
+        return ((stop - start) // math.prod(shape[1:]), *shape[1:])
 
     def read(self, key: str, start: int, stop: int) -> tuple["Working", Tensor | None]:
         """Return the elements in every model, and in the pretrained one where there is one."""
@@ -195,7 +269,8 @@ class Inputs:
             first = crc32(key.encode()) % every  # else each small entry would be looked at
             return islice(self.pieces(key, piece), first, None, every)
 
-        visit(self, work, PIECE, "measuring tensors", pieces)
+        spread = None if self._crew is None else self._crew.spread
+        visit(self, work, PIECE, "measuring tensors", pieces, spread)
 
     def find_nonfinite(self, key: str, tensors: "Working") -> None:
         """Note which of the models hold NaN or infinity."""

@@ -45,6 +45,20 @@ class Origin:
     key: str
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What reading an entry takes.
+
+    Attributes:
+        bytes_read: bytes that are read.
+        peak_bytes: bytes of anonymous memory that a thread holds at most while it reads the pieces.
+            Mapped files are not counted: the system may drop what was read of them.
+    """
+
+    bytes_read: int
+    peak_bytes: int
+
+
 class Weights(Mapping[str, Tensor]):
     """A model's named tensors, in the model's order; callers must not write to them.
 
@@ -113,6 +127,10 @@ class Weights(Mapping[str, Tensor]):
     def origins(self, key: str) -> tuple[Origin, ...]:
         """Return the stored entries that an entry is made of; itself where it is stored."""
         return (Origin(self, key),)
+
+    def cost(self, key: str) -> Cost:
+        """Return what reading an entry takes; one that is stored takes no memory of its own."""
+        return Cost(self.bytes_to_read(key), 0)
 
     def verify(self) -> None:
         """Raise errors that were found while reading; called after all entries are read."""

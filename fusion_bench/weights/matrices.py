@@ -62,15 +62,30 @@ def svd(
     if matrix.shape[0] > matrix.shape[1]:
         u, s, vh = svd(matrix.T, count, tol, scale)
         return vh.T, s, u.T
-    s, u = _spectrum(gram(matrix), count)
-    kept = _kept(s, tol, scale)
+    s, u = spectrum(gram(matrix), count)
+    kept = count_kept(s, tol, scale)
     if kept and s[kept - 1] <= RESOLVED * s[0]:
         v, s, uh = torch.linalg.svd(wide(matrix).T, full_matrices=False)  # LAPACK prefers it tall
-        kept = _kept(s[:count], tol, scale)
+        kept = count_kept(s[:count], tol, scale)
         return uh[:kept].T, s[:kept], v[:, :kept].T
     u, s = u[:, :kept], s[:kept]
-    vh = (u / s).T @ wide(matrix)
+    left, vh = (u / s).T, u.new_empty(kept, matrix.shape[1])
+    for to, part in zip(vh.split(_COLUMNS, dim=1), matrix.split(_COLUMNS, dim=1), strict=True):
+        torch.mm(left, wide(part), out=to)
     return u, s, vh
+
+
+def right_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return singular values and, as columns, right singular vectors of a tall matrix.
+
+    Both are those of ``svd``, for less memory.
+    """
+    s, v = spectrum(gram(matrix.mT))
+    number = count_kept(s, NEGLIGIBLE)
+    if number and s[number - 1] <= RESOLVED * s[0]:
+        _, s, vh = svd(matrix)
+        return s, vh.mT
+    return s[:number], v[:, :number]
 
 
 def column_space(matrices: Iterable[Tensor], shape: Sequence[int], tol: float) -> Tensor:
@@ -87,8 +102,8 @@ def column_space(matrices: Iterable[Tensor], shape: Sequence[int], tol: float) -
     total = torch.zeros(())
     for matrix in matrices:
         total = gram(matrix) + total
-    s, u = _spectrum(total)
-    return u[:, : _kept(s, tol)]
+    s, u = spectrum(total)
+    return u[:, : count_kept(s, tol)]
 
 
 def inverse_root(gram: Tensor) -> Tensor:
@@ -98,8 +113,8 @@ def inverse_root(gram: Tensor) -> Tensor:
     columns. Where columns of ``A`` depend on each other, as those of equal models do, it is the
     one polar factor that is 0 where ``A`` is.
     """
-    s, u = _spectrum(gram)
-    kept = _kept(s, RESOLVED)
+    s, u = spectrum(gram)
+    kept = count_kept(s, RESOLVED)
     u = u[:, :kept]
     return (u / s[:kept]) @ u.T
 
@@ -110,7 +125,7 @@ def orthogonal_product(left: Tensor, s: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.multi_dot([left, middle, right])
 
 
-def _spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+def spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Return singular values, the largest first, and left singular vectors, from ``gram``."""
     if not math.isfinite(gram.trace()):
         return gram.new_zeros(0), gram.new_zeros(len(gram), 0)
@@ -118,8 +133,8 @@ def _spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     return values.clamp_(min=0).sqrt_().flip(0)[:count], vectors.flip(1)[:, :count]
 
 
-def _kept(s: Tensor, tol: float, scale: float | None = None) -> int:
-    """Return how many singular values are not negligible."""
+def count_kept(s: Tensor, tol: float, scale: float | None = None) -> int:
+    """Return how many singular values are larger than a share of the largest, or of ``scale``."""
     if tol == 0 or not len(s):
         return len(s)
     return int((s > tol * (s[0] if scale is None else scale)).sum())

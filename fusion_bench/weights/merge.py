@@ -10,7 +10,7 @@ from torch import Tensor
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights.align import MergePolicy, align, shortened
 from fusion_bench.weights.inputs import Inputs
-from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
+from fusion_bench.weights.mapping import Cost, Origin, TensorSpec, Weights
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,10 @@ class MergedWeights(Weights):
 
     def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
         """Yield pieces of a bounded size if this does not change the method's result."""
-        whole = not self.in_pieces and key not in self._inputs.aligned.copied
-        numel = self.spec(key).numel
-        return super().pieces(key, max(numel, 1) if whole else size)
+        common, numel = self._inputs.merged(key), self.spec(key).numel
+        yield from self._inputs.pieces(key, size)
+        for start in range(common, numel, size):
+            yield start, min(start + size, numel)
 
     def bytes_to_read(self, key: str) -> int:
         """Return the bytes of the entry in all models."""
@@ -115,16 +116,19 @@ class MergedWeights(Weights):
         """Return the stored entries of all models."""
         return self._inputs.origins(key)
 
+    def cost(self, key: str) -> Cost:
+        """Return what merging the entry takes."""
+        return self._inputs.cost(key)
+
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return merged elements, in float32 or float64."""
         key = self.tied_to(key)  # so that nothing depends on which of its names it is read by
         common = self._inputs.merged(key)
         if start >= common:
             return self._checked(key, self._reference.read(key, start, stop))
-        if not self.in_pieces:
-            merged = self._merged(key, 0, common)[start:stop]
-        else:
-            merged = self._merged(key, start, min(stop, common))
+        grain = self._inputs.grain(key)
+        first, last = start // grain * grain, -(-stop // grain) * grain
+        merged = self._merged(key, first, min(last, common))[start - first : stop - first]
         if stop <= common:
             return merged
         rest = self._checked(key, self._reference.read(key, common, stop)).to(merged)

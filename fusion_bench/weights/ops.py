@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from fusion_bench.weights.mapping import TensorSpec
 
@@ -55,33 +54,6 @@ def block(key: str) -> tuple[str, int] | None:
     """Return the stack of blocks of an entry, and its block's index."""
     match = _BLOCK_KEY.match(key)
     return (match[1], int(match[2])) if match else None
-
-
-def keep_largest(values: Tensor, count: int, *, ties: bool = False) -> Tensor:
-    """Return ``values`` with all but the ``count`` largest magnitudes set to 0.
-
-    Of equal magnitudes at the limit the first are kept, with ``ties`` all.
-    """
-    if count >= values.numel():
-        return values
-    if count <= 0:
-        return torch.zeros_like(values)
-    flat = values.reshape(-1)
-    magnitudes = flat.abs()
-    limit = _smallest(magnitudes, flat.numel() - count)
-    kept = hardshrink(flat, limit)  # what is strictly larger
-    equal = (magnitudes == limit).nonzero().view(-1)
-    if not ties:
-        equal = equal[: count - int(torch.count_nonzero(magnitudes > limit))]
-    kept[equal] = flat[equal]
-    return kept.view(values.shape)
-
-
-def _smallest(values: Tensor, place: int) -> float:
-    """Return the value at a place, were the values sorted; numpy finds it twice as fast."""
-    if not values.is_cpu:
-        return float(values.kthvalue(place + 1).values)
-    return float(np.partition(values.numpy(), place)[place])
 
 
 def ranks(rows: Tensor) -> Tensor:
@@ -258,16 +230,16 @@ def _generator(*seed: object) -> np.random.Generator:
 
 
 def drop(
-    vector: Tensor, rate: float, rescale: Rescale, seed: Sequence[object], start: int = 0
+    vector: Tensor, rate: float, rescale: bool, seed: Sequence[object], start: int = 0
 ) -> Tensor:
-    """Set elements to 0 with the probability ``rate`` (DARE), and scale up what is left.
+    """Set elements to 0 with the probability ``rate`` (DARE).
 
     Yu et al., https://arxiv.org/abs/2311.03099
 
     Args:
         vector: a task vector, or a piece of one that starts at ``start``.
         rate: from 0 to 1; where it is 1, nothing is left.
-        rescale: ``inverse_keep`` divides by ``1 - rate``; ``l1`` restores the sum of magnitudes.
+        rescale: divide what is left by ``1 - rate``.
         seed: tells this draw from others.
         start: the first element's place in its entry.
     """
@@ -275,14 +247,4 @@ def drop(
         return vector
     kept = torch.from_numpy(bernoulli(1 - rate, vector.numel(), seed, start))
     dropped = kept.to(vector).view(vector.shape).mul_(vector)
-    if rescale == "inverse_keep" and rate < 1:
-        return dropped.div_(1 - rate)
-    if rescale == "l1":
-        return rescale_l1(dropped, vector)
-    return dropped
-
-
-def rescale_l1(sparse: Tensor, whole: Tensor) -> Tensor:
-    """Return ``sparse`` with the sum of magnitudes that ``whole`` has; zero stays zero."""
-    left = sparse.double().abs().sum()
-    return sparse if left == 0 else sparse * float(whole.double().abs().sum() / left)
+    return dropped.div_(1 - rate) if rescale and rate < 1 else dropped

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_bench.weights.inputs import Inputs
@@ -64,15 +63,18 @@ def products(inputs: Inputs, vectors: Values) -> dict[str, Tensor]:
 
     Of the entries that ``inputs.asking`` leaves out there are none.
     """
-    parts: dict[str, dict[int, Tensor]] = {}
+    parts: dict[str, dict[int, list[list[float]]]] = {}
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
         found = inner_products(list(vectors(key, start, tensors, base)))
-        parts.setdefault(key, {})[start] = found.cpu()
+        # As numbers: small tensors that stay break up the memory of large ones that go.
+        parts.setdefault(key, {})[start] = found.tolist()
 
     inputs.asked().survey(look)
     return {
-        key: torch.stack([parts[key][start] for start in sorted(parts[key])]).sum(0)
+        key: torch.tensor(
+            [parts[key][start] for start in sorted(parts[key])], dtype=torch.float64
+        ).sum(0)
         for key in inputs
         if key in parts
     }
@@ -95,16 +97,16 @@ def total(sums: dict[str, list[float]]) -> list[float]:
 
 def extremes(inputs: Inputs, values: Values) -> list[tuple[float, float]]:
     """Return each quantity's smallest and largest value in the whole model."""
-    found: list[Tensor] = []
+    found: list[list[list[float]]] = []
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
         ends = [torch.stack(v.aminmax()).double() for v in values(key, start, tensors, base)]
-        found.append(torch.stack(ends).cpu())
+        found.append(torch.stack(ends).tolist())
 
     inputs.survey(look)
     if not found:
         return []
-    low, high = torch.stack(found).unbind(-1)
+    low, high = torch.tensor(found, dtype=torch.float64).unbind(-1)
     return list(zip(low.amin(0).tolist(), high.amax(0).tolist(), strict=True))
 
 
@@ -156,7 +158,12 @@ class Cutoff:
 
 
 def largest(
-    inputs: Inputs, values: Values, counts: Sequence[int], *, ties: bool = False
+    inputs: Inputs,
+    values: Values,
+    counts: Sequence[int],
+    *,
+    ties: bool = False,
+    wide: bool = False,
 ) -> list[Cutoff]:
     """Find, for each quantity, its ``count`` elements of largest magnitude in the whole model.
 
@@ -170,10 +177,10 @@ def largest(
         counts: how many elements to keep of each quantity.
         ties: keep all elements of the smallest magnitude kept, instead of just ``count`` in all.
             Where some are to go, those with the last key and index go.
+        wide: the quantities are float64; they are float32 unless the models are that too.
     """
     size = inputs.count()
-    everything = [inputs.aligned.reference, *inputs.aligned.models.values()]
-    wide = any(w.spec(key).dtype == torch.float64 for w in everything for key in inputs)
+    wide = wide or inputs.is_double
     room = 0 if ties else _REMEMBERED // max(1, len(counts))
     searches = [_Search(min(count, size), size, 64 if wide else 32, room) for count in counts]
     if inputs.in_pieces and size > _SAMPLED * _COARSE:
@@ -198,6 +205,12 @@ def largest(
     return [Cutoff(value, last) for value, last in zip(numbers, lasts, strict=True)]
 
 
+def search_bytes(size: int, quantities: int) -> int:
+    """Return the bytes that ``largest`` holds at most, for so many elements of each quantity."""
+    near = min(_REMEMBERED, int(2 * _MARGIN * size) * quantities)
+    return 8 * near + 8 * 2 * _COARSE * quantities  # a place and the bits there; the histogram
+
+
 class _Search:
     """The search for the ``rank``-th largest value: a bracket of bits that grows narrower."""
 
@@ -219,10 +232,13 @@ class _Search:
         bins = ((high - low - 1) >> self.shift) + 1
         self.histogram = torch.zeros(bins, dtype=torch.int64)
         self.above = 0
-        # What is in the bracket: by key and start of a piece, the indices in it, and the bits.
-        self.inside: dict[tuple[str, int], tuple[NDArray[np.int32], NDArray[Any]]] = {}
+        # What is in the bracket: the indices in a piece, the bits, and by key and start of a piece
+        # where these are. There is one array, for many small ones would break up the memory.
+        self.inside: dict[tuple[str, int], slice] = {}
         self.remembers = self.shift == 0 and self.low > 0
         self.remembered = 0
+        self.indices = np.empty(self.room if self.remembers else 0, np.int32)
+        self.bits = np.empty(len(self.indices), self.word)
 
     def add(self, key: str, start: int, values: Tensor, lock: threading.Lock) -> None:
         """Count values, which are written to."""
@@ -238,12 +254,15 @@ class _Search:
         with lock:
             self.above += above
             self.histogram.index_add_(0, bins, ones)
-            self.remembered += len(bits)
-            if self.remembered > self.room:
+            own = slice(self.remembered, self.remembered + len(bits))
+            self.remembered = own.stop
+            if self.remembers and own.stop > self.room:
                 self.remembers = False
                 self.inside.clear()
+                self.indices, self.bits = np.empty(0, np.int32), np.empty(0, self.word)
             elif self.remembers and here is not None:
-                self.inside[key, start] = here, bits
+                self.indices[own], self.bits[own] = here, bits
+                self.inside[key, start] = own
 
     def guess(self) -> None:
         """Take the bracket from the counts of a sample."""
@@ -303,8 +322,8 @@ class _Search:
         if keep is None or not self.remembers:
             return None
         for key, start in sorted(self.inside):
-            here, bits = self.inside[key, start]
-            ties = here[bits == self.low]
+            own = self.inside[key, start]
+            ties = self.indices[own][self.bits[own] == self.low]
             if len(ties) >= keep:
                 return key, start + int(ties[keep - 1])
             keep -= len(ties)
@@ -346,11 +365,11 @@ def _last_ties(
     wanted = {index: keep for index, keep in unknown.items() if numbers[index] > 0}
     if not wanted:
         return lasts
-    found: dict[tuple[str, int], dict[int, Tensor]] = {}
+    found: dict[tuple[str, int], dict[int, int]] = {}
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
         counts = {
-            i: torch.count_nonzero(value.abs().double() == numbers[i]).cpu()
+            i: int(torch.count_nonzero(value.abs().double() == numbers[i]))
             for i, value in enumerate(values(key, start, tensors, base))
             if i in wanted
         }
@@ -359,7 +378,7 @@ def _last_ties(
     inputs.survey(look)
     for i, keep in wanted.items():
         for key, start in sorted(found):
-            here = int(found[key, start][i])
+            here = found[key, start][i]
             if here >= keep:
                 lasts[i] = key, start + _nth_tie(inputs, values, numbers[i], (key, start), i, keep)
                 break

@@ -63,12 +63,19 @@ def stream(
     weights.verify()
 
 
+def predicted_peak(weights: Weights) -> int:
+    """Return the bytes of anonymous memory that ``stream`` takes at most, beside what there was."""
+    most = max((weights.cost(key).peak_bytes for key in weights), default=0)
+    return most * (torch.get_num_threads() if weights.in_pieces else 1)
+
+
 def visit(
     source: Pieces,
     work: Callable[[str, int, int], None],
     piece: int,
     description: str,
     pieces: Callable[[str, int], Iterator[tuple[int, int]]] | None = None,
+    spread: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Call ``work(key, start, stop)`` for 1-d pieces of every entry, from several threads.
 
@@ -76,7 +83,8 @@ def visit(
     any order. Tied entries come once, under their first key. Threads share nothing but the list of
     pieces, so that a busy core slows down its own work alone: operations that torch spreads over
     the cores wait for the slowest. Where entries cannot be cut, one thread takes them, and torch's
-    operations use all cores. ``pieces`` may choose others than the source's own.
+    operations use all cores. ``pieces`` may choose others than the source's own, and ``spread``
+    other threads: it has some call what it is given, and returns when they are done.
     """
     jobs = _jobs(source, pieces or source.pieces, piece)
     _ = source.files  # downloads what is not here yet
@@ -98,7 +106,10 @@ def visit(
                         with lock:
                             shown.advance(nbytes[key] * share)
 
-        _in_threads(take_jobs, failures, torch.get_num_threads() if source.in_pieces else 1)
+        if spread is not None:
+            spread(lambda: _guarded(take_jobs, failures))
+        else:
+            _in_threads(take_jobs, failures, torch.get_num_threads() if source.in_pieces else 1)
     if failures:
         raise failures[0]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
+from fusion_bench.weights.mapping import Cost, Origin, TensorSpec, Weights
 
 
 class Stacked(Weights):
@@ -75,6 +75,11 @@ class Stacked(Weights):
         """Return the number of bytes to read for an entry."""
         weights, name = self._parts[key]
         return weights.bytes_to_read(name)
+
+    def cost(self, key: str) -> Cost:
+        """Return what reading the entry takes."""
+        weights, name = self._parts[key]
+        return weights.cost(name)
 
     def origins(self, key: str) -> tuple[Origin, ...]:
         """Return the stored entries that an entry is made of."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusion_bench.method import OPCM, OPCMForCLIP, opcm
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights.matrices import svd
+from fusion_bench.weights import matrices
 
 Array = NDArray[np.float64]
 SHAPES = {
@@ -210,11 +210,14 @@ def test_a_matrix_is_seldom_factorised_twice(
 ) -> None:
     calls = []
 
-    def counted(matrix: Tensor) -> Any:
-        calls.append(matrix)
-        return svd(matrix)
+    for name in ("svd", "right_vectors"):
+        find = getattr(matrices, name)
 
-    monkeypatch.setattr(opcm, "svd", counted)
+        def counted(matrix: Tensor, find: Any = find) -> Any:
+            calls.append(matrix)
+            return find(matrix)
+
+        monkeypatch.setattr(opcm, name, counted)
     run(OPCM(evaluate_on_every_step=every), pool(draw(6, 3)))
     assert len(calls) == 2 * 4 * times
 
@@ -235,3 +238,10 @@ def test_bad_arguments() -> None:
         OPCM(alpha=1.5)
     with pytest.raises(FusionBenchError, match=r"rho.*Did you mean 'paper'"):
         OPCM(rho="papr")  # type: ignore[arg-type]
+
+
+def test_without_room_matrices_are_factorised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(OPCM(), pool(draw(6, 3)))
+    monkeypatch.setattr(opcm, "_AT_HAND", 0)
+    found = run(OPCM(), pool(draw(6, 3)))
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

@@ -1,0 +1,147 @@
+"""Statistics of single entries, from a first pass over their pieces: for ``Inputs.each``.
+
+A matrix with far more rows than columns, such as an embedding, is factorised without being held:
+what that takes of it are matrices of columns by columns, which are summed over blocks of rows.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fusion_bench.weights.inputs import Cut, Inputs
+from fusion_bench.weights.matrices import (
+    NEGLIGIBLE,
+    RESOLVED,
+    count_kept,
+    gram,
+    inverse_root,
+    is_matrix,
+    spectrum,
+    wide,
+)
+from fusion_bench.weights.statistics import Piece, Values, sums, total
+from fusion_bench.weights.stream import PIECE
+
+#: Something of a piece.
+Measure = Callable[[*Piece], Tensor]
+#: Elements from which on a matrix is cut into blocks of rows, and how many times more rows than
+#: columns it has.
+LARGE, TALL = 2**24, 2
+
+
+def cut_of_matrices(key: str, shape: Sequence[int], exclude_keys: Iterable[str] = ()) -> Cut:
+    """Return how an entry may be cut where matrices are factorised: large tall ones into rows."""
+    if not is_matrix(key, shape, exclude_keys):
+        return "elements"
+    rows, columns = shape
+    return "rows" if rows * columns >= LARGE and rows >= TALL * columns else "whole"
+
+
+def folded(
+    entry: Inputs, measure: Measure, combine: Callable[[Tensor, Tensor], Tensor] = torch.add
+) -> Tensor:
+    """Combine what is measured of an entry's pieces, in their order, whoever comes first."""
+    (key,) = entry
+    order = iter([start for start, _ in entry.pieces(key, PIECE)])
+    upcoming: int | None = next(order)
+    waiting: dict[int, Tensor] = {}
+    results: list[Tensor] = []
+    lock = threading.Lock()
+
+    def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        nonlocal upcoming
+        measured = measure(key, start, tensors, base)
+        with lock:
+            waiting[start] = measured
+            while upcoming is not None and upcoming in waiting:
+                found = waiting.pop(upcoming)
+                results[:] = [combine(results[0], found) if results else found]
+                upcoming = next(order, None)
+
+    entry.survey(look)
+    return results[0]
+
+
+def column_products(entry: Inputs, vectors: Values) -> Tensor:
+    """Return the inner products of all pairs of quantities along the first dimension, in float64.
+
+    Args:
+        entry: inputs with a single entry that is cut into rows; a 1-d one is a column.
+        vectors: the quantities.
+
+    Returns:
+        The products, shape (quantities, quantities, ...): the entry's without the first dimension.
+    """
+
+    def measure(*piece: *Piece) -> Tensor:
+        own = torch.stack([vector.double() for vector in vectors(*piece)])
+        own = own if own.ndim > 1 else own[:, None]
+        return torch.einsum("ir...,jr...->ij...", own, own)
+
+    return folded(entry, measure)
+
+
+def right_factors(
+    entry: Inputs,
+    rows: Measure,
+    count: int | None = None,
+    tol: float = NEGLIGIBLE,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return singular values and right singular vectors, as columns, of a matrix cut into rows.
+
+    The left ones are the rows times these, divided by the values. Where a Gram matrix does not
+    resolve the smallest, QR factorisations of the blocks do. Arguments are those of ``svd``.
+    """
+    s, v = spectrum(folded(entry, lambda *piece: gram(rows(*piece).mT)))
+    number = min(count_kept(s, tol, scale), len(s) if count is None else count)
+    if number and s[number - 1] <= RESOLVED * s[0]:
+        triangle = folded(entry, lambda *piece: wide(rows(*piece)), _upper_triangle)
+        _, s, vh = torch.linalg.svd(triangle, full_matrices=False)
+        v = vh.mT
+        number = min(count_kept(s, tol, scale), len(s) if count is None else count)
+    return s[:number], v[:, :number]
+
+
+def right_product(entry: Inputs, left: Measure, s: Tensor, right: Tensor) -> Tensor:
+    """Return what rows of ``L`` are multiplied by to get those of ``orthogonal_product``.
+
+    Args:
+        entry: a matrix cut into rows.
+        left: gives rows of ``L``, in float64.
+        s: as there.
+        right: ``R``.
+    """
+    between = inverse_root(folded(entry, lambda *piece: gram(left(*piece).mT)))
+    return torch.linalg.multi_dot([between * s, inverse_root(gram(right)), right])
+
+
+def _upper_triangle(above: Tensor, below: Tensor) -> Tensor:
+    return torch.linalg.qr(torch.cat([above, below]), mode="r").R
+
+
+def restoring_l1(inputs: Inputs, sparse: Values, whole: Values) -> Values:
+    """Return the function that gives what ``sparse`` does, with the L1 norms that ``whole`` has.
+
+    Norms are of a whole entry; one that is 0 stays 0.
+    """
+
+    def magnitudes(*piece: *Piece) -> Iterator[Tensor]:
+        for left, full in zip(sparse(*piece), whole(*piece), strict=True):
+            yield left.abs()
+            yield full.abs()
+
+    def factors(entry: Inputs) -> list[float]:
+        norms = total(sums(entry, magnitudes))
+        pairs = zip(norms[::2], norms[1::2], strict=True)
+        return [full / left if left else 1.0 for left, full in pairs]
+
+    found = inputs.each(factors)
+
+    def restored(*piece: *Piece) -> Iterator[Tensor]:
+        for left, factor in zip(sparse(*piece), found(piece[0]), strict=True):
+            yield left * factor
+
+    return restored

@@ -1,0 +1,108 @@
+"""The memory that a merge is said to take, beside what it takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fusion_bench.method import OPCM, SimpleAverageAlgorithm, TiesMergingAlgorithm
+from fusion_bench.weights import Cost, Renamed, TensorWeights, merge, predicted_peak
+
+#: Merges with each method, and prints what was there, what was said and what the peak was.
+MEASURE = """
+import json, sys, tempfile, threading
+from pathlib import Path
+from fusion_bench import method
+from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.weights import MergePolicy, open_checkpoint, write_checkpoint
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+class Pool:
+    policy, vocabulary, has_pretrained = MergePolicy(), None, True
+    model_names = ["m0", "m1", "m2", "m3"]
+    def weights(self, name):
+        return open_checkpoint(Path(sys.argv[1]) / f"{name}.safetensors")
+
+for name, options in json.loads(sys.argv[2]):
+    made = getattr(method, name)(show_pbar=False, **options)
+    said = made.predicted_peak(made.inputs(Pool()))
+    before = most = anonymous()
+    done = threading.Event()
+    def watch():
+        global most
+        while not done.wait(0.002):
+            most = max(most, anonymous())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    with tempfile.TemporaryDirectory() as place:
+        write_checkpoint(made.fuse(Pool()), Path(place))
+    done.set()
+    thread.join()
+    print(json.dumps([before, said, most]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SimpleAverageAlgorithm", "{}"),
+        ("TiesMergingAlgorithm", '{"scope": "tensor"}'),
+        ("ISO_C_Merge", "{}"),
+    ],
+)
+def test_what_is_said_is_within_a_fifth_of_what_is_measured(
+    name: str, options: str, checkpoints: Path
+) -> None:
+    command = [sys.executable, "-c", MEASURE, str(checkpoints), f'[["{name}", {options}]]']
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    before, said, most = map(int, done.stdout.strip("[]\n").split(","))
+    assert before + said == pytest.approx(most, rel=0.2)
+    assert most < 1e9
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with five models of 50 MB, an embedding of 34 MB among them."""
+    place = tmp_path_factory.mktemp("checkpoints")
+    shapes = {"embed.weight": (2**15, 512), "up.weight": (4096, 1024), "down.weight": (1024, 4096)}
+    base = {key: torch.randn(shape) for key, shape in shapes.items()}
+    for model in ("_pretrained_", "m0", "m1", "m2", "m3"):
+        noise = 0.0 if model == "_pretrained_" else 0.1
+        tensors = {
+            key: (value + noise * torch.randn(value.shape)).bfloat16()
+            for key, value in base.items()
+        }
+        save_file(tensors, place / f"{model}.safetensors")
+    return place
+
+
+def test_the_cost_of_an_entry() -> None:
+    models = {name: TensorWeights({"w": torch.zeros(2**19)}) for name in "ab"}
+    merged = merge(models, lambda key, tensors, base: tensors[0], elementwise=True)
+    whole = merge(models, lambda key, tensors, base: tensors[0])
+    assert models["a"].cost("w") == Cost(2**21, 0)
+    assert merged.cost("w").bytes_read == 2**22
+    assert 2 * merged.cost("w").peak_bytes == whole.cost("w").peak_bytes > 2**22
+    assert Renamed(merged, {"v": "w"}).cost("v") == merged.cost("w")
+    again = merge({"a": merged, "b": merged}, lambda key, tensors, base: tensors[0])
+    assert again.cost("w").peak_bytes > whole.cost("w").peak_bytes
+    assert predicted_peak(whole) == whole.cost("w").peak_bytes
+    assert predicted_peak(merged) == torch.get_num_threads() * merged.cost("w").peak_bytes
+
+
+def test_what_first_passes_keep_is_counted() -> None:
+    from fusion_bench.method.checks import Net, Pool, as_weights, family
+
+    pool = Pool(as_weights(family(Net)))
+    for method in (TiesMergingAlgorithm(), OPCM()):
+        inputs = method.inputs(pool)
+        assert method.kept_bytes(inputs) > 0 == SimpleAverageAlgorithm().kept_bytes(inputs)
