@@ -33,10 +33,10 @@ from fusion_bench.programs.execute import execute, fused_modules
 from fusion_bench.programs.preflight import preflight
 from fusion_bench.programs.prepare import Prepared, prepare
 from fusion_bench.programs.spec import FusionSpec, Places, Section
+from fusion_bench.recipes import named_after
 from fusion_bench.redact import secret_keys
 from fusion_bench.report import Report
 from fusion_bench.scripts.from_python import run_config, section
-from fusion_bench.scripts.words import named_after
 from fusion_bench.storage import disk_failures
 from fusion_bench.weights import MergePolicy
 

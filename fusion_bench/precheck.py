@@ -82,7 +82,9 @@ def _rule_problems(rules: list[Any], name: str, properties: Mapping[str, Any]) -
             elif key not in known:
                 near = did_you_mean(str(key), known)
                 yield Problem(place, f"{name} has no such option.", near)
-            elif key != "match" and not _inner(value) and not _fits(value, properties[key]):
+            elif key == "optional" and not isinstance(value, bool):
+                yield Problem(place, f"'{value}' is not true or false.")
+            elif key in properties and not _inner(value) and not _fits(value, properties[key]):
                 yield Problem(place, *_mismatch(value, properties[key]))
 
 

@@ -221,9 +221,13 @@ def _rule_schema(name: str, properties: Json) -> Json:
         own = {"$ref": f"#/definitions/{name}/properties/{key}"}
         return {"anyOf": [own, *forms[: 2 if _by_model(properties[key]) else 1]]}
 
+    own = {
+        "match": {"$ref": "#/definitions/match"},
+        "optional": {"type": "boolean", "description": "Whether the patterns may match nothing."},
+    }
     return {
         "type": "object",
-        "properties": {"match": {"$ref": "#/definitions/match"}, **{k: value(k) for k in options}},
+        "properties": {**own, **{k: value(k) for k in options}},
         "additionalProperties": False,
     }
 

@@ -52,6 +52,7 @@ SPECIAL: dict[str, Special] = {
     "adamerging/layer_wise_plusplus": Special(options={"max_steps": 3}),
     "adamerging/task_wise": Special(options={"max_steps": 3}),
     "adamerging/task_wise_plusplus": Special(options={"max_steps": 3}),
+    "arcee_fusion": Special(two_ends=True, ordered=True),
     "karcher/karcher": Special(rounds=True),
     "linear/expo": Special(rounds=True),
     "linear/linear_interpolation": Special(two_ends=True, ordered=True),
@@ -63,6 +64,7 @@ SPECIAL: dict[str, Special] = {
     "model_soup/uniform": Special(rounds=True),
     # For a single element the angles' mean may lie where the share of the average is infinite.
     "model_stock/model_stock average=angle": Special(options={"clamp": True}),
+    "nearswap": Special(two_ends=True, ordered=True),
     "opcm/opcm": Special(ordered=True, draws={"shuffle_order": True}),
     "opcm/weight_average": Special(rounds=True),
     "passthrough": Special(alone=True, ordered=True),

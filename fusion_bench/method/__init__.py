@@ -2,6 +2,7 @@
 
 from fusion_bench.method.adamerging import AdaMergingAlgorithm
 from fusion_bench.method.adapter_merging import AdapterMerging
+from fusion_bench.method.arcee_fusion import ArceeFusionAlgorithm
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.breadcrumbs import ModelBreadcrumbs
 from fusion_bench.method.dare import DareSimpleAverage, DareTaskArithmetic, DareTiesMerging
@@ -27,10 +28,12 @@ from fusion_bench.method.mixture_of_experts import MixtureOfExperts
 from fusion_bench.method.model_soup import GreedySoupAlgorithm, LearnedSoupAlgorithm
 from fusion_bench.method.model_stock import ModelStock
 from fusion_bench.method.multi_slerp import MultiSlerpAlgorithm
+from fusion_bench.method.nearswap import NearSwapAlgorithm
 from fusion_bench.method.nuslerp import NuSlerpAlgorithm
 from fusion_bench.method.opcm import OPCM, OPCMForCLIP
 from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.pcb_merging import PCBMerging
+from fusion_bench.method.ram import RAMAlgorithm, RAMPlusAlgorithm
 from fusion_bench.method.regmean import RegMeanAlgorithm
 from fusion_bench.method.regmean_plusplus import RegMeanAlgorithmPlusPlus
 from fusion_bench.method.sce import SCEAlgorithm
@@ -53,6 +56,7 @@ __all__ = [
     "OPCM",
     "AdaMergingAlgorithm",
     "AdapterMerging",
+    "ArceeFusionAlgorithm",
     "ConsensusTaskArithmetic",
     "DareSimpleAverage",
     "DareTaskArithmetic",
@@ -79,10 +83,13 @@ __all__ = [
     "ModelBreadcrumbs",
     "ModelStock",
     "MultiSlerpAlgorithm",
+    "NearSwapAlgorithm",
     "NuSlerpAlgorithm",
     "OPCMForCLIP",
     "PCBMerging",
     "PassthroughAlgorithm",
+    "RAMAlgorithm",
+    "RAMPlusAlgorithm",
     "RegMeanAlgorithm",
     "RegMeanAlgorithmForCLIP",
     "RegMeanAlgorithmForCLIPPlusPlus",

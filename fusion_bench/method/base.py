@@ -100,7 +100,8 @@ class TensorwiseAlgorithm:
         inplace: of modules given as a dict, write to the pretrained one, or else to the first.
         where: rules that give options other values in some entries: under ``match`` a key pattern
             or a list of them, and the options. The first rule that matches and sets an option is
-            used. A value may be a ``gradient`` along the layers.
+            used. A value may be a ``gradient`` along the layers. A pattern that matches nothing is
+            refused, but in a rule that is ``optional``.
     """
 
     needs_pretrained = False

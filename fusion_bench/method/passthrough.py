@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
+from fusion_bench.method.per_model import PerModel, of_each
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Inputs
+from fusion_bench.weights import Inputs, MergePiece, same_for_all
 
 
 @dataclass(eq=False)
@@ -18,7 +19,8 @@ class PassthroughAlgorithm(TensorwiseAlgorithm):
     """One model, unchanged or scaled.
 
     Args:
-        scale: what each element is multiplied with.
+        scale: what each element is multiplied with; also as a mapping of the model's name, so that
+            rules compare patterns with the model's own names.
 
     Raises:
         FusionBenchError: a pool of several models; the pretrained model is not counted.
@@ -27,7 +29,7 @@ class PassthroughAlgorithm(TensorwiseAlgorithm):
     elementwise = True
     shows_nonfinite = True
 
-    scale: float = 1.0
+    scale: PerModel = 1.0
 
     def check(self, inputs: Inputs) -> None:
         """Refuse any number of models except one."""
@@ -38,6 +40,11 @@ class PassthroughAlgorithm(TensorwiseAlgorithm):
                 "Name one, or choose a method that merges them.",
             )
 
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return the model's tensor, scaled."""
-        return tensors[0] * self.scale
+    def merger(self, inputs: Inputs) -> MergePiece:
+        """Return the function that scales the model's tensor."""
+        (scale,) = of_each(self.scale, inputs.names, "scale")
+
+        def scaled(key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            return tensors[0] * scale
+
+        return same_for_all(scaled)

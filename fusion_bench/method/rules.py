@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Rule = Mapping[str, object]
 
 _GRADIENT = "gradient"
+#: Of a rule that may match nothing.
+_OPTIONAL = "optional"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Rules:
         self._per_model = per_model_options(type(method))
         self._patterns: list[list[str]] = []
         self._values: list[dict[str, object]] = []
+        self._optional: set[int] = set()
         problems = Problems()
         if isinstance(method.where, Mapping | str):
             raise FusionBenchError("it is not a list of rules.", place=("where",))
@@ -87,7 +90,9 @@ class Rules:
                 if not isinstance(rule, Mapping):
                     raise FusionBenchError(f"{rule!r} is not a mapping of options.")
                 self._patterns.append(_patterns(rule.get("match", "*")))
-                own = {name: value for name, value in rule.items() if name != "match"}
+                own = {k: value for k, value in rule.items() if k not in ("match", _OPTIONAL)}
+                if rule.get(_OPTIONAL, False):
+                    self._optional.add(index)
                 self._refuse_unknown(own)
                 self._values.append({name: self._read(name, own[name]) for name in own})
         problems.raise_all()
@@ -142,7 +147,7 @@ class Rules:
         """
         keys, problems = list(keys), Problems()
         for index, patterns in enumerate(self._patterns):
-            for pattern in patterns:
+            for pattern in patterns if index not in self._optional else ():
                 if not any(matches(key, [pattern]) for key in keys):
                     near = f"The nearest: {', '.join(_nearest(pattern, keys))}."
                     reason = f"'{pattern}' matches no entry."

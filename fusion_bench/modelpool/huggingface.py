@@ -166,6 +166,8 @@ class HFModelPool:
         self.test_datasets = dict(test_datasets or {})
         self.model_names = [name for name in self._sources if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._sources
+        self._found: dict[tuple[tuple[str, ...], bool], Found] = {}
+        self._blueprints: dict[str, Blueprint | None] = {}
         self._tokens: OutputTokens | None = None
         if setting is not None or chat_template is not None:
             self._tokens = OutputTokens(
@@ -178,8 +180,6 @@ class HFModelPool:
                 self._config_of,
                 model_class,
             )
-        self._found: dict[tuple[tuple[str, ...], bool], Found] = {}
-        self._blueprints: dict[str, Blueprint | None] = {}
         self.notes: list[str] = []
         with problems.collect("models"):
             if not self.model_names:

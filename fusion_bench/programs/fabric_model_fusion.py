@@ -39,6 +39,8 @@ class FabricModelFusionProgram:
         similarity: measure the similarity of the task vectors, which reads the weights once.
         fast_dev_run: evaluate only the first batch of each task.
         dry_run: print the plan and all problems, and stop before anything is loaded.
+        recipe: the text of the mergekit recipe that ``method`` and ``modelpool`` were made of, for
+            the record. In a config it is the name of its file, which takes the place of both.
         parts: objects that are shared between runs of this process.
         problems: known problems of the config, reported with the others.
     """
@@ -63,6 +65,7 @@ class FabricModelFusionProgram:
         similarity: bool = True,
         fast_dev_run: bool = False,
         dry_run: bool = False,
+        recipe: str | None = None,
         parts: SharedObjects | None = None,
         problems: Sequence[Problem] = (),
     ):
@@ -82,6 +85,7 @@ class FabricModelFusionProgram:
             similarity=similarity,
             fast_dev_run=fast_dev_run,
             dry_run=dry_run,
+            recipe=recipe,
         )
         # The pools of a dry run have a temporary directory for downloads.
         self.parts = SharedObjects() if parts is None or dry_run else parts

@@ -34,9 +34,18 @@ TuningData = Mapping[str, "LearningData"] | None
 def seeded(method: Section, seed: int | None) -> Section:
     """Return a method's node with the program's seed, if it accepts one and sets none."""
     node = plain(method)
-    if seed is None or not isinstance(node, Mapping) or "seed" in node:
+    if seed is None or not isinstance(node, Mapping):
         return method
-    return {**node, "seed": seed} if accepts(node.get("_target_"), "seed") else method
+    seeds = "seed" not in node and accepts(node.get("_target_"), "seed")
+    within = {name: _seeded_inside(inner, seed) for name, inner in node.items()}
+    return {**within, "seed": seed} if seeds else within
+
+
+def _seeded_inside(value: object, seed: int) -> object:
+    """Return a value of a method's node, with the seed for the methods in it."""
+    if isinstance(value, list):
+        return [_seeded_inside(inner, seed) for inner in value]
+    return seeded(value, seed) if isinstance(value, Mapping) else value
 
 
 def fuse(

@@ -32,6 +32,7 @@ from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import plain
 from fusion_bench.programs.told_options import tell_options
+from fusion_bench.recipes import translate
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
@@ -87,6 +88,8 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
         planned: the plans of pools, some of which several runs share, by their ids.
     """
     plan = Plan(problems=Problems(run.problems))
+    if run.spec.recipe is not None:
+        plan.note(*translate(run.spec.recipe).notes)
     modelpool, taskpool, places = run.modelpool, run.taskpool, run.spec.places
     if modelpool is not None:
         if id(modelpool) not in planned:

@@ -49,6 +49,7 @@ class FusionSpec:
     similarity: bool = True
     fast_dev_run: bool = False
     dry_run: bool = False
+    recipe: str | None = None
     places: Places = Places()
 
     @cached_property
@@ -71,6 +72,7 @@ class FusionSpec:
             "similarity": self.similarity,
             "fast_dev_run": self.fast_dev_run,
             "dry_run": self.dry_run,
+            **({} if self.recipe is None else {"recipe": self.recipe}),
         }
 
     def _fabric(self) -> object:

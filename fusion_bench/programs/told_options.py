@@ -36,7 +36,8 @@ def tell_options(plan: Plan, method: FusionMethod, pool: ModelPool, place: Place
             steps.append(Step("option", what))
     for rule, option in resolved.unused:
         key = key_of((*place, "where", rule, option))
-        plan.note(f"{key} decides nothing: rules before it do, for all that it matches.")
+        reason = "it matches no entry, or rules before it decide for all that it matches"
+        plan.note(f"{key} decides nothing: {reason}.")
     return steps
 
 

@@ -1,16 +1,18 @@
 """Composes a config with Hydra and runs the program that it names."""
 
+import io
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -26,7 +28,7 @@ from yaml import YAMLError
 
 from fusion_bench import precheck
 from fusion_bench.catalog import GROUPS, KINDS, suggestion
-from fusion_bench.command import option, replaced
+from fusion_bench.command import file_as_options, option, replaced
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import SharedObjects, accepts, instantiate
 from fusion_bench.problems import (
@@ -40,6 +42,7 @@ from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container
 from fusion_bench.scripts.hydra_version import check_hydra
 from fusion_bench.scripts.process import closed_stdin, plain_messages, unexpected
+from fusion_bench.scripts.recipes import refuse_recipe, take_recipe
 from fusion_bench.scripts.sweep import Failed, attempt, killed_workers
 from fusion_bench.scripts.words import choice, models
 from fusion_bench.shown import colour, set_up_streams
@@ -50,7 +53,7 @@ log = logging.getLogger(__name__)
 
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
-    r"((method|modelpool|taskpool|fabric|search)(?=={)|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
+    r"((method|modelpool|taskpool|fabric|search)(?=={)|recipe|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
     r"method\.(base_method\.)*(show_pbar|inplace|where)|fabric\.\w+(\.\w+)*|path\.\w+|print_config|print_function_call|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
@@ -97,6 +100,20 @@ def run_composed(words: Sequence[str], show_traceback: bool = False) -> None:
         set_up_hydra()
         with closed_stdin(), replaced(_prepared(list(words))), _raising():
             run()
+
+
+def composed_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the config that words of the command line stand for, resolved; nothing is run.
+
+    Raises:
+        SystemExit: an error, whose message is printed.
+    """
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        run_composed(file_as_options([*words, "--cfg", "job", "--resolve"]))
+    settings = yaml.safe_load(printed.getvalue())
+    take_recipe(settings)
+    return dict(settings)
 
 
 @contextmanager
@@ -153,10 +170,7 @@ def _run_program(config: DictConfig, parts: SharedObjects) -> float | None:
         name = HydraConfig.get().job.config_name or ""
         directory, slash, file = name.rpartition("/")
         if isinstance(settings, dict) and {"merge_method", "slices"} & settings.keys():
-            raise FusionBenchError(
-                f"'{name}' is a recipe of mergekit.",
-                "docs/from_mergekit.md says what to write instead, such as 'fusion_bench merge'.",
-            )
+            raise refuse_recipe(f"{name}.yaml")
         raise FusionBenchError(
             f"The config '{name}' has no program at its top level. "
             + (
@@ -191,6 +205,7 @@ def run_settings(settings: dict[str, Any], output_dir: str | None, parts: Shared
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
     _take_out_theirs(settings)
+    take_recipe(settings)
     # For a program without this key it was about the folder alone.
     looked_at = {key: value for key, value in settings.items() if key != "overwrite"}
     Problems(precheck.problems(looked_at)).raise_all()

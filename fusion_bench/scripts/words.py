@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Collection, Iterator
-from pathlib import PurePosixPath
 
 import yaml
 
 from fusion_bench.catalog import GROUPS, full_name
 from fusion_bench.problems import ConfigError, within
+from fusion_bench.recipes import named_after
 
 _CHOICE = re.compile(rf"([+]*)({'|'.join(GROUPS.values())})(@[\w.]+)?=([\w+./ ,-]+)")
 _MODELS = re.compile(r"modelpool\.models=([\[{].*)", re.DOTALL)
@@ -51,29 +51,6 @@ def models(word: str) -> Iterator[str]:
         return
     yield "++modelpool.models=null"
     yield f"++modelpool.models={in_grammar(found)}"
-
-
-def named_after(paths: Collection[str]) -> dict[str, str]:
-    """Return paths or Hub names by the shortest end of each that no other has.
-
-    Raises:
-        ConfigError: the same path twice.
-    """
-    plain = {path: re.sub(r"@[^+]*", "", path.removeprefix("zoo:")) for path in paths}
-    parts = {path: PurePosixPath(name).parts for path, name in plain.items()}
-    if len(parts) < len(paths):
-        raise ConfigError("the same model twice.", "Remove one.")
-    named: dict[str, str] = {}
-    for path, own in parts.items():
-        others = [other for key, other in parts.items() if key != path]
-        count = next(
-            (n for n in range(1, len(own)) if all(own[-n:] != other[-n:] for other in others)),
-            len(own),
-        )
-        name = "-".join(part.strip("/") for part in own[-count:] if part.strip("/"))
-        # Underscores around a name have a meaning, and other signs Hydra cannot take.
-        named[re.sub(r"[^\w.-]+", "-", name).strip("_-") or "model"] = path
-    return named
 
 
 def in_grammar(value: object) -> str:

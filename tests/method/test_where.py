@@ -384,3 +384,11 @@ def test_what_no_rule_decides_is_known() -> None:
     resolved = method.resolved(method.inputs(Pool(models("a", "b"))))
     assert resolved.unused == ((1, "scaling_factor"),)
     assert [len(own.keys) for own in resolved.variants] == [2, 8, 4]
+
+
+def test_an_optional_rule_may_match_nothing() -> None:
+    rules = [
+        {"match": "*no such*", "optional": True, "scaling_factor": 1},
+        {"match": "*mlp*", "optional": True, "scaling_factor": 2},
+    ]
+    assert_near(merged(TaskArithmeticAlgorithm(0.3, where=rules)), arithmetic({"mlp": 2}, 0.3))

@@ -7,7 +7,8 @@ import yaml
 from commandline import compose
 
 from fusion_bench.problems import ConfigError
-from fusion_bench.scripts.words import choice, models, named_after
+from fusion_bench.recipes import named_after
+from fusion_bench.scripts.words import choice, models
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from fusion_bench.modelpool.sources.adapter import Adapter, with_bases
 from fusion_bench.modelpool.sources.file import File
 from fusion_bench.modelpool.sources.folder import Folder
 from fusion_bench.modelpool.sources.gguf import Gguf
+from fusion_bench.modelpool.sources.merged import Merged
 from fusion_bench.modelpool.sources.module import Module
 from fusion_bench.modelpool.sources.node import Node
 from fusion_bench.modelpool.sources.source import Named, Source
@@ -21,6 +22,7 @@ KINDS: tuple[Callable[[Named], Source | None], ...] = (
     File.take,
     Adapter.take,
     Folder.take,
+    Merged.take,
     Node.take,
 )
 

@@ -1,7 +1,7 @@
 """The verbs of the command line, ``fusion_bench VERB …``: a module each, imported when it is used.
 
-A verb is a module of the same name in this package, with '_' for '-'. Its docstring is the text of
-its help. What is slow to import is imported inside ``run``.
+A verb is a module of the same name in this package, with ``_`` for ``-``. Its docstring is the text
+of its help. What is slow to import is imported inside ``run``.
 """
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = {
     "cp": "copy one into a YAML of your own",
     "validate": "check a config without running it",
     "merge": "merge models into a folder",
+    "export-recipe": "write a recipe of mergekit that means what a config does",
     "extract-lora": "extract a LoRA adapter from a model and its base",
     "evaluate": "evaluate models on tasks, side by side",
     "compare": "compare runs, with intervals",

@@ -28,9 +28,10 @@ def run(arguments: Namespace) -> None:
         FusionBenchError: no model, or one that is not there.
     """
     from fusion_bench.catalog import unambiguous
+    from fusion_bench.recipes import named_after
     from fusion_bench.scripts.run import run_composed
     from fusion_bench.scripts.verbs.merge import pool_words, separated
-    from fusion_bench.scripts.words import in_grammar, named_after
+    from fusion_bench.scripts.words import in_grammar
 
     given, settings = separated(arguments.models, "taskpool")
     names, more = separated(arguments.tasks, "taskpool")

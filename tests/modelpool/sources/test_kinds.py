@@ -13,6 +13,7 @@ from fusion_bench.modelpool.sources.adapter import Adapter
 from fusion_bench.modelpool.sources.file import File
 from fusion_bench.modelpool.sources.folder import Folder
 from fusion_bench.modelpool.sources.gguf import Gguf
+from fusion_bench.modelpool.sources.merged import Merged
 from fusion_bench.modelpool.sources.module import Module
 from fusion_bench.modelpool.sources.node import Node
 from fusion_bench.modelpool.sources.source import Source
@@ -29,6 +30,7 @@ def sources(tmp_path: Path) -> Sources:
         "gguf": tmp_path / "Q4.GGUF",
         "module": nn.Linear(2, 2),
         "node": {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2},
+        "merged": {"_target_": "fusion_bench.modelpool.MergedModel"},
         "file": tmp_path / "folder" / "model.safetensors",
         "folder": str(tmp_path / "folder"),
         "adapter": tmp_path / "lora",
@@ -47,6 +49,7 @@ def test_the_first_that_takes_a_node_wins(
         "gguf": Gguf,
         "module": Module,
         "node": Node,
+        "merged": Merged,
         "file": File,
         "folder": Folder,
         "adapter": Adapter,

@@ -1,0 +1,119 @@
+"""From a recipe to the config of a run: its documents in order, each with those that it uses."""
+
+from collections.abc import Mapping, Sequence
+
+from fusion_bench.problems import Problem, Problems, error_of
+from fusion_bench.recipes.document import Recipe
+from fusion_bench.recipes.methods import METHODS
+from fusion_bench.recipes.reading import documents
+from fusion_bench.recipes.translation import BASE, Translated, Translation
+
+#: What ``modelpool`` is without a better one.
+_POOL = {"_target_": "fusion_bench.modelpool.CausalLMPool"}
+
+
+def translate(
+    text: str,
+    pool: Mapping[str, object] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Translated:
+    """Return the config of a recipe; nothing but its text is looked at.
+
+    Args:
+        text: the recipe.
+        pool: the ``_target_`` and other keys of the pools; by default causal language models.
+        names: paths of models to their names in the pool; others are named after their paths.
+
+    Raises:
+        FusionBenchError: all mistakes of the recipe, and what we cannot do, with their places.
+    """
+    problems = Problems()
+    recipes = documents(text, problems)
+    final, stages = _ordered(recipes, problems)
+    done: dict[str, Translated] = {}
+    notes: list[str] = []
+    for recipe in [*stages, final]:
+        if recipe.method not in METHODS or not any(True for _ in recipe.sources()):
+            continue  # told by the reader
+        made = Translation(recipe, dict(pool or _POOL), done, dict(names or {}))
+        with problems.collect():
+            translated = made.whole()
+            done[recipe.name or ""] = translated
+            notes += translated.notes
+    problems.raise_all()
+    found = done[final.name or ""]
+    used = _needed(final, {recipe.name: recipe for recipe in stages})
+    notes += [f"the stage '{own.name}' is not used." for own in stages if own.name not in used]
+    return Translated(found.method, found.modelpool, tuple(dict.fromkeys(notes)))
+
+
+def first_model(text: str) -> str:
+    """Return the name of a model whose config decides what kind of pool suits the recipe.
+
+    Raises:
+        FusionBenchError: as ``translate``.
+    """
+    pool: object = translate(text).modelpool
+    while isinstance(pool, Mapping):
+        models = pool["models"]
+        assert isinstance(models, Mapping)
+        node = models.get(BASE, next(iter(models.values())))
+        if not isinstance(node, Mapping):
+            return str(node)
+        if "_target_" not in node:
+            base = str(node["base"])
+            node = models.get(base, base)
+            if not isinstance(node, Mapping):
+                return str(node)
+        pool = node["modelpool"]
+    raise AssertionError("every pool has a model")
+
+
+def _ordered(recipes: Sequence[Recipe], problems: Problems) -> tuple[Recipe, list[Recipe]]:
+    """Return the final document and the others, each after those that it uses.
+
+    Raises:
+        FusionBenchError: several final documents, or cycles.
+    """
+    named: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe.name is None:
+            continue
+        if recipe.name in named:
+            where = (*recipe.place, "name")
+            problems.add([Problem(where, f"'{recipe.name}' is the name of another stage, too.")])
+        named.setdefault(recipe.name, recipe)
+    finals = [recipe for recipe in recipes if recipe.name is None]
+    used = {name for own in recipes for reference in own.references() if (name := reference.path)}
+    if not finals:
+        finals = [recipe for recipe in recipes if recipe.name not in used] or [recipes[-1]]
+    if len(finals) > 1:
+        remedy = "Give all but the final one a 'name', and use them."
+        reason = "there are several final documents."
+        problems.add([Problem(finals[1].place, reason, remedy)])
+        problems.raise_all()
+    order: list[Recipe] = []
+
+    def visit(recipe: Recipe, path: tuple[Recipe, ...]) -> None:
+        if recipe in path:
+            cycle = " → ".join(str(own.name) for own in [*path[path.index(recipe) :], recipe])
+            raise error_of([Problem(recipe.place, f"stages use each other: {cycle}.")])
+        if recipe in order:
+            return
+        for reference in recipe.references():
+            if reference.path in named and reference.revision is None:
+                visit(named[reference.path], (*path, recipe))
+        order.append(recipe)
+
+    for recipe in [*finals, *named.values()]:
+        visit(recipe, ())
+    return finals[0], [recipe for recipe in order if recipe is not finals[0]]
+
+
+def _needed(recipe: Recipe, stages: Mapping[str | None, Recipe]) -> set[str]:
+    """Return the names of the stages that a document uses, or they do."""
+    found: set[str] = set()
+    for reference in recipe.references():
+        if (own := stages.get(reference.path)) is not None and reference.path not in found:
+            found |= {reference.path} | _needed(own, stages)
+    return found

@@ -1,0 +1,90 @@
+"""Lets a recipe of mergekit take the place of a config's method and models."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion_bench.command import overrides
+from fusion_bench.problems import ConfigError, Problem, Problems, within
+from fusion_bench.recipes import read_text, translate
+
+#: Options that are no part of what a method computes.
+_SHOWN = ("show_pbar", "inplace")
+
+
+def take_recipe(settings: dict[str, Any]) -> None:
+    """Replace ``method`` and the models of a config by those of the recipe that it names.
+
+    What the config says of the pool besides its models, such as its policy, stays. ``recipe``
+    becomes the text, which a report records; a text is left as it is.
+
+    Raises:
+        FusionBenchError: mistakes in the recipe, with their places in it.
+    """
+    name = settings.get("recipe")
+    if name is None or "\n" in str(name):
+        return
+    _refuse_overrides()
+    with within("recipe"):
+        text = read_text(Path(str(name)).expanduser())
+        pool = settings.get("modelpool")
+        pool = dict(pool) if isinstance(pool, Mapping) else {}
+        kind = {key: pool[key] for key in ("_target_", "model_class") if key in pool}
+        translated = translate(text, kind or None, _names(pool.get("models")))
+    policy = {**(pool.get("policy") or {})}
+    theirs = {**translated.modelpool}
+    made = theirs.pop("policy", {})
+    assert isinstance(made, Mapping)
+    given = {key: own for key, own in policy.items() if own is not None}
+    own = {key: value for key, value in pool.items() if key not in ("models", "policy")}
+    settings["modelpool"] = {**own, **theirs, "policy": {**policy, **made, **given}}
+    method = settings.get("method")
+    shown = {k: method[k] for k in _SHOWN if k in method} if isinstance(method, Mapping) else {}
+    settings["method"] = {**translated.method, **shown}
+    settings["recipe"] = text if "\n" in text else f"{text}\n"
+    if settings.get("seed") is not None:
+        _seed(settings["modelpool"]["models"], settings["seed"])
+
+
+def _names(models: object) -> dict[str, str]:
+    """Return the names of the models that the config would merge, by their paths."""
+    own = models.items() if isinstance(models, Mapping) else ()
+    return {path: str(name) for name, path in own if isinstance(path, str) and name[:1] != "_"}
+
+
+def _refuse_overrides() -> None:
+    """Refuse settings of what the recipe decides.
+
+    Raises:
+        ConfigError: with one problem for each.
+    """
+    problems = Problems()
+    for key in overrides():
+        first, _, rest = key.partition(".")
+        decided = (first == "method" and rest not in _SHOWN) or key.startswith("modelpool.models")
+        if decided:
+            reason = "the recipe decides it."
+            problems.add([Problem((key,), reason, "Change the recipe, or write a config.")])
+    problems.raise_all()
+
+
+def _seed(node: object, seed: int) -> None:
+    """Give the methods of stages the seed of the run."""
+    from fusion_bench.instantiate import accepts
+
+    for inner in node.values() if isinstance(node, Mapping) else ():
+        _seed(inner, seed)
+    if isinstance(node, list):
+        for inner in node:
+            _seed(inner, seed)
+    if isinstance(node, dict) and "seed" not in node and accepts(node.get("_target_"), "seed"):
+        node["seed"] = seed
+
+
+def refuse_recipe(name: str) -> ConfigError:
+    """Return what to say of a recipe that is given as a config."""
+    return ConfigError(
+        f"'{name}' is a recipe of mergekit.",
+        f"Merge it with 'fusion_bench merge {name} OUT', or evaluate what it makes: "
+        f"'fusion_bench --config-name demo_language recipe={name}'.",
+    )

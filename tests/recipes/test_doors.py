@@ -1,0 +1,95 @@
+"""Recipes on the command line: merged into a folder, and evaluated."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from commandline import fusion_bench
+from recipes.test_merging import TWO_STAGES, Load, agree, here, models, recipe, run
+from safetensors.torch import load_file
+
+__all__ = ["here", "models"]
+
+
+def test_a_recipe_is_merged_into_a_folder(here: Load, models: Path, tmp_path: Path) -> None:
+    text = f"{TWO_STAGES}out_dtype: float32\n"
+    file = tmp_path / "my recipe.yml"
+    file.write_text(text, encoding="utf-8")
+    words = ("--copy-tokenizer", "--lazy-unpickle", "--random-seed", "3", "--out-shard-size", "2K")
+    done = fusion_bench("merge", str(file), str(tmp_path / "out"), *words, cwd=models)
+    assert done.returncode == 0, done.stderr
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text("utf-8"))
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2
+    found = {
+        key: own.double().numpy()
+        for shard in shards
+        for key, own in load_file(tmp_path / "out" / shard).items()
+    }
+    agree(found, run(text, here))
+    (report,) = models.rglob("outputs/*/*/report.json")
+    config = json.loads(report.read_text("utf-8"))["run"]["config"]
+    assert config["recipe"] == text
+    assert config["seed"] == 3
+    assert config["method"]["_target_"] == "fusion_bench.method.TiesMergingAlgorithm"
+    assert text.splitlines()[-1] in (tmp_path / "out" / "README.md").read_text("utf-8")
+    # What was recorded is run again as it is, and exported back.
+    again = fusion_bench("export-recipe", str(report), cwd=models)
+    assert len(list(yaml.safe_load_all(again.stdout))) == 3, again.stderr
+
+
+def test_the_plan_tells_what_is_surprising(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe("linear", 2, own="{weight: 1, normalize: false}"), encoding="utf-8")
+    text = file.read_text("utf-8").replace("base_model: base\n", "")
+    file.write_text(text, encoding="utf-8")
+    done = fusion_bench("merge", str(file), "out", "--dry-run", cwd=models)
+    assert done.returncode == 0, done.stderr
+    assert "it is ignored, as in mergekit" in " ".join(done.stdout.split())
+    assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["out", "threshold=0.1"], "method.threshold: the recipe decides it."),
+        (["out", "--method", "ties"], "--method: the recipe decides it."),
+        (["out", "more"], "'more' is one word too many beside a recipe."),
+        ([], "there is no folder for the merged model. Add --out DIR."),
+        (["out", "--num-threads", "4"], "set OMP_NUM_THREADS=4 in the environment."),
+        (["out", "--no-safe-serialization"], "weights are only written as safetensors."),
+        (["out", "--out-shard-size", "big"], "'big' is not a size."),
+    ],
+)
+def test_what_cannot_be_is_told(words: list[str], said: str, models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe("ties", 2, own="{weight: 1}"), encoding="utf-8")
+    done = fusion_bench("merge", str(file), *words, cwd=models)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_mistakes_have_their_places_in_the_recipe(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe("ties", 2, own="{weigth: 1}"), encoding="utf-8")
+    for words in (["merge", str(file), "out"], ["--config-name", "merge_llm", f"recipe={file}"]):
+        done = fusion_bench(*words, cwd=models)
+        assert done.returncode == 2
+        assert "recipe.models[0].parameters.weigth:" in done.stderr
+        assert "Did you mean 'weight'?" in done.stderr
+
+
+def test_a_recipe_in_the_place_of_a_config(models: Path, here: Load, tmp_path: Path) -> None:
+    text = recipe("ties", 2, own="{weight: 1, density: [0.2, 0.8]}")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    done = fusion_bench(str(file), cwd=models)
+    assert done.returncode == 2
+    assert "is a recipe of mergekit. Merge it with 'fusion_bench merge" in done.stderr
+    place = f"merged_model_save_path={tmp_path / 'merged'}"
+    done = fusion_bench("--config-name", "merge_llm", f"recipe={file}", place, cwd=models)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    agree({key: np.asarray(own.double()) for key, own in found.items()}, run(text, here))

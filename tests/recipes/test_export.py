@@ -1,0 +1,126 @@
+"""A config becomes a recipe that means the same, or is refused with its places."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recipes.test_merging import DRAWN, EXAMPLES, MORE, PLAIN, recipe
+
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.recipes import translate
+from fusion_bench.recipes.export import export
+
+ALL = {**PLAIN, **EXAMPLES, **MORE} | {
+    name: recipe(name, 2, own=own) for name, own in DRAWN.items()
+}
+
+
+def config(method: dict[str, Any], **pool: Any) -> dict[str, Any]:
+    models = {"_pretrained_": "base", "a": "x/a", "b": "x/b"}
+    target = "fusion_bench.modelpool.CausalLMPool"
+    method = {"_target_": f"fusion_bench.method.{method.pop('name')}", **method}
+    return {"method": method, "modelpool": {"_target_": target, "models": models, **pool}}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_there_and_back(name: str) -> None:
+    # The same config comes back, and so the same weights.
+    found = translate(ALL[name])
+    again = translate(export({"method": found.method, "modelpool": found.modelpool}).text)
+    assert again.method == found.method
+    assert again.modelpool == found.modelpool
+
+
+TOKENS = """\
+merge_method: linear
+models:
+  - {model: x/a, parameters: {weight: 1}}
+  - {model: x/b, parameters: {weight: 1}}
+dtype: bfloat16
+tokenizer:
+  source: union
+  tokens:
+    <one>: {source: x/a, force: true}
+    <two>: {source: {kind: model_token, model: x/b, token_id: 7}}
+    <three>: {source: {kind: zero}}
+  pad_to_multiple_of: 64
+chat_template: chatml
+"""
+
+
+def test_tokens_there_and_back() -> None:
+    found = translate(TOKENS)
+    again = translate(export({"method": found.method, "modelpool": found.modelpool}).text)
+    assert again.modelpool == found.modelpool
+
+
+def test_a_config_of_ones_own() -> None:
+    rules = [{"match": "*mlp*", "threshold": {"a": 0.1}}, {"scaling_factor": {"gradient": [0, 1]}}]
+    method = {
+        "name": "TiesMergingAlgorithm",
+        **{"scope": "tensor", "zero_sign": "positive", "keep": "at_least_one"},
+        **{"threshold": 30, "weights": [0.5, 2], "where": rules},
+    }
+    found = export(config(method, policy={"dtype": "bfloat16"}))
+    assert yaml.safe_load(found.text) == {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [
+            {
+                "model": "x/a",
+                "parameters": {
+                    "weight": 0.5,
+                    "density": [{"filter": "mlp", "value": 0.1}, {"value": 0.3}],
+                },
+            },
+            {"model": "x/b", "parameters": {"weight": 2, "density": 0.3}},
+        ],
+        "parameters": {"lambda": [0, 1]},
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+
+
+def test_an_average_is_linear() -> None:
+    found = yaml.safe_load(export(config({"name": "SimpleAverageAlgorithm"})).text)
+    assert found["merge_method"] == "linear"
+    weights = [own["parameters"]["weight"] for own in found["models"]]
+    assert weights == [1, 1, 0]  # the base takes no part
+
+
+def test_what_no_recipe_has_is_told_with_its_place() -> None:
+    method = {"name": "TiesMergingAlgorithm", "remove_keys": ["lm_head.*"]}
+    method["where"] = [
+        {"match": "*.mlp.up_proj.*", "threshold": 5},
+        {"match": "lm_*", "threshold": 1},
+    ]
+    with pytest.raises(FusionBenchError) as caught:
+        export(config(method, policy={"on_extra": "drop"}))
+    assert [problem.key for problem in caught.value.problems] == [
+        *("method.scope", "method.zero_sign", "method.keep", "method.remove_keys"),
+        *("method.where[1].match", "modelpool.policy.on_extra"),
+    ]
+
+
+def test_a_method_that_mergekit_lacks() -> None:
+    with pytest.raises(FusionBenchError, match="method: mergekit has no LiNeSAlgorithm"):
+        export(config({"name": "LiNeSAlgorithm"}))
+
+
+def test_random_draws_are_noted() -> None:
+    method = {"name": "DareTaskArithmetic", "rescale": "l1", "seed": 3}
+    assert any("draws other elements" in note for note in export(config(method)).notes)
+
+
+def test_written_by_the_command(tmp_path: Path) -> None:
+    from commandline import fusion_bench
+
+    file = tmp_path / "my.yaml"
+    words = ["method=task_arithmetic", "modelpool.models={_pretrained_: p, a: q/a, b: q/b}"]
+    done = fusion_bench("export-recipe", "merge_llm", *words, "-o", str(file), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert found["merge_method"] == "task_arithmetic"
+    assert found["parameters"] == {"lambda": 0.3}
+    assert [own["model"] for own in found["models"]] == ["q/a", "q/b"]

@@ -1,0 +1,224 @@
+"""Documents: what is read, and what is told of mistakes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.recipes import first_model, named_after, translate
+from fusion_bench.recipes.document import Reference
+from fusion_bench.recipes.levels import patterns_of
+from fusion_bench.recipes.text import read_text
+
+
+def problems(text: str) -> dict[str, str]:
+    """Return what is wrong with a recipe, by place."""
+    with pytest.raises(FusionBenchError) as caught:
+        translate(text)
+    return {p.key: f"{p.reason} {p.remedy}".strip() for p in caught.value.problems}
+
+
+LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+
+
+def test_references() -> None:
+    parsed = Reference.parse("owner/name@main+other/adapter@v1")
+    assert parsed == Reference("owner/name", "main", "other/adapter", "v1")
+    assert str(parsed) == "owner/name@main+other/adapter@v1"
+    with pytest.raises(FusionBenchError, match="is not of the form"):
+        Reference.parse("a+b+c")
+
+
+def test_a_model_as_a_mapping_says_the_same() -> None:
+    one = "merge_method: passthrough\nmodels: [{model: 'a@r+b@s'}]"
+    other = (
+        "merge_method: passthrough\nmodels: [{model: {model: {path: a, revision: r}, "
+        "lora: {path: b, revision: s}}}]"
+    )
+    assert translate(one) == translate(other)
+    assert translate(one).modelpool["models"] == {"b": {"path": "b@s", "base": "a@r"}}
+
+
+def test_every_mistake_is_told_at_once_with_its_place() -> None:
+    found = problems(
+        """
+merge_method: ties
+base_modle: c
+models:
+  - {model: a, parameters: {weigth: 1}}
+  - {model: b, parameters: {weight: heavy}}
+  - {modell: c}
+dtype: float17
+tokenizer_source: base
+tokenizer: {source: union}
+"""
+    )
+    assert found == {
+        "base_modle": "there is no such key. Did you mean 'base_model'?",
+        "models[0].parameters.weigth": "no method of mergekit's takes it. Did you mean 'weight'?",
+        "models[0].parameters.weight": "missing; ties needs one of each model.",
+        "models[1].parameters.weight": "'heavy' is not a number.",
+        "models[2].modell": "there is no such key. Did you mean 'model'?",
+        "models[2].model": "missing. Name a model.",
+        "dtype": "'float17' is no type of weights. Did you mean 'float16'?",
+        "tokenizer": "there is also 'tokenizer_source'. Give one of the two.",
+        "base_model": "missing; ties compares the others with it. Name the model that they were "
+        "fine-tuned from.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "reason"),
+    [
+        ("merge_method: tie\nmodels: [{model: a}]", "merge_method", "Did you mean 'ties'?"),
+        ("merge_method: linear", "", "the recipe has none of: models, slices, modules."),
+        ("merge_method: linear\nmodels: []\nslices: []", "", "models and slices"),
+        (f"{LINEAR}parameters: {{t: 1}}", "parameters.t", "linear has no such parameter"),
+        (f"{LINEAR}base_model: b", "base_model", "like the others, and it has no 'weight'"),
+        ("merge_method: slerp\nmodels: [{model: a}, {model: b}]\nbase_model: a", "parameters.t",
+         "missing; slerp needs it."),
+        ("merge_method: slerp\nbase_model: c\nmodels: [{model: a}, {model: b}]\nparameters: {t: 1}",
+         "models", "slerp merges exactly 1 beside the base, and there are 2."),
+        ("merge_method: slerp\nbase_model: c\nmodels: [{model: a}]\nparameters: "
+         "{t: [{filter: mlp, value: 1}]}", "parameters.t", "none of the filters fits"),
+        ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [3, 1]}]}]",
+         "slices[0].sources[0].layer_range", "no range of layers"),
+        ("merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: "
+         "[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 2]}]}]",
+         "slices[0].sources", "the sources have 1, 2 layers. Give each equally many."),
+        ("merge_method: slerp\nbase_model: b\nparameters: {t: 1}\n"
+         "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]",
+         "slices[0].sources", "the base 'b' is not among the sources."),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: {value: 1, filtre: x}}}]",
+         "models[0].parameters.weight.filtre", "Did you mean 'filter'?"),
+        (f"{LINEAR}tokenizer: {{tokens: {{x: {{source: {{kind: none}}}}}}}}",
+         "tokenizer.tokens.x.source.kind", "'none' is unknown."),
+    ],
+)  # fmt: skip
+def test_mistakes(text: str, place: str, reason: str) -> None:
+    assert reason in problems(text).get(place, str(problems(text)))
+
+
+def test_no_yaml_and_no_recipe() -> None:
+    assert "no YAML" in problems("a: [")[""]
+    assert "empty" in problems("")[""]
+    assert "no mapping" in problems("[1]")[""]
+
+
+def test_a_bomb_of_aliases_is_refused() -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    assert "too large" in problems("\n".join(lines))[""]
+
+
+def test_objects_are_not_made() -> None:
+    assert "no YAML" in problems("merge_method: !!python/object/apply:os.getcwd []")[""]
+
+
+def test_a_file_that_is_none(tmp_path: Any) -> None:
+    with pytest.raises(FusionBenchError, match="there is no recipe"):
+        read_text(tmp_path / "none.yaml")
+    (tmp_path / "large.yaml").write_text("#" * (5 * 2**20))
+    with pytest.raises(FusionBenchError, match="too large"):
+        read_text(tmp_path / "large.yaml")
+
+
+def test_what_mergekit_ignores() -> None:
+    text = yaml.safe_load(LINEAR)
+    text["parameters"] = {"int8_mask": True}
+    text["models"][0]["parameters"]["normalize"] = False
+    found = translate(yaml.safe_dump(text))
+    assert found.method["normalize"] is True
+    assert found.notes == (
+        "models[0].parameters.normalize: 'normalize' holds for all models; beside one of them it "
+        "is ignored, as in mergekit.",
+    )
+
+
+def test_texts_are_numbers_where_numbers_are_wanted() -> None:
+    assert translate(LINEAR.replace("weight: 1", "weight: 1e-3")).method["weights"] == {"a": 0.001}
+
+
+def test_types() -> None:
+    policy = translate(f"{LINEAR}dtype: float32\nout_dtype: bfloat16").modelpool["policy"]
+    assert policy == {"dtype": "bfloat16"}
+    assert translate(f"{LINEAR}dtype: fp16").modelpool["policy"] == {"dtype": "float16"}
+    assert "policy" not in translate(LINEAR).modelpool
+
+
+def test_names_of_models() -> None:
+    assert named_after(["x/a", "y/a@1", "y/a@2"]) == {"a": "x/a", "a-1": "y/a@1", "a-2": "y/a@2"}
+    again = translate(LINEAR, names={"a": "first"})
+    assert again.modelpool["models"] == {"first": "a"}
+
+
+def test_stages_that_use_each_other_are_refused() -> None:
+    stage = "name: {}\nmerge_method: passthrough\nmodels: [{{model: {}}}]\n---\n"
+    text = stage.format("a", "b") + stage.format("b", "a") + LINEAR
+    assert "stages use each other: a → b → a." in " ".join(problems(text).values())
+
+
+def test_stages_of_one_name_and_two_ends_are_refused() -> None:
+    stage = "name: a\nmerge_method: passthrough\nmodels: [{model: b}]\n---\n"
+    found = problems(f"{stage}{stage}{LINEAR}---\n{LINEAR}")
+    assert found["[1].name"] == "'a' is the name of another stage, too."
+    assert found["[3]"].startswith("there are several final documents.")
+
+
+def test_an_adapter_on_a_stage() -> None:
+    text = (
+        "name: one\nmerge_method: passthrough\nmodels: [{model: x/a}]\n---\n"
+        "merge_method: passthrough\nmodels: [{model: one+x/lora}]"
+    )
+    models = translate(text).modelpool["models"]
+    assert isinstance(models, dict)
+    assert models["lora"] == {"path": "x/lora", "base": "_one_"}
+    assert models["_one_"]["_target_"] == "fusion_bench.modelpool.MergedModel"
+    assert first_model(text) == "x/a"
+
+
+MODULES = """
+merge_method: linear
+parameters: {weight: 1}
+modules:
+  encoder:
+    models: [{model: a}, {model: b, parameters: {weight: [{filter: SelfAttention, value: 2}]}}]
+    parameters: {weight: 3}
+  decoder:
+    models: [{model: a}, {model: b}]
+"""
+
+
+def test_modules_are_rules() -> None:
+    rules = translate(MODULES).method["where"]
+    assert rules == [
+        {
+            "match": ["encoder.*SelfAttention*", "model.encoder.*SelfAttention*"],
+            "optional": True,
+            "weights": {"b": 2},
+        },
+        {"match": ["encoder.*", "model.encoder.*"], "optional": True, "weights": {"a": 3, "b": 3}},
+        {"match": ["decoder.*", "model.decoder.*"], "optional": True, "weights": {"a": 1, "b": 1}},
+    ]
+
+
+def test_filters_become_patterns() -> None:
+    assert patterns_of("a[0].*?", None) == ("*a[[]0].[*][?]*",)
+    assert patterns_of("coder.bl", "encoder") == (
+        *("encoder.*coder.bl*", "encoder.bl*"),
+        *("model.encoder.*coder.bl*", "model.encoder.bl*"),
+    )
+
+
+@pytest.mark.parametrize("page", ["recipes.md", "from_mergekit.md"])
+def test_recipes_that_pages_show(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    shown = [
+        code for code in re.findall(r"```text.*?\n(.*?)```", text, re.S) if "merge_method" in code
+    ]
+    assert shown or page == "from_mergekit.md"
+    for code in shown:
+        assert translate(code).method
