@@ -1,6 +1,6 @@
 """Reads mergekit's YAML, with all mistakes at once and their places."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fusion_bench.problems import Place, Problem, Problems, did_you_mean
@@ -18,7 +18,6 @@ from fusion_bench.recipes.document import (
     Tokens,
 )
 from fusion_bench.recipes.methods import METHODS, PARAMETERS
-from fusion_bench.recipes.text import nodes_of
 
 T = TypeVar("T")
 
@@ -27,21 +26,22 @@ _KEYS = (
     *("merge_method", *_BODIES, "base_model", "dtype", "out_dtype", "parameters"),
     *("tokenizer_source", "tokenizer", "chat_template", "name"),
 )
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
-_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "half": "float16"}
+#: The types that a recipe may name, and their short names.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "half": "float16"}
 
 
-def documents(text: str, problems: Problems) -> list[Recipe]:
+def documents(nodes: Sequence[object], problems: Problems) -> list[Recipe]:
     """Return the documents of a recipe, as far as they can be read.
 
     Args:
-        text: the recipe.
+        nodes: as YAML has them.
         problems: takes all mistakes, with their places.
 
     Raises:
-        ConfigError: no YAML, or nothing that could be read.
+        ConfigError: nothing could be read.
     """
-    nodes, found = nodes_of(text), []
+    found = []
     for index, node in enumerate(nodes):
         reader = _Reader(problems, (index,) if len(nodes) > 1 else ())
         if (recipe := reader.recipe(node)) is not None:
@@ -314,9 +314,9 @@ class _Reader:
 
     def _dtype(self, node: object, place: Place) -> str | None:
         name = str(node).removeprefix("torch.")
-        name = _ALIASES.get(name, name)
-        if name not in _DTYPES:
-            self._wrong(place, f"'{node}' is no type of weights.", did_you_mean(name, _DTYPES))
+        name = ALIASES.get(name, name)
+        if name not in DTYPES:
+            self._wrong(place, f"'{node}' is no type of weights.", did_you_mean(name, DTYPES))
             return None
         return name
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from fusion_bench.problems import Problem, Problems, error_of
 from fusion_bench.recipes.document import Recipe
 from fusion_bench.recipes.methods import METHODS
+from fusion_bench.recipes.moe import is_mixture, mixture
 from fusion_bench.recipes.reading import documents
+from fusion_bench.recipes.text import nodes_of
 from fusion_bench.recipes.translation import BASE, Translated, Translation
 
 #: What ``modelpool`` is without a better one.
@@ -27,8 +29,11 @@ def translate(
     Raises:
         FusionBenchError: all mistakes of the recipe, and what we cannot do, with their places.
     """
+    nodes = nodes_of(text)
+    if len(nodes) == 1 and is_mixture(nodes[0]):
+        return Translated(*mixture(nodes[0], pool or _POOL, names or {}))
     problems = Problems()
-    recipes = documents(text, problems)
+    recipes = documents(nodes, problems)
     final, stages = _ordered(recipes, problems)
     done: dict[str, Translated] = {}
     notes: list[str] = []
