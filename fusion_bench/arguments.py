@@ -41,7 +41,7 @@ def arguments_of(made: object) -> dict[str, Any] | None:
         taken = [*signature(type(made)).parameters]
     except ValueError:  # some builtins do not tell their signature
         return None
-    if is_dataclass(made) and taken == [field.name for field in fields(made) if field.init]:
+    if is_dataclass(made) and set(taken) == {field.name for field in fields(made) if field.init}:
         return {name: getattr(made, name) for name in taken}
     return None if taken or not hasattr(made, "__dict__") else {}
 

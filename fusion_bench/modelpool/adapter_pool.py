@@ -123,8 +123,12 @@ class AdapterPool:
                 plan.weights |= {name: self.weights(name) for name in (_PRETRAINED, *self._models)}
         return plan
 
-    def compare(self, names: Collection[str] | None = None) -> list[str]:
+    def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Compare the bases that the adapters name.
+
+        Args:
+            names: of which adapters; by default all.
+            layers: ignored: adapters of one base have the same layers.
 
         Raises:
             FusionBenchError: several bases, if the policy's ``on_config`` is ``error``.

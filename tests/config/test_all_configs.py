@@ -39,6 +39,7 @@ NEEDS = {
     "compare": ["reports=[a/report.json,b/report.json]"],
     "evaluate": ["modelpool=CLIPVisionModelPool/zoo", "taskpool=CLIPVisionModelTaskPool/zoo"],
     "merge_llm": ["+modelpool.models.a=owner/a"],
+    "method/stacked_layers": ["method.slices=[{models:{a:[0,1]}}]"],
     "repeat": ["report=report.json"],
     "search_winner": ["sweep=multirun/sweep"],
 }

@@ -44,7 +44,7 @@ def test_options_of_a_method_in_a_method(program_config: Config, outer: str) -> 
     ]
     typed = TIES | {"threshold": "high"}
     assert lines(program_config, method=over(outer, typed)) == [
-        "method.base_method.threshold: 'high' is not a number."
+        "method.base_method.threshold: 'high' is not a number or a mapping or a list."
     ]
     one = {"_target_": weighed, "weights": [1.0]}
     assert lines(program_config, method=over(outer, one)) == [

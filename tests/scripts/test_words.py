@@ -104,4 +104,4 @@ def test_a_method_is_chosen_where_a_file_has_its_own(tmp_path: Path) -> None:
         assert code == 0 and "warn" not in text.lower(), text
         node = yaml.safe_load(text)["method"]
         assert node["_target_"] == f"fusion_bench.method.{target}"
-        assert node.get("threshold") == threshold and "weights" not in node
+        assert node.get("threshold") == threshold and node.get("weights") in (None, 1.0)
