@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ class Origin:
         files: what its weights were read from.
         base: what an adapter was put on.
         license: what its own card says.
+        models: what a merge was made of; it has no files itself.
     """
 
     name: str
@@ -120,6 +121,16 @@ class Origin:
     files: tuple[Path, ...] = ()
     base: "Origin | None" = None
     license: str | None = None
+    models: "Mapping[str, Origin]" = field(default_factory=dict)
+
+
+def stored(sources: Mapping[str, Origin]) -> dict[str, Origin]:
+    """Return sources with the models of a merge in its place, as ``merge/model``."""
+    found: dict[str, Origin] = {}
+    for name, source in sources.items():
+        inside = stored(source.models)
+        found |= {f"{name}/{inner}": own for inner, own in inside.items()} or {name: source}
+    return found
 
 
 def stated_license(place: Repository) -> str | None:

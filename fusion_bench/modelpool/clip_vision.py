@@ -76,7 +76,8 @@ class CLIPVisionModelPool(HFModelPool):
         encoder: nn.Module = getattr(module, "vision_model", module)  # a full CLIP model holds one
         return encoder
 
-    def _write_companions(self, model: Model | None, directory: Path) -> None:
+    def write_companions(self, model: Model | None, directory: Path) -> None:
+        """Write the vision encoder's config and what prepares pictures."""
         config = deepcopy(self._config_for(self._reference))
         if model is not None and model.config is not None:
             config = self._part_of(config_of(model.config, self._config_class))

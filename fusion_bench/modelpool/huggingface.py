@@ -33,6 +33,7 @@ from fusion_bench.modelpool.build import (
     refuse_incomplete,
     skeleton,
 )
+from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.directory import copy_files, processor_files, write_directory
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
@@ -554,7 +555,7 @@ class HFModelPool:
             path: a directory; what is there is replaced.
             config: the run's config.
         """
-        sources = {name: source.described() for name, source in self._sources.items()}
+        sources = self.described()
         if isinstance(model, AdaptedModel):
             base = self._source("_pretrained_").at
             write_adapter(
@@ -580,8 +581,15 @@ class HFModelPool:
             sources=sources,
             config=config,
             max_shard_size=self.max_shard_size,
-            write_companions=partial(self._write_companions, own),
+            write_companions=partial(self._beside, own),
         )
+
+    def described(self) -> dict[str, Origin]:
+        """Return where the models come from; their files are fetched.
+
+        Of a model that is itself a merge they are its own models, as ``merge/model``.
+        """
+        return stored({name: source.described() for name, source in self._sources.items()})
 
     def open_saved(self, path: Path) -> Weights:
         """Return the weights that ``save_model`` wrote, under the pool's keys."""
@@ -620,7 +628,15 @@ class HFModelPool:
         """Return weights with the keys that they have in a file."""
         return weights
 
-    def _write_companions(self, model: Model | None, directory: Path) -> None:
+    def _beside(self, model: Model | None, directory: Path) -> None:
+        """Write the companions of a model that is saved; warn where it has no config."""
+        self.write_companions(model, directory)
+        if not (directory / "config.json").exists():
+            log.warning(
+                "The merged weights are saved without a config.json, because the models have none."
+            )
+
+    def write_companions(self, model: Model | None, directory: Path) -> None:
         """Write config, tokenizer and processor files beside merged weights.
 
         Args:
@@ -641,9 +657,6 @@ class HFModelPool:
             write_text(directory / "config.json", json.dumps(dict(model.config), indent=2) + "\n")
         file = directory / "config.json"
         if not file.exists():
-            log.warning(
-                "The merged weights are saved without a config.json, because the models have none."
-            )
             return
         config = read_json(file)
         before = deepcopy(config)

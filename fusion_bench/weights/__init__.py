@@ -33,7 +33,7 @@ from fusion_bench.weights.merge import (
 from fusion_bench.weights.model import Model
 from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
 from fusion_bench.weights.stream import in_memory, into_module, predicted_peak, stream
-from fusion_bench.weights.views import Renamed, Stacked, without_prefix
+from fusion_bench.weights.views import Renamed, Rounded, Stacked, without_prefix
 from fusion_bench.weights.write import check_size, write_checkpoint
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "Origin",
     "Regrouped",
     "Renamed",
+    "Rounded",
     "Row",
     "Run",
     "Share",

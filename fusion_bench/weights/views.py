@@ -1,4 +1,4 @@
-"""Weights seen under other names."""
+"""Weights seen under other names, or in their stored types."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,6 +107,25 @@ class Renamed(Stacked):
         """Return the first key that shares the entry's memory, or is another name of it."""
         weights, name = self._parts[key]
         return self._first[id(weights), weights.tied_to(name)]
+
+
+class Rounded(Stacked):
+    """Weights whose entries are rounded to their own types when they are read, as if stored.
+
+    Args:
+        weights: the original weights, whose computed entries may be read in float32.
+    """
+
+    def __init__(self, weights: Weights):
+        super().__init__({key: (weights, key) for key in weights})
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements of the flattened entry, in its type."""
+        return super().read(key, start, stop).to(self.spec(key).dtype)
+
+    def take(self, key: str, rows: Tensor, width: int) -> Tensor:
+        """Return rows of an entry, in its type."""
+        return super().take(key, rows, width).to(self.spec(key).dtype)
 
 
 def without_prefix(keys: Mapping[str, object], known: Mapping[str, object]) -> str:

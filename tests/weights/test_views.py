@@ -3,7 +3,16 @@ import torch
 from fixtures_weights import all_bits, total, weights
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import Renamed, Stacked, TensorWeights, in_memory, merge, without_prefix
+from fusion_bench.weights import (
+    MergePolicy,
+    Renamed,
+    Rounded,
+    Stacked,
+    TensorWeights,
+    in_memory,
+    merge,
+    without_prefix,
+)
 
 
 def test_entries_have_the_new_names_in_the_new_order() -> None:
@@ -53,6 +62,19 @@ def test_merged_weights_are_renamed_with_what_they_noticed() -> None:
     assert renamed.in_pieces is merged.in_pieces is False
     with pytest.raises(FusionBenchError, match="NaN"):
         in_memory(renamed)
+
+
+def test_rounded_entries_are_read_as_they_would_be_stored() -> None:
+    third = torch.full((2, 2), 1 / 3)
+    merged = merge(
+        {"m": TensorWeights({"a": third, "b": third})}, total, policy=MergePolicy(dtype="bfloat16")
+    )
+    assert merged.read("a", 0, 1).dtype is torch.float32
+    rounded, expected = Rounded(merged), third.bfloat16()
+    for found in (rounded["a"], rounded.take("a", torch.tensor([0, 1]), 2)):
+        assert torch.equal(found, expected) and found.dtype is torch.bfloat16
+    assert torch.equal(rounded.read("a", 1, 3), expected.view(-1)[1:3])
+    assert rounded.tied_to("b") == "a" and rounded.spec("b") == merged.spec("b")
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,28 @@
 """A merge is a model: what a method makes of a pool, computed when it is read."""
 
+import atexit
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Optional, Protocol, runtime_checkable
 
 from fusion_bench.companions import CONFIGS
 from fusion_bench.instantiate import check_part, instantiate
 from fusion_bench.modelpool.build import config_of
 from fusion_bench.modelpool.card import Origin
-from fusion_bench.modelpool.directory import copy_files, processor_files
+from fusion_bench.modelpool.directory import (
+    copy_files,
+    processor_files,
+    sentence_transformer,
+)
 from fusion_bench.modelpool.sources.source import Named
 from fusion_bench.plan import Plan
 from fusion_bench.problems import ConfigError, within
-from fusion_bench.repository import Repository
-from fusion_bench.storage import write_text
-from fusion_bench.weights import Config, Model, Weights
+from fusion_bench.repository import Repository, locate
+from fusion_bench.weights import Config, Model, Rounded, Weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,8 +34,11 @@ _TARGET = "fusion_bench.modelpool.MergedModel"
 class MergedModel:
     """A model that is itself a merge. It is computed when it is read, and stored nowhere.
 
+    It is what saving the merge would give: its entries are rounded to the type that the merge has,
+    and its config, tokenizer and chat template are the merge's.
+
     Args:
-        modelpool: the pool's config node, or a pool.
+        modelpool: the pool's config node, or a pool; its policy says the type.
         method: the method's config node, or a method; it makes one model without data.
     """
 
@@ -48,6 +56,10 @@ class _Pool(Protocol):
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan: ...
 
     def model(self, name: str) -> Model: ...
+
+    def described(self) -> Mapping[str, Origin]: ...
+
+    def write_companions(self, model: Model | None, directory: Path) -> None: ...
 
 
 @runtime_checkable
@@ -83,10 +95,15 @@ class Merged:
         """What it is called."""
         return Repository(f"a merge of {', '.join(self.pool.model_names)}", frozenset())
 
-    @property
+    @cached_property
     def companions(self) -> tuple[Repository, ...]:
-        """Those of the merge's reference, or what the method made of them."""
-        return self.model.companions
+        """A folder with the files that the saved merge has beside its weights."""
+        folder = TemporaryDirectory(prefix="fusion_bench-", ignore_cleanup_errors=True)
+        atexit.register(folder.cleanup)  # models keep its name: it stays as long as the process
+        with within("modelpool"):
+            own = self._fused if isinstance(self._fused, Model) else None
+            self.pool.write_companions(own, Path(folder.name))
+        return (replace(locate(folder.name), name=self.at.name),)
 
     @property
     def prefix(self) -> None:
@@ -115,16 +132,22 @@ class Merged:
     @cached_property
     def model(self) -> Model:
         """The merged model; no weight is read."""
+        pool, fused = self.pool, self._fused
+        reference = pool.model("_pretrained_" if pool.has_pretrained else pool.model_names[0])
+        made = fused if isinstance(fused, Model) else replace(reference, weights=fused)
+        return replace(made, weights=Rounded(made.weights))
+
+    @cached_property
+    def _fused(self) -> Model | Weights:
+        """What the method makes."""
         fused = self.method.fuse(self.pool)
-        if isinstance(fused, Model):
-            return fused
-        if not isinstance(fused, Weights):
+        if not isinstance(fused, Model | Weights):
             raise ConfigError(
                 "it makes no weights, or several models.",
                 "Choose another method.",
                 place=("method",),
             )
-        return replace(self._reference, weights=fused)
+        return fused
 
     def plan(self, plan: Plan) -> bool:
         """Plan the inner pool; check the method if the headers are known."""
@@ -151,15 +174,15 @@ class Merged:
     def open(self, base: Model | None) -> Model:
         """Return the merge."""
         self.named.refuse_base()
-        return self.model
+        return replace(self.model, companions=self.companions)
 
     def architecture(self) -> str:
         """Return the class and the config of the merge."""
         return json.dumps([self.model.kind, dict(self.model.config or {})], sort_keys=True)
 
     def described(self) -> Origin:
-        """Return what it is, and the files of all its models."""
-        return Origin(self.at.name, files=self.model.weights.files)
+        """Return what it is, and its models; it has no files of its own."""
+        return Origin(self.at.name, models=self.pool.described())
 
     def config_for(self, config_class: str) -> "PretrainedConfig | None":
         """Return what a class of transformers makes of its config."""
@@ -170,19 +193,11 @@ class Merged:
         """Nothing is at hand: it is built."""
 
     def write_companions(self, directory: Path, *, processors: bool) -> None:
-        """Write its config, and the files of the model that it is built like."""
-        for place in reversed(self.companions):
-            names = [*(place.files & set(CONFIGS))]
-            names += processor_files(place) if processors else []
-            copy_files(place, names, directory)
-        if self.model.config is not None:
-            text = json.dumps(dict(self.model.config), indent=2)
-            write_text(directory / "config.json", text + "\n")
-
-    @property
-    def _reference(self) -> Model:
-        pool = self.pool
-        return pool.model("_pretrained_" if pool.has_pretrained else pool.model_names[0])
+        """Write the files that the saved merge has beside its weights."""
+        (place,) = self.companions
+        names = [*(place.files & set(CONFIGS)), *sentence_transformer(place)]
+        names += processor_files(place) if processors else []
+        copy_files(place, names, directory)
 
 
 def _lazily(node: Any) -> Any:
