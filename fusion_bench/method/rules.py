@@ -1,9 +1,7 @@
 """Reads the rules of ``where``: which of them gives an option its value in an entry."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from difflib import get_close_matches
 from inspect import signature
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
@@ -12,7 +10,7 @@ from fusion_bench.catalog import OF_ALL_ENTRIES
 from fusion_bench.instantiate import type_problems
 from fusion_bench.method.per_model import known, per_model_options, refuse_unknown
 from fusion_bench.problems import FusionBenchError, Problem, Problems, did_you_mean, within
-from fusion_bench.weights import matches
+from fusion_bench.weights import matches, near_keys
 
 if TYPE_CHECKING:
     from fusion_bench.method.base import TensorwiseAlgorithm
@@ -149,7 +147,7 @@ class Rules:
         for index, patterns in enumerate(self._patterns):
             for pattern in patterns if index not in self._optional else ():
                 if not any(matches(key, [pattern]) for key in keys):
-                    near = f"The nearest: {', '.join(_nearest(pattern, keys))}."
+                    near = f"The nearest: {', '.join(near_keys(pattern, keys))}."
                     reason = f"'{pattern}' matches no entry."
                     problems.add([Problem(("where", index, "match"), reason, near)])
         problems.raise_all()
@@ -173,6 +171,10 @@ class Rules:
                 for option in self.options
             }
         return self._given[matching]
+
+    def matching(self) -> set[int]:
+        """Return the numbers of the rules that match an entry that was asked for."""
+        return {number for numbers in self._matching.values() for number in numbers}
 
     def _numbers(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """Return the numbers of the rules that match one of the names."""
@@ -268,19 +270,6 @@ def _gradient(option: str, value: Mapping[str, object]) -> Gradient:
 
 def _of_model(model: str, value: object) -> object:
     return _gradient(model, value) if isinstance(value, Mapping) else value
-
-
-def _nearest(pattern: str, keys: Sequence[str]) -> list[str]:
-    """Return entries in which something is called nearly as what a pattern looks for."""
-    stem = re.sub(r"[*?]|\[.*?\]", "", pattern).strip(".")
-    parts = stem.count(".") + 1
-    whole: dict[str, str] = {}
-    for key in keys:
-        names = key.split(".")
-        for index in range(max(1, len(names) - parts + 1)):
-            whole.setdefault(".".join(names[index : index + parts]), key)
-    near = get_close_matches(stem, whole, n=3) or get_close_matches(stem, whole, n=1, cutoff=0)
-    return list(dict.fromkeys(whole[name] for name in near))
 
 
 def _is_number(value: object) -> bool:

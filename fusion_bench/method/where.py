@@ -42,8 +42,8 @@ class Resolved:
         variants: one for each distinct set of options.
         given: option to entry to where its value comes from: one, or for an option that may differ
             between models one for each of them.
-        unused: the options of rules that decide nothing, since rules before them do, as the number
-            of the rule and the option.
+        unused: the options of rules that match entries and decide nothing, since rules before
+            them do, as the number of the rule and the option.
     """
 
     variants: tuple[Variant, ...]
@@ -122,7 +122,8 @@ def resolve(method: "TensorwiseAlgorithm", inputs: Inputs) -> Resolved:
         for option, each in given.items()
         for one in each
     }
-    unused = [one for one in rules.everything() if one not in used]
+    matching = rules.matching()
+    unused = [one for one in rules.everything() if one not in used and one[0] in matching]
     given = {option: {key: found[key][option] for key in keys} for option in rules.options}
     return Resolved(tuple(variants), given, tuple(unused))
 

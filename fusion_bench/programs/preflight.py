@@ -31,7 +31,7 @@ from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.search import Setting
 from fusion_bench.programs.spec import plain
-from fusion_bench.programs.told_options import tell_options
+from fusion_bench.programs.told_options import tell_filters, tell_options
 from fusion_bench.recipes import translate
 from fusion_bench.report.table import wide_console
 from fusion_bench.repository import hub_cache
@@ -97,13 +97,16 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
         planned: the plans of pools, some of which several runs share, by their ids.
     """
     plan = Plan(problems=Problems(run.problems))
-    if run.spec.recipe is not None:
-        plan.note(*translate(run.spec.recipe).notes)
+    recipe = None if run.spec.recipe is None else translate(run.spec.recipe)
+    if recipe is not None:
+        plan.note(*recipe.notes)
     modelpool, taskpool, places = run.modelpool, run.taskpool, run.spec.places
     if modelpool is not None:
         if id(modelpool) not in planned:
             planned[id(modelpool)] = modelpool.plan(scratch, built=taskpool is not None)
         plan.take(planned[id(modelpool)], *places.modelpool)
+        if recipe is not None and plan.weights.keys() >= set(modelpool.model_names):
+            tell_filters(plan, recipe.filters, plan.weights.values())
     if taskpool is not None:
         if id(taskpool) not in planned:
             planned[id(taskpool)] = taskpool.plan(scratch)

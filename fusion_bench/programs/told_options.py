@@ -1,11 +1,13 @@
 """What the options of a method are for which entries, for the plan of a run."""
 
+from collections.abc import Collection, Iterable
+
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import Composing, FusionMethod, ModelPool
 from fusion_bench.method.rules import Given
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import Place, key_of
-from fusion_bench.weights import Inputs
+from fusion_bench.weights import Inputs, Weights, near_keys
 from fusion_bench.weights.folding import folded
 
 
@@ -36,9 +38,33 @@ def tell_options(plan: Plan, method: FusionMethod, pool: ModelPool, place: Place
             steps.append(Step("option", what))
     for rule, option in resolved.unused:
         key = key_of((*place, "where", rule, option))
-        reason = "it matches no entry, or rules before it decide for all that it matches"
-        plan.note(f"{key} decides nothing: {reason}.")
+        plan.note(f"{key} decides nothing: rules before it do, for all that it matches.")
     return steps
+
+
+def tell_filters(
+    plan: Plan, filters: Iterable[tuple[str, str]], weights: Collection[Weights]
+) -> None:
+    """Note the filters of a recipe that fit no entry, with those that are called nearly so.
+
+    Args:
+        plan: takes the notes.
+        filters: each with the key where it stands.
+        weights: the models'.
+    """
+    names = {
+        name: None
+        for own in weights
+        for key in own
+        for name in (key, *(origin.key for origin in own.origins(key)))
+    }
+    for key, part in filters:
+        if not any(part in name for name in names):
+            near = ", ".join(near_keys(part, [*names]))
+            plan.note(
+                f"{key}: the filter '{part}' matches no tensor; near: {near}. A filter is a part "
+                "of a name, without * or ?."
+            )
 
 
 def _said(values: tuple[Given, ...], models: list[str]) -> str:

@@ -5,6 +5,7 @@ other in a chain of conditions, of which the first that fits a tensor decides.
 """
 
 import glob
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +105,10 @@ def ours(value: Scalar, parameter: Parameter, place: Place, *, exact: bool = Fal
     assert found is not None
     if parameter.kind == "truth":
         return parameter.values.get(bool(found), found)
+    least, most = (0, math.inf) if parameter.share else parameter.limits or (-math.inf, math.inf)
+    if not least <= found <= most:  # type: ignore[operator]
+        reason = f"{value} is not a number from 0 to 1."
+        Problems([Problem(place, reason)]).raise_all()
     if parameter.share and found > 1:  # type: ignore[operator]
         if exact:
             reason = f"{value} in a gradient: beyond 1 it would mean 1 here and there."

@@ -25,7 +25,8 @@ class Parameter:
         default: mergekit's; None where it wants a value.
         of_model: each model may have its own.
         complement: ours is 1 minus theirs.
-        share: larger values mean 1.
+        share: larger values than 1 mean 1.
+        limits: the least and the largest value.
         values: ours for true and for false.
     """
 
@@ -35,6 +36,7 @@ class Parameter:
     of_model: bool = False
     complement: bool = False
     share: bool = False
+    limits: tuple[float, float] | None = None
     values: Mapping[bool, Scalar] = field(default_factory=dict)
 
     @property
@@ -69,8 +71,8 @@ _DENSITY = Parameter("density", default=1.0, of_model=True, share=True)
 _NO_DENSITY = Parameter(None, default=1.0, of_model=True)
 _SPARSITY = Parameter("sparsity_ratio", default=1.0, of_model=True, complement=True, share=True)
 _THRESHOLD = Parameter("threshold", default=1.0, of_model=True, share=True)
-_GAMMA = Parameter("gamma", default=0.01, of_model=True)
-_EPSILON = Parameter("epsilon", default=0.15, of_model=True)
+_GAMMA = Parameter("gamma", default=0.01, of_model=True, limits=(0, 1))
+_EPSILON = Parameter("epsilon", default=0.15, of_model=True, limits=(0, 1))
 
 
 def _truth(option: str, default: bool, values: Mapping[bool, Scalar]) -> Parameter:

@@ -37,6 +37,7 @@ def translate(
     final, stages = _ordered(recipes, problems)
     done: dict[str, Translated] = {}
     notes: list[str] = []
+    filters: list[tuple[str, str]] = []
     for recipe in [*stages, final]:
         if recipe.method not in METHODS or not any(True for _ in recipe.sources()):
             continue  # told by the reader
@@ -45,11 +46,13 @@ def translate(
             translated = made.whole()
             done[recipe.name or ""] = translated
             notes += translated.notes
+            filters += translated.filters
     problems.raise_all()
     found = done[final.name or ""]
     used = _needed(final, {recipe.name: recipe for recipe in stages})
     notes += [f"the stage '{own.name}' is not used." for own in stages if own.name not in used]
-    return Translated(found.method, found.modelpool, tuple(dict.fromkeys(notes)))
+    notes, filters = list(dict.fromkeys(notes)), list(dict.fromkeys(filters))
+    return Translated(found.method, found.modelpool, tuple(notes), tuple(filters))
 
 
 def first_model(text: str) -> str:

@@ -39,11 +39,13 @@ class Translated:
         method: the node of the method.
         modelpool: the node of the pool.
         notes: what is surprising.
+        filters: each filter with the key where it stands.
     """
 
     method: Node
     modelpool: Node
     notes: tuple[str, ...]
+    filters: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Translation:
     known: Mapping[str, str] = field(default_factory=dict)
     problems: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
+    filters: list[tuple[str, str]] = field(default_factory=list)
     _models: dict[str, object] = field(default_factory=dict)
 
     def whole(self) -> Translated:
@@ -84,7 +87,7 @@ class Translation:
             pool["chat_template"] = recipe.chat_template
         pool["models"] = self._models
         self.problems.raise_all()
-        return Translated(method, pool, tuple(self.notes))
+        return Translated(method, pool, tuple(self.notes), tuple(self.filters))
 
     @property
     def _method(self) -> Method:
@@ -128,6 +131,9 @@ class Translation:
                 elif known[name].option is None:
                     where = self._said(setting.place)
                     self.notes.append(f"{where}: {recipe.method} drops nothing; it has no effect.")
+                else:
+                    parts = (own.filter for own in setting.conditions if own.filter is not None)
+                    self.filters += ((self._said(setting.place), part) for part in parts)
 
     def _said(self, place: Place) -> str:
         return Problem(place, "").key

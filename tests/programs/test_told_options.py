@@ -10,7 +10,7 @@ from fusion_bench.method import KnOTSMerging, SimpleAverageAlgorithm, TiesMergin
 from fusion_bench.method.checks import Pool
 from fusion_bench.plan import Plan
 from fusion_bench.problems import ConfigError
-from fusion_bench.programs.told_options import tell_options
+from fusion_bench.programs.told_options import tell_filters, tell_options
 from fusion_bench.weights import TensorWeights
 
 KEYS = [
@@ -61,6 +61,22 @@ def test_rules_of_a_base_method_have_its_place() -> None:
 
 def test_without_rules_nothing_is_told() -> None:
     assert told(SimpleAverageAlgorithm()) == ([], []) == told(KnOTSMerging())
+
+
+def test_a_rule_that_may_match_nothing_is_no_news_if_it_does() -> None:
+    rules = [{"match": "*mpl*", "scaling_factor": 2, "optional": True}]
+    assert told(TiesMergingAlgorithm(where=rules))[1] == []
+
+
+def test_filters_of_a_recipe_that_fit_nothing_are_told_with_near_names() -> None:
+    plan, where = Plan(), "models[0].parameters.weight"
+    filters = [(where, part) for part in ("mlp", "mpl", "layers.1.", "mlp*")]
+    tell_filters(plan, filters, [POOL.weights(name) for name in "ab"])
+    assert plan.notes == [
+        f"{where}: the filter '{part}' matches no tensor; near: layers.0.mlp.up. A filter is a "
+        "part of a name, without * or ?."
+        for part in ("mpl", "mlp*")
+    ]
 
 
 def test_a_dry_run_shows_it(

@@ -48,6 +48,14 @@ def test_the_plan_tells_what_is_surprising(models: Path, tmp_path: Path) -> None
     done = fusion_bench("merge", str(file), "out", "--dry-run", cwd=models)
     assert done.returncode == 0, done.stderr
     assert "it is ignored, as in mergekit" in " ".join(done.stdout.split())
+    stage = "merge_method: linear\nmodels: [{model: s, parameters: {weight: 1}}]\n---\nname: s\n"
+    conditions = "weight: [{filter: self_atn, value: 2}, {value: 1}]"
+    file.write_text(stage + text.replace("weight: 1", conditions), encoding="utf-8")
+    done = fusion_bench("merge", str(file), "out", "--dry-run", cwd=models)
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert "[1].models[0].parameters.weight: the filter 'self_atn' matches no tensor; near" in shown
+    assert "decides nothing" not in shown
     assert not (models / "out").exists()
 
 

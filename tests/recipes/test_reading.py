@@ -222,3 +222,38 @@ def test_recipes_that_pages_show(page: str) -> None:
     assert shown or page == "from_mergekit.md"
     for code in shown:
         assert translate(code).method
+
+
+def test_the_filters_are_known_with_their_places() -> None:
+    text = """\
+merge_method: linear
+models:
+  - {model: s, parameters: {weight: [{filter: mpl, value: 2}, {filter: "*", value: 1}]}}
+---
+name: s
+slices:
+  - sources: [{model: a, layer_range: [0, 2], parameters: {scale: {filter: q_proj, value: 1}}}]
+    parameters: {scale: [{filter: mlp, value: 2}, {value: 1}]}
+merge_method: passthrough
+"""
+    assert translate(text).filters == (
+        ("[1].slices[0].parameters.scale", "mlp"),
+        ("[1].slices[0].sources[0].parameters.scale", "q_proj"),
+        ("[0].models[0].parameters.weight", "mpl"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [("ties", "density", -0.5), ("dare_ties", "density", "[0.5, -0.1]"), ("della", "epsilon", 3),
+     ("breadcrumbs", "gamma", -1)],
+)  # fmt: skip
+def test_values_beyond_the_limits_are_told_in_the_recipes_words(
+    method: str, name: str, value: object
+) -> None:
+    text = f"merge_method: {method}\nbase_model: o\nmodels:\n"
+    text += "  - {model: a, parameters: {weight: 1}}\n"
+    text += f"  - {{model: b, parameters: {{weight: 1, {name}: {value}}}}}\n"
+    (found,) = problems(text).items()
+    assert found[0] == f"models[1].parameters.{name}"
+    assert "is not a number from 0 to 1" in found[1]
