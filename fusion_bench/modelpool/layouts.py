@@ -108,7 +108,11 @@ def _made_of(entry: Arrangement) -> str:
 
 
 def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arrangement]:
-    """Return how each entry of a model's class is put together from a file's entries."""
+    """Return how each entry of a model's class is put together from a file's entries.
+
+    Raises:
+        FusionBenchError: the file holds an entry in two layouts.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -129,7 +133,9 @@ def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arran
         if name not in expected and key in expected:
             name, pattern = key, None
         if pattern is None:
-            found.setdefault(name, Arrangement.whole(key, weights.spec(key).shape))
+            entry = Arrangement.whole(key, weights.spec(key).shape)
+            if found.setdefault(name, entry) is not entry:
+                _refuse_both(weights, name, found[name], entry)
         else:
             groups.setdefault(name, (of_pattern[pattern], []))[1].append((key, pattern))
     for name, (converter, members) in groups.items():
@@ -146,8 +152,19 @@ def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arran
         for target, result in converted.items():
             moved = result[0] if isinstance(result, list) else result
             if (entry := arranged(moved, specs)) is not None:
-                found[target] = entry
+                if found.setdefault(target, entry) is not entry:
+                    _refuse_both(weights, target, found[target], entry)
     return found
+
+
+def _refuse_both(weights: Weights, name: str, one: Arrangement, other: Arrangement) -> None:
+    """Refuse two entries of a file that are the same of the model, unless they are tied."""
+    keys = one.keys[0], other.keys[0]
+    if len({weights.tied_to(key) for key in keys}) > 1:
+        raise FusionBenchError(
+            f"'{keys[0]}' and '{keys[1]}' are both '{name}', so it is in the file twice.",
+            "Remove those of one layout from the file.",
+        )
 
 
 def positions(specs: Mapping[str, TensorSpec]) -> Iterator[Tensor]:

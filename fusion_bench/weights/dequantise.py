@@ -335,4 +335,4 @@ def _four_bits(weights: Weights, key: str, state: str) -> FourBits:
     for end, size_of in sizes.items():
         if (found := weights.spec(f"{key}{end}").numel) != size_of:
             raise ValueError(f"'{key}{end}' of {found} numbers in place of {size_of}")
-    return FourBits(spec, key, size, nested, float(said.get("nested_offset") or 0))
+    return FourBits(spec, key, size, nested, float(said["nested_offset"]) if nested else 0.0)

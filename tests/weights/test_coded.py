@@ -204,7 +204,7 @@ def test_the_shape_of_packed_integers_that_fill_no_word() -> None:
     check(weights, "l.weight", numbers.float())
     for strange in ([4, 16], [8, 20], [4], [4, -20]):
         state["l.weight_shape"] = torch.tensor(strange)
-        with pytest.raises(FusionBenchError, match="'l.weight_shape' says"):
+        with pytest.raises(FusionBenchError, match=r"'l\.weight_shape' says"):
             dequantised(TensorWeights(state), settings)
 
 
@@ -268,7 +268,7 @@ def test_groups_of_the_config_that_name_modules_go_before_those_that_name_classe
         state |= {f"{name}.weight": INT8, f"{name}.weight_scale": SCALE}
     own = {"targets": ["re:.*v"], "weights": {"symmetric": False}}
     settings = {"config_groups": {"g": {"targets": ["Linear"], "weights": {}}, "h": own}}
-    with pytest.raises(FusionBenchError, match="'a.v.weight_zero_point' is missing"):
+    with pytest.raises(FusionBenchError, match=r"'a\.v\.weight_zero_point' is missing"):
         dequantised(TensorWeights(state), settings)
 
 
@@ -328,6 +328,10 @@ def test_an_entry_that_is_missing_is_named() -> None:
     state = four_bits(STATE)
     del state["l.weight.absmax"]
     with pytest.raises(FusionBenchError, match=r"understood: 'l.weight.absmax' is missing"):
+        dequantised(TensorWeights(state), {})
+    nested = {"l.weight.nested_absmax": torch.ones(1), "l.weight.nested_quant_map": torch.ones(256)}
+    state = four_bits(STATE | {"nested_blocksize": 256}) | nested
+    with pytest.raises(FusionBenchError, match=r"understood: 'nested_offset' is missing"):
         dequantised(TensorWeights(state), {})
 
 
