@@ -151,9 +151,9 @@ def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arran
             continue
         for target, result in converted.items():
             moved = result[0] if isinstance(result, list) else result
-            if (entry := arranged(moved, specs)) is not None:
-                if found.setdefault(target, entry) is not entry:
-                    _refuse_both(weights, target, found[target], entry)
+            made = arranged(moved, specs)
+            if made is not None and found.setdefault(target, made) is not made:
+                _refuse_both(weights, target, found[target], made)
     return found
 
 
