@@ -199,9 +199,13 @@ def test_a_file_with_both_layouts_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FusionBenchError) as told:
             pool.weights("both")
         assert re.search(
-            r"^models\.both: '\S*mlp\.experts\.\S*_proj' and '\S*experts\.0\.w\d\.weight' are both",
+            r"^models\.both: '\S*mlp\.experts\.\S*_proj' and '\S*experts\.0\.w\d\.weight' are the "
+            r"same tensor in two layouts, and both are in the file of the model",
             str(told.value),
         )
+    pool = CausalLMPool({name: str(tmp_path / name) for name in ("both", "base")})
+    with pytest.raises(FusionBenchError, match="both are in the file of the reference"):
+        pool.weights("base")
 
 
 def test_options_by_model_know_an_entry_by_the_models_own_name(tmp_path: Path) -> None:
