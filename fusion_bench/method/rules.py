@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from inspect import signature
+from itertools import chain
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from fusion_bench.arguments import arguments_of
@@ -137,19 +138,30 @@ class Rules:
                 return {model: _of_model(model, one) for model, one in own}
         return value
 
-    def refuse_unmatched(self, keys: Iterable[str]) -> None:
-        """Refuse patterns that match no entry.
+    def refuse_unmatched(self, merged: Iterable[str], theirs: Sequence[Iterable[str]]) -> None:
+        """Refuse patterns that match no entry by the names that an option of theirs looks at.
+
+        Args:
+            merged: what the merged model's entries are called.
+            theirs: what each model calls them itself; values by model look at these.
 
         Raises:
             FusionBenchError: there are some.
         """
-        keys, problems = list(keys), Problems()
-        for index, patterns in enumerate(self._patterns):
+        by_model, problems = dict(zip(self._models, map(list, theirs), strict=True)), Problems()
+        everywhere = list(merged)
+        for index, (patterns, own) in enumerate(zip(self._patterns, self._values, strict=True)):
             for pattern in patterns if index not in self._optional else ():
-                if not any(matches(key, [pattern]) for key in keys):
+                for option, value in own.items():
+                    models = value if isinstance(value, Mapping) else self._models
+                    each = [by_model[model] for model in models]
+                    keys = list(chain(*each)) if option in self._per_model else everywhere
+                    if any(matches(key, [pattern]) for key in keys):
+                        continue
                     near = f"The nearest: {', '.join(near_keys(pattern, keys))}."
                     reason = f"'{pattern}' matches no entry."
                     problems.add([Problem(("where", index, "match"), reason, near)])
+                    break
         problems.raise_all()
 
     def given(self, key: str, theirs: Sequence[tuple[str, ...]]) -> dict[str, tuple[Given, ...]]:
@@ -172,9 +184,19 @@ class Rules:
             }
         return self._given[matching]
 
-    def matching(self) -> set[int]:
-        """Return the numbers of the rules that match an entry that was asked for."""
-        return {number for numbers in self._matching.values() for number in numbers}
+    def matching(self) -> set[tuple[int, str]]:
+        """Return the number and options of the rules that match an entry that was asked for."""
+        found = set()
+        for merged, *theirs in self._given:
+            found |= {(n, o) for n in merged for o in self._values[n] if o not in self._per_model}
+            for model, numbers in zip(self._models, theirs, strict=True):
+                for number in numbers:
+                    for option, value in self._values[number].items():
+                        if option in self._per_model and (
+                            not isinstance(value, Mapping) or model in value
+                        ):
+                            found.add((number, option))
+        return found
 
     def _numbers(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """Return the numbers of the rules that match one of the names."""
