@@ -4,10 +4,12 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from functools import partial
-from math import isnan
+from math import isfinite
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
+import yaml
 from omegaconf import OmegaConf
 
 from fusion_bench.pretrained import checked_node
@@ -63,7 +65,7 @@ _NODES_BY_NAME = {
 }
 _NODES = ("processor", "tokenizer", "clip_model", "data_processor")
 #: Keys of a pool's ``tokenizer`` that is not a node, but says where tokens come from.
-_SAYS = ("source", "base", "tokens", "pad_to_multiple_of")
+TOKEN_KEYS = ("source", "base", "tokens", "pad_to_multiple_of")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
@@ -284,8 +286,9 @@ def _problems(
     elif _is_open(node):
         # It would be resolved once more, to something that nobody has looked at.
         yield Problem(place, f"'{node}' contains a nested interpolation.", ("Write out the value."))
-    elif isinstance(node, float) and isnan(node):
-        yield Problem(place, "NaN is not allowed.", "Give another.")
+    elif isinstance(node, float) and not isfinite(node):
+        said = "infinity" if node > 0 else "-infinity" if node < 0 else "NaN"
+        yield Problem(place, f"{said} is not allowed.", "Give another.")
     elif isinstance(node, str) and _SURROGATE.search(node):
         reason = f"'{node}' is not valid UTF-8, so a report cannot contain it."
         yield Problem(place, reason, "Rename it.")
@@ -295,7 +298,7 @@ def _pool_problems(node: Mapping[Any, Any]) -> Iterator[Problem]:
     """Yield a problem for each value in a pool that should be a node."""
     for name in _NODES:
         part = node.get(name)
-        if name == "tokenizer" and isinstance(part, Mapping) and not part.keys().isdisjoint(_SAYS):
+        if name == "tokenizer" and isinstance(part, Mapping) and says_of_tokens(part):
             continue  # the pool tells what it says of tokens
         for problem in _part_problems(part, _EXAMPLES[name], texts=True):
             yield problem.inside(name)
@@ -337,7 +340,13 @@ def _signature_problems(
         for name in sorted(given - set(parameters) - {name for name, _ in told}):
             reason = f"{_short(target)} takes no such key."
             yield Problem((name,), reason, did_you_mean(name, parameters))
-    yield from type_problems(function, {k: v for k, v in node.items() if k in parameters})
+    plain = {name: value for name, value in node.items() if name in parameters}
+    if "where" in parameters:
+        direct = [gradient_problem(name, value) for name, value in plain.items()]
+        yield from filter(None, direct)
+        pairs = zip(plain.items(), direct, strict=True)
+        plain = {name: value for (name, value), problem in pairs if problem is None}
+    yield from type_problems(function, plain)
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():
@@ -373,6 +382,28 @@ def type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
                 types = dict.fromkeys(_WANTED.get(kind, kind) for kind in kinds)
                 said = "null" if value is None else f"'{value}'"
                 yield Problem((name,), f"{said} is not {' or '.join(types)}.")
+
+
+def gradient_problem(name: str, value: object) -> Problem | None:
+    """Return the problem of an option with a gradient outside of a rule; ``None`` without one."""
+    if name == "where" or not _has_gradient(value):
+        return None
+    flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    remedy = f"In place of it, give '{{here}}where=[{{{name}: {flow}}}]'."
+    return Problem((name,), "a gradient has to be in a rule.", remedy)
+
+
+def _has_gradient(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return "gradient" in value or any(map(_has_gradient, value.values()))
+    return isinstance(value, list) and any(map(_has_gradient, value))
+
+
+def says_of_tokens(node: Mapping[Any, Any]) -> bool:
+    """Return whether a pool's ``tokenizer`` says where tokens come from, maybe with mistakes."""
+    if not node.keys().isdisjoint(TOKEN_KEYS):
+        return True
+    return "_target_" not in node and any(get_close_matches(str(key), TOKEN_KEYS) for key in node)
 
 
 def _has_target(value: Any) -> bool:
