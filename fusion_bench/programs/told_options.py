@@ -55,7 +55,7 @@ def _alike(
     found: dict[tuple[str, str | None], tuple[tuple[Given, ...], _Places]] = {}
     for key, values in given.items():
         place = layers.place(key)
-        of = repr(values), place and place.stack
+        of = repr(values), None if place is None else place.stack
         found.setdefault(of, (values, {}))[1][key] = place
     yield from found.values()
 
