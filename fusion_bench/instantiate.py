@@ -4,14 +4,13 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from functools import partial
 from math import isfinite
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
-import yaml
 from omegaconf import OmegaConf
 
+from fusion_bench.forms import rule_problem, says_of_tokens
 from fusion_bench.pretrained import checked_node
 from fusion_bench.problems import ConfigError, Place, Problem, Problems, did_you_mean, within
 from fusion_bench.resolving import to_container
@@ -64,8 +63,6 @@ _NODES_BY_NAME = {
     "test_datasets": False,
 }
 _NODES = ("processor", "tokenizer", "clip_model", "data_processor")
-#: Keys of a pool's ``tokenizer`` that is not a node, but says where tokens come from.
-TOKEN_KEYS = ("source", "base", "tokens", "pad_to_multiple_of")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
@@ -342,10 +339,9 @@ def _signature_problems(
             yield Problem((name,), reason, did_you_mean(name, parameters))
     plain = {name: value for name, value in node.items() if name in parameters}
     if "where" in parameters:
-        direct = [gradient_problem(name, value) for name, value in plain.items()]
-        yield from filter(None, direct)
-        pairs = zip(plain.items(), direct, strict=True)
-        plain = {name: value for (name, value), problem in pairs if problem is None}
+        wrong = {name: rule_problem(name, value) for name, value in plain.items()}
+        yield from filter(None, wrong.values())
+        plain = {name: value for name, value in plain.items() if wrong[name] is None}
     yield from type_problems(function, plain)
     if node.get("_partial_") or node.get("_args_"):
         return
@@ -382,28 +378,6 @@ def type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
                 types = dict.fromkeys(_WANTED.get(kind, kind) for kind in kinds)
                 said = "null" if value is None else f"'{value}'"
                 yield Problem((name,), f"{said} is not {' or '.join(types)}.")
-
-
-def gradient_problem(name: str, value: object) -> Problem | None:
-    """Return the problem of an option with a gradient outside of a rule; ``None`` without one."""
-    if name == "where" or not _has_gradient(value):
-        return None
-    flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
-    remedy = f"In place of it, give '{{here}}where=[{{{name}: {flow}}}]'."
-    return Problem((name,), "a gradient has to be in a rule.", remedy)
-
-
-def _has_gradient(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return "gradient" in value or any(map(_has_gradient, value.values()))
-    return isinstance(value, list) and any(map(_has_gradient, value))
-
-
-def says_of_tokens(node: Mapping[Any, Any]) -> bool:
-    """Return whether a pool's ``tokenizer`` says where tokens come from, maybe with mistakes."""
-    if not node.keys().isdisjoint(TOKEN_KEYS):
-        return True
-    return "_target_" not in node and any(get_close_matches(str(key), TOKEN_KEYS) for key in node)
 
 
 def _has_target(value: Any) -> bool:

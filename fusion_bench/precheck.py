@@ -7,7 +7,7 @@ from typing import Any
 from jsonschema import Draft7Validator
 
 from fusion_bench.catalog import OF_ALL_ENTRIES, choices_of, definitions
-from fusion_bench.instantiate import gradient_problem
+from fusion_bench.forms import rule_problem
 from fusion_bench.problems import Place, Problem, did_you_mean
 
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
@@ -82,10 +82,8 @@ def _own_problems(
             yield Problem((key,), f"'{value}' names no logger.", remedy)
         elif key == "where" and isinstance(value, list):
             yield from _rule_problems(value, name, known)
-        elif key == "where" and isinstance(value, Mapping):
-            yield Problem((key,), "it is not a list of rules.", "Put it in a list: [{…}].")
-        elif "where" in known and (direct := gradient_problem(key, value)) is not None:
-            yield direct
+        elif "where" in known and (wrong := rule_problem(key, value)) is not None:
+            yield wrong
         elif not _holds_nodes(value) and not _fits(value, known[key]):
             yield Problem((key,), *_mismatch(value, known[key]))
 

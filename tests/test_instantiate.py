@@ -132,6 +132,12 @@ def test_a_gradient_outside_of_a_rule_is_refused() -> None:
     )
 
 
+def test_one_rule_is_no_list() -> None:
+    node = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
+    text = message({**node, "where": {"scaling_factor": 1}})
+    assert text == "where: it is not a list of rules. Put it in a list: [{…}]."
+
+
 def test_a_mistyped_key_of_a_tokenizer_is_left_to_the_pool() -> None:
     pool = {"_target_": "fusion_bench.modelpool.CausalLMPool", "models": {"a": "x"}}
     assert "has no _target_" in message({**pool, "tokenizer": {"path": "x"}}, "modelpool")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
-from fusion_bench.instantiate import gradient_problem
+from fusion_bench.forms import rule_problem
 from fusion_bench.method.contract import (
     Comparing,
     Data,
@@ -281,8 +281,8 @@ class TensorwiseAlgorithm:
                 refuses.
         """
         names = signature(type(self)).parameters
-        told = (gradient_problem(name, own) for name, own in vars(self).items() if name in names)
-        Problems(filter(None, told)).raise_all()
+        wrong = (rule_problem(name, own) for name, own in vars(self).items() if name in names)
+        Problems(filter(None, wrong)).raise_all()
         if self.where:
             return resolve(self, inputs)
         self.check_options(inputs)

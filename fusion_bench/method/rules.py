@@ -85,10 +85,8 @@ class Rules:
         self._values: list[dict[str, object]] = []
         self._optional: set[int] = set()
         problems = Problems()
-        if isinstance(method.where, Mapping | str):
-            raise FusionBenchError(
-                "it is not a list of rules.", "Put it in a list: [{…}].", place=("where",)
-            )
+        if isinstance(method.where, str):
+            raise FusionBenchError("it is not a list of rules.", place=("where",))
         for index, rule in enumerate(method.where):
             with problems.collect("where", index):
                 if not isinstance(rule, Mapping):

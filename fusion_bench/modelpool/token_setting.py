@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from fusion_bench.instantiate import TOKEN_KEYS, says_of_tokens
+from fusion_bench.forms import TOKEN_KEYS, says_of_tokens
 from fusion_bench.problems import ConfigError, Problem, Problems, check_choice, did_you_mean, within
 
 
