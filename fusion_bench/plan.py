@@ -19,8 +19,8 @@ class Step:
     """One thing that a run does.
 
     Attributes:
-        verb: ``build``, ``download``, ``prepare``, ``merge``, ``read``, ``compute``, ``option``
-            (what it is for which entries), ``evaluate`` or ``write``.
+        verb: ``build``, ``download``, ``prepare``, ``read``, ``merge``, ``compute``, ``hold``
+            (memory), ``option`` (what it is for which entries), ``evaluate`` or ``write``.
         what: the object of the step.
         nbytes: the number of bytes, if known.
         place: the directory or file that takes the bytes.
@@ -52,6 +52,7 @@ class Plan:
         entries: what the merged model's entries come from, as sentences.
         reads: the bytes of the weights that a merge reads, if known.
         writes: the bytes of the merged weights, if known.
+        holds: the most bytes of memory that a merge to files takes, if known.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Plan:
     entries: list[str] = field(default_factory=list)
     reads: int | None = None
     writes: int | None = None
+    holds: int | None = None
     _files: dict[tuple[str, str], int | None] = field(default_factory=dict)
 
     @contextmanager

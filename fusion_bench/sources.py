@@ -44,7 +44,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_ZOO = "zoo:"
+#: What names of embedded models begin with.
+ZOO = "zoo:"
 _PRETRAINED = "pretrained_model_name_or_path"
 _REMEDY = "Delete this copy and fetch it again."
 _DAMAGED = f"its weights are damaged. {_REMEDY}"
@@ -61,10 +62,10 @@ def resolve(name: str) -> str:
     Raises:
         ConfigError: a path that does not exist, or what can be no repository's name.
     """
-    if name.startswith(_ZOO):
+    if name.startswith(ZOO):
         from fusion_bench.zoo import families
 
-        model = name.removeprefix(_ZOO)
+        model = name.removeprefix(ZOO)
         return str(families.find(model).model_path(model))
     if _exists(name):
         return str(_path(name).absolute())
@@ -89,11 +90,11 @@ def unbuilt(name: str) -> Path | None:
     Raises:
         FusionBenchError: the zoo has no such model.
     """
-    if not name.startswith(_ZOO):
+    if not name.startswith(ZOO):
         return None
     from fusion_bench.zoo import families
 
-    place = families.find(name.removeprefix(_ZOO)).place()
+    place = families.find(name.removeprefix(ZOO)).place()
     return None if place.is_dir() else place
 
 
@@ -241,13 +242,13 @@ def _exists(name: str) -> bool:
 
 def _on_hub(name: str) -> bool:
     """Tell whether a name can only be meant for the Hub; one without a slash may be a key."""
-    return "/" in name and not name.startswith(_ZOO) and not _exists(name)
+    return "/" in name and not name.startswith(ZOO) and not _exists(name)
 
 
 def refuse_missing_path(name: str) -> None:
     """Raise if the name can only be a path, and nothing is there."""
     like_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
-    if not like_path or "://" in name or name.startswith(_ZOO) or _exists(name):
+    if not like_path or "://" in name or name.startswith(ZOO) or _exists(name):
         return
     path = _path(name)
     missing = next(p for p in (*reversed(path.parents), path) if not p.exists())

@@ -147,6 +147,7 @@ def recipe(
     config: Mapping[str, Any] | None,
     sources: Mapping[str, Origin],
     sha256: Callable[[Path], str],
+    beside: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return all that is needed to make the model again, as plain data.
 
@@ -154,6 +155,7 @@ def recipe(
         config: the run's config.
         sources: name to source.
         sha256: gives a file's hash.
+        beside: the hashes of the files beside the weights, such as config and tokenizer.
     """
     program, *words = typed()
     return {
@@ -169,6 +171,7 @@ def recipe(
             }
             for name, source in sources.items()
         },
+        **({"files": dict(beside)} if beside else {}),
         "config": dict(config or {}),
     }
 

@@ -68,10 +68,15 @@ def write_directory(
         ended.callback(pool.shutdown, wait=False, cancel_futures=True)  # where it ends early
         files = {file for source in sources.values() for file in source.files}
         hashes = {file: pool.submit(file_sha256, file) for file in files}
-        pending = recipe(config, sources, lambda file: "0" * 64)  # as long as a hash
-        final = cache(lambda: recipe(config, sources, lambda file: hashes[file].result()))
         with _plain_errors(path), whole_directory(path) as directory:
             write_companions(directory)
+            beside = {
+                file.relative_to(directory).as_posix(): file_sha256(file)
+                for file in sorted(directory.rglob("*"))
+                if file.is_file()
+            }
+            pending = recipe(config, sources, lambda file: "0" * 64, beside)  # as long as a hash
+            final = cache(lambda: recipe(config, sources, lambda f: hashes[f].result(), beside))
             write_checkpoint(
                 weights,
                 directory,

@@ -36,13 +36,7 @@ def outlined(merged: Weights, models: Mapping[str, Weights]) -> Outline:
         merged: whose origins are known by headers.
         models: the pool's models, for their names.
     """
-    owners: dict[tuple[int, str], tuple[str, dict[str, None]]] = {}
-    for name, model in models.items():
-        for key in model:
-            for origin in model.origins(key):  # that of an adapter's base is known by then
-                own = owners.setdefault((id(origin.weights), origin.key), (name, {}))
-                if own[0] == name:  # in another layout one stored entry is part of several
-                    own[1][key] = None
+    owners = _owners(models)
     layers, stored = Layers(merged), {name: Layers(model) for name, model in models.items()}
     groups: dict[tuple[_Source, ...], list[str]] = {}
     read: dict[tuple[int, str], int] = {}
@@ -61,6 +55,28 @@ def outlined(merged: Weights, models: Mapping[str, Weights]) -> Outline:
     return Outline(lines, sum(read.values()))
 
 
+def _owners(models: Mapping[str, Weights]) -> dict[tuple[int, str], tuple[str, dict[str, None]]]:
+    """Return of each stored entry the model that it belongs to, and which entries it is part of.
+
+    Another model may hold some of it: rows of tokens that it lacks, or what an adapter is put on.
+    """
+    parts: dict[int, dict[str, int]] = {}
+    for name, model in models.items():
+        for key in model:
+            for origin in model.origins(key):
+                counts = parts.setdefault(id(origin.weights), {})
+                counts[name] = counts.get(name, 0) + 1
+    home = {part: max(counts, key=counts.__getitem__) for part, counts in parts.items()}
+    owners: dict[tuple[int, str], tuple[str, dict[str, None]]] = {}
+    for name, model in models.items():
+        for key in model:
+            for origin in model.origins(key):
+                if home[id(origin.weights)] == name:  # it may be part of several of its entries
+                    own = owners.setdefault((id(origin.weights), origin.key), (name, {}))
+                    own[1][key] = None
+    return owners
+
+
 def _source(
     model: str, key: str, name: str, here: LayerPlace | None, there: LayerPlace | None
 ) -> _Source:
@@ -74,7 +90,15 @@ def _source(
 
 def _line(sources: Sequence[_Source], keys: Sequence[str], layers: Layers) -> str:
     places = [place for key in keys if (place := layers.place(key)) is not None]
-    names = [_named(source, places) for source in sources] or ["nothing that is stored"]
+    if not sources:
+        return f"{folded(keys, layers.keys)}: computed at the merge"
+    models: dict[str, list[_Source]] = {}
+    for source in sources:
+        models.setdefault(source.model, []).append(source)
+    names = [
+        _named(own[0], places) if len(own) == 1 else f"{model} ({len(own)} tensors each)"
+        for model, own in models.items()
+    ]
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return f"{folded(keys, layers.keys)} from {listed}"
 

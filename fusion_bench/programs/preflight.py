@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from fusion_bench.method.base import aligned
+from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import Describing, FusionMethod, ModelPool, Outlining
 from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
@@ -38,11 +38,20 @@ from fusion_bench.repository import hub_cache
 from fusion_bench.shown import visible
 from fusion_bench.storage import is_first_process
 from fusion_bench.tokenizer import TokenizerSource
-from fusion_bench.weights import Config, MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights import (
+    Config,
+    MergePolicy,
+    Model,
+    TensorWeights,
+    Weights,
+    predicted_peak,
+)
 from fusion_bench.weights.blueprint import Blueprint
 
 log = logging.getLogger(__name__)
 
+#: The memory of the program itself when it merges, with torch: what benchmarks/memory.py found.
+_PROGRAM = 360_000_000
 #: A download that people want to know of before it begins.
 _LARGE = 1_000_000_000
 _TAKES_ROOM = ("build", "download", "prepare", "write")
@@ -270,6 +279,11 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     outline = outlined(merged, {name: plan.weights[name] for name in names})
     plan.reads = outline.nbytes
     plan.writes = nbytes_of(merged)
+    plan.holds = _PROGRAM + (
+        method.predicted_peak(method.inputs(pool))
+        if isinstance(method, TensorwiseAlgorithm)
+        else predicted_peak(merged)
+    )
     said = [method.described(pool)] if isinstance(method, Describing) else []
     plan.entries = [*said, *outline.lines]
 
@@ -352,6 +366,8 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
             what += f", with {_count(len(settings), 'setting')}"
         device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
+        if plan.holds is not None and taskpool is None and prepared.paths.model_path is not None:
+            plan.add(Step("hold", "memory at most, the program's own among it", plan.holds))
     if taskpool is not None:
         evaluated = "the merged model" if settings else "the models"
         if settings and prepared.spec.baselines != "none":

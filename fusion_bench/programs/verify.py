@@ -1,11 +1,12 @@
 """Verifies a merged model: that its files are whole, finite, and what recipe and report say."""
 
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from fusion_bench import modelpool
 from fusion_bench.modelpool import AdapterPool, HFModelPool
@@ -13,9 +14,12 @@ from fusion_bench.modelpool.kinds import pool_node
 from fusion_bench.problems import FusionBenchError, ResultError
 from fusion_bench.programs.recompute import recompute
 from fusion_bench.report import Report
+from fusion_bench.repository import locate
+from fusion_bench.sources import ZOO, unbuilt
 from fusion_bench.storage import file_sha256
 from fusion_bench.weights import Weights
 from fusion_bench.weights.digest import sha256
+from fusion_bench.weights.stream import PIECE
 
 #: So many entries are computed again.
 ENTRIES = 16
@@ -47,8 +51,11 @@ def verify(
             f"'{folder}': {len(bad)} of {len(weights)} entries hold NaN or infinity: '{bad[0]}' …"
         )
     yield f"{len(weights)} entries with {parameters:,} parameters are there, all finite."
+    yield from _files(folder, recipe)
     missing = yield from _sources(recipe)
-    if recipe and not missing and entries != 0:
+    if recipe and missing and entries != 0:
+        yield "Nothing was computed again: that needs all models, where the recipe names them."
+    elif recipe and entries != 0:
         yield from recompute(folder.absolute(), recipe["config"], entries)
     if report is not None:
         found = Report.load(report / "report.json" if report.is_dir() else report)
@@ -66,25 +73,54 @@ def verify(
 
 
 def _finite(weights: Weights, name: str) -> bool:
-    tensor = weights[name]
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    if not weights.spec(name).dtype.is_floating_point:
+        return True
+    pieces = weights.pieces(name, PIECE)
+    return all(bool(weights.read(name, *piece).isfinite().all()) for piece in pieces)
+
+
+def _files(folder: Path, recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Compare the files beside the weights, such as config and tokenizer, with the recipe.
+
+    Raises:
+        ResultError: a file that is missing or has another hash.
+    """
+    hashes: Mapping[str, str] = recipe.get("files", {})
+    for name, digest in hashes.items():
+        if not (folder / name).is_file():
+            raise ResultError(f"'{folder}' lacks '{name}', which was written with it.")
+        if file_sha256(folder / name) != digest:
+            raise ResultError(f"'{folder / name}' is not the file that was written.")
+    if hashes:
+        yield f"{len(hashes)} files beside the weights are as they were written."
 
 
 def _recipe(folder: Path) -> Mapping[str, Any]:
-    """Return the recipe of a model's card; empty where it has none.
+    """Return the recipe of a model's card, or else in its weights; empty where there is none.
 
     Raises:
         FusionBenchError: it cannot be read.
     """
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if not (match := _RECIPE.search(text)):
+    match = _RECIPE.search(text)
+    written = match[2] if match else _in_weights(folder)
+    if written is None:
         return {}
     try:
-        found = yaml.safe_load(match[2])
-        return {"sources": dict(found["sources"]), "config": dict(found["config"])}
+        found = yaml.safe_load(written)  # JSON is YAML
+        files = dict(found.get("files") or {})
+        return {"sources": dict(found["sources"]), "config": dict(found["config"]), "files": files}
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise FusionBenchError(f"'{card}': its recipe cannot be read.") from error
+        raise FusionBenchError(f"'{folder}': its recipe cannot be read.") from error
+
+
+def _in_weights(folder: Path) -> str | None:
+    """Return the recipe in the header of a folder's weights."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            return (opened.metadata() or {}).get("fusion_bench")
+    return None
 
 
 def _pool(folder: Path, recipe: Mapping[str, Any]) -> HFModelPool | AdapterPool:
@@ -117,15 +153,30 @@ def _sources(recipe: Mapping[str, Any]) -> Generator[str, None, bool]:
     missing = False
     sources: Mapping[str, Mapping[str, Any]] = recipe.get("sources", {})
     for name, source in sources.items():
-        here = Path(str(source.get("source")))
         hashes = dict(source.get("sha256") or {})
+        here = _here(source, [*hashes])
         known = {file: here / file if here.is_dir() else here for file in hashes}
         if not hashes or not all(path.is_file() for path in known.values()):
-            yield f"{name}: '{here}' is not on this machine."
+            yield f"{name}: '{source.get('source')}' is not on this machine."
             missing = True
             continue
         for file, path in known.items():
             if file_sha256(path) != hashes[file]:
                 raise ResultError(f"{name}: '{path}' is not the file that was merged.")
-        yield f"{name}: '{here}' has the files that were merged."
+        yield f"{name}: '{source.get('source')}' has the files that were merged."
     return missing
+
+
+def _here(source: Mapping[str, Any], files: Sequence[str]) -> Path:
+    """Return where a source's files are on this machine, if they are."""
+    name, commit = str(source.get("source")), source.get("commit")
+    if name.startswith(ZOO) and unbuilt(name) is None:
+        return locate(name).fetch(*files)
+    if isinstance(commit, str) and not Path(name).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        repository = name.partition("@")[0]
+        found = [try_to_load_from_cache(repository, file, revision=commit) for file in files]
+        if found and all(isinstance(file, str) for file in found):
+            return Path(str(found[0])).parent
+    return Path(name)

@@ -61,8 +61,36 @@ def test_a_changed_entry_is_named(merged: tuple[Path, dict[str, Any]], tmp_path:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][1] += 0.5
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ResultError, match=r"1 of \d+ entries .*\n.*'model.norm.weight' by "):
+    with pytest.raises(ResultError, match=r"1 of \d+ entries .*\n.*'model.norm.weight': 1 of "):
         list(recompute(tmp_path, config, entries=None))
+
+
+def test_the_base_is_not_taken_for_the_merge(
+    merged: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, config = merged
+    base = load_file(folder.parent / "base" / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    near = {  # as far as a small change is from the base in 16 bits: a step in most elements
+        key: torch.where(torch.rand(own.shape) < 0.1, own * (1 + 2**-8), own).bfloat16()
+        for key, own in tensors.items()
+    }
+    assert base.keys() == near.keys()
+    save_file(near, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ResultError, match="is not the merge of its recipe"):
+        list(recompute(tmp_path, config, entries=None))
+
+
+def test_rounding_on_another_processor_is_no_difference(
+    merged: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, config = merged
+    tensors = load_file(folder / "model.safetensors")
+    entry = tensors["model.embed_tokens.weight"].view(-1)
+    entry[5] = torch.nextafter(entry[5], torch.tensor(1.0, dtype=torch.bfloat16))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (told,) = recompute(tmp_path, config, entries=None)
+    assert told.endswith("are equal but for rounding in 1 elements.")
 
 
 def test_classes_of_others_are_not_called(merged: tuple[Path, dict[str, Any]]) -> None:

@@ -71,16 +71,23 @@ def test_two_language_models_become_one(tmp_path: Path) -> None:
     report = json.loads(run.read_text())
     report["models"]["merged"]["identity"] = "0" * 64
     (tmp_path / "else.json").write_text(json.dumps(report))
+    write_llama(tmp_path / "other", seed=2, dtype=torch.float32)
     (tmp_path / "merged" / "README.md").unlink()
     done = fusion_bench("verify", "merged", "--report", "else.json", cwd=tmp_path)
     assert done.returncode == 1 and "has other weights" in done.stderr
-    assert "It has no recipe" in done.stdout
+    assert "computed again from the recipe" in done.stdout  # which is in the weights too
+    done = fusion_bench("verify", str(tmp_path / "merged"), cwd=tmp_path.parent)
+    assert done.returncode == 0 and "Nothing was computed again" in done.stdout
+    config = tmp_path / "merged" / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    done = fusion_bench("verify", "merged", cwd=tmp_path)
+    assert done.returncode == 1 and "config.json' is not the file that was written" in done.stderr
 
 
 def test_what_a_merge_needs_is_told_at_once() -> None:
     with pytest.raises(FusionBenchError, match=r"ties_merging needs the model .* Add --base MODEL"):
         verbs.run("merge", ["a", "b", "--method", "ties", "--out", "merged"])
-    with pytest.raises(FusionBenchError, match="the following arguments are required: --out"):
+    with pytest.raises(FusionBenchError, match="there is no folder for the merged model"):
         verbs.run("merge", ["a", "b"])
 
 
