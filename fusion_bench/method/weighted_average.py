@@ -63,7 +63,7 @@ class WeightedAverageAlgorithm(TensorwiseAlgorithm):
         for index, rule in enumerate(self.where):
             if not isinstance(rule, Mapping):
                 continue  # it is told with the rules
-            if "layer_weights" in rule:
+            if rule.get("layer_weights"):
                 raise FusionBenchError(
                     "a rule has a pattern itself.",
                     "Give 'match' and 'weights' in place of it.",
