@@ -12,7 +12,7 @@ from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.gguf import GgufWeights
 from fusion_bench.weights.hub import HubWeights, open_repository, weight_files
-from fusion_bench.weights.inputs import Cut, Inputs, matches, near_keys
+from fusion_bench.weights.inputs import Cut, Inputs, matches
 from fusion_bench.weights.layers import LayerPlace, Layers
 from fusion_bench.weights.mapping import (
     Cost,
@@ -79,7 +79,6 @@ __all__ = [
     "learned",
     "matches",
     "merge",
-    "near_keys",
     "open_checkpoint",
     "open_repository",
     "predicted_peak",

@@ -2,12 +2,10 @@
 
 import logging
 import math
-import re
 from binascii import crc32
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
@@ -43,19 +41,6 @@ Visit = Callable[[str, int, Sequence[Tensor], Tensor | None], None]
 def matches(key: str, patterns: Iterable[str]) -> bool:
     """Return whether a key matches one of the patterns; ``*`` matches anything."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def near_keys(pattern: str, keys: Sequence[str]) -> list[str]:
-    """Return entries in which something is called nearly as what a pattern looks for."""
-    stem = re.sub(r"[*?]|\[.*?\]", "", pattern).strip(".")
-    parts = stem.count(".") + 1
-    whole: dict[str, str] = {}
-    for key in keys:
-        names = key.split(".")
-        for index in range(max(1, len(names) - parts + 1)):
-            whole.setdefault(".".join(names[index : index + parts]), key)
-    near = get_close_matches(stem, whole, n=3) or get_close_matches(stem, whole, n=1, cutoff=0)
-    return list(dict.fromkeys(whole[name] for name in near))
 
 
 class Inputs:
