@@ -1,6 +1,7 @@
 """An adapter's folder: its two files as PEFT reads them, what it misses, recipe and card."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,14 @@ def write_adapter(
     }
     errors = {
         "modules": [
-            {"module": own.module, "how": own.how, "rank": own.rank, "error": own.error}
+            {"module": own.module, "how": own.how, "rank": own.rank, "error": _number(own.error)}
             for own in adapter.changes
         ]
     }
 
     def write_companions(directory: Path) -> None:
         write_text(directory / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
-        write_text(directory / ADAPTER_ERRORS, json.dumps(errors, indent=1) + "\n")
+        write_text(directory / ADAPTER_ERRORS, json.dumps(errors, indent=1, allow_nan=False) + "\n")
         draw(adapter.changes, directory / ADAPTER_PICTURE)
 
     write_directory(
@@ -65,6 +66,11 @@ def write_adapter(
         write_companions=write_companions,
         name="adapter_model",
     )
+
+
+def _number(error: float) -> float | None:
+    """Return an error as JSON has it, which knows no NaN."""
+    return error if math.isfinite(error) else None
 
 
 def draw(changes: Sequence[ModuleChange], file: Path) -> None:
