@@ -9,9 +9,20 @@ from typing import Any
 from fusion_bench.companions import ADAPTER_ERRORS, ADAPTER_PICTURE
 from fusion_bench.modelpool.card import Origin
 from fusion_bench.modelpool.directory import write_directory
-from fusion_bench.storage import write_text
-from fusion_bench.weights import Layers
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.storage import read_json, write_text
+from fusion_bench.weights import AdapterConfig, Layers
 from fusion_bench.weights.adapter_builder import Adapter, ModuleChange
+
+#: What makes a model for a task that PEFT knows.
+_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def write_adapter(
@@ -66,6 +77,43 @@ def write_adapter(
         write_companions=write_companions,
         name="adapter_model",
     )
+
+
+def class_of_base(config: AdapterConfig) -> str | None:
+    """Return the class of transformers that makes the model an adapter was trained on.
+
+    It is told by the adapter, by the base's own config where that is on this machine, or by the
+    adapter's task. ``None`` where nothing tells it.
+    """
+    if config.base_class is not None:
+        return config.base_class
+    task = _TASKS.get(config.task or "")
+    if task == "AutoModel" or config.base is None:
+        return task
+    try:
+        named = _config_here(config.base, config.revision).get("architectures")
+    except (FusionBenchError, AttributeError):  # the card is no reason to fail
+        named = None
+    found = str(named[0]) if isinstance(named, list) and named else ""
+    return found if "For" in found or "Head" in found else task
+
+
+def _config_here(base: str, revision: str | None) -> Mapping[str, Any]:
+    """Return a model's config, of a folder or from the Hub's cache; nothing if it is not here."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    file = Path(base).expanduser() / "config.json"
+    if not file.is_file():
+        try:
+            cached = try_to_load_from_cache(base, "config.json", revision=revision)
+        except HFValidationError:  # a folder of another machine
+            return {}
+        if not isinstance(cached, str):
+            return {}
+        file = Path(cached)
+    content: Mapping[str, Any] = read_json(file)
+    return content
 
 
 def _number(error: float) -> float | None:

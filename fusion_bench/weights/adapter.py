@@ -103,6 +103,8 @@ class AdapterConfig:
     bias: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
+    task: str | None = None
+    base_class: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> "AdapterConfig":
@@ -132,6 +134,10 @@ class AdapterConfig:
         for name in (base, revision):
             if not (name is None or isinstance(name, str)):
                 raise TypeError(name)
+        if content.get("lora_alpha") is None:
+            raise ConfigError("'lora_alpha' is missing, by which the products are scaled.")
+        task, library = content.get("task_type"), content.get("auto_mapping") or {}
+        of_transformers = str(library.get("parent_library")).startswith("transformers")
         return cls(
             base=base or None,
             alpha=float(content["lora_alpha"]),
@@ -145,6 +151,8 @@ class AdapterConfig:
             bias=bool(content.get("lora_bias")),
             tokens=_token_indices(content.get("trainable_token_indices")),
             saved=tuple(map(str, content.get("modules_to_save") or ())),
+            task=None if task is None else str(task),
+            base_class=library.get("base_model_class") if of_transformers else None,
         )
 
     def scaling(self, module: str, rank: int) -> float:
