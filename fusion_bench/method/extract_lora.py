@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method.base import aligned, run
-from fusion_bench.method.contract import Data, FusionMethod, ModelPool, Needs, Ran
+from fusion_bench.method.contract import Arranging, Data, FusionMethod, ModelPool, Needs, Ran
 from fusion_bench.method.modules import Layer, layers_of
 from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_choice, within
@@ -28,6 +28,7 @@ from fusion_bench.weights import (
     Weights,
     align,
     matches,
+    zeros_like,
 )
 from fusion_bench.weights.adapter_builder import AdaptedModel, Adapter, AdapterBuilder
 from fusion_bench.weights.lowrank import Factors, Truncation
@@ -158,20 +159,28 @@ class ExtractLora:
         base = pool.model("_pretrained_")
         # What was merged may be stored in another type than the models.
         policy = replace(pool.policy, on_dtype="cast")
-        found = align({"model": model}, base.weights, policy, pool.vocabulary)
+        base_weights, module = _as_built(pool, base.weights)
+        model, _ = _as_built(pool, model)
+        found = align({"model": model}, base_weights, policy, pool.vocabulary)
         device = torch.device(policy.device)
         if fabric is not None and device.type == "cpu":
             device = fabric.device
         quiet_libraries()
-        module = pool.build_model(_shapes_of(base.weights))
         differing = _Differing(found, policy, device)
-        adapter = self._adapter(layers_of(module, base.weights), differing)
+        adapter = self._adapter(module, layers_of(module, base_weights), differing)
         model.verify()
-        weights = AdapterWeights(base.weights, adapter.tensors, adapter.config)
+        weights = AdapterWeights(base_weights, adapter.tensors, adapter.config)
         return AdaptedModel(weights, base.config, base.kind, base.companions, adapter=adapter)
 
-    def _adapter(self, layers: Sequence[Layer], model: "_Differing") -> Adapter:
+    def _adapter(self, module: nn.Module, layers: Sequence[Layer], model: "_Differing") -> Adapter:
         transposed = any(layer.transposed for layer in layers)
+        covered = {key for layer in layers for key in layer.keys.values()}
+        covered |= {f"{layer.name}.{part}" for layer in layers for part in layer.keys}
+        if lost := [key for key in self._kept(model.outside(covered)) if model.differs(key)]:
+            raise FusionBenchError(
+                f"'{lost[0]}' has changed, and the model's class has no layer with that entry.",
+                "Leave it out with {here}exclude_keys, or merge without an adapter.",
+            )
         builder = AdapterBuilder(transposed=transposed)
         gets_factors = self._getting_factors(layers, model, transposed)
         left = []
@@ -189,12 +198,6 @@ class ExtractLora:
                     builder.left(layer.name)
                     left.append(layer.name)
                 work.advance(model.bytes_of(layer))
-        covered = {key for layer in layers for key in layer.keys.values()}
-        if lost := [key for key in self._kept(model.outside(covered)) if model.differs(key)]:
-            raise FusionBenchError(
-                f"'{lost[0]}' has changed, and the model's class has no layer with that entry.",
-                "Leave it out with {here}exclude_keys, or merge without an adapter.",
-            )
         if left:
             more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
             named = ", ".join(left[:_NAMED])
@@ -205,7 +208,7 @@ class ExtractLora:
                 "to extract.",
                 "Name a model that was fine-tuned from it.",
             )
-        return builder.build([layer.name for layer in layers])
+        return builder.build([name for name, _ in module.named_modules(remove_duplicate=False)])
 
     def _getting_factors(
         self, layers: Sequence[Layer], model: "_Differing", transposed: bool
@@ -264,10 +267,11 @@ class ExtractLora:
         builder.factors(layer.name, factors, error=error, kernel=kernel, bias=shift)
 
 
-def _shapes_of(weights: Weights) -> dict[str, Tensor]:
-    """Return zeros in the shapes of all entries, which take no memory."""
-    specs = {key: weights.spec(key) for key in weights}
-    return {key: torch.zeros((), dtype=own.dtype).expand(own.shape) for key, own in specs.items()}
+def _as_built(pool: ModelPool, weights: Weights) -> tuple[Weights, nn.Module]:
+    """Return weights as the entries of the pool's class, and a module of it."""
+    if isinstance(pool, Arranging):
+        return pool.as_built(weights)
+    return weights, pool.build_model(zeros_like(weights))
 
 
 class _Differing:
@@ -305,7 +309,7 @@ class _Differing:
 
     def outside(self, covered: Collection[str]) -> Iterator[str]:
         """Yield the entries that neither are ``covered`` nor tied to one that is."""
-        tied = {self._base.tied_to(key) for key in covered}
+        tied = {self._base.tied_to(key) for key in covered if key in self._base}
         return (k for k in self._base if k not in covered and self._base.tied_to(k) not in tied)
 
     def has_shapes(self, layer: Layer) -> bool:

@@ -21,6 +21,7 @@ from fusion_bench.weights.mapping import (
     TensorWeights,
     Weights,
     is_special,
+    zeros_like,
 )
 from fusion_bench.weights.merge import (
     MergedWeights,
@@ -92,4 +93,5 @@ __all__ = [
     "weight_files",
     "without_prefix",
     "write_checkpoint",
+    "zeros_like",
 ]

@@ -236,6 +236,25 @@ def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bo
     )
 
 
+def _is_copied_twice(
+    name: str,
+    own: Mapping[str, Tensor],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    saved: tuple[str, ...],
+) -> bool:
+    """Return whether a whole copy equals that of another entry of the same copied module."""
+    if own.keys() != {""}:
+        return False
+    levels = name.split(".")
+    modules = [".".join(levels[:count]) for count in range(1, len(levels))]
+    return any(
+        key.startswith(f"{module}.") and "" in other and torch.equal(own[""], other[""])
+        for module in modules
+        if module.endswith(saved)
+        for key, other in parts.items()
+    )
+
+
 def _refuse_half_biases(
     parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig, idle: set[str]
 ) -> None:
@@ -287,6 +306,9 @@ class AdapterWeights(Weights):
         for entry in [
             e for e in unknown if any(_equal_updates(unknown[e], p) for p in parts.values())
         ]:
+            del unknown[entry]
+        # So is what a copied module has under two names.
+        for entry in [e for e in unknown if _is_copied_twice(e, unknown[e], parts, config.saved)]:
             del unknown[entry]
         # A layer without a bias has a shift of zeros where other layers of the adapter have one.
         idle = set()
