@@ -11,7 +11,8 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from fusion_bench.problems import ConfigError, FusionBenchError, check_between
-from fusion_bench.weights.adapter import AdapterConfig, part_of
+from fusion_bench.weights.adapter import part_of
+from fusion_bench.weights.adapter_config import AdapterConfig
 from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 from fusion_bench.weights.matrices import RESOLVED, gram, svd, wide
 
