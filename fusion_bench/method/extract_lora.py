@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
+from fusion_bench.method.adapter_outline import AdapterEntry, AdapterOutline
 from fusion_bench.method.base import aligned, run
-from fusion_bench.method.contract import Arranging, Data, FusionMethod, ModelPool, Needs, Ran
+from fusion_bench.method.contract import (
+    Arranging,
+    Data,
+    FusionMethod,
+    ModelPool,
+    Needs,
+    Outlining,
+    Ran,
+)
 from fusion_bench.method.modules import Layer, layers_of
 from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_choice, within
@@ -25,6 +34,7 @@ from fusion_bench.weights import (
     MergePolicy,
     Model,
     Stacked,
+    TensorSpec,
     Weights,
     align,
     matches,
@@ -40,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Embeddings = Literal["whole", "factors"]
+_WITH_FACTORS = ("linear", "convolution")
 #: So many modules that stay as they are in the base are named in the log.
 _NAMED = 5
 
@@ -109,6 +120,63 @@ class ExtractLora:
                 "Name one, or choose the method that merges them with {here}base_method.",
             )
         aligned(pool)
+
+    def described(self, pool: ModelPool) -> str:
+        """Return what is made, and of which rank."""
+        largest = self._truncation.largest
+        rank = "of any rank" if largest is None else f"of a rank up to {largest}"
+        return f"a LoRA adapter {rank}; what has not changed makes it smaller than told"
+
+    def outline(self, pool: ModelPool) -> Weights:
+        """Return what the adapter has at most, as if all had changed; no weight is read.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        self.check_pool(pool)
+        names = pool.model_names
+        if self._base is None:
+            models = [pool.weights(names[0])]
+        elif isinstance(self._base, Outlining):
+            with within("base_method", keyed_only=True):
+                models = [self._weights(self._base.outline(pool))]
+        else:
+            models = [pool.weights(name) for name in names]
+        base, module = _as_built(pool, pool.weights("_pretrained_"))
+        models = [_as_built(pool, model)[0] for model in models]
+        layers = layers_of(module, base)
+        transposed = any(layer.transposed for layer in layers)
+        embeddings = self._factors_embeddings(layers)
+        entries: dict[str, AdapterEntry] = {}
+        for layer in layers:
+            kept = self._kept(layer.keys.values())
+            factors = self._wants_factors(layer, transposed, embeddings)
+            for part, key in layer.keys.items() if kept else ():
+                spec = base.spec(key)
+                dtype = pool.policy.torch_dtype or models[0].spec(key).dtype
+                elements = spec.numel if factors and part == "weight" else 0
+                shape = self._of_factors(spec) if elements else spec.shape
+                name = f"{layer.name}.{part}"
+                entries[name] = AdapterEntry(key, TensorSpec(shape, dtype), elements)
+        return AdapterOutline(entries, base, *models)
+
+    def _of_factors(self, spec: TensorSpec) -> tuple[int, int]:
+        """Return the shape of the largest factors of a matrix, side by side."""
+        rows, columns = spec.shape[0], spec.numel // spec.shape[0]
+        rank = min(rows, columns, self._truncation.largest or rows)
+        return rank, rows + columns
+
+    def _factors_embeddings(self, layers: Sequence[Layer]) -> bool:
+        """Return whether embeddings may get factors: PEFT knows none beside changed biases."""
+        return self.embeddings == "factors" and not self._kept(_biases(layers))
+
+    def _wants_factors(self, layer: Layer, transposed: bool, embeddings: bool) -> bool:
+        """Return whether a layer is of a kind that gets factors, if its shapes are the base's."""
+        if layer.kind == "embedding" or layer.is_head:
+            wanted = embeddings
+        else:
+            wanted = layer.kind in _WITH_FACTORS
+        return wanted and (layer.kind != "linear" or layer.transposed == transposed)
 
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
@@ -218,10 +286,8 @@ class ExtractLora:
         An adapter stores all its matrices in one way, and PEFT knows no biases of factors beside
         factors of an embedding.
         """
-        linear = ("linear", "convolution")
         embeddings = self.embeddings == "factors"
-        biases = (own.keys["bias"] for own in layers if own.kind in linear and "bias" in own.keys)
-        if embeddings and any(map(model.differs, self._kept(biases))):
+        if embeddings and any(map(model.differs, self._kept(_biases(layers)))):
             embeddings = False
             log.warning(
                 "Embeddings are copied whole: biases have changed, and PEFT knows no adapter with "
@@ -229,12 +295,8 @@ class ExtractLora:
             )
 
         def gets_factors(layer: Layer) -> bool:
-            if layer.kind == "embedding" or layer.is_head:
-                wanted = embeddings
-            else:
-                wanted = layer.kind in linear
-            fits = layer.kind != "linear" or layer.transposed == transposed
-            return wanted and fits and model.has_shapes(layer)
+            wanted = self._wants_factors(layer, transposed, embeddings)
+            return wanted and model.has_shapes(layer)
 
         return gets_factors
 
@@ -265,6 +327,11 @@ class ExtractLora:
         if bias := layer.keys.get("bias"):
             shift = model.change(bias) if bias in changed else model.zeros(bias)
         builder.factors(layer.name, factors, error=error, kernel=kernel, bias=shift)
+
+
+def _biases(layers: Sequence[Layer]) -> list[str]:
+    """Return the keys of the biases of layers that get factors."""
+    return [o.keys["bias"] for o in layers if o.kind in _WITH_FACTORS and "bias" in o.keys]
 
 
 def _as_built(pool: ModelPool, weights: Weights) -> tuple[Weights, nn.Module]:

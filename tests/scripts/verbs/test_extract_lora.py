@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import fusion_bench
-from fixtures_peft import write_pair
+from fixtures_peft import FAMILIES, write_pair
 
+from fusion_bench.method import ExtractLora
+from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.programs.preflight import nbytes_of
 from fusion_bench.scripts import verbs
 
 WORDS = ["extract-lora", "tuned", "--base", "base", "--out", "adapter"]
@@ -46,6 +50,24 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     done = fusion_bench(*WORDS, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "valid" in done.stdout and not (tmp_path / "adapter").exists()
+    assert "a LoRA adapter of a rank up to 32" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 3}, {"energy": 0.5}, {"rank": 3, "embeddings": "factors"}]
+)
+@pytest.mark.parametrize("family", ["llama-tied", "vit", "gpt2"])
+def test_the_size_is_told_by_headers(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    base, tuned = write_pair(family, tmp_path)
+    models = {"_pretrained_": str(base), "m": str(tuned)}
+    pool = HFModelPool(models, model_class=FAMILIES[family][0])
+    method = ExtractLora(**options)
+    told = nbytes_of(method.outline(pool))
+    made = method.fuse(pool).adapter.tensors  # type: ignore[union-attr]
+    size = sum(made.spec(key).nbytes for key in made)
+    assert size <= told
+    if "energy" not in options:
+        assert told <= 1.05 * size
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
