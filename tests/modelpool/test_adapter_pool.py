@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fusion_bench.modelpool import AdapterPool
+from fusion_bench.modelpool.adapter_folder import _arranged, draw
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.weights.adapter_builder import ModuleChange
 
 BASE: dict[str, Tensor] = {f"layers.{i}.up.weight": torch.zeros(6, 5) for i in range(2)}
 MODULES = ["layers.0.up", "layers.1.up"]
@@ -140,3 +142,23 @@ def test_a_missing_scaling_is_named(root: Path) -> None:
     rewrite(root / "b", lambda config: config.pop("lora_alpha"), "adapter_config.json")
     (problem,) = pool(root).plan(built=False).problems
     assert "'lora_alpha' is missing" in problem.reason
+
+
+def test_many_kinds_of_modules_are_drawn_in_panels(tmp_path: Path) -> None:
+    changes = [
+        ModuleChange(f"model.layers.{layer}.{block}.experts.{expert}.{name}", "factors", 2, error)
+        for block in map("block{}".format, range(12))
+        for layer in range(3)
+        for expert in range(2)
+        for name, error in (("w1", 0.5), ("w2", 0.7 - 0.1 * layer))
+    ]
+    changes += [ModuleChange("head", "factors", 2, float("nan"))]
+    blocks, alone = _arranged(changes)
+    assert len(blocks) == 12 and not alone
+    assert blocks["model.layers.*.block3.experts.*"] == {
+        "w1": {layer: [0.5, 0.5] for layer in range(3)},
+        "w2": {layer: [0.7 - 0.1 * layer] * 2 for layer in range(3)},
+    }
+    draw(changes, tmp_path / "many.png")
+    draw([], tmp_path / "none.png")
+    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
