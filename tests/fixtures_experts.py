@@ -104,11 +104,17 @@ class ByHand(nn.Module):
         return result
 
 
+def begun(tokenizer: Any, prompt: str) -> list[int]:
+    """Return a prompt's tokens, behind the one that begins a text."""
+    own: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return own if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *own]
+
+
 def states(model: Any, prompts: Sequence[str], tokenizer: Any, mean: bool = False) -> list[Tensor]:
     """Return the sum over prompts of what enters each layer: at the last token, or in the mean."""
     sums: list[Any] = [0.0] * len(model.model.layers)
     for prompt in prompts:
-        tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+        tokens = torch.tensor([begun(tokenizer, prompt)])
         with torch.no_grad():
             hidden = model(tokens, output_hidden_states=True).hidden_states
         for layer in range(len(sums)):

@@ -130,14 +130,20 @@ class MergeExperts:
         return self._model(pool, groups, counts)
 
     def outline(self, pool: ModelPool) -> Model:
-        """Return the smaller mixture as of consecutive experts.
+        """Return the smaller mixture; which experts are alike is only found when it is merged.
 
         Raises:
             FusionBenchError: as ``check_pool``.
         """
         self.check_pool(pool)
         blocks = blocks_of(pool.weights(pool.model_names[0]))
-        return self._model(pool, [consecutive(own.count, self.num_experts) for own in blocks], None)
+        groups = [
+            consecutive(own.count, self.num_experts)
+            if self.grouping == "consecutive"
+            else [range(own.count)] * self.num_experts
+            for own in blocks
+        ]
+        return self._model(pool, groups, None)
 
     def _model(
         self, pool: ModelPool, groups: Sequence[Sequence[Sequence[int]]], counts: Tensor | None

@@ -42,12 +42,15 @@ def tokenizer_of(pool: ModelPool) -> "PreTrainedTokenizerBase":
 
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> Tensor:
-    """Return a prompt's tokens, with the special ones that the tokenizer puts around it.
+    """Return a prompt's tokens, behind the one that begins a text where the tokenizer has one.
 
     Raises:
         FusionBenchError: there are none.
     """
-    tokens = torch.tensor(list(tokenizer(prompt)["input_ids"]), dtype=torch.long)
+    begun = f"{tokenizer.bos_token or ''}{prompt}"
+    tokens = torch.tensor(
+        list(tokenizer(begun, add_special_tokens=False)["input_ids"]), dtype=torch.long
+    )
     if not len(tokens):
         raise FusionBenchError(f"the prompt {prompt!r} has no token.", "Write another.")
     return tokens

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -97,8 +98,11 @@ def resolve(method: "TensorwiseAlgorithm", inputs: Inputs) -> Resolved:
     if not list(inputs):  # the models are not known
         return Resolved((), {}, ())
     theirs = {key: _names_of(inputs, key) for key in inputs}
-    names = (name for own in theirs.values() for each in own for name in each)
-    rules.refuse_unmatched(dict.fromkeys([*theirs, *names, *inputs.aligned.elsewhere]))
+    elsewhere = inputs.aligned.elsewhere
+    of_models = [
+        dict.fromkeys(chain(*own, elsewhere)) for own in zip(*theirs.values(), strict=True)
+    ]
+    rules.refuse_unmatched([*theirs, *elsewhere], of_models)
     layers = Layers(inputs)
     found: dict[str, dict[str, tuple[Given, ...]]] = {}
     written: dict[tuple[int, float], str] = {}  # the options of entries that rules treat alike

@@ -36,13 +36,29 @@ def gguf_config(stored: GgufWeights) -> Config:
         if made.get_text_config().num_hidden_layers > len(stored):
             raise ValueError("it has more layers than tensors")
         names = [type(skeleton("AutoModelForCausalLM", made)).__name__]
-        return {**made.to_dict(), "dtype": "bfloat16", "architectures": names}
+        content = {key: _shortest(value) for key, value in made.to_dict().items()}
+        return {**content, "dtype": "bfloat16", "architectures": names}
     except Exception as error:  # of odd metadata it raises anything
         reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
         raise ConfigError(
             f"transformers cannot make a config of '{path}' ({architecture}): {reason}. Use the "
             "original model."
         ) from error
+
+
+def _shortest(value: Any) -> Any:
+    """Return numbers in float32, as metadata have them, as the shortest text that means the same.
+
+    This is what was in the original's config: 1e-05, not 9.999999747378752e-06.
+    """
+    if isinstance(value, dict):
+        return {key: _shortest(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shortest(each) for each in value]
+    if not isinstance(value, float) or abs(value) > np.finfo(np.float32).max:
+        return value
+    rounded = np.float32(value)
+    return float(str(rounded)) if float(rounded) == value else value
 
 
 def _refuse_unknown(path: Path, architecture: str) -> None:

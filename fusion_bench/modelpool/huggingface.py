@@ -409,8 +409,7 @@ class HFModelPool:
         reference = self._reference_model.weights
         named = under_keys_of(reference, weights)
         strange = [key for key in learned(named) if key not in reference]
-        lacking = [key for key in learned(reference) if key not in named]
-        if not (strange and lacking):
+        if not strange:
             return named
         model = self._skeleton
         return named if model is None else in_layout_of(reference, named, model)

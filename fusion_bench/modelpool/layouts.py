@@ -38,7 +38,7 @@ def in_layout_of(reference: Weights, weights: Weights, model: "PreTrainedModel")
         FusionBenchError: the same entry has other dimensions in the two, such as another number of
             experts.
     """
-    wanted, own = (_arrangements(each, model) for each in (reference, weights))
+    wanted, own = _arrangements(reference, model, "reference"), _arrangements(weights, model)
     different = [
         name
         for name in wanted.keys() & own.keys()
@@ -107,8 +107,14 @@ def _made_of(entry: Arrangement) -> str:
     return f"{first} and {count - 1} more make" if count > 1 else f"{first} makes"
 
 
-def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arrangement]:
-    """Return how each entry of a model's class is put together from a file's entries."""
+def _arrangements(
+    weights: Weights, model: "PreTrainedModel", whose: str = "model"
+) -> dict[str, Arrangement]:
+    """Return how each entry of a model's class is put together from a file's entries.
+
+    Raises:
+        FusionBenchError: the file holds an entry in two layouts.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -129,7 +135,9 @@ def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arran
         if name not in expected and key in expected:
             name, pattern = key, None
         if pattern is None:
-            found.setdefault(name, Arrangement.whole(key, weights.spec(key).shape))
+            entry = Arrangement.whole(key, weights.spec(key).shape)
+            if found.setdefault(name, entry) is not entry:
+                _refuse_both(weights, whose, found[name], entry)
         else:
             groups.setdefault(name, (of_pattern[pattern], []))[1].append((key, pattern))
     for name, (converter, members) in groups.items():
@@ -145,9 +153,21 @@ def _arrangements(weights: Weights, model: "PreTrainedModel") -> dict[str, Arran
             continue
         for target, result in converted.items():
             moved = result[0] if isinstance(result, list) else result
-            if (entry := arranged(moved, specs)) is not None:
-                found[target] = entry
+            made = arranged(moved, specs)
+            if made is not None and found.setdefault(target, made) is not made:
+                _refuse_both(weights, whose, found[target], made)
     return found
+
+
+def _refuse_both(weights: Weights, whose: str, one: Arrangement, other: Arrangement) -> None:
+    """Refuse two entries of a file that are the same of the model, unless they are tied."""
+    keys = one.keys[0], other.keys[0]
+    if len({weights.tied_to(key) for key in keys}) > 1:
+        raise FusionBenchError(
+            f"'{keys[0]}' and '{keys[1]}' are the same tensor in two layouts, and both are in the "
+            f"file of the {whose}.",
+            "Remove the tensors of one layout there.",
+        )
 
 
 def positions(specs: Mapping[str, TensorSpec]) -> Iterator[Tensor]:

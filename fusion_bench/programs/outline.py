@@ -90,7 +90,15 @@ def _source(
 
 def _line(sources: Sequence[_Source], keys: Sequence[str], layers: Layers) -> str:
     places = [place for key in keys if (place := layers.place(key)) is not None]
-    names = [_named(source, places) for source in sources] or ["nothing that is stored"]
+    if not sources:
+        return f"{folded(keys, layers.keys)}: computed at the merge"
+    models: dict[str, list[_Source]] = {}
+    for source in sources:
+        models.setdefault(source.model, []).append(source)
+    names = [
+        _named(own[0], places) if len(own) == 1 else f"{model} ({len(own)} tensors each)"
+        for model, own in models.items()
+    ]
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return f"{folded(keys, layers.keys)} from {listed}"
 

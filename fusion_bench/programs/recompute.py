@@ -1,6 +1,6 @@
 """Computes entries of a saved merge again, from its recipe."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> I
         raise ResultError(f"'{folder}' is not that merge: '{missing[0]}' is only in one of both.")
     keys = [key for key in made if made.tied_to(key) == key]
     count = len(keys) if entries is None else min(entries, len(keys))
-    chosen = [keys[index * len(keys) // count] for index in range(count)]
+    spread = [keys[index * len(keys) // count] for index in range(count)]
+    chosen = list(dict.fromkeys([*spread, *_computed(made, keys)[:count]]))
     # Factorisations differ by more between processors than sums do.
     tolerance = 1e-4 if isinstance(method, TensorwiseAlgorithm) and method.heavy else 1e-6
     most = None if entries is None else _PIECES
@@ -107,12 +108,21 @@ def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> I
                 for one in bad
             ],
         )
-    differing = sum(one.differing for one in found)
+    count, differing = len(found), sum(one.differing for one in found)
     equal = "bit for bit" if not differing else f"but for rounding in {differing:,} elements"
     part = "" if entries is None else ", of each up to a million elements"
     yield (
         f"{count} of {len(keys)} entries, computed again from the recipe{part}, are equal {equal}."
     )
+
+
+def _computed(made: Weights, keys: Sequence[str]) -> list[str]:
+    """Return the entries that are no function of entries of their own shape, such as routers."""
+    return [
+        key
+        for key in keys
+        if all(o.weights.spec(o.key).shape != made.spec(key).shape for o in made.origins(key))
+    ]
 
 
 @torch.no_grad()

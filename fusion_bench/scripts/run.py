@@ -213,6 +213,8 @@ def run_settings(settings: dict[str, Any], output_dir: str | None, parts: Shared
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
     arguments: dict[str, Any] = {"output_dir": output_dir}
+    if isinstance(settings.get("recipe"), str):  # a text in which '${…}' refers to nothing
+        arguments["recipe"] = settings.pop("recipe")
     if accepts(settings["_target_"], "parts"):
         arguments["parts"] = parts
     result: object = instantiate(settings, **arguments).run()

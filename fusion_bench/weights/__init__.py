@@ -8,7 +8,7 @@ from fusion_bench.weights.by_token import ByToken, Row, token_axis
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.computed import learned
 from fusion_bench.weights.config import Config
-from fusion_bench.weights.dequantise import dequantised, undecodable
+from fusion_bench.weights.dequantise import dequantised, told_by_values, undecodable
 from fusion_bench.weights.digest import sha256
 from fusion_bench.weights.formats import quantised
 from fusion_bench.weights.gguf import GgufWeights
@@ -90,6 +90,7 @@ __all__ = [
     "shortened",
     "stream",
     "token_axis",
+    "told_by_values",
     "undecodable",
     "weight_files",
     "without_prefix",

@@ -103,7 +103,8 @@ class Grid:
     Attributes:
         stored: their shape: none or one for the whole matrix, one a row, or a number of blocks.
         shape: the matrix's shape.
-        block: rows and columns of a block; where it is not given the matrix divides evenly.
+        block: rows and columns of a block; where it is not given, the matrix or each row has one
+            number, or blocks have 128 of both, as those of DeepSeek-V3.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -123,35 +124,39 @@ class Grid:
             stored = (1,) * len(shape)
         elif len(stored) == len(shape) - 1:
             stored = (*stored, 1)
-        lead = all(n in (1, m) for n, m in zip(stored[:-2], shape[:-2], strict=False))
-        if len(stored) != len(shape) or not lead:
+        cells, whole = stored[-2:], shape[-2:]
+        if self.block is None and cells in ((1, 1), (whole[0], 1)):
+            block = (whole[0] // max(cells[0], 1), whole[1])
+        else:
+            block = self.block or (128, 128)
+            blocks = tuple(-(-size // own) for size, own in zip(whole, block, strict=True))
+            if cells != blocks:
+                raise ValueError(
+                    f"scales of {list(self.stored)} for {list(shape)} in blocks of {list(block)}"
+                )
+        if len(stored) != len(shape) or stored[:-2] not in (shape[:-2], (1,) * (len(shape) - 2)):
             raise ValueError(f"scales of {list(self.stored)} for {list(shape)}")
-        sizes = []
-        for axis, (count, size) in enumerate(zip(stored[-2:], shape[-2:], strict=True)):
-            given = None if self.block is None else self.block[axis]
-            if given and count == -(-size // given):
-                sizes.append(given)
-            elif count and size % count == 0:
-                sizes.append(size // count)
-            else:
-                raise ValueError(f"scales of {list(self.stored)} for {list(shape)}")
         object.__setattr__(self, "stored", stored)
-        object.__setattr__(self, "_cells", (stored[-2], stored[-1]))
-        object.__setattr__(self, "_sizes", (sizes[0], sizes[1]))
+        object.__setattr__(self, "_cells", cells)
+        object.__setattr__(self, "_sizes", block)
 
-    def rows(self, values: Tensor, first: int, last: int) -> Tensor:
+    def rows(self, weights: Weights, key: str, first: int, last: int) -> Tensor:
         """Return what belongs to each element of the rows ``first`` to ``last``; may be broadcast.
 
         Args:
-            values: of the shape ``stored``, or as it is stored.
+            weights: what is stored.
+            key: the entry with the numbers, of which those of these rows are read.
             first: counted over all matrices of a stack.
             last: likewise.
         """
         (down, across), (height, width) = self._cells, self._sizes
-        table = values.float().reshape(self.stored).expand(*self.shape[:-2], down, across)
         index = torch.arange(first, last)
-        matrix, row = index // self.shape[-2], index % self.shape[-2]
-        found = table.reshape(-1, down, across)[matrix, row // height]
+        row = index % self.shape[-2] // height
+        if self.stored[:-2] == self.shape[:-2]:
+            row += index // self.shape[-2] * down
+        begin, end = (int(row.min()), int(row.max()) + 1) if len(row) else (0, 0)
+        table = weights.read(key, begin * across, end * across).float().view(-1, across)
+        found = table[row - begin]
         if across == 1:
             return found
         return found.repeat_interleave(width, dim=1)[:, : self.shape[-1]]
@@ -201,8 +206,8 @@ class Scaled(_Rows):
         width = self.spec.shape[-1]
         numbers = weights.read(self.weight, first * width, last * width).float().view(-1, width)
         if self.zero is not None:
-            numbers = numbers - self.grid.rows(weights[self.zero], first, last)
-        scales = self.grid.rows(weights[self.scale], first, last)
+            numbers = numbers - self.grid.rows(weights, self.zero, first, last)
+        scales = self.grid.rows(weights, self.scale, first, last)
         return numbers * (scales if self.divisor == 1 else scales / self.divisor)
 
 

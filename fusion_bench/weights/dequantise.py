@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ _NOT_UNDERSTOOD = (
     *(AttributeError, OverflowError, RecursionError),
 )
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+#: Types that weights have only when they are quantised.
+_CODES = (*_FLOAT8, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+#: How the names of weights end that are quantised if they are whole numbers.
+_OF_WEIGHTS = (".weight", "_proj", "_blocks", ".weight_packed", ".qweight")
+#: Lists of modules that are stored as they were, as the ways to quantise call them.
+_KEPT = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
 #: What the scales of a weight in fp8 or int8 are called, after its name.
 _SCALES = ("_scale_inv", "_scale")
 #: What else is kept for a module's weight, its inputs and its outputs.
@@ -70,6 +76,11 @@ def undecodable(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
+def told_by_values(settings: Mapping[str, Any]) -> bool:
+    """Return whether files must be read, not their headers alone, to know the weights' shapes."""
+    return settings.get("quant_method") == "bitsandbytes" or "pack-quantized" in str(settings)
+
+
 def dequantised(
     weights: Weights,
     settings: Mapping[str, Any],
@@ -97,12 +108,18 @@ def dequantised(
                 coded[found[0]] = coded.pop(key)
         except _NOT_UNDERSTOOD as error:
             raise FusionBenchError(
-                f"'{name}': '{key}' is quantised in a way that is not understood: {error}.",
+                f"'{name}': '{key}' is quantised in a way that is not understood: {_said(error)}.",
                 "Use the original model.",
             ) from error
+    used = {source for entry in coded.values() for source in entry.sources}
+    for key in weights if settings or coded else ():
+        if key not in used and _is_code(weights, key) and not _is_kept(key, settings):
+            raise FusionBenchError(
+                f"'{name}': the scale of '{key}' is missing.",
+                "Download the model again, or use the original model.",
+            )
     if not coded:
         return weights
-    used = {source for entry in coded.values() for source in entry.sources}
     modules = {key.removesuffix(".weight") for key in coded}
     entries: dict[str, Coded | str] = {}
     sources = {entry.sources[0]: name for name, entry in coded.items()}
@@ -115,6 +132,40 @@ def dequantised(
         elif beside is None or key[: beside.start()] not in modules:
             entries[key] = key
     return Dequantised(weights, entries)
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says; of a key that is missing, that it is."""
+    return f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _is_code(weights: Weights, key: str) -> bool:
+    """Return whether an entry means nothing without a scale."""
+    dtype = weights.spec(key).dtype
+    if dtype in _CODES:
+        return not key.endswith(("_scale", "_scale_inv", "_scales"))
+    whole = (torch.int8, torch.uint8, torch.int32)
+    return dtype in whole and key.endswith(_OF_WEIGHTS)
+
+
+def _is_kept(key: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a config lists an entry's module as one that is not quantised."""
+    lists = [settings.get(name) for name in _KEPT]
+    listed = [each for found in lists if isinstance(found, list) for each in found if each]
+    names = (key, key.removesuffix(".weight"))
+    return any(
+        name.endswith(str(each)) or _fits(str(each).removeprefix("re:"), name)
+        for each in listed
+        for name in names
+    )
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Return whether a name, or the modules that it begins with, fit a pattern."""
+    try:
+        return re.match(rf"(?:{pattern})(?=\.|$)", name) is not None
+    except re.error:
+        return name == pattern
 
 
 def _found(
@@ -130,8 +181,10 @@ def _found(
         scale = next((f"{key}{end}" for end in _SCALES if f"{key}{end}" in weights), None)
         if scale is None:
             return None
-        grid = Grid(_scales(weights, scale), spec.shape, _block(settings))
+        grid = Grid(_scales(weights, scale), spec.shape, _block(settings, stem))
         zero = _beside(weights, f"{stem}.weight_zero_point", weights.spec(scale).shape)
+        if zero is None and _asymmetric(settings, stem):
+            raise KeyError(f"{stem}.weight_zero_point")
         return key, Scaled(TensorSpec(spec.shape, dtype), key, scale, grid, zero)
     if key.endswith(".weight_packed") and spec.dtype == torch.int32:
         return f"{stem}.weight", _packed(weights, stem, spec, settings, dtype)
@@ -140,7 +193,12 @@ def _found(
         groups, rows = _scales(weights, f"{stem}.scales")
         if rows != 8 * words or columns % groups or spec.dtype != torch.int32:
             raise ValueError(f"scales of {[groups, rows]} for {[columns, 8 * words]}")
+        group = settings.get("group_size") or columns // groups
+        if groups != (columns // group if group > 0 else 1):
+            raise ValueError(f"{groups} scales a row of {columns} in groups of {group}")
         zero = _beside(weights, f"{stem}.qzeros", (groups, words))
+        if zero is None and settings.get("zero_point", True):
+            raise KeyError(f"{stem}.qzeros")
         return f"{stem}.weight", Awq(
             TensorSpec((rows, columns), dtype), key, f"{stem}.scales", zero
         )
@@ -177,30 +235,57 @@ def _beside(
     return key
 
 
-def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the rows and columns of a block of fp8, where the config says so."""
+def _block(settings: Mapping[str, Any], module: str) -> tuple[int, int] | None:
+    """Return the rows and columns of a block, where the config says so."""
     block = settings.get("weight_block_size")
-    for args in _arguments(settings):
+    for args in _arguments(settings, module):
         block = block or args.get("block_structure")
-    if isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block):
-        return (block[0], block[1]) if min(block) > 0 else None
-    return None
+        block = block or ([1, size] if (size := _group_size(args)) else None)
+    if block is None:
+        return None
+    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
+        raise ValueError(f"blocks of {block}")
+    return block[0], block[1]
 
 
-def _arguments(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield how weights are quantised, for each group of a config of compressed-tensors."""
+def _group_size(args: Mapping[str, Any]) -> int:
+    """Return how many columns have a scale in common; 0 for all of them."""
+    by_group = args.get("strategy", "group") == "group"
+    return max(int(args.get("group_size") or 0), 0) if by_group else 0
+
+
+def _asymmetric(settings: Mapping[str, Any], module: str) -> bool:
+    """Return whether a module's weights have zero points by the config."""
+    said = [args.get("symmetric", True) for args in _arguments(settings, module)]
+    return bool(said) and not any(said)
+
+
+def _arguments(settings: Mapping[str, Any], module: str) -> list[Mapping[str, Any]]:
+    """Return how a module's weights are quantised by a config of compressed-tensors.
+
+    Groups that name the module go before those that name classes, which the weights do not tell.
+    """
     groups = settings.get("config_groups")
+    named, others, everything = [], [], []
     for group in groups.values() if isinstance(groups, Mapping) else ():
         args = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(args, Mapping):
-            yield args
+        if not isinstance(args, Mapping):
+            continue
+        everything.append(args)
+        targets = [str(each) for each in group.get("targets") or ()]
+        names = [each for each in targets if each.startswith("re:") or "." in each]
+        if any(_fits(each.removeprefix("re:"), module) for each in names):
+            named.append(args)
+        elif len(names) < len(targets) or not targets:
+            others.append(args)
+    return named or others or everything
 
 
 def _packed(
     weights: Weights, stem: str, spec: TensorSpec, settings: Mapping[str, Any], dtype: torch.dtype
 ) -> Packed:
     """Return how an entry of packed integers is decoded."""
-    arguments = list(_arguments(settings))
+    arguments = _arguments(settings, stem)
     bits = {args.get("num_bits") for args in arguments}
     if bits not in ({2}, {4}, {8}):
         raise ValueError(f"integers of {' and '.join(sorted(map(str, bits))) or 'unknown'} bits")
@@ -208,16 +293,27 @@ def _packed(
     rows, words = spec.shape
     columns = words * 32 // number
     height, across = _scales(weights, f"{stem}.weight_scale")
-    if across > 1 and columns % across:  # the last word of a row may be padded
-        columns = min(columns, across * max(int(args.get("group_size") or 0) for args in arguments))
-    if height != rows or columns == 0 or columns % across:
-        raise ValueError(f"scales of {[height, across]} for {[rows, columns]}")
+    size = max(_group_size(args) for args in arguments)
+    if (shape := f"{stem}.weight_shape") in weights:
+        said = weights[shape].flatten().tolist()
+        if len(said) != 2 or said[0] != rows or -(-said[1] * number // 32) != words:
+            raise ValueError(f"'{shape}' says {said} of {[rows, columns]}")
+        columns = said[1]
+    elif size and -(-across * size * number // 32) == words:  # the last word may be padded
+        columns = min(columns, across * size)
+    fits = columns <= (size or columns) if across == 1 else columns == across * size
+    if height != rows or columns == 0 or not fits:
+        groups = f" in groups of {size}" if size else ""
+        raise ValueError(f"scales of {[height, across]} for {[rows, columns]}{groups}")
+    zero = _beside(weights, f"{stem}.weight_zero_point", (-(-rows * number // 32), across))
+    if zero is None and _asymmetric(settings, stem):
+        raise KeyError(f"{stem}.weight_zero_point")
     return Packed(
         TensorSpec((rows, columns), dtype),
         f"{stem}.weight_packed",
         f"{stem}.weight_scale",
         number,
-        _beside(weights, f"{stem}.weight_zero_point", (-(-rows * number // 32), across)),
+        zero,
         _beside(weights, f"{stem}.weight_g_idx", (columns,)),
     )
 
@@ -239,4 +335,4 @@ def _four_bits(weights: Weights, key: str, state: str) -> FourBits:
     for end, size_of in sizes.items():
         if (found := weights.spec(f"{key}{end}").numel) != size_of:
             raise ValueError(f"'{key}{end}' of {found} numbers in place of {size_of}")
-    return FourBits(spec, key, size, nested, float(said.get("nested_offset") or 0))
+    return FourBits(spec, key, size, nested, float(said["nested_offset"]) if nested else 0.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_experts import loaded, logits, pool
+from fixtures_experts import begun, loaded, logits, pool
 from fixtures_llm import VOCABULARY, seeded, tensors, write_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -146,7 +146,7 @@ def test_experts_count_by_how_often_they_are_chosen(
     model, tokenizer = loaded(folder), AutoTokenizer.from_pretrained(places / "mixtral")
     counts = torch.zeros(2, EXPERTS).double()
     for text in TEXTS:
-        found = model(torch.tensor([tokenizer(text).input_ids]), output_router_logits=True)
+        found = model(torch.tensor([begun(tokenizer, text)]), output_router_logits=True)
         for layer, scores in enumerate(found.router_logits):
             for token in scores:
                 counts[layer][token.argsort(descending=True)[:3]] += 1

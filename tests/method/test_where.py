@@ -386,6 +386,30 @@ def test_what_no_rule_decides_is_known() -> None:
     assert [len(own.keys) for own in resolved.variants] == [2, 8, 4]
 
 
+def test_a_pattern_is_looked_for_among_the_names_that_its_options_look_at() -> None:
+    """Values for all models have the merged model's names, values by model those of the model."""
+    own = models("a", "b")
+    stored = TensorWeights({f"other.{key}": own["b"][key] for key in KEYS})
+    own["b"] = Renamed(stored, {key: f"other.{key}" for key in KEYS})
+    for rule, told in (
+        ({"scaling_factor": 0}, True),
+        ({"weights": {"a": 0}}, True),
+        ({"weights": {"b": 0}}, False),
+        ({"weights": {"b": 0}, "scaling_factor": 0}, True),
+    ):
+        method = TaskArithmeticAlgorithm(1, where=[{"match": "other.*mlp*", **rule}])
+        if told:
+            with pytest.raises(
+                FusionBenchError, match=r"'other.*' matches no.*nearest: model\.lay"
+            ):
+                method.check_pool(Pool(own))
+        else:
+            found, base = merged(method, own), own["_pretrained_"]
+            for key in KEYS:
+                expected = own["a"][key].double() + (own["b"][key] - base[key]) * ("mlp" not in key)
+                torch.testing.assert_close(found[key].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_optional_rule_may_match_nothing() -> None:
     rules = [
         {"match": "*no such*", "optional": True, "scaling_factor": 1},

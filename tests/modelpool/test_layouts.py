@@ -12,7 +12,7 @@ from fixtures_llm import average, rewrite, tensors, write_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusion_bench.method import TiesMergingAlgorithm
+from fusion_bench.method import TaskArithmeticAlgorithm, TiesMergingAlgorithm
 from fusion_bench.modelpool import CausalLMPool, HFModelPool
 from fusion_bench.modelpool.layouts import in_layout_of
 from fusion_bench.problems import FusionBenchError
@@ -186,6 +186,44 @@ def test_the_outline_names_models_not_parts(base: str, tmp_path: Path) -> None:
     merged = merge(models, lambda key, tensors, base: tensors[0])
     (line,) = outlined(merged, models).lines
     assert re.fullmatch(rf"all \d+ tensors from {order[0]} and {order[1]}", line)
+
+
+def test_a_file_with_both_layouts_is_refused(tmp_path: Path) -> None:
+    fused = write(made("mixtral", 0), tmp_path / "base", fused=True)
+    apart = write(made("mixtral", 1), tmp_path / "both", fused=False)
+    both = {**apart, **{key: value for key, value in fused.items() if "experts" in key}}
+    save_file(both, tmp_path / "both" / "model.safetensors", metadata={"format": "pt"})
+    write(made("mixtral", 2), tmp_path / "apart", fused=False)
+    for base in ("base", "apart"):
+        pool = CausalLMPool({name: str(tmp_path / name) for name in (base, "both")})
+        with pytest.raises(FusionBenchError) as told:
+            pool.weights("both")
+        assert re.search(
+            r"^models\.both: '\S*mlp\.experts\.\S*_proj' and '\S*experts\.0\.w\d\.weight' are the "
+            r"same tensor in two layouts, and both are in the file of the model",
+            str(told.value),
+        )
+    pool = CausalLMPool({name: str(tmp_path / name) for name in ("both", "base")})
+    with pytest.raises(FusionBenchError, match="both are in the file of the reference"):
+        pool.weights("base")
+
+
+def test_options_by_model_know_an_entry_by_the_models_own_name(tmp_path: Path) -> None:
+    """The base has an entry for each expert, the model one for all of them."""
+    base = write(made("mixtral", 0), tmp_path / "base", fused=False)
+    write(made("mixtral", 1), tmp_path / "a", fused=True)
+    pool = CausalLMPool({"_pretrained_": str(tmp_path / "base"), "a": str(tmp_path / "a")})
+
+    def method(**rule: Any) -> TaskArithmeticAlgorithm:
+        rules = [{"match": "*gate_up_proj*", **rule}]
+        return TaskArithmeticAlgorithm(1, where=rules, show_pbar=False)
+
+    merged = in_memory(method(weights={"a": 0}).run(pool))
+    for key, value in merged.items():
+        of_rule = re.search(r"experts\.\d\.w[13]", key) is not None
+        assert torch.equal(value, base[key]) == of_rule
+    with pytest.raises(FusionBenchError, match=r"where\[0\].*matches no entry. The nearest: model"):
+        method(scaling_factor=0).run(pool)
 
 
 def test_origins_are_the_models_own_entries(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from fusion_bench.weights import TensorWeights, Weights, dequantised, undecodabl
 AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
 
 
-def of_bits(bits: int) -> dict[str, Any]:
-    weights = {"num_bits": bits, "group_size": 8, "strategy": "group"}
+def of_bits(bits: int, **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": bits, "group_size": 8, "strategy": "group", **more}
     return {"config_groups": {"group_0": {"weights": weights}}}
 
 
@@ -59,7 +59,8 @@ def test_blocks_of_fp8() -> None:
 def test_a_scale_for_all_for_a_row_and_for_a_block(shape: tuple[int, ...], dtype: Any) -> None:
     stored, scales = (drawn(16, 40) * 20).to(dtype), drawn(*shape).abs()
     state = {"l.weight": stored, "l.weight_scale": scales, "l.input_scale": torch.ones(1)}
-    weights = dequantised(TensorWeights(state), {}, torch.float16)
+    settings = {"weight_block_size": [4, 4]} if shape == (4, 10) else {}
+    weights = dequantised(TensorWeights(state), settings, torch.float16)
     spread = {0: scales, 1: scales[:, None] if len(scales.shape) else scales, 2: scales}[len(shape)]
     if shape == (4, 10):
         spread = repeated(scales, 4, 4)
@@ -101,7 +102,7 @@ def test_awq_and_packed_integers() -> None:
     check(weights, "l.weight", (numbers - zeros.float()[:, order]) * scales[:, order])
     bytes_ = torch.arange(-128, 128).to(torch.int8).view(8, 32)
     state = {"l.weight_packed": pack_to_int32(bytes_, 8), "l.weight_scale": torch.ones(8, 1)}
-    weights = dequantised(TensorWeights(state), of_bits(8))
+    weights = dequantised(TensorWeights(state), of_bits(8, group_size=None, strategy="channel"))
     check(weights, "l.weight", bytes_.float())
 
 
@@ -184,11 +185,154 @@ def test_what_does_not_fit_is_told_before_it_is_read(
 
 
 def test_a_group_that_is_not_there() -> None:
-    state = {"l.weight_packed": words(4, 1), "l.weight_scale": torch.ones(4, 2)}
-    state["l.weight_g_idx"] = torch.tensor([0, 1, 2, 0, 0, 0, 0, 0])
+    state = {"l.weight_packed": words(4, 2), "l.weight_scale": torch.ones(4, 2)}
+    state["l.weight_g_idx"] = torch.tensor([0, 1, 2, 0, 0, 0, 0, 0] * 2)
     weights = dequantised(TensorWeights(state), of_bits(4))
     with pytest.raises(FusionBenchError, match=r"'l.weight_g_idx' names groups .* not there"):
         weights.read("l.weight", 0, 8)
+
+
+def test_the_shape_of_packed_integers_that_fill_no_word() -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    numbers = (torch.arange(4 * 20) % 16 - 8).to(torch.int8).view(4, 20)
+    state = {"l.weight_packed": pack_to_int32(numbers, 4), "l.weight_scale": torch.ones(4, 1)}
+    state["l.weight_shape"] = torch.tensor([4, 20])
+    settings = of_bits(4, group_size=None, strategy="channel")
+    weights = dequantised(TensorWeights(state), settings)
+    assert list(weights) == ["l.weight"]
+    check(weights, "l.weight", numbers.float())
+    for strange in ([4, 16], [8, 20], [4], [4, -20]):
+        state["l.weight_shape"] = torch.tensor(strange)
+        with pytest.raises(FusionBenchError, match=r"'l\.weight_shape' says"):
+            dequantised(TensorWeights(state), settings)
+
+
+INT8, SCALE = torch.ones(8, 16).to(torch.int8), torch.ones(8, 1)
+
+
+@pytest.mark.parametrize(
+    ("lost", "state", "settings"),
+    [
+        ("l.weight", {"l.weight": FP8}, {"quant_method": "fp8"}),
+        ("l.weight", {"l.weight": INT8}, {"quant_method": "bitsandbytes"}),
+        ("l.weight", {"l.weight": INT8.byte()}, {"quant_method": "bitsandbytes"}),
+        ("e.down_proj_blocks", {"e.down_proj_blocks": INT8.byte()}, {"quant_method": "mxfp4"}),
+        ("l.weight", {"l.weight": INT8}, {}),  # as another entry of the file is quantised
+    ],
+)
+def test_a_scale_that_is_missing(
+    lost: str, state: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    whole = {"n.weight": FP8, "n.weight_scale": torch.ones(1), "ids": INT8.byte()}
+    with pytest.raises(FusionBenchError, match=f"'m': the scale of '{lost}' is missing"):
+        dequantised(TensorWeights(whole | state), settings, name="m")
+    for name, listed in (
+        ("ignore", "re:[el][.].*"),
+        ("modules_to_not_convert", lost.removesuffix(".weight")),
+        ("llm_int8_skip_modules", lost.partition(".")[0]),
+    ):
+        kept = dequantised(TensorWeights(whole | state), settings | {name: ["*", listed]})
+        assert lost in kept
+
+
+@pytest.mark.parametrize(
+    ("lost", "state", "settings"),
+    [
+        ("l.weight_zero_point", {"l.weight": INT8, "l.weight_scale": SCALE}, of_bits(8)),
+        (
+            "l.weight_zero_point",
+            {"l.weight_packed": words(8, 2), "l.weight_scale": torch.ones(8, 2)},
+            of_bits(4),
+        ),
+        ("l.qzeros", {"l.qweight": words(16, 1), "l.scales": torch.ones(2, 8)}, AWQ),
+    ],
+)
+def test_zero_points_that_are_missing(
+    lost: str, state: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    said = json.loads(json.dumps(settings))
+    for group in said.get("config_groups", {}).values():
+        group["weights"] |= {"symmetric": False}
+        if "l.weight" in state:
+            group["weights"] |= {"strategy": "channel"}
+            settings["config_groups"]["group_0"]["weights"] |= {"strategy": "channel"}
+    with pytest.raises(FusionBenchError, match=f"'{lost}' is missing"):
+        dequantised(TensorWeights(state), said)
+    assert "l.weight" in dequantised(TensorWeights(state), settings | {"zero_point": False})
+
+
+def test_groups_of_the_config_that_name_modules_go_before_those_that_name_classes() -> None:
+    state = {}
+    for name in ("a.q", "a.v"):
+        state |= {f"{name}.weight": INT8, f"{name}.weight_scale": SCALE}
+    own = {"targets": ["re:.*v"], "weights": {"symmetric": False}}
+    settings = {"config_groups": {"g": {"targets": ["Linear"], "weights": {}}, "h": own}}
+    with pytest.raises(FusionBenchError, match=r"'a\.v\.weight_zero_point' is missing"):
+        dequantised(TensorWeights(state), settings)
+
+
+@pytest.mark.parametrize(
+    ("state", "settings"),
+    [
+        ({"l.weight_scale_inv": torch.ones(3, 5)}, {"weight_block_size": [8, 16]}),
+        ({"l.weight_scale_inv": torch.ones(1)}, {"weight_block_size": [8, 8]}),
+        ({"l.weight_scale_inv": torch.ones(2, 5)}, {"weight_block_size": "8"}),
+        ({"l.weight_scale_inv": torch.ones(2, 5)}, {}),  # blocks of 128
+        ({"l.weight_scale": torch.ones(16, 5)}, of_bits(8, group_size=16)),
+    ],
+)
+def test_blocks_that_contradict_the_config(
+    state: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    with pytest.raises(FusionBenchError, match=r"blocks of (\[[0-9, ]+\]|8)"):
+        dequantised(TensorWeights({"l.weight": FP8, **state}), settings)
+
+
+def test_blocks_are_of_128_where_the_config_says_nothing() -> None:
+    stored, scales = drawn(130, 300).to(torch.float8_e4m3fn), drawn(2, 3).abs()
+    state = {"l.weight": stored, "l.weight_scale_inv": scales}
+    weights = dequantised(TensorWeights(state), {"quant_method": "fp8"})
+    check(weights, "l.weight", stored.float() * repeated(scales, 128, 128)[:130, :300])
+
+
+def test_groups_of_awq_that_contradict_the_config() -> None:
+    state = {"l.qweight": words(32, 2), "l.qzeros": words(4, 2), "l.scales": torch.ones(4, 16)}
+    assert dequantised(TensorWeights(state), {**AWQ, "group_size": 8})
+    for size in (16, 4, -1):
+        with pytest.raises(FusionBenchError, match=f"4 scales a row of 32 in groups of {size}"):
+            dequantised(TensorWeights(state), {**AWQ, "group_size": size})
+
+
+def test_a_piece_reads_its_own_scales_only() -> None:
+    asked = {}
+
+    class Watched(TensorWeights):
+        def __getitem__(self, key: str) -> Tensor:
+            raise AssertionError(key)
+
+        def read(self, key: str, start: int, stop: int) -> Tensor:
+            asked[key] = (start, stop)
+            return super().read(key, start, stop)
+
+    state = {
+        "e.down_proj": drawn(3, 16, 40).to(torch.float8_e4m3fn),
+        "e.down_proj_scale": drawn(3, 2, 5),
+    }
+    weights = dequantised(Watched(state), {"weight_block_size": [8, 8]})
+    weights.read("e.down_proj", (16 + 9) * 40, (32 + 3) * 40)
+    assert asked["e.down_proj_scale"] == (3 * 5, 5 * 5)
+
+
+def test_an_entry_that_is_missing_is_named() -> None:
+    state = four_bits(STATE)
+    del state["l.weight.absmax"]
+    with pytest.raises(FusionBenchError, match=r"understood: 'l.weight.absmax' is missing"):
+        dequantised(TensorWeights(state), {})
+    nested = {"l.weight.nested_absmax": torch.ones(1), "l.weight.nested_quant_map": torch.ones(256)}
+    state = four_bits(STATE | {"nested_blocksize": 256}) | nested
+    with pytest.raises(FusionBenchError, match=r"understood: 'nested_offset' is missing"):
+        dequantised(TensorWeights(state), {})
 
 
 def test_plain_weights_stay_as_they_are() -> None:

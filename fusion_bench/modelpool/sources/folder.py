@@ -35,6 +35,7 @@ from fusion_bench.weights import (
     Weights,
     dequantised,
     quantised,
+    told_by_values,
     undecodable,
     weight_files,
 )
@@ -98,7 +99,7 @@ class Folder:
                 f"are read as {str(self._dtype()).removeprefix('torch.')}, and the merged ones are "
                 "written unquantised."
             )
-        by_headers = "safetensors" in files[0] and method != "bitsandbytes"
+        by_headers = "safetensors" in files[0] and not told_by_values(self._quantised())
         return by_headers or self.at.has(*files)
 
     def config(self) -> Config | None:

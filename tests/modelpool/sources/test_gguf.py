@@ -1,5 +1,6 @@
 """Files of llama.cpp are models: decoded, under the names and in the order of transformers."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from fixtures_llm import average, tensors
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from fusion_bench.modelpool import CausalLMPool
@@ -27,6 +28,7 @@ SIZES: dict[str, Any] = {
     "head_dim": 16,
 }
 Q8, Q5, BF16 = (gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "BF16"))
+MORE = ("Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4")
 IDS = torch.arange(10)[None]
 
 
@@ -119,6 +121,38 @@ def test_it_is_what_transformers_reads(kind: str, type_: Any, tmp_path: Path) ->
         assert torch.equal(weights.read(key, 37, 51).float(), read[37:51])
 
 
+@pytest.mark.parametrize("name", MORE)
+def test_a_type_that_the_library_decodes(name: str, tmp_path: Path) -> None:
+    type_ = gguf.GGMLQuantizationType[name]
+    values = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)).numpy()
+    stored = quantize(values, type_)
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_tensor("a", stored, raw_dtype=type_)
+    writer.add_tensor("b", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    weights = GgufWeights(tmp_path / "x.gguf")
+    expected = torch.from_numpy(dequantize(stored, type_)).flatten()
+    assert torch.equal(weights.read("a", 300, 1200), expected[300:1200])
+    assert weights.bytes_to_read("a") == stored.nbytes
+    assert torch.equal(weights["b"], torch.from_numpy(values))
+
+
+def test_a_type_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    content = write(made(KINDS["llama"]()), tmp_path / "x.gguf", type_=Q8).read_bytes()
+    name = b"output.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8
+    for number, told in ((40, "NVFP4"), (24, "I8"), (250, "250")):
+        (tmp_path / "x.gguf").write_bytes(content[:at] + bytes([number]) + content[at + 1 :])
+        with pytest.raises(
+            FusionBenchError, match=f"has the type {told}, which is not su"
+        ) as error:
+            CausalLMPool({"a": str(tmp_path / "x.gguf")}).weights("a")
+        assert "output.weight'" in str(error.value) and "Download" not in str(error.value)
+
+
 def test_it_merges_with_the_original_and_is_written_as_that(tmp_path: Path) -> None:
     one, other = made(KINDS["llama"](), 0), made(KINDS["llama"](), 1)
     one.save_pretrained(tmp_path / "a")
@@ -147,6 +181,8 @@ def test_alone_it_has_a_config_of_its_own(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=0.05)
     assert loaded.config.architectures == ["LlamaForCausalLM"]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rms_norm_eps"] == model.config.rms_norm_eps == 1e-6
 
 
 def test_experts_and_a_config_beside(tmp_path: Path) -> None:
