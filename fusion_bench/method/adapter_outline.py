@@ -1,8 +1,10 @@
 """What an extracted adapter will hold at most, told by headers alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
+import torch
 from torch import Tensor
 
 from fusion_bench.weights import Cost, Origin, TensorSpec, Weights
@@ -25,6 +27,15 @@ class AdapterEntry:
     key: str
     spec: TensorSpec
     factorised: int = 0
+
+
+def entry_of(key: str, shape: Sequence[int], dtype: torch.dtype, rank: int | None) -> AdapterEntry:
+    """Return what an adapter has for an entry: factors of at most a rank; of rank 0 a copy."""
+    if rank == 0:
+        return AdapterEntry(key, TensorSpec(tuple(shape), dtype))
+    rows, columns = shape[0], prod(shape[1:])
+    largest = min(rows, columns, rank or rows)
+    return AdapterEntry(key, TensorSpec((largest, rows + columns), dtype), rows * columns)
 
 
 class AdapterOutline(Weights):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method.adapter_outline import AdapterEntry, AdapterOutline
+from fusion_bench.method.adapter_outline import AdapterEntry, AdapterOutline, entry_of
 from fusion_bench.method.base import aligned, run
 from fusion_bench.method.contract import (
     Arranging,
@@ -34,7 +34,6 @@ from fusion_bench.weights import (
     MergePolicy,
     Model,
     Stacked,
-    TensorSpec,
     Weights,
     align,
     matches,
@@ -154,17 +153,9 @@ class ExtractLora:
             for part, key in layer.keys.items() if kept else ():
                 spec = base.spec(key)
                 dtype = pool.policy.torch_dtype or models[0].spec(key).dtype
-                elements = spec.numel if factors and part == "weight" else 0
-                shape = self._of_factors(spec) if elements else spec.shape
-                name = f"{layer.name}.{part}"
-                entries[name] = AdapterEntry(key, TensorSpec(shape, dtype), elements)
+                rank = self._truncation.largest if factors and part == "weight" else 0
+                entries[f"{layer.name}.{part}"] = entry_of(key, spec.shape, dtype, rank)
         return AdapterOutline(entries, base, *models)
-
-    def _of_factors(self, spec: TensorSpec) -> tuple[int, int]:
-        """Return the shape of the largest factors of a matrix, side by side."""
-        rows, columns = spec.shape[0], spec.numel // spec.shape[0]
-        rank = min(rows, columns, self._truncation.largest or rows)
-        return rank, rows + columns
 
     def _factors_embeddings(self, layers: Sequence[Layer]) -> bool:
         """Return whether embeddings may get factors: PEFT knows none beside changed biases."""
