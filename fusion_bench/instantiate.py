@@ -5,11 +5,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from math import isnan
+from math import isfinite
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from omegaconf import OmegaConf
 
+from fusion_bench.forms import rule_problem, says_of_tokens
 from fusion_bench.pretrained import checked_node
 from fusion_bench.problems import ConfigError, Place, Problem, Problems, did_you_mean, within
 from fusion_bench.resolving import to_container
@@ -62,8 +63,6 @@ _NODES_BY_NAME = {
     "test_datasets": False,
 }
 _NODES = ("processor", "tokenizer", "clip_model", "data_processor")
-#: Keys of a pool's ``tokenizer`` that is not a node, but says where tokens come from.
-_SAYS = ("source", "base", "tokens", "pad_to_multiple_of")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
@@ -284,8 +283,9 @@ def _problems(
     elif _is_open(node):
         # It would be resolved once more, to something that nobody has looked at.
         yield Problem(place, f"'{node}' contains a nested interpolation.", ("Write out the value."))
-    elif isinstance(node, float) and isnan(node):
-        yield Problem(place, "NaN is not allowed.", "Give another.")
+    elif isinstance(node, float) and not isfinite(node):
+        said = "infinity" if node > 0 else "-infinity" if node < 0 else "NaN"
+        yield Problem(place, f"{said} is not allowed.", "Give another.")
     elif isinstance(node, str) and _SURROGATE.search(node):
         reason = f"'{node}' is not valid UTF-8, so a report cannot contain it."
         yield Problem(place, reason, "Rename it.")
@@ -295,7 +295,7 @@ def _pool_problems(node: Mapping[Any, Any]) -> Iterator[Problem]:
     """Yield a problem for each value in a pool that should be a node."""
     for name in _NODES:
         part = node.get(name)
-        if name == "tokenizer" and isinstance(part, Mapping) and not part.keys().isdisjoint(_SAYS):
+        if name == "tokenizer" and isinstance(part, Mapping) and says_of_tokens(part):
             continue  # the pool tells what it says of tokens
         for problem in _part_problems(part, _EXAMPLES[name], texts=True):
             yield problem.inside(name)
@@ -337,7 +337,12 @@ def _signature_problems(
         for name in sorted(given - set(parameters) - {name for name, _ in told}):
             reason = f"{_short(target)} takes no such key."
             yield Problem((name,), reason, did_you_mean(name, parameters))
-    yield from type_problems(function, {k: v for k, v in node.items() if k in parameters})
+    plain = {name: value for name, value in node.items() if name in parameters}
+    if "where" in parameters:
+        wrong = {name: rule_problem(name, value) for name, value in plain.items()}
+        yield from filter(None, wrong.values())
+        plain = {name: value for name, value in plain.items() if wrong[name] is None}
+    yield from type_problems(function, plain)
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():

@@ -1,11 +1,13 @@
 """Finds mistyped keys and values of a config by the schemas, before anything slow is imported."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from jsonschema import Draft7Validator
 
 from fusion_bench.catalog import OF_ALL_ENTRIES, choices_of, definitions
+from fusion_bench.forms import rule_problem
 from fusion_bench.problems import Place, Problem, did_you_mean
 
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
@@ -29,7 +31,24 @@ def problems(config: object) -> list[Problem]:
     found = list(_problems(config, ()))
     # A method may take the seed over from the program.
     told = {problem.reason for problem in found if problem.place == ("seed",)}
+    found = [_of_pool(problem, config) for problem in found]
     return [one for one in found if one.place[1:][-1:] != ("seed",) or one.reason not in told]
+
+
+def _of_pool(problem: Problem, config: object) -> Problem:
+    """Return the problem of a key that a method does not take, and the pool of models does."""
+    if len(problem.place) != 2 or problem.place[0] != "method" or not isinstance(config, Mapping):
+        return problem
+    method, pool, key = config["method"], config.get("modelpool"), problem.place[1]
+    target = str(pool.get("_target_")) if isinstance(pool, Mapping) else ""
+    named = str(method["_target_"])
+    if key in definitions()[named]["properties"] or "." not in target:
+        return problem
+    if key not in (definitions().get(target) or {"properties": ()})["properties"]:
+        return problem
+    value = method[key]
+    said = f"={value}" if isinstance(value, str) else ""
+    return replace(problem, remedy=f"It is a key of the pool: give 'modelpool.{key}{said}'.")
 
 
 def _problems(node: object, place: Place) -> Iterator[Problem]:
@@ -63,6 +82,8 @@ def _own_problems(
             yield Problem((key,), f"'{value}' names no logger.", remedy)
         elif key == "where" and isinstance(value, list):
             yield from _rule_problems(value, name, known)
+        elif "where" in known and (wrong := rule_problem(key, value)) is not None:
+            yield wrong
         elif not _holds_nodes(value) and not _fits(value, known[key]):
             yield Problem((key,), *_mismatch(value, known[key]))
 

@@ -83,11 +83,15 @@ def test_what_the_target_raises_is_raised_plainly() -> None:
         ("TiesMergingAlgorithm", {"threshold": "abc"}, "threshold: 'abc' is not a number"),
         ("TiesMergingAlgorithm", {"scaling_factor": None}, "scaling_factor: null is not a num"),
         ("TiesMergingAlgorithm", {"remove_keys": "a.*"}, "remove_keys: 'a.*' is not a list"),
-        ("WeightedAverageAlgorithm", {"weights": 0.5}, "weights: '0.5' is not a list"),
+        ("WeightedAverageAlgorithm", {"weights": "x"}, "weights: 'x' is not a number or a mapping"),
         ("WeightedAverageAlgorithm", {"weights": ["a", 1]}, "weights: '['a', 1]' is not a number"),
         ("ModelStock", {"clamp": "maybe"}, "clamp: 'maybe' is not true or false"),
         ("WUDIMerging", {"iter_num": 1.5}, "iter_num: '1.5' is not a whole number"),
-        ("TaskSingularVectorMerging", {"alpha": "x"}, "alpha: 'x' is not a number or a list"),
+        (
+            "TaskSingularVectorMerging",
+            {"alpha": "x"},
+            "alpha: 'x' is not a number or a mapping or a list",
+        ),
     ],
 )
 def test_a_value_of_another_type_is_named(target: str, given: dict[str, Any], said: str) -> None:
@@ -104,3 +108,38 @@ def test_whole_numbers_are_numbers() -> None:
 def test_what_cannot_be_called_is_no_target() -> None:
     with pytest.raises(FusionBenchError, match=r"^_target_: 'torch\.float32' may not be called"):
         instantiate({"_target_": "torch.float32"})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("inf", "infinity"), ("-inf", "-infinity"), ("nan", "NaN")]
+)
+def test_numbers_are_finite(value: str, said: str) -> None:
+    node = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "where": []}
+    assert message({**node, "scaling_factor": float(value)}).startswith(
+        f"scaling_factor: {said} is not allowed"
+    )
+    rules = [{"match": "*", "weights": {"a": float(value)}}]
+    assert message({**node, "where": rules}) == (
+        f"where[0].weights.a: {said} is not allowed. Give another."
+    )
+
+
+def test_a_gradient_outside_of_a_rule_is_refused() -> None:
+    node = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
+    assert message({**node, "scaling_factor": {"gradient": [0, 1]}}) == (
+        "scaling_factor: a gradient has to be in a rule. In place of it, give "
+        "'where=[{scaling_factor: {gradient: [0, 1]}}]'."
+    )
+
+
+def test_one_rule_is_no_list() -> None:
+    node = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
+    text = message({**node, "where": {"scaling_factor": 1}})
+    assert text == "where: it is not a list of rules. Put it in a list: [{…}]."
+
+
+def test_a_mistyped_key_of_a_tokenizer_is_left_to_the_pool() -> None:
+    pool = {"_target_": "fusion_bench.modelpool.CausalLMPool", "models": {"a": "x"}}
+    assert "has no _target_" in message({**pool, "tokenizer": {"path": "x"}}, "modelpool")
+    text = message({**pool, "tokenizer": {"sorce": "union"}}, "modelpool")
+    assert text == "tokenizer.sorce: there is no such key. Did you mean 'source'?"

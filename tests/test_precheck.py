@@ -66,6 +66,28 @@ def said(**config: Any) -> str:
             "method.where[0].inplace: 'inplace' holds for the whole model. "
             "Set it outside of 'where'.",
         ),
+        (
+            {"method": {"_target_": TIES, "where": {"match": "*a*", "threshold": 1}}},
+            "method.where: it is not a list of rules. Put it in a list: [{…}].",
+        ),
+        (
+            {"method": {"_target_": TIES, "scaling_factor": {"gradient": [0, 1]}}},
+            "method.scaling_factor: a gradient has to be in a rule. In place of it, give "
+            "'method.where=[{scaling_factor: {gradient: [0, 1]}}]'.",
+        ),
+        (
+            {"method": {"_target_": TIES, "weights": {"a": {"gradient": [1, 0.5]}, "b": 1}}},
+            "method.weights: a gradient has to be in a rule. In place of it, give "
+            "'method.where=[{weights: {a: {gradient: [1, 0.5]}, b: 1}}]'.",
+        ),
+        (
+            {
+                "method": {"_target_": TIES, "tokenizer": "union"},
+                "modelpool": {"_target_": "fusion_bench.modelpool.CausalLMPool"},
+            },
+            "method.tokenizer: TiesMergingAlgorithm takes no such key. It is a key of the pool: "
+            "give 'modelpool.tokenizer=union'.",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_place(config: dict[str, Any], message: str) -> None:

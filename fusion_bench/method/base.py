@@ -4,11 +4,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import KW_ONLY, replace
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
+from fusion_bench.forms import rule_problem
 from fusion_bench.method.contract import (
     Comparing,
     Data,
@@ -22,8 +24,8 @@ from fusion_bench.method.contract import (
 from fusion_bench.method.per_model import of_each, per_model_options
 from fusion_bench.method.plain import refuse_without_pretrained
 from fusion_bench.method.rules import Rule
-from fusion_bench.method.where import Resolved, resolve
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.method.where import Resolved, by_model, resolve
+from fusion_bench.problems import FusionBenchError, Problems
 from fusion_bench.weights import (
     Aligned,
     Cut,
@@ -272,16 +274,19 @@ class TensorwiseAlgorithm:
         )
 
     def resolved(self, inputs: Inputs) -> Resolved:
-        """Return the options of each entry; there are none to tell without ``where``.
+        """Return the options of each entry, as far as they differ by entry or by model.
 
         Raises:
             FusionBenchError: rules and options that do not fit the models, and what ``check``
                 refuses.
         """
+        names = signature(type(self)).parameters
+        wrong = (rule_problem(name, own) for name, own in vars(self).items() if name in names)
+        Problems(filter(None, wrong)).raise_all()
         if self.where:
             return resolve(self, inputs)
         self.check_options(inputs)
-        return Resolved((), {}, ())
+        return Resolved((), by_model(self, inputs), ())
 
     def check_options(self, inputs: Inputs) -> None:
         """Refuse options that do not fit the models, and what ``check`` refuses.

@@ -1,7 +1,7 @@
 """Reads the rules of ``where``: which of them gives an option its value in an entry."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
@@ -32,23 +32,25 @@ class Gradient:
 
     Numbers are interpolated, and rounded to 15 digits. Other values are those of the point before,
     and so are the values of options that are whole numbers.
+
+    Attributes:
+        points: the values.
+        whole: whether they are of an option that is a whole number.
     """
 
     points: tuple[object, ...]
+    whole: bool = False
 
-    def at(self, depth: float, whole: bool = False) -> object:
-        """Return the value at a depth from 0 to 1; ``whole`` if it is to be a whole number."""
+    def at(self, depth: float) -> object:
+        """Return the value at a depth from 0 to 1."""
         place = depth * (len(self.points) - 1)
         index = int(place)
         start, end = self.points[index], self.points[min(index + 1, len(self.points) - 1)]
-        if whole or not (_is_number(start) and _is_number(end)):
+        if self.whole or not (_is_number(start) and _is_number(end)):
             return start
         assert isinstance(start, int | float) and isinstance(end, int | float)
         share = place - index
         return float(f"{(1 - share) * start + share * end:.15g}")
-
-    def __str__(self) -> str:
-        return f"from {' to '.join(map(str, self.points))} along the layers"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Rules:
         self._values: list[dict[str, object]] = []
         self._optional: set[int] = set()
         problems = Problems()
-        if isinstance(method.where, Mapping | str):
+        if isinstance(method.where, str):
             raise FusionBenchError("it is not a list of rules.", place=("where",))
         for index, rule in enumerate(method.where):
             with problems.collect("where", index):
@@ -124,7 +126,10 @@ class Rules:
     def _read(self, option: str, value: object) -> object:
         """Return a value with its gradients; of each model by name, where it has such a form."""
         if isinstance(value, Mapping) and _GRADIENT in value:
-            return _gradient(option, value)
+            kinds = get_args(self._hints.get(option)) or (self._hints.get(option),)
+            return replace(_gradient(option, value), whole=int in kinds and float not in kinds)
+        if isinstance(value, Mapping):
+            _refuse_mistyped(option, value, self._models)
         if option not in self._per_model:
             return value
         if value is None:
@@ -155,15 +160,13 @@ class Rules:
         for index, (patterns, own) in enumerate(zip(self._patterns, self._values, strict=True)):
             for pattern in patterns if index not in self._optional else ():
                 for option, value in own.items():
-                    models = value if isinstance(value, Mapping) else self._models
-                    each = [by_model[model] for model in models]
-                    keys = list(chain(*each)) if option in self._per_model else everywhere
-                    if any(matches(key, [pattern]) for key in keys):
-                        continue
-                    near = f"The nearest: {', '.join(_nearest(pattern, keys))}."
-                    reason = f"'{pattern}' matches no entry."
-                    problems.add([Problem(("where", index, "match"), reason, near)])
-                    break
+                    keys = everywhere
+                    if option in self._per_model:
+                        models = value if isinstance(value, Mapping) else self._models
+                        keys = list(chain(*(by_model[model] for model in models)))
+                    if not any(matches(key, [pattern]) for key in keys):
+                        problems.add([unmatched(pattern, keys).inside("where", index, "match")])
+                        break
         problems.raise_all()
 
     def given(self, key: str, theirs: Sequence[tuple[str, ...]]) -> dict[str, tuple[Given, ...]]:
@@ -211,13 +214,10 @@ class Rules:
     def values(self, given: Mapping[str, tuple[Given, ...]], depth: float) -> dict[str, object]:
         """Return the options of an entry at a depth."""
 
-        def at(option: str, value: object) -> object:
-            if not isinstance(value, Gradient):
-                return value
-            kinds = get_args(self._hints.get(option)) or (self._hints.get(option),)
-            return value.at(depth, whole=int in kinds and float not in kinds)
+        def at(value: object) -> object:
+            return value.at(depth) if isinstance(value, Gradient) else value
 
-        found = {option: [at(option, one.value) for one in own] for option, own in given.items()}
+        found = {option: [at(one.value) for one in own] for option, own in given.items()}
         return {o: own if o in self._per_model else own[0] for o, own in found.items()}
 
     def variant(self, options: Mapping[str, object], key: str) -> "TensorwiseAlgorithm":
@@ -264,22 +264,49 @@ def _patterns(given: object) -> list[str]:
     return list(patterns)
 
 
+def _refuse_mistyped(option: str, value: Mapping[str, object], models: Collection[str]) -> None:
+    """Refuse a key that is nearly ``gradient``, and no model."""
+    for key in value:
+        if key not in models and get_close_matches(str(key), [_GRADIENT], cutoff=0.75):
+            near = did_you_mean(str(key), [_GRADIENT])
+            raise FusionBenchError("there is no such key.", near, place=(option, key))
+
+
 def _gradient(option: str, value: Mapping[str, object]) -> Gradient:
-    points = value[_GRADIENT]
+    points = value.get(_GRADIENT)
     if set(value) != {_GRADIENT}:
+        _refuse_mistyped(option, value, [_GRADIENT])
+        if _GRADIENT not in value:
+            reason, remedy = f"{dict(value)!r} is no gradient.", "Write it as {gradient: [0, 1]}."
+            raise FusionBenchError(reason, remedy, place=(option,))
         other = next(name for name in value if name != _GRADIENT)
         raise FusionBenchError(
             "there is nothing to give beside 'gradient'.",
             "Name the pattern in 'match', beside the option.",
             place=(option, other),
         )
-    if isinstance(points, str) or not isinstance(points, Sequence) or not points:
+    if isinstance(points, str) or not isinstance(points, Sequence):
         raise FusionBenchError(f"{points!r} is not a list.", place=(option, _GRADIENT))
+    if not points:
+        raise FusionBenchError(
+            "it is empty.", "Give at least one value.", place=(option, _GRADIENT)
+        )
     return Gradient(tuple(points))
 
 
 def _of_model(model: str, value: object) -> object:
     return _gradient(model, value) if isinstance(value, Mapping) else value
+
+
+def unmatched(pattern: str, keys: Sequence[str]) -> Problem:
+    """Return the problem of a pattern that matches no entry, with what is nearest to it."""
+    lower = pattern.lower()
+    if any(matches(key, [lower]) for key in keys):
+        near = f"Did you mean '{lower}'?"
+    else:
+        alike = [key for key in keys if matches(key.lower(), [lower])][:3]
+        near = f"The nearest: {', '.join(alike or _nearest(pattern, keys))}."
+    return Problem((), f"'{pattern}' matches no entry.", near)
 
 
 def _nearest(pattern: str, keys: Sequence[str]) -> list[str]:

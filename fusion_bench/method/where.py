@@ -4,7 +4,7 @@ A rule of ``where`` gives options values for the entries that match a pattern. O
 of options there is one method object, which merges its entries and knows nothing of the others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fusion_bench.method.per_model import of_each, per_model_options
 from fusion_bench.method.rules import Given, Rules
 from fusion_bench.problems import FusionBenchError, Problem
 from fusion_bench.weights import Inputs, MergePiece
@@ -42,7 +43,8 @@ class Resolved:
     Attributes:
         variants: one for each distinct set of options.
         given: option to entry to where its value comes from: one, or for an option that may differ
-            between models one for each of them.
+            between models one for each of them. It has the options of rules, and those that
+            differ between models without one.
         unused: the options of rules that decide nothing, since rules before them do, as the number
             of the rule and the option.
     """
@@ -94,7 +96,7 @@ def resolve(method: "TensorwiseAlgorithm", inputs: Inputs) -> Resolved:
             method refuses.
     """
     rules = Rules(method, inputs.names)
-    keys = [key for key in inputs if inputs.tied_to(key) == key and inputs.merged(key)]
+    keys = _merged_keys(inputs)
     if not list(inputs):  # the models are not known
         return Resolved((), {}, ())
     theirs = {key: _names_of(inputs, key) for key in inputs}
@@ -128,7 +130,31 @@ def resolve(method: "TensorwiseAlgorithm", inputs: Inputs) -> Resolved:
     }
     unused = [one for one in rules.everything() if one not in used]
     given = {option: {key: found[key][option] for key in keys} for option in rules.options}
+    given |= by_model(method, inputs, leaving=rules.options)
     return Resolved(tuple(variants), given, tuple(unused))
+
+
+def by_model(
+    method: "TensorwiseAlgorithm", inputs: Inputs, leaving: Collection[str] = ()
+) -> dict[str, dict[str, tuple[Given, ...]]]:
+    """Return the values of options that differ between models, for each entry.
+
+    Args:
+        method: whose options fit the models.
+        inputs: the models, of which only names are looked at.
+        leaving: options that are not asked for.
+    """
+    found, keys = {}, _merged_keys(inputs)
+    for option in sorted(per_model_options(type(method)).difference(leaving)):
+        values = of_each(getattr(method, option), inputs.names, option)
+        if len(set(values)) > 1:
+            found[option] = dict.fromkeys(keys, tuple(map(Given, values)))
+    return found
+
+
+def _merged_keys(inputs: Inputs) -> list[str]:
+    """Return the entries that are merged, of tied ones the first."""
+    return [key for key in inputs if inputs.tied_to(key) == key and inputs.merged(key)]
 
 
 @contextmanager

@@ -93,6 +93,11 @@ name = {name}
 model = {model}.from_pretrained(name)
 print(model.config)"""
 
+#: Heads for which transformers has a class that finds the model's own.
+_HEADS = (
+    "CausalLM|MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering"
+    "|ImageClassification"
+)
 _ADAPTER = """\
 from peft import PeftModel
 from transformers import {kind}
@@ -263,8 +268,19 @@ def usage(name: str, config: Mapping[str, Any], files: Collection[str]) -> str:
         return _CLASSIFIER.format(**named)
     if reads_text and not kind.startswith("CLIP"):
         return _TEXTS.format(**named)
-    model = "CLIPVisionModel" if config.get("model_type") == "clip_vision_model" else "AutoModel"
-    return _PLAIN.format(model=model, **named)
+    return _PLAIN.format(model=_plain_class(kind, config), **named)
+
+
+def _plain_class(kind: str, config: Mapping[str, Any]) -> str:
+    """Return the class that loads a model with its head."""
+    if config.get("model_type") == "clip_vision_model":
+        return "CLIPVisionModel"
+    if config.get("is_encoder_decoder") and re.search("ForConditionalGeneration|LMHeadModel", kind):
+        return "AutoModelForSeq2SeqLM"
+    if "LMHeadModel" in kind:
+        return "AutoModelForCausalLM"
+    head = re.search(f"For({_HEADS})$", kind)
+    return "AutoModel" if head is None else f"AutoModel{head[0]}"
 
 
 def adapter_usage(name: str, settings: Mapping[str, Any]) -> str | None:

@@ -6,10 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from fusion_bench.forms import TOKEN_KEYS, says_of_tokens
 from fusion_bench.problems import ConfigError, Problem, Problems, check_choice, did_you_mean, within
-
-#: Keys of the setting; one of them tells it from a config node.
-_KEYS = ("source", "base", "tokens", "pad_to_multiple_of")
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,15 @@ class TokenSetting:
         near = isinstance(given, str) and get_close_matches(given, ("union", "base"), cutoff=0.75)
         if near and not Path(given).exists():
             raise ConfigError(f"'{given}' is no tokenizer.", did_you_mean(given, near))
-        if not isinstance(given, Mapping) or not any(key in given for key in _KEYS):
+        if not isinstance(given, Mapping) or not says_of_tokens(given):
             return None
         problems, chosen = Problems(), {}
         for key in given:
-            if key not in _KEYS:
-                hint = did_you_mean(str(key), _KEYS)
+            if key not in TOKEN_KEYS:
+                hint = did_you_mean(str(key), TOKEN_KEYS)
                 problems.append(Problem((str(key),), "there is no such key.", hint))
         multiple, source = given.get("pad_to_multiple_of"), given.get("source")
-        if not _is_number(multiple or 1, least=1):
+        if not _is_number(1 if multiple is None else multiple, least=1):
             problems.append(
                 Problem(("pad_to_multiple_of",), f"{multiple!r} is no positive number.")
             )

@@ -1,7 +1,7 @@
 """Every YAML under config/ composes, and what it names takes the keys that it gives."""
 
 from copy import deepcopy
-from inspect import signature
+from inspect import isclass, signature
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fusion_bench.configs import datasets, register, suites
 from fusion_bench.instantiate import check, instantiate
+from fusion_bench.method.per_model import per_model_options
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.scripts.hydra_patches import set_up_hydra
 
@@ -138,3 +139,19 @@ def test_it_composes_and_binds(name: str, together: DictConfig, tmp_path: Path) 
         else:
             assert name in ON_HUB or program.run() is None
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("method/")])
+def test_a_value_for_each_model_fits_every_preset(name: str) -> None:
+    own = OmegaConf.load(CONFIG / f"{name}.yaml")
+    made = get_object(own._target_)
+    options = per_model_options(made) if isclass(made) else ()
+    method = name.removeprefix("method/")
+    for option in options:
+        for value in ({"a": 0.7, "b": 0.3}, [0.7, 0.3], 0.5):
+            words = [f"method={method}", f"++method.{option}={value}".replace("'", "")]
+            with initialize_config_dir(str(CONFIG), version_base="1.3"):
+                found = compose("merge_llm", overrides=[*words, "+modelpool.models.a=owner/a"])
+            assert found.method[option] == value
+            # A file that builds on the preset.
+            assert OmegaConf.merge(own, {option: value})[option] == value

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from fixtures_method import merged
 
@@ -34,3 +36,29 @@ def test_other_numbers_of_weights_are_refused() -> None:
 def test_weights_that_add_up_to_zero_are_refused() -> None:
     with pytest.raises(FusionBenchError, match="normalize=false"):
         merged(WeightedAverageAlgorithm([1, -1]), [[0.0], [4.0]])
+
+
+def test_one_number_is_the_plain_average() -> None:
+    assert merged(WeightedAverageAlgorithm(), [[0.0], [4.0]]).tolist() == [2]
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    for pattern, near in (("x*", r"The nearest: weight\."), ("W*", r"Did you mean 'w\*'\?")):
+        method = WeightedAverageAlgorithm(layer_weights={pattern: [1, 2]})
+        message = rf"^layer_weights\.{pattern[0]}\*: '{pattern[0]}\*' matches no entry\. {near}"
+        with pytest.raises(FusionBenchError, match=message):
+            merged(method, [[0.0], [4.0]])
+
+
+@pytest.mark.parametrize(
+    ("layer_weights", "rule", "message"),
+    [
+        ({"w*": [1, 2]}, {"weights": [1, 1]}, r"^where\[1\]\.weights: 'layer_weights' decides"),
+        (None, {"layer_weights": {"w*": [1, 2]}}, r"^where\[1\]\.layer_weights: .* 'match' and"),
+    ],
+)
+def test_patterns_and_rules_do_not_mix(layer_weights: Any, rule: Any, message: str) -> None:
+    where = [{"normalize": False}, rule]
+    method = WeightedAverageAlgorithm(layer_weights=layer_weights, where=where)
+    with pytest.raises(FusionBenchError, match=message):
+        merged(method, [[0.0], [4.0]])

@@ -302,7 +302,14 @@ def test_a_method_of_ones_own_has_to_keep_its_arguments() -> None:
         ({"threshold": [1]}, r"where\[1\]\.threshold: 1 value for 2 models \(a, b\)"),
         ({"scope": "tensors"}, r"where\[1\]\.scope: 'tensors' is unknown\. Did you mean 'tensor'"),
         ({"threshold": {"gradient": 3}}, r"where\[1\]\.threshold\.gradient: 3 is not a list"),
-        ({"threshold": {"gradient": []}}, r"where\[1\]\.threshold\.gradient: \[\] is not a list"),
+        ({"threshold": {"gradient": []}}, r"threshold\.gradient: it is empty\. Give at least one"),
+        ({"threshold": {"gradiant": [1]}}, r"threshold\.gradiant: .* Did you mean 'gradient'\?"),
+        ({"scaling_factor": {"gradiant": [1]}}, r"factor\.gradiant: .* Did you mean 'gradient'"),
+        ({"threshold": {"a": {"gradiant": [1]}}}, r"old\.a\.gradiant: .* Did you mean 'gradient'"),
+        ({"scaling_factor": {"x": 1}}, r"\[1\]\.scaling_factor: '{'x': 1}' is not a number"),
+        ({"threshold": {"a": {"x": 1}}}, r"threshold\.a: {'x': 1} is no gradient\. Write it as"),
+        ({"match": "*MLP*", "threshold": 1}, r"matches no entry\. Did you mean '\*mlp\*'\?"),
+        ({"match": "*.Mlp.UP", "threshold": 1}, r"no entry\. Did you mean '\*\.mlp\.up'"),
         ({"threshold": {"gradient": [1], "match": "x"}}, r"where\[1\]\.threshold\.match: there"),
         ({"match": [], "threshold": 1}, r"where\[1\]\.match: \[\] is not a pattern"),
         ({"match": "*self_atn.*", "threshold": 1}, r"\[1\]\.match: '\*self_atn\.\*' matches no"),
@@ -319,7 +326,7 @@ def test_rules_that_do_not_work_are_told_with_their_place(rule: Any, message: st
 
 def test_rules_are_a_list() -> None:
     method: Any = TiesMergingAlgorithm(where={"scaling_factor": 1})  # type: ignore[arg-type]
-    with pytest.raises(FusionBenchError, match=r"^where: it is not a list of rules"):
+    with pytest.raises(FusionBenchError, match=r"^where: it is not a list .* Put it in a list"):
         method.check_pool(Pool(models("a", "b")))
 
 
@@ -416,3 +423,10 @@ def test_an_optional_rule_may_match_nothing() -> None:
         {"match": "*mlp*", "optional": True, "scaling_factor": 2},
     ]
     assert_near(merged(TaskArithmeticAlgorithm(0.3, where=rules)), arithmetic({"mlp": 2}, 0.3))
+
+
+def test_a_gradient_outside_of_a_rule_is_refused() -> None:
+    for option in ("scaling_factor", "weights"):
+        method = TaskArithmeticAlgorithm(**{option: {"gradient": [0, 1]}})  # type: ignore[arg-type]
+        with pytest.raises(FusionBenchError, match=rf"^{option}: .*where=\[{{{option}: {{gradient"):
+            method.check_pool(Pool(models("a", "b")))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from fixtures_language import letters, tiny
 from fixtures_llm import metadata, write_bert, write_llama
@@ -273,3 +274,27 @@ def test_the_page_shows_code_that_runs(family: Path, tmp_path: Path) -> None:
     exec(compile(clip, "page", "exec"), made)
     inside, own = made["clip"].vision_model.state_dict(), made["merged"].state_dict()
     assert all(torch.equal(inside[key], own[key]) for key in own) and own
+
+
+@pytest.mark.parametrize(
+    ("kind", "encodes", "expected"),
+    [
+        ("LlamaForCausalLM", False, "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", False, "AutoModelForCausalLM"),
+        ("BertForMaskedLM", False, "AutoModelForMaskedLM"),
+        ("T5ForConditionalGeneration", True, "AutoModelForSeq2SeqLM"),
+        ("LlavaForConditionalGeneration", False, "AutoModel"),
+        ("BertForSequenceClassification", False, "AutoModelForSequenceClassification"),
+        ("ViTForImageClassification", False, "AutoModelForImageClassification"),
+        ("LlamaModel", False, "AutoModel"),
+        ("", False, "AutoModel"),
+    ],
+)
+def test_without_a_tokenizer_a_model_is_loaded_with_its_head(
+    kind: str, encodes: bool, expected: str
+) -> None:
+    config = {"architectures": [kind] if kind else None, "is_encoder_decoder": encodes}
+    code = usage("merged", config, ["config.json", "model.safetensors"])
+    assert f"from transformers import {expected}\n" in code
+    assert f"model = {expected}.from_pretrained(name)" in code
+    assert hasattr(transformers, expected)

@@ -61,6 +61,8 @@ def test_a_mapping_says_more() -> None:
         ({"source": "union", "token": {}}, ("token",), "Did you mean 'tokens'"),
         ({"source": 3}, ("source",), "is no tokenizer"),
         ({"pad_to_multiple_of": -8}, ("pad_to_multiple_of",), "is no positive number"),
+        ({"pad_to_multiple_of": 0}, ("pad_to_multiple_of",), "0 is no positive number"),
+        ({"sorce": "union"}, ("sorce",), "Did you mean 'source'"),
         ({"pad_to_multiple_of": True}, ("pad_to_multiple_of",), "is no positive number"),
         ({"base": "c"}, ("base",), "is not in the pool"),
         ({"tokens": ["<x>"]}, ("tokens",), "is no mapping"),

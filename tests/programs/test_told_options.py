@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method import KnOTSMerging, SimpleAverageAlgorithm, TiesMergingAlgorithm
+from fusion_bench.method import (
+    KnOTSMerging,
+    SimpleAverageAlgorithm,
+    TiesMergingAlgorithm,
+    WeightedAverageAlgorithm,
+)
 from fusion_bench.method.checks import Pool
 from fusion_bench.plan import Plan
 from fusion_bench.problems import ConfigError
@@ -31,8 +36,8 @@ TOLD = [
     "scaling_factor 0.5: layers.{0-2}.attn.* (6 tensors)",
     "scaling_factor 2: layers.1.mlp.up",
     "threshold 20: embed, layers.{0,2}.mlp.up, head (4 tensors)",
-    "threshold a=20, b=from 10 to 20 along the layers: layers.{0,2}.attn.* (4 tensors)",
-    "threshold a=30, b=from 10 to 20 along the layers: layers.1.attn.* (2 tensors)",
+    "threshold a=20, b=10 at layer 0 to 20 at layer 2: layers.{0,2}.attn.* (4 tensors)",
+    "threshold a=30, b=15: layers.1.attn.* (2 tensors)",
     "threshold 30: layers.1.mlp.up",
 ]
 
@@ -48,8 +53,8 @@ def test_each_value_is_told_with_the_entries_that_it_is_for() -> None:
     lines, notes = told(TiesMergingAlgorithm(where=RULES), "method")
     assert sorted(lines) == sorted(f"method.{line}" for line in TOLD)
     assert notes == [
-        "method.where[2].scaling_factor decides nothing: rules before it do, for all that it "
-        "matches."
+        "method.where[2].scaling_factor decides nothing: it matches no entry, or rules before it "
+        "decide for all that it matches."
     ]
 
 
@@ -61,6 +66,41 @@ def test_rules_of_a_base_method_have_its_place() -> None:
 
 def test_without_rules_nothing_is_told() -> None:
     assert told(SimpleAverageAlgorithm()) == ([], []) == told(KnOTSMerging())
+
+
+def test_options_that_differ_between_models_are_told() -> None:
+    method = TiesMergingAlgorithm(threshold={"b": 30, "a": 20}, weights=[2, 2])
+    assert told(method, "method") == (["method.threshold a=20, b=30: all 11 tensors"], [])
+    method.where = [{"match": "head", "scaling_factor": 2}]
+    assert told(method)[0][-1] == "threshold a=20, b=30: all 11 tensors"
+
+
+def test_a_gradient_is_told_by_what_it_gives() -> None:
+    rules = [
+        {"match": "*attn.q", "scaling_factor": {"gradient": [0, 1, 0]}},
+        {"match": "layers.[12].*", "scaling_factor": {"gradient": [0.1, 0.3]}},
+        {"match": "layers.0.*", "threshold": {"gradient": [10, 20]}},
+        {"scaling_factor": {"gradient": [0.4, 0]}},
+    ]
+    lines, _ = told(TiesMergingAlgorithm(where=rules))
+    assert lines == [
+        "scaling_factor 0.4: embed, layers.0.attn.k, layers.0.mlp.up, head (4 tensors)",
+        "scaling_factor 0 at layer 0 to 0 at layer 2 along [0, 1, 0]: layers.{0-2}.attn.q "
+        "(3 tensors)",
+        "scaling_factor 0.2 at layer 1 to 0.3 at layer 2: layers.{1-2}.attn.k, "
+        "layers.{1-2}.mlp.up (4 tensors)",
+        "threshold 20: embed, layers.{1-2}.*, head (8 tensors)",
+        "threshold 10: layers.0.* (3 tensors)",
+    ]
+
+
+def test_weights_by_pattern_are_told() -> None:
+    method = WeightedAverageAlgorithm([1, 2], layer_weights={"*attn*": [3, 4], "*mlp*": [1, 1]})
+    assert told(method)[0] == [
+        "weights a=1, b=2: embed, head (2 tensors)",
+        "weights a=3, b=4: layers.{0-2}.attn.* (6 tensors)",
+        "weights 1: layers.{0-2}.mlp.up (3 tensors)",
+    ]
 
 
 def test_a_dry_run_shows_it(

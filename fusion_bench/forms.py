@@ -1,0 +1,36 @@
+"""Forms of values in a config that several rooms have to know: rules, and settings of tokens."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+
+from fusion_bench.problems import Problem
+
+#: Keys of a pool's ``tokenizer`` that is not a node, but says where tokens come from.
+TOKEN_KEYS = ("source", "base", "tokens", "pad_to_multiple_of")
+
+
+def rule_problem(name: str, value: object) -> Problem | None:
+    """Return the problem of a gradient outside of ``where``, or of a ``where`` that is one rule."""
+    if name == "where" and isinstance(value, Mapping):
+        return Problem((name,), "it is not a list of rules.", "Put it in a list: [{…}].")
+    if name == "where" or not _has_gradient(value):
+        return None
+    flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    remedy = f"In place of it, give '{{here}}where=[{{{name}: {flow}}}]'."
+    return Problem((name,), "a gradient has to be in a rule.", remedy)
+
+
+def _has_gradient(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return "gradient" in value or any(map(_has_gradient, value.values()))
+    return isinstance(value, list) and any(map(_has_gradient, value))
+
+
+def says_of_tokens(node: Mapping[Any, Any]) -> bool:
+    """Return whether a pool's ``tokenizer`` says where tokens come from, maybe with mistakes."""
+    if not node.keys().isdisjoint(TOKEN_KEYS):
+        return True
+    return "_target_" not in node and any(get_close_matches(str(key), TOKEN_KEYS) for key in node)
