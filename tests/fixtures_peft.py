@@ -34,6 +34,13 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "gpt2-classifier": ("GPT2ForSequenceClassification", "GPT2Config", _GPT2),
+    "bert-masked": ("BertForMaskedLM", "BertConfig", _BERT),
+    "vit": ("ViTForImageClassification", "ViTConfig", _VIT),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**_LLAMA, "num_key_value_heads": 2, "num_local_experts": 3},
+    ),
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", _VIT),
 }
 
@@ -74,8 +81,10 @@ def outputs(model: nn.Module) -> Tensor:
     """Return what a model answers, on samples of its kind."""
     kind = type(getattr(model, "base_model", model)).__name__ + str(getattr(model, "config", ""))
     with torch.no_grad():
+        pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+        if '"model_type": "vit"' in kind:
+            return model(pixel_values=pixels).logits
         if "clip_vision_model" in kind:
-            pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
             return model(pixel_values=pixels).pooler_output
         more = {"decoder_input_ids": IDS} if '"model_type": "t5"' in kind else {}
         return model(input_ids=IDS, **more).logits

@@ -4,6 +4,7 @@ r"""Merging LoRA adapters in their factors, $\sum_i w_i s_i B_i A_i$, as PEFT's 
 $\sqrt{|w_i s_i|}$ before each. Mangrulkar et al., PEFT, https://github.com/huggingface/peft
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from fusion_bench.method.base import aligned, run
 from fusion_bench.method.contract import Data, ModelPool, Needs, Ran
 from fusion_bench.method.per_model import PerModel, of_each
 from fusion_bench.problems import FusionBenchError, check_choice
-from fusion_bench.weights import Weights
+from fusion_bench.weights import MergePolicy, Weights
 from fusion_bench.weights.lowrank import Factors, LowRankWeights, Truncation, shortened
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
 
 Combination = Literal["cat", "svd", "linear"]
 
@@ -84,7 +87,7 @@ class AdapterMerging:
         """Return the merged products, with their factors.
 
         Raises:
-            FusionBenchError: as ``check_pool``.
+            FusionBenchError: as ``check_pool``; NaN or infinity, if the policy does not allow them.
         """
         self.check_pool(pool)
         adapters = _low_rank(pool)
@@ -93,6 +96,8 @@ class AdapterMerging:
         first = next(iter(adapters.values()))
         factors, errors, vectors = {}, {}, {}
         for key in first:
+            for name, own in adapters.items():
+                _check_finite(name, own, key, pool.policy)
             parts = [
                 (weights[n], own.factors[key]) for n, own in adapters.items() if key in own.factors
             ]
@@ -107,9 +112,7 @@ class AdapterMerging:
             else:
                 factors[key] = _side_by_side(parts)
                 if self.combination == "svd":
-                    whole = factors[key]
-                    factors[key] = shortened(whole, self._limits(adapters))
-                    errors[key] = _error(whole, factors[key])
+                    factors[key], errors[key] = shortened(factors[key], self._limits(adapters))
         specs = {key: first.spec(key) for key in first}
         files = tuple(file for own in adapters.values() for file in own.files)
         origins = {
@@ -148,6 +151,21 @@ class AdapterMerging:
                 )
 
 
+def _check_finite(name: str, adapter: LowRankWeights, key: str, policy: MergePolicy) -> None:
+    """Refuse, or tell, NaN and infinity in an adapter's part of an entry."""
+    own = adapter.factors.get(key)
+    parts = [] if own is None else [own.b, own.a]
+    if own is None and adapter.origins(key):
+        parts = [adapter[key]]
+    if all(bool(part.isfinite().all()) for part in parts):
+        return
+    reason = f"the adapter '{name}' has NaN or infinity in '{key}'."
+    if policy.on_nonfinite == "error":
+        remedy = f"Use a valid adapter, or set {policy.typed('on_nonfinite', 'warn')}."
+        raise FusionBenchError(reason, remedy)
+    log.warning("%s", reason[0].upper() + reason[1:])
+
+
 def _low_rank(pool: ModelPool) -> dict[str, LowRankWeights]:
     known = {name: pool.weights(name) for name in pool.model_names}
     return {name: own for name, own in known.items() if isinstance(own, LowRankWeights)}
@@ -171,14 +189,3 @@ def _summed(parts: Sequence[tuple[float, Factors]]) -> Factors:
         sides.append(total)
     b, a = sides
     return Factors(b, a)
-
-
-def _error(whole: Factors, kept: Factors) -> float:
-    """Return the relative Frobenius error of a product's SVD from the norms of both."""
-    norms = [_squared_norm(own) for own in (whole, kept)]
-    return math.sqrt(max(1 - norms[1] / norms[0], 0)) if norms[0] else 0.0
-
-
-def _squared_norm(factors: Factors) -> float:
-    b, a = factors.b.double() * factors.scale, factors.a.double()
-    return float(((b.T @ b) * (a @ a.T)).sum())

@@ -119,6 +119,14 @@ class Drawing(Protocol):
 
 
 @runtime_checkable
+class Arranging(Protocol):
+    """A pool that knows what the class it builds calls and groups the entries of its files."""
+
+    def as_built(self, weights: Weights) -> tuple[Weights, nn.Module]:
+        """Return the same weights as the class's entries, and a module of it without values."""
+
+
+@runtime_checkable
 class ReadingTexts(Protocol):
     """A pool whose models read texts."""
 

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
+from fusion_bench.method.adapter_outline import AdapterEntry, AdapterOutline, entry_of
 from fusion_bench.method.base import aligned, run
-from fusion_bench.method.contract import Data, FusionMethod, ModelPool, Needs, Ran
+from fusion_bench.method.contract import (
+    Arranging,
+    Data,
+    FusionMethod,
+    ModelPool,
+    Needs,
+    Outlining,
+    Ran,
+)
 from fusion_bench.method.modules import Layer, layers_of
 from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, check_choice, within
@@ -28,6 +37,7 @@ from fusion_bench.weights import (
     Weights,
     align,
     matches,
+    zeros_like,
 )
 from fusion_bench.weights.adapter_builder import AdaptedModel, Adapter, AdapterBuilder
 from fusion_bench.weights.lowrank import Factors, Truncation
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Embeddings = Literal["whole", "factors"]
+_WITH_FACTORS = ("linear", "convolution")
 #: So many modules that stay as they are in the base are named in the log.
 _NAMED = 5
 
@@ -109,6 +120,55 @@ class ExtractLora:
             )
         aligned(pool)
 
+    def described(self, pool: ModelPool) -> str:
+        """Return what is made, and of which rank."""
+        largest = self._truncation.largest
+        rank = "of any rank" if largest is None else f"of a rank up to {largest}"
+        return f"a LoRA adapter {rank}; what has not changed makes it smaller than told"
+
+    def outline(self, pool: ModelPool) -> Weights:
+        """Return what the adapter has at most, as if all had changed; no weight is read.
+
+        Raises:
+            FusionBenchError: as ``check_pool``.
+        """
+        self.check_pool(pool)
+        names = pool.model_names
+        if self._base is None:
+            models = [pool.weights(names[0])]
+        elif isinstance(self._base, Outlining):
+            with within("base_method", keyed_only=True):
+                models = [self._weights(self._base.outline(pool))]
+        else:
+            models = [pool.weights(name) for name in names]
+        base, module = _as_built(pool, pool.weights("_pretrained_"))
+        models = [_as_built(pool, model)[0] for model in models]
+        layers = layers_of(module, base)
+        transposed = any(layer.transposed for layer in layers)
+        embeddings = self._factors_embeddings(layers)
+        entries: dict[str, AdapterEntry] = {}
+        for layer in layers:
+            kept = self._kept(layer.keys.values())
+            factors = self._wants_factors(layer, transposed, embeddings)
+            for part, key in layer.keys.items() if kept else ():
+                spec = base.spec(key)
+                dtype = pool.policy.torch_dtype or models[0].spec(key).dtype
+                rank = self._truncation.largest if factors and part == "weight" else 0
+                entries[f"{layer.name}.{part}"] = entry_of(key, spec.shape, dtype, rank)
+        return AdapterOutline(entries, base, *models)
+
+    def _factors_embeddings(self, layers: Sequence[Layer]) -> bool:
+        """Return whether embeddings may get factors: PEFT knows none beside changed biases."""
+        return self.embeddings == "factors" and not self._kept(_biases(layers))
+
+    def _wants_factors(self, layer: Layer, transposed: bool, embeddings: bool) -> bool:
+        """Return whether a layer is of a kind that gets factors, if its shapes are the base's."""
+        if layer.kind == "embedding" or layer.is_head:
+            wanted = embeddings
+        else:
+            wanted = layer.kind in _WITH_FACTORS
+        return wanted and (layer.kind != "linear" or layer.transposed == transposed)
+
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> AdaptedModel | Mapping[str, AdaptedModel]:
@@ -158,20 +218,28 @@ class ExtractLora:
         base = pool.model("_pretrained_")
         # What was merged may be stored in another type than the models.
         policy = replace(pool.policy, on_dtype="cast")
-        found = align({"model": model}, base.weights, policy, pool.vocabulary)
+        base_weights, module = _as_built(pool, base.weights)
+        model, _ = _as_built(pool, model)
+        found = align({"model": model}, base_weights, policy, pool.vocabulary)
         device = torch.device(policy.device)
         if fabric is not None and device.type == "cpu":
             device = fabric.device
         quiet_libraries()
-        module = pool.build_model(_shapes_of(base.weights))
         differing = _Differing(found, policy, device)
-        adapter = self._adapter(layers_of(module, base.weights), differing)
+        adapter = self._adapter(module, layers_of(module, base_weights), differing)
         model.verify()
-        weights = AdapterWeights(base.weights, adapter.tensors, adapter.config)
+        weights = AdapterWeights(base_weights, adapter.tensors, adapter.config)
         return AdaptedModel(weights, base.config, base.kind, base.companions, adapter=adapter)
 
-    def _adapter(self, layers: Sequence[Layer], model: "_Differing") -> Adapter:
+    def _adapter(self, module: nn.Module, layers: Sequence[Layer], model: "_Differing") -> Adapter:
         transposed = any(layer.transposed for layer in layers)
+        covered = {key for layer in layers for key in layer.keys.values()}
+        covered |= {f"{layer.name}.{part}" for layer in layers for part in layer.keys}
+        if lost := [key for key in self._kept(model.outside(covered)) if model.differs(key)]:
+            raise FusionBenchError(
+                f"'{lost[0]}' has changed, and the model's class has no layer with that entry.",
+                "Leave it out with {here}exclude_keys, or merge without an adapter.",
+            )
         builder = AdapterBuilder(transposed=transposed)
         gets_factors = self._getting_factors(layers, model, transposed)
         left = []
@@ -189,12 +257,6 @@ class ExtractLora:
                     builder.left(layer.name)
                     left.append(layer.name)
                 work.advance(model.bytes_of(layer))
-        covered = {key for layer in layers for key in layer.keys.values()}
-        if lost := [key for key in self._kept(model.outside(covered)) if model.differs(key)]:
-            raise FusionBenchError(
-                f"'{lost[0]}' has changed, and the model's class has no layer with that entry.",
-                "Leave it out with {here}exclude_keys, or merge without an adapter.",
-            )
         if left:
             more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
             named = ", ".join(left[:_NAMED])
@@ -205,7 +267,7 @@ class ExtractLora:
                 "to extract.",
                 "Name a model that was fine-tuned from it.",
             )
-        return builder.build([layer.name for layer in layers])
+        return builder.build([name for name, _ in module.named_modules(remove_duplicate=False)])
 
     def _getting_factors(
         self, layers: Sequence[Layer], model: "_Differing", transposed: bool
@@ -215,10 +277,8 @@ class ExtractLora:
         An adapter stores all its matrices in one way, and PEFT knows no biases of factors beside
         factors of an embedding.
         """
-        linear = ("linear", "convolution")
         embeddings = self.embeddings == "factors"
-        biases = (own.keys["bias"] for own in layers if own.kind in linear and "bias" in own.keys)
-        if embeddings and any(map(model.differs, self._kept(biases))):
+        if embeddings and any(map(model.differs, self._kept(_biases(layers)))):
             embeddings = False
             log.warning(
                 "Embeddings are copied whole: biases have changed, and PEFT knows no adapter with "
@@ -226,12 +286,8 @@ class ExtractLora:
             )
 
         def gets_factors(layer: Layer) -> bool:
-            if layer.kind == "embedding" or layer.is_head:
-                wanted = embeddings
-            else:
-                wanted = layer.kind in linear
-            fits = layer.kind != "linear" or layer.transposed == transposed
-            return wanted and fits and model.has_shapes(layer)
+            wanted = self._wants_factors(layer, transposed, embeddings)
+            return wanted and model.has_shapes(layer)
 
         return gets_factors
 
@@ -264,10 +320,16 @@ class ExtractLora:
         builder.factors(layer.name, factors, error=error, kernel=kernel, bias=shift)
 
 
-def _shapes_of(weights: Weights) -> dict[str, Tensor]:
-    """Return zeros in the shapes of all entries, which take no memory."""
-    specs = {key: weights.spec(key) for key in weights}
-    return {key: torch.zeros((), dtype=own.dtype).expand(own.shape) for key, own in specs.items()}
+def _biases(layers: Sequence[Layer]) -> list[str]:
+    """Return the keys of the biases of layers that get factors."""
+    return [o.keys["bias"] for o in layers if o.kind in _WITH_FACTORS and "bias" in o.keys]
+
+
+def _as_built(pool: ModelPool, weights: Weights) -> tuple[Weights, nn.Module]:
+    """Return weights as the entries of the pool's class, and a module of it."""
+    if isinstance(pool, Arranging):
+        return pool.as_built(weights)
+    return weights, pool.build_model(zeros_like(weights))
 
 
 class _Differing:
@@ -305,7 +367,7 @@ class _Differing:
 
     def outside(self, covered: Collection[str]) -> Iterator[str]:
         """Yield the entries that neither are ``covered`` nor tied to one that is."""
-        tied = {self._base.tied_to(key) for key in covered}
+        tied = {self._base.tied_to(key) for key in covered if key in self._base}
         return (k for k in self._base if k not in covered and self._base.tied_to(k) not in tied)
 
     def has_shapes(self, layer: Layer) -> bool:

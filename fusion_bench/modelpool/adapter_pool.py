@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
-from fusion_bench.modelpool.adapter_folder import write_adapter
+from fusion_bench.modelpool.adapter_folder import class_of_base, write_adapter
 from fusion_bench.modelpool.card import Origin
 from fusion_bench.modelpool.policy import policy_of
 from fusion_bench.plan import Plan
@@ -219,7 +219,10 @@ class AdapterPool:
             builder.factors(module, factors, error=error, kernel=spec.shape[2:], bias=shift)
         self._copy(builder)
         weights.verify()
-        base = next((own for own in configs.values() if own.base), None)
+        named = next((own for own in configs.values() if own.base), None)
+        base = None if named is None else named.base
+        if base is not None and Path(base).expanduser().is_dir():
+            base = str(Path(base).expanduser().absolute())  # from wherever it will be read
         sources = {
             name: Origin(self._place(name).name, self._place(name).commit, self._stored[name].files)
             for name in self.model_names
@@ -227,9 +230,9 @@ class AdapterPool:
         write_adapter(
             Path(path).absolute(),
             builder.build(),
-            base=None if base is None else base.base,
-            revision=None if base is None else base.revision,
-            base_class=None,
+            base=base,
+            revision=None if named is None else named.revision,
+            base_class=next(filter(None, map(class_of_base, configs.values())), None),
             sources=sources,
             config=config,
         )

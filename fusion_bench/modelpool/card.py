@@ -295,16 +295,16 @@ def _plain_class(kind: str, config: Mapping[str, Any]) -> str:
 
 
 def adapter_usage(name: str, settings: Mapping[str, Any]) -> str | None:
-    """Return Python code that puts an adapter on its base; None where it names no base.
+    """Return Python code that puts an adapter on its base; None where it names no base or class.
 
     Args:
         name: of the adapter's folder or repository.
         settings: its ``adapter_config.json``.
     """
     base = settings.get("base_model_name_or_path")
-    if not isinstance(base, str):
+    kind = (settings.get("auto_mapping") or {}).get("base_model_class")
+    if not isinstance(base, str) or kind is None:
         return None
-    kind = (settings.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"
     return _ADAPTER.format(name=_text(name), base=_text(base), kind=kind)
 
 

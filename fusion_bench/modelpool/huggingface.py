@@ -72,6 +72,7 @@ from fusion_bench.weights import (
     learned,
     open_checkpoint,
     open_repository,
+    zeros_like,
 )
 from fusion_bench.weights.adapter_builder import AdaptedModel
 from fusion_bench.weights.blueprint import Blueprint
@@ -494,6 +495,17 @@ class HFModelPool:
             return self._copy(weights)
         return build(self.model_class, weights, self._config_for(self._reference))
 
+    def as_built(self, weights: Weights) -> tuple[Weights, nn.Module]:
+        """Return weights as the entries of the class that is built, and a module without values.
+
+        Raises:
+            FusionBenchError: no config, or none that the class fits.
+        """
+        bare = self._skeleton
+        if bare is None:
+            return weights, self._copy(zeros_like(weights))
+        return in_current_layout(weights, bare), bare
+
     def _copy(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Return a copy of the reference's module with these weights."""
         module = self._source(self._reference).load()
@@ -595,7 +607,7 @@ class HFModelPool:
         settings = path / "adapter_config.json"
         if settings.exists():
             adapter = open_checkpoint(path / "adapter_model.safetensors")
-            base = self.weights("_pretrained_")
+            base, _ = self.as_built(self.weights("_pretrained_"))
             return AdapterWeights(base, adapter, AdapterConfig.read(settings))
         return self._canonical(open_repository(locate(str(path))))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fusion_bench.command import typed
 from fusion_bench.companions import ADAPTER_FILES, KNOWN, TEMPLATES
 from fusion_bench.problems import ConfigError, Place, did_you_mean, within
 from fusion_bench.programs.environment import config_sha256
@@ -29,6 +30,15 @@ _REPORT_FILES = (
     "report.answers.safetensors",  # of earlier versions
     "report.json",
 )
+
+
+#: These verbs have a flag of their own in place of the config key.
+_VERBS = ("merge", "extract-lora")
+
+
+def _overwriting() -> str:
+    """Return what is to be typed for another run's output to be replaced."""
+    return "--overwrite" if typed()[1:2] and typed()[1] in _VERBS else "overwrite=true"
 
 
 class OutputPaths:
@@ -133,7 +143,7 @@ class OutputPaths:
     def _refusal(key: Place, path: Path) -> ConfigError:
         return ConfigError(
             f"'{path}' exists already and belongs to another run.",
-            "Choose another path, or give overwrite=true.",
+            f"Choose another path, or give {_overwriting()}.",
             place=key,
         )
 
@@ -155,7 +165,7 @@ class OutputPaths:
         if not (self._overwrite or self._was_left_unfinished()):
             raise ConfigError(
                 f"'{self.model_path}' exists already.",
-                "Choose another path, or give overwrite=true.",
+                f"Choose another path, or give {_overwriting()}.",
                 place=key,
             )
         if (foreign := _foreign(self.model_path)) is not None:

@@ -10,12 +10,12 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fusion_bench.method import contract
-from fusion_bench.method.contract import Product
+from fusion_bench.method.contract import Arranging, Product
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, within
 from fusion_bench.results import Example, SampleScores
 from fusion_bench.tokenizer import TokenizerSource
-from fusion_bench.weights import Config, MergePolicy, Model, TensorWeights, Weights
+from fusion_bench.weights import Config, MergePolicy, Model, TensorWeights, Weights, zeros_like
 from fusion_bench.weights.blueprint import Blueprint
 
 if TYPE_CHECKING:
@@ -186,6 +186,13 @@ class PlacedModelPool:
         """As in ``ModelPool``."""
         with self._here():
             return self._pool.build_model(weights)
+
+    def as_built(self, weights: Weights) -> tuple[Weights, nn.Module]:
+        """As in ``Arranging``; of a pool that is none, the keys are those of its modules."""
+        with self._here():
+            if isinstance(self._pool, Arranging):
+                return self._pool.as_built(weights)
+            return weights, self._pool.build_model(zeros_like(weights))
 
     def open_saved(self, path: Path) -> Weights:
         """As in ``ModelPool``."""

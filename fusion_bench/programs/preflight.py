@@ -233,6 +233,9 @@ class _Headers:
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         return self._pool.build_model(weights)
 
+    def as_built(self, weights: Weights) -> tuple[Weights, nn.Module]:
+        return self._pool.as_built(weights)
+
     def blueprint(self, config: Config) -> Blueprint | None:
         return self._pool.blueprint(config)
 

@@ -1,6 +1,7 @@
 """Parameters as data: read, merged and written without knowing what model they belong to."""
 
-from fusion_bench.weights.adapter import AdapterConfig, AdapterWeights
+from fusion_bench.weights.adapter import AdapterWeights
+from fusion_bench.weights.adapter_config import AdapterConfig
 from fusion_bench.weights.align import Aligned, MergePolicy, align, first_of, shortened
 from fusion_bench.weights.averaged import Averaged, Share, Sums
 from fusion_bench.weights.by_token import ByToken, Row, token_axis
@@ -21,6 +22,7 @@ from fusion_bench.weights.mapping import (
     TensorWeights,
     Weights,
     is_special,
+    zeros_like,
 )
 from fusion_bench.weights.merge import (
     MergedWeights,
@@ -94,4 +96,5 @@ __all__ = [
     "weight_files",
     "without_prefix",
     "write_checkpoint",
+    "zeros_like",
 ]

@@ -7,17 +7,15 @@ rank-stabilised scaling: Kalajdzievski, https://arxiv.org/abs/2312.03732.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusion_bench.problems import ConfigError
-from fusion_bench.storage import read_json
+from fusion_bench.weights.adapter_config import WITH_PEFT, AdapterConfig
 from fusion_bench.weights.align import shortened
-from fusion_bench.weights.formats import foreign_adapter
 from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 
 _PART = re.compile(
@@ -27,156 +25,51 @@ _PART = re.compile(
 _BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_(?P<part>delta|original)")
 
-#: Ways to begin that change the base too, which the adapter's files then do not tell.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-#: Settings that make another thing of the product than LoRA, or change what is not a module.
-_OTHER_KINDS = (
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "monteclora_config",
-    "arrow_config",
-    "target_parameters",
-)
-_WITH_PEFT = "Merge it into its base with PEFT (merge_and_unload) and use the result."
-
-
-def _refused(content: Mapping[str, Any]) -> str | None:
-    """Return why an adapter is not supported."""
-    begin = content.get("init_lora_weights")
-    if isinstance(begin, str) and begin.startswith(_CHANGES_BASE):
-        return f"it was initialised with {begin}, which changes the base model."
-    if content.get("alora_invocation_tokens"):
-        return "it works on some tokens only (aLoRA) and cannot be merged."
-    if content.get("layer_replication"):
-        return "it repeats layers of its base."
-    if other := next((name for name in _OTHER_KINDS if content.get(name)), None):
-        return f"its '{other}' is not supported."
-    if content.get("lora_bias") and content.get("use_dora"):
-        return "PEFT does not support lora_bias together with use_dora."
-    return None
-
-
-def _token_indices(setting: Any) -> dict[str, tuple[int, ...]]:
-    """Return each module's separately trained rows; those of the embedding under ''.
-
-    Raises:
-        ValueError: what are no rows, or the same twice.
-    """
-    named = setting if isinstance(setting, Mapping) else {"": setting} if setting else {}
-    for rows in named.values():
-        plain = all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in rows)
-        if not plain or len(set(rows)) < len(rows):
-            raise ValueError(rows)
-    return {str(name): tuple(rows) for name, rows in named.items()}
-
-
-def _bounded_pattern(pattern: str) -> str:
-    """Return a compiled pattern of modules' names, if its search time is bounded.
-
-    Raises:
-        ValueError: a pattern that cannot be read, or repeats what may be taken apart in many ways.
-    """
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(pattern) from error
-    if re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:
-        raise ValueError(pattern)
-    return pattern
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The settings of an ``adapter_config.json`` that affect the weights.
-
-    Raises:
-        ConfigError: from ``read``, for an adapter of another kind than LoRA.
-    """
-
-    base: str | None
-    alpha: float
-    rank_stabilised: bool
-    transposed: bool
-    alpha_pattern: Mapping[str, float]
-    revision: str | None = None
-    bias: bool = False
-    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    saved: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, path: Path) -> "AdapterConfig":
-        """Read the file."""
-        try:
-            return cls.of(read_json(path))
-        except ConfigError as error:
-            raise ConfigError(f"'{path}': {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ConfigError(f"'{path}' is not the configuration of a LoRA adapter.") from error
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "AdapterConfig":
-        """Return what the content of such a file says.
-
-        Raises:
-            ConfigError: an adapter of another kind than LoRA.
-            ValueError, KeyError, TypeError, AttributeError, OverflowError: no such content.
-        """
-        kind = content["peft_type"]
-        if kind != "LORA":
-            raise ConfigError(foreign_adapter(str(kind)))
-        if reason := _refused(content):
-            raise ConfigError(f"{reason} {_WITH_PEFT}")
-        base = content.get("base_model_name_or_path")
-        revision = content.get("revision")
-        for name in (base, revision):
-            if not (name is None or isinstance(name, str)):
-                raise TypeError(name)
-        return cls(
-            base=base or None,
-            alpha=float(content["lora_alpha"]),
-            rank_stabilised=bool(content.get("use_rslora")),
-            transposed=bool(content.get("fan_in_fan_out")),
-            alpha_pattern={
-                _bounded_pattern(pattern): float(value)
-                for pattern, value in dict(content.get("alpha_pattern") or {}).items()
-            },
-            revision=revision or None,
-            bias=bool(content.get("lora_bias")),
-            tokens=_token_indices(content.get("trainable_token_indices")),
-            saved=tuple(map(str, content.get("modules_to_save") or ())),
-        )
-
-    def scaling(self, module: str, rank: int) -> float:
-        """Return the factor of a module's low-rank product."""
-        alpha = next(
-            (
-                value
-                for pattern, value in self.alpha_pattern.items()
-                if re.match(rf"(.*\.)?({pattern})$", module)
-            ),
-            self.alpha,
-        )
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-    def rows(self, module: str) -> tuple[int, ...] | None:
-        """Return the separately trained rows of a module, or ``None``."""
-        fitting = [name for name in self.tokens if module.endswith(name)]
-        return self.tokens[max(fitting, key=len)] if fitting else None
+#: An adapter's tensors for one entry, by the part that they play.
+_Names = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class _Update:
-    """The low-rank update of an entry, ``left @ right``.
+    """The low-rank update of an entry, ``factor * left @ right``, read when it is applied.
 
-    A ``magnitude`` gives each output its norm. The outputs are the rows, or the columns of an entry
-    that is stored ``transposed``.
+    Attributes:
+        adapter: has the tensors.
+        left: the name of B; of the shift of a bias that is all.
+        right: the name of A.
+        factor: the scaling.
+        columns: of the entry.
+        transposed: whether the entry is stored as [in, out], and both tensors are swapped.
+        magnitude: the name of what gives each output its norm. The outputs are the rows, or the
+            columns of an entry that is stored ``transposed``.
     """
 
-    left: Tensor
-    right: Tensor
-    magnitude: Tensor | None = None
+    adapter: Weights
+    left: str
+    right: str | None
+    factor: float
+    columns: int = 1
     transposed: bool = False
+    magnitude: str | None = None
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return rows of the product, in float32."""
+        if self.right is None:
+            return self.adapter.read(self.left, first, last)[:, None].float() * self.factor
+        b, a = (_matrix(self.adapter[name]) for name in (self.left, self.right))
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        return (left[first:last].float() * self.factor) @ right.float()
+
+    def norms(self) -> Tensor | None:
+        """Return the outputs' norms; of a convolution they are [1, rows, 1, 1] in the file."""
+        if self.magnitude is None:
+            return None
+        return self.adapter[self.magnitude].float().flatten()
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Return a factor as a matrix; a convolution's B has a kernel of one."""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor[None]
 
 
 @dataclass(frozen=True)
@@ -211,16 +104,20 @@ def part_of(name: str) -> tuple[str, str]:
     return plain.replace(".token_adapter.", "."), ""
 
 
-def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def _equal_updates(adapter: Weights, names: _Names, others: _Names) -> bool:
     """Return whether two updates are equal; one may be transposed, for an embedding."""
 
-    def plain(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def plain(own: _Names) -> dict[str, Tensor]:
         swapped = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
-        return {swapped.get(p, p): t.T if p in swapped else t for p, t in own.items()}
+        tensors = {part: adapter[name] for part, name in own.items()}
+        return {swapped.get(p, p): t.T if p in swapped else t for p, t in tensors.items()}
 
-    if "lora_A" in one and "lora_A" in other:
+    if "lora_A" in names and "lora_A" in others:
         return False  # two layers, none of which is an embedding
-    one, other = plain(one), plain(other)
+    sizes = (sorted(adapter.spec(name).numel for name in own.values()) for own in (names, others))
+    if next(sizes) != next(sizes):
+        return False
+    one, other = plain(names), plain(others)
     # What is all zeros, or no matrix, may be alike by chance.
     return one.keys() == other.keys() and all(
         tensor.ndim == 2 and bool(tensor.any()) and torch.equal(tensor, other[part])
@@ -228,9 +125,25 @@ def _equal_updates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bo
     )
 
 
-def _refuse_half_biases(
-    parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig, idle: set[str]
-) -> None:
+def _copied_twice(
+    adapter: Weights, entry: str, own: _Names, parts: Mapping[str, _Names], saved: tuple[str, ...]
+) -> bool:
+    """Return whether a whole copy equals that of another entry of the same copied module."""
+    if own.keys() != {""}:
+        return False
+    levels = entry.split(".")
+    modules = [".".join(levels[:count]) for count in range(1, len(levels))]
+    inside = tuple(f"{module}." for module in modules if module.endswith(saved))
+    return any(
+        key.startswith(inside)
+        and "" in other
+        and adapter.spec(own[""]) == adapter.spec(other[""])
+        and torch.equal(adapter[own[""]], adapter[other[""]])
+        for key, other in parts.items()
+    )
+
+
+def _refuse_half_biases(parts: Mapping[str, _Names], config: AdapterConfig, idle: set[str]) -> None:
     """Refuse biases without products or without ``lora_bias``, and vice versa; some are zeros."""
     wanted = {f"{k.removesuffix('.weight')}.bias" for k, own in parts.items() if "lora_B" in own}
     there = {key for key, own in parts.items() if "bias" in own} | idle
@@ -261,28 +174,37 @@ class AdapterWeights(Weights):
     def __init__(self, base: Weights, adapter: Weights, config: AdapterConfig):
         self._base = base
         self._adapter = adapter
-        self._replaced: dict[str, Tensor] = {}
+        self._replaced: dict[str, str] = {}
         self._updates: dict[str, _Update] = {}
         self._column_scales: dict[str, Tensor] = {}
         self._rows: dict[str, _Rows] = {}
         self._names: dict[str, list[str]] = {}
-        parts: dict[str, dict[str, Tensor]] = {}
-        unknown: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, str]] = {}
+        unknown: dict[str, dict[str, str]] = {}
         for name in adapter:
             entry, part = part_of(name)
             key = self._key(entry)
             there = unknown if key is None else parts
-            there.setdefault(key or entry, {})[part] = adapter[name]
+            there.setdefault(key or entry, {})[part] = name
             if key is not None:
                 self._names.setdefault(key, []).append(name)
         # The output layer that is tied to the embedding is stored beside it, and in the base not.
         for entry in [
-            e for e in unknown if any(_equal_updates(unknown[e], p) for p in parts.values())
+            entry
+            for entry, own in unknown.items()
+            if any(_equal_updates(adapter, own, other) for other in parts.values())
+        ]:
+            del unknown[entry]
+        # So is what a copied module has under two names.
+        for entry in [
+            e for e in unknown if _copied_twice(adapter, e, unknown[e], parts, config.saved)
         ]:
             del unknown[entry]
         # A layer without a bias has a shift of zeros where other layers of the adapter have one.
         idle = set()
-        for entry in [e for e, own in unknown.items() if "bias" in own and not own["bias"].any()]:
+        for entry in [
+            e for e, own in unknown.items() if "bias" in own and not adapter[own["bias"]].any()
+        ]:
             del unknown[entry]
             if weight := self._key(f"{entry.removesuffix('.bias')}.weight"):
                 idle.add(f"{weight.removesuffix('.weight')}.bias")
@@ -291,11 +213,11 @@ class AdapterWeights(Weights):
         self._replaced = {key: own[""] for key, own in parts.items() if "" in own}
         for key, own in parts.items():
             if "delta" in own:
-                self._rows[key] = self._trained_rows(key, own["delta"], config)
-            low_rank = {p: own[p].float() for p in own if p.startswith("lora_")}
+                self._rows[key] = self._trained_rows(key, adapter[own["delta"]], config)
+            low_rank = {p: own[p] for p in own if p.startswith("lora_")}
             if "bias" in own:
-                rank = parts[f"{key.removesuffix('.bias')}.weight"]["lora_A"].shape[0]
-                self._updates[key] = self._shift(key, own["bias"].float(), rank, config)
+                a = parts[f"{key.removesuffix('.bias')}.weight"]["lora_A"]
+                self._updates[key] = self._shift(key, own["bias"], adapter.spec(a), config)
             elif low_rank:
                 self._updates[key] = self._update(key, low_rank, config)
         if config.tokens and not self._rows:
@@ -310,7 +232,7 @@ class AdapterWeights(Weights):
 
     def resized(self) -> list[tuple[int, int]]:
         """Return the old and new row counts of entries that the adapter resized."""
-        shapes = [(self._base.spec(key).shape, t.shape) for key, t in self._replaced.items()]
+        shapes = [(self._base.spec(key).shape, self.spec(key).shape) for key in self._replaced]
         return [(old[0], new[0]) for old, new in shapes if old and new and old[0] != new[0]]
 
     @property
@@ -331,7 +253,8 @@ class AdapterWeights(Weights):
     def spec(self, key: str) -> TensorSpec:
         """Return the entry's shape and the dtype that it has in the base."""
         if key in self._replaced:
-            return TensorSpec(tuple(self._replaced[key].shape), self._base.spec(key).dtype)
+            shape = self._adapter.spec(self._replaced[key]).shape
+            return TensorSpec(shape, self._base.spec(key).dtype)
         return self._base.spec(key)
 
     def tied_to(self, key: str) -> str:
@@ -351,20 +274,21 @@ class AdapterWeights(Weights):
         update = self._updates.get(key)
         if update is None:
             return self._stored(key, start, stop)
-        columns = update.right.shape[1]
+        columns = update.columns
         first, last = start // columns, -(-stop // columns)
         rows = self._sum(key, first, last)
-        if update.magnitude is not None and update.transposed:
-            rows = rows * self._column_scale(key, update.magnitude)
-        elif update.magnitude is not None:
+        magnitude = update.norms()
+        if magnitude is not None and update.transposed:
+            rows = rows * self._column_scale(key, magnitude)
+        elif magnitude is not None:
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            rows = rows * (update.magnitude[first:last, None] / norms)
+            rows = rows * (magnitude[first:last, None] / norms)
         return rows.view(-1)[start - first * columns : stop - first * columns]
 
     def _stored(self, key: str, start: int, stop: int) -> Tensor:
         """Return elements without the update: from the adapter, or else from the base."""
         if key in self._replaced:
-            stored = self._replaced[key].reshape(-1)[start:stop]
+            stored = self._adapter.read(self._replaced[key], start, stop)
         else:
             stored = self._base.read(key, start, stop)
         return self._rows[key].over(stored, start) if key in self._rows else stored
@@ -372,9 +296,9 @@ class AdapterWeights(Weights):
     def _sum(self, key: str, first: int, last: int) -> Tensor:
         """Return rows of an entry with the low-rank product."""
         update = self._updates[key]
-        columns = update.right.shape[1]
+        columns = update.columns
         rows = self._stored(key, first * columns, last * columns).view(-1, columns)
-        return rows.float() + update.left[first:last] @ update.right
+        return rows.float() + update.rows(first, last)
 
     def _column_scale(self, key: str, magnitude: Tensor) -> Tensor:
         """Return the factors of all columns; the whole entry is read once for them."""
@@ -403,7 +327,7 @@ class AdapterWeights(Weights):
         raise ConfigError(
             "The adapter changes modules that its base's files do not have under this name, or "
             "in an unsupported way. Set '_pretrained_' to the base that it was trained on; if it "
-            f"is set already, do this. {_WITH_PEFT}\n  {lines}"
+            f"is set already, do this. {WITH_PEFT}\n  {lines}"
         )
 
     def _trained_rows(self, key: str, values: Tensor, config: AdapterConfig) -> _Rows:
@@ -423,43 +347,44 @@ class AdapterWeights(Weights):
             )
         return _Rows(rows, values)
 
-    def _shift(self, key: str, bias: Tensor, rank: int, config: AdapterConfig) -> _Update:
+    def _shift(self, key: str, name: str, a: TensorSpec, config: AdapterConfig) -> _Update:
         """Return the update of a layer's bias, as a matrix with one column."""
-        shape = self.spec(key).shape
+        shape, bias = self.spec(key).shape, self._adapter.spec(name)
         if bias.shape != shape:
             raise ConfigError(
                 f"The adapter does not fit its base model: '{key}' is {list(shape)}, and for it "
                 f"the adapter has {list(bias.shape)}."
             )
-        factor = config.scaling(key.removesuffix(".bias"), rank)
-        return _Update(bias[:, None] * factor, torch.ones(1, 1))
+        factor = config.scaling(key.removesuffix(".bias"), a.shape[0])
+        return _Update(self._adapter, name, None, factor)
 
-    def _update(self, key: str, tensors: Mapping[str, Tensor], config: AdapterConfig) -> _Update:
-        embedding = "lora_embedding_A" in tensors
+    def _update(self, key: str, names: _Names, config: AdapterConfig) -> _Update:
+        shapes = {part: self._adapter.spec(name).shape for part, name in names.items()}
+        embedding = "lora_embedding_A" in names
         try:
-            a = tensors["lora_embedding_A" if embedding else "lora_A"]
-            b = tensors["lora_embedding_B" if embedding else "lora_B"]
+            a = names["lora_embedding_A" if embedding else "lora_A"]
+            b = names["lora_embedding_B" if embedding else "lora_B"]
         except KeyError as error:
             raise ConfigError(f"The adapter is incomplete: '{key}' lacks {error}.") from error
-        # A convolution's B has a kernel of one.
-        left, right = (part.flatten(1) if part.ndim > 1 else part[None] for part in (b, a))
+        specs = (self._adapter.spec(name).shape for name in (b, a))
+        left, right = (_matrix(torch.empty(own, device="meta")).shape for own in specs)
         shape = self.spec(key).shape
         transposed = embedding or config.transposed
         if transposed:
-            left, right = right.T, left.T
+            left, right = right[::-1], left[::-1]
         rows, columns = math.prod(shape[:1]), math.prod(shape[1:])
-        magnitude = tensors.get("lora_magnitude_vector")
+        magnitude = names.get("lora_magnitude_vector")
+        rank = right[0]
+        fits = tuple(left) == (rows, rank) and tuple(right) == (rank, columns)
         if magnitude is not None:
-            magnitude = magnitude.flatten()  # a convolution's is [1, rows, 1, 1]
-        rank = right.shape[0]
-        fits = left.shape == (rows, rank) and right.shape == (rank, columns)
-        if magnitude is not None:
-            fits = fits and len(magnitude) == (columns if transposed else rows)
+            outputs = columns if transposed else rows
+            fits = fits and self._adapter.spec(magnitude).numel == outputs
         if not fits:
-            parts = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
+            parts = ", ".join(f"{part} {list(own)}" for part, own in shapes.items())
             raise ConfigError(
                 f"The adapter does not fit its base model: '{key}' is {list(shape)}, and for it "
                 f"the adapter has {parts}."
             )
-        factor = config.scaling(key.removesuffix(".weight"), a.shape[0])
-        return _Update(left * factor, right, magnitude, transposed)
+        a_rows = self._adapter.spec(a).shape[0]
+        factor = config.scaling(key.removesuffix(".weight"), a_rows)
+        return _Update(self._adapter, b, a, factor, columns, transposed, magnitude)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusion_bench.weights.adapter import AdapterConfig
+from fusion_bench.weights.adapter_config import AdapterConfig
 from fusion_bench.weights.checkpoint import open_checkpoint
 from fusion_bench.weights.lowrank import Factors
 from fusion_bench.weights.mapping import Weights

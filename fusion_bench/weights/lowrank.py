@@ -1,5 +1,6 @@
 r"""Matrices as products of two thin ones, $s\,BA$: by a truncated SVD, or from adapters."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +11,8 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from fusion_bench.problems import ConfigError, FusionBenchError, check_between
-from fusion_bench.weights.adapter import AdapterConfig, part_of
+from fusion_bench.weights.adapter import part_of
+from fusion_bench.weights.adapter_config import AdapterConfig
 from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
 from fusion_bench.weights.matrices import RESOLVED, gram, svd, wide
 
@@ -172,8 +174,10 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, (u / s).T @ wide(matrix)
 
 
-def shortened(factors: Factors, truncation: Truncation) -> Factors:
-    """Return the truncated SVD of a product, without the product itself.
+def shortened(factors: Factors, truncation: Truncation) -> tuple[Factors, float]:
+    """Return the truncated SVD of a product, without the product itself, and its relative error.
+
+    The error is the Frobenius norm of the singular values that are left out, as a share of all.
 
     Args:
         factors: of shapes [m, r] and [r, n], best with an r that is smaller than m and n.
@@ -181,8 +185,15 @@ def shortened(factors: Factors, truncation: Truncation) -> Factors:
     """
     q, left = torch.linalg.qr(factors.b.double() * factors.scale)
     p, right = torch.linalg.qr(factors.a.double().T)
-    inner = truncation.factors(left @ right.T)
-    return Factors((q @ inner.b.double()).float(), (inner.a.double() @ p.T).float())
+    core = left @ right.T
+    inner = truncation.factors(core)
+    kept = Factors((q @ inner.b.double()).float(), (inner.a.double() @ p.T).float())
+    if not core.isfinite().all():
+        return kept, math.nan
+    values = torch.linalg.svdvals(core)
+    norm = float(torch.linalg.vector_norm(values))
+    lost = float(torch.linalg.vector_norm(values[kept.rank :]))
+    return kept, lost / norm if norm else 0.0
 
 
 class LowRankWeights(Weights):

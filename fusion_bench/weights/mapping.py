@@ -199,6 +199,12 @@ class TensorWeights(Weights):
         return self.read(key, 0, self.spec(key).numel).view(-1, width)[rows]
 
 
+def zeros_like(weights: Weights) -> dict[str, Tensor]:
+    """Return zeros in the shapes of all entries, which take no memory."""
+    specs = {key: weights.spec(key) for key in weights}
+    return {key: torch.zeros((), dtype=own.dtype).expand(own.shape) for key, own in specs.items()}
+
+
 def is_special(name: str) -> bool:
     """Return whether a model's name, such as ``_pretrained_``, excludes it from merging."""
     return name.startswith("_") or name.endswith("_")

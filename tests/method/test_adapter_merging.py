@@ -1,5 +1,6 @@
 """Adapters merged in their factors, held against what PEFT makes of them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_peft import made, outputs, read, write_adapter
+from safetensors.torch import load_file, save_file
 
 from fusion_bench.method import (
     AdapterMerging,
@@ -220,3 +222,24 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     whole = HFModelPool({"a": str(tmp_path / "base")})
     with pytest.raises(FusionBenchError, match="these are whole models"):
         AdapterMerging().check_pool(whole)
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd", "linear"])
+def test_nan_is_refused_or_told(
+    combination: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written("plain", tmp_path)
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.self_attn.q_proj"
+    tensors[f"base_model.model.{key}.lora_A.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    models = {name: str(tmp_path / name) for name in "ab"}
+    method = AdapterMerging(combination)
+    with pytest.raises(FusionBenchError, match=rf"'b' has NaN or infinity in '{key}\.weight'"):
+        method.fuse(AdapterPool(models))
+    pool = AdapterPool(models, policy={"on_nonfinite": "warn"})
+    pool.save_model(method.fuse(pool), tmp_path / "merged")
+    assert f"'b' has NaN or infinity in '{key}.weight'" in caplog.text
+    told = (tmp_path / "merged" / "adapter_errors.json").read_text()
+    assert "NaN" not in told and json.loads(told)["modules"]

@@ -7,11 +7,14 @@ import pytest
 import torch
 from commandline import fusion_bench
 from fixtures_llm import rewrite, write_lora
+from fixtures_peft import made, read, write_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fusion_bench.modelpool import AdapterPool
+from fusion_bench.modelpool.adapter_folder import _arranged, draw
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.weights.adapter_builder import ModuleChange
 
 BASE: dict[str, Tensor] = {f"layers.{i}.up.weight": torch.zeros(6, 5) for i in range(2)}
 MODULES = ["layers.0.up", "layers.1.up"]
@@ -95,3 +98,67 @@ def test_mistakes_are_told(root: Path) -> None:
     (root / "b" / "adapter_model.safetensors").unlink()
     (problem,) = pool(root).plan(built=False).problems
     assert "there are no weights" in problem.reason
+
+
+def test_the_card_puts_a_merged_adapter_on_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card's code runs, from another folder, though the adapters name the base by a path."""
+    pytest.importorskip("peft")
+    made("llama").save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for told in ({}, {"task_type": "CAUSAL_LM"}):
+        settings = {"r": 2, "target_modules": ["q_proj"], **told}
+        write_adapter(tmp_path / "a", read("llama", Path("base")), **settings)
+        models = AdapterPool({"a": str(tmp_path / "a")})
+        models.save_model(models.weights("a"), tmp_path / "out")
+        card = (tmp_path / "out" / "README.md").read_text()
+        code = card.split("```python\n")[1].split("```")[0]
+        assert str(tmp_path / "base") in code
+        code = code.replace('"out"', f"{str(tmp_path / 'out')!r}")
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        exec(code, {})
+        monkeypatch.chdir(tmp_path)
+
+
+def test_the_class_of_the_base_is_told_by_what_is_known(tmp_path: Path) -> None:
+    write_lora(tmp_path / "a", BASE, MODULES, base_name="owner/base")
+    for task, wanted in (
+        ("CAUSAL_LM", "AutoModelForCausalLM"),
+        ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+        (None, None),
+    ):
+        change = {"task_type": task}
+        rewrite(tmp_path / "a", lambda c, change=change: c.update(change), "adapter_config.json")
+        models = AdapterPool({"a": str(tmp_path / "a")})
+        models.save_model(models.weights("a"), tmp_path / "out")
+        written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (written["auto_mapping"] or {}).get("base_model_class") == wanted
+        assert ("## Usage" in (tmp_path / "out" / "README.md").read_text()) == bool(wanted)
+
+
+def test_a_missing_scaling_is_named(root: Path) -> None:
+    rewrite(root / "b", lambda config: config.pop("lora_alpha"), "adapter_config.json")
+    (problem,) = pool(root).plan(built=False).problems
+    assert "'lora_alpha' is missing" in problem.reason
+
+
+def test_many_kinds_of_modules_are_drawn_in_panels(tmp_path: Path) -> None:
+    changes = [
+        ModuleChange(f"model.layers.{layer}.{block}.experts.{expert}.{name}", "factors", 2, error)
+        for block in map("block{}".format, range(12))
+        for layer in range(3)
+        for expert in range(2)
+        for name, error in (("w1", 0.5), ("w2", 0.7 - 0.1 * layer))
+    ]
+    changes += [ModuleChange("head", "factors", 2, float("nan"))]
+    blocks, alone = _arranged(changes)
+    assert len(blocks) == 12 and not alone
+    assert blocks["model.layers.*.block3.experts.*"] == {
+        "w1": {layer: [0.5, 0.5] for layer in range(3)},
+        "w2": {layer: [0.7 - 0.1 * layer] * 2 for layer in range(3)},
+    }
+    draw(changes, tmp_path / "many.png")
+    draw([], tmp_path / "none.png")
+    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")

@@ -525,3 +525,32 @@ def test_adapters_whose_arithmetic_is_another_are_refused(
         AdapterConfig.read(file)
     file.write_text(json.dumps(plain))
     assert AdapterConfig.read(file).alpha == 1
+
+
+class _Counting(TensorWeights):
+    """Notes which tensors are read."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+
+def test_an_adapter_is_read_module_by_module() -> None:
+    base = TensorWeights({f"layers.{i}.up.weight": torch.zeros(6, 5) for i in range(3)})
+    tensors = {
+        f"base_model.model.layers.{i}.up.lora_{side}.weight": torch.ones(shape)
+        for i in range(3)
+        for side, shape in (("A", (2, 5)), ("B", (6, 2)))
+    }
+    adapter = _Counting(tensors)
+    config = AdapterConfig.of({"peft_type": "LORA", "lora_alpha": 2, "r": 2})
+    weights = AdapterWeights(base, adapter, config)
+    assert not adapter.seen  # of all tensors no more than the shapes
+    for index, key in enumerate(base):
+        adapter.seen.clear()
+        assert torch.equal(weights[key], torch.full((6, 5), 2.0))
+        assert {int(name.split(".")[3]) for name in adapter.seen} == {index}

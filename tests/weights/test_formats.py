@@ -16,7 +16,7 @@ from fusion_bench.modelpool import HFModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import locate
 from fusion_bench.weights import open_checkpoint, open_repository, quantised
-from fusion_bench.weights.adapter import AdapterConfig
+from fusion_bench.weights.adapter_config import AdapterConfig
 from fusion_bench.weights.formats import foreign_folder
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"

@@ -105,13 +105,25 @@ def test_impossible_values_are_refused(options: dict[str, float], place: str) ->
 
 def test_a_product_is_shortened_without_being_made() -> None:
     whole = Factors(random(9, 4), random(4, 6, seed=1), scale=-0.5)
-    short = shortened(whole, Truncation(rank=2))
+    short, error = shortened(whole, Truncation(rank=2))
+    exact = np.linalg.svd(whole.product().double().numpy(), compute_uv=False)
+    wanted = np.sqrt((exact[2:] ** 2).sum() / (exact**2).sum())
+    assert error == pytest.approx(wanted, rel=1e-5)
     assert torch.allclose(
         short.product(), Truncation(rank=2).factors(whole.product()).product(), atol=1e-6
     )
     assert torch.allclose(
-        shortened(whole, Truncation(rank=9)).product(), whole.product(), atol=1e-6
+        shortened(whole, Truncation(rank=9))[0].product(), whole.product(), atol=1e-6
     )
+
+
+def test_a_small_error_of_shortening_is_told_exactly() -> None:
+    left, _ = torch.linalg.qr(random(9, 2).double())
+    right, _ = torch.linalg.qr(random(6, 2, seed=1).double())
+    whole = Factors(left * torch.tensor([1.0, 1e-5]), right.T)
+    _, error = shortened(whole, Truncation(rank=1))
+    assert error == pytest.approx(1e-5, rel=1e-3)
+    assert shortened(Factors(torch.zeros(9, 2), torch.zeros(2, 6)), Truncation(rank=1))[1] == 0
 
 
 def test_products_are_read_in_pieces() -> None:

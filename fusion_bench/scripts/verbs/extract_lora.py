@@ -5,6 +5,8 @@ kind of module, the worst first, and in the folder for each module and as a pict
 method are given as key=value, such as embeddings=factors.
 """
 
+import math
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ fusion_bench extract-lora owner/model --base owner/base --out adapter --energy 0
 """
 #: So many rows are shown.
 _ROWS = 20
+#: The width of the columns of numbers.
+_NUMBERS = 50
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,12 +82,12 @@ def _print(folder: Path) -> None:
     from fusion_bench.storage import read_json
 
     console = Console()
-    console.print(_table(read_json(folder / ADAPTER_ERRORS)["modules"]))
+    console.print(_table(read_json(folder / ADAPTER_ERRORS)["modules"], console.width))
     console.print(f"Each module: {folder / ADAPTER_ERRORS}", soft_wrap=True, highlight=False)
     console.print(f"As a picture: {folder / ADAPTER_PICTURE}", soft_wrap=True, highlight=False)
 
 
-def _table(modules: Sequence[Mapping[str, object]]) -> "Table":
+def _table(modules: Sequence[Mapping[str, object]], width: int) -> "Table":
     """Return a table with a row for each kind of module, the largest error first."""
     from rich import box
     from rich.table import Table
@@ -92,12 +96,15 @@ def _table(modules: Sequence[Mapping[str, object]]) -> "Table":
     kinds: dict[tuple[str, str], list[tuple[float, int, str]]] = {}
     for own in modules:
         name, how = str(own["module"]), str(own["how"])
-        one = float(str(own["error"])), int(str(own["rank"])), name
+        error = math.inf if own["error"] is None else float(str(own["error"]))
+        one = error, int(str(own["rank"])), name
         kinds.setdefault((_kind_of(name), how), []).append(one)
     table = Table(box=box.SIMPLE, title="What the adapter misses of the change")
-    table.add_column("module", overflow="fold")
+    table.add_column("module")
     for title in ("number", "rank", "error", "largest", "layer"):
         table.add_column(title, justify="right", no_wrap=True)
+    # What is left beside the numbers; a name that is longer is broken behind a dot.
+    widest = max(width - _NUMBERS, 20)
     rows = sorted(kinds.items(), key=lambda item: -max(item[1])[0])
     for (kind, how), found in rows[:_ROWS]:
         worst, ranks = max(found), [rank for _, rank, _ in found]
@@ -105,7 +112,7 @@ def _table(modules: Sequence[Mapping[str, object]]) -> "Table":
         mean = sum(error for error, _, _ in found) / len(found)
         layer = ".".join(part for part in worst[2].split(".") if part.isdigit())
         table.add_row(
-            Text(kind),
+            Text(_broken(kind, widest)),
             str(len(found)),
             span if how == "factors" else how,
             f"{mean:.2%}",
@@ -115,6 +122,16 @@ def _table(modules: Sequence[Mapping[str, object]]) -> "Table":
     if len(rows) > _ROWS:
         table.caption = f"and {len(rows) - _ROWS} more kinds of modules with smaller errors"
     return table
+
+
+def _broken(name: str, widest: int) -> str:
+    """Return a name in lines that are not wider, if its parts are not."""
+    lines = [""]
+    for part in re.split(r"(?<=\.)", name):
+        if lines[-1] and len(lines[-1]) + len(part) > widest:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _kind_of(module: str) -> str:
