@@ -75,7 +75,7 @@ def test_a_copy_runs_as_the_original_does(tmp_path: Path) -> None:
             base = {"models": "merge_llm"}.get(entry.kind, "fabric_model_fusion")
             if entry.kind == "tasks" and not entry.name.startswith(("CLIP", "Image")):
                 base = "demo_language"
-            at = (base, number // 20)
+            at = (base, number // 10)
             words = together.setdefault(at, ["--config-name", base])
             words.append(f"+{group}@n{number}.{group}={entry.name}")
             where.append((at, group))
