@@ -9,7 +9,7 @@ it needs; the first round warms up and does not count. Each merge ends when its 
 disk. Then the two results are compared: ``difference`` is the largest one, in steps of the output's
 type (1 is its rounding), and the share of the elements that are further apart. Changes of bfloat16
 models have many equal magnitudes, of which TIES and Breadcrumbs keep others here than there.
-Methods that draw random masks are not compared.
+Methods that draw random masks are not compared. Rows that the file of ``--json`` has are kept.
 """
 
 import argparse
@@ -71,7 +71,11 @@ def main() -> None:
         if arguments.peer:
             programs["mergekit"] = stack.enter_context(program(arguments.peer, "mergekit"))
         table: dict[str, Any] = {}
+        if arguments.json and arguments.json.exists():  # a run that was stopped goes on
+            table = json.loads(arguments.json.read_text())["recipe"]
         for name, words in recipes.items():
+            if name in table:
+                continue
             table[name] = measured(name, words, programs, root, arguments.rounds)
             publish(
                 {"recipe": table}, "recipes.py", arguments.rounds, arguments.json,
