@@ -20,7 +20,7 @@ from fusion_bench.method.ties_merging import Restore, TiesMergingAlgorithm, Zero
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import restoring_l1
-from fusion_bench.weights.ops import add_scaled, divisor, ranks, task_vectors
+from fusion_bench.weights.ops import ranks, task_vectors
 from fusion_bench.weights.statistics import Cutoff, Piece, largest, search_bytes
 
 Scope = Literal["tensor", "row"]
@@ -83,8 +83,7 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that merges what is kept of the task vectors."""
-        given = (self.density, self.gamma, self.weights)
-        densities, gammas, weights = (of_each(value, inputs.names) for value in given)
+        densities, gammas = (of_each(value, inputs.names) for value in (self.density, self.gamma))
         cutoffs = inputs.each(partial(self._cutoffs, densities, gammas))
 
         def medium(
@@ -100,23 +99,16 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
                     yield kept.keep(key, start, vector) - outliers.keep(key, start, vector)
 
         kept = restoring_l1(inputs, medium, task_vectors) if self.rescale == "l1" else medium
+        elected = TiesMergingAlgorithm(
+            self.scaling_factor,
+            threshold=1,  # nothing more is trimmed
+            merge_func=self.merge_func,
+            zero_sign=self.zero_sign,
+            weights=self.weights,
+        )
         if self.merge == "elect":
-            everything = 1  # nothing more is trimmed
-            ties = TiesMergingAlgorithm(
-                self.scaling_factor,
-                everything,
-                merge_func=self.merge_func,
-                zero_sign=self.zero_sign,
-                weights=self.weights,
-            )
-            return ties.merger_of(inputs, kept)
-        factor = self.scaling_factor / (divisor(weights) if self.merge_func == "mean" else 1)
-
-        def add(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-            assert base is not None
-            return add_scaled(base, kept(key, start, tensors, base), factor, weights)
-
-        return add
+            return elected.merger_of(inputs, kept)
+        return elected.summing(inputs, kept)
 
     def _cutoffs(
         self, densities: Sequence[float], gammas: Sequence[float], entry: Inputs

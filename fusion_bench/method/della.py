@@ -21,8 +21,6 @@ from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
-    add_scaled,
-    divisor,
     ranks,
     task_vectors,
     uniform,
@@ -90,7 +88,7 @@ class DellaMerging(TensorwiseAlgorithm):
 
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that makes the task vectors sparse and merges them."""
-        windows, weights = self._windows(inputs), of_each(self.weights, inputs.names)
+        windows = self._windows(inputs)
 
         def pruned(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
@@ -100,23 +98,16 @@ class DellaMerging(TensorwiseAlgorithm):
                 yield self._pruned(vector, *window, (self.seed or 0, name, key), start)
 
         sparse = restoring_l1(inputs, pruned, task_vectors) if self.rescale == "l1" else pruned
+        elected = TiesMergingAlgorithm(
+            self.scaling_factor,
+            threshold=1,  # nothing more is trimmed
+            merge_func=self.merge_func,
+            zero_sign=self.zero_sign,
+            weights=self.weights,
+        )
         if self.merge == "elect":
-            everything = 1  # nothing is trimmed
-            ties = TiesMergingAlgorithm(
-                self.scaling_factor,
-                everything,
-                merge_func=self.merge_func,
-                zero_sign=self.zero_sign,
-                weights=self.weights,
-            )
-            return ties.merger_of(inputs, sparse)
-        factor = self.scaling_factor / (divisor(weights) if self.merge_func == "mean" else 1)
-
-        def add(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-            assert base is not None
-            return add_scaled(base, sparse(key, start, tensors, base), factor, weights)
-
-        return add
+            return elected.merger_of(inputs, sparse)
+        return elected.summing(inputs, sparse)
 
     def _windows(self, inputs: Inputs) -> list[tuple[float, float]]:
         """Return each model's density, and how far probabilities are from it at most."""

@@ -22,7 +22,9 @@ from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
 from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
+    add_scaled,
     disjoint_merge,
+    divisor,
     elected_signs,
     task_vectors,
     weighted,
@@ -116,6 +118,17 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
             return task_vector.mul_(self.scaling_factor).add_(base)
 
         return merge
+
+    def summing(self, inputs: Inputs, vectors: Values) -> MergePiece:
+        """Return the function that adds ``vectors``, or their mean, without an election."""
+        weights = of_each(self.weights, inputs.names)
+        factor = self.scaling_factor / (divisor(weights) if self.merge_func == "mean" else 1)
+
+        def add(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            return add_scaled(base, vectors(key, start, tensors, base), factor, weights)
+
+        return add
 
     def agreeing(self, modelpool: ModelPool) -> dict[str, Weights]:
         """Return each model with only those changes that are kept and have the elected sign."""

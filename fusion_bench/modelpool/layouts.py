@@ -43,7 +43,7 @@ def in_layout_of(reference: Weights, weights: Weights, model: "PreTrainedModel")
         name
         for name in wanted.keys() & own.keys()
         if wanted[name].shape != own[name].shape
-        and len({*wanted[name].keys, *own[name].keys}) > 2  # else it is told of the entry itself
+        and len({*wanted[name].keys, *own[name].keys}) > 2  # else the entry itself says so
     ]
     if different:
         name = min(different)
