@@ -6,7 +6,7 @@ The results do not depend on threads, the order of files, or the size of pieces.
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
+from math import fsum, isnan
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion_bench.weights.inputs import Inputs
 from fusion_bench.weights.matrices import inner_products
-from fusion_bench.weights.stream import PIECE
+from fusion_bench.weights.stream import PIECE, NotYet
 
 T = TypeVar("T")
 #: What is measured of a piece: one tensor of its shape for each quantity.
@@ -122,6 +122,53 @@ def once(compute: Callable[[], T]) -> Callable[[], T]:
             return found[0]
 
     return get
+
+
+class Majority:
+    """The sign that most elements of a model have, counted while the model is merged.
+
+    Args:
+        inputs: the models.
+        signs: of a piece, the sign at each element.
+    """
+
+    def __init__(self, inputs: Inputs, signs: Callable[[*Piece], Tensor]):
+        self._inputs = inputs
+        self._signs = signs
+        self._sums: dict[tuple[str, int], int] = {}
+        self._size, self._counted = inputs.count(), 0
+        self._lock = threading.Lock()
+        self._found = once(self._look)
+
+    def add(self, key: str, start: int, signs: Tensor) -> None:
+        """Count the signs of a piece, if it is one of those that the models are cut into."""
+        piece = start, start + signs.numel()
+        if (key, start) not in self._sums and piece in self._inputs.pieces(key, PIECE):
+            # Sums of so few are whole numbers in float32 too; what is not finite has no sign.
+            total = sum(float(part.sum()) for part in signs.reshape(-1).split(2**24))
+            with self._lock:
+                self._counted += 0 if (key, start) in self._sums else signs.numel()
+                self._sums[key, start] = 0 if isnan(total) else int(total)
+
+    def __call__(self) -> int:
+        """Return the sign: -1, 0 or 1.
+
+        Raises:
+            NotYet: not all pieces are counted.
+        """
+        if self._counted < self._size:
+            raise NotYet(self._found)
+        return int(np.sign(sum(self._sums.values())))
+
+    def _look(self) -> None:
+        """Count the pieces that are not."""
+
+        def look(*piece: *Piece) -> None:
+            if piece[:2] not in self._sums:
+                self.add(*piece[:2], self._signs(*piece))
+
+        if self._counted < self._size:
+            self._inputs.survey(look)
 
 
 @dataclass(frozen=True)

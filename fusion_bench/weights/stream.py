@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import torch
@@ -13,6 +14,18 @@ from fusion_bench.weights.mapping import TensorSpec, Weights
 
 #: Elements in a piece. In float32 it is a megabyte, about what a core's own cache holds.
 PIECE = 2**18
+
+
+class NotYet(Exception):  # noqa: N818
+    """Something of the whole model is missing, which is known when all pieces were merged once.
+
+    Args:
+        find: finds it now, by another look.
+    """
+
+    def __init__(self, find: Callable[[], object]):
+        super().__init__()
+        self.find = find
 
 
 class Pieces(Protocol):
@@ -52,15 +65,43 @@ def stream(
 ) -> None:
     """Hand every entry to ``consume(key, start, values)``, as ``visit`` does.
 
+    Pieces that had better wait until all others are merged come last.
+
     Raises:
         FusionBenchError: what ``weights.verify`` has to say when everything was read.
     """
+    waiting: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
 
     def work(key: str, start: int, stop: int) -> None:
-        consume(key, start, weights.read(key, start, stop))
+        values = weights.read_or_wait(key, start, stop)
+        if values is None:
+            waiting.put((key, start, stop))
+        else:
+            consume(key, start, values)
 
     visit(weights, work, piece, "merging tensors")
+    if not waiting.empty():
+        _finish(weights, consume, waiting)
     weights.verify()
+
+
+def _finish(
+    weights: Weights,
+    consume: Callable[[str, int, Tensor], None],
+    waiting: "SimpleQueue[tuple[str, int, int]]",
+) -> None:
+    """Hand over the pieces that waited."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        with suppress(Empty):
+            while not failures:
+                key, start, stop = waiting.get_nowait()
+                consume(key, start, weights.read(key, start, stop))
+
+    _in_threads(work, failures, torch.get_num_threads() if weights.in_pieces else 1)
+    if failures:
+        raise failures[0]
 
 
 def predicted_peak(weights: Weights) -> int:
