@@ -135,11 +135,14 @@ def observed(name: str, root: Path) -> dict[str, Any]:
 
 
 def fuse(name: str, root: Path) -> int:
-    """Merge the models into memory; returns how many models came out."""
+    """Merge the models into memory, one at a time; returns how many came out."""
     models = pool(root, models=1 if name in TWO_MODELS else 8)
     result = method_of(name).run(models)
     family = {"": result} if isinstance(result, Weights) else result
-    return len([in_memory(w) if isinstance(w, Weights) else w for w in family.values()])
+    for weights in family.values():
+        if isinstance(weights, Weights):
+            in_memory(weights)
+    return len(family)
 
 
 def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[str, Any]:

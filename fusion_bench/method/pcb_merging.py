@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations_with_replacement
+from math import log
 from typing import Literal
 
 import torch
@@ -90,20 +91,28 @@ def _as_in_the_paper(inputs: Inputs, counts: Sequence[int]) -> Scored:
 
     ranges = extremes(inputs, products)
 
+    # Differences below what a type resolves are none.
+    tiny = 100 * torch.finfo(torch.float64 if inputs.is_double else torch.float32).tiny
+    slopes = [
+        sharp / (high - low) / log(2) if high - low > tiny else 0.0
+        for sharp, (low, high) in zip(sharpness, ranges, strict=False)
+    ]
+
     def exponentials(*piece: *Piece) -> Iterator[Tensor]:
-        for product, sharp, (low, high) in zip(products(*piece), sharpness, ranges, strict=True):
+        for product, slope, (_, high) in zip(products(*piece), slopes, ranges, strict=True):
             # At most 1: nothing overflows. The shift, as the scale below, leaves the mean alone.
-            yield product.sub_(high).div_((high - low) or 1).mul_(sharp).exp_()
+            # Powers of 2 take a third of the time of those of e.
+            yield product.sub_(high).mul_(slope).exp2_()
 
     scales = [size / mass for mass in total(sums(inputs, exponentials))]
 
     def scores(*piece: *Piece) -> Iterator[Tensor]:
         found = zip(exponentials(*piece), scales, strict=True)
         softmaxes = (exponential.mul_(scale) for exponential, scale in found)
-        between: list[Tensor | float] = [0.0 for _ in tasks]
+        between = [torch.zeros_like(tensor) for tensor in piece[2]]
         for pair, softmax in zip(pairs, softmaxes, strict=False):
             for task in set(pair):
-                between[task] = softmax + between[task]
+                between[task].add_(softmax)
         for own, softmax in zip(between, softmaxes, strict=True):
             yield softmax.mul_(own)
 

@@ -136,17 +136,19 @@ def disjoint_merge(
     values, divisors, farthest = _Sums(), _Sums(), _Farthest()
     for vector, weight in zip(vectors, repeat(1.0) if weights is None else weights, strict=False):
         own = vector if weight == 1 else vector.mul_(weight)
-        signs = own.sign() if func == "mean" else None
         if func == "max":
             farthest.add(own)
+            continue
+        signs = own.sign() if func == "mean" else None
         values.add(own)
         if signs is not None:
             divisors.add(signs if plain else signs.double(), weight)
-    sign: Tensor = values.total.sign()
+    sums = farthest if func == "max" else values
+    sign: Tensor = sums.total.sign()
     if elected is not None:
         elected(sign)
-    _settle(sign, values, zero_sign)
-    merged = farthest.of(sign) if func == "max" else values.of(sign)
+    _settle(sign, sums.sizes, zero_sign)
+    merged = sums.of(sign)
     if func == "mean" and plain:
         merged /= divisors.of(sign).clamp_(min=1)
     elif func == "mean":
@@ -155,10 +157,10 @@ def disjoint_merge(
     return merged.mul_(sign)
 
 
-def _settle(sign: Tensor, values: "_Sums", zero_sign: Callable[[], int]) -> None:
-    """Give a sign to elements whose sum is 0 though not all values are."""
+def _settle(sign: Tensor, sizes: Tensor, zero_sign: Callable[[], int]) -> None:
+    """Give a sign to elements whose sum is 0 though not all values are: their size is not."""
     # An element that is not finite must not hide the others.
-    contested = (1 - sign.abs()).mul_(values.sizes).nan_to_num_()
+    contested = (1 - sign.abs()).mul_(sizes).nan_to_num_()
     if contested.numel() and contested.amax() > 0:
         sign.add_(contested.sign_(), alpha=zero_sign())
 
@@ -180,15 +182,23 @@ class _Sums:
 
 
 class _Farthest:
-    """The values farthest from 0, for each sign."""
+    """The sum of values, and those farthest from 0 for each sign."""
 
+    total: Any = 0.0
     above: Any = 0.0
     below: Any = 0.0
 
     def add(self, values: Tensor) -> None:
         """Look at more values."""
+        self.total += values
         self.above = values.clamp(min=self.above)
         self.below = values.clamp(max=self.below)
+
+    @property
+    def sizes(self) -> Tensor:
+        """What is 0 where all values are."""
+        size: Tensor = self.above - self.below
+        return size
 
     def of(self, sign: Tensor) -> Tensor:
         """Return the magnitude on the side of a sign; 0 for 0."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_bench.weights.inputs import Inputs
@@ -24,14 +25,13 @@ Values = Callable[[str, int, Sequence[Tensor], Tensor | None], Iterable[Tensor]]
 Piece = tuple[str, int, Sequence[Tensor], Tensor | None]
 #: Bins of a histogram that spans all floats, and the most of one that resolves single floats.
 _COARSE, _FINE = 2**16, 2**21
-#: An estimate looks at one piece of ``_SAMPLE_PIECE`` elements in so many.
-_SAMPLED, _SAMPLE_PIECE = 128, 2**11
-#: How many places of elements near the cutoffs are remembered, so that no other look is needed.
+#: Of more than ``_FEW`` elements an estimate looks at one in ``_SAMPLED`` or more, so that samples
+#: together have ``_SAMPLES`` at most. Ranks may be so many standard deviations off.
+_FEW, _SAMPLED, _SAMPLES, _DEVIATIONS = 2**17, 61, 2**22, 5
+#: How many elements near the cutoffs are remembered, so that no other look is needed.
 _REMEMBERED = 2**24
 #: Elements that are summed at once, in one thread.
 _ROW = 2**14
-#: How far off, as a share of all elements, an estimated rank may be.
-_MARGIN = 0.006
 
 
 def sums(inputs: Inputs, values: Values) -> dict[str, list[float]]:
@@ -214,13 +214,14 @@ def largest(
 ) -> list[Cutoff]:
     """Find, for each quantity, its ``count`` elements of largest magnitude in the whole model.
 
-    The value of that rank is found in a histogram over the bits of the magnitudes, which sort as
-    the magnitudes do. An estimate from a sample narrows it, so that one look at everything is
-    enough; where the estimate fails, another look follows.
+    The bits of magnitudes sort as the magnitudes do. A sample tells between which two of them the
+    value of that rank is, so that one look at everything is enough: it counts what is above, and
+    remembers what is between. Where the sample was wrong, or too many are between, a histogram of
+    the bits narrows it down.
 
     Args:
         inputs: the models.
-        values: the quantities; floats, which are written to.
+        values: the quantities; floats, which are written to. One may come several times in a row.
         counts: how many elements to keep of each quantity.
         ties: keep all elements of the smallest magnitude kept, instead of just ``count`` in all.
             Where some are to go, those with the last key and index go.
@@ -228,16 +229,12 @@ def largest(
     """
     size = inputs.count()
     wide = wide or inputs.is_double
-    room = 0 if ties else _REMEMBERED // max(1, len(counts))
-    searches = [_Search(min(count, size), size, 64 if wide else 32, room) for count in counts]
-    if inputs.in_pieces and size > _SAMPLED * _COARSE:
-        _look(inputs, values, searches, sample=True)
-        for search in searches:
-            search.guess()
+    room = _REMEMBERED // max(1, len(counts))
+    searches = [_Search(min(count, size), size, wide, room, places=not ties) for count in counts]
+    if size > _FEW and inputs.is_quick:
+        _look(inputs, values, searches, wide, _every(size, len(counts)))
     while any(not search.found for search in searches):
-        _look(inputs, values, searches)
-        for search in searches:
-            search.narrow()
+        _look(inputs, values, searches, wide)
     numbers = [search.value() for search in searches]
     lasts: list[tuple[str, int] | None] = [None] * len(searches)
     if not ties:
@@ -254,99 +251,128 @@ def largest(
 
 def search_bytes(size: int, quantities: int) -> int:
     """Return the bytes that ``largest`` holds at most, for so many elements of each quantity."""
-    near = min(_REMEMBERED, int(2 * _MARGIN * size) * quantities)
-    return 8 * near + 8 * 2 * _COARSE * quantities  # a place and the bits there; the histogram
+    drawn = size // _every(size, quantities) if size > _FEW else size
+    near = min(size, int(_DEVIATIONS * size / drawn**0.5) + drawn) if drawn else 0
+    # A place and bits of what is near, the sample with a copy, and a histogram of two words.
+    return (
+        8 * min(_REMEMBERED, near * quantities) + (8 * min(size, drawn) + 16 * _COARSE) * quantities
+    )
+
+
+def _every(size: int, quantities: int) -> int:
+    """Return one in how many elements makes a sample; odd, for rows have even lengths."""
+    return max(_SAMPLED, size * quantities // _SAMPLES) | 1
 
 
 class _Search:
-    """The search for the ``rank``-th largest value: a bracket of bits that grows narrower."""
+    """The search for the ``rank``-th largest value: a bracket of bits that grows narrower.
 
-    def __init__(self, rank: int, size: int, bits: int, room: int):
+    What is in the bracket is remembered where there is room for it, else it is counted by its bits.
+    """
+
+    def __init__(self, rank: int, size: int, wide: bool, room: int, places: bool):
         self.rank = rank
         self.room = room
         self.size = size
-        self.word = np.int64 if bits == 64 else np.int32
-        self.end = 2 ** (bits - 1)
+        self.places = places
+        self.word, self.unsigned = (np.int64, np.uint64) if wide else (np.int32, np.uint32)
+        self.end = 2 ** (63 if wide else 31)
         self.found = rank in (0, size)
         self.equal = 0  # elements of the value that was found
-        self._bracket(0, self.end)
+        self.sample: list[NDArray[Any]] = []
+        self._bracket(0, self.end, size if size <= _FEW else None)
 
-    def _bracket(self, low: int, high: int) -> None:
+    def _bracket(self, low: int, high: int, inside: int | None) -> None:
+        """Look from ``low`` to below ``high``, where about so many elements are."""
         self.low, self.high = low, high
+        self.above = 0
+        self.remembers = inside is not None and inside <= self.room
+        self.remembered = 0
+        # By key and start of a piece, what of these is its own: the indices in the piece, and the
+        # bits. There is one array, for many small ones would break up the memory.
+        self.inside: dict[tuple[str, int], slice] = {}
+        room = self.room if self.remembers else 0
+        self.indices = np.empty(room if self.places else 0, np.int32)
+        self.bits = np.empty(room, self.word)
         self.shift = 0
         if high - low > _FINE:
             self.shift = max(0, (high - low - 1).bit_length() - _COARSE.bit_length() + 1)
-        bins = ((high - low - 1) >> self.shift) + 1
+        bins = 0 if self.remembers else ((high - low - 1) >> self.shift) + 1
         self.histogram = torch.zeros(bins, dtype=torch.int64)
-        self.above = 0
-        # What is in the bracket: the indices in a piece, the bits, and by key and start of a piece
-        # where these are. There is one array, for many small ones would break up the memory.
-        self.inside: dict[tuple[str, int], slice] = {}
-        self.remembers = self.shift == 0 and self.low > 0
-        self.remembered = 0
-        self.indices = np.empty(self.room if self.remembers else 0, np.int32)
-        self.bits = np.empty(len(self.indices), self.word)
 
-    def add(self, key: str, start: int, values: Tensor, lock: threading.Lock) -> None:
-        """Count values, which are written to."""
-        bits: Any = values.abs_().cpu().numpy().reshape(-1).view(self.word)
+    def add(self, key: str, start: int, bits: NDArray[Any], lock: threading.Lock) -> None:
+        """Look at the bits of a piece's magnitudes."""
         above, here = 0, None
         if self.high < self.end or self.low > 0:
-            beyond = bits >= self.high
-            above = int(np.count_nonzero(beyond))
-            here = np.flatnonzero((bits >= self.low) ^ beyond).astype(np.int32)
+            above = int(np.count_nonzero(bits >= self.high)) if self.high < self.end else 0
+            # Below the bracket the difference is negative: a huge number without a sign.
+            width = self.unsigned(self.high - self.low)
+            here = np.flatnonzero((bits - self.word(self.low)).view(self.unsigned) < width)
             bits = bits[here]
-        bins = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
-        ones = torch.ones(1, dtype=torch.int64).expand(len(bins))
+        if not self.remembers:
+            bins = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))
+            ones = torch.ones(1, dtype=torch.int64).expand(len(bins))
         with lock:
             self.above += above
-            self.histogram.index_add_(0, bins, ones)
             own = slice(self.remembered, self.remembered + len(bits))
             self.remembered = own.stop
-            if self.remembers and own.stop > self.room:
-                self.remembers = False
-                self.inside.clear()
-                self.indices, self.bits = np.empty(0, np.int32), np.empty(0, self.word)
-            elif self.remembers and here is not None:
-                self.indices[own], self.bits[own] = here, bits
+            if not self.remembers:
+                self.histogram.index_add_(0, bins, ones)
+            elif own.stop <= self.room:
+                self.bits[own] = bits
                 self.inside[key, start] = own
+                if self.places:
+                    self.indices[own] = np.arange(len(bits)) if here is None else here
 
     def guess(self) -> None:
-        """Take the bracket from the counts of a sample."""
-        if self.found:
+        """Take the bracket from a sample."""
+        drawn = np.concatenate(self.sample) if self.sample else np.empty(0, self.word)
+        self.sample.clear()
+        number, share = len(drawn), self.rank / self.size
+        if not number:
             return
-        seen = int(self.histogram.sum())
-        rank, margin = self.rank / self.size * seen, _MARGIN * seen
-        from_top = self.histogram.flip(0).cumsum(0)
-        first, last = (
-            int(torch.searchsorted(from_top, torch.tensor(max(1, min(seen, int(place))))))
-            for place in (rank - margin, rank + margin)
-        )
-        width, bins = 1 << self.shift, len(self.histogram)
-        self._bracket((bins - 1 - last) * width, min(self.end, (bins - first) * width))
+        margin = 1 + _DEVIATIONS * (share * (1 - share) * number) ** 0.5
+        first, last = int((1 - share) * number - margin), int((1 - share) * number + margin)
+        drawn.partition([max(0, first), min(last, number - 1)])
+        low = int(drawn[first]) if first >= 0 else 0
+        high = int(drawn[last]) + 1 if last < number else self.end
+        inside = int(np.count_nonzero((drawn >= low) & (drawn < high)))
+        self._bracket(low, high, int(1.2 * inside / number * self.size))
 
     def narrow(self) -> None:
-        """Take the bracket from the counts of everything."""
-        if self.found:
-            return
-        inside = int(self.histogram.sum())
+        """Take the bracket, or the value, from everything."""
+        inside = self.remembered
         if self.rank <= self.above:
-            self._bracket(self.high, self.end)
-            return
-        if self.rank > self.above + inside:
-            self._bracket(0, self.low)
-            return
+            self._bracket(self.high, self.end, None)
+        elif self.rank > self.above + inside:
+            self._bracket(0, self.low, None)
+        elif self.remembers and inside > self.room:
+            self._bracket(self.low, self.high, None)
+        elif self.remembers:
+            place = inside - (self.rank - self.above)
+            ordered = np.partition(self.bits[:inside], place)
+            self._find(int(ordered[place]), ordered[place:])
+        else:
+            self._narrow_to_bin()
+
+    def _find(self, value: int, from_there: NDArray[Any]) -> None:
+        """Take the value; of it and larger ones are these."""
+        self.equal = int(np.count_nonzero(self.bits[: self.remembered] == value))
+        self.above += int(np.count_nonzero(from_there > value))
+        self.low, self.found = value, True
+
+    def _narrow_to_bin(self) -> None:
         from_top = self.histogram.flip(0).cumsum(0)
         place = int(torch.searchsorted(from_top, torch.tensor(self.rank - self.above)))
         chosen = len(self.histogram) - 1 - place
+        here = int(self.histogram[chosen])
         if self.shift == 0:
-            self.found = True
-            self.equal = int(self.histogram[chosen])
-            self.above += int(from_top[place]) - self.equal
+            self.equal, self.found = here, True
+            self.above += int(from_top[place]) - here
             self.low += chosen
             return
         low = self.low + (chosen << self.shift)
-        self._bracket(low, min(self.high, low + (1 << self.shift)))
+        self._bracket(low, min(self.high, low + (1 << self.shift)), here)
 
     def value(self) -> float:
         """Return the value: of rank 0 it is infinity, of the last rank at most 0."""
@@ -366,7 +392,7 @@ class _Search:
     def last_tie(self) -> tuple[str, int] | None:
         """Return the place of the last element of that value that is kept, if it is known."""
         keep = self.ties_to_keep()
-        if keep is None or not self.remembers:
+        if keep is None or not (self.remembers and self.places):
             return None
         for key, start in sorted(self.inside):
             own = self.inside[key, start]
@@ -378,23 +404,28 @@ class _Search:
 
 
 def _look(
-    inputs: Inputs,
-    values: Values,
-    searches: Sequence[_Search],
-    sample: bool = False,
+    inputs: Inputs, values: Values, searches: Sequence[_Search], wide: bool, every: int = 1
 ) -> None:
+    """Look at everything, or at a sample, and narrow the brackets."""
     lock = threading.Lock()
+    open_ones = [search for search in searches if not search.found]
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        last, bits = None, np.empty(0)
         for search, found in zip(searches, values(key, start, tensors, base), strict=True):
-            if not search.found:
-                wide = search.end > 2**31
-                search.add(key, start, found.double() if wide else found, lock)
+            if search.found:
+                continue
+            if found is not last:  # several searches may look at one quantity
+                exact = found.double() if wide else found
+                last, bits = found, exact.abs_().cpu().numpy().reshape(-1).view(search.word)
+            if every > 1:
+                search.sample.append(bits.copy())
+            else:
+                search.add(key, start, bits, lock)
 
-    if sample:
-        inputs.survey(look, _SAMPLE_PIECE, _SAMPLED)
-    else:
-        inputs.survey(look)
+    inputs.survey(look, every)
+    for search in open_ones:
+        search.narrow() if every == 1 else search.guess()
 
 
 def _last_ties(

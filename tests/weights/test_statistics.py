@@ -1,7 +1,6 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ class Cut(Inputs):
         return super().pieces(key, min(size, self.piece))
 
     def survey(self, *arguments: Any) -> None:
-        self.surveys += len(arguments) == 1  # samples do not count
+        self.surveys += arguments[1:] in [(), (1,)]  # samples do not count
         super().survey(*arguments)
 
 
@@ -303,9 +302,8 @@ def test_infinity_is_the_largest() -> None:
 @pytest.fixture
 def samples(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Make small models large enough for a sample."""
-    monkeypatch.setattr(statistics, "_SAMPLED", 4)
-    monkeypatch.setattr(statistics, "_SAMPLE_PIECE", 64)
-    monkeypatch.setattr(statistics, "_COARSE", 2**11)
+    monkeypatch.setattr(statistics, "_FEW", 1000)
+    monkeypatch.setattr(statistics, "_SAMPLED", 5)
     return monkeypatch
 
 
@@ -315,17 +313,24 @@ def spread(size: int = 10_000) -> State:
 
 
 def test_a_good_estimate_saves_a_look(samples: pytest.MonkeyPatch) -> None:
-    samples.setattr(statistics, "_SAMPLED", 2)
-    samples.setattr(statistics, "_MARGIN", 0.02)
     state = spread()
-    for count in (2000, 4000, 5000):
+    for count in (1, 2000, 4000, 5000, 9999):
         assert check(state, counts=[count]).surveys == 1
-    samples.setattr(statistics, "_SAMPLED", 10**9)  # none is taken
-    assert check(state, counts=[2000]).surveys == 2
+    assert check(state, state, counts=[2000, 5000], piece=999).surveys == 1
+
+
+def test_few_elements_are_remembered() -> None:
+    for count in (1, 2000, 9999):
+        assert check(spread(), counts=[count]).surveys == 1
+
+
+def test_models_that_are_computed_are_not_sampled(samples: pytest.MonkeyPatch) -> None:
+    samples.setattr(statistics, "_REMEMBERED", 1000)
+    assert check(spread(), counts=[2000], whole=True).surveys == 2
 
 
 def test_an_estimate_that_fails_costs_a_look_and_nothing_else(samples: pytest.MonkeyPatch) -> None:
-    samples.setattr(statistics, "_MARGIN", 0.0)
+    samples.setattr(statistics, "_DEVIATIONS", 0)
     looks = set()
     for seed in range(8):
         values = torch.randn(10_000, generator=torch.Generator().manual_seed(seed))
@@ -336,29 +341,30 @@ def test_an_estimate_that_fails_costs_a_look_and_nothing_else(samples: pytest.Mo
 @pytest.mark.parametrize("seen", ["largest", "smallest", "zeros"])
 def test_samples_that_mislead(samples: pytest.MonkeyPatch, seen: str) -> None:
     values = spread()["a"].abs() + 1
-    first = crc32(b"a") % 4
-    for piece in range(first, len(values) // 64, 4):
-        part = values[piece * 64 : (piece + 1) * 64]
-        part.mul_({"largest": 1e6, "smallest": 1e-6, "zeros": 0}[seen])
-    for count in (1, 100, 1500, 2500, 6000, len(values) - 1):
+    values[::5].mul_({"largest": 1e6, "smallest": 1e-6, "zeros": 0}[seen])
+    for count in (1500, 2500, 5000):
         assert check({"a": values}, counts=[count]).surveys > 1
+    for count in (1, 100, len(values) - 1):
+        check({"a": values}, counts=[count])
 
 
-def test_a_sample_of_nothing(samples: pytest.MonkeyPatch) -> None:
-    names = [name for name in map(str, range(800)) if crc32(name.encode()) % 4]
-    state = {name: torch.full((16,), float(i)) for i, name in enumerate(names)}
-    size = 16 * len(names)
-    assert size > 4 * 2**11
-    for count in (1, size // 2, size - 1):
+@pytest.mark.parametrize("remembered", [10, 300, 2**24])
+def test_equal_elements_beyond_what_is_remembered(
+    samples: pytest.MonkeyPatch, remembered: int
+) -> None:
+    samples.setattr(statistics, "_REMEMBERED", remembered)
+    state = {key: value.round(decimals=1) for key, value in spread(4000).items()}
+    for count in (1, 1000, 3000, 3999):
         check(state, counts=[count])
 
 
 @given(
     st.integers(0, 99),
     st.sampled_from([16, 2**9]),
-    st.sampled_from([4, 64]),
-    st.sampled_from([0.0, 0.006, 0.2]),
+    st.sampled_from([3, 61]),
+    st.sampled_from([0, 1, 5]),
     st.sampled_from([2**8, 2**16]),
+    st.sampled_from([0, 40, 2**24]),
     st.sampled_from([torch.float32, torch.float64]),
     st.floats(0, 1),
     st.sampled_from([0, 1, 4]),
@@ -367,9 +373,10 @@ def test_a_sample_of_nothing(samples: pytest.MonkeyPatch) -> None:
 def test_whatever_the_sample_the_result_is_exact(
     seed: int,
     coarse: int,
-    sample_piece: int,
-    margin: float,
+    sampled: int,
+    deviations: int,
     fine: int,
+    remembered: int,
     dtype: torch.dtype,
     share: float,
     digits: int,
@@ -379,11 +386,12 @@ def test_whatever_the_sample_the_result_is_exact(
     values = values.round(decimals=digits)
     parts = dict(zip("dacb", values.split([1, 299, 900, 300]), strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_SAMPLED", 2)
-        patch.setattr(statistics, "_SAMPLE_PIECE", sample_piece)
+        patch.setattr(statistics, "_FEW", 1000)
+        patch.setattr(statistics, "_SAMPLED", sampled)
         patch.setattr(statistics, "_COARSE", coarse)
         patch.setattr(statistics, "_FINE", fine)
-        patch.setattr(statistics, "_MARGIN", margin)
+        patch.setattr(statistics, "_DEVIATIONS", deviations)
+        patch.setattr(statistics, "_REMEMBERED", remembered)
         check(parts, parts, counts=[int(share * 1500), 1500 - int(share * 1500)])
 
 
