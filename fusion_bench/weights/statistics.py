@@ -6,7 +6,7 @@ The results do not depend on threads, the order of files, or the size of pieces.
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, isnan
+from math import fsum
 from typing import Any, TypeVar
 
 import numpy as np
@@ -144,11 +144,11 @@ class Majority:
         """Count the signs of a piece, if it is one of those that the models are cut into."""
         piece = start, start + signs.numel()
         if (key, start) not in self._sums and piece in self._inputs.pieces(key, PIECE):
-            # Sums of so few are whole numbers in float32 too; what is not finite has no sign.
+            # Sums of so few are whole numbers in float32 too.
             total = sum(float(part.sum()) for part in signs.reshape(-1).split(2**24))
             with self._lock:
                 self._counted += 0 if (key, start) in self._sums else signs.numel()
-                self._sums[key, start] = 0 if isnan(total) else int(total)
+                self._sums[key, start] = int(total)
 
     def __call__(self) -> int:
         """Return the sign: -1, 0 or 1.
@@ -231,7 +231,7 @@ def largest(
     wide = wide or inputs.is_double
     room = _REMEMBERED // max(1, len(counts))
     searches = [_Search(min(count, size), size, wide, room, places=not ties) for count in counts]
-    if size > _FEW and inputs.is_quick:
+    if size > _FEW and inputs.is_quick and not all(search.found for search in searches):
         _look(inputs, values, searches, wide, _every(size, len(counts)))
     while any(not search.found for search in searches):
         _look(inputs, values, searches, wide)
@@ -275,7 +275,8 @@ class _Search:
         self.room = room
         self.size = size
         self.places = places
-        self.word, self.unsigned = (np.int64, np.uint64) if wide else (np.int32, np.uint32)
+        self.word: type[np.integer[Any]] = np.int64 if wide else np.int32
+        self.unsigned: type[np.integer[Any]] = np.uint64 if wide else np.uint32
         self.end = 2 ** (63 if wide else 31)
         self.found = rank in (0, size)
         self.equal = 0  # elements of the value that was found

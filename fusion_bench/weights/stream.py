@@ -115,7 +115,6 @@ def visit(
     work: Callable[[str, int, int], None],
     piece: int,
     description: str,
-    pieces: Callable[[str, int], Iterator[tuple[int, int]]] | None = None,
     spread: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Call ``work(key, start, stop)`` for 1-d pieces of every entry, from several threads.
@@ -124,10 +123,10 @@ def visit(
     any order. Tied entries come once, under their first key. Threads share nothing but the list of
     pieces, so that a busy core slows down its own work alone: operations that torch spreads over
     the cores wait for the slowest. Where entries cannot be cut, one thread takes them, and torch's
-    operations use all cores. ``pieces`` may choose others than the source's own, and ``spread``
-    other threads: it has some call what it is given, and returns when they are done.
+    operations use all cores. ``spread`` may choose other threads: it has some call what it
+    is given, and returns when they are done.
     """
-    jobs = _jobs(source, pieces or source.pieces, piece)
+    jobs = _jobs(source, piece)
     _ = source.files  # downloads what is not here yet
     nbytes = bytes_to_read(source) if source.show_progress else {}
     lock = threading.Lock()
@@ -160,9 +159,7 @@ def bytes_to_read(source: Pieces) -> dict[str, int]:
     return {key: source.bytes_to_read(key) for key in source if source.tied_to(key) == key}
 
 
-def _jobs(
-    source: Pieces, pieces: Callable[[str, int], Iterator[tuple[int, int]]], piece: int
-) -> Iterator[list[tuple[str, int, int]]]:
+def _jobs(source: Pieces, piece: int) -> Iterator[list[tuple[str, int, int]]]:
     """Yield the jobs of the threads: a piece, or several small ones.
 
     Two threads that both do small things wait for Python's lock more than they work.
@@ -171,7 +168,7 @@ def _jobs(
     for key in source:
         if source.tied_to(key) != key:
             continue
-        for start, stop in pieces(key, piece):
+        for start, stop in source.pieces(key, piece):
             if 8 * (stop - start) >= piece:
                 yield [(key, start, stop)]
                 continue

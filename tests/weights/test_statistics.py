@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_bench.weights import Inputs, MergePolicy, TensorWeights, align, statistics
-from fusion_bench.weights.statistics import Cutoff, extremes, largest, once, sums, total
+from fusion_bench.weights.statistics import (
+    Cutoff,
+    Majority,
+    Piece,
+    extremes,
+    largest,
+    once,
+    sums,
+    total,
+)
+from fusion_bench.weights.stream import NotYet
 
 State = dict[str, Tensor]
 quick = settings(deadline=None, max_examples=examples(40))
@@ -393,6 +403,29 @@ def test_whatever_the_sample_the_result_is_exact(
         patch.setattr(statistics, "_DEVIATIONS", deviations)
         patch.setattr(statistics, "_REMEMBERED", remembered)
         check(parts, parts, counts=[int(share * 1500), 1500 - int(share * 1500)])
+
+
+# --- the majority
+
+
+def signs(*piece: *Piece) -> Tensor:
+    return piece[2][0].sign()
+
+
+@pytest.mark.parametrize("counted", [0, 1, 2, 3])
+def test_the_majority_is_of_all_pieces_whoever_counts_them(counted: int) -> None:
+    state = {"a": torch.tensor([1.0, 1, -1, -1, -1]), "b": torch.tensor([0.0, 0, float("nan")])}
+    inputs = opened(state, piece=3)
+    majority = Majority(inputs, signs)
+    pieces = [("a", 0, 3), ("a", 3, 5), ("b", 0, 3)]
+    for key, start, stop in [*pieces[:counted], *pieces[:counted], ("a", 1, 3)]:
+        majority.add(key, start, signs(key, start, *inputs.read(key, start, stop)))
+    if counted < 3:
+        with pytest.raises(NotYet) as missing:
+            majority()
+        missing.value.find()
+    assert majority() == -1  # NaN has no sign
+    assert inputs.surveys == (counted < 3)
 
 
 # --- once
