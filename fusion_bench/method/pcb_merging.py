@@ -85,9 +85,11 @@ def _as_in_the_paper(inputs: Inputs, counts: Sequence[int]) -> Scored:
     sharpness = [1] * len(pairs) + [len(tasks)] * len(tasks)
 
     def products(*piece: *Piece) -> Iterator[Tensor]:
+        """Yield one after the other in the same memory: new pages would take as long as they."""
         vectors = list(task_vectors(*piece))
+        product = torch.empty_like(vectors[0])
         for i, j in [*pairs, *zip(tasks, tasks, strict=True)]:
-            yield vectors[i] * vectors[j]
+            yield torch.mul(vectors[i], vectors[j], out=product)
 
     ranges = extremes(inputs, products)
 
@@ -114,7 +116,7 @@ def _as_in_the_paper(inputs: Inputs, counts: Sequence[int]) -> Scored:
             for task in set(pair):
                 between[task].add_(softmax)
         for own, softmax in zip(between, softmaxes, strict=True):
-            yield softmax.mul_(own)
+            yield own.mul_(softmax)
 
     cutoffs = largest(inputs, scores, counts)
 

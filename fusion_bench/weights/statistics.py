@@ -145,10 +145,10 @@ class Majority:
         piece = start, start + signs.numel()
         if (key, start) not in self._sums and piece in self._inputs.pieces(key, PIECE):
             # Sums of so few are whole numbers in float32 too.
-            total = sum(float(part.sum()) for part in signs.reshape(-1).split(2**24))
+            own = sum(int(part.sum()) for part in signs.reshape(-1).split(2**24))
             with self._lock:
                 self._counted += 0 if (key, start) in self._sums else signs.numel()
-                self._sums[key, start] = int(total)
+                self._sums[key, start] = own
 
     def __call__(self) -> int:
         """Return the sign: -1, 0 or 1.
