@@ -19,8 +19,9 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.largest import largest, search_bytes
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import Piece, extremes, largest, search_bytes, sums, total
+from fusion_bench.weights.statistics import Piece, extremes, sums, total
 from fusion_bench.weights.stream import PIECE
 
 Variant = Literal["paper", "released"]

@@ -19,6 +19,7 @@ from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
 from fusion_bench.weights.entries import restoring_l1
+from fusion_bench.weights.largest import Cutoff, largest, search_bytes
 from fusion_bench.weights.ops import (
     MergeFunc,
     add_scaled,
@@ -28,13 +29,7 @@ from fusion_bench.weights.ops import (
     task_vectors,
     weighted,
 )
-from fusion_bench.weights.statistics import (
-    Cutoff,
-    Majority,
-    Values,
-    largest,
-    search_bytes,
-)
+from fusion_bench.weights.statistics import Majority, Values
 
 Scope = Literal["model", "tensor"]
 Keep = Literal["exact_topk", "ge_kth", "at_least_one"]

@@ -21,7 +21,8 @@ from fusion_bench.weights.entries import (
     restoring_l1,
     right_factors,
 )
-from fusion_bench.weights.statistics import Piece, largest
+from fusion_bench.weights.largest import largest
+from fusion_bench.weights.statistics import Piece
 
 BASE = "_pretrained_"
 

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_bench.weights import Inputs, MergePolicy, TensorWeights, align, statistics
-from fusion_bench.weights.statistics import (
-    Cutoff,
-    Majority,
-    Piece,
-    extremes,
-    largest,
-    once,
-    sums,
-    total,
-)
+from fusion_bench.weights import Inputs, MergePolicy, TensorWeights, align
+from fusion_bench.weights import largest as search
+from fusion_bench.weights.largest import Cutoff, largest
+from fusion_bench.weights.statistics import Majority, Piece, extremes, once, sums, total
 from fusion_bench.weights.stream import NotYet
 
 State = dict[str, Tensor]
@@ -312,8 +305,8 @@ def test_infinity_is_the_largest() -> None:
 @pytest.fixture
 def samples(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Make small models large enough for a sample."""
-    monkeypatch.setattr(statistics, "_FEW", 1000)
-    monkeypatch.setattr(statistics, "_SAMPLED", 5)
+    monkeypatch.setattr(search, "_FEW", 1000)
+    monkeypatch.setattr(search, "_SAMPLED", 5)
     return monkeypatch
 
 
@@ -335,12 +328,12 @@ def test_few_elements_are_remembered() -> None:
 
 
 def test_models_that_are_computed_are_not_sampled(samples: pytest.MonkeyPatch) -> None:
-    samples.setattr(statistics, "_REMEMBERED", 1000)
+    samples.setattr(search, "_REMEMBERED", 1000)
     assert check(spread(), counts=[2000], whole=True).surveys == 2
 
 
 def test_an_estimate_that_fails_costs_a_look_and_nothing_else(samples: pytest.MonkeyPatch) -> None:
-    samples.setattr(statistics, "_DEVIATIONS", 0)
+    samples.setattr(search, "_DEVIATIONS", 0)
     looks = set()
     for seed in range(8):
         values = torch.randn(10_000, generator=torch.Generator().manual_seed(seed))
@@ -362,7 +355,7 @@ def test_samples_that_mislead(samples: pytest.MonkeyPatch, seen: str) -> None:
 def test_equal_elements_beyond_what_is_remembered(
     samples: pytest.MonkeyPatch, remembered: int
 ) -> None:
-    samples.setattr(statistics, "_REMEMBERED", remembered)
+    samples.setattr(search, "_REMEMBERED", remembered)
     state = {key: value.round(decimals=1) for key, value in spread(4000).items()}
     for count in (1, 1000, 3000, 3999):
         check(state, counts=[count])
@@ -396,12 +389,12 @@ def test_whatever_the_sample_the_result_is_exact(
     values = values.round(decimals=digits)
     parts = dict(zip("dacb", values.split([1, 299, 900, 300]), strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_FEW", 1000)
-        patch.setattr(statistics, "_SAMPLED", sampled)
-        patch.setattr(statistics, "_COARSE", coarse)
-        patch.setattr(statistics, "_FINE", fine)
-        patch.setattr(statistics, "_DEVIATIONS", deviations)
-        patch.setattr(statistics, "_REMEMBERED", remembered)
+        patch.setattr(search, "_FEW", 1000)
+        patch.setattr(search, "_SAMPLED", sampled)
+        patch.setattr(search, "_COARSE", coarse)
+        patch.setattr(search, "_FINE", fine)
+        patch.setattr(search, "_DEVIATIONS", deviations)
+        patch.setattr(search, "_REMEMBERED", remembered)
         check(parts, parts, counts=[int(share * 1500), 1500 - int(share * 1500)])
 
 
