@@ -31,7 +31,7 @@ class Slice:
         base: the model that the method sees as the pretrained one.
         base_layers: its layers; ``None`` for those of the models.
         method: merges them.
-        stack: of which stack; ``None`` for the only one.
+        stack: names, of which one is that of the stack or begins it; empty for the only one.
         place: in the config.
         method_place: of the method.
     """
@@ -40,7 +40,7 @@ class Slice:
     base: str | None
     base_layers: tuple[int, int] | None
     method: FusionMethod
-    stack: str | None
+    stack: tuple[str, ...]
     place: Place
     method_place: Place
 
@@ -111,7 +111,7 @@ def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
             )
     problems.raise_all()
     assert method is not None
-    base, stack = node.get("base"), node.get("stack")
+    base, stack = node.get("base"), node.get("stack") or ()
     if base is None and (method.needs.base or (BASE in models and len(models) > 1)):
         base = BASE
     return Slice(
@@ -120,7 +120,7 @@ def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
         base_layers=models.pop(str(base), None) if len(models) > 1 else None,
         models=models,
         method=method,
-        stack=None if stack is None else str(stack),
+        stack=(stack,) if isinstance(stack, str) else tuple(map(str, stack)),
         place=place,
         method_place=COMMON if own is None else (*place, "base_method"),
     )
@@ -347,29 +347,43 @@ def check_names(slices: Iterable[Slice], pool: ModelPool) -> None:
     problems.raise_all()
 
 
-def chosen_stack(one: Slice, stacks: Collection[str]) -> str:
-    """Return the stack of a slice.
+def chosen_stack(one: Slice, stacks: Collection[str], outside: Collection[str]) -> str | None:
+    """Return the stack of a slice; ``None`` where it is of entries outside of layers.
+
+    Args:
+        one: the slice.
+        stacks: of the model.
+        outside: the entries outside of its stacks.
 
     Raises:
         FusionBenchError: an unknown one, or none where there are several.
     """
-    known = list(stacks)
-    if one.stack is None and len(known) == 1:
-        return known[0]
-    if one.stack in known:
-        return str(one.stack)
+    found = [stack for stack in stacks if begins(one, stack) or not one.stack]
+    exact = [stack for stack in found if stack in one.stack]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if not found and any(begins(one, key) for key in outside):
+        return None
     with within(*one.place):
-        if one.stack is None:
+        if not one.stack:
             raise FusionBenchError(
-                f"missing; the model has {len(known)} stacks of layers.",
-                f"Choose one: {', '.join(known)}.",
+                f"missing; the model has {len(found)} stacks of layers.",
+                f"Choose one: {', '.join(found)}.",
                 place=("stack",),
             )
+        said = "' and no '".join(one.stack)
         raise FusionBenchError(
-            f"the model has no stack '{one.stack}'.",
-            did_you_mean(one.stack, known),
+            f"'{said}' begins {len(found)} stacks."
+            if found
+            else f"the model has no stack '{said}'.",
+            f"Choose one: {', '.join(found)}." if found else did_you_mean(one.stack[0], stacks),
             place=("stack",),
         )
+
+
+def begins(one: Slice, name: str) -> bool:
+    """Tell whether a stack or an entry has the name that a slice gives, or begins with it."""
+    return any(not own or f"{name}.".startswith(f"{own}.") for own in one.stack)
 
 
 def view(source: Source, names: Mapping[str, str]) -> Weights:

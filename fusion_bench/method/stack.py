@@ -13,6 +13,7 @@ from fusion_bench.method.slices import (
     Slice,
     SlicePool,
     Source,
+    begins,
     chosen_stack,
     range_of,
     sides,
@@ -73,14 +74,18 @@ class Stack:
                 "Stack models whose layers are numbered, such as model.layers.0.",
             )
         chosen: dict[str, list[Slice]] = {}
+        loose: list[Slice] = []
         for one in slices:
-            chosen.setdefault(chosen_stack(one, known), []).append(one)
+            stack = chosen_stack(one, known, self._sides)
+            (loose if stack is None else chosen.setdefault(stack, [])).append(one)
         for stack, (one, *_) in chosen.items():
             self._refuse_shared(stack, one)
-        copied = Slice({own: None}, None, None, PassthroughAlgorithm(), None, (), ())
-        self.parts = [
+        copied = Slice({own: None}, None, None, PassthroughAlgorithm(), (), (), ())
+        self._loose = loose
+        self._layered = [
             part for stack in known for part in self._parts(stack, chosen.get(stack, [copied]))
         ]
+        self.parts = [*self._layered, *map(self._outside, loose)]
         everywhere = {
             name
             for part in self.parts
@@ -110,11 +115,33 @@ class Stack:
                 before, after = self._ends(source, stack, index == 0, behind)
                 own = source.entries(stack, chosen, first)
                 seen[name] = view(source, {**before, **own, **after})
-            weights = {name: seen[name] for name in one.models}
-            if one.base is not None:
-                weights[BASE] = seen[one.base]
-            yield Part(one, stack, layers, SlicePool(self._pool, weights, list(one.models)))
+            yield Part(one, stack, layers, self._pool_of(one, seen))
             first += len(next(iter(layers.values())))
+
+    def _outside(self, one: Slice) -> Part:
+        """Return a slice of entries outside of layers."""
+        given = [layers for layers in (*one.models.values(), one.base_layers) if layers is not None]
+        if given:
+            raise FusionBenchError(
+                f"'{one.stack[0]}' has no layers.",
+                "Give null for each model.",
+                place=(*one.place, "models"),
+            )
+        seen = {}
+        for name in one.names:
+            found = self._sources[name].outside().items()
+            own = {key: stored for key, stored in found if begins(one, key)}
+            again = {key for key, stored in own.items() if key != stored and stored in own}
+            seen[name] = view(
+                self._sources[name], {key: own[key] for key in own if key not in again}
+            )
+        return Part(one, "", {}, self._pool_of(one, seen))
+
+    def _pool_of(self, one: Slice, seen: Mapping[str, Weights]) -> SlicePool:
+        weights = {name: seen[name] for name in one.models}
+        if one.base is not None:
+            weights[BASE] = seen[one.base]
+        return SlicePool(self._pool, weights, list(one.models))
 
     def _layers(self, stack: str, one: Slice) -> dict[str, range]:
         """Return the layers of each model in a slice."""
@@ -146,6 +173,8 @@ class Stack:
         ends: tuple[dict[str, str], dict[str, str]] = {}, {}
         own = sides(source.keys, source.tied())
         for key, stored in source.outside().items():
+            if any(begins(one, key) for one in self._loose):
+                continue
             place, last = self._sides.get(key) or own.get(key, (stack, True))
             if place == stack and (behind if last else front):
                 tied = stored != key and self._sides.get(stored) == (place, last)
@@ -163,10 +192,10 @@ class Stack:
 
     def described(self) -> str:
         """Return in words which layers the new model has."""
-        stacks = dict.fromkeys(part.stack for part in self.parts)
+        stacks = dict.fromkeys(part.stack for part in self._layered)
         told = []
         for stack in stacks:
-            parts = [part for part in self.parts if part.stack == stack]
+            parts = [part for part in self._layered if part.stack == stack]
             slices = ", ".join(
                 " with ".join(
                     f"{_numbers(layers)} of {name}" for name, layers in part.layers.items()
@@ -189,7 +218,7 @@ class Stack:
             return None
         draw = self._pool.blueprint if isinstance(self._pool, Drawing) else lambda config: None
         stacks: dict[str, list[Run]] = {}
-        for part in self.parts:
+        for part in self._layered:
             name, layers = next(iter(part.layers.items()))
             source = self._sources[name]
             config = source.blueprint.config if source.blueprint else source.model.config
@@ -231,7 +260,7 @@ class Stack:
             return
         stacks, lines = Layers(made.entries).stacks, []
         for stack, own_stack in self._drawn_as.items():
-            layers = (next(iter(p.layers.values())) for p in self.parts if p.stack == stack)
+            layers = (next(iter(p.layers.values())) for p in self._layered if p.stack == stack)
             count, found = sum(map(len, layers)), len(stacks.get(own_stack, ()))
             if found != count:
                 lines.append(f"a module of that config has {found} layers, and here are {count}")

@@ -33,8 +33,9 @@ class StackedLayers:
     Args:
         slices: each a mapping: ``models``, name to ``[first, end]`` or null for all layers;
             ``base``, the model that is the slice's pretrained one, by default ``_pretrained_``
-            where the method needs one; ``base_method``; and ``stack``, such as ``decoder.block``,
-            of models with several.
+            where the method needs one; ``base_method``; and ``stack``, of models with several: a
+            name or the beginning of one, such as ``decoder``, or several of which one fits. It may
+            also be of entries outside of layers, such as ``shared``.
         base_method: merges the slices without their own; one model is copied by default.
 
     Raises:

@@ -1,7 +1,7 @@
 """From one document of a recipe to a config: ``method`` and ``modelpool`` as plain data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fusion_bench.problems import Place, Problem, Problems, did_you_mean
 from fusion_bench.recipes.document import (
@@ -17,6 +17,7 @@ from fusion_bench.recipes.document import (
 from fusion_bench.recipes.levels import (
     Chain,
     Link,
+    beginnings,
     chain_of,
     options_of,
     settings,
@@ -71,11 +72,13 @@ class Translation:
         self.notes += recipe.notes
         self._names = self._named()
         self._check_names()
-        alone = len(recipe.modules) == 1
-        if alone and not recipe.modules[0].whole:
-            method = self._stacked(recipe.modules[0])
-        else:
+        parts = [part for module in recipe.modules for part in module.slices[:1]]
+        models = [[source.model for source in part.sources] for part in parts]
+        alike = all(own == models[0] for own in models)
+        if alike and all(module.whole for module in recipe.modules):
             method = self._merged()
+        else:
+            method = self._stacked()
         if recipe.base is not None:
             self._models = {BASE: self._node(recipe.base), **self._models}
         pool = {**self.pool, "models": self._models}
@@ -143,21 +146,8 @@ class Translation:
     def _merged(self) -> Node:
         """Return the method of a document with whole models, in one module or several."""
         recipe = self.recipe
-        if any(not module.whole for module in recipe.modules):
-            for module in recipe.modules:
-                if not module.whole:
-                    self._wrong(
-                        (*module.place, "slices"),
-                        "slices of one module among several are not done here.",
-                        "Merge the modules one after the other, or give 'models'.",
-                    )
-            return {}
         wholes = [module.slices[0] for module in recipe.modules]
         listed = [[source.model for source in part.sources] for part in wholes]
-        for module, own in zip(recipe.modules, listed, strict=True):
-            if own != listed[0]:
-                self._wrong(module.place, "its models are not those of the first module.")
-                return {}
         for source in wholes[0].sources:
             if listed[0].count(source.model) > 1:
                 self._wrong(source.place, "the same model twice.", "Remove one.")
@@ -288,14 +278,14 @@ class Translation:
 
     # Slices.
 
-    def _stacked(self, module: Module) -> Node:
-        """Return the method of a document with slices."""
-        slices: list[Node] = []
-        for part in module.slices:
-            base = part.base or self.recipe.base
-            own = self._slice(module, part, base)
-            if own is not None:
-                slices.append(own)
+    def _stacked(self) -> Node:
+        """Return the method of a document with slices, or with modules of other models."""
+        slices = [
+            own
+            for module in self.recipe.modules
+            for part in module.slices
+            if (own := self._slice(module, part, part.base or self.recipe.base)) is not None
+        ]
         methods = [part["base_method"] for part in slices]
         node: Node = {"_target_": _METHODS + "StackedLayers"}
         if methods and all(own == methods[0] for own in methods):
@@ -309,28 +299,34 @@ class Translation:
             return None
         role = self._method.base
         compared = role in ("origin", "end") or (role == "optional" and base is not None)
+        taking = self._taking_part(part, base, whole=module.whole)
+        sources = [*part.sources, *(source for source in taking if source not in part.sources)]
         models: dict[str, object] = {}
-        names: dict[int, str] = {}
-        for index, source in enumerate(part.sources):
-            if source.layers is None:
+        merged: list[str] = []
+        for source in sources:
+            if source.layers is None and not module.whole:
                 return None  # told by the reader
             name = self._names[source.model]
             while name in models:
                 name += "-2"
-            names[index] = name
-            models[name] = list(source.layers)
-            self._models[name] = self._node(source.model)
-        taking = self._taking_part(part, base, whole=False)
-        merged = [names[i] for i, source in enumerate(part.sources) if source in taking]
+            if source in taking:
+                merged.append(name)
+            if source in taking or not module.whole:
+                models[name] = None if source.layers is None else list(source.layers)
+                self._models[name] = self._node(source.model)
         node: Node = {"models": models}
         if compared and base is not None:
-            if all(source.model != base for source in part.sources):
+            if not module.whole and all(source.model != base for source in part.sources):
                 reason = f"the base '{base}' is not among the sources."
                 self._wrong((*part.place, "sources"), reason, "Add it, with its layers.")
                 return None
-            node["base"] = self._names[base]
+            node["base"] = BASE if module.whole else self._names[base]
+        if module.name is not None:
+            node["stack"] = [*beginnings(module.name)]
+        # Only its own tensors are in a slice of a module.
+        inside = replace(module, name=None)
         node["base_method"] = self._method_node(
-            merged, self._chains(merged, [(module, part, taking)])
+            merged, self._chains(merged, [(inside, part, taking)])
         )
         return node
 
