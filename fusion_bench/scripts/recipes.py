@@ -31,7 +31,6 @@ def take_recipe(settings: dict[str, Any]) -> None:
         pool = dict(pool) if isinstance(pool, Mapping) else {}
         kind = {key: pool[key] for key in ("_target_", "model_class") if key in pool}
         translated = translate(text, kind or None, _names(pool.get("models")))
-        _refuse_references([translated.method, translated.modelpool])
     policy = {**(pool.get("policy") or {})}
     theirs = {**translated.modelpool}
     made = theirs.pop("policy", {})
@@ -45,20 +44,6 @@ def take_recipe(settings: dict[str, Any]) -> None:
     settings["recipe"] = text if "\n" in text else f"{text}\n"
     if settings.get("seed") is not None:
         _seed(settings["modelpool"]["models"], settings["seed"])
-
-
-def _refuse_references(node: object) -> None:
-    """Refuse texts that configs would take for references to other keys.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    if isinstance(node, Mapping):
-        node = [*node.values()]
-    for inner in node if isinstance(node, list) else ():
-        _refuse_references(inner)
-    if isinstance(node, str) and "${" in node:
-        raise ConfigError(f"{node!r}: '${{' would refer to another key.", "Write it without.")
 
 
 def _names(models: object) -> dict[str, str]:

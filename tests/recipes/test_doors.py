@@ -101,3 +101,24 @@ def test_a_recipe_in_the_place_of_a_config(models: Path, here: Load, tmp_path: P
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "merged" / "model.safetensors")
     agree({key: np.asarray(own.double()) for key, own in found.items()}, run(text, here))
+
+
+def test_dollars_in_texts_are_no_references(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    prompts = "positive_prompts: ['echo ${HOME}', '\\${x}', '${oc.env:HF_TOKEN}']"
+    file.write_text(
+        f"base_model: base\ngate_mode: random  # ${{y}}\nexperts: [{{source_model: a, {prompts}}}, "
+        "{source_model: b}]\nexperts_per_token: 1",
+        encoding="utf-8",
+    )
+    runs = set(models.rglob("outputs/*/*/config.yaml"))
+    done = fusion_bench("merge", str(file), str(tmp_path / "out"), cwd=models)
+    assert done.returncode == 0, done.stderr
+    (written,) = set(models.rglob("outputs/*/*/config.yaml")) - runs
+    report = json.loads((written.parent / "report.json").read_text("utf-8"))
+    experts = report["run"]["config"]["method"]["experts"]
+    assert experts[0]["positive_prompts"] == ["echo ${HOME}", "\\${x}", "${oc.env:HF_TOKEN}"]
+    done = fusion_bench(str(written), "overwrite=true", cwd=models)
+    assert done.returncode == 0, done.stderr
+    done = fusion_bench("verify", str(tmp_path / "out"), cwd=models)
+    assert done.returncode == 0, done.stderr
