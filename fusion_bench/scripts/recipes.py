@@ -1,6 +1,7 @@
 """Lets a recipe of mergekit take the place of a config's method and models."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,38 @@ def take_recipe(settings: dict[str, Any]) -> None:
     if name is None or "\n" in str(name):
         return
     _refuse_overrides()
+    pool = settings.get("modelpool")
+    pool = dict(pool) if isinstance(pool, Mapping) else {}
+    made = sections(str(name), pool, settings.get("seed"))
+    method = settings.get("method")
+    shown = {k: method[k] for k in _SHOWN if k in method} if isinstance(method, Mapping) else {}
+    settings["modelpool"] = made.modelpool
+    settings["method"] = {**made.method, **shown}
+    settings["recipe"] = made.recipe
+
+
+@dataclass(frozen=True)
+class Sections:
+    """What a recipe says, as parts of a config: the method, the pool, and the recipe's text."""
+
+    method: dict[str, Any]
+    modelpool: dict[str, Any]
+    recipe: str
+
+
+def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
+    """Return what a recipe says as parts of a config.
+
+    Args:
+        name: the recipe's file.
+        pool: what else the pool is; its models are replaced, and their names are taken over.
+        seed: for the methods of stages, which the run gives none.
+
+    Raises:
+        FusionBenchError: mistakes in the recipe, with their places in it.
+    """
     with within("recipe"):
-        text = read_text(Path(str(name)).expanduser())
-        pool = settings.get("modelpool")
-        pool = dict(pool) if isinstance(pool, Mapping) else {}
+        text = read_text(Path(name).expanduser())
         kind = {key: pool[key] for key in ("_target_", "model_class") if key in pool}
         translated = translate(text, kind or None, _names(pool.get("models")))
     policy = {**(pool.get("policy") or {})}
@@ -37,13 +66,10 @@ def take_recipe(settings: dict[str, Any]) -> None:
     assert isinstance(made, Mapping)
     given = {key: own for key, own in policy.items() if own is not None}
     own = {key: value for key, value in pool.items() if key not in ("models", "policy")}
-    settings["modelpool"] = {**own, **theirs, "policy": {**policy, **made, **given}}
-    method = settings.get("method")
-    shown = {k: method[k] for k in _SHOWN if k in method} if isinstance(method, Mapping) else {}
-    settings["method"] = {**translated.method, **shown}
-    settings["recipe"] = text if "\n" in text else f"{text}\n"
-    if settings.get("seed") is not None:
-        _seed(settings["modelpool"]["models"], settings["seed"])
+    whole: dict[str, Any] = {**own, **theirs, "policy": {**policy, **made, **given}}
+    if seed is not None:
+        _seed(whole["models"], seed)
+    return Sections(dict(translated.method), whole, text if "\n" in text else f"{text}\n")
 
 
 def _names(models: object) -> dict[str, str]:
