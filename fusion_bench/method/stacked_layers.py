@@ -12,11 +12,11 @@ from torch import nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.base import refuse_disagreeing, run
-from fusion_bench.method.contract import Data, ModelPool, Needs, Outlining, Ran
+from fusion_bench.method.contract import Data, FusionMethod, ModelPool, Needs, Outlining, Ran
 from fusion_bench.method.plain import class_name
 from fusion_bench.method.slices import BASE, Slice, check_names, read_slices
 from fusion_bench.method.stack import Part, Stack, reference_of
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.problems import FusionBenchError, Place
 from fusion_bench.weights import Model, Weights
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ class StackedLayers:
             with _placed(part.slice):
                 part.slice.method.check_pool(part.pool)
         stack.config()
+
+    def methods(self, pool: ModelPool) -> list[tuple[FusionMethod, ModelPool, Place]]:
+        """Return the method of each slice, the layers that it merges, and its place."""
+        parts = Stack(self._slices, pool).parts
+        return [(part.slice.method, part.pool, part.slice.method_place) for part in parts]
 
     def described(self, pool: ModelPool) -> str:
         """Return which layers the merged model has, and its size."""
