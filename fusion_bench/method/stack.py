@@ -7,19 +7,9 @@ from dataclasses import dataclass, replace
 
 from fusion_bench.method.contract import Drawing, ModelPool
 from fusion_bench.method.passthrough import PassthroughAlgorithm
-from fusion_bench.method.slices import (
-    BASE,
-    COMMON,
-    Slice,
-    SlicePool,
-    Source,
-    begins,
-    chosen_stack,
-    range_of,
-    sides,
-    view,
-)
-from fusion_bench.problems import FusionBenchError, within
+from fusion_bench.method.slice_sources import SlicePool, Source, sides, view
+from fusion_bench.method.slices import BASE, COMMON, Slice, begins, chosen_stack, range_of
+from fusion_bench.problems import FusionBenchError, Problem, Problems, key_of, within
 from fusion_bench.weights import Config, Layers, Model, Stacked, TensorSpec, Weights, first_of
 from fusion_bench.weights.blueprint import Blueprint, Run, differences, restacked, states
 
@@ -27,6 +17,9 @@ from fusion_bench.weights.blueprint import Blueprint, Run, differences, restacke
 _UNLIKE = re.compile(
     r"first_k|_freq$|_step$|_period$|_offset$|interval|only_layers|_index$|groups?$"
 )
+#: Keys of a config, and kinds of models, whose layers compute with their own numbers.
+_BY_DEPTH = re.compile(r"by_inverse_layer_idx$")
+_KINDS_BY_DEPTH = ("diffllama",)
 
 
 def reference_of(pool: ModelPool) -> str:
@@ -207,6 +200,22 @@ class Stack:
             told.append(f"{named}layers {slices} → {count} {'layer' if count == 1 else 'layers'}")
         return "; ".join(told)
 
+    def warnings(self) -> Iterator[str]:
+        """Yield what layers compute otherwise where they are deeper or less deep than they were."""
+        first: dict[str, int] = {}
+        for part in self._layered:
+            start = first.get(part.stack, 0)
+            layers = next(iter(part.layers.values()))
+            first[part.stack] = start + len(layers)
+            config = self.reference.model.config or {}
+            keys = [key for key, value in config.items() if _BY_DEPTH.search(key) and value]
+            keys += ["model_type"] * (config.get("model_type") in _KINDS_BY_DEPTH)
+            for key in keys if any(own.start != start for own in part.layers.values()) else ():
+                yield (
+                    f"{key_of(part.slice.place)}: with {key}={config[key]} a layer computes "
+                    "otherwise at another depth; these will be at others than they were trained at."
+                )
+
     def config(self) -> Config | None:
         """Return the new model's config.
 
@@ -301,3 +310,33 @@ def _matched(stored: Sequence[str], drawn: Sequence[str]) -> dict[str, str]:
 
 def _numbers(layers: range) -> str:
     return f"{layers.start}–{layers.stop - 1}" if len(layers) > 1 else f"{layers.start}"
+
+
+def refuse_other_widths(pool: ModelPool) -> None:
+    """Refuse models whose layers have tensors of other shapes; no weight is read.
+
+    Raises:
+        FusionBenchError: with the first such tensor of each model.
+    """
+    own = reference_of(pool)
+    shapes: dict[tuple[str, str], dict[tuple[int, ...], str]] = {}
+    problems = Problems()
+    for name in dict.fromkeys([own, *pool.model_names]):
+        weights = pool.weights(name)
+        layers = Layers(weights)
+        for key in weights:
+            place, shape = layers.place(key), weights.spec(key).shape
+            if place is None:
+                continue
+            known = shapes.setdefault((place.stack, place.rest), {})
+            if name == own:
+                known.setdefault(shape, key)
+            elif known and shape not in known:
+                (wanted, other), *_ = known.items()
+                reason = (
+                    f"its '{key}' is {list(shape)}, and '{other}' of '{own}' is {list(wanted)}. "
+                    "Layers of models of different sizes fit in no model."
+                )
+                problems.add([Problem((name,), reason, "Choose models of one size.")])
+                break
+    problems.raise_all()

@@ -4,6 +4,7 @@ Each slice is merged by a method of its own. With copied slices that is depth up
 Kim et al., Simple yet effective depth up-scaling, https://arxiv.org/abs/2312.15166
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from fusion_bench.weights import Model, Weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
 
 
 class StackedLayers:
@@ -68,6 +71,8 @@ class StackedLayers:
             with _placed(part.slice):
                 part.slice.method.check_pool(part.pool)
         stack.config()
+        for warning in stack.warnings():
+            log.warning(warning)
 
     def methods(self, pool: ModelPool) -> list[tuple[FusionMethod, ModelPool, Place]]:
         """Return the method of each slice, the layers that it merges, and its place."""
