@@ -33,7 +33,7 @@ from fusion_bench.programs.execute import execute, fused_modules
 from fusion_bench.programs.preflight import preflight
 from fusion_bench.programs.prepare import Prepared, prepare
 from fusion_bench.programs.spec import FusionSpec, Places, Section
-from fusion_bench.recipes import first_model, named_after, read_text
+from fusion_bench.recipes import first_model, named_after, read_text, told_in_recipe
 from fusion_bench.redact import secret_keys
 from fusion_bench.report import Report
 from fusion_bench.scripts.from_python import run_config, section
@@ -148,16 +148,15 @@ def merge(
     with _by_argument(
         {("merged_model_save_path",): ("out",), ("models", "_pretrained_"): ("base",)}
     ):
-        text = None
-        node: Section
-        pool: Section
+        parts = None
         if recipe is not None:
             decided = {"models": models, "base": base, "method": method, "tokenizer": tokenizer}
-            made = _of_recipe(recipe, {**decided, **options}, policy, seed)
-            node, pool, text = made.method, made.modelpool, made.recipe
+            parts = _of_recipe(recipe, {**decided, **options}, policy, seed)
+            node, pool = cast("tuple[Section, Section]", (parts.method, parts.modelpool))
         else:
             method = "simple_average" if method is None else method
             node, pool = _of_models(models, base, method, tokenizer, policy, seed, options)
+        named = Places(method=() if isinstance(method, str) else ("method",), modelpool=())
         spec = FusionSpec(
             method=node,
             modelpool=pool,
@@ -167,14 +166,15 @@ def merge(
             merged_model_save_path=None if out is None else fspath(out),
             overwrite=overwrite,
             similarity=False,
-            recipe=text,
-            places=Places(method=() if isinstance(method, str) else ("method",), modelpool=()),
+            recipe=None if parts is None else parts.recipe,
+            places=named if parts is None else Places(),
         )
-        prepared, plan = _planned(spec)
-        if out is not None:
-            execute(prepared, plan)
-            return Path(out)
-        merged = fused_modules(prepared, plan)
+        with told_in_recipe({} if parts is None else parts.places, "recipe"):
+            prepared, plan = _planned(spec)
+            if out is not None:
+                execute(prepared, plan)
+                return Path(out)
+            merged = fused_modules(prepared, plan)
         if len(merged) > 1:
             raise ConfigError(
                 f"missing; the method makes several models ({', '.join(merged)}).",
@@ -357,10 +357,11 @@ def _of_recipe(
     ).raise_all()
     file = fspath(recipe)
     with within("recipe"):
-        first = first_model(read_text(Path(file).expanduser()))
+        first, place = first_model(read_text(Path(file).expanduser()))
     if isinstance(policy, MergePolicy):
         policy = {name: getattr(policy, name) for name in MergePolicy.options()}
-    node = pool_node({"model": first}, heads=True)
+    with told_in_recipe({("models", "model"): place}, "recipe"):
+        node = pool_node({"model": first}, heads=True)
     return sections(file, {**node, "_recursive_": False, "policy": policy}, seed)
 
 

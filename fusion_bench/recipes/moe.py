@@ -1,11 +1,19 @@
 """Recipes of mergekit for mixtures of experts, translated to configs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
-from fusion_bench.problems import ConfigError, FusionBenchError, Problem, Problems, did_you_mean
+from fusion_bench.problems import (
+    ConfigError,
+    FusionBenchError,
+    Place,
+    Problem,
+    Problems,
+    did_you_mean,
+)
 from fusion_bench.recipes.document import Reference
 from fusion_bench.recipes.names import named_after
+from fusion_bench.recipes.places import Places
 from fusion_bench.recipes.reading import ALIASES, DTYPES
 
 Node = dict[str, object]
@@ -43,8 +51,8 @@ def is_mixture(node: object) -> TypeGuard[Mapping[str, object]]:
 
 def mixture(
     node: Mapping[str, object], pool: Mapping[str, object], names: Mapping[str, str]
-) -> tuple[Node, Node, tuple[str, ...]]:
-    """Return the nodes of the method and of the pool, and what is surprising.
+) -> tuple[Node, Node, tuple[str, ...], Places]:
+    """Return the nodes of the method and of the pool, what is surprising, and the places.
 
     Args:
         node: the document.
@@ -66,8 +74,8 @@ class _Mixture:
         self._problems = Problems()
         self._notes: list[str] = []
 
-    def translated(self, pool: Mapping[str, object]) -> tuple[Node, Node, tuple[str, ...]]:
-        """Return method, pool and notes.
+    def translated(self, pool: Mapping[str, object]) -> tuple[Node, Node, tuple[str, ...], Places]:
+        """Return method, pool, notes and places.
 
         Raises:
             FusionBenchError: all mistakes.
@@ -107,7 +115,7 @@ class _Mixture:
         if shared:
             own, more = shared[0]
             method["shared_expert"] = {"model": called[own], **more}
-        return method, modelpool, tuple(self._notes)
+        return method, modelpool, tuple(self._notes), dict(_places(experts, shared, called))
 
     def _experts(self, key: str) -> list[tuple[Reference, Node]]:
         nodes, found = self._node.get(key), list[tuple[Reference, Node]]()
@@ -167,6 +175,30 @@ class _Mixture:
         if name not in DTYPES:
             raise ConfigError(f"'{node}' is no type of weights.", did_you_mean(name, DTYPES))
         return name
+
+
+def _places(
+    experts: list[tuple[Reference, Node]],
+    shared: list[tuple[Reference, Node]],
+    called: Mapping[Reference, str],
+) -> Iterator[tuple[Place, Place]]:
+    """Yield keys of the config, and where in the document they come from."""
+    yield ("modelpool", "models", _BASE), ("base_model",)
+    yield ("modelpool", "policy", "dtype"), ("dtype",)
+    plain = {"gate": "gate_mode", "state": "gate_mode", "layout": "architecture"}
+    for ours, theirs in (plain | {"experts_per_token": "experts_per_token"}).items():
+        yield ("method", ours), (theirs,)
+    listed: list[tuple[Place, Place, Reference]]
+    listed = [(("method", "experts", i), ("experts", i), own[0]) for i, own in enumerate(experts)]
+    if shared:
+        listed.append((("method", "shared_expert"), ("shared_experts", 0), shared[0][0]))
+    for place, theirs_at, reference in reversed(listed):  # the first of a model counts
+        yield place, theirs_at
+        yield (*place, "model"), (*theirs_at, "source_model")
+        for theirs, ours in _RENAMED.items():
+            yield (*place, ours), (*theirs_at, theirs)
+        if called[reference] != _BASE:
+            yield ("modelpool", "models", called[reference]), (*theirs_at, "source_model")
 
 
 def _options(node: Mapping[str, object]) -> Node:

@@ -25,9 +25,9 @@ from fusion_bench.recipes.levels import (
 )
 from fusion_bench.recipes.methods import IGNORED, METHODS, Method
 from fusion_bench.recipes.names import named_after
+from fusion_bench.recipes.places import BASE, of_stage, places_of
 
 _METHODS = "fusion_bench.method."
-BASE = "_pretrained_"
 
 Node = dict[str, object]
 
@@ -41,12 +41,14 @@ class Translated:
         modelpool: the node of the pool.
         notes: what is surprising.
         filters: each filter with the key where it stands.
+        places: keys of the config, and where in the recipe they come from.
     """
 
     method: Node
     modelpool: Node
     notes: tuple[str, ...]
     filters: tuple[tuple[str, str], ...] = ()
+    places: Mapping[Place, Place] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     filters: list[tuple[str, str]] = field(default_factory=list)
     _models: dict[str, object] = field(default_factory=dict)
+    _inner: dict[Place, Place] = field(default_factory=dict)
 
     def whole(self) -> Translated:
         """Return the document as a config.
@@ -75,12 +78,10 @@ class Translation:
         parts = [part for module in recipe.modules for part in module.slices[:1]]
         models = [[source.model for source in part.sources] for part in parts]
         alike = all(own == models[0] for own in models)
-        if alike and all(module.whole for module in recipe.modules):
-            method = self._merged()
-        else:
-            method = self._stacked()
+        stacked = not alike or not all(module.whole for module in recipe.modules)
+        method = self._stacked() if stacked else self._merged()
         if recipe.base is not None:
-            self._models = {BASE: self._node(recipe.base), **self._models}
+            self._models = {BASE: self._node(recipe.base, BASE), **self._models}
         pool = {**self.pool, "models": self._models}
         if (dtype := recipe.out_dtype or recipe.dtype) is not None:
             pool["policy"] = {"dtype": dtype}
@@ -90,7 +91,8 @@ class Translation:
             pool["chat_template"] = recipe.chat_template
         pool["models"] = self._models
         self.problems.raise_all()
-        return Translated(method, pool, tuple(self.notes), tuple(self.filters))
+        places = places_of(recipe, self._names, stacked=stacked) | self._inner
+        return Translated(method, pool, tuple(self.notes), tuple(self.filters), places)
 
     @property
     def _method(self) -> Method:
@@ -158,7 +160,9 @@ class Translation:
             for module, part in zip(recipe.modules, wholes, strict=True)
         ]
         names = [self._names[source.model] for source in parts[0][2]]
-        self._models |= {self._names[s.model]: self._node(s.model) for s in parts[0][2]}
+        for source in parts[0][2]:
+            name = self._names[source.model]
+            self._models[name] = self._node(source.model, name)
         chains = self._chains(names, parts)
         return self._method_node(names, chains)
 
@@ -313,7 +317,7 @@ class Translation:
                 merged.append(name)
             if source in taking or not module.whole:
                 models[name] = None if source.layers is None else list(source.layers)
-                self._models[name] = self._node(source.model)
+                self._models[name] = self._node(source.model, name)
         node: Node = {"models": models}
         if compared and base is not None:
             if not module.whole and all(source.model != base for source in part.sources):
@@ -332,11 +336,13 @@ class Translation:
 
     # Models and tokens.
 
-    def _node(self, reference: Reference) -> object:
-        """Return how the pool names a model."""
+    def _node(self, reference: Reference, called: str) -> object:
+        """Return how the pool names a model, which it calls so."""
         stage = self.stages.get(reference.path) if reference.revision is None else None
         whole: object = reference.name
         if stage is not None:
+            below = called if reference.adapter is None else f"_{reference.path.strip('_')}_"
+            self._inner |= of_stage(below, stage.places)
             whole = {
                 "_target_": "fusion_bench.modelpool.MergedModel",
                 "modelpool": stage.modelpool,
@@ -345,9 +351,8 @@ class Translation:
         if reference.adapter is None:
             return whole
         if stage is not None:
-            name = f"_{reference.path.strip('_')}_"
-            self._models[name] = whole
-            whole = name
+            self._models[below] = whole
+            whole = below
         return {"path": reference.adapter_name, "base": whole}
 
     def _tokenizer(self, given: Tokenizer) -> object:
@@ -382,7 +387,7 @@ class Translation:
             return name
         if reference == self.recipe.base:
             return BASE
-        self._models[f"_{name}_"] = self._node(reference)
+        self._models[f"_{name}_"] = self._node(reference, f"_{name}_")
         return f"_{name}_"
 
     def _wrong(self, place: Place, reason: str, remedy: str = "") -> None:

@@ -6,25 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from fusion_bench.command import overrides
-from fusion_bench.problems import ConfigError, Problem, Problems, within
+from fusion_bench.problems import ConfigError, Place, Problem, Problems, within
 from fusion_bench.recipes import read_text, translate
 
 #: Options that are no part of what a method computes.
 _SHOWN = ("show_pbar", "inplace")
 
 
-def take_recipe(settings: dict[str, Any]) -> None:
+def take_recipe(settings: dict[str, Any]) -> Mapping[Place, Place]:
     """Replace ``method`` and the models of a config by those of the recipe that it names.
 
     What the config says of the pool besides its models, such as its policy, stays. ``recipe``
     becomes the text, which a report records; a text is left as it is.
+
+    Returns:
+        Keys of the config, and where in the recipe they come from.
 
     Raises:
         FusionBenchError: mistakes in the recipe, with their places in it.
     """
     name = settings.get("recipe")
     if name is None or "\n" in str(name):
-        return
+        return {}
     _refuse_overrides()
     pool = settings.get("modelpool")
     pool = dict(pool) if isinstance(pool, Mapping) else {}
@@ -34,15 +37,24 @@ def take_recipe(settings: dict[str, Any]) -> None:
     settings["modelpool"] = made.modelpool
     settings["method"] = {**made.method, **shown}
     settings["recipe"] = made.recipe
+    return made.places
 
 
 @dataclass(frozen=True)
 class Sections:
-    """What a recipe says, as parts of a config: the method, the pool, and the recipe's text."""
+    """What a recipe says, as parts of a config.
+
+    Attributes:
+        method: the node of the method.
+        modelpool: the node of the pool.
+        recipe: the recipe's text.
+        places: keys of the config, and where in the recipe they come from.
+    """
 
     method: dict[str, Any]
     modelpool: dict[str, Any]
     recipe: str
+    places: Mapping[Place, Place]
 
 
 def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
@@ -69,7 +81,12 @@ def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
     whole: dict[str, Any] = {**own, **theirs, "policy": {**policy, **made, **given}}
     if seed is not None:
         _seed(whole["models"], seed)
-    return Sections(dict(translated.method), whole, text if "\n" in text else f"{text}\n")
+    return Sections(
+        dict(translated.method),
+        whole,
+        text if "\n" in text else f"{text}\n",
+        translated.places,
+    )
 
 
 def _names(models: object) -> dict[str, str]:

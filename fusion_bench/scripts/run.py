@@ -38,6 +38,7 @@ from fusion_bench.problems import (
     chain,
     did_you_mean,
 )
+from fusion_bench.recipes import told_in_recipe
 from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import to_container, yaml_of
 from fusion_bench.scripts.hydra_version import check_hydra
@@ -205,7 +206,12 @@ def run_settings(settings: dict[str, Any], output_dir: str | None, parts: Shared
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
     _take_out_theirs(settings)
-    take_recipe(settings)
+    places = take_recipe(settings)
+    with told_in_recipe(places, "recipe"):
+        return _run_settings(settings, output_dir, parts)
+
+
+def _run_settings(settings: dict[str, Any], output_dir: str | None, parts: SharedObjects) -> object:
     # For a program without this key it was about the folder alone.
     looked_at = {key: value for key, value in settings.items() if key != "overwrite"}
     Problems(precheck.problems(looked_at)).raise_all()

@@ -177,7 +177,7 @@ def test_an_adapter_on_a_stage() -> None:
     assert isinstance(models, dict)
     assert models["lora"] == {"path": "x/lora", "base": "_one_"}
     assert models["_one_"]["_target_"] == "fusion_bench.modelpool.MergedModel"
-    assert first_model(text) == "x/a"
+    assert first_model(text)[0] == "x/a"
 
 
 MODULES = """
