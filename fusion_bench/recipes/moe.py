@@ -27,13 +27,15 @@ _EXPERT = (
     *("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale"),
     "model",
 )
-_RENAMED = {
+#: What an expert has, by mergekit's names.
+RENAMED = {
     "positive_prompts": "positive_prompts",
     "negative_prompts": "negative_prompts",
     "noise_scale": "noise",
     "residual_scale": "scale",
 }
-_GATES: Mapping[str, Node] = {
+#: mergekit's gates.
+GATES: Mapping[str, Node] = {
     "hidden": {"gate": "hidden", "state": "last"},
     "hidden_last": {"gate": "hidden", "state": "last"},
     "hidden_avg": {"gate": "hidden", "state": "mean"},
@@ -41,7 +43,8 @@ _GATES: Mapping[str, Node] = {
     "random": {"gate": "random"},
     "uniform_random": {"gate": "random"},
 }
-_LAYOUTS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+#: mergekit's names of layouts.
+LAYOUTS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 
 
 def is_mixture(node: object) -> TypeGuard[Mapping[str, object]]:
@@ -92,7 +95,7 @@ class _Mixture:
                 raise ConfigError("there are several.", "Name one; no layout has more.")
         method: Node = {
             "_target_": "fusion_bench.method.MixtureOfExperts",
-            **self._choice("gate_mode", "hidden", _GATES),
+            **self._choice("gate_mode", "hidden", GATES),
             **self._layout(),
             "experts_per_token": self._node.get("experts_per_token", 2),
         }
@@ -163,7 +166,7 @@ class _Mixture:
     def _layout(self) -> Node:
         if self._node.get("architecture") is None:
             return {}
-        known: dict[str, Node] = {name: {"layout": own} for name, own in _LAYOUTS.items()}
+        known: dict[str, Node] = {name: {"layout": own} for name, own in LAYOUTS.items()}
         return self._choice("architecture", "", known)
 
     def _dtype(self) -> str | None:
@@ -195,7 +198,7 @@ def _places(
     for place, theirs_at, reference in reversed(listed):  # the first of a model counts
         yield place, theirs_at
         yield (*place, "model"), (*theirs_at, "source_model")
-        for theirs, ours in _RENAMED.items():
+        for theirs, ours in RENAMED.items():
             yield (*place, ours), (*theirs_at, theirs)
         if called[reference] != _BASE:
             yield ("modelpool", "models", called[reference]), (*theirs_at, "source_model")
@@ -203,7 +206,7 @@ def _places(
 
 def _options(node: Mapping[str, object]) -> Node:
     """Return what an expert says besides its model; empty prompts stand for none."""
-    found = {ours: node[own] for own, ours in _RENAMED.items() if node.get(own) is not None}
+    found = {ours: node[own] for own, ours in RENAMED.items() if node.get(own) is not None}
     for key, value in found.items():
         if isinstance(value, list):
             found[key] = [text for text in value if text != ""]

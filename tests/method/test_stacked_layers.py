@@ -1,5 +1,6 @@
 """Stacked layers, against stacks built by hand in float64."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -533,6 +534,27 @@ def test_one_of_two_stacks(tmp_path: Path, stack: str, key: str, from_b: str) ->
     assert counts == {"num_layers": 4, "num_decoder_layers": 4, key: 6}
     assert {name for name, owner in owners(made).items() if owner == "b"} == {from_b}
     reloaded(pool, made, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stack", ["encoder.block", "decoder.block"])
+def test_the_other_stack_s_number_is_written_where_it_went_without_saying(
+    tmp_path: Path, stack: str
+) -> None:
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=4, num_heads=2, vocab_size=40)
+    models = written(tmp_path, "T5ForConditionalGeneration", config, config)
+    for folder in models.values():
+        file = Path(folder) / "config.json"
+        said = json.loads(file.read_text("utf-8"))
+        assert said.pop("num_decoder_layers") == 4
+        file.write_text(json.dumps(said), encoding="utf-8")
+    pool = HFModelPool(models, "AutoModelForSeq2SeqLM")
+    made = stacked(pool, [{**own, "stack": stack} for own in TWO])
+    reloaded(pool, made, tmp_path / "out")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    depths = len(loaded.encoder.block), len(loaded.decoder.block)
+    assert depths == ((6, 4) if stack == "encoder.block" else (4, 6))
 
 
 def test_biases_of_positions_stay_with_the_first_layer(tmp_path: Path) -> None:
