@@ -4,7 +4,6 @@ Libraries read every file with a name that they know. So each such file is check
 library reads the folder.
 """
 
-import os
 import re
 import stat
 from pathlib import Path, PurePosixPath
@@ -149,7 +148,7 @@ def check_folder(directory: Path) -> None:
         ConfigError: one of them may not be read.
     """
     try:
-        there = {name.casefold() for name in os.listdir(directory)}
+        there = {file.name.casefold() for file in directory.iterdir()}
     except OSError:  # whoever reads a file there tells more
         return
     for name in KNOWN:  # file systems may ignore case
