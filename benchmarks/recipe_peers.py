@@ -1,6 +1,6 @@
 """Runs commands of one program, a list of words in JSON a line; answers with the seconds.
 
-python recipe_peers.py ours
+python recipe_peers.py fusion_bench
 python recipe_peers.py mergekit
 """
 
@@ -45,7 +45,7 @@ def to_the_disk(words: list[str]) -> None:
 if __name__ == "__main__":
     say = os.fdopen(os.dup(1), "w")  # the libraries may print what they like elsewhere
     os.dup2(2, 1)
-    work = {"ours": ours, "mergekit": mergekit}[sys.argv[1]]
+    work = {"fusion_bench": ours, "mergekit": mergekit}[sys.argv[1]]
     for line in sys.stdin:
         command = json.loads(line)
         start = time.perf_counter()

@@ -4,11 +4,13 @@
     python benchmarks/recipes.py --small     # small files, without mergekit unless it is given
 
 The models are made on the spot: a Llama with random weights, and others that are a step away from
-it. Both programs run the same file of YAML in a process of their own, which has imported all that
-it needs; the first round warms up and does not count. Each merge ends when its files are on the
-disk. Then the two results are compared: ``difference`` is the largest one, in steps of the output's
-type (1 is its rounding), and the share of the elements that are further apart. Changes of bfloat16
-models have many equal magnitudes, of which TIES and Breadcrumbs keep others here than there.
+it. Both programs run the same file of YAML: as a command that is typed, with all that it imports,
+and once more in a process of their own which has imported all that it needs (``warm``); there the
+first round warms up and does not count. Each merge ends when its files are on the disk. Memory is
+the most anonymous memory of the typed command. Then the two results are compared: ``difference`` is
+the largest one, in steps of the output's type (1 is its rounding), and the share of the elements
+that are further apart. Changes of bfloat16 models have many equal magnitudes, of which TIES and
+Breadcrumbs keep others here than there.
 Methods that draw random masks are not compared. Rows that the file of ``--json`` has are kept.
 """
 
@@ -21,18 +23,27 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import alternate, publish
+from measure import alternate, publish, ratio
+from recipe_peers import to_the_disk
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from fusion_bench.weights import TensorWeights, open_checkpoint
 
+#: The scripts of mergekit's commands.
+SCRIPTS = {
+    "run_yaml": "mergekit-yaml",
+    "extract_lora": "mergekit-extract-lora",
+    "moe": "mergekit-moe",
+}
 #: So many elements of noise are drawn; larger tensors repeat them, to be quick.
 NOISE = 2**22
 #: Tokens that only the second model has.
@@ -67,9 +78,13 @@ def main() -> None:
             for name, own in written(models, root).items()
             if not arguments.only or name in arguments.only
         }
-        programs = {"fusion_bench": stack.enter_context(program(sys.executable, "ours"))}
+        pythons = {"fusion_bench": sys.executable}
         if arguments.peer:
-            programs["mergekit"] = stack.enter_context(program(arguments.peer, "mergekit"))
+            pythons["mergekit"] = arguments.peer
+        programs = {
+            name: Program(python, stack.enter_context(process(python, name)))
+            for name, python in pythons.items()
+        }
         table: dict[str, Any] = {}
         if arguments.json and arguments.json.exists():  # a run that was stopped goes on
             table = json.loads(arguments.json.read_text())["recipe"]
@@ -198,7 +213,10 @@ def written(models: Models, root: Path) -> dict[str, dict[str, list[str]]]:
         "mergekit": ["extract_lora", *extraction],
     }
     file = root / "moe.yaml"
-    experts = [{"source_model": model, "positive_prompts": ["w5"]} for model in (a, b)]
+    experts = [
+        {"source_model": model, "positive_prompts": [word]}
+        for model, word in ((a, "w5"), (b, "w6"))
+    ]
     file.write_text(
         json.dumps(
             {"base_model": base, "gate_mode": "cheap_embed", "dtype": "bfloat16",
@@ -213,53 +231,62 @@ def written(models: Models, root: Path) -> dict[str, dict[str, list[str]]]:
 
 
 @contextmanager
-def program(python: str, name: str) -> Iterator["Program"]:
+def process(python: str, name: str) -> Iterator["subprocess.Popen[str]"]:
     """Start a process that runs one command after the other."""
     script = Path(__file__).with_name("recipe_peers.py")
     with subprocess.Popen(
         [python, str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield Program(process)
-        assert process.stdin
-        process.stdin.close()
+    ) as started:
+        yield started
+        assert started.stdin
+        started.stdin.close()
 
 
 class Program:
-    """A process that merges, watched from outside.
+    """A program that merges, as a command or in a process that is there already.
 
     Attributes:
-        peaks: the most anonymous memory of each command beside what the process had, in bytes.
+        peaks: the most anonymous memory of each command that was typed, in bytes.
     """
 
-    def __init__(self, process: "subprocess.Popen[str]"):
+    def __init__(self, python: str, process: "subprocess.Popen[str]"):
+        self._scripts = Path(python).parent
         self._process = process
         self.peaks: list[int] = []
 
-    def run(self, words: list[str]) -> float:
-        """Run a command and return its seconds."""
+    def warm(self, words: list[str]) -> float:
+        """Run a command in the process that is there, and return its seconds."""
         assert self._process.stdin and self._process.stdout
-        before, most, done = self._anonymous(), 0, threading.Event()
+        self._process.stdin.write(json.dumps(words) + "\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
 
-        def sample() -> None:
-            nonlocal most
-            while not done.wait(0.005):
-                most = max(most, self._anonymous())
-
-        thread = threading.Thread(target=sample)
-        thread.start()
-        try:
-            self._process.stdin.write(json.dumps(words) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        finally:
+    def typed(self, words: list[str]) -> float:
+        """Run a command as it is typed, and return its seconds."""
+        start = time.perf_counter()
+        script, *rest = words if words[0] in SCRIPTS else ["fusion_bench", *words]
+        command = [str(self._scripts / SCRIPTS.get(script, script)), *rest]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as running:
+            done = threading.Event()
+            sampler = threading.Thread(target=self._sample, args=(running.pid, done))
+            sampler.start()
+            said = running.communicate()[1]
             done.set()
-            thread.join()
-        self.peaks.append(most - before)
-        return float(answer)
+            sampler.join()
+        if running.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{said}")
+        to_the_disk(words)
+        return time.perf_counter() - start
 
-    def _anonymous(self) -> int:
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    def _sample(self, pid: int, done: threading.Event) -> None:
+        most = 0
+        while not done.wait(0.005):
+            with suppress(OSError, IndexError):  # it has just ended
+                status = Path(f"/proc/{pid}/status").read_text()
+                most = max(most, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
+        self.peaks.append(most)
 
 
 def measured(
@@ -274,23 +301,22 @@ def measured(
     for running in programs.values():
         running.peaks.clear()
 
-    def work(own: str) -> Callable[[], float]:
-        command = [word.replace("{out}", str(outputs[own])) for word in words[own]]
+    def contestants(how: str) -> dict[str, Callable[[], float]]:
+        return {own: partial(run, own, getattr(programs[own], how)) for own in programs}
 
-        def run() -> float:
-            shutil.rmtree(outputs[own], ignore_errors=True)
-            return programs[own].run(command)
+    def run(own: str, how: Callable[[list[str]], float]) -> float:
+        shutil.rmtree(outputs[own], ignore_errors=True)
+        return how([word.replace("{out}", str(outputs[own])) for word in words[own]])
 
-        return run
-
-    times = alternate({own: work(own) for own in programs}, rounds)
     row: dict[str, Any] = {}
-    for own, running in programs.items():
-        row[f"{own}, s"] = round(statistics.median(times[own]), 2)
-        row[f"{own}, MB"] = round(max(running.peaks) / 1e6)
+    for how, mark in (("warm", ", warm"), ("typed", "")):
+        times = alternate(contestants(how), rounds, warm=how == "typed")
+        found = {f"{own}{mark}, s": round(statistics.median(times[own]), 2) for own in programs}
+        if "mergekit" in programs:
+            found[f"times as fast{mark}"] = ratio(times, "mergekit", "fusion_bench")
+        row = found | row
+    row |= {f"{own}, MB": round(max(running.peaks) / 1e6) for own, running in programs.items()}
     if "mergekit" in programs:
-        pairs = zip(times["mergekit"], times["fusion_bench"], strict=True)
-        row["times as fast"] = round(statistics.median(one / other for one, other in pairs), 1)
         row["difference"] = "random" if name in RANDOM else difference(*outputs.values())
     for output in outputs.values():
         shutil.rmtree(output, ignore_errors=True)
@@ -305,6 +331,8 @@ def difference(one: Path, other: Path) -> str:
     largest = 0.0
     apart = count = 0
     ours, theirs = (opened(place) for place in (one, other))
+    if set(ours) != set(theirs):  # experts are saved one by one, or together
+        ours, theirs = (loaded(place) for place in (one, other))
     if missing := sorted(set(ours) ^ set(theirs)):
         return f"other entries: {missing[0]}"
     rows = same_rows(one, other)
@@ -336,6 +364,13 @@ def opened(place: Path) -> TensorWeights:
     index, adapter = place / "model.safetensors.index.json", place / "adapter_model.safetensors"
     file = next((own for own in (index, adapter) if own.exists()), place / "model.safetensors")
     return open_checkpoint(file)
+
+
+def loaded(place: Path) -> TensorWeights:
+    """Return the entries of a model as transformers names them."""
+    from transformers import AutoModelForCausalLM
+
+    return TensorWeights(AutoModelForCausalLM.from_pretrained(place).state_dict())
 
 
 if __name__ == "__main__":

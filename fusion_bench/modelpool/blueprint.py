@@ -90,6 +90,8 @@ def _in_order_of_use(module: "PreTrainedModel", keys: Sequence[str]) -> list[str
     defined in front of them. So the module computes something, as far as that can be done without
     numbers. What it does not come to stays behind the rest.
     """
+    layers = Layers(keys)
+    inside = _answer_like_the_first(module, layers)
     used: dict[str, int] = {}
 
     def notice(name: str, module: nn.Module, args: object) -> None:
@@ -100,11 +102,42 @@ def _in_order_of_use(module: "PreTrainedModel", keys: Sequence[str]) -> list[str
     with torch.no_grad(), torch.device("meta"), suppress(Exception):
         module.set_attn_implementation("eager")  # which looks at no number of a mask
         module(**_inputs(module))
-    layers = Layers(keys)
-    owners = {key: key.rpartition(".")[0] for key in keys}
-    if not any(layers.place(key) and owners[key] in used for key in keys):
-        return list(keys)
-    return sorted(keys, key=lambda key: used.get(owners[key], len(used)))
+
+    def turn(key: str) -> tuple[int, int]:
+        layer, like = inside.get(key, (key.rpartition(".")[0], key))
+        own = used.get(like.rpartition(".")[0], len(used))
+        return (used[layer], own) if layer in used else (len(used), 0)
+
+    came_to = any(layers.place(key) and turn(key)[0] < len(used) for key in keys)
+    return sorted(keys, key=turn) if came_to else list(keys)
+
+
+def _answer_like_the_first(module: nn.Module, layers: Layers) -> dict[str, tuple[str, str]]:
+    """Let the first layer compute for those that have its class and shapes, to be quick.
+
+    Returns:
+        For each entry of these layers, its layer and the first layer's entry of the same place.
+    """
+    inside: dict[str, tuple[str, str]] = {}
+    for stack, (first, *others) in layers.stacks.items():
+        one = module.get_submodule(f"{stack}.{first}")
+        form = {key: tensor.shape for key, tensor in one.state_dict().items()}
+        answers: list[object] = []
+        for number in (first, *others):
+            name = f"{stack}.{number}"
+            other = module.get_submodule(name)
+            shapes = {key: tensor.shape for key, tensor in other.state_dict().items()}
+            if type(other) is not type(one) or shapes != form:
+                continue
+            inside |= {f"{name}.{key}": (name, f"{stack}.{first}.{key}") for key in form}
+            if other is not one:
+                other.forward = partial(_answer, answers)
+        one.register_forward_hook(lambda *call, answers=answers: answers.append(call[-1]))
+    return inside
+
+
+def _answer(answers: list[object], *args: object, **kwargs: object) -> object:
+    return answers[-1]
 
 
 def _inputs(module: "PreTrainedModel") -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 from rich import box
@@ -17,7 +17,6 @@ from rich.text import Text
 
 from fusion_bench.report.figures import PERCENT, with_stderr
 from fusion_bench.report.page import render
-from fusion_bench.report.pictures import Line, panels_of_curves, standalone
 from fusion_bench.report.schema import MetricInfo, Run, Strict, TaskResult, read_model
 from fusion_bench.report.schema_1 import lifted_study
 from fusion_bench.report.scores import metric_info
@@ -25,6 +24,9 @@ from fusion_bench.report.table import markdown_table
 from fusion_bench.results import ACCURACY, normalized
 from fusion_bench.storage import write_text
 from fusion_bench.tasks import canonical_name
+
+if TYPE_CHECKING:
+    from fusion_bench.report.pictures import Line
 
 Normalizer = Literal["expert", "base", "none"]
 Side = Literal["held_in", "held_out"]
@@ -178,6 +180,8 @@ class Study(Strict):
 
     def pictures(self) -> dict[Side, str]:
         """Return each side's curves as SVG: one panel per base, one line per method."""
+        from fusion_bench.report.pictures import panels_of_curves
+
         return {
             side: panels_of_curves(
                 {base: self._lines(base, side) for base in self.bases},
@@ -190,7 +194,9 @@ class Study(Strict):
             if any(point.side == side for point in self.points)
         }
 
-    def _lines(self, base: str, side: Side) -> list[Line]:
+    def _lines(self, base: str, side: Side) -> "list[Line]":
+        from fusion_bench.report.pictures import Line
+
         methods = dict.fromkeys(merge.method for merge in self.merges)
         lines = []
         for method in methods:
@@ -244,6 +250,8 @@ class Study(Strict):
     def save(self, directory: Path) -> None:
         """Write ``study.html``, ``.md`` and ``.json``, and each side's curves as SVG."""
         from markupsafe import Markup
+
+        from fusion_bench.report.pictures import standalone
 
         pictures = self.pictures()
         values = {"study": self, "pictures": {side: Markup(p) for side, p in pictures.items()}}

@@ -8,6 +8,7 @@ from fusion_bench import __version__
 from fusion_bench.command import file_as_options, typed
 from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.scripts import verbs
+from fusion_bench.scripts.lightning_alone import import_fabric_alone
 from fusion_bench.scripts.process import leave_working_directory, plain_messages
 from fusion_bench.shown import set_up_streams
 
@@ -35,6 +36,7 @@ def main() -> None:
             print(f"fusion_bench {__version__}")
         else:
             leave_working_directory()
+            import_fabric_alone()
             sys.exit(_run(words, show_traceback))
 
 

@@ -19,8 +19,8 @@ from fusion_bench.weights.lapack import eigenvectors
 NEGLIGIBLE = 1e-6
 #: Down to this share of the largest singular value a Gram matrix gives vectors to 1e-6.
 RESOLVED = 1e-5
-#: Elements of a vector that are converted to float64 at a time; those of some models fit the cache.
-_AT_ONCE = 2**14
+#: Elements of a vector that are converted to float64 at a time.
+_AT_ONCE = 2**16
 #: Columns that are converted to float64 at a time, and rows of a product that are computed at once.
 _COLUMNS, _ROWS = 4096, 256
 
@@ -33,10 +33,14 @@ def is_matrix(key: str, shape: Sequence[int], exclude_keys: Iterable[str] = ()) 
 def inner_products(vectors: Sequence[Tensor]) -> Tensor:
     """Return the inner products of all pairs of tensors taken as vectors, in float64."""
     flat = [vector.reshape(-1) for vector in vectors]
-    result = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=_place(flat[0]))
-    for start in range(0, len(flat[0]), _AT_ONCE):
-        rows = wide(torch.stack([vector[start : start + _AT_ONCE] for vector in flat]))
-        result.addmm_(rows, rows.T)
+    count, place = len(flat), _place(flat[0])
+    result = torch.zeros(count, count, dtype=torch.float64, device=place)
+    rows = torch.empty(count, min(len(flat[0]), _AT_ONCE), dtype=torch.float64, device=place)
+    for parts in zip(*(vector.split(_AT_ONCE) for vector in flat), strict=True):
+        own = rows[:, : len(parts[0])]
+        for row, part in zip(own, parts, strict=True):
+            row.copy_(part)
+        result.addmm_(own, own.T)
     return result
 
 
