@@ -230,6 +230,19 @@ class LowRankWeights(Weights):
         return self._origins.get(key, ())
 
 
+def refuse_more_than_products(config: AdapterConfig) -> None:
+    """Refuse an adapter whose settings say that it has more than products; nothing else is read.
+
+    Raises:
+        ConfigError: as said.
+    """
+    found = [f"modules_to_save ({', '.join(config.saved)})"] if config.saved else []
+    found += ["use_dora"] if config.dora else []
+    found += ["trainable_token_indices"] if config.tokens else []
+    if found:
+        raise ConfigError(f"its adapter_config.json has {' and '.join(found)}. {_WITH_BASE}")
+
+
 @dataclass(frozen=True)
 class AdapterParts:
     """An adapter's products by the keys that their layers' weights have in the base.
