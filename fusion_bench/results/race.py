@@ -4,18 +4,18 @@ A score is the weighted sum of the means of tasks over *all* their samples. A st
 more of each task that has one left, in a random order that is the same for all candidates. So the
 unseen samples of a task are exchangeable, and the mean of the next one is that of all unseen ones.
 
-Whether one candidate is really no better than another is tested by betting (Waudby-Smith and Ramdas,
-Estimating means of bounded random variables by betting, 2024), without replacement and stratified by
-task. Let :math:`d_k` be the next difference of task :math:`k` in :math:`[-1, 1]`, :math:`u_k` its
-weight times its unseen share, and :math:`A` what the seen samples add to the difference of the
-scores. If that is at most 0, the expected :math:`d_k` fulfil :math:`A + \sum_k u_k E[d_k] \le 0`. With
+Whether one candidate is really no better than another is tested by betting (Waudby-Smith and
+Ramdas, Estimating means of bounded random variables by betting, 2024), without replacement and
+stratified by task. Let :math:`d_k` be the next difference of task :math:`k` in :math:`[-1, 1]`,
+:math:`u_k` its weight times its unseen share, and :math:`A` what the seen samples add to the
+difference of the scores. If that is at most 0, then :math:`A + \sum_k u_k E[d_k] \le 0`. With
 :math:`K` tasks left and a bet :math:`\lambda \ge 0` that was chosen before,
 
 .. math:: \prod_k \left(1 + \lambda (u_k d_k + A / K)\right)
 
-then has an expectation of at most 1, by the inequality of the means. So the product over all steps, or
-the mean of several such products, exceeds :math:`1 / \alpha` at any time with a probability of at most
-:math:`\alpha` (Ville's inequality), for any number of samples and any number of looks.
+then has an expectation of at most 1, by the inequality of the means. So the product over all steps,
+or the mean of several such products, ever exceeds :math:`1 / \alpha` with a probability of at most
+:math:`\alpha` (Ville's inequality), for any number of samples and of looks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +78,16 @@ def evidence(
     return max(0.0, float(mixed.max()))
 
 
+def least(sizes: Mapping[str, int], count: int) -> int:
+    """Return with how many samples so many candidates can race: one of each task in each round."""
+    return len(sizes) * count * _rounds(count)
+
+
+def _rounds(count: int) -> int:
+    """Return in how many rounds one candidate is left, if the worse half drops out after each."""
+    return ceil(log2(max(count, 2)))
+
+
 @dataclass
 class Racer:
     """A candidate in a race.
@@ -100,8 +110,8 @@ class Racer:
 class Race:
     """A race; candidates are numbered in the order in which they are added.
 
-    The best candidate on all samples drops out as ``worse`` with a probability of at most ``alpha``,
-    all looks and candidates together. One that is ``behind`` drops out without such a promise.
+    The best candidate on all samples drops out as ``worse`` with a probability of at most
+    ``alpha``, all looks and candidates together. One that is ``behind`` drops out without such a promise.
 
     Args:
         sizes: how many samples each task has.
@@ -195,19 +205,14 @@ class Race:
         self._start = step = self.racers[0].steps
         if step and most is not None:
             self._keep(ceil(len(self.racers) / 2))
-        rounds = ceil(log2(max(len(self.running), 2)))
-        while len(self.running) > 1 and step < self.length:
+        rounds = _rounds(len(self.running))
+        while len(self.running) > 1 and step < self.length and rounds:
             if most is None:
                 step = min(self.length, 2 * step or ceil(_FIRST_LOOK * self.length))
             else:
-                if rounds == 0:
-                    break
                 share = (most - self.spent) / (rounds * len(self.running))
-                further = self.steps_for(self.samples(step) + share)
+                step = self.steps_for(self.samples(step) + share)
                 rounds -= 1
-                if further == step:
-                    continue
-                step = further
             self.advance(self.running, step)
             self._drop_worse()
             if most is not None and rounds:

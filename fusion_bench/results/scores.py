@@ -130,7 +130,10 @@ class SampleScores:
             clusters = np.concatenate([self.clusters, other.clusters])[order]
         return SampleScores(
             samples[order],
-            {k: np.concatenate([own, other.statistics[k]])[order] for k, own in self.statistics.items()},
+            {
+                k: np.concatenate([own, other.statistics[k]])[order]
+                for k, own in self.statistics.items()
+            },
             {k: _stacked(own, other.details[k])[order] for k, own in self.details.items()},
             clusters,
         )

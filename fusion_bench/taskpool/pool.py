@@ -394,9 +394,7 @@ class TaskPool:
         own = {k: key[k] for k in ("weights", "architecture", "precision", "device", "compile")}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
-    def _known(
-        self, task: str, key: dict[str, Any] | None, fabric: Fabric
-    ) -> SampleScores | None:
+    def _known(self, task: str, key: dict[str, Any] | None, fabric: Fabric) -> SampleScores | None:
         """Return what the first process finds in the cache, so that all take the same way.
 
         Of a part that may be scores of other samples, too.
