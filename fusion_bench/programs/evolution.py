@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Sampler = Literal["cmaes", "tpe"]
 _MOST_TRIALS = 10_000
+#: Of a drawn number, so that people can read a recipe.
+_DIGITS = 4
 _RANGE = {"low", "high", "log"}
 #: What a list of values to choose from holds.
 _PLAIN = (str, int, float, type(None))
@@ -71,9 +73,9 @@ _Variable = _Range | _Choice
 class EvolutionSearch:
     """Lets CMA-ES or TPE propose options of a method, which race on a validation split.
 
-    Half of the samples go to the trials, all on the same random samples, and the sampler learns from
-    their scores. Then all trials race on with new samples, as in ``RaceSearch``, whose test counts
-    the new ones alone: so the winner is not the one that chance helped. Needs
+    All trials are evaluated on the same random samples, half of the budget, and the sampler learns
+    from their scores. Then the trials race on with new samples, as in ``RaceSearch``, and the test
+    bets on these alone: so the winner is not the one that chance helped. Needs
     ``fusion_bench[optuna]``. CMA-ES: Hansen and Ostermeier, Completely derandomized self-adaptation
     in evolution strategies (2001).
 
@@ -305,7 +307,8 @@ def _check_variables(variables: Mapping[str, _Variable], sampler: str) -> None:
 
 def _drawn(trial: "Trial", name: str, own: _Variable) -> object:
     if isinstance(own, _Range):
-        return trial.suggest_float(name, own.low, own.high, log=own.log)
+        drawn = trial.suggest_float(name, own.low, own.high, log=own.log)
+        return min(own.high, max(own.low, float(f"{drawn:.{_DIGITS}g}")))
     place = trial.suggest_categorical(name, list(range(len(own.values))))
     assert isinstance(place, int)
     return own.values[place]

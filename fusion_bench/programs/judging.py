@@ -153,8 +153,8 @@ class Judge:
 
 def _no_share(task: str, metric: str) -> FusionBenchError:
     return FusionBenchError(
-        f"'{metric}' on '{task}' is not a mean over samples of values from 0 to 100 %, which a race "
-        "needs.",
+        f"'{metric}' on '{task}' is not a mean over samples of values from 0 to 100 %, which a "
+        "race needs.",
         _GRID,
         place=("search",),
     )

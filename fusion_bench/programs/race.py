@@ -158,7 +158,8 @@ def begun(judge: Judge, alpha: float, seed: int) -> Race:
 
 def results(race: Race, judge: Judge) -> list[Candidate]:
     """Return the report of each candidate."""
-    return [
-        judge.candidate(number).model_copy(update={"left": racer.left, "led_by": racer.by})
-        for number, racer in enumerate(race.racers)
-    ]
+    found = []
+    for number, racer in enumerate(race.racers):
+        fate = {"left": racer.left, "led_by": racer.by, "behind": racer.behind}
+        found.append(judge.candidate(number).model_copy(update=fate))
+    return found

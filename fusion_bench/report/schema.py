@@ -268,7 +268,8 @@ class Candidate(Strict):
     ``score`` is the mean of the search's metric over ``tasks``; its standard error takes the
     individual models' values as given. In a race, ``num_samples`` is how many samples of all tasks
     it took, and ``left`` says why it took no more: it is ``worse`` than the candidate ``led_by``,
-    by the race's test, or was ``behind`` when there were not enough samples for all.
+    by the race's test, or was ``behind`` when there were not enough samples for all. Its score was
+    ``behind`` that of the candidate ``led_by`` by so much, on the same samples.
     """
 
     options: dict[str, Any]
@@ -278,6 +279,7 @@ class Candidate(Strict):
     num_samples: int | None = None
     left: Literal["worse", "behind"] | None = None
     led_by: int | None = None
+    behind: float | None = None
 
     def text(self) -> str:
         """Return the options as they are written on a command line."""

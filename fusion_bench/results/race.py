@@ -97,13 +97,15 @@ class Racer:
         steps: how far it came.
         left: why it dropped out: it is ``worse`` than another, or was ``behind`` when there were
             not enough samples for all; ``None`` of one that came to the end.
-        by: the number of the candidate that led then.
+        by: the number of the candidate that led then, or won.
+        behind: by how much the score was lower than that one's, on the same samples.
     """
 
     values: dict[str, Numbers]
     steps: int = 0
     left: Literal["worse", "behind"] | None = None
     by: int | None = None
+    behind: float = 0.0
 
 
 @dataclass
@@ -111,7 +113,8 @@ class Race:
     """A race; candidates are numbered in the order in which they are added.
 
     The best candidate on all samples drops out as ``worse`` with a probability of at most
-    ``alpha``, all looks and candidates together. One that is ``behind`` drops out without such a promise.
+    ``alpha``, all looks and candidates together. One that is ``behind`` drops out without such a
+    promise.
 
     Args:
         sizes: how many samples each task has.
@@ -217,7 +220,10 @@ class Race:
             self._drop_worse()
             if most is not None and rounds:
                 self._keep(ceil(len(self.running) / 2))
-        return self.running[0]
+        winner, *others = self.running
+        for number in others:
+            self._leave(number, None, winner)
+        return winner
 
     def _drop_worse(self) -> None:
         """Drop those that are worse than the best one for sure."""
@@ -225,7 +231,7 @@ class Race:
         enough = log(max(len(self.racers) - 1, 1) / self.alpha)
         for number in others:
             if self.evidence(best, number) >= enough:
-                self.racers[number].left, self.racers[number].by = "worse", best
+                self._leave(number, "worse", best)
 
     def evidence(self, one: int, other: int) -> float:
         """Return the evidence that a candidate is better than another."""
@@ -240,4 +246,8 @@ class Race:
         """Drop all but the best."""
         best, *_ = running = self.running
         for number in running[max(count, 2) :]:
-            self.racers[number].left, self.racers[number].by = "behind", best
+            self._leave(number, "behind", best)
+
+    def _leave(self, number: int, left: Literal["worse", "behind"] | None, by: int) -> None:
+        racer = self.racers[number]
+        racer.left, racer.by, racer.behind = left, by, self.score(by) - self.score(number)
