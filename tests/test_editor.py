@@ -44,7 +44,11 @@ LEAST: dict[str, dict[str, Any]] = {
     },
     "fusion_bench.taskpool.GenerationTask": {"dataset": {"_target_": "datasets.load_dataset"}},
     "fusion_bench.taskpool.PerplexityTask": {"dataset": {"_target_": "datasets.load_dataset"}},
+    "fusion_bench.programs.EvolutionSearch": {
+        "space": {"t": {"low": 0, "high": 1}, "u": {"low": 0, "high": 1}}
+    },
     "fusion_bench.programs.GridSearch": {"space": {"t": [0.5]}},
+    "fusion_bench.programs.RaceSearch": {"space": {"t": [0.5]}},
     "fusion_bench.method.LiNeSAlgorithm": {
         "base_method": {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
     },
