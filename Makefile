@@ -17,7 +17,7 @@ check: .venv/installed-dev ## lint and type-check
 	$(BIN)/mypy
 
 docs: .venv/installed-dev ## build the site, strictly
-	PYTHONPATH=tools $(BIN)/zensical build --clean --strict
+	PYTHONPATH=tools $(BIN)/python -m zensical build --clean --strict
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

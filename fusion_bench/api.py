@@ -33,10 +33,11 @@ from fusion_bench.programs.execute import execute, fused_modules
 from fusion_bench.programs.preflight import preflight
 from fusion_bench.programs.prepare import Prepared, prepare
 from fusion_bench.programs.spec import FusionSpec, Places, Section
-from fusion_bench.recipes import named_after
+from fusion_bench.recipes import first_model, named_after, read_text, told_in_recipe
 from fusion_bench.redact import secret_keys
 from fusion_bench.report import Report
 from fusion_bench.scripts.from_python import run_config, section
+from fusion_bench.scripts.recipes import Sections, sections
 from fusion_bench.storage import disk_failures
 from fusion_bench.weights import MergePolicy
 
@@ -61,11 +62,12 @@ _LM_EVAL = "fusion_bench.taskpool.LMEvalHarnessTaskPool"
 
 @overload
 def merge(
-    models: Models,
+    models: Models | None = None,
     *,
     base: Model | None = None,
-    method: Method = "simple_average",
+    method: Method | None = None,
     out: None = None,
+    recipe: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | Mapping[str, object] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
@@ -77,11 +79,12 @@ def merge(
 
 @overload
 def merge(
-    models: Models,
+    models: Models | None = None,
     *,
     base: Model | None = None,
-    method: Method = "simple_average",
+    method: Method | None = None,
     out: str | PathLike[str],
+    recipe: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | Mapping[str, object] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
@@ -92,11 +95,12 @@ def merge(
 
 
 def merge(
-    models: Models,
+    models: Models | None = None,
     *,
     base: Model | None = None,
-    method: Method = "simple_average",
+    method: Method | None = None,
     out: str | PathLike[str] | None = None,
+    recipe: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | Mapping[str, object] | None = None,
     policy: Mapping[str, object] | MergePolicy | None = None,
     seed: int | None = None,
@@ -104,7 +108,7 @@ def merge(
     overwrite: bool = False,
     **options: object,
 ) -> nn.Module | Path:
-    """Merge models into one.
+    """Merge models into one, or what a recipe of mergekit says.
 
     With ``out`` the merged weights are written entry by entry, so that models may be larger than
     memory; beside them are the config, the tokenizer, and a card with the recipe. Without it the
@@ -114,8 +118,10 @@ def merge(
         models: by name, or a list; each is a path, a name on the Hub, ``zoo:NAME``, or a module,
             and they may be mixed. Or a model pool: the name of its config, its node, or an object.
         base: the pretrained model that they were fine-tuned from, which many methods need.
-        method: its name, such as ``ties``, its config node, or an object.
+        method: its name, such as ``ties``, its config node, or an object; by default
+            ``simple_average``.
         out: the directory for the merged model.
+        recipe: a YAML file of mergekit, in place of models, base, method and tokenizer.
         tokenizer: whose tokenizer and processor files go beside it; by default the base's, or else
             the first model's. ``union``, ``base``, the name of a model or a mapping match rows by
             their tokens, as in ``HFModelPool``.
@@ -142,20 +148,15 @@ def merge(
     with _by_argument(
         {("merged_model_save_path",): ("out",), ("models", "_pretrained_"): ("base",)}
     ):
-        node, place = _method(method, options, seed)
-        with within(*place):
-            made = as_method(instantiate(node, "method"))
-        if made.needs.split is not None:
-            raise ConfigError(
-                f"{class_name(made)} learns from data, and 'merge' has none.",
-                "Use 'fusion_bench.run' with a config that has a task pool.",
-                place=("method",),
-            )
-        pool = _pool(models, base, tokenizer, policy)
-        if made.needs.base and isinstance(pool, Mapping) and "_pretrained_" not in pool["models"]:
-            raise ConfigError(
-                f"missing; {class_name(made)} needs the pretrained model.", place=("base",)
-            )
+        parts = None
+        if recipe is not None:
+            decided = {"models": models, "base": base, "method": method, "tokenizer": tokenizer}
+            parts = _of_recipe(recipe, {**decided, **options}, policy, seed)
+            node, pool = cast("tuple[Section, Section]", (parts.method, parts.modelpool))
+        else:
+            method = "simple_average" if method is None else method
+            node, pool = _of_models(models, base, method, tokenizer, policy, seed, options)
+        named = Places(method=() if isinstance(method, str) else ("method",), modelpool=())
         spec = FusionSpec(
             method=node,
             modelpool=pool,
@@ -165,16 +166,18 @@ def merge(
             merged_model_save_path=None if out is None else fspath(out),
             overwrite=overwrite,
             similarity=False,
-            places=Places(method=place, modelpool=()),
+            recipe=None if parts is None else parts.recipe,
+            places=named if parts is None else Places(),
         )
-        prepared, plan = _planned(spec)
-        if out is not None:
-            execute(prepared, plan)
-            return Path(out)
-        merged = fused_modules(prepared, plan)
+        with told_in_recipe({} if parts is None else parts.places, "recipe"):
+            prepared, plan = _planned(spec)
+            if out is not None:
+                execute(prepared, plan)
+                return Path(out)
+            merged = fused_modules(prepared, plan)
         if len(merged) > 1:
             raise ConfigError(
-                f"missing; {class_name(made)} makes several models ({', '.join(merged)}).",
+                f"missing; the method makes several models ({', '.join(merged)}).",
                 "Give a directory for them.",
                 place=("out",),
             )
@@ -309,6 +312,57 @@ def _argument(place: Place, places: Mapping[Place, Place]) -> Place:
         if (own := places.get(place[:length])) is not None:
             return (*own, *place[length:])
     return place
+
+
+def _of_models(
+    models: Models | None,
+    base: Model | None,
+    method: Method,
+    tokenizer: str | PathLike[str] | Mapping[str, object] | None,
+    policy: Mapping[str, object] | MergePolicy | None,
+    seed: int | None,
+    options: Mapping[str, object],
+) -> tuple[Section, Section]:
+    """Return method and pool for models."""
+    node, place = _method(method, options, seed)
+    with within(*place):
+        made = as_method(instantiate(node, "method"))
+    if made.needs.split is not None:
+        raise ConfigError(
+            f"{class_name(made)} learns from data, and 'merge' has none.",
+            "Use 'fusion_bench.run' with a config that has a task pool.",
+            place=("method",),
+        )
+    if models is None:
+        raise ConfigError("missing.", "Give models, or a recipe.", place=("models",))
+    pool = _pool(models, base, tokenizer, policy)
+    if made.needs.base and isinstance(pool, Mapping) and "_pretrained_" not in pool["models"]:
+        raise ConfigError(
+            f"missing; {class_name(made)} needs the pretrained model.", place=("base",)
+        )
+    return node, pool
+
+
+def _of_recipe(
+    recipe: str | PathLike[str],
+    others: Mapping[str, object],
+    policy: Mapping[str, object] | MergePolicy | None,
+    seed: int | None,
+) -> Sections:
+    """Return method, pool and text of a recipe; refuse what it decides itself."""
+    Problems(
+        Problem((name,), "the recipe decides it.", "Leave it out, or change the recipe.")
+        for name, own in others.items()
+        if own is not None
+    ).raise_all()
+    file = fspath(recipe)
+    with within("recipe"):
+        first, place = first_model(read_text(Path(file).expanduser()))
+    if isinstance(policy, MergePolicy):
+        policy = {name: getattr(policy, name) for name in MergePolicy.options()}
+    with told_in_recipe({("models", "model"): place}, "recipe"):
+        node = pool_node({"model": first}, heads=True)
+    return sections(file, {**node, "_recursive_": False, "policy": policy}, seed)
 
 
 def _method(

@@ -4,7 +4,6 @@ Libraries read every file with a name that they know. So each such file is check
 library reads the folder.
 """
 
-import os
 import re
 import stat
 from pathlib import Path, PurePosixPath
@@ -148,12 +147,25 @@ def check_folder(directory: Path) -> None:
     Raises:
         ConfigError: one of them may not be read.
     """
-    for name in KNOWN:
-        if os.path.lexists(directory / name):
+    try:
+        there = {file.name.casefold() for file in directory.iterdir()}
+    except OSError:  # whoever reads a file there tells more
+        return
+    for name in KNOWN:  # file systems may ignore case
+        if name.casefold() in there and not _is_plain(directory / name):
             own_file(directory, name)
-    if (directory / TEMPLATES).is_dir():
+    if TEMPLATES.casefold() in there and (directory / TEMPLATES).is_dir():
         for template in (directory / TEMPLATES).glob("*.jinja"):
             own_file(directory, f"{TEMPLATES}/{template.name}")
+
+
+def _is_plain(file: Path) -> bool:
+    """Return whether a file is no link and not large, or not there: it needs no closer look."""
+    try:
+        state = file.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(state.st_mode) and state.st_size <= _LARGEST
 
 
 def module_folders(modules: Any, where: str) -> dict[str, str]:

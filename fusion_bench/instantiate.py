@@ -90,7 +90,7 @@ def instantiate(node: Any, section: str = "", **arguments: Any) -> Any:
             does not take; all such problems of the node and of the nodes inside it are raised
             together.
     """
-    plain = _resolved(node)
+    plain = _plain(node)
     if not isinstance(plain, Mapping) or "_target_" not in plain:
         return plain
     if gathered := _gathered(plain, section, arguments):
@@ -148,30 +148,16 @@ def _guarded_at(place: str | int, value: Any) -> Any:
         return _guarded(value)
 
 
-def _resolved(node: Any) -> Any:
-    """Return a node as plain data, for the check and the call."""
-    if isinstance(node, Mapping) and not OmegaConf.is_config(node) and _interpolates(node):
-        node = OmegaConf.create(dict(node), flags={"allow_objects": True})
-    return _plain(node)
-
-
 def _plain(node: Any) -> Any:
-    """Return a node with all nested configs as plain data; objects stay the same."""
+    """Return a node with all nested configs as plain data; objects stay the same.
+
+    Configs are resolved here, and nowhere else: a ``${`` that is left is text.
+    """
     if OmegaConf.is_config(node):
         return to_container(node)
     if isinstance(node, Mapping):
         return {name: _plain(value) for name, value in node.items()}
     return [_plain(item) for item in node] if isinstance(node, list) else node
-
-
-def _interpolates(node: Any) -> bool:
-    if isinstance(node, Mapping):
-        return any(map(_interpolates, node.values()))
-    return any(map(_interpolates, node)) if isinstance(node, list) else _is_open(node)
-
-
-def _is_open(value: Any) -> bool:
-    return isinstance(value, str) and "${" in value
 
 
 class SharedObjects:
@@ -280,9 +266,6 @@ def _problems(
     elif isinstance(node, list):
         for index, child in enumerate(node):
             yield from _problems(child, "", (*place, index), {})
-    elif _is_open(node):
-        # It would be resolved once more, to something that nobody has looked at.
-        yield Problem(place, f"'{node}' contains a nested interpolation.", ("Write out the value."))
     elif isinstance(node, float) and not isfinite(node):
         said = "infinity" if node > 0 else "-infinity" if node < 0 else "NaN"
         yield Problem(place, f"{said} is not allowed.", "Give another.")

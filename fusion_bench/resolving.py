@@ -1,10 +1,11 @@
-"""Limits the size of a config's expanded interpolations.
+"""Resolves a config's interpolations within limits, and writes texts that are none.
 
 If each of forty keys refers twice to the previous key, the last one exceeds any memory. OmegaConf
 has no limit, so each reference is counted during resolution.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -108,6 +109,21 @@ def to_container(node: Any, *, throw_on_missing: bool = False) -> Any:
     """
     with bounded(node):
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=throw_on_missing)
+
+
+def yaml_of(config: Mapping[str, Any]) -> str:
+    """Return the YAML of a resolved config, which resolves to the same: ``${`` in it is text."""
+    return OmegaConf.to_yaml(_escaped(config))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(inner) for inner in value]
+    if isinstance(value, str) and "${" in value:
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def _count_node(self: Container, inter_key: str, memo: set[int] | None) -> Node:

@@ -33,11 +33,14 @@ _ENVIRONMENT = dict(os.environ)
 #: Held so that threads start one pair of servers.
 _STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
+#: What is set up of Hydra stays, so it is set up once.
 _COMPOSE = """
-import contextlib, io, json, sys
+import contextlib, functools, io, json, sys
 from hydra.core.global_hydra import GlobalHydra
+from fusion_bench.scripts import hydra_patches
 from fusion_bench.scripts.cli import main
 
+hydra_patches.set_up_hydra = functools.cache(hydra_patches.set_up_hydra)
 path, printed = sys.argv[1], []
 for words in json.load(open(path)):
     sys.argv[1:] = [*words, "--cfg", "job"]

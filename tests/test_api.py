@@ -315,3 +315,36 @@ def test_a_config_from_elsewhere_is_checked(tmp_path: Path) -> None:
     with pytest.raises(FusionBenchError, match="environment variables are not allowed"):
         fusion_bench.run(file)
     shutil.rmtree(tmp_path)
+
+
+RECIPE = "merge_method: {}\nbase_model: base\nmodels: [{{model: first}}]\nparameters: {{t: 0.25}}\n"
+
+
+def test_a_recipe_in_place_of_models(
+    llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(llamas)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format("slerp"))
+    out = fusion_bench.merge(recipe=file, out=tmp_path / "merged", policy={"dtype": "float64"})
+    merged = fusion_bench.merge(recipe=str(file))
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    other = fusion_bench.merge(["first"], base="base", method="slerp", t=0.25)
+    for key, own in other.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[key], own)
+    assert {own.dtype for own in tensors(out).values()} == {torch.float64}
+    assert file.read_text().splitlines()[0] in (out / "README.md").read_text()
+
+
+def test_what_a_recipe_decides(
+    llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(llamas)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format("slerp"))
+    wrong = {"base": "base", "method": "ties", "tokenizer": "base", "t": 0.5}
+    assert keys(lambda: fusion_bench.merge(["first"], recipe=file, **wrong)) == ["models", *wrong]
+    assert keys(lambda: fusion_bench.merge()) == ["models"]
+    assert keys(lambda: fusion_bench.merge(recipe="none.yaml")) == ["recipe"]
+    file.write_text(RECIPE.format("slurp"))
+    assert keys(lambda: fusion_bench.merge(recipe=file)) == ["recipe.merge_method"]

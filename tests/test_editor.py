@@ -139,7 +139,7 @@ def refused_by_run(node: dict[str, Any]) -> bool:
         section = node["_target_"].split(".")[1] if node["_target_"].endswith("Pool") else ""
         made = instantiate({"_recursive_": False, **node}, section)
         # The keys of what a search tries are for it to check, when it knows the method.
-        if "GridSearch" in node["_target_"]:
+        if node["_target_"].endswith(("GridSearch", "RaceSearch")):
             made.settings({"_target_": "fusion_bench.method.LinearInterpolationAlgorithm"})
     except (FusionBenchError, AttributeError, TypeError):
         return True

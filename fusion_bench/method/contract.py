@@ -147,6 +147,14 @@ class Composing(Protocol):
 
 
 @runtime_checkable
+class Slicing(Protocol):
+    """A method that merges each part of a model by a method of its own."""
+
+    def methods(self, pool: ModelPool) -> "Sequence[tuple[FusionMethod, ModelPool, Place]]":
+        """Return the method of each part, the models as it sees them, and its place."""
+
+
+@runtime_checkable
 class Outlining(Protocol):
     """A method that tells by headers alone what it makes of which entries."""
 

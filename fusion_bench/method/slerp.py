@@ -8,12 +8,13 @@ Shoemake, Animating rotation with quaternion curves, https://doi.org/10.1145/325
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.geometry import arc, between, refuse_all_but_two, two_ends
-from fusion_bench.problems import check_between
+from fusion_bench.problems import ConfigError
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.statistics import Piece, cosines_and_norms, products
 
@@ -23,7 +24,7 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
     """A point on the arc between two models; the pretrained model, if any, is the start.
 
     Args:
-        t: how far to go, from 0 to 1.
+        t: how far to go: 0 is the start, and 1 the end. Beyond, the arc goes on.
         DOT_THRESHOLD: if the absolute cosine exceeds it, tensors are interpolated linearly.
         epsilon: a tensor whose norm is at most this has no direction.
     """
@@ -35,7 +36,8 @@ class SlerpMergeAlgorithm(TensorwiseAlgorithm):
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_between("t", self.t, 0, 1)
+        if isinstance(self.t, bool) or not isinstance(self.t, int | float) or not isfinite(self.t):
+            raise ConfigError(f"{self.t!r} is not a number.", place=("t",))
 
     def check(self, inputs: Inputs) -> None:
         """Refuse any number of models except two."""

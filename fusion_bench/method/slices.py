@@ -1,24 +1,22 @@
-"""Slices of layers: how they are written, and the pools that their methods see."""
+"""Slices of layers: how they are written."""
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-
-from torch import Tensor, nn
 
 from fusion_bench.instantiate import instantiate
-from fusion_bench.method.contract import FusionMethod, ModelPool
+from fusion_bench.method.contract import Composing, FusionMethod, ModelPool
+from fusion_bench.method.emr_merging import EMRMerging
 from fusion_bench.method.ensemble import EnsembleAlgorithm
 from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.plain import Runs, as_method, class_name
+from fusion_bench.method.tall_mask import TallMaskTaskArithmeticAlgorithm
 from fusion_bench.problems import FusionBenchError, Place, Problems, did_you_mean, within
-from fusion_bench.weights import Layers, Model, Stacked, Weights, is_special
-from fusion_bench.weights.blueprint import Blueprint
+from fusion_bench.weights import is_special
 
 BASE = "_pretrained_"
 #: The place of the method of slices without their own.
 COMMON = ("base_method",)
+_SEVERAL = (EMRMerging, TallMaskTaskArithmeticAlgorithm)
 _KEYS = ("models", "base", "base_method", "stack")
 
 
@@ -31,7 +29,7 @@ class Slice:
         base: the model that the method sees as the pretrained one.
         base_layers: its layers; ``None`` for those of the models.
         method: merges them.
-        stack: of which stack; ``None`` for the only one.
+        stack: names, of which one is that of the stack or begins it; empty for the only one.
         place: in the config.
         method_place: of the method.
     """
@@ -40,7 +38,7 @@ class Slice:
     base: str | None
     base_layers: tuple[int, int] | None
     method: FusionMethod
-    stack: str | None
+    stack: tuple[str, ...]
     place: Place
     method_place: Place
 
@@ -111,7 +109,7 @@ def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
             )
     problems.raise_all()
     assert method is not None
-    base, stack = node.get("base"), node.get("stack")
+    base, stack = node.get("base"), node.get("stack") or ()
     if base is None and (method.needs.base or (BASE in models and len(models) > 1)):
         base = BASE
     return Slice(
@@ -120,7 +118,7 @@ def _slice(node: object, default: FusionMethod | None, place: Place) -> Slice:
         base_layers=models.pop(str(base), None) if len(models) > 1 else None,
         models=models,
         method=method,
-        stack=None if stack is None else str(stack),
+        stack=(stack,) if isinstance(stack, str) else tuple(map(str, stack)),
         place=place,
         method_place=COMMON if own is None else (*place, "base_method"),
     )
@@ -144,161 +142,20 @@ def _method(node: object) -> FusionMethod:
     if not isinstance(made, Runs):
         raise FusionBenchError(f"{node!r} is not a method.", "Give one as a config node.")
     method = as_method(made)
+    inner: object = method
+    while isinstance(inner, Composing):
+        inner = inner.base_method
+    if isinstance(inner, _SEVERAL):
+        raise FusionBenchError(
+            f"{class_name(method)} makes a model for each task, and a slice is part of one.",
+            "Choose another method.",
+        )
     if method.needs.split is not None or isinstance(method, EnsembleAlgorithm):
         raise FusionBenchError(
             f"{class_name(method)} needs whole models, and a slice is none.",
             "Choose a method that merges weights without data.",
         )
     return method
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model of the pool, as far as slices see it.
-
-    Attributes:
-        model: the model.
-        keys: of its entries; layers that a file has beyond those of the config are left out.
-        layers: its stacks.
-        blueprint: what its config describes, if that is known.
-    """
-
-    model: Model
-    keys: Sequence[str]
-    layers: Layers
-    blueprint: Blueprint | None
-
-    @classmethod
-    def of(cls, model: Model, blueprint: Blueprint | None) -> "Source":
-        """Return a model with what its config describes."""
-        layers = Layers(model.weights)
-        known = Layers(blueprint.entries if blueprint else ()).stacks
-        keys = [
-            key
-            for key in model.weights
-            if (place := layers.place(key)) is None
-            or place.number in known.get(place.stack, (place.number,))
-        ]
-        return cls(model, keys, Layers(keys), blueprint)
-
-    def count(self, stack: str) -> int:
-        """Return how many layers a stack has; 0 where there is none."""
-        return len(self.layers.stacks.get(stack, ()))
-
-    def tied(self) -> dict[str, str]:
-        """Return the entries that are another's memory, with the first name of that."""
-        weights = self.model.weights
-        return {key: first for key in self.keys if (first := weights.tied_to(key)) != key}
-
-    def entries(self, stack: str, layers: range, first: int) -> dict[str, str]:
-        """Return the entries of some layers: the names in a new stack to their own.
-
-        What the first layer has for all, such as T5's biases of positions, stays with the first.
-        """
-        shared, found = self._shared(stack), {}
-        for key in self.keys:
-            place = self.layers.place(key)
-            if place is None or place.stack != stack:
-                continue
-            if place.index == 0 and place.rest in shared:
-                if first == 0:
-                    found[f"{stack}.0.{place.rest}"] = key
-            elif place.index in layers:
-                found[f"{stack}.{first + place.index - layers.start}.{place.rest}"] = key
-        return found
-
-    def _shared(self, stack: str) -> set[str]:
-        """Return what a stack's first layer has besides all that the others have."""
-        own: set[str] = set()
-        others: set[str] = set()
-        for key in self.keys:
-            if (place := self.layers.place(key)) and place.stack == stack:
-                (others if place.index else own).add(place.rest)
-        return own - others if others and others <= own else set()
-
-    def outside(self) -> dict[str, str]:
-        """Return the entries outside of layers, those that are tied too: names to stored keys."""
-        found = {key: key for key in self.keys if self.layers.place(key) is None}
-        for key, first in (self.blueprint.tied if self.blueprint else {}).items():
-            if key not in found and first in found:
-                found[key] = first
-        return found
-
-
-class SlicePool:
-    """Some layers of a pool's models, as a pool.
-
-    Args:
-        pool: the whole models.
-        weights: by name, under the names that the entries have in the new model.
-        names: the models to merge.
-
-    Attributes:
-        elsewhere: names of entries of the new model that are in other slices.
-    """
-
-    elsewhere: Collection[str] = ()
-
-    def __init__(self, pool: ModelPool, weights: Mapping[str, Weights], names: Sequence[str]):
-        self._weights = weights
-        self.model_names = list(names)
-        self.has_pretrained = BASE in weights and BASE not in names
-        self.policy = pool.policy
-        self.vocabulary = pool.vocabulary
-
-    @property
-    def reference(self) -> Weights:
-        """The base's weights, or else the first model's."""
-        return self._weights[BASE if self.has_pretrained else self.model_names[0]]
-
-    def weights(self, name: str) -> Weights:
-        """Return a model's layers."""
-        return self._weights[name]
-
-    def model(self, name: str) -> Model:
-        """Return the same, without a config."""
-        return Model(self.weights(name), None, "layers")
-
-    def load_model(self, name: str) -> nn.Module:
-        """Refuse: some layers are no module."""
-        raise FusionBenchError("This method needs modules, and layers of a model are none.")
-
-    def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
-        """Refuse: some layers are no module."""
-        return self.load_model("")
-
-
-def sides(keys: Iterable[str], tied: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
-    """Return where entries outside of layers belong: a stack, and whether behind it.
-
-    An entry belongs to the stack whose name begins with the same words, or else the one in front of
-    it; what is in front of all belongs to the first.
-
-    Args:
-        keys: of a model, in the order in which it uses them.
-        tied: what is another entry's memory; it belongs where that belongs.
-    """
-    order = list(keys)
-    layers = Layers(order)
-    first: dict[str, int] = {}
-    for index, key in enumerate(order):
-        if place := layers.place(key):
-            first.setdefault(place.stack, index)
-    found: dict[str, tuple[str, bool]] = {}
-    for index, key in enumerate(order):
-        if layers.place(key) is None and first:
-            alike = {stack: _same_words(stack, key) for stack in first}
-            nearest = [stack for stack in first if alike[stack] == max(alike.values())]
-            before = [stack for stack in nearest if first[stack] < index]
-            stack = before[-1] if before else nearest[0]
-            found[key] = stack, first[stack] < index
-    return found | {key: found[own] for key, own in tied.items() if own in found and key in found}
-
-
-def _same_words(one: str, other: str) -> int:
-    """Return how many words two names have in common at their beginning."""
-    pairs = zip(re.split(r"[._]", one), re.split(r"[._]", other), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def range_of(name: str, given: tuple[int, int] | None, count: int, stack: str) -> range:
@@ -347,32 +204,40 @@ def check_names(slices: Iterable[Slice], pool: ModelPool) -> None:
     problems.raise_all()
 
 
-def chosen_stack(one: Slice, stacks: Collection[str]) -> str:
-    """Return the stack of a slice.
+def chosen_stack(one: Slice, stacks: Collection[str], outside: Collection[str]) -> str | None:
+    """Return the stack of a slice; ``None`` where it is of entries outside of layers.
+
+    Args:
+        one: the slice.
+        stacks: of the model.
+        outside: the entries outside of its stacks.
 
     Raises:
         FusionBenchError: an unknown one, or none where there are several.
     """
-    known = list(stacks)
-    if one.stack is None and len(known) == 1:
-        return known[0]
-    if one.stack in known:
-        return str(one.stack)
+    found = [stack for stack in stacks if begins(one, stack) or not one.stack]
+    exact = [stack for stack in found if stack in one.stack]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if not found and any(begins(one, key) for key in outside):
+        return None
     with within(*one.place):
-        if one.stack is None:
+        if not one.stack:
             raise FusionBenchError(
-                f"missing; the model has {len(known)} stacks of layers.",
-                f"Choose one: {', '.join(known)}.",
+                f"missing; the model has {len(found)} stacks of layers.",
+                f"Choose one: {', '.join(found)}.",
                 place=("stack",),
             )
+        said = "' and no '".join(one.stack)
         raise FusionBenchError(
-            f"the model has no stack '{one.stack}'.",
-            did_you_mean(one.stack, known),
+            f"'{said}' begins {len(found)} stacks."
+            if found
+            else f"the model has no stack '{said}'.",
+            f"Choose one: {', '.join(found)}." if found else did_you_mean(one.stack[0], stacks),
             place=("stack",),
         )
 
 
-def view(source: Source, names: Mapping[str, str]) -> Weights:
-    """Return entries of a model under other names."""
-    weights = source.model.weights
-    return Stacked({new: (weights, own) for new, own in names.items()})
+def begins(one: Slice, name: str) -> bool:
+    """Tell whether a stack or an entry has the name that a slice gives, or begins with it."""
+    return any(not own or f"{name}.".startswith(f"{own}.") for own in one.stack)

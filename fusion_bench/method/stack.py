@@ -7,18 +7,9 @@ from dataclasses import dataclass, replace
 
 from fusion_bench.method.contract import Drawing, ModelPool
 from fusion_bench.method.passthrough import PassthroughAlgorithm
-from fusion_bench.method.slices import (
-    BASE,
-    COMMON,
-    Slice,
-    SlicePool,
-    Source,
-    chosen_stack,
-    range_of,
-    sides,
-    view,
-)
-from fusion_bench.problems import FusionBenchError, within
+from fusion_bench.method.slice_sources import SlicePool, Source, sides, view
+from fusion_bench.method.slices import BASE, COMMON, Slice, begins, chosen_stack, range_of
+from fusion_bench.problems import FusionBenchError, Problem, Problems, key_of, within
 from fusion_bench.weights import Config, Layers, Model, Stacked, TensorSpec, Weights, first_of
 from fusion_bench.weights.blueprint import Blueprint, Run, differences, restacked, states
 
@@ -26,6 +17,9 @@ from fusion_bench.weights.blueprint import Blueprint, Run, differences, restacke
 _UNLIKE = re.compile(
     r"first_k|_freq$|_step$|_period$|_offset$|interval|only_layers|_index$|groups?$"
 )
+#: Keys of a config, and kinds of models, whose layers compute with their own numbers.
+_BY_DEPTH = re.compile(r"by_inverse_layer_idx$")
+_KINDS_BY_DEPTH = ("diffllama",)
 
 
 def reference_of(pool: ModelPool) -> str:
@@ -73,14 +67,18 @@ class Stack:
                 "Stack models whose layers are numbered, such as model.layers.0.",
             )
         chosen: dict[str, list[Slice]] = {}
+        loose: list[Slice] = []
         for one in slices:
-            chosen.setdefault(chosen_stack(one, known), []).append(one)
+            stack = chosen_stack(one, known, self._sides)
+            (loose if stack is None else chosen.setdefault(stack, [])).append(one)
         for stack, (one, *_) in chosen.items():
             self._refuse_shared(stack, one)
-        copied = Slice({own: None}, None, None, PassthroughAlgorithm(), None, (), ())
-        self.parts = [
+        copied = Slice({own: None}, None, None, PassthroughAlgorithm(), (), (), ())
+        self._loose = loose
+        self._layered = [
             part for stack in known for part in self._parts(stack, chosen.get(stack, [copied]))
         ]
+        self.parts = [*self._layered, *map(self._outside, loose)]
         everywhere = {
             name
             for part in self.parts
@@ -110,11 +108,33 @@ class Stack:
                 before, after = self._ends(source, stack, index == 0, behind)
                 own = source.entries(stack, chosen, first)
                 seen[name] = view(source, {**before, **own, **after})
-            weights = {name: seen[name] for name in one.models}
-            if one.base is not None:
-                weights[BASE] = seen[one.base]
-            yield Part(one, stack, layers, SlicePool(self._pool, weights, list(one.models)))
+            yield Part(one, stack, layers, self._pool_of(one, seen))
             first += len(next(iter(layers.values())))
+
+    def _outside(self, one: Slice) -> Part:
+        """Return a slice of entries outside of layers."""
+        given = [layers for layers in (*one.models.values(), one.base_layers) if layers is not None]
+        if given:
+            raise FusionBenchError(
+                f"'{one.stack[0]}' has no layers.",
+                "Give null for each model.",
+                place=(*one.place, "models"),
+            )
+        seen = {}
+        for name in one.names:
+            found = self._sources[name].outside().items()
+            own = {key: stored for key, stored in found if begins(one, key)}
+            again = {key for key, stored in own.items() if key != stored and stored in own}
+            seen[name] = view(
+                self._sources[name], {key: own[key] for key in own if key not in again}
+            )
+        return Part(one, "", {}, self._pool_of(one, seen))
+
+    def _pool_of(self, one: Slice, seen: Mapping[str, Weights]) -> SlicePool:
+        weights = {name: seen[name] for name in one.models}
+        if one.base is not None:
+            weights[BASE] = seen[one.base]
+        return SlicePool(self._pool, weights, list(one.models))
 
     def _layers(self, stack: str, one: Slice) -> dict[str, range]:
         """Return the layers of each model in a slice."""
@@ -146,6 +166,8 @@ class Stack:
         ends: tuple[dict[str, str], dict[str, str]] = {}, {}
         own = sides(source.keys, source.tied())
         for key, stored in source.outside().items():
+            if any(begins(one, key) for one in self._loose):
+                continue
             place, last = self._sides.get(key) or own.get(key, (stack, True))
             if place == stack and (behind if last else front):
                 tied = stored != key and self._sides.get(stored) == (place, last)
@@ -163,10 +185,10 @@ class Stack:
 
     def described(self) -> str:
         """Return in words which layers the new model has."""
-        stacks = dict.fromkeys(part.stack for part in self.parts)
+        stacks = dict.fromkeys(part.stack for part in self._layered)
         told = []
         for stack in stacks:
-            parts = [part for part in self.parts if part.stack == stack]
+            parts = [part for part in self._layered if part.stack == stack]
             slices = ", ".join(
                 " with ".join(
                     f"{_numbers(layers)} of {name}" for name, layers in part.layers.items()
@@ -177,6 +199,22 @@ class Stack:
             named = f"{stack}: " if len(stacks) > 1 else ""
             told.append(f"{named}layers {slices} → {count} {'layer' if count == 1 else 'layers'}")
         return "; ".join(told)
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what layers compute otherwise where they are deeper or less deep than they were."""
+        first: dict[str, int] = {}
+        for part in self._layered:
+            start = first.get(part.stack, 0)
+            layers = next(iter(part.layers.values()))
+            first[part.stack] = start + len(layers)
+            config = self.reference.model.config or {}
+            keys = [key for key, value in config.items() if _BY_DEPTH.search(key) and value]
+            keys += ["model_type"] * (config.get("model_type") in _KINDS_BY_DEPTH)
+            for key in keys if any(own.start != start for own in part.layers.values()) else ():
+                yield (
+                    f"{key_of(part.slice.place)}: with {key}={config[key]} a layer computes "
+                    "otherwise at another depth; these will be at others than they were trained at."
+                )
 
     def config(self) -> Config | None:
         """Return the new model's config.
@@ -189,7 +227,7 @@ class Stack:
             return None
         draw = self._pool.blueprint if isinstance(self._pool, Drawing) else lambda config: None
         stacks: dict[str, list[Run]] = {}
-        for part in self.parts:
+        for part in self._layered:
             name, layers = next(iter(part.layers.items()))
             source = self._sources[name]
             config = source.blueprint.config if source.blueprint else source.model.config
@@ -231,7 +269,7 @@ class Stack:
             return
         stacks, lines = Layers(made.entries).stacks, []
         for stack, own_stack in self._drawn_as.items():
-            layers = (next(iter(p.layers.values())) for p in self.parts if p.stack == stack)
+            layers = (next(iter(p.layers.values())) for p in self._layered if p.stack == stack)
             count, found = sum(map(len, layers)), len(stacks.get(own_stack, ()))
             if found != count:
                 lines.append(f"a module of that config has {found} layers, and here are {count}")
@@ -272,3 +310,33 @@ def _matched(stored: Sequence[str], drawn: Sequence[str]) -> dict[str, str]:
 
 def _numbers(layers: range) -> str:
     return f"{layers.start}–{layers.stop - 1}" if len(layers) > 1 else f"{layers.start}"
+
+
+def refuse_other_widths(pool: ModelPool) -> None:
+    """Refuse models whose layers have tensors of other shapes; no weight is read.
+
+    Raises:
+        FusionBenchError: with the first such tensor of each model.
+    """
+    own = reference_of(pool)
+    shapes: dict[tuple[str, str], dict[tuple[int, ...], str]] = {}
+    problems = Problems()
+    for name in dict.fromkeys([own, *pool.model_names]):
+        weights = pool.weights(name)
+        layers = Layers(weights)
+        for key in weights:
+            place, shape = layers.place(key), weights.spec(key).shape
+            if place is None:
+                continue
+            known = shapes.setdefault((place.stack, place.rest), {})
+            if name == own:
+                known.setdefault(shape, key)
+            elif known and shape not in known:
+                (wanted, other), *_ = known.items()
+                reason = (
+                    f"its '{key}' is {list(shape)}, and '{other}' of '{own}' is {list(wanted)}. "
+                    "Layers of models of different sizes fit in no model."
+                )
+                problems.add([Problem((name,), reason, "Choose models of one size.")])
+                break
+    problems.raise_all()

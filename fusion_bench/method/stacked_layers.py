@@ -4,6 +4,7 @@ Each slice is merged by a method of its own. With copied slices that is depth up
 Kim et al., Simple yet effective depth up-scaling, https://arxiv.org/abs/2312.15166
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,17 @@ from torch import nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.method.base import refuse_disagreeing, run
-from fusion_bench.method.contract import Data, ModelPool, Needs, Outlining, Ran
+from fusion_bench.method.contract import Data, FusionMethod, ModelPool, Needs, Outlining, Ran
 from fusion_bench.method.plain import class_name
 from fusion_bench.method.slices import BASE, Slice, check_names, read_slices
 from fusion_bench.method.stack import Part, Stack, reference_of
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.problems import FusionBenchError, Place
 from fusion_bench.weights import Model, Weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
 
 
 class StackedLayers:
@@ -33,8 +36,9 @@ class StackedLayers:
     Args:
         slices: each a mapping: ``models``, name to ``[first, end]`` or null for all layers;
             ``base``, the model that is the slice's pretrained one, by default ``_pretrained_``
-            where the method needs one; ``base_method``; and ``stack``, such as ``decoder.block``,
-            of models with several.
+            where the method needs one; ``base_method``; and ``stack``, of models with several: a
+            name or the beginning of one, such as ``decoder``, or several of which one fits. It may
+            also be of entries outside of layers, such as ``shared``.
         base_method: merges the slices without their own; one model is copied by default.
 
     Raises:
@@ -67,6 +71,13 @@ class StackedLayers:
             with _placed(part.slice):
                 part.slice.method.check_pool(part.pool)
         stack.config()
+        for warning in stack.warnings():
+            log.warning(warning)
+
+    def methods(self, pool: ModelPool) -> list[tuple[FusionMethod, ModelPool, Place]]:
+        """Return the method of each slice, the layers that it merges, and its place."""
+        parts = Stack(self._slices, pool).parts
+        return [(part.slice.method, part.pool, part.slice.method_place) for part in parts]
 
     def described(self, pool: ModelPool) -> str:
         """Return which layers the merged model has, and its size."""

@@ -27,7 +27,13 @@ from fusion_bench.weights import (
     open_checkpoint,
 )
 from fusion_bench.weights.adapter_builder import AdapterBuilder
-from fusion_bench.weights.lowrank import AdapterParts, Factors, LowRankWeights, Truncation
+from fusion_bench.weights.lowrank import (
+    AdapterParts,
+    Factors,
+    LowRankWeights,
+    Truncation,
+    refuse_more_than_products,
+)
 
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -363,5 +369,7 @@ class AdapterPool:
 
     def _config(self, name: str) -> AdapterConfig:
         if name not in self._configs:
-            self._configs[name] = AdapterConfig.read(self._place(name).fetch(_CONFIG) / _CONFIG)
+            found = AdapterConfig.read(self._place(name).fetch(_CONFIG) / _CONFIG)
+            refuse_more_than_products(found)
+            self._configs[name] = found
         return self._configs[name]

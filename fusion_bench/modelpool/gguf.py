@@ -11,6 +11,7 @@ from torch import Tensor
 from fusion_bench.modelpool.build import skeleton
 from fusion_bench.modelpool.layouts import arranged, positions
 from fusion_bench.problems import ConfigError, FusionBenchError
+from fusion_bench.storage import write_bytes
 from fusion_bench.weights import Config, GgufWeights, Regrouped, Weights, shortened
 
 #: Tensors that models compute themselves.
@@ -44,6 +45,33 @@ def gguf_config(stored: GgufWeights) -> Config:
             f"transformers cannot make a config of '{path}' ({architecture}): {reason}. Use the "
             "original model."
         ) from error
+
+
+def write_gguf_tokenizer(path: Path, directory: Path) -> str | None:
+    """Write the tokenizer that transformers makes of a file's metadata.
+
+    Args:
+        path: the file.
+        directory: where the tokenizer's files go.
+
+    Returns:
+        Why there is none, if so.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with TemporaryDirectory() as folder, TemporaryDirectory() as made:
+            (Path(folder) / "model.gguf").symlink_to(path.absolute())
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, gguf_file="model.gguf", trust_remote_code=False
+            )
+            tokenizer.save_pretrained(made)
+            files = {file.name: file.read_bytes() for file in Path(made).iterdir()}
+    except Exception as error:  # of odd metadata it raises anything
+        return (str(error) or type(error).__name__).partition("\n")[0][:200]
+    for name, content in files.items():
+        write_bytes(directory / name, content)
+    return None
 
 
 def _shortest(value: Any) -> Any:

@@ -140,10 +140,11 @@ class EvolutionSearch:
         """The split that settings are evaluated on."""
         return self._grid.learned
 
-    def planned(self, count: int) -> str:
+    def planned(self, _: int) -> str:
         """Return in words what is evaluated."""
+        count = len(self._variables)
         return (
-            f"{self._trials:,} trials of {', '.join(_names(self._variables))} on at most "
+            f"{self._trials:,} trials of {count} option{'' if count == 1 else 's'} on at most "
             f"{100 * self._budget:g} % of the samples"
         )
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from fusion_bench.command import typed
 from fusion_bench.companions import ADAPTER_FILES, KNOWN, TEMPLATES
 from fusion_bench.problems import ConfigError, Place, did_you_mean, within
 from fusion_bench.programs.environment import config_sha256
+from fusion_bench.resolving import yaml_of
 from fusion_bench.storage import check_unclaimed, claimed, write_text
 
 #: What a saved model's directory holds, beside weights and chat templates. Where there is anything
@@ -65,7 +64,7 @@ class OutputPaths:
         self.model_path: Path | None = None
         self._overwrite = overwrite
         self._run = config_sha256(config)
-        self._yaml = OmegaConf.to_yaml(config)
+        self._yaml = yaml_of(config)
 
     def put_report(self, path: str | None) -> None:
         """Set the path from ``report_save_path``; ``{log_dir}`` in it is ``output_dir``.

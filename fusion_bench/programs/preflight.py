@@ -21,6 +21,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import Describing, FusionMethod, ModelPool, Outlining
 from fusion_bench.method.data import own_data
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
+from fusion_bench.method.stack import refuse_other_widths
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import ConfigError, Place, Problem, Problems
@@ -311,6 +312,11 @@ def _can_be_merged(
     if alike:
         with plan.collect(*modelpool.place, "models"):
             plan.note(*aligned(opened).notes)
+    else:
+        with plan.collect(*modelpool.place, "models"):
+            refuse_other_widths(opened)
+        if len(plan.problems) > before:  # that their configs differ follows from it
+            return False
     with plan.collect(*modelpool.place, "models"):
         plan.note(*modelpool.compare(list(plan.weights), layers=alike))
     return len(plan.problems) == before

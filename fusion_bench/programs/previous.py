@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from fusion_bench import __version__
@@ -14,7 +16,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.programs.environment import config_sha256
 from fusion_bench.programs.fusing import TuningData, describe_data
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
-from fusion_bench.progress import Step, step
+from fusion_bench.progress import step
 from fusion_bench.report import Report, Scores, Similarity
 from fusion_bench.storage import cache_dir, file_sha256, write_text
 from fusion_bench.trust import users_code
@@ -26,20 +28,32 @@ def identities(modelpool: PlacedModelPool) -> dict[str, str]:
     """Return a hash of each model: its weights, by files or values, and what else decides."""
     names = [*(["_pretrained_"] if modelpool.has_pretrained else []), *modelpool.model_names]
     opened = {name: modelpool.weights(name) for name in names}  # a mistake shows before any work
-    sizes = [file.stat().st_size for own in opened.values() for file in own.files]
-    with step("checksums of the models", sum(sizes), "B") as work:
-        return {
-            name: _identity(own, modelpool.architecture(name), work) for name, own in opened.items()
-        }
+    hashes = _hashed(file for weights in opened.values() for file in weights.files)
+    return {
+        name: _identity(own, modelpool.architecture(name), hashes) for name, own in opened.items()
+    }
 
 
-def _identity(weights: Weights, architecture: str | None, work: Step) -> str:
+def _hashed(files: Iterable[Path]) -> dict[Path, str]:
+    """Return the hashes of files; those that are not known yet are found several at once."""
+    sizes = {file: file.stat().st_size for file in files}
+    with (
+        step("checksums of the models", sum(sizes.values()), "B") as work,
+        ThreadPoolExecutor(torch.get_num_threads()) as pool,  # hashing lets other threads run
+        ExitStack() as ended,
+    ):
+        ended.callback(pool.shutdown, wait=False, cancel_futures=True)  # where it ends early
+        hashed = {pool.submit(file_sha256, file): file for file in sizes}
+        for done in as_completed(hashed):
+            work.advance(sizes[hashed[done]])
+        return {file: done.result() for done, file in hashed.items()}
+
+
+def _identity(weights: Weights, architecture: str | None, hashes: Mapping[Path, str]) -> str:
     beside = {file.with_name("adapter_config.json") for file in weights.files}
-    hashes = [file_sha256(file) for file in beside if file.is_file()]
-    for file in weights.files:
-        hashes.append(file_sha256(file))
-        work.advance(file.stat().st_size)
-    files = sorted(hashes) or [sha256(weights)]
+    own = [file_sha256(file) for file in beside if file.is_file()]
+    own += [hashes[file] for file in weights.files]
+    files = sorted(own) or [sha256(weights)]
     return hashlib.sha256(json.dumps([architecture, files]).encode()).hexdigest()
 
 

@@ -3,13 +3,12 @@
 import logging
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from fusion_bench.problems import EnvironmentProblem
 from fusion_bench.report import Report, Scores, markdown, print_comparison
 from fusion_bench.report.figures import comparison_sentence, search_sentence
 from fusion_bench.report.page import page
 from fusion_bench.report.table import wide_console
+from fusion_bench.resolving import yaml_of
 from fusion_bench.storage import write_text
 
 log = logging.getLogger(__name__)
@@ -28,10 +27,10 @@ def publish(
         EnvironmentProblem: ``report_path`` cannot be written.
     """
     if output_dir is not None:
-        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(report.run.config))
+        write_text(output_dir / "config.yaml", yaml_of(report.run.config))
         if report.run.search is not None:
             found = {**report.run.config, "method": report.run.search.method, "search": None}
-            write_text(output_dir / "winner.yaml", OmegaConf.to_yaml(found))
+            write_text(output_dir / "winner.yaml", yaml_of(found))
         write_text(output_dir / "report.md", markdown(report))
         write_text(output_dir / "report.html", page(report, scores))
         save(report, scores, output_dir / "report.json")

@@ -1,9 +1,11 @@
 """What the options of a method are for which entries, for the plan of a run."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
 
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
-from fusion_bench.method.contract import Composing, FusionMethod, ModelPool
+from fusion_bench.method.contract import Composing, FusionMethod, ModelPool, Slicing
 from fusion_bench.method.rules import Given, Gradient, nearest
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import Place, key_of
@@ -23,25 +25,76 @@ def tell_options(plan: Plan, method: FusionMethod, pool: ModelPool, place: Place
         pool: the models, of which only the headers are read.
         place: the method's place in the config.
     """
-    if not isinstance(method, TensorwiseAlgorithm):
-        return []
+    if isinstance(method, Slicing):
+        return _of_slices(plan, method, pool, place)
     steps: list[Step] = []
-    if isinstance(method, Composing) and isinstance(method.base_method, TensorwiseAlgorithm):
+    if isinstance(method, Composing) and _has_options(method.base_method):
         steps += tell_options(plan, method.base_method, pool, (*place, "base_method"))
-    inputs = Inputs(aligned(pool), pool.policy)
-    resolved, layers = method.resolved(inputs), Layers(inputs)
-    for option, given in resolved.given.items():
-        groups: dict[str, list[str]] = {}
-        for values, places in _alike(given, layers):
-            said = _said(values, inputs.names, [own for own in places.values() if own])
-            groups.setdefault(said, []).extend(places)
-        for said, keys in groups.items():
-            what = f"{key_of((*place, option))} {said}: {folded(keys, given)}"
-            steps.append(Step("option", what))
-    for rule, option in resolved.unused:
-        key = key_of((*place, "where", rule, option))
-        plan.note(f"{key} decides nothing: rules before it do, for all that it matches.")
+    if isinstance(method, TensorwiseAlgorithm):
+        told = _Told.of(method, pool, place)
+        steps += _steps(told.groups, told.keys)
+        plan.note(*map(_undecided, told.unused))
     return steps
+
+
+def _has_options(method: object) -> TypeGuard[FusionMethod]:
+    return isinstance(method, TensorwiseAlgorithm | Slicing)
+
+
+def _of_slices(plan: Plan, method: Slicing, pool: ModelPool, place: Place) -> list[Step]:
+    """Return the steps of the methods of slices; those with one method share their lines."""
+    slices = [(one, seen, (*place, *inner)) for one, seen, inner in method.methods(pool)]
+    told = [
+        _Told.of(one, seen, at) for one, seen, at in slices if isinstance(one, TensorwiseAlgorithm)
+    ]
+    groups: dict[str, list[str]] = {}
+    for own in told:
+        for said, keys in own.groups.items():
+            groups.setdefault(said, []).extend(keys)
+    everything = [key for _, seen, _ in slices for key in seen.weights(seen.model_names[0])]
+    for at in dict.fromkeys(own.place for own in told):
+        unused = [own.unused for own in told if own.place == at]
+        plan.note(*(_undecided(key) for key in unused[0] if all(key in own for own in unused)))
+    return _steps(groups, everything)
+
+
+def _undecided(key: str) -> str:
+    return f"{key} decides nothing: rules before it do, for all that it matches."
+
+
+def _steps(groups: Mapping[str, list[str]], among: Collection[str]) -> list[Step]:
+    return [Step("option", f"{said}: {folded(keys, among)}") for said, keys in groups.items()]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a method's options are.
+
+    Attributes:
+        place: of the method.
+        groups: an option with its value, and the entries that it is for.
+        keys: all entries.
+        unused: keys of what rules never decide.
+    """
+
+    place: Place
+    groups: Mapping[str, list[str]]
+    keys: Collection[str]
+    unused: Sequence[str]
+
+    @classmethod
+    def of(cls, method: TensorwiseAlgorithm, pool: ModelPool, place: Place) -> "_Told":
+        """Return what a method's options are for a pool's entries."""
+        inputs = Inputs(aligned(pool), pool.policy)
+        resolved, layers = method.resolved(inputs), Layers(inputs)
+        groups: dict[str, list[str]] = {}
+        for option, given in resolved.given.items():
+            for values, places in _alike(given, layers):
+                said = _said(values, inputs.names, [own for own in places.values() if own])
+                named = f"{key_of((*place, option))} {said}"
+                groups.setdefault(named, []).extend(places)
+        unused = [key_of((*place, "where", *own)) for own in resolved.unused]
+        return cls(place, groups, list(inputs), unused)
 
 
 def tell_filters(

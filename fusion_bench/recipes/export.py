@@ -9,6 +9,7 @@ import yaml
 
 from fusion_bench.catalog import options
 from fusion_bench.problems import Problem, Problems
+from fusion_bench.recipes.export_moe import TARGET, mixture_of
 from fusion_bench.recipes.methods import METHODS, Method, Parameter
 
 _METHODS = "fusion_bench.method."
@@ -73,6 +74,11 @@ class _Export:
         models = self.pool.get("models")
         self._models = dict(models) if isinstance(models, Mapping) else {}
         self._paths = {name: self._path(str(name), node) for name, node in self._models.items()}
+        if self.method.get("_target_") == TARGET:
+            if self.place or self.stages:
+                self._wrong(("method",), "mergekit makes mixtures alone, and not in stages.")
+            merged = [name for name in self._models if not _is_special(name)]
+            return mixture_of(self.method, self.pool, self._paths, merged, self.problems)
         if self.method.get("_target_") == _METHODS + "StackedLayers":
             document = self._sliced()
         else:

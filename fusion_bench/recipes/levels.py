@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fusion_bench.problems import Place, Problem, Problems
 from fusion_bench.recipes.document import Condition, Parameters, Scalar, Setting
-from fusion_bench.recipes.methods import Parameter
+from fusion_bench.recipes.methods import MODULES, Parameter
 
 _WORDS = {"number": "a number", "whole number": "a whole number", "truth": "true or false"}
 
@@ -60,7 +60,7 @@ def patterns_of(filtered: str | None, module: str | None) -> tuple[str, ...]:
     if module is None:
         return () if filtered is None else (f"*{glob.escape(filtered)}*",)
     found = []
-    for begun in (f"{module}.", f"model.{module}."):
+    for begun in (f"{own}." if own else "" for own in beginnings(module)):
         escaped = glob.escape(begun)
         if filtered is None or filtered in begun:
             found.append(f"{escaped}*")
@@ -72,6 +72,11 @@ def patterns_of(filtered: str | None, module: str | None) -> tuple[str, ...]:
             if begun.endswith(filtered[:count])
         ]
     return tuple(found)
+
+
+def beginnings(module: str) -> tuple[str, ...]:
+    """Return what the names of a module's tensors may begin with, up to a dot."""
+    return MODULES.get(module, (module, f"model.{module}"))
 
 
 def converted(condition: Condition, parameter: Parameter, place: Place) -> object:

@@ -232,6 +232,25 @@ METHODS: Mapping[str, Method] = {
     ),
 }
 
+#: What the names of tensors begin with in modules that are not called as they are.
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "shared": ("shared", "lm_head"),
+    "text_decoder": (
+        *("language_model", "model.language_model"),
+        *("model.embed_tokens", "model.layers", "model.norm", "lm_head"),
+    ),
+    "multi_modal_projector": (
+        *("multi_modal_projector", "model.multi_modal_projector"),
+        *("visual.merger", "model.visual.merger", "model.visual.deepstack_merger_list"),
+    ),
+    "vision_tower": (
+        *("vision_tower", "model.vision_tower"),
+        *("visual.blocks", "visual.patch_embed"),
+        *("model.visual.blocks", "model.visual.patch_embed", "model.visual.pos_embed"),
+    ),
+    "default": ("",),
+}
+
 #: Of a mask's type, which changes no result.
 IGNORED = ("int8_mask",)
 #: The names of all parameters.

@@ -1,11 +1,19 @@
 """Recipes of mergekit for mixtures of experts, translated to configs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
-from fusion_bench.problems import ConfigError, FusionBenchError, Problem, Problems, did_you_mean
+from fusion_bench.problems import (
+    ConfigError,
+    FusionBenchError,
+    Place,
+    Problem,
+    Problems,
+    did_you_mean,
+)
 from fusion_bench.recipes.document import Reference
 from fusion_bench.recipes.names import named_after
+from fusion_bench.recipes.places import Places
 from fusion_bench.recipes.reading import ALIASES, DTYPES
 
 Node = dict[str, object]
@@ -19,13 +27,15 @@ _EXPERT = (
     *("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale"),
     "model",
 )
-_RENAMED = {
+#: What an expert has, by mergekit's names.
+RENAMED = {
     "positive_prompts": "positive_prompts",
     "negative_prompts": "negative_prompts",
     "noise_scale": "noise",
     "residual_scale": "scale",
 }
-_GATES: Mapping[str, Node] = {
+#: mergekit's gates.
+GATES: Mapping[str, Node] = {
     "hidden": {"gate": "hidden", "state": "last"},
     "hidden_last": {"gate": "hidden", "state": "last"},
     "hidden_avg": {"gate": "hidden", "state": "mean"},
@@ -33,7 +43,8 @@ _GATES: Mapping[str, Node] = {
     "random": {"gate": "random"},
     "uniform_random": {"gate": "random"},
 }
-_LAYOUTS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+#: mergekit's names of layouts.
+LAYOUTS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 
 
 def is_mixture(node: object) -> TypeGuard[Mapping[str, object]]:
@@ -43,8 +54,8 @@ def is_mixture(node: object) -> TypeGuard[Mapping[str, object]]:
 
 def mixture(
     node: Mapping[str, object], pool: Mapping[str, object], names: Mapping[str, str]
-) -> tuple[Node, Node, tuple[str, ...]]:
-    """Return the nodes of the method and of the pool, and what is surprising.
+) -> tuple[Node, Node, tuple[str, ...], Places]:
+    """Return the nodes of the method and of the pool, what is surprising, and the places.
 
     Args:
         node: the document.
@@ -66,8 +77,8 @@ class _Mixture:
         self._problems = Problems()
         self._notes: list[str] = []
 
-    def translated(self, pool: Mapping[str, object]) -> tuple[Node, Node, tuple[str, ...]]:
-        """Return method, pool and notes.
+    def translated(self, pool: Mapping[str, object]) -> tuple[Node, Node, tuple[str, ...], Places]:
+        """Return method, pool, notes and places.
 
         Raises:
             FusionBenchError: all mistakes.
@@ -84,7 +95,7 @@ class _Mixture:
                 raise ConfigError("there are several.", "Name one; no layout has more.")
         method: Node = {
             "_target_": "fusion_bench.method.MixtureOfExperts",
-            **self._choice("gate_mode", "hidden", _GATES),
+            **self._choice("gate_mode", "hidden", GATES),
             **self._layout(),
             "experts_per_token": self._node.get("experts_per_token", 2),
         }
@@ -107,7 +118,7 @@ class _Mixture:
         if shared:
             own, more = shared[0]
             method["shared_expert"] = {"model": called[own], **more}
-        return method, modelpool, tuple(self._notes)
+        return method, modelpool, tuple(self._notes), dict(_places(experts, shared, called))
 
     def _experts(self, key: str) -> list[tuple[Reference, Node]]:
         nodes, found = self._node.get(key), list[tuple[Reference, Node]]()
@@ -155,7 +166,7 @@ class _Mixture:
     def _layout(self) -> Node:
         if self._node.get("architecture") is None:
             return {}
-        known: dict[str, Node] = {name: {"layout": own} for name, own in _LAYOUTS.items()}
+        known: dict[str, Node] = {name: {"layout": own} for name, own in LAYOUTS.items()}
         return self._choice("architecture", "", known)
 
     def _dtype(self) -> str | None:
@@ -169,9 +180,33 @@ class _Mixture:
         return name
 
 
+def _places(
+    experts: list[tuple[Reference, Node]],
+    shared: list[tuple[Reference, Node]],
+    called: Mapping[Reference, str],
+) -> Iterator[tuple[Place, Place]]:
+    """Yield keys of the config, and where in the document they come from."""
+    yield ("modelpool", "models", _BASE), ("base_model",)
+    yield ("modelpool", "policy", "dtype"), ("dtype",)
+    plain = {"gate": "gate_mode", "state": "gate_mode", "layout": "architecture"}
+    for ours, theirs in (plain | {"experts_per_token": "experts_per_token"}).items():
+        yield ("method", ours), (theirs,)
+    listed: list[tuple[Place, Place, Reference]]
+    listed = [(("method", "experts", i), ("experts", i), own[0]) for i, own in enumerate(experts)]
+    if shared:
+        listed.append((("method", "shared_expert"), ("shared_experts", 0), shared[0][0]))
+    for place, theirs_at, reference in reversed(listed):  # the first of a model counts
+        yield place, theirs_at
+        yield (*place, "model"), (*theirs_at, "source_model")
+        for theirs, ours in RENAMED.items():
+            yield (*place, ours), (*theirs_at, theirs)
+        if called[reference] != _BASE:
+            yield ("modelpool", "models", called[reference]), (*theirs_at, "source_model")
+
+
 def _options(node: Mapping[str, object]) -> Node:
     """Return what an expert says besides its model; empty prompts stand for none."""
-    found = {ours: node[own] for own, ours in _RENAMED.items() if node.get(own) is not None}
+    found = {ours: node[own] for own, ours in RENAMED.items() if node.get(own) is not None}
     for key, value in found.items():
         if isinstance(value, list):
             found[key] = [text for text in value if text != ""]

@@ -1,14 +1,16 @@
 """From a recipe to the config of a run: its documents in order, each with those that it uses."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from fusion_bench.problems import Problem, Problems, error_of
+from fusion_bench.problems import Place, Problem, Problems, error_of
 from fusion_bench.recipes.document import Recipe
 from fusion_bench.recipes.methods import METHODS
 from fusion_bench.recipes.moe import is_mixture, mixture
+from fusion_bench.recipes.places import BASE
 from fusion_bench.recipes.reading import documents
 from fusion_bench.recipes.text import nodes_of
-from fusion_bench.recipes.translation import BASE, Translated, Translation
+from fusion_bench.recipes.translation import Translated, Translation
 
 #: What ``modelpool`` is without a better one.
 _POOL = {"_target_": "fusion_bench.modelpool.CausalLMPool"}
@@ -31,7 +33,8 @@ def translate(
     """
     nodes = nodes_of(text)
     if len(nodes) == 1 and is_mixture(nodes[0]):
-        return Translated(*mixture(nodes[0], pool or _POOL, names or {}))
+        method, modelpool, told, places = mixture(nodes[0], pool or _POOL, names or {})
+        return Translated(method, modelpool, told, places=places)
     problems = Problems()
     recipes = documents(nodes, problems)
     final, stages = _ordered(recipes, problems)
@@ -52,28 +55,28 @@ def translate(
     used = _needed(final, {recipe.name: recipe for recipe in stages})
     notes += [f"the stage '{own.name}' is not used." for own in stages if own.name not in used]
     notes, filters = list(dict.fromkeys(notes)), list(dict.fromkeys(filters))
-    return Translated(found.method, found.modelpool, tuple(notes), tuple(filters))
+    return replace(found, notes=tuple(notes), filters=tuple(filters))
 
 
-def first_model(text: str) -> str:
-    """Return the name of a model whose config decides what kind of pool suits the recipe.
+def first_model(text: str) -> tuple[str, Place]:
+    """Return a model whose config decides what kind of pool suits the recipe, and its place.
 
     Raises:
         FusionBenchError: as ``translate``.
     """
-    pool: object = translate(text).modelpool
+    found = translate(text)
+    pool: object = found.modelpool
+    key: Place = ("modelpool", "models")
     while isinstance(pool, Mapping):
         models = pool["models"]
         assert isinstance(models, Mapping)
-        node = models.get(BASE, next(iter(models.values())))
+        name = BASE if BASE in models else next(iter(models))
+        node, key = models[name], (*key, str(name))
+        if isinstance(node, Mapping) and "_target_" not in node:
+            node = models.get(node["base"], node["base"])
         if not isinstance(node, Mapping):
-            return str(node)
-        if "_target_" not in node:
-            base = str(node["base"])
-            node = models.get(base, base)
-            if not isinstance(node, Mapping):
-                return str(node)
-        pool = node["modelpool"]
+            return str(node), found.places.get(key, ())
+        pool, key = node["modelpool"], (*key, "modelpool", "models")
     raise AssertionError("every pool has a model")
 
 

@@ -1,7 +1,7 @@
 """From one document of a recipe to a config: ``method`` and ``modelpool`` as plain data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fusion_bench.problems import Place, Problem, Problems, did_you_mean
 from fusion_bench.recipes.document import (
@@ -17,6 +17,7 @@ from fusion_bench.recipes.document import (
 from fusion_bench.recipes.levels import (
     Chain,
     Link,
+    beginnings,
     chain_of,
     options_of,
     settings,
@@ -24,9 +25,9 @@ from fusion_bench.recipes.levels import (
 )
 from fusion_bench.recipes.methods import IGNORED, METHODS, Method
 from fusion_bench.recipes.names import named_after
+from fusion_bench.recipes.places import BASE, of_stage, places_of
 
 _METHODS = "fusion_bench.method."
-BASE = "_pretrained_"
 
 Node = dict[str, object]
 
@@ -40,12 +41,14 @@ class Translated:
         modelpool: the node of the pool.
         notes: what is surprising.
         filters: each filter with the key where it stands.
+        places: keys of the config, and where in the recipe they come from.
     """
 
     method: Node
     modelpool: Node
     notes: tuple[str, ...]
     filters: tuple[tuple[str, str], ...] = ()
+    places: Mapping[Place, Place] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     filters: list[tuple[str, str]] = field(default_factory=list)
     _models: dict[str, object] = field(default_factory=dict)
+    _inner: dict[Place, Place] = field(default_factory=dict)
 
     def whole(self) -> Translated:
         """Return the document as a config.
@@ -71,13 +75,13 @@ class Translation:
         self.notes += recipe.notes
         self._names = self._named()
         self._check_names()
-        alone = len(recipe.modules) == 1
-        if alone and not recipe.modules[0].whole:
-            method = self._stacked(recipe.modules[0])
-        else:
-            method = self._merged()
+        parts = [part for module in recipe.modules for part in module.slices[:1]]
+        models = [[source.model for source in part.sources] for part in parts]
+        alike = all(own == models[0] for own in models)
+        stacked = not alike or not all(module.whole for module in recipe.modules)
+        method = self._stacked() if stacked else self._merged()
         if recipe.base is not None:
-            self._models = {BASE: self._node(recipe.base), **self._models}
+            self._models = {BASE: self._node(recipe.base, BASE), **self._models}
         pool = {**self.pool, "models": self._models}
         if (dtype := recipe.out_dtype or recipe.dtype) is not None:
             pool["policy"] = {"dtype": dtype}
@@ -87,7 +91,8 @@ class Translation:
             pool["chat_template"] = recipe.chat_template
         pool["models"] = self._models
         self.problems.raise_all()
-        return Translated(method, pool, tuple(self.notes), tuple(self.filters))
+        places = places_of(recipe, self._names, stacked=stacked) | self._inner
+        return Translated(method, pool, tuple(self.notes), tuple(self.filters), places)
 
     @property
     def _method(self) -> Method:
@@ -143,21 +148,8 @@ class Translation:
     def _merged(self) -> Node:
         """Return the method of a document with whole models, in one module or several."""
         recipe = self.recipe
-        if any(not module.whole for module in recipe.modules):
-            for module in recipe.modules:
-                if not module.whole:
-                    self._wrong(
-                        (*module.place, "slices"),
-                        "slices of one module among several are not done here.",
-                        "Merge the modules one after the other, or give 'models'.",
-                    )
-            return {}
         wholes = [module.slices[0] for module in recipe.modules]
         listed = [[source.model for source in part.sources] for part in wholes]
-        for module, own in zip(recipe.modules, listed, strict=True):
-            if own != listed[0]:
-                self._wrong(module.place, "its models are not those of the first module.")
-                return {}
         for source in wholes[0].sources:
             if listed[0].count(source.model) > 1:
                 self._wrong(source.place, "the same model twice.", "Remove one.")
@@ -168,7 +160,9 @@ class Translation:
             for module, part in zip(recipe.modules, wholes, strict=True)
         ]
         names = [self._names[source.model] for source in parts[0][2]]
-        self._models |= {self._names[s.model]: self._node(s.model) for s in parts[0][2]}
+        for source in parts[0][2]:
+            name = self._names[source.model]
+            self._models[name] = self._node(source.model, name)
         chains = self._chains(names, parts)
         return self._method_node(names, chains)
 
@@ -288,14 +282,14 @@ class Translation:
 
     # Slices.
 
-    def _stacked(self, module: Module) -> Node:
-        """Return the method of a document with slices."""
-        slices: list[Node] = []
-        for part in module.slices:
-            base = part.base or self.recipe.base
-            own = self._slice(module, part, base)
-            if own is not None:
-                slices.append(own)
+    def _stacked(self) -> Node:
+        """Return the method of a document with slices, or with modules of other models."""
+        slices = [
+            own
+            for module in self.recipe.modules
+            for part in module.slices
+            if (own := self._slice(module, part, part.base or self.recipe.base)) is not None
+        ]
         methods = [part["base_method"] for part in slices]
         node: Node = {"_target_": _METHODS + "StackedLayers"}
         if methods and all(own == methods[0] for own in methods):
@@ -309,38 +303,46 @@ class Translation:
             return None
         role = self._method.base
         compared = role in ("origin", "end") or (role == "optional" and base is not None)
+        taking = self._taking_part(part, base, whole=module.whole)
+        sources = [*part.sources, *(source for source in taking if source not in part.sources)]
         models: dict[str, object] = {}
-        names: dict[int, str] = {}
-        for index, source in enumerate(part.sources):
-            if source.layers is None:
+        merged: list[str] = []
+        for source in sources:
+            if source.layers is None and not module.whole:
                 return None  # told by the reader
             name = self._names[source.model]
             while name in models:
                 name += "-2"
-            names[index] = name
-            models[name] = list(source.layers)
-            self._models[name] = self._node(source.model)
-        taking = self._taking_part(part, base, whole=False)
-        merged = [names[i] for i, source in enumerate(part.sources) if source in taking]
+            if source in taking:
+                merged.append(name)
+            if source in taking or not module.whole:
+                models[name] = None if source.layers is None else list(source.layers)
+                self._models[name] = self._node(source.model, name)
         node: Node = {"models": models}
         if compared and base is not None:
-            if all(source.model != base for source in part.sources):
+            if not module.whole and all(source.model != base for source in part.sources):
                 reason = f"the base '{base}' is not among the sources."
                 self._wrong((*part.place, "sources"), reason, "Add it, with its layers.")
                 return None
-            node["base"] = self._names[base]
+            node["base"] = BASE if module.whole else self._names[base]
+        if module.name is not None:
+            node["stack"] = [*beginnings(module.name)]
+        # Only its own tensors are in a slice of a module.
+        inside = replace(module, name=None)
         node["base_method"] = self._method_node(
-            merged, self._chains(merged, [(module, part, taking)])
+            merged, self._chains(merged, [(inside, part, taking)])
         )
         return node
 
     # Models and tokens.
 
-    def _node(self, reference: Reference) -> object:
-        """Return how the pool names a model."""
+    def _node(self, reference: Reference, called: str) -> object:
+        """Return how the pool names a model, which it calls so."""
         stage = self.stages.get(reference.path) if reference.revision is None else None
         whole: object = reference.name
         if stage is not None:
+            below = called if reference.adapter is None else f"_{reference.path.strip('_')}_"
+            self._inner |= of_stage(below, stage.places)
             whole = {
                 "_target_": "fusion_bench.modelpool.MergedModel",
                 "modelpool": stage.modelpool,
@@ -349,9 +351,8 @@ class Translation:
         if reference.adapter is None:
             return whole
         if stage is not None:
-            name = f"_{reference.path.strip('_')}_"
-            self._models[name] = whole
-            whole = name
+            self._models[below] = whole
+            whole = below
         return {"path": reference.adapter_name, "base": whole}
 
     def _tokenizer(self, given: Tokenizer) -> object:
@@ -386,7 +387,7 @@ class Translation:
             return name
         if reference == self.recipe.base:
             return BASE
-        self._models[f"_{name}_"] = self._node(reference)
+        self._models[f"_{name}_"] = self._node(reference, f"_{name}_")
         return f"_{name}_"
 
     def _wrong(self, place: Place, reason: str, remedy: str = "") -> None:

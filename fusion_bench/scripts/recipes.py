@@ -1,64 +1,92 @@
 """Lets a recipe of mergekit take the place of a config's method and models."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_bench.command import overrides
-from fusion_bench.problems import ConfigError, Problem, Problems, within
+from fusion_bench.problems import ConfigError, Place, Problem, Problems, within
 from fusion_bench.recipes import read_text, translate
 
 #: Options that are no part of what a method computes.
 _SHOWN = ("show_pbar", "inplace")
 
 
-def take_recipe(settings: dict[str, Any]) -> None:
+def take_recipe(settings: dict[str, Any]) -> Mapping[Place, Place]:
     """Replace ``method`` and the models of a config by those of the recipe that it names.
 
     What the config says of the pool besides its models, such as its policy, stays. ``recipe``
     becomes the text, which a report records; a text is left as it is.
+
+    Returns:
+        Keys of the config, and where in the recipe they come from.
 
     Raises:
         FusionBenchError: mistakes in the recipe, with their places in it.
     """
     name = settings.get("recipe")
     if name is None or "\n" in str(name):
-        return
+        return {}
     _refuse_overrides()
+    pool = settings.get("modelpool")
+    pool = dict(pool) if isinstance(pool, Mapping) else {}
+    made = sections(str(name), pool, settings.get("seed"))
+    method = settings.get("method")
+    shown = {k: method[k] for k in _SHOWN if k in method} if isinstance(method, Mapping) else {}
+    settings["modelpool"] = made.modelpool
+    settings["method"] = {**made.method, **shown}
+    settings["recipe"] = made.recipe
+    return made.places
+
+
+@dataclass(frozen=True)
+class Sections:
+    """What a recipe says, as parts of a config.
+
+    Attributes:
+        method: the node of the method.
+        modelpool: the node of the pool.
+        recipe: the recipe's text.
+        places: keys of the config, and where in the recipe they come from.
+    """
+
+    method: dict[str, Any]
+    modelpool: dict[str, Any]
+    recipe: str
+    places: Mapping[Place, Place]
+
+
+def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
+    """Return what a recipe says as parts of a config.
+
+    Args:
+        name: the recipe's file.
+        pool: what else the pool is; its models are replaced, and their names are taken over.
+        seed: for the methods of stages, which the run gives none.
+
+    Raises:
+        FusionBenchError: mistakes in the recipe, with their places in it.
+    """
     with within("recipe"):
-        text = read_text(Path(str(name)).expanduser())
-        pool = settings.get("modelpool")
-        pool = dict(pool) if isinstance(pool, Mapping) else {}
+        text = read_text(Path(name).expanduser())
         kind = {key: pool[key] for key in ("_target_", "model_class") if key in pool}
         translated = translate(text, kind or None, _names(pool.get("models")))
-        _refuse_references([translated.method, translated.modelpool])
     policy = {**(pool.get("policy") or {})}
     theirs = {**translated.modelpool}
     made = theirs.pop("policy", {})
     assert isinstance(made, Mapping)
     given = {key: own for key, own in policy.items() if own is not None}
     own = {key: value for key, value in pool.items() if key not in ("models", "policy")}
-    settings["modelpool"] = {**own, **theirs, "policy": {**policy, **made, **given}}
-    method = settings.get("method")
-    shown = {k: method[k] for k in _SHOWN if k in method} if isinstance(method, Mapping) else {}
-    settings["method"] = {**translated.method, **shown}
-    settings["recipe"] = text if "\n" in text else f"{text}\n"
-    if settings.get("seed") is not None:
-        _seed(settings["modelpool"]["models"], settings["seed"])
-
-
-def _refuse_references(node: object) -> None:
-    """Refuse texts that configs would take for references to other keys.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    if isinstance(node, Mapping):
-        node = [*node.values()]
-    for inner in node if isinstance(node, list) else ():
-        _refuse_references(inner)
-    if isinstance(node, str) and "${" in node:
-        raise ConfigError(f"{node!r}: '${{' would refer to another key.", "Write it without.")
+    whole: dict[str, Any] = {**own, **theirs, "policy": {**policy, **made, **given}}
+    if seed is not None:
+        _seed(whole["models"], seed)
+    return Sections(
+        dict(translated.method),
+        whole,
+        text if "\n" in text else f"{text}\n",
+        translated.places,
+    )
 
 
 def _names(models: object) -> dict[str, str]:

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
@@ -38,8 +38,9 @@ from fusion_bench.problems import (
     chain,
     did_you_mean,
 )
+from fusion_bench.recipes import told_in_recipe
 from fusion_bench.redact import secret_keys
-from fusion_bench.resolving import to_container
+from fusion_bench.resolving import to_container, yaml_of
 from fusion_bench.scripts.hydra_version import check_hydra
 from fusion_bench.scripts.process import closed_stdin, plain_messages, unexpected
 from fusion_bench.scripts.recipes import refuse_recipe, take_recipe
@@ -205,7 +206,12 @@ def run_settings(settings: dict[str, Any], output_dir: str | None, parts: Shared
         Problem((key,), "looks like a token, and configs are saved.") for key in secrets
     ).raise_all()
     _take_out_theirs(settings)
-    take_recipe(settings)
+    places = take_recipe(settings)
+    with told_in_recipe(places, "recipe"):
+        return _run_settings(settings, output_dir, parts)
+
+
+def _run_settings(settings: dict[str, Any], output_dir: str | None, parts: SharedObjects) -> object:
     # For a program without this key it was about the folder alone.
     looked_at = {key: value for key, value in settings.items() if key != "overwrite"}
     Problems(precheck.problems(looked_at)).raise_all()
@@ -213,8 +219,6 @@ def run_settings(settings: dict[str, Any], output_dir: str | None, parts: Shared
     if not accepts(settings["_target_"], "overwrite"):  # which then was about the folder alone
         settings.pop("overwrite", None)
     arguments: dict[str, Any] = {"output_dir": output_dir}
-    if isinstance(settings.get("recipe"), str):  # a text in which '${…}' refers to nothing
-        arguments["recipe"] = settings.pop("recipe")
     if accepts(settings["_target_"], "parts"):
         arguments["parts"] = parts
     result: object = instantiate(settings, **arguments).run()
@@ -228,7 +232,7 @@ def _take_out_theirs(settings: dict[str, Any]) -> None:
     if settings.get("merged_model_save_kwargs") is None:
         settings.pop("merged_model_save_kwargs", None)
     if settings.pop("print_config", False) is True:
-        print(OmegaConf.to_yaml(settings))
+        print(yaml_of(settings))
 
 
 def explained(error: Exception) -> str:

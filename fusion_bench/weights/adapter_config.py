@@ -88,6 +88,7 @@ class AdapterConfig:
     bias: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
+    dora: bool = False
     task: str | None = None
     base_class: str | None = None
 
@@ -136,6 +137,7 @@ class AdapterConfig:
             bias=bool(content.get("lora_bias")),
             tokens=_token_indices(content.get("trainable_token_indices")),
             saved=tuple(map(str, content.get("modules_to_save") or ())),
+            dora=bool(content.get("use_dora")),
             task=None if task is None else str(task),
             base_class=library.get("base_model_class") if of_transformers else None,
         )

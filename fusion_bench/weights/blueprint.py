@@ -84,15 +84,25 @@ def restacked(
     whole = config if drawn is None else drawn.config
     made = deepcopy(dict(config))
     listed: dict[Path, list[Any]] = {}
+    counted: set[Path] = set()
     for stack, runs in stacks.items():
         old, new = counts[stack], sum(len(run.layers) for run in runs)
         for path in _paths_of(stack, old, whole, drawn, draw):
             _put(made, path, new)
+            counted.add(path)
             for place in _lists(whole, path[:-1], old):
                 listed[place] = [item for run in runs for item in _listed(run, place)]
-    implicit = {path: own for path, own in listed.items() if _at(config, path) is None}
+    implicit: dict[Path, Any] = {
+        path: own for path, own in listed.items() if _at(config, path) is None
+    }
     for path in listed.keys() - implicit.keys():
         _put(made, path, listed[path])
+    for old in set(counts.values()):  # of other stacks, as a class may take them from this one
+        implicit |= {
+            path: old
+            for path in _counts(whole, old)
+            if path not in counted and _at(config, path) is None
+        }
     redrawn = None
     with suppress(FusionBenchError):  # it is drawn again when it is complete
         redrawn = draw(made) if implicit else None

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 from commandline import compose, fusion_bench
+from omegaconf import OmegaConf
 
 import fusion_bench.method as methods
 from fusion_bench.command import file_as_options
 from fusion_bench.configs import CONFIG_DIR
 from fusion_bench.instantiate import instantiate
+from fusion_bench.resolving import to_container
 from fusion_bench.scripts import verbs
 
 ROOT = Path(__file__).parents[2]
@@ -270,9 +272,9 @@ def test_links_to_headings_and_other_sites_are_well_formed(page: Path) -> None:
 def test_shown_yaml_fits_the_classes(code, composed):
     ended, printed = composed[code]
     assert ended == 0, printed
-    config = yaml.safe_load(printed)
+    config = OmegaConf.create(printed)
     for name in {"method", "modelpool", "taskpool"} & set(config):
-        instantiate({"_recursive_": False, **config[name]}, name)
+        instantiate({"_recursive_": False, **(to_container(config[name]) or {})}, name)
 
 
 # What reads a run's result or the zoo runs in the end-to-end tests, where there are both.

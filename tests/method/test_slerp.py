@@ -42,6 +42,19 @@ def test_against_float64() -> None:
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("t", "angle"), [(-0.5, -math.pi / 4), (1.5, 3 * math.pi / 4)])
+def test_the_arc_goes_on_beyond_its_ends(t: float, angle: float) -> None:
+    found = merged(SlerpMergeAlgorithm(t), [[1.0, 0.0], [0.0, 1.0]])
+    assert found.tolist() == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-6)
+    assert merged(SlerpMergeAlgorithm(3), [[1.0, 2.0], [3.0, 6.0]]).tolist() == [7, 14]
+
+
+@pytest.mark.parametrize("t", [math.nan, math.inf, True, "0.5"])
+def test_t_is_a_number(t: float) -> None:
+    with pytest.raises(FusionBenchError, match="is not a number"):
+        SlerpMergeAlgorithm(t)
+
+
 def test_only_two_models() -> None:
     with pytest.raises(FusionBenchError, match="there are 1: a"):
         merged(SlerpMergeAlgorithm(), [A])

@@ -1,5 +1,6 @@
 """Stacked layers, against stacks built by hand in float64."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from torch import Tensor
 from fusion_bench.method import (
     AdaMergingAlgorithm,
     EMRMerging,
+    LiNeSAlgorithm,
     PassthroughAlgorithm,
     SimpleAverageAlgorithm,
     SimpleEnsembleAlgorithm,
     SlerpMergeAlgorithm,
     StackedLayers,
+    TallMaskTaskArithmeticAlgorithm,
     TaskArithmeticAlgorithm,
     TiesMergingAlgorithm,
 )
 from fusion_bench.method.checks import Pool
+from fusion_bench.method.stack import refuse_other_widths
 from fusion_bench.modelpool import CLIPVisionModelPool, HFModelPool
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import MergePolicy, Model, TensorWeights, Weights
@@ -283,9 +287,26 @@ def test_several_mistakes_are_told_at_once() -> None:
     ]
 
 
+class Twins(SimpleAverageAlgorithm):
+    """A method of a user's that makes two models."""
+
+    def merger(self, inputs: Any) -> Any:
+        made = super().merger(inputs)
+        return {"one": made, "two": made}
+
+
 def test_a_method_of_several_models_is_refused() -> None:
-    slices = [{"models": {"a": None}, "base": "c", "base_method": EMRMerging()}]
-    with pytest.raises(FusionBenchError, match=r"^slices\[0\]\.base_method: EMRMerging returns no"):
+    for several in (
+        EMRMerging(),
+        TallMaskTaskArithmeticAlgorithm(),
+        LiNeSAlgorithm(EMRMerging()),
+    ):
+        slices = [{"models": {"a": None}, "base": "c", "base_method": several}]
+        wanted = r"^slices\[0\]\.base_method: \w+ makes a model for each task"
+        with pytest.raises(FusionBenchError, match=wanted):
+            StackedLayers(slices)
+    slices = [{"models": {"a": None, "c": None}, "base_method": Twins()}]
+    with pytest.raises(FusionBenchError, match=r"^slices\[0\]\.base_method: Twins returns no"):
         StackedLayers(slices).fuse(pool_of(a=A, c=C))
 
 
@@ -515,6 +536,27 @@ def test_one_of_two_stacks(tmp_path: Path, stack: str, key: str, from_b: str) ->
     reloaded(pool, made, tmp_path / "out")
 
 
+@pytest.mark.parametrize("stack", ["encoder.block", "decoder.block"])
+def test_the_other_stack_s_number_is_written_where_it_went_without_saying(
+    tmp_path: Path, stack: str
+) -> None:
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=4, num_heads=2, vocab_size=40)
+    models = written(tmp_path, "T5ForConditionalGeneration", config, config)
+    for folder in models.values():
+        file = Path(folder) / "config.json"
+        said = json.loads(file.read_text("utf-8"))
+        assert said.pop("num_decoder_layers") == 4
+        file.write_text(json.dumps(said), encoding="utf-8")
+    pool = HFModelPool(models, "AutoModelForSeq2SeqLM")
+    made = stacked(pool, [{**own, "stack": stack} for own in TWO])
+    reloaded(pool, made, tmp_path / "out")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    depths = len(loaded.encoder.block), len(loaded.decoder.block)
+    assert depths == ((6, 4) if stack == "encoder.block" else (4, 6))
+
+
 def test_biases_of_positions_stay_with_the_first_layer(tmp_path: Path) -> None:
     from transformers import T5Config
 
@@ -615,6 +657,38 @@ def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:
     pool = HFModelPool(written(tmp_path, "AlbertForMaskedLM", config), "AutoModelForMaskedLM")
     with pytest.raises(FusionBenchError, match=r"^slices\[0\]\.stack: the config of this 'albert'"):
         StackedLayers([{"models": {"a": [0, 4]}}]).check_pool(pool)
+
+
+def test_models_of_other_widths_are_told_by_a_tensor(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    wide = {**SMALL, "hidden_size": 2 * SMALL["hidden_size"]}
+    models = written(tmp_path, "LlamaForCausalLM", LlamaConfig(**SMALL), LlamaConfig(**wide))
+    pool = HFModelPool(models, "AutoModelForCausalLM")
+    with pytest.raises(FusionBenchError) as caught:
+        refuse_other_widths(pool)
+    size = SMALL["hidden_size"]
+    assert str(caught.value) == (
+        f"b: its 'model.layers.0.input_layernorm.weight' is [{2 * size}], and "
+        f"'model.layers.0.input_layernorm.weight' of 'a' is [{size}]. Layers of models of "
+        "different sizes fit in no model. Choose models of one size."
+    )
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_layers_that_compute_with_their_number_are_told(
+    tmp_path: Path, inverse: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import GPT2Config
+
+    sizes = {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 8, "vocab_size": 11}
+    config = GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=inverse)
+    pool = HFModelPool(written(tmp_path, "GPT2LMHeadModel", config, config), "AutoModelForCausalLM")
+    StackedLayers([{"models": {"a": [0, 2]}}, {"models": {"b": [2, 4]}}]).check_pool(pool)
+    assert "another depth" not in caplog.text  # all stay at theirs
+    StackedLayers(TWO).check_pool(pool)
+    told = "slices[1]: with scale_attn_by_inverse_layer_idx=True a layer computes otherwise at"
+    assert (told in caplog.text) is inverse
 
 
 def test_a_config_of_a_billion_layers_fills_no_memory(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.method import (
     KnOTSMerging,
     SimpleAverageAlgorithm,
+    StackedLayers,
+    TaskArithmeticAlgorithm,
     TiesMergingAlgorithm,
     WeightedAverageAlgorithm,
 )
@@ -133,3 +135,33 @@ def test_a_dry_run_shows_it(
     rules[0]["match"] = "*self_atn*"
     with pytest.raises(ConfigError, match=r"^method\.where\[0\]\.match: '\*self_atn\*' matches no"):
         instantiate({**program_config, "method": method, "dry_run": True}).run()
+
+
+def test_options_of_slices() -> None:
+    rules = [
+        {"match": "*attn*", "scaling_factor": {"gradient": [0, 1]}},
+        {"match": "head", "scaling_factor": 7, "optional": True},
+    ]
+    task = TaskArithmeticAlgorithm(0.5, where=rules)
+    ties = TiesMergingAlgorithm(where=[{"match": "head", "threshold": 1}])
+    slices = [
+        {"models": {"a": [0, 2]}},
+        {"models": {"b": [0, 3]}},
+        {"models": {"a": [2, 3]}, "base_method": ties},
+    ]
+    lines, notes = told(StackedLayers(slices, task), "method")
+    assert notes == []
+    assert lines == [
+        "method.base_method.scaling_factor 0.5: embed, layers.{0-4}.mlp.up (6 tensors)",
+        "method.base_method.scaling_factor 0 at layer 0 to 1 at layer 1: layers.{0-1}.attn.* "
+        "(4 tensors)",
+        "method.base_method.scaling_factor 0 at layer 2 to 1 at layer 4: layers.{2-4}.attn.* "
+        "(6 tensors)",
+        "method.slices[2].base_method.threshold 20: layers.5.* (3 tensors)",
+        "method.slices[2].base_method.threshold 1: head",
+    ]
+    task.where = [*rules, {"match": "*attn.q", "scaling_factor": 3}]
+    assert told(StackedLayers(slices, task), "method")[1] == [
+        "method.base_method.where[2].scaling_factor decides nothing: rules before it do, for all "
+        "that it matches."
+    ]

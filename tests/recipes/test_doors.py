@@ -101,3 +101,75 @@ def test_a_recipe_in_the_place_of_a_config(models: Path, here: Load, tmp_path: P
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "merged" / "model.safetensors")
     agree({key: np.asarray(own.double()) for key, own in found.items()}, run(text, here))
+
+
+def test_dollars_in_texts_are_no_references(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    prompts = "positive_prompts: ['echo ${HOME}', '\\${x}', '${oc.env:HF_TOKEN}']"
+    file.write_text(
+        f"base_model: base\ngate_mode: random  # ${{y}}\nexperts: [{{source_model: a, {prompts}}}, "
+        "{source_model: b}]\nexperts_per_token: 1",
+        encoding="utf-8",
+    )
+    runs = set(models.rglob("outputs/*/*/config.yaml"))
+    done = fusion_bench("merge", str(file), str(tmp_path / "out"), cwd=models)
+    assert done.returncode == 0, done.stderr
+    (written,) = set(models.rglob("outputs/*/*/config.yaml")) - runs
+    report = json.loads((written.parent / "report.json").read_text("utf-8"))
+    experts = report["run"]["config"]["method"]["experts"]
+    assert experts[0]["positive_prompts"] == ["echo ${HOME}", "\\${x}", "${oc.env:HF_TOKEN}"]
+    done = fusion_bench(str(written), "overwrite=true", cwd=models)
+    assert done.returncode == 0, done.stderr
+    done = fusion_bench("verify", str(tmp_path / "out"), cwd=models)
+    assert done.returncode == 0, done.stderr
+
+
+PLACES = {
+    "layers": (
+        "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
+        "- sources: [{model: b, layer_range: [3, 9]}]\n",
+        "recipe.slices[1].sources[0].layer_range: there are no layers [3, 9): 'b' has 4, 0 to 3.",
+    ),
+    "a model": (
+        "merge_method: slerp\nbase_model: none\nmodels: [{model: no/such/x}]\nparameters: {t: 0}\n",
+        "recipe.base_model: ",
+    ),
+    "an option": (
+        recipe("nearswap", 1, "{t: -1}"),
+        "recipe.parameters.t: -1 is less than 0.",
+    ),
+    "an option of a condition": (
+        recipe("nearswap", 1, "{t: [{filter: mlp, value: -1}, {value: 1}]}"),
+        "recipe.parameters.t: -1",
+    ),
+    "an option of a model": (
+        recipe("multislerp", 3, "{eps: -1}", "{weight: 1}"),
+        "recipe.parameters.eps: -1 is",
+    ),
+    "an option in a slice": (
+        "merge_method: nearswap\nbase_model: a\nslices:\n- parameters: {t: -1}\n  sources: "
+        "[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]\n",
+        "recipe.slices[0].parameters.t: -1",
+    ),
+    "a stage": (
+        "name: one\nmerge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 7]}]"
+        "}]\n---\nmerge_method: slerp\nbase_model: one\nmodels: [{model: b}]\nparameters: {t: 0}\n",
+        "recipe[0].slices[0].sources[0].layer_range: there are no layers [2, 7)",
+    ),
+    "an expert": (
+        "base_model: base\ngate_mode: random\nexperts: [{source_model: a}, {source_model: none/x}]",
+        "recipe.experts[1].source_model: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_problems_are_told_where_the_recipe_has_them(
+    name: str, models: Path, tmp_path: Path
+) -> None:
+    text, said = PLACES[name]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    done = fusion_bench("merge", str(file), "out", "--dry-run", cwd=models)
+    assert done.returncode in (2, 3)
+    assert said in done.stderr

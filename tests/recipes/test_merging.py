@@ -103,6 +103,7 @@ PLAIN = {
         "linear", 2, "{normalize: false}", "{weight: [0.1, 0.5]}", base=False
     ),
     "slerp": recipe("slerp", 1, "{t: [{filter: self_attn, value: [0, 0.5, 1]}, {value: 0.3}]}"),
+    "slerp beyond its ends": recipe("slerp", 1, "{t: [{filter: mlp, value: -0.5}, {value: 1.7}]}"),
     "nuslerp": recipe("nuslerp", 2, own="{weight: [0.3, 0.8]}", base=False),
     "nuslerp by rows": recipe("nuslerp", 2, "{nuslerp_flatten: false}", "{weight: 0.4}"),
     "nuslerp by columns": recipe(

@@ -55,7 +55,7 @@ def test_a_document_becomes_a_config() -> None:
         },
         "policy": {"dtype": "bfloat16"},
     }
-    assert made.notes == () and first_model(DOCUMENT) == "org/base"
+    assert made.notes == () and first_model(DOCUMENT)[0] == "org/base"
 
 
 def test_names_of_the_pool_and_copies_of_the_base() -> None:

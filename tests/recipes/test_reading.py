@@ -177,7 +177,7 @@ def test_an_adapter_on_a_stage() -> None:
     assert isinstance(models, dict)
     assert models["lora"] == {"path": "x/lora", "base": "_one_"}
     assert models["_one_"]["_target_"] == "fusion_bench.modelpool.MergedModel"
-    assert first_model(text) == "x/a"
+    assert first_model(text)[0] == "x/a"
 
 
 MODULES = """
@@ -257,3 +257,39 @@ def test_values_beyond_the_limits_are_told_in_the_recipes_words(
     (found,) = problems(text).items()
     assert found[0] == f"models[1].parameters.{name}"
     assert "is not a number from 0 to 1" in found[1]
+
+
+SLICED_MODULES = """
+merge_method: task_arithmetic
+base_model: base
+parameters: {weight: 1}
+modules:
+  decoder:
+    parameters: {lambda: 0.5}
+    slices:
+      - sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]
+      - sources:
+          - {model: base, layer_range: [2, 3]}
+          - {model: b, layer_range: [3, 4], parameters: {weight: 0.3}}
+  encoder:
+    models: [{model: b}]
+  shared:
+    models: [{model: a}, {model: base}]
+"""
+
+
+def test_slices_in_several_modules() -> None:
+    made = translate(SLICED_MODULES)
+    slices = made.method["slices"]
+    assert isinstance(slices, list)
+    assert [(own["stack"], own["base"], own["models"]) for own in slices] == [
+        (["decoder", "model.decoder"], "base", {"base": [0, 2], "a": [0, 2]}),
+        (["decoder", "model.decoder"], "base", {"base": [2, 3], "b": [3, 4]}),
+        (["encoder", "model.encoder"], "_pretrained_", {"b": None}),
+        (["shared", "lm_head"], "_pretrained_", {"a": None}),
+    ]
+    options = [{k: v for k, v in own["base_method"].items() if k != "_target_"} for own in slices]
+    assert options[0]["weights"] == {"a": 1} and options[0]["scaling_factor"] == 0.5
+    assert options[1]["weights"] == {"b": 0.3} and options[2]["weights"] == {"b": 1}
+    assert options[3]["scaling_factor"] == 1.0
+    assert made.modelpool["models"] == {"_pretrained_": "base", "base": "base", "a": "a", "b": "b"}

@@ -16,7 +16,9 @@ def wealths(differences, sizes, weights, start=0):
     wealth, found = [1.0] * len(BETS), [1.0]
     for step in range(max(map(len, differences))):
         tasks = [k for k, size in enumerate(sizes) if step < size]
-        seen = sum(w / n * sum(d[:step]) for d, n, w in zip(differences, sizes, weights))
+        seen = sum(
+            w / n * sum(d[:step]) for d, n, w in zip(differences, sizes, weights, strict=True)
+        )
         unseen = {k: weights[k] * (sizes[k] - step) / sizes[k] for k in tasks}
         if step >= start:
             largest = 1 / (max(unseen.values()) - seen / len(tasks))
@@ -43,7 +45,9 @@ def test_the_wealth_of_equals_is_expected_to_stay() -> None:
     one, two = [1.0, 0.0, -1.0], [0.5, -0.5]
     orders = list(product(permutations(one), permutations(two)))
     for steps in (1, 2):
-        found = [wealths([list(a[:steps]), list(b[:steps])], [3, 2], [0.6, 0.4])[-1] for a, b in orders]
+        found = [
+            wealths([list(a[:steps]), list(b[:steps])], [3, 2], [0.6, 0.4])[-1] for a, b in orders
+        ]
         assert sum(found) / len(orders) <= 1 + 1e-12
 
 

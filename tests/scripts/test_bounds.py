@@ -98,10 +98,12 @@ def test_interpolations_that_stand_for_too_much(composed: Any, name: str) -> Non
 
 
 def test_what_is_interpolated_only_later() -> None:
-    """Escaped at first, so that it is a text of plain data by then."""
+    """Escaped at first, so that it is a text of plain data by then, and stays one."""
     links = dict(line.split(": ") for line in chain("lol", "${a@}${a@}").splitlines())
-    with pytest.raises(ConfigError, match="interpolations of this config expand to"):
-        instantiate({"_target_": "fusion_bench.method.SimpleAverageAlgorithm", **links})
+    node = {"_target_": "fusion_bench.method.StackedLayers", "slices": [{"models": {"a": None}}]}
+    assert instantiate({"of": links}) == {"of": links}
+    with pytest.raises(ConfigError, match=r"'\$\{a0\}\$\{a0\}' is no range of layers"):
+        instantiate({**node, "slices": [{"models": {"a": links["a1"]}}]})
 
 
 def test_defaults_lists_that_double(composed: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ TOLD_BY = "fusion_bench.zoo.built"
 
 #: Draws each task's images once for all tests; that they are always the same is tested elsewhere.
 make = cache(build.make)
+
+_write_dataset = build._write_dataset
 
 # A process that builds, from far fewer images. It says when it is in the middle of it, and waits
 # there or is killed.
@@ -82,12 +85,21 @@ def cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return built
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the faces once; to encode them takes longer than to train a small zoo."""
+    directory = tmp_path_factory.mktemp("faces")
+    _write_dataset(directory, "faces", make("faces"))
+    return directory
+
+
 @pytest.fixture
-def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: Path) -> Path:
     """Make a build take no time, and an empty cache to build in."""
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path))
     faces = make("faces")
     names = build.CLASS_NAMES["faces"]
+    monkeypatch.setattr(build, "_write_dataset", lambda at, *_: copytree(written, at))
     monkeypatch.setattr(build, "make", lambda task: faces)
     monkeypatch.setattr(build, "CLASS_NAMES", dict.fromkeys(zoo.TASKS, names))
     return tmp_path

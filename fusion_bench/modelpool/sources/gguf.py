@@ -1,20 +1,24 @@
 """A GGUF file is a model: its weights are decoded, its config is made of its metadata."""
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from fusion_bench.modelpool.gguf import gguf_config, gguf_weights
+from fusion_bench.modelpool.gguf import gguf_config, gguf_weights, write_gguf_tokenizer
 from fusion_bench.modelpool.sources.folder import Folder, made_of
 from fusion_bench.modelpool.sources.source import Named
 from fusion_bench.plan import Plan
 from fusion_bench.repository import Repository
+from fusion_bench.tokenizer import tokenizer_files
 from fusion_bench.weights import Config, GgufWeights, Weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +53,7 @@ class Gguf(Folder):
         _ = self._stored
         plan.note(
             f"{self.named.name or self.name}: its weights are in the format of llama.cpp (GGUF). "
-            "They are decoded, and the merged ones are written unquantised. Its tokenizer is not "
-            "read; the tokenizer of the merged model can be set."
+            "They are decoded, and the merged ones are written unquantised."
         )
         return True
 
@@ -63,9 +66,16 @@ class Gguf(Folder):
         return made_of(self.config(), config_class, self.name)
 
     def write_companions(self, directory: Path, *, processors: bool) -> None:
-        """Write its config, and the files beside it."""
+        """Write its config and the files beside it, or else the tokenizer that it holds."""
         super().write_companions(directory, processors=processors)
         self.write_config(directory)
+        if not processors or tokenizer_files(self.at):
+            return
+        if reason := write_gguf_tokenizer(self._path, directory):
+            log.warning(
+                f"The merged model has no tokenizer: transformers makes none of '{self.name}' "
+                f"({reason}). Set modelpool.tokenizer to the original model."
+            )
 
     @property
     def _path(self) -> Path:

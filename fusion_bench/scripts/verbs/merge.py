@@ -89,7 +89,7 @@ def of_recipe(arguments: Namespace, given: Sequence[str], settings: Sequence[str
         FusionBenchError: mistakes in it, or settings that it makes itself.
     """
     from fusion_bench.problems import Problem, Problems, within
-    from fusion_bench.recipes import first_model, read_text
+    from fusion_bench.recipes import first_model, read_text, told_in_recipe
     from fusion_bench.scripts.words import in_grammar
 
     recipe, *folders = given
@@ -103,8 +103,9 @@ def of_recipe(arguments: Namespace, given: Sequence[str], settings: Sequence[str
         problems.add([Problem((), f"'{more}' is one word too many beside a recipe.")])
     problems.raise_all()
     with within("recipe"):
-        model = first_model(read_text(Path(recipe).expanduser()))
-    words = pool_words({"model": model}, heads=True)
+        model, place = first_model(read_text(Path(recipe).expanduser()))
+    with told_in_recipe({("models", "model"): place}, "recipe"):
+        words = pool_words({"model": model}, heads=True)
     pool = [word for word in words if not word.startswith("modelpool.models=")]
     out = folder(arguments.out or next(iter(folders), None), [model])
     return [*pool, f"recipe={in_grammar(recipe)}", out]

@@ -40,7 +40,9 @@ def made(config: Any, seed: int = 0) -> Any:
     return model
 
 
-def write(model: Any, path: Path, kind: str = "llama", type_: Any = None) -> Path:
+def write(
+    model: Any, path: Path, kind: str = "llama", type_: Any = None, tokens: bool = False
+) -> Path:
     """Write a model as llama.cpp's converter does: its names, its order, its norms."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -61,7 +63,19 @@ def write(model: Any, path: Path, kind: str = "llama", type_: Any = None) -> Pat
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    if tokens:
+        names = ["<unk>", "<s>", "</s>", "\u2581a", "b", "\u2581", "a", "c"]
+        names += [f"t{number}" for number in range(config.vocab_size - len(names))]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(number) for number in range(len(names))])
+        writer.add_token_types([2, 3, 3, *[1] * (len(names) - 3)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        writer.add_chat_template("{{ messages }}")
+        writer.add_token_list(names)
+    else:
+        writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
 
     def add(name: str, values: Tensor) -> None:
         numbers = values.detach().float().contiguous().numpy()
@@ -183,6 +197,21 @@ def test_alone_it_has_a_config_of_its_own(tmp_path: Path) -> None:
     assert loaded.config.architectures == ["LlamaForCausalLM"]
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rms_norm_eps"] == model.config.rms_norm_eps == 1e-6
+
+
+def test_the_tokenizer_in_it_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(made(KINDS["llama"]()), tmp_path / "q" / "x.gguf", tokens=True)
+    pool = CausalLMPool({"a": str(file)})
+    pool.save_model(pool.weights("a"), tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.encode("ab a") == [1, 3, 4, 3]
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert "has no tokenizer" not in caplog.text
+    file = write(made(KINDS["llama"]()), tmp_path / "p" / "x.gguf")
+    pool = CausalLMPool({"a": str(file)})
+    pool.save_model(pool.weights("a"), tmp_path / "none")
+    assert "The merged model has no tokenizer: transformers makes none of" in caplog.text
+    assert not (tmp_path / "none" / "tokenizer.json").exists()
 
 
 def test_experts_and_a_config_beside(tmp_path: Path) -> None:
