@@ -52,7 +52,7 @@ from fusion_bench.weights.blueprint import Blueprint
 log = logging.getLogger(__name__)
 
 #: The memory of the program itself when it merges, with torch: what benchmarks/memory.py found.
-_PROGRAM = 360_000_000
+_PROGRAM = 285_000_000
 #: A download that people want to know of before it begins.
 _LARGE = 1_000_000_000
 _TAKES_ROOM = ("build", "download", "prepare", "write")
@@ -291,6 +291,13 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
         if isinstance(method, TensorwiseAlgorithm)
         else predicted_peak(merged)
     )
+    if plan.holds > _LARGE:
+        largest = max(merged, key=lambda key: merged.cost(key).peak_bytes)
+        shape = " x ".join(map(str, merged.spec(largest).shape))
+        plan.note(
+            f"The merge takes much memory; its largest entry is '{largest}', {shape}. Methods that "
+            "factorise matrices leave out those that match exclude_keys."
+        )
     said = [method.described(pool)] if isinstance(method, Describing) else []
     plan.entries = [*said, *outline.lines]
 
