@@ -13,7 +13,6 @@ kept: a run that was stopped goes on, and one without the file begins anew. A me
 do not suit the models, weights for two models for one, is left out and named.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
-from measure import alternate, peak, publish, ratio, summary
+from measure import Record, alternate, peak, ratio, rounds_of, summary
 from safetensors.torch import load_file, save_file
 
 from fusion_bench.configs import CONFIG_DIR, composed
@@ -53,31 +53,25 @@ LONG = 20.0
 
 def main() -> None:
     """Measure what is asked for, print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__, workdir=True)
     parser.add_argument("what", choices=["cost", *WORTH, "alone"])
     parser.add_argument("--only", nargs="+", help="methods, as in method=…")
     parser.add_argument("--without", nargs="+", default=[], help="methods to leave out")
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try it out")
     arguments = parser.parse_args()
     quiet_libraries()
     names = [name for name in arguments.only or methods() if name not in arguments.without]
-    results: dict[str, Any]
-    with tempfile.TemporaryDirectory() as scratch:
-        root = arguments.workdir or Path(scratch)
-        if arguments.what == "alone":  # a child of `cost`
-            print(json.dumps(observed(names[0], root)))
-            return
-        if arguments.what == "cost":
+    if arguments.what == "alone":  # a child of `cost`
+        print(json.dumps(observed(names[0], arguments.workdir)))
+        return
+    record = Record(arguments)
+    if arguments.what == "cost":
+        with tempfile.TemporaryDirectory() as scratch:
+            root = arguments.workdir or Path(scratch)
             write_models(root, small=arguments.small)
-            results = {COSTS: cost(names, root, arguments)}
-        else:
-            title, overrides = WORTH[arguments.what]
-            results = {title: worth(names, arguments, title, overrides)}
-    publish(results, "methods.py", None, arguments.json, arguments.markdown)
+            cost(names, root, record, rounds_of(arguments, 3))
+    else:
+        worth(names, record, *WORTH[arguments.what])
+    record.show()
 
 
 def methods() -> list[str]:
@@ -142,12 +136,11 @@ def fuse(name: str, root: Path) -> int:
     return len([in_memory(w) if isinstance(w, Weights) else w for w in family.values()])
 
 
-def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return each method's seconds, beside those of the simple average, and its memory."""
-    table, rounds = known(arguments.json, COSTS), arguments.rounds
+def cost(names: list[str], root: Path, record: Record, rounds: int) -> None:
+    """Add each method's seconds, beside those of the simple average, and its memory."""
     for name in names:
         method = method_of(name)
-        if name in table or method.needs.split or "ensemble/" in name:
+        if record.has(COSTS, name) or method.needs.split or "ensemble/" in name:
             continue
         once = alone(name, root)
         if once is None:
@@ -158,29 +151,13 @@ def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[st
         times = alternate(contestants, rounds)
         if name not in times:
             times[name] = [once["seconds"]] * rounds
-        table[name] = {
+        figures = {
             "seconds": summary(times[name])["seconds"],
             "times the average": ratio(times, name, AVERAGE),
             "peak MB": round(once["bytes"] / 1e6),
             "models": once["models"],
         }
-        keep(arguments.json, COSTS, table, name)
-    return table
-
-
-def known(file: Path | None, title: str) -> dict[str, Any]:
-    """Return the rows that a file of an earlier run has."""
-    if file is None or not file.exists():
-        return {}
-    rows: dict[str, Any] = json.loads(file.read_text()).get(title, {})
-    return rows
-
-
-def keep(file: Path | None, title: str, rows: dict[str, Any], name: str) -> None:
-    """Show a new row, and write all that there are."""
-    print(name, json.dumps(rows[name]), file=sys.stderr)
-    if file is not None:
-        file.write_text(json.dumps({title: rows}))
+        record.row(COSTS, name, figures)
 
 
 def alone(name: str, root: Path) -> dict[str, Any] | None:
@@ -200,13 +177,10 @@ def alone(name: str, root: Path) -> dict[str, Any] | None:
 # --- what it is worth -----------------------------------------------------------------------------
 
 
-def worth(
-    names: list[str], arguments: argparse.Namespace, title: str, overrides: tuple[str, ...]
-) -> dict[str, Any]:
-    """Return each method's values on the embedded models, the best first."""
-    rows = known(arguments.json, title)
+def worth(names: list[str], record: Record, title: str, overrides: tuple[str, ...]) -> None:
+    """Add each method's values on the embedded models; the best are the first in the end."""
     for name in names:
-        if name in TWO_MODELS or name in rows:
+        if name in TWO_MODELS or record.has(title, name):
             continue
         with tempfile.TemporaryDirectory() as place:
             try:
@@ -217,10 +191,12 @@ def worth(
                 continue
         table = comparison(report)
         for row in table[:2]:  # the pretrained model and the individual ones
-            rows.setdefault(f"({row.name})", _figures(row, report))
-        rows[name] = _figures(table[-1], report)
-        keep(arguments.json, title, rows, name)
-    return dict(sorted(rows.items(), key=lambda entry: -float(entry[1]["average"].split()[0])))
+            if not record.has(title, f"({row.name})"):
+                record.row(title, f"({row.name})", _figures(row, report))
+        record.row(title, name, _figures(table[-1], report))
+    rows = record.tables.get(title, {})
+    best = sorted(rows.items(), key=lambda row: -float(row[1]["average"].split()[0]))
+    record.tables[title] = dict(best)
 
 
 def _figures(row: Any, report: Any) -> dict[str, Any]:

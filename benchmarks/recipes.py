@@ -14,7 +14,6 @@ Breadcrumbs keep others here than there.
 Methods that draw random masks are not compared. Rows that the file of ``--json`` has are kept.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -30,8 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
-from measure import alternate, publish, ratio
+from measure import Record, alternate, ratio, rounds_of
 from recipe_peers import to_the_disk
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -61,15 +61,12 @@ RANDOM = ("dare_ties", "della")
 
 def main() -> None:
     """Make the models, measure each recipe, print the table and write it after each row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = measure.parser(__doc__, workdir=True)
     parser.add_argument("--only", nargs="*", help="these recipes")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
-    parser.add_argument("--small", action="store_true", help="small files, to try it out")
     parser.add_argument("--peer", help="a Python that has mergekit")
     arguments = parser.parse_args()
+    rounds = rounds_of(arguments, 3)
+    record = Record(arguments, rounds, ("torch", "transformers", "safetensors"))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         root = (arguments.workdir or Path(scratch)).absolute()
         models = Models(root, small=arguments.small)
@@ -85,17 +82,10 @@ def main() -> None:
             name: Program(python, stack.enter_context(process(python, name)))
             for name, python in pythons.items()
         }
-        table: dict[str, Any] = {}
-        if arguments.json and arguments.json.exists():  # a run that was stopped goes on
-            table = json.loads(arguments.json.read_text())["recipe"]
         for name, words in recipes.items():
-            if name in table:
-                continue
-            table[name] = measured(name, words, programs, root, arguments.rounds)
-            publish(
-                {"recipe": table}, "recipes.py", arguments.rounds, arguments.json,
-                arguments.markdown, ("torch", "transformers", "safetensors"),
-            )  # fmt: skip
+            if not record.has("recipe", name):
+                record.row("recipe", name, measured(name, words, programs, root, rounds))
+    record.show()
 
 
 class Models:
