@@ -44,7 +44,13 @@ VARIANTS = {
 #: What a method needs besides its defaults, here.
 SETTINGS = {"wudi/wudi": ["method.iter_num=10"]}  # more steps take longer and no more memory
 #: Those that take two models only, and those that take two and the base.
-TWO_ENDS = {"linear/linear_interpolation", "slerp/slerp", "rlhf/warp_liti"}
+TWO_ENDS = {
+    "arcee_fusion",
+    "linear/linear_interpolation",
+    "nearswap",
+    "rlhf/warp_liti",
+    "slerp/slerp",
+}
 EXACTLY = {"rlhf/salsa": 2, "linear/expo": 1}
 #: Methods that make a model for each task: as many checkpoints as models would be written.
 FAMILIES = {"emr_merging/emr_merging", "tall_mask/task_arithmetic"}
@@ -71,7 +77,7 @@ def main() -> None:
                 known = record.tables.get(title, {}).get(row, {})
                 try:
                     found = measured(row, place, arguments.models, known)
-                except CommandFailed as error:
+                except CommandError as error:
                     print(f"{row} is left out: {error}", file=sys.stderr)
                     continue
                 if found != known:
@@ -156,7 +162,7 @@ def merge_command(row: str, root: Path, count: int) -> list[str]:
     ]
 
 
-class CommandFailed(Exception):
+class CommandError(Exception):
     """A command that ended with an error; says its last line."""
 
 
@@ -174,7 +180,7 @@ def watched(command: list[str]) -> tuple[float, float]:
                 time.sleep(0.003)
         if process.returncode:
             output.seek(0)
-            raise CommandFailed(output.read().decode().strip().rpartition("\n")[2])
+            raise CommandError(output.read().decode().strip().rpartition("\n")[2])
     return most / 1e6, used.ru_utime + used.ru_stime
 
 

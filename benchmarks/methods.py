@@ -94,6 +94,7 @@ def write_models(root: Path, *, small: bool) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    tiny |= {"num_hidden_layers": 2}
     config = CLIPVisionConfig(patch_size=32, **(tiny if small else {}))
     if (root / "m7" / "config.json").exists():
         return
