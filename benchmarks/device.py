@@ -18,7 +18,6 @@ Without a GPU there is the CPU alone. The embedded models take minutes to build 
 import argparse
 import itertools
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -35,7 +34,17 @@ import numpy as np
 import torch
 from evaluate import dataset, write_files
 from lightning.fabric import Fabric
-from measure import Record, Row, Times, alternate, prepared, ratio, rounds_of, summary
+from measure import (
+    Record,
+    Row,
+    Times,
+    alternate,
+    own_cache,
+    prepared,
+    ratio,
+    rounds_of,
+    summary,
+)
 from methods import TWO_MODELS, write_models
 from methods import methods as all_methods
 from safetensors.torch import load_file, save_file
@@ -356,19 +365,6 @@ def learning_row(bench: Bench, name: str, settings: Sequence[str]) -> dict[str, 
         times = turns(work, bench.devices, bench.rounds)
     told, alike = beside(merged, dict(CLIPVisionModelPool(models).weights("_pretrained_")))
     return compared(times, peak, alike=alike) | told
-
-
-@contextmanager
-def own_cache(place: Path) -> Iterator[None]:
-    """Have the program keep what it keeps in another place."""
-    before = os.environ.get("FUSION_BENCH_CACHE")
-    os.environ["FUSION_BENCH_CACHE"] = str(place)
-    try:
-        yield
-    finally:
-        del os.environ["FUSION_BENCH_CACHE"]
-        if before is not None:
-            os.environ["FUSION_BENCH_CACHE"] = before
 
 
 # --- evaluating -----------------------------------------------------------------------------------

@@ -55,7 +55,6 @@ def main() -> None:
 
 def write_files(root: Path, images: int, *, small: bool) -> None:
     """Write a whole CLIP model, two vision encoders and two datasets, unless they are there."""
-    from datasets import ClassLabel, Dataset, Features, Image
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     from fusion_bench.zoo.tokenizer import train
@@ -80,15 +79,22 @@ def write_files(root: Path, images: int, *, small: bool) -> None:
         clip.save_pretrained(root / "clip")
         tokenizer.save_pretrained(root / "clip")
         CLIPImageProcessorPil().save_pretrained(root / "clip")
-    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
     for seed, name in enumerate(("one", "two")):
-        place = root / "datasets" / f"{name}-{images}" / "test.parquet"
-        if not place.exists():
-            place.parent.mkdir(parents=True)
-            random = np.random.default_rng(seed)
-            rows = {"image": [jpeg(random) for _ in range(images)]}
-            rows["label"] = [int(label) for label in random.integers(0, len(CLASSES), images)]
-            Dataset.from_dict(rows, features=features).to_parquet(place)
+        write_dataset(root / "datasets" / f"{name}-{images}", images, seed)
+
+
+def write_dataset(place: Path, images: int, seed: int) -> None:
+    """Write a dataset, unless it is there."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    if (place / "test.parquet").exists():
+        return
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
+    place.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    rows = {"image": [jpeg(random) for _ in range(images)]}
+    rows["label"] = [int(label) for label in random.integers(0, len(CLASSES), images)]
+    Dataset.from_dict(rows, features=features).to_parquet(place / "test.parquet")
 
 
 def jpeg(random: np.random.Generator) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -87,6 +89,53 @@ def peak(work: Callable[[], object]) -> int:
 def _anonymous() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+class CommandError(Exception):
+    """A command that ended with an error; what it said last."""
+
+
+def watched(command: Sequence[str], accepts: Sequence[int] = (0,)) -> tuple[float, float, str]:
+    """Run a command in an empty folder.
+
+    Args:
+        command: its words.
+        accepts: the exit codes that are no error.
+
+    Returns:
+        The peak of its anonymous memory and that of its children in MB, the seconds that the cores
+        worked for it, and what it said.
+
+    Raises:
+        CommandError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as output:
+        with subprocess.Popen(command, cwd=place, stdout=output, stderr=output) as process:
+            most = 0
+            while True:
+                pid, status, used = os.wait4(process.pid, os.WNOHANG)
+                if pid:
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                    break
+                most = max(most, _anonymous_of_all(process.pid))
+                time.sleep(0.003)
+        output.seek(0)
+        said = output.read().decode()
+    if process.returncode not in accepts:
+        raise CommandError(said.strip().rpartition("\n")[2])
+    return most / 1e6, used.ru_utime + used.ru_stime, said
+
+
+def _anonymous_of_all(process: int) -> int:
+    """Return the bytes of anonymous memory that a process and its children have now."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = status.partition("RssAnon:")[2].split()
+    own = int(found[0]) * 1024 if found else 0
+    return own + sum(_anonymous_of_all(int(child)) for child in children)
 
 
 def ratio(times: Times, name: str, to: str) -> float:
@@ -328,6 +377,19 @@ def same(one: str, ours: Mapping[str, Tensor], other: str, theirs: Mapping[str, 
                 f"'{one}' and '{other}' differ by up to {apart:.1e} in '{key}': their times are "
                 "not compared."
             )
+
+
+@contextmanager
+def own_cache(place: Path) -> Iterator[None]:
+    """Have the program keep what it keeps in another place."""
+    before = os.environ.get("FUSION_BENCH_CACHE")
+    os.environ["FUSION_BENCH_CACHE"] = str(place)
+    try:
+        yield
+    finally:
+        del os.environ["FUSION_BENCH_CACHE"]
+        if before is not None:
+            os.environ["FUSION_BENCH_CACHE"] = before
 
 
 def prepared(task: "ImageTask") -> "PreparedImages":

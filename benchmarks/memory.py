@@ -12,16 +12,13 @@ Python and torch take before any merge is the first row. Rows that the file of `
 kept: a run that was stopped goes on. A method that does not suit the models is left out and named.
 """
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import measure
 import torch
-from measure import Record
+from measure import CommandError, Record, watched
 from safetensors.torch import save_file
 
 #: What is merged besides the defaults of every method: those options that need whole tensors.
@@ -136,14 +133,14 @@ def measured(row: str, root: Path, counts: list[int], known: dict[str, str]) -> 
             continue
         if row == BASELINE:
             code = "import torch, transformers, fusion_bench.programs, fusion_bench.method"
-            megabytes, seconds = watched([sys.executable, "-c", code])
+            megabytes, seconds, _ = watched([sys.executable, "-c", code])
         elif (exactly := 1 if row in TWO_ENDS else EXACTLY.get(row, count)) and (
             exactly != count and count != min(counts)
         ):
             found[column] = "–"
             continue
         else:
-            megabytes, seconds = watched(merge_command(row, root, exactly))
+            megabytes, seconds, _ = watched(merge_command(row, root, exactly))
         found[column] = f"{megabytes:.0f} ({seconds:.0f})"
     return found
 
@@ -160,38 +157,6 @@ def merge_command(row: str, root: Path, count: int) -> list[str]:
         *(f"modelpool.models.m{i}={root / f'm{i}'}" for i in range(count)),
         "merged_model_save_path=merged",
     ]
-
-
-class CommandError(Exception):
-    """A command that ended with an error; says its last line."""
-
-
-def watched(command: list[str]) -> tuple[float, float]:
-    """Run a command; return the peak of its anonymous memory in MB, and its CPU seconds."""
-    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as output:
-        with subprocess.Popen(command, cwd=place, stdout=output, stderr=output) as process:
-            most = 0
-            while True:
-                pid, status, used = os.wait4(process.pid, os.WNOHANG)
-                if pid:
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                    break
-                most = max(most, anonymous(process.pid))
-                time.sleep(0.003)
-        if process.returncode:
-            output.seek(0)
-            raise CommandError(output.read().decode().strip().rpartition("\n")[2])
-    return most / 1e6, used.ru_utime + used.ru_stime
-
-
-def anonymous(process: int) -> int:
-    """Return the bytes of anonymous memory that a process has now."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = status.partition("RssAnon:")[2].split()
-    return int(found[0]) * 1024 if found else 0
 
 
 if __name__ == "__main__":

@@ -21,17 +21,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measure
 import torch
-from measure import Record, alternate, ratio, rounds_of
+from measure import Record, alternate, ratio, rounds_of, watched
 from recipe_peers import to_the_disk
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -236,7 +235,7 @@ class Program:
     """A program that merges, as a command or in a process that is there already.
 
     Attributes:
-        peaks: the most anonymous memory of each command that was typed, in bytes.
+        peaks: the most anonymous memory of each command that was typed, in MB.
     """
 
     def __init__(self, python: str, process: "subprocess.Popen[str]"):
@@ -256,27 +255,10 @@ class Program:
         start = time.perf_counter()
         script, *rest = words if words[0] in SCRIPTS else ["fusion_bench", *words]
         command = [str(self._scripts / SCRIPTS.get(script, script)), *rest]
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as running:
-            done = threading.Event()
-            sampler = threading.Thread(target=self._sample, args=(running.pid, done))
-            sampler.start()
-            said = running.communicate()[1]
-            done.set()
-            sampler.join()
-        if running.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{said}")
+        megabytes, _, _ = watched(command)
+        self.peaks.append(megabytes)
         to_the_disk(words)
         return time.perf_counter() - start
-
-    def _sample(self, pid: int, done: threading.Event) -> None:
-        most = 0
-        while not done.wait(0.005):
-            with suppress(OSError, IndexError):  # it has just ended
-                status = Path(f"/proc/{pid}/status").read_text()
-                most = max(most, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
-        self.peaks.append(most)
 
 
 def measured(
@@ -305,7 +287,7 @@ def measured(
         if "mergekit" in programs:
             found[f"times as fast{mark}"] = ratio(times, "mergekit", "fusion_bench")
         row = found | row
-    row |= {f"{own}, MB": round(max(running.peaks) / 1e6) for own, running in programs.items()}
+    row |= {f"{own}, MB": round(max(running.peaks)) for own, running in programs.items()}
     if "mergekit" in programs:
         row["difference"] = "random" if name in RANDOM else difference(*outputs.values())
     for output in outputs.values():

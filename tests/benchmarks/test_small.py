@@ -17,48 +17,17 @@ COMMANDS = {
     "evaluate.py": ["--small"],
     "fuse.py": ["--small"],
     "language.py": ["--small"],
-    "memory.py": "--small --kinds deep --models 2 --only simple_average expert_merging".split(),
-    "methods.py": "cost --small --only simple_average arcee_fusion".split(),
+    "memory.py": ["--small", "--kinds=deep", "--models=2", "--only", "linear/expo", "dare/no_such"],
+    "methods.py": ["cost", "--small", "--only", "simple_average", "arcee_fusion"],
     "recipes.py": ["--small", "--only", "linear"],
+    "scale.py": ["--small", "--only", "plan", "models", "tasks"],
     "sweep.py": ["--small"],
     "threads.py": ["--small"],
 }
 #: What others call.
 PARTS = {"measure.py", "peers.py", "recipe_peers.py"}
 #: Runs a benchmark; the processes that it starts are forked from the warm one too.
-RUN = """
-import os, runpy, subprocess, sys
-from pathlib import Path
-
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import commandline
-
-real = subprocess.run
-
-def run(words, *, cwd=None, env=None, check=False, **others):
-    program, *rest = map(str, words)
-    cwd, env = Path(cwd or "."), dict(env or os.environ)
-    if program == str(commandline.SCRIPT):
-        done = commandline.fusion_bench(*rest, cwd=cwd.absolute(), env=env)
-    elif program == sys.executable and "-c" in rest:
-        code, *arguments = rest[rest.index("-c") + 1 :]
-        done = commandline.python(code, *arguments, cwd=cwd.absolute(), env=env)
-    elif program == sys.executable and rest[:2] == ["-m", "fusion_bench"]:
-        done = commandline.fusion_bench(*rest[2:], cwd=cwd.absolute(), env=env)
-    elif program == sys.executable:
-        code = "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
-        done = commandline.python(code.format(sys.path[0]), *rest, cwd=cwd.absolute(), env=env)
-    else:
-        return real(words, cwd=cwd, env=env, check=check, **others)
-    if check and done.returncode:
-        print(done.stderr, file=sys.stderr)
-        raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
-    return done
-
-subprocess.run = run
-sys.argv = sys.argv[3:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+RUN = (Path(__file__).with_name("forked.py")).read_text()
 
 
 def benchmark(place: Path, name: str, *words: str) -> str:
