@@ -314,7 +314,7 @@ def evaluation(bench: Bench, count: int, *words: str) -> dict[str, Any]:
     root, images = bench.root / "evaluation", 16 if bench.small else 64
     write_files(root, images, small=bench.small)
     own = content(root, "SimpleAverageAlgorithm")
-    del own["method"]
+    own |= {"method": None, "baselines": "all_tasks"}
     own["fabric"] = {"_target_": "lightning.Fabric", "accelerator": "cpu", "devices": 1}
     own["modelpool"]["models"] = {"one": str(root / "one")}
     own["taskpool"]["test_datasets"] = {}

@@ -68,6 +68,7 @@ def main() -> None:
             os.environ["FUSION_BENCH_CACHE"] = str(root / "cache")
             write_files(root, 16, small=True)
             own = content(root, "TaskArithmeticAlgorithm")
+            own["method"]["scaling_factor"] = 0.3  # what is swept is in the file
             words = [*config(own, root), *words]
         else:
             own = composed()
@@ -157,7 +158,7 @@ def sweep(
 
 def compare(root: Path, right: list[dict[str, int]], inputs: dict[str, Tensor]) -> None:
     """Refuse to compare times where the sweep's accuracies are others than the bare passes'."""
-    files = sorted(root.glob("multirun/**/report.json"), key=lambda file: int(file.parent.name))
+    files = sorted(root.glob("multirun/**/report.json"), key=coefficient)
     if len(files) != len(right):
         raise SystemExit(f"The sweep left {len(files)} reports of {len(right)} coefficients.")
     for file, expected in zip(files, right, strict=True):
@@ -169,6 +170,11 @@ def compare(root: Path, right: list[dict[str, int]], inputs: dict[str, Tensor]) 
                     f"{file.parent.name}: the sweep has {found} right answers on '{task}', the "
                     f"bare passes {count}. Their times are not compared."
                 )
+
+
+def coefficient(report: Path) -> float:
+    """Return the coefficient of a job, after which its folder is named."""
+    return float(report.parent.name.rpartition("=")[2])
 
 
 def after_imports(words: list[str], root: Path) -> float:
