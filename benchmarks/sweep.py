@@ -45,8 +45,10 @@ AFTER_IMPORTS = textwrap.dedent(
     from fusion_bench.scripts.cli import main
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
     start = time.perf_counter()
-    main()
-    print(time.perf_counter() - start, file=sys.stderr)
+    try:
+        main()
+    finally:  # it ends with an exit code
+        print(time.perf_counter() - start, file=sys.stderr)
     """
 )
 
