@@ -34,7 +34,7 @@ from evaluate import config, content, write_dataset, write_files
 from measure import Record, own_cache, rounds_of, watched
 
 SCRIPT = Path(sys.executable).with_name("fusion_bench")
-PLANS = "the plan of a merge of models of 70 B parameters"
+PLANS = "plans of merges of models of 70 B parameters, {}"
 LLAMA_70B = {
     "vocab_size": 128256,
     "hidden_size": 8192,
@@ -200,15 +200,14 @@ def plans(bench: Bench) -> None:
     base = bench.root / "llama-70b"
     write_model(base, shape, empty=True)
     experts = linked(base, [f"m{number}" for number in range(16)])
+    counts = (2,) if bench.small else (2, 4, 8, 16)
     for method in ("simple_average", "ties_merging"):
-        counts = (2,) if bench.small else (2, 4, 8, 16)
-        names = {}
+        title = PLANS.format(method)
         for count in counts:
-            names[count] = f"{method}, {count} models"
             command = merging(experts[:count], base, method, bench.root / "never")
-            bench.row(PLANS, names[count], partial(plan, command, bench.rounds))
-        if not bench.small:
-            bench.line(PLANS, names, ("seconds", "MB of the plan"))
+            bench.row(title, f"{count} models", partial(plan, command, bench.rounds))
+        names = {count: f"{count} models" for count in counts}
+        bench.line(title, names, ("CPU seconds", "MB of the plan"))
 
 
 def plan(command: list[str], rounds: int) -> dict[str, Any]:
@@ -219,8 +218,8 @@ def plan(command: list[str], rounds: int) -> dict[str, Any]:
     found, told = [], ""
     for _ in range(rounds):
         start = time.perf_counter()
-        megabytes, _, told = watched([*command, "--dry-run"], accepts=(0, 2))
-        found.append((time.perf_counter() - start, megabytes))
+        megabytes, worked, told = watched([*command, "--dry-run"], accepts=(0, 2))
+        found.append((time.perf_counter() - start, worked, megabytes))
     problems = [line for line in told.splitlines() if line.startswith("fusion_bench:")]
     if any("the disk has" not in line for line in problems):
         raise SystemExit("\n".join(problems))
@@ -230,8 +229,9 @@ def plan(command: list[str], rounds: int) -> dict[str, Any]:
         if (match := re.search(rf"^ *{verb} .*? ([\d.]+ [kMGT]?B)\b", told, re.MULTILINE))
     }
     return {
-        "seconds": round(min(seconds for seconds, _ in found), 1),
-        "MB of the plan": round(max(megabytes for _, megabytes in found)),
+        "seconds": round(min(seconds for seconds, _, _ in found), 1),
+        "CPU seconds": round(min(worked for _, worked, _ in found), 1),
+        "MB of the plan": round(max(megabytes for _, _, megabytes in found)),
         "it reads": sizes["read"],
         "it writes": sizes["write"],
         "it holds": sizes["hold"],
