@@ -1,6 +1,6 @@
 """Small weights of all kinds, and the plain formulas that merging them must agree with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from fusion_bench.method.checks import bits
-from fusion_bench.weights import TensorWeights, Weights, open_checkpoint, write_checkpoint
+from fusion_bench.weights import (
+    Inputs,
+    MergePolicy,
+    TensorWeights,
+    Weights,
+    align,
+    open_checkpoint,
+    write_checkpoint,
+)
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OTHERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -83,3 +91,38 @@ def tolerance(expected: Tensor, tensors: Sequence[Tensor], stored: torch.dtype) 
     one = torch.finfo(stored)
     rounding = one.eps / 2 * expected.abs() * (1 + one.eps) + one.tiny * one.eps
     return rounding + 4 * len(tensors) * working.eps * size
+
+
+class Cut(Inputs):
+    """Models that are read in pieces of ``piece`` elements at most; they count their readings."""
+
+    piece = 2**18
+    surveys = 0
+
+    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
+        return super().pieces(key, min(size, self.piece))
+
+    def survey(self, *arguments: Any) -> None:
+        self.surveys += arguments[1:] in [(), (1,)]  # samples do not count
+        super().survey(*arguments)
+
+
+def opened(
+    *models: dict[str, Tensor], piece: int = 2**18, whole: bool = False, in_threads: bool = False
+) -> Cut:
+    named = {f"model{i}": TensorWeights(state) for i, state in enumerate(models)}
+    aligned = align(named, policy=MergePolicy(on_dtype="cast"))
+    inputs = Cut(aligned, MergePolicy(), not whole, in_threads)
+    inputs.piece = piece
+    return inputs
+
+
+def themselves(
+    key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+) -> Iterator[Tensor]:
+    yield from tensors
+
+
+def noise(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, generator=generator, dtype=torch.float64).exp().to(dtype)

@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
@@ -20,8 +21,9 @@ from fusion_bench.method.ties_merging import Restore, TiesMergingAlgorithm, Zero
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import restoring_l1
-from fusion_bench.weights.ops import ranks, task_vectors
-from fusion_bench.weights.statistics import Cutoff, Piece, largest, search_bytes
+from fusion_bench.weights.largest import Cutoff, largest, search_bytes
+from fusion_bench.weights.ops import by_rank, task_vectors
+from fusion_bench.weights.statistics import Piece
 
 Scope = Literal["tensor", "row"]
 MeanOrSum = Literal["sum", "mean"]
@@ -135,5 +137,5 @@ class ModelBreadcrumbs(TensorwiseAlgorithm):
         """Return rows without their largest and smallest elements."""
         size = rows.shape[-1]
         top, kept = self._counts(size, density, gamma)
-        place = size - 1 - ranks(rows)  # from the largest on
-        return rows * ((place >= top) & (place < top + kept))
+        place = size - 1 - torch.arange(size, device=rows.device)  # from the largest on
+        return rows * by_rank(rows, ((place >= top) & (place < top + kept)).to(rows))

@@ -21,7 +21,7 @@ from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
-    ranks,
+    by_rank,
     task_vectors,
     uniform,
 )
@@ -136,8 +136,8 @@ class DellaMerging(TensorwiseAlgorithm):
         rows = vector.flatten(1) if vector.ndim > 1 else vector.reshape(1, -1)
         last = rows.shape[1] - 1
         # From -1 for the smallest to 1 for the largest; 0 for one that is alone.
-        place = ranks(rows).to(rows.dtype).mul_(2).sub_(last).div_(max(last, 1))
-        keep = place.mul_(half).add_(density)
+        place = torch.arange(last + 1).to(rows).mul_(2).sub_(last).div_(max(last, 1))
+        keep = by_rank(rows, place.mul_(half).add_(density))
         draws = torch.from_numpy(uniform(rows.numel(), seed, start)).to(rows).view_as(rows)
         left = (draws < keep).to(rows.dtype).mul_(rows)
         if self.rescale == "inverse_keep":

@@ -15,8 +15,8 @@ from torch import Tensor
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.largest import largest, search_bytes
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import largest, search_bytes
 
 
 @dataclass(eq=False)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations_with_replacement
+from math import log
 from typing import Literal
 
 import torch
@@ -18,8 +19,9 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.largest import largest, search_bytes
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import Piece, extremes, largest, search_bytes, sums, total
+from fusion_bench.weights.statistics import Piece, extremes, sums, total
 from fusion_bench.weights.stream import PIECE
 
 Variant = Literal["paper", "released"]
@@ -84,28 +86,38 @@ def _as_in_the_paper(inputs: Inputs, counts: Sequence[int]) -> Scored:
     sharpness = [1] * len(pairs) + [len(tasks)] * len(tasks)
 
     def products(*piece: *Piece) -> Iterator[Tensor]:
+        """Yield one after the other in the same memory: new pages would take as long as they."""
         vectors = list(task_vectors(*piece))
+        product = torch.empty_like(vectors[0])
         for i, j in [*pairs, *zip(tasks, tasks, strict=True)]:
-            yield vectors[i] * vectors[j]
+            yield torch.mul(vectors[i], vectors[j], out=product)
 
     ranges = extremes(inputs, products)
 
+    # Differences below what a type resolves are none.
+    tiny = 100 * torch.finfo(torch.float64 if inputs.is_double else torch.float32).tiny
+    slopes = [
+        sharp / (high - low) / log(2) if high - low > tiny else 0.0
+        for sharp, (low, high) in zip(sharpness, ranges, strict=False)
+    ]
+
     def exponentials(*piece: *Piece) -> Iterator[Tensor]:
-        for product, sharp, (low, high) in zip(products(*piece), sharpness, ranges, strict=True):
+        for product, slope, (_, high) in zip(products(*piece), slopes, ranges, strict=True):
             # At most 1: nothing overflows. The shift, as the scale below, leaves the mean alone.
-            yield product.sub_(high).div_((high - low) or 1).mul_(sharp).exp_()
+            # Powers of 2 take a third of the time of those of e.
+            yield product.sub_(high).mul_(slope).exp2_()
 
     scales = [size / mass for mass in total(sums(inputs, exponentials))]
 
     def scores(*piece: *Piece) -> Iterator[Tensor]:
         found = zip(exponentials(*piece), scales, strict=True)
         softmaxes = (exponential.mul_(scale) for exponential, scale in found)
-        between: list[Tensor | float] = [0.0 for _ in tasks]
+        between = [torch.zeros_like(tensor) for tensor in piece[2]]
         for pair, softmax in zip(pairs, softmaxes, strict=False):
             for task in set(pair):
-                between[task] = softmax + between[task]
+                between[task].add_(softmax)
         for own, softmax in zip(between, softmaxes, strict=True):
-            yield softmax.mul_(own)
+            yield own.mul_(softmax)
 
     cutoffs = largest(inputs, scores, counts)
 

@@ -14,17 +14,9 @@ from torch import Tensor
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.largest import Cutoff, largest, search_bytes
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.statistics import (
-    Cutoff,
-    Piece,
-    Values,
-    largest,
-    products,
-    search_bytes,
-    sums,
-    total,
-)
+from fusion_bench.weights.statistics import Piece, Values, products, sums, total
 
 
 @dataclass(eq=False)

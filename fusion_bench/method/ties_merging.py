@@ -11,7 +11,6 @@ from fractions import Fraction
 from functools import partial
 from typing import Literal
 
-import numpy as np
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
@@ -20,6 +19,7 @@ from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergedWeights, MergePiece, Weights
 from fusion_bench.weights.entries import restoring_l1
+from fusion_bench.weights.largest import Cutoff, largest, search_bytes
 from fusion_bench.weights.ops import (
     MergeFunc,
     add_scaled,
@@ -29,16 +29,7 @@ from fusion_bench.weights.ops import (
     task_vectors,
     weighted,
 )
-from fusion_bench.weights.statistics import (
-    Cutoff,
-    Piece,
-    Values,
-    largest,
-    once,
-    search_bytes,
-    sums,
-    total,
-)
+from fusion_bench.weights.statistics import Majority, Values
 
 Scope = Literal["model", "tensor"]
 Keep = Literal["exact_topk", "ge_kth", "at_least_one"]
@@ -107,14 +98,16 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         merged = inputs.without(self.remove_keys)
         trimmed = self._trimmed(merged, vectors)
         weights = of_each(self.weights, inputs.names)
-        zero_sign = once(partial(self._zero_sign, merged, trimmed))
+        majority = self._majority(merged, trimmed)
+        zero_sign = majority if self.zero_sign == "global_majority" else _positive
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
             if not merged.merged(key):
                 return base.clone()
             kept = trimmed(key, start, tensors, base)
-            task_vector = disjoint_merge(kept, self.merge_func, zero_sign, weights)
+            elected = partial(majority.add, key, start)
+            task_vector = disjoint_merge(kept, self.merge_func, zero_sign, weights, elected)
             return task_vector.mul_(self.scaling_factor).add_(base)
 
         return merge
@@ -136,7 +129,8 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         merged = inputs.without(self.remove_keys)
         trimmed = self._trimmed(merged, task_vectors)
         weights = of_each(self.weights, inputs.names)
-        zero_sign = once(partial(self._zero_sign, merged, trimmed))
+        majority = self._majority(merged, trimmed)
+        zero_sign = majority if self.zero_sign == "global_majority" else _positive
 
         def keep(
             index: int, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
@@ -146,6 +140,7 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
                 return base.clone()
             kept = list(weighted(trimmed(key, start, tensors, base), weights))
             signs = elected_signs(kept)
+            majority.add(key, start, signs)
             signs[signs == 0] = zero_sign()
             return base + kept[index] * (kept[index].sign() == signs)
 
@@ -185,14 +180,11 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
         count = int(size * share) + (self.keep == "ge_kth")
         return min(size, max(count, 1) if self.keep == "at_least_one" else count)
 
-    def _zero_sign(self, inputs: Inputs, trimmed: Values) -> int:
-        """Return the sign of elements whose sum is 0."""
-        if self.zero_sign == "positive":
-            return 1
-
+    def _majority(self, inputs: Inputs, trimmed: Values) -> Majority:
+        """Return the sign that most of the elected signs have."""
         weights = of_each(self.weights, inputs.names)
+        return Majority(inputs, lambda *piece: elected_signs(weighted(trimmed(*piece), weights)))
 
-        def signs(*piece: *Piece) -> Iterator[Tensor]:
-            yield elected_signs(weighted(trimmed(*piece), weights))
 
-        return int(np.sign(total(sums(inputs, signs))[0]))
+def _positive() -> int:
+    return 1

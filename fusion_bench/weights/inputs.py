@@ -2,13 +2,11 @@
 
 import logging
 import math
-from binascii import crc32
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -168,6 +166,15 @@ class Inputs:
         """Whether an entry of any model is float64, and so is computed in it."""
         return any(w.spec(key).dtype == torch.float64 for w in self._all for key in self)
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether single elements may be read, out of files rather than by computing pieces."""
+        return self.in_pieces and all(
+            self.cut(key) == "elements" and not any(w.cost(key).peak_bytes for w in self._all)
+            for key in self
+            if self.merged(key)
+        )
+
     def each(self, find: Callable[["Inputs"], T]) -> Callable[[str], T]:
         """Return a function that gives, for a key, what ``find`` finds out of this entry alone.
 
@@ -242,10 +249,17 @@ class Inputs:
             return shape
         return ((stop - start) // math.prod(shape[1:]), *shape[1:])
 
-    def read(self, key: str, start: int, stop: int) -> tuple["Working", Tensor | None]:
-        """Return the elements in every model, and in the pretrained one where there is one."""
+    def read(
+        self, key: str, start: int, stop: int, every: int = 1
+    ) -> tuple["Working", Tensor | None]:
+        """Return the elements in every model, and in the pretrained one where there is one.
+
+        ``every`` takes only one of so many, where they may be cut anywhere.
+        """
         shape = self.shape(key, start, stop)
         stored = [weights.read(key, start, stop).view(shape) for weights in self._all]
+        if every > 1:
+            stored = [tensor[::every] for tensor in stored]
         # One type for all: products of matrices take no two.
         exact = any(tensor.dtype == torch.float64 for tensor in stored)
         wide = partial(self._working, torch.float64 if exact else torch.float32)
@@ -256,21 +270,17 @@ class Inputs:
         tensors.everything = stored
         return tensors, pretrained
 
-    def survey(self, look: Visit, piece: int = PIECE, every: int = 1) -> None:
+    def survey(self, look: Visit, every: int = 1) -> None:
         """Call ``look`` with every merged element, in pieces, in any order.
 
-        ``every`` uses only one of so many pieces, for an estimate.
+        ``every`` uses only one of so many elements, for an estimate.
         """
 
         def work(key: str, start: int, stop: int) -> None:
-            look(key, start, *self.read(key, start, stop))
-
-        def pieces(key: str, _: int) -> Iterator[tuple[int, int]]:
-            first = crc32(key.encode()) % every  # else each small entry would be looked at
-            return islice(self.pieces(key, piece), first, None, every)
+            look(key, start, *self.read(key, start, stop, every))
 
         spread = None if self._crew is None else self._crew.spread
-        visit(self, work, PIECE, "measuring tensors", pieces, spread)
+        visit(self, work, PIECE, "measuring tensors", spread=spread)
 
     def find_nonfinite(self, key: str, tensors: "Working") -> None:
         """Note which of the models hold NaN or infinity."""

@@ -98,6 +98,10 @@ class Weights(Mapping[str, Tensor]):
         """
         return self[key].reshape(-1)[start:stop]
 
+    def read_or_wait(self, key: str, start: int, stop: int) -> Tensor | None:
+        """Return the elements, or ``None`` where they take less work after all others are read."""
+        return self.read(key, start, stop)
+
     def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
         """Yield ``start`` and ``stop`` of pieces of at most ``size`` elements, to be read apart."""
         numel = self.spec(key).numel

@@ -11,6 +11,7 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights.align import MergePolicy, align, shortened
 from fusion_bench.weights.inputs import Inputs
 from fusion_bench.weights.mapping import Cost, Origin, TensorSpec, Weights
+from fusion_bench.weights.stream import NotYet
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,20 @@ class MergedWeights(Weights):
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Return merged elements, in float32 or float64."""
+        try:
+            return self._read(key, start, stop)
+        except NotYet as missing:
+            missing.find()
+            return self._read(key, start, stop)
+
+    def read_or_wait(self, key: str, start: int, stop: int) -> Tensor | None:
+        """Return merged elements, if nothing is missing for them yet."""
+        try:
+            return self._read(key, start, stop)
+        except NotYet:
+            return None
+
+    def _read(self, key: str, start: int, stop: int) -> Tensor:
         key = self.tied_to(key)  # so that nothing depends on which of its names it is read by
         common = self._inputs.merged(key)
         if start >= common:

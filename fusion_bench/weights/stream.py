@@ -2,17 +2,33 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fusion_bench.progress import step
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.threads import threads_each
+from fusion_bench.weights.mapping import Cost, TensorSpec, Weights
 
 #: Elements in a piece. In float32 it is a megabyte, about what a core's own cache holds.
 PIECE = 2**18
+#: Bytes of anonymous memory that entries which cannot be cut may take in all threads together.
+ROOM = 2**29
+
+
+class NotYet(Exception):  # noqa: N818
+    """Something of the whole model is missing, which is known when all pieces were merged once.
+
+    Args:
+        find: finds it now, by another look.
+    """
+
+    def __init__(self, find: Callable[[], object]):
+        super().__init__()
+        self.find = find
 
 
 class Pieces(Protocol):
@@ -44,6 +60,9 @@ class Pieces(Protocol):
     def bytes_to_read(self, key: str) -> int:
         """Return the number of bytes to read for an entry."""
 
+    def cost(self, key: str) -> Cost:
+        """Return what reading an entry takes."""
+
 
 def stream(
     weights: Weights,
@@ -52,21 +71,58 @@ def stream(
 ) -> None:
     """Hand every entry to ``consume(key, start, values)``, as ``visit`` does.
 
+    Pieces that had better wait until all others are merged come last.
+
     Raises:
         FusionBenchError: what ``weights.verify`` has to say when everything was read.
     """
+    waiting: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
 
     def work(key: str, start: int, stop: int) -> None:
-        consume(key, start, weights.read(key, start, stop))
+        values = weights.read_or_wait(key, start, stop)
+        if values is None:
+            waiting.put((key, start, stop))
+        else:
+            consume(key, start, values)
 
     visit(weights, work, piece, "merging tensors")
+    if not waiting.empty():
+        _finish(weights, consume, waiting)
     weights.verify()
+
+
+def _finish(
+    weights: Weights,
+    consume: Callable[[str, int, Tensor], None],
+    waiting: "SimpleQueue[tuple[str, int, int]]",
+) -> None:
+    """Hand over the pieces that waited."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        with suppress(Empty):
+            while not failures:
+                key, start, stop = waiting.get_nowait()
+                consume(key, start, weights.read(key, start, stop))
+
+    _in_threads(work, failures, threads_for(weights))
+    if failures:
+        raise failures[0]
 
 
 def predicted_peak(weights: Weights) -> int:
     """Return the bytes of anonymous memory that ``stream`` takes at most, beside what there was."""
-    most = max((weights.cost(key).peak_bytes for key in weights), default=0)
-    return most * (torch.get_num_threads() if weights.in_pieces else 1)
+    return _most(weights) * threads_for(weights)
+
+
+def threads_for(source: Pieces) -> int:
+    """Return how many threads take entries; of those that cannot be cut, so many as have room."""
+    every = torch.get_num_threads()
+    return every if source.in_pieces else max(1, min(every, ROOM // max(1, _most(source))))
+
+
+def _most(source: Pieces) -> int:
+    return max((source.cost(key).peak_bytes for key in source), default=0)
 
 
 def visit(
@@ -74,7 +130,6 @@ def visit(
     work: Callable[[str, int, int], None],
     piece: int,
     description: str,
-    pieces: Callable[[str, int], Iterator[tuple[int, int]]] | None = None,
     spread: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Call ``work(key, start, stop)`` for 1-d pieces of every entry, from several threads.
@@ -82,11 +137,11 @@ def visit(
     Large pieces are taken in the order of the keys, small ones together; they may be worked on in
     any order. Tied entries come once, under their first key. Threads share nothing but the list of
     pieces, so that a busy core slows down its own work alone: operations that torch spreads over
-    the cores wait for the slowest. Where entries cannot be cut, one thread takes them, and torch's
-    operations use all cores. ``pieces`` may choose others than the source's own, and ``spread``
+    the cores wait for the slowest. Where entries cannot be cut, as many threads take them as there
+    is room for, and in each torch's operations use their share of the cores. ``spread`` may choose
     other threads: it has some call what it is given, and returns when they are done.
     """
-    jobs = _jobs(source, pieces or source.pieces, piece)
+    jobs = _jobs(source, piece)
     _ = source.files  # downloads what is not here yet
     nbytes = bytes_to_read(source) if source.show_progress else {}
     lock = threading.Lock()
@@ -109,7 +164,7 @@ def visit(
         if spread is not None:
             spread(lambda: _guarded(take_jobs, failures))
         else:
-            _in_threads(take_jobs, failures, torch.get_num_threads() if source.in_pieces else 1)
+            _in_threads(take_jobs, failures, threads_for(source))
     if failures:
         raise failures[0]
 
@@ -119,9 +174,7 @@ def bytes_to_read(source: Pieces) -> dict[str, int]:
     return {key: source.bytes_to_read(key) for key in source if source.tied_to(key) == key}
 
 
-def _jobs(
-    source: Pieces, pieces: Callable[[str, int], Iterator[tuple[int, int]]], piece: int
-) -> Iterator[list[tuple[str, int, int]]]:
+def _jobs(source: Pieces, piece: int) -> Iterator[list[tuple[str, int, int]]]:
     """Yield the jobs of the threads: a piece, or several small ones.
 
     Two threads that both do small things wait for Python's lock more than they work.
@@ -130,7 +183,7 @@ def _jobs(
     for key in source:
         if source.tied_to(key) != key:
             continue
-        for start, stop in pieces(key, piece):
+        for start, stop in source.pieces(key, piece):
             if 8 * (stop - start) >= piece:
                 yield [(key, start, stop)]
                 continue
@@ -176,7 +229,7 @@ def _in_threads(work: Callable[[], None], failures: list[BaseException], count: 
         with torch.no_grad():
             work()
         return
-    with _one_core_each():
+    with threads_each(torch.get_num_threads() // count):
         threads = [threading.Thread(target=_guarded, args=(work, failures)) for _ in range(count)]
         for thread in threads:
             thread.start()
@@ -196,14 +249,3 @@ def _guarded(work: Callable[[], None], failures: list[BaseException]) -> None:
         work()
     except BaseException as error:
         failures.append(error)
-
-
-@contextmanager
-def _one_core_each() -> Iterator[None]:
-    """Let torch's operations use one thread each; there is a thread for each core already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -103,6 +103,11 @@ class Renamed(Stacked):
     def __init__(self, weights: Weights, names: Mapping[str, str]):
         super().__init__({new: (weights, old) for new, old in names.items()})
 
+    def read_or_wait(self, key: str, start: int, stop: int) -> Tensor | None:
+        """Return elements of the flattened entry, if they need not wait for others."""
+        weights, name = self._parts[key]
+        return weights.read_or_wait(name, start, stop)
+
     def tied_to(self, key: str) -> str:
         """Return the first key that shares the entry's memory, or is another name of it."""
         weights, name = self._parts[key]

@@ -25,7 +25,7 @@ COMMANDS = {
     "threads.py": ["--small"],
 }
 #: What others call.
-PARTS = {"measure.py", "peers.py", "recipe_peers.py"}
+PARTS = {"limits.py", "measure.py", "peers.py", "recipe_peers.py"}
 #: Runs a benchmark; the processes that it starts are forked from the warm one too.
 RUN = (Path(__file__).with_name("forked.py")).read_text()
 

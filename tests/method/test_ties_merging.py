@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion_bench.method import TiesMergingAlgorithm
+from fusion_bench.method.checks import Pool
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.weights import Inputs, Renamed, TensorWeights, in_memory
 
 MODELS = [[5, -1, 0.5, 3, -2], [-4, -2, 0.1, 1, 6], [1, -3, 0.2, -7, 0.3]]
 BASE = [0.0] * 5
@@ -103,3 +105,26 @@ def test_against_the_formula(models: list[list[float]], percent: int, func: Any,
 def test_bad_arguments() -> None:
     with pytest.raises(FusionBenchError, match=r"merge_func.*Did you mean 'sum'"):
         TiesMergingAlgorithm(merge_func="summ")  # type: ignore[arg-type]
+
+
+def test_pieces_that_need_the_majority_come_when_all_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However the result is read, contested elements have the sign of most of the others."""
+    looks: list[object] = []
+    survey = Inputs.survey
+    monkeypatch.setattr(Inputs, "survey", lambda *given: (looks.append(given), survey(*given)))
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(2**18 + 5, generator=generator) - 0.1
+    other = change.clone()
+    other[::1000] *= -1  # contested
+    states = {"_pretrained_": torch.zeros_like(change), "a": change, "b": other}
+    pool = Pool({name: TensorWeights({"w": value}) for name, value in states.items()})
+    expected = change.clone()
+    expected[::1000] = torch.where(change < 0, change, other)[::1000]
+    read: Any = [TiesMergingAlgorithm(threshold=100).fuse(pool) for _ in range(3)]
+    torch.testing.assert_close(in_memory(read[0])["w"], expected)
+    torch.testing.assert_close(in_memory(Renamed(read[1], {"v": "w"}))["v"], expected)
+    assert not looks
+    torch.testing.assert_close(read[2]["w"], expected)
+    assert len(looks) == 1  # nothing was counted, for a whole entry was read at once

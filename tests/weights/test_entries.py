@@ -14,8 +14,15 @@ from fusion_bench.method import (
     WUDIMerging,
 )
 from fusion_bench.weights import Inputs, MergePolicy, TensorWeights, align, entries
-from fusion_bench.weights.entries import column_products, folded, restoring_l1, right_factors
-from fusion_bench.weights.statistics import Piece, largest
+from fusion_bench.weights.entries import (
+    Kept,
+    column_products,
+    folded,
+    restoring_l1,
+    right_factors,
+)
+from fusion_bench.weights.largest import largest
+from fusion_bench.weights.statistics import Piece
 
 BASE = "_pretrained_"
 
@@ -46,6 +53,25 @@ def test_rows_stay_whole_and_keep_their_shape() -> None:
     assert tensors[0].tolist() == torch.arange(8.0, 16).view(2, 2, 2).tolist()
     assert list(opened(torch.ones(50)).pieces("w", 100)) == [(0, 50)]  # one row
     assert list(opened(torch.ones(50), cut="whole").pieces("w", 100)) == [(0, 50)]
+
+
+def test_what_is_kept_is_measured_once_however_it_is_cut() -> None:
+    values = torch.arange(20.0, dtype=torch.float64).view(10, 2) / 3
+    for inputs in (opened(values, piece=4), opened(values.float(), piece=4)):
+        looks: list[tuple[str, int]] = []
+
+        def double(*piece: *Piece, looks: Any = looks) -> Tensor:
+            looks.append(piece[:2])
+            return piece[2][0] * 2
+
+        kept = Kept(inputs, double)
+        pieces = [(0, 4), (4, 12), (12, 20), (0, 20)]
+        for _ in range(2):
+            for start, stop in pieces:
+                tensors, base = inputs.read("w", start, stop)
+                found = kept("w", start, tensors, base)
+                assert torch.equal(found, tensors[0] * 2) and found.dtype == tensors[0].dtype
+        assert looks == [("w", start) for start, _ in pieces]
 
 
 def test_what_is_measured_is_put_together_in_order() -> None:

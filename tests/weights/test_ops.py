@@ -15,6 +15,7 @@ from torch import Tensor
 from fusion_bench.weights import TensorSpec, ops
 from fusion_bench.weights.ops import (
     bernoulli,
+    by_rank,
     disjoint_merge,
     drop,
     elected_signs,
@@ -30,6 +31,29 @@ quarters = st.integers(-8, 8).map(lambda n: n / 4)
 
 def vectors_of(models: Sequence[Sequence[float]]) -> list[Tensor]:
     return [torch.tensor(model) for model in models]
+
+
+# --- ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@given(st.integers(0, 99), st.sampled_from([(1,), (7,), (4, 1), (3, 50), (2, 3, 5)]))
+@quick
+def test_ranks_against_a_stable_sort(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=shape).round(1)  # there are equal ones, and zeros of both signs
+    values = generator.normal(size=shape[-1])
+    found = by_rank(torch.tensor(rows).to(dtype), torch.tensor(values))
+    magnitudes = np.abs(torch.tensor(rows).to(dtype).double().numpy())
+    order = np.argsort(magnitudes, axis=-1, kind="stable")
+    expected = np.empty(shape)
+    np.put_along_axis(expected, order, np.broadcast_to(values, shape), -1)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_infinity_has_the_last_rank_and_nan_comes_after_it() -> None:
+    rows = torch.tensor([[float("nan"), -1e30, float("-inf"), 1e-45, -0.0]])
+    assert by_rank(rows, torch.arange(5)).tolist() == [[4, 2, 3, 1, 0]]
 
 
 # --- task vectors

@@ -1,96 +1,20 @@
 import threading
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
 from drawn import examples
+from fixtures_weights import noise, opened, themselves
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_bench.weights import Inputs, MergePolicy, TensorWeights, align, statistics
-from fusion_bench.weights.statistics import Cutoff, extremes, largest, once, sums, total
+from fusion_bench.weights.statistics import Majority, Piece, extremes, once, sums, total
+from fusion_bench.weights.stream import NotYet
 
 State = dict[str, Tensor]
 quick = settings(deadline=None, max_examples=examples(40))
-
-
-class Cut(Inputs):
-    """Models that are read in pieces of ``piece`` elements at most; they count their readings."""
-
-    piece = 2**18
-    surveys = 0
-
-    def pieces(self, key: str, size: int) -> Iterator[tuple[int, int]]:
-        return super().pieces(key, min(size, self.piece))
-
-    def survey(self, *arguments: Any) -> None:
-        self.surveys += len(arguments) == 1  # samples do not count
-        super().survey(*arguments)
-
-
-def opened(
-    *models: State, piece: int = 2**18, whole: bool = False, in_threads: bool = False
-) -> Cut:
-    named = {f"model{i}": TensorWeights(state) for i, state in enumerate(models)}
-    aligned = align(named, policy=MergePolicy(on_dtype="cast"))
-    inputs = Cut(aligned, MergePolicy(), not whole, in_threads)
-    inputs.piece = piece
-    return inputs
-
-
-def themselves(
-    key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
-) -> Iterator[Tensor]:
-    yield from tensors
-
-
-def kept(state: State, cutoff: Cutoff, piece: int = 2**18) -> NDArray[Any]:
-    """Return what is left of a model, in the order of its keys."""
-    parts = [
-        cutoff.keep(key, start, part)
-        for key in sorted(state)
-        for start, part in zip(
-            range(0, max(state[key].numel(), 1), piece), wide(state[key]).split(piece), strict=True
-        )
-    ]
-    return np.concatenate([part.double().numpy() for part in parts])
-
-
-def wide(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
-    return flat if flat.dtype == torch.float64 else flat.float()
-
-
-def in_order(state: Mapping[str, Tensor]) -> NDArray[Any]:
-    return np.concatenate([wide(state[key]).double().numpy() for key in sorted(state)])
-
-
-def reference(values: NDArray[Any], count: int, ties: bool) -> NDArray[Any]:
-    """Return the ``count`` elements of largest magnitude, by sorting, and 0 elsewhere."""
-    order = np.argsort(-np.abs(values), kind="stable")
-    mask = np.zeros(len(values), bool)
-    mask[order[:count]] = True
-    if ties and count:
-        mask = np.abs(values) >= np.abs(values)[order[count - 1]]
-    return np.where(mask, values, 0)
-
-
-def check(*models: State, counts: Sequence[int], piece: int = 2**18, **options: Any) -> Cut:
-    """Compare the largest elements with those that sorting finds."""
-    for ties in (False, True):
-        inputs = opened(*models, piece=piece, **options)
-        cutoffs = largest(inputs, themselves, counts, ties=ties)
-        assert len(cutoffs) == len(models)
-        for state, count, cutoff in zip(models, counts, cutoffs, strict=True):
-            expected = reference(in_order(state), count, ties)
-            for size in (piece, 3, 2**18):
-                np.testing.assert_array_equal(kept(state, cutoff, size), expected)
-    return inputs
 
 
 # --- sums
@@ -131,11 +55,6 @@ def test_totals_are_rounded_once_whatever_the_order(in_threads: bool) -> None:
         state = {f"k{i}": torch.tensor(n, dtype=torch.float64) for i, n in enumerate(order)}
         found |= set(total(sums(opened(state, in_threads=in_threads), themselves)))
     assert found == {3e15 + 2}
-
-
-def noise(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, generator=generator, dtype=torch.float64).exp().to(dtype)
 
 
 def test_sums_do_not_depend_on_how_entries_are_cut() -> None:
@@ -189,202 +108,27 @@ def test_extremes_do_not_depend_on_cuts_or_threads(
         assert extremes(inputs, themselves) == expected
 
 
-# --- the largest elements
+# --- the majority
 
 
-def test_largest_by_hand() -> None:
-    state = {"w": torch.tensor([[1.0, -4], [3, 2]]), "b": torch.tensor(-2.0)}
-    assert largest(opened(state), themselves, [2]) == [Cutoff(3)]
-    assert largest(opened(state), themselves, [3]) == [Cutoff(2, ("b", 0))]
-    assert largest(opened(state), themselves, [3], ties=True) == [Cutoff(2)]
-    assert largest(opened(state), themselves, [4]) == [Cutoff(2)]
+def signs(*piece: *Piece) -> Tensor:
+    return piece[2][0].sign()
 
 
-def test_each_quantity_has_a_count_of_its_own() -> None:
-    a, b = noise(100), -noise(101)[:100]
-    check({"w": a}, {"w": b}, {"w": a}, {"w": b}, counts=[0, 1, 37, 100])
-
-
-def test_none_all_and_more_than_all() -> None:
-    state = {"a": torch.tensor([1.0, -2, 0]), "b": torch.tensor([2.0])}
-    for ties in (False, True):
-        none, every, more = largest(opened(state, state, state), themselves, [0, 4, 9], ties=ties)
-        assert not kept(state, none).any()
-        assert kept(state, every).tolist() == kept(state, more).tolist() == [1, -2, 0, 2]
-
-
-def test_nothing_at_all_has_no_largest() -> None:
-    assert len(largest(opened({"i": torch.tensor([1])}), themselves, [1])) == 1
-
-
-numbers = st.one_of(
-    st.integers(-3, 3).map(float),  # mostly ties
-    st.floats(-1024, 1024, width=32),
-    st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 60000.0]),
-)
-
-
-@st.composite
-def states(draw: st.DrawFn, dtypes: Sequence[torch.dtype]) -> State:
-    keys = draw(st.permutations(["b", "a.1", "a", "ä"]))[: draw(st.integers(1, 4))]
-    return {
-        key: torch.tensor(draw(st.lists(numbers, max_size=12)), dtype=torch.float64).to(
-            draw(st.sampled_from(dtypes))
-        )
-        for key in keys
-    }
-
-
-@given(st.data(), st.integers(1, 13), st.sampled_from([torch.float32, torch.float64]))
-@settings(deadline=None, max_examples=examples(80))
-def test_largest_against_sorting(data: st.DataObject, piece: int, widest: torch.dtype) -> None:
-    state = data.draw(states([widest]))
-    size = sum(tensor.numel() for tensor in state.values())
-    count = data.draw(st.integers(0, size))
-    whole, in_threads = data.draw(st.booleans()), data.draw(st.booleans())
-    check(state, counts=[count], piece=piece, whole=whole, in_threads=in_threads)
-
-
-@given(st.data())
-@quick
-def test_bfloat16_has_many_ties(data: st.DataObject) -> None:
-    state = data.draw(states([torch.float32, torch.bfloat16, torch.float16]))
-    size = sum(tensor.numel() for tensor in state.values())
-    check(state, counts=[data.draw(st.integers(0, size))], piece=5)
-
-
-@pytest.mark.parametrize("value", [1.0, -0.25, 0.0, 1e-45])
-def test_where_all_are_equal_the_first_keys_are_kept(value: float) -> None:
-    state = {key: torch.full((7,), value) for key in ("z", "a", "m")}
-    for count in (1, 6, 7, 8, 20, 21):
-        check(state, counts=[count], piece=3)
-    (cutoff,) = largest(opened(state), themselves, [9])
-    assert np.flatnonzero(kept(state, cutoff)).tolist() == (list(range(9)) if value else [])
-
-
-def test_float64_is_told_apart_beyond_float32() -> None:
-    close = 1 + torch.arange(50, dtype=torch.float64) * 2.0**-52
-    for count in (1, 20, 49):
-        check({"a": close.flip(0)}, counts=[count])
-
-
-def test_float32_beside_float64() -> None:
-    finer = torch.tensor([1 + 2.0**-40, 1 - 2.0**-40, 1.0], dtype=torch.float64)
-    state = {"a": finer, "b": torch.tensor([1.0, 1 + 2.0**-23, 1 - 2.0**-24])}
-    for count in range(7):
-        check(state, counts=[count])
-
-
-def test_neither_the_file_s_order_nor_cuts_nor_threads_matter() -> None:
-    values = (noise(300) * 4).round()
-    forwards = {f"k{i:02}": part for i, part in enumerate(values.split(25))}
-    backwards = dict(reversed(forwards.items()))
-    expected = largest(opened(forwards), themselves, [123])
-    assert expected[0].last is not None
-    for piece in (1, 17, 2**18):
-        for state in (forwards, backwards):
-            for options in ({}, {"in_threads": True}, {"whole": True}):
-                inputs = opened(state, piece=piece, **options)
-                assert largest(inputs, themselves, [123]) == expected
-
-
-def test_tied_entries_are_counted_once() -> None:
-    tensor = torch.tensor([3.0, 1, 2])
-    assert largest(opened({"x": tensor, "y": tensor}), themselves, [2]) == [Cutoff(2)]
-
-
-def test_infinity_is_the_largest() -> None:
-    check({"a": torch.tensor([1.0, -torch.inf, 2, torch.inf])}, counts=[3])
-
-
-# --- the start from a sample
-
-
-@pytest.fixture
-def samples(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Make small models large enough for a sample."""
-    monkeypatch.setattr(statistics, "_SAMPLED", 4)
-    monkeypatch.setattr(statistics, "_SAMPLE_PIECE", 64)
-    monkeypatch.setattr(statistics, "_COARSE", 2**11)
-    return monkeypatch
-
-
-def spread(size: int = 10_000) -> State:
-    values = torch.randn(size, generator=torch.Generator().manual_seed(3))
-    return {"b": values[: size // 3], "a": values[size // 3 :]}
-
-
-def test_a_good_estimate_saves_a_look(samples: pytest.MonkeyPatch) -> None:
-    samples.setattr(statistics, "_SAMPLED", 2)
-    samples.setattr(statistics, "_MARGIN", 0.02)
-    state = spread()
-    for count in (2000, 4000, 5000):
-        assert check(state, counts=[count]).surveys == 1
-    samples.setattr(statistics, "_SAMPLED", 10**9)  # none is taken
-    assert check(state, counts=[2000]).surveys == 2
-
-
-def test_an_estimate_that_fails_costs_a_look_and_nothing_else(samples: pytest.MonkeyPatch) -> None:
-    samples.setattr(statistics, "_MARGIN", 0.0)
-    looks = set()
-    for seed in range(8):
-        values = torch.randn(10_000, generator=torch.Generator().manual_seed(seed))
-        looks.add(check({"a": values}, counts=[2000]).surveys)
-    assert max(looks) > 1
-
-
-@pytest.mark.parametrize("seen", ["largest", "smallest", "zeros"])
-def test_samples_that_mislead(samples: pytest.MonkeyPatch, seen: str) -> None:
-    values = spread()["a"].abs() + 1
-    first = crc32(b"a") % 4
-    for piece in range(first, len(values) // 64, 4):
-        part = values[piece * 64 : (piece + 1) * 64]
-        part.mul_({"largest": 1e6, "smallest": 1e-6, "zeros": 0}[seen])
-    for count in (1, 100, 1500, 2500, 6000, len(values) - 1):
-        assert check({"a": values}, counts=[count]).surveys > 1
-
-
-def test_a_sample_of_nothing(samples: pytest.MonkeyPatch) -> None:
-    names = [name for name in map(str, range(800)) if crc32(name.encode()) % 4]
-    state = {name: torch.full((16,), float(i)) for i, name in enumerate(names)}
-    size = 16 * len(names)
-    assert size > 4 * 2**11
-    for count in (1, size // 2, size - 1):
-        check(state, counts=[count])
-
-
-@given(
-    st.integers(0, 99),
-    st.sampled_from([16, 2**9]),
-    st.sampled_from([4, 64]),
-    st.sampled_from([0.0, 0.006, 0.2]),
-    st.sampled_from([2**8, 2**16]),
-    st.sampled_from([torch.float32, torch.float64]),
-    st.floats(0, 1),
-    st.sampled_from([0, 1, 4]),
-)
-@settings(deadline=None, max_examples=examples(30))
-def test_whatever_the_sample_the_result_is_exact(
-    seed: int,
-    coarse: int,
-    sample_piece: int,
-    margin: float,
-    fine: int,
-    dtype: torch.dtype,
-    share: float,
-    digits: int,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(1500, generator=generator, dtype=torch.float64).mul(3).to(dtype)
-    values = values.round(decimals=digits)
-    parts = dict(zip("dacb", values.split([1, 299, 900, 300]), strict=True))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_SAMPLED", 2)
-        patch.setattr(statistics, "_SAMPLE_PIECE", sample_piece)
-        patch.setattr(statistics, "_COARSE", coarse)
-        patch.setattr(statistics, "_FINE", fine)
-        patch.setattr(statistics, "_MARGIN", margin)
-        check(parts, parts, counts=[int(share * 1500), 1500 - int(share * 1500)])
+@pytest.mark.parametrize("counted", [0, 1, 2, 3])
+def test_the_majority_is_of_all_pieces_whoever_counts_them(counted: int) -> None:
+    state = {"a": torch.tensor([1.0, 1, -1, -1, -1]), "b": torch.tensor([0.0, 0, float("nan")])}
+    inputs = opened(state, piece=3)
+    majority = Majority(inputs, signs)
+    pieces = [("a", 0, 3), ("a", 3, 5), ("b", 0, 3)]
+    for key, start, stop in [*pieces[:counted], *pieces[:counted], ("a", 1, 3)]:
+        majority.add(key, start, signs(key, start, *inputs.read(key, start, stop)))
+    if counted < 3:
+        with pytest.raises(NotYet) as missing:
+            majority()
+        missing.value.find()
+    assert majority() == -1  # NaN has no sign
+    assert inputs.surveys == (counted < 3)
 
 
 # --- once
