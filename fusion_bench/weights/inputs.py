@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.weights.align import Aligned, MergePolicy
-from fusion_bench.weights.crew import Crew, PerKey
+from fusion_bench.weights.crew import Crew, LastPiece, PerKey
 from fusion_bench.weights.mapping import Cost, Origin, TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
 
@@ -34,6 +34,8 @@ Cuts = Callable[[str, Sequence[int]], Cut]
 #: What is done with a piece of an entry: its key, its first element, the models' tensors, and the
 #: pretrained model's.
 Visit = Callable[[str, int, Sequence[Tensor], Tensor | None], None]
+#: What is made of a piece.
+OfPiece = Callable[[str, int, Sequence[Tensor], Tensor | None], Tensor]
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
@@ -86,6 +88,7 @@ class Inputs:
         )
         self._asked: frozenset[str] | None = None
         self._remembered: dict[object, Any] = {}
+        self._is_shared = False
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -148,6 +151,25 @@ class Inputs:
             self._remembered[found] = compute()
         known: T = self._remembered[found]
         return known
+
+    def shared(self) -> "Inputs":
+        """Return the same models, for several merges that are made of each piece in turn."""
+        inputs = copy(self)
+        inputs._is_shared = True
+        return inputs
+
+    def of_piece(self, about: Hashable, make: Callable[[], OfPiece]) -> OfPiece:
+        """Return a function of pieces, which merges that share these models compute once for each.
+
+        Its results may not be written to.
+
+        Args:
+            about: what distinguishes it from others.
+            make: returns the function.
+        """
+        if not self._is_shared:
+            return make()
+        return self.remember(("of a piece", about), lambda: LastPiece(make()))
 
     def asked(self) -> "Inputs":
         """Return the same models with all entries copied that are not asked for."""
