@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
@@ -63,6 +64,8 @@ _NODES_BY_NAME = {
     "test_datasets": False,
 }
 _NODES = ("processor", "tokenizer", "clip_model", "data_processor")
+#: Where a family has the values of an option.
+_FAMILY = "it takes the list as method.options."
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
@@ -325,7 +328,10 @@ def _signature_problems(
         wrong = {name: rule_problem(name, value) for name, value in plain.items()}
         yield from filter(None, wrong.values())
         plain = {name: value for name, value in plain.items() if wrong[name] is None}
-    yield from type_problems(function, plain)
+    for problem in type_problems(function, plain):
+        several = section == "method" and isinstance(node[problem.place[0]], list)
+        remedy = f"For a model of each, use method=family: {_FAMILY}{problem.place[0]}."
+        yield replace(problem, remedy=remedy) if several else problem
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():

@@ -13,6 +13,7 @@ from fusion_bench.instantiate import instantiate, parameters
 from fusion_bench.method.base import TensorwiseAlgorithm, inputs_of, run
 from fusion_bench.method.contract import (
     Data,
+    Fused,
     FusionMethod,
     ModelPool,
     Needs,
@@ -30,7 +31,7 @@ from fusion_bench.problems import (
     within,
 )
 from fusion_bench.storage import check_file_name
-from fusion_bench.weights import Model, Weights
+from fusion_bench.weights import Inputs, Model, Weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -207,6 +208,12 @@ class Family:
         with member.located(keyed_only=True):
             return member.method.outline(pool)
 
+    def member_of(self, name: str) -> Member:
+        """Return the member that makes a model of ``fuse``."""
+        if name in self.members:
+            return self.members[name]
+        return next(own for key, own in self.members.items() if name.startswith(f"{key}/"))
+
     def fuse(
         self, pool: ModelPool, fabric: "Fabric | None" = None, data: Data | None = None
     ) -> Mapping[str, Product]:
@@ -220,7 +227,7 @@ class Family:
         Raises:
             FusionBenchError: as ``check_pool``.
         """
-        inputs = {}
+        inputs: dict[str, Inputs] = {}
         for group in self._groups():
             methods = [
                 own.method
@@ -236,7 +243,7 @@ class Family:
             method = member.method
             with member.located(keyed_only=True):
                 if name in inputs and isinstance(method, TensorwiseAlgorithm):
-                    made = method.merged(inputs[name])
+                    made: Fused = method.merged(inputs[name])
                 else:
                     made = method.fuse(pool, fabric, data)
             if isinstance(made, Weights | Model | nn.Module):
