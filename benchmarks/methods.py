@@ -2,15 +2,17 @@
 
     python benchmarks/methods.py cost                # every method without data, on ViT-B/32 sizes
     python benchmarks/methods.py cost --only ties_merging dare/task_arithmetic
+    python benchmarks/methods.py limits              # those of matrices, beside what they must do
     python benchmarks/methods.py zoo                 # every method with its defaults, evaluated
     python benchmarks/methods.py language            # likewise, on the tiny language models
 
 `cost` makes nine checkpoints on the spot, a base and eight models that differ from it by noise.
 Quick methods take turns with the simple average, so that a busy moment meets both alike; a method
-that takes long runs once. Memory is measured in a process of its own. `zoo` and `language` run the
-program as `fusion_bench method=…` does, with the seed 0. Rows that the file of `--json` has are
-kept: a run that was stopped goes on, and one without the file begins anew. A method whose defaults
-do not suit the models, weights for two models for one, is left out and named.
+that takes long runs once. Memory is measured in a process of its own. `limits` compares methods
+that factorise matrices with the decompositions in their formulas alone (`limits.py`). `zoo` and
+`language` run the program as `fusion_bench method=…` does, with the seed 0. Rows that the file of
+`--json` has are kept: a run that was stopped goes on, and one without the file begins anew. A
+method whose defaults do not suit the models, weights for two models for one, is left out and named.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from limits import FORMULAS, alone_seconds, processed
 from measure import alternate, peak, publish, ratio, summary
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +39,7 @@ from fusion_bench.report.figures import shown, with_stderr
 from fusion_bench.weights import Weights, in_memory
 
 AVERAGE = "simple_average"
+LIMITS = "CPU seconds for eight ViT-B/32 encoders"
 COSTS = "eight ViT-B/32 encoders into memory"
 #: What is evaluated: the title of its table, and what the command line has for it.
 WORTH: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -54,7 +58,7 @@ LONG = 20.0
 def main() -> None:
     """Measure what is asked for, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", *WORTH, "alone"])
+    parser.add_argument("what", choices=["cost", "limits", *WORTH, "alone"])
     parser.add_argument("--only", nargs="+", help="methods, as in method=…")
     parser.add_argument("--without", nargs="+", default=[], help="methods to leave out")
     parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
@@ -64,16 +68,20 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny models, to try it out")
     arguments = parser.parse_args()
     quiet_libraries()
-    names = [name for name in arguments.only or methods() if name not in arguments.without]
+    every = list(FORMULAS) if arguments.what == "limits" else methods()
+    names = [name for name in arguments.only or every if name not in arguments.without]
     results: dict[str, Any]
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.workdir or Path(scratch)
         if arguments.what == "alone":  # a child of `cost`
             print(json.dumps(observed(names[0], root)))
             return
-        if arguments.what == "cost":
+        if arguments.what in ("cost", "limits"):
             write_models(root, small=arguments.small)
+        if arguments.what == "cost":
             results = {COSTS: cost(names, root, arguments)}
+        elif arguments.what == "limits":
+            results = {LIMITS: limits(names, root, arguments.json)}
         else:
             title, overrides = WORTH[arguments.what]
             results = {title: worth(names, arguments, title, overrides)}
@@ -198,6 +206,25 @@ def alone(name: str, root: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def limits(names: list[str], root: Path, file: Path | None) -> dict[str, Any]:
+    """Return what methods take beside what is in their formulas, in seconds of all cores."""
+    table = known(file, LIMITS)
+    base = load_file(root / "base" / "model.safetensors")
+    shapes = [tuple(tensor.shape) for tensor in base.values() if tensor.ndim == 2]
+    for name in names:
+        if name not in table:
+            method = processed(lambda name=name: fuse(name, root))
+            alone = alone_seconds(FORMULAS[name], shapes, models=8)
+            table[name] = {"method": round(method, 1)}
+            for what, seconds in alone.items():
+                table[name] |= {
+                    what: round(seconds, 1),
+                    f"times {what}": round(method / seconds, 2),
+                }
+            keep(file, LIMITS, table, name)
+    return table
 
 
 # --- what it is worth -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_chec
 
 from omegaconf import OmegaConf
 
-from fusion_bench.forms import rule_problem, says_of_tokens
+from fusion_bench.forms import rule_problem, says_of_tokens, several
 from fusion_bench.pretrained import checked_node
 from fusion_bench.problems import ConfigError, Place, Problem, Problems, did_you_mean, within
 from fusion_bench.resolving import to_container
@@ -64,8 +64,6 @@ _NODES_BY_NAME = {
     "test_datasets": False,
 }
 _NODES = ("processor", "tokenizer", "clip_model", "data_processor")
-#: Where a family has the values of an option.
-_FAMILY = "it takes the list as method.options."
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
 
@@ -329,9 +327,9 @@ def _signature_problems(
         yield from filter(None, wrong.values())
         plain = {name: value for name, value in plain.items() if wrong[name] is None}
     for problem in type_problems(function, plain):
-        several = section == "method" and isinstance(node[problem.place[0]], list)
-        remedy = f"For a model of each, use method=family: {_FAMILY}{problem.place[0]}."
-        yield replace(problem, remedy=remedy) if several else problem
+        name = str(problem.place[0])
+        is_list = section == "method" and isinstance(plain[name], list)
+        yield replace(problem, remedy=several(name)) if is_list else problem
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():

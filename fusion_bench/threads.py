@@ -1,4 +1,4 @@
-"""A fixed number of torch threads, where the number affects the result."""
+"""How many threads torch and numpy use, where the number affects the result or the speed."""
 
 import ctypes
 import os
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fusion_bench.problems import ConfigError
 
@@ -59,6 +60,18 @@ def suited_threads(elements: int, device: torch.device = _CPU) -> Iterator[None]
     torch.set_num_threads(1)
     try:
         yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def threads_each(count: int) -> Iterator[None]:
+    """Let operations of torch and numpy use so many threads, in threads that are begun inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(count, "blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -6,7 +6,7 @@ Marczak et al., No task left behind, https://arxiv.org/abs/2502.04959
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -24,7 +24,15 @@ from fusion_bench.weights.entries import (
     right_factors,
     right_product,
 )
-from fusion_bench.weights.matrices import NEGLIGIBLE, is_matrix, orthogonal_product, svd, wide
+from fusion_bench.weights.matrices import (
+    NEGLIGIBLE,
+    flattened,
+    is_matrix,
+    orthogonal_product,
+    side_by_side,
+    svd,
+    wide,
+)
 from fusion_bench.weights.ops import add_scaled, task_vectors
 from fusion_bench.weights.statistics import Piece
 
@@ -75,7 +83,7 @@ class ISO_C_Merge(TensorwiseAlgorithm):  # noqa: N801
         assert base is not None
         if not is_matrix(key, base.shape, self.exclude_keys or ()):
             return _with_mean(key, tensors, base, self.scaling_factor)
-        return _with(_flattened(_sum(key, tensors, base), self.rank_tol), base, self.scaling_factor)
+        return _with(flattened(_sum(key, tensors, base), self.rank_tol), base, self.scaling_factor)
 
 
 @dataclass(eq=False)
@@ -166,16 +174,30 @@ class ISO_CTS_Merge(TensorwiseAlgorithm):  # noqa: N801
         total = _sum(key, tensors, base)
         own = self._own(rank, len(tensors))
         if own == 0:
-            return _flattened(total, 0)
-        common = svd(total, rank - own * len(tensors))
-        parts = [common]
+            return flattened(total, 0)
+        u, s, vh = side_by_side(self._parts(key, tensors, base, total, own), base.shape, rank)
+        return orthogonal_product(u, s.sum() / rank, vh)
+
+    def _parts(
+        self, key: str, tensors: Sequence[Tensor], base: Tensor, total: Tensor, own: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the common directions, and each model's own outside of them."""
+        rank = min(base.shape)
+        u, s, vh = svd(total, rank - own * len(tensors))
+        yield u, s, vh
+        rows, columns = base.shape
+        # Of a matrix that is not tall, what is outside has few rows in directions of its own.
+        outside = torch.linalg.qr(u, mode="complete").Q[:, len(s) :] if rows <= columns else None
         for vector in task_vectors(key, 0, tensors, base):
+            # There may be nothing but rounding left.
             scale = float(vector.norm()) / math.sqrt(rank)
+            if outside is not None:
+                own_u, own_s, own_vh = svd(outside.T @ wide(vector), own, scale=scale)
+                yield outside @ own_u, own_s, own_vh
+                continue
             rest = wide(vector)
-            rest -= common[0] @ (common[0].T @ rest)
-            parts.append(svd(rest, own, scale=scale))  # there may be nothing but rounding left
-        u, s, vh = zip(*parts, strict=True)
-        return orthogonal_product(torch.cat(u, 1), torch.cat(s).sum() / rank, torch.cat(vh))
+            rest.addmm_(u, u.T @ rest, alpha=-1)
+            yield svd(rest, own, scale=scale)
 
     def _own(self, rank: int, models: int) -> int:
         """Return how many directions each task has of its own."""
@@ -195,12 +217,6 @@ def _with_mean(key: str, tensors: Sequence[Tensor], base: Tensor, factor: float)
 
 def _sum(key: str, tensors: Sequence[Tensor], base: Tensor) -> Tensor:
     return add_scaled(torch.zeros_like(base), task_vectors(key, 0, tensors, base), 1)
-
-
-def _flattened(matrix: Tensor, rank_tol: float) -> Tensor:
-    """Return the matrix with each singular value replaced by their mean."""
-    u, s, vh = svd(matrix, tol=rank_tol)
-    return (u * (s.sum() / max(len(s), 1))) @ vh
 
 
 def _flattening(rank_tol: float, entry: Inputs) -> Tensor:

@@ -28,9 +28,8 @@ from fusion_bench.weights import (
 )
 from fusion_bench.weights.matrices import column_space, is_matrix
 from fusion_bench.weights.ops import task_vectors
-
-#: Bytes of directions that are kept at hand.
-_AT_HAND = 2**29
+from fusion_bench.weights.scratch import Scratch
+from fusion_bench.weights.stream import threads_for
 
 
 @dataclass(eq=False)
@@ -72,8 +71,10 @@ class KnOTSMerging(TensorwiseAlgorithm):
             self._base.resolved(inputs)
 
     def kept_bytes(self, inputs: Inputs) -> int:
-        """Return the bytes of the directions that are kept at hand."""
-        return _AT_HAND
+        """Return the bytes of what a matrix with more rows than columns takes beyond its share."""
+        shapes = [inputs.spec(key).shape for key in inputs]
+        tall = [rows for rows, columns in (s for s in shapes if len(s) == 2) if rows > columns]
+        return 8 * 3 * max(tall, default=0) ** 2 * threads_for(inputs)
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Merge the aligned task vectors with the base method, and transform the result back."""
@@ -103,12 +104,11 @@ class _Entry:
 
     key: str
     tensors: Sequence[Tensor]
-    base: Tensor | None
+    base: Tensor
     u: Tensor | None
 
     def aligned(self, model: int) -> Tensor:
         """Return a model's task vector, by its parts in the common directions."""
-        assert self.base is not None
         vector = self.tensors[model] - self.base
         return vector if self.u is None else self.u.T @ vector
 
@@ -117,7 +117,7 @@ class _Alignment:
     """The common directions of each matrix: the left singular vectors of all its task vectors.
 
     The base method may look at an entry several times, and each time at one model after the other.
-    So the last entry is at hand, and of the others as many directions as there is room for.
+    So the directions are put aside, and each thread has its last entry at hand.
     """
 
     def __init__(self, inputs: Inputs, exclude_keys: Sequence[str], rank_tol: float):
@@ -125,19 +125,20 @@ class _Alignment:
         self._exclude_keys = exclude_keys
         self._rank_tol = rank_tol
         self._ranks: dict[str, int] = {}
-        self._kept: dict[str, Tensor] = {}
-        self._last: _Entry | None = None
-        self._lock = threading.Lock()
+        self._directions = Scratch()
+        self._at_hand = threading.local()
         inputs.survey(self._find)
 
     def entry(self, key: str) -> _Entry:
-        """Read and align an entry."""
+        """Return an entry, with its directions."""
         key = self.inputs.tied_to(key)
-        with self._lock:
-            if self._last is None or self._last.key != key:
-                tensors, base = self.inputs.read(key, 0, self.inputs.merged(key))
-                self._last = _Entry(key, tensors, base, self._directions(key, tensors, base))
-            return self._last
+        last: _Entry | None = getattr(self._at_hand, "entry", None)
+        if last is None or last.key != key:
+            tensors, base = self.inputs.read(key, 0, self.inputs.merged(key))
+            assert base is not None
+            u = self._directions.get(key).to(base) if key in self._ranks else None
+            last = self._at_hand.entry = _Entry(key, tensors, base, u)
+        return last
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of an entry's aligned task vectors."""
@@ -146,26 +147,13 @@ class _Alignment:
         return shape if rank is None else (rank, *shape[1:])
 
     def _find(self, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
-        u = self._directions(key, tensors, base)
-        if u is not None:
-            self._ranks[key] = u.shape[1]
-
-    def _directions(
-        self, key: str, tensors: Sequence[Tensor], base: Tensor | None
-    ) -> Tensor | None:
         assert base is not None
-        if not is_matrix(key, base.shape, self._exclude_keys):
-            return None
-        u = self._kept.get(key)
-        if u is None:
+        if is_matrix(key, base.shape, self._exclude_keys):
             rows, columns = base.shape
-            vectors = task_vectors(key, 0, tensors, base)
+            vectors = task_vectors(key, start, tensors, base)
             u = column_space(vectors, (rows, columns * len(tensors)), self._rank_tol)
-            u = u.to(base).contiguous()
-            # Entries come in the same order each time: to make room would drop the next to come.
-            if u.nbytes + sum(kept.nbytes for kept in self._kept.values()) <= _AT_HAND:
-                self._kept[key] = u
-        return u
+            self._directions.put(key, u.to(base))
+            self._ranks[key] = u.shape[1]
 
 
 class _AlignedPool:

@@ -18,14 +18,15 @@ from torch import Tensor
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece, TensorSpec
-from fusion_bench.weights.matrices import right_vectors, svd, wide
+from fusion_bench.weights.matrices import right_vectors, wide
 from fusion_bench.weights.ops import is_linear_weight, uniform
+from fusion_bench.weights.scratch import Scratch
 from fusion_bench.weights.statistics import Piece, sums, total
 
 Rho = Literal["paper", "fusionbench"]
 
-#: Bytes of matrices that are kept at hand, and rows of one that are taken at a time.
-_AT_HAND, _ROWS = 2**28, 4096
+#: Rows of a matrix that are taken at a time.
+_ROWS = 4096
 
 
 @dataclass(eq=False)
@@ -63,11 +64,6 @@ class OPCM(TensorwiseAlgorithm):
         spec = TensorSpec(tuple(shape), torch.float32)
         return "whole" if is_linear_weight(key, spec) else "elements"
 
-    def kept_bytes(self, inputs: Inputs) -> int:
-        """Return the bytes of the sums that are kept at hand."""
-        linear = [k for k in inputs if is_linear_weight(k, inputs.spec(k))]
-        return min(_AT_HAND, 4 * sum(map(inputs.merged, linear)))
-
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Add up the task vectors, and find the scale after each step.
 
@@ -78,10 +74,11 @@ class OPCM(TensorwiseAlgorithm):
         if self.shuffle_order:
             draws = uniform(len(order), (self.seed or 0, "order of models"))
             order = np.argsort(draws, kind="stable").tolist()
-        path = _Path(self, inputs, order)
-        steps = range(1, len(order) + 1)
+        every = self.save_on_every_step or self.evaluate_on_every_step
+        steps = range(1 if every else len(order), len(order) + 1)
+        path = _Path(self, inputs, order, steps)
         scales = path.scales()
-        if not (self.save_on_every_step or self.evaluate_on_every_step):
+        if not every:
             return path.merger(len(order), scales[-1])
         digits = len(str(len(order)))
         return {
@@ -92,31 +89,26 @@ class OPCM(TensorwiseAlgorithm):
     def clean(self, vector: Tensor, merged: Tensor) -> Tensor:
         """Return ``vector`` without its part along the directions of ``merged``.
 
-        Both are matrices; ``vector`` may be written to.
+        Both are matrices of one type; ``vector`` may be written to. Of its part along the pairs of
+        directions, ``left @ inside @ right.T``, the diagonal and the block of the reserved ones go.
         """
         if not 0 < float(merged.norm()) < math.inf:
             return vector
         if len(merged) < merged.shape[1]:
-            u, s, vh = svd(merged)  # without the directions of value 0, which are anyone's guess
-            change = wide(vector)
-            inside = u.mT @ change @ vh.mT
-            return (change - u @ self._taken(inside, s) @ vh).to(vector)
-        # The left sides are the matrix times the right ones: it is enough to go by rows.
+            return self.clean(vector.mT, merged.mT).mT
+        # Without the directions of value 0, which are anyone's guess.
         s, v = right_vectors(merged)
-        rows = [one.split(_ROWS) for one in (merged, vector)]
-        both = sum(wide(m).mT @ wide(c) for m, c in zip(*rows, strict=True))
-        inside = (v / s).mT @ both @ v
-        factor = torch.linalg.multi_dot([v / s, self._taken(inside, s), v.mT])
-        for own, change in zip(*rows, strict=True):
-            change.sub_((wide(own) @ factor).to(change))
-        return vector
-
-    def _taken(self, inside: Tensor, values: Tensor) -> Tensor:
-        """Return what is taken of a change along the directions."""
-        taken = inside.diagonal().diag_embed()
-        closed = self._closed(values)
-        taken[:closed, :closed] = inside[:closed, :closed]
-        return taken
+        inner = v / s  # by rows, the left sides are the matrix times these
+        right = v.mT.to(vector)
+        left = vector.new_empty(len(vector), len(s))
+        inside = vector.new_zeros(len(s), vector.shape[1])
+        for to, own, change in zip(*(m.split(_ROWS) for m in (left, merged, vector)), strict=True):
+            to.copy_(wide(own) @ inner)
+            inside.addmm_(to.mT, change)
+        taken = (inside * right).sum(1, keepdim=True) * right
+        closed = self._closed(s)
+        taken[:closed] = inside[:closed] @ right[:closed].mT @ right[:closed]
+        return vector.addmm_(left, taken, alpha=-1)
 
     def _closed(self, values: Tensor) -> int:
         """Return the number of reserved directions."""
@@ -132,38 +124,24 @@ OPCMForCLIP = OPCM
 
 
 class _Path:
-    """The sum of the cleaned task vectors, step by step.
+    """The sum of the cleaned task vectors, step by step; those to return are put aside."""
 
-    Of as many matrices as there is room for, the sum that was asked for last is kept: who asks for
-    one step after the other computes each once.
-    """
-
-    def __init__(self, method: OPCM, inputs: Inputs, order: Sequence[int]):
+    def __init__(self, method: OPCM, inputs: Inputs, order: Sequence[int], steps: Sequence[int]):
         self._method = method
         self._inputs = inputs
         self._order = order
-        self._kept: dict[tuple[str, int], tuple[int, Tensor]] = {}
-        self._last: dict[tuple[str, int], tuple[int, Tensor]] = {}
+        self._steps = steps
+        self._kept = Scratch()
 
     def after(self, step: int, *piece: *Piece) -> Tensor:
         """Return a piece of the sum after so many models; the caller must not write to it."""
         key, start, tensors, base = piece
         assert base is not None
-        linear = is_linear_weight(key, self._inputs.spec(key))
-        place = key, start
-        done, last = self._last.get(place) or self._kept.get(place) or (0, torch.zeros_like(base))
-        if done > step:
-            done, last = 0, torch.zeros_like(base)
-        merged = last.to(base.device)
-        for model in self._order[done:step]:
-            vector = tensors[model] - base
-            merged = merged + (self._method.clean(vector, merged) if linear else vector)
-        found = step, merged.cpu()
-        self._last = {place: found}
-        # Entries come in the same order each time: to make room would drop the next to come.
-        others = (kept.nbytes for own, (_, kept) in self._kept.items() if own != place)
-        if linear and sum(others) + merged.nbytes <= _AT_HAND:
-            self._kept[place] = found
+        if is_linear_weight(key, self._inputs.spec(key)):
+            return self._kept.get((key, start, step)).to(base.device)
+        merged = torch.zeros_like(base)
+        for model in self._order[:step]:
+            merged += tensors[model] - base
         return merged
 
     def scales(self) -> list[float]:
@@ -173,9 +151,15 @@ class _Path:
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
         ) -> Iterator[Tensor]:
             assert base is not None
+            linear = is_linear_weight(key, self._inputs.spec(key))
+            merged = torch.zeros_like(base)
             for step, model in enumerate(self._order, 1):
-                yield (tensors[model] - base).square()
-                yield self.after(step, key, start, tensors, base).square()
+                vector = tensors[model] - base
+                yield vector.square()
+                merged += self._method.clean(vector, merged) if linear else vector
+                yield merged.square()
+                if linear and step in self._steps:
+                    self._kept.put((key, start, step), merged)
 
         squared = total(sums(self._inputs, squares)) or [0.0] * (2 * len(self._order))
         norms = [math.sqrt(value) for value in squared[::2]]

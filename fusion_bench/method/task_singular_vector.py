@@ -16,7 +16,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, of_each
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import cut_of_matrices, right_factors, right_product
-from fusion_bench.weights.matrices import is_matrix, orthogonal_product, svd, wide
+from fusion_bench.weights.matrices import is_matrix, orthogonal_product, side_by_side, svd, wide
 from fusion_bench.weights.ops import add_scaled
 
 
@@ -71,8 +71,9 @@ class TaskSingularVectorMerging(TensorwiseAlgorithm):
         rank = self._rank(key, tensors, base)
         if rank == 0:
             return add_scaled(base, vectors, 1 / len(tensors))
-        u, s, vh = zip(*(svd(vector, rank) for vector in vectors), strict=True)
-        return base + orthogonal_product(torch.cat(u, 1), torch.cat(s), torch.cat(vh)).to(base)
+        parts = (svd(vector, rank) for vector in vectors)
+        merged = orthogonal_product(*side_by_side(parts, base.shape, rank * len(tensors)))
+        return merged.to(base).add_(base)
 
     def _scaled(self, key: str, tensors: Sequence[Tensor], base: Tensor) -> Iterator[Tensor]:
         """Yield the task vectors times their factors."""

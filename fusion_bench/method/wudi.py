@@ -14,11 +14,13 @@ from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between, check_choice
-from fusion_bench.threads import fixed_threads
+from fusion_bench.threads import suited_threads
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import cut_of_matrices, folded
+from fusion_bench.weights.lapack import eigenvectors
 from fusion_bench.weights.matrices import is_matrix, wide
 from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.stream import threads_for
 
 Solver = Literal["adam", "lstsq"]
 Divisor = Literal["squared", "norm"]
@@ -62,6 +64,13 @@ class WUDIMerging(TensorwiseAlgorithm):
         """Return that of large tall matrices, such as embeddings, only rows stay whole."""
         return cut_of_matrices(key, shape, self.exclude_keys or ())
 
+    def kept_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of what a matrix with more columns than rows takes beyond its share."""
+        shapes = [inputs.spec(key).shape for key in inputs]
+        wide = [columns for rows, columns in (s for s in shapes if len(s) == 2) if columns > rows]
+        squares = 8 * 3 if self.solver == "lstsq" else 4 * 2
+        return squares * max(wide, default=0) ** 2 * threads_for(inputs)
+
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return what merges; of large tall matrices find what all rows share."""
         grams = inputs.each(self._grams)
@@ -92,7 +101,7 @@ class WUDIMerging(TensorwiseAlgorithm):
             merged += vector
         if not fitted:
             return merged.div_(len(tensors)).add_(base)
-        with fixed_threads(merged.numel(), merged.device):
+        with suited_threads(0, merged.device):  # the same on each machine
             gram, pull = self._equations(key, tensors, base, merged, grams)
             if pull.any():  # else the sum is the minimum
                 merged += self._solution(gram, pull, like=merged)
@@ -108,24 +117,31 @@ class WUDIMerging(TensorwiseAlgorithm):
     ) -> tuple[Tensor, Tensor]:
         """Return ``gram`` and ``pull``: at ``total + x`` the gradient is 2 (x @ gram + pull)."""
         dtype = self._dtype(base)
-        gram = base.new_zeros(base.shape[1], base.shape[1], dtype=dtype)
+        rows, columns = base.shape
+        gram = base.new_zeros(columns, columns, dtype=dtype)
         pull = torch.zeros_like(base, dtype=dtype)
         for model, vector in enumerate(task_vectors(key, 0, tensors, base)):
-            own = self._gram(vector) if grams is None else grams[model]
-            gram += own
-            pull.addmm_((total - vector).to(dtype), own)
+            if grams is not None:
+                gram += grams[model]
+                pull.addmm_((total - vector).to(dtype), grams[model])
+                continue
+            norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+            if norm == 0:  # it asks for nothing
+                continue
+            others = (total - vector).to(dtype)
+            unit = vector.to(dtype).div_(norm)
+            weight = self._weight(norm)
+            if rows < columns:
+                gram.addmm_(unit.mT, unit, alpha=weight)
+                pull.addmm_(others @ unit.mT, unit, alpha=weight)
+            else:
+                own = unit.mT @ unit
+                gram.add_(own, alpha=weight)
+                pull.addmm_(others, own, alpha=weight)
         return gram, pull
 
     def _dtype(self, like: Tensor) -> torch.dtype:
         return torch.float64 if self.solver == "lstsq" else like.dtype
-
-    def _gram(self, vector: Tensor) -> Tensor:
-        """Return the weighted Gram matrix of a task vector; one of 0 asks for nothing."""
-        norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-        if norm == 0:
-            return vector.new_zeros(vector.shape[1], vector.shape[1], dtype=self._dtype(vector))
-        unit = vector.to(self._dtype(vector)) / norm
-        return (unit.mT @ unit) * self._weight(norm)
 
     def _weight(self, norm: float) -> float:
         return 1.0 if self.divisor == "squared" else norm
@@ -153,9 +169,12 @@ class WUDIMerging(TensorwiseAlgorithm):
         if self.solver == "lstsq":
             if not pull.isfinite().all():
                 return pull.to(like)
-            return (-pull @ torch.linalg.pinv(gram, hermitian=True)).to(like)
+            values, vectors = eigenvectors(gram)
+            kept = int((values > len(values) * torch.finfo(values.dtype).eps * values[0]).sum())
+            vectors = vectors[:, :kept]
+            return (pull @ vectors).div_(-values[:kept]).matmul(vectors.mT).to(like)
         # Written by hand, a step is one product; the loss itself would take two for each model.
-        gram, pull = 2 * gram, 2 * pull
+        gram, pull = gram.mul_(2), pull.mul_(2)
         x = torch.zeros_like(like)
         gradient = x.grad = torch.empty_like(like)
         optimizer = torch.optim.Adam([x], _LEARNING_RATE, fused=True)

@@ -7,21 +7,18 @@ from math import prod
 from pathlib import Path
 
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
 
 from fusion_bench.problems import ConfigError, FusionBenchError, check_between
 from fusion_bench.weights.adapter import part_of
 from fusion_bench.weights.adapter_config import AdapterConfig
 from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
-from fusion_bench.weights.matrices import RESOLVED, gram, svd, wide
+from fusion_bench.weights.matrices import svd
 
 #: The rank where neither a rank nor an energy is given.
 DEFAULT_RANK = 32
 #: Columns beyond the rank that a randomised SVD looks at.
 _OVERSAMPLING = 8
-#: Singular values are few where there are so many times more.
-_FEW = 8
 _NO_PRODUCT = {
     "": "a copy of a whole tensor (modules_to_save, or trained biases)",
     "lora_magnitude_vector": "a magnitude of DoRA, which depends on the base",
@@ -135,10 +132,8 @@ class Truncation:
 
     def _svd(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         largest = self.largest
-        if largest is None or not matrix.isfinite().all():
+        if largest is None or self.power_iterations is None or not matrix.isfinite().all():
             return svd(matrix, largest)
-        if self.power_iterations is None:
-            return _leading(matrix, largest)
         seed = torch.random.get_rng_state()
         try:
             torch.manual_seed(0)  # the same matrix has the same factors
@@ -147,31 +142,6 @@ class Truncation:
         finally:
             torch.random.set_rng_state(seed)
         return u[:, :largest], s[:largest], v.T[:largest]
-
-
-def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest singular values and their vectors, in float64.
-
-    Of few of many, only these eigenvectors of the Gram matrix are computed.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        u, s, vh = _leading(matrix.T, count)
-        return vh.T, s, u.T
-    size = len(matrix)
-    if matrix.device.type != "cpu" or _FEW * count > size:
-        return svd(matrix, count)
-    values, vectors = eigh(
-        gram(matrix).numpy(),
-        subset_by_index=(size - count, size - 1),
-        driver="evx",
-        overwrite_a=True,
-        check_finite=False,
-    )
-    s = torch.from_numpy(values[::-1].copy()).clamp_(min=0).sqrt_()
-    if s[-1] <= RESOLVED * s[0]:  # too small for a Gram matrix
-        return svd(matrix, count)
-    u = torch.from_numpy(vectors[:, ::-1].copy())
-    return u, s, (u / s).T @ wide(matrix)
 
 
 def shortened(factors: Factors, truncation: Truncation) -> tuple[Factors, float]:

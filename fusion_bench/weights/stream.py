@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.progress import step
-from fusion_bench.weights.mapping import TensorSpec, Weights
+from fusion_bench.threads import threads_each
+from fusion_bench.weights.mapping import Cost, TensorSpec, Weights
 
 #: Elements in a piece. In float32 it is a megabyte, about what a core's own cache holds.
 PIECE = 2**18
+#: Bytes of anonymous memory that entries which cannot be cut may take in all threads together.
+ROOM = 2**29
 
 #: What is done with elements of an entry, from ``start`` on: ``consume(key, start, values)``.
 Consume = Callable[[str, int, Tensor], None]
@@ -59,6 +62,9 @@ class Pieces(Protocol):
 
     def bytes_to_read(self, key: str) -> int:
         """Return the number of bytes to read for an entry."""
+
+    def cost(self, key: str) -> Cost:
+        """Return what reading an entry takes."""
 
 
 def stream(weights: Weights, consume: Consume, piece: int = PIECE) -> None:
@@ -123,7 +129,7 @@ def _stream(parts: Sequence[tuple[Weights, Consume]], piece: int) -> None:
     failures: list[BaseException] = []
     visit(first, work, piece, "merging tensors", times=len(parts))
     if not waiting.empty():
-        _in_threads(finish, failures, torch.get_num_threads() if first.in_pieces else 1)
+        _in_threads(finish, failures, threads_for(first))
     if failures:
         raise failures[0]
     for weights, _ in parts:
@@ -132,8 +138,17 @@ def _stream(parts: Sequence[tuple[Weights, Consume]], piece: int) -> None:
 
 def predicted_peak(weights: Weights) -> int:
     """Return the bytes of anonymous memory that ``stream`` takes at most, beside what there was."""
-    most = max((weights.cost(key).peak_bytes for key in weights), default=0)
-    return most * (torch.get_num_threads() if weights.in_pieces else 1)
+    return _most(weights) * threads_for(weights)
+
+
+def threads_for(source: Pieces) -> int:
+    """Return how many threads take entries; of those that cannot be cut, so many as have room."""
+    every = torch.get_num_threads()
+    return every if source.in_pieces else max(1, min(every, ROOM // max(1, _most(source))))
+
+
+def _most(source: Pieces) -> int:
+    return max((source.cost(key).peak_bytes for key in source), default=0)
 
 
 def visit(
@@ -176,7 +191,7 @@ def visit(
         if spread is not None:
             spread(lambda: _guarded(take_jobs, failures))
         else:
-            _in_threads(take_jobs, failures, torch.get_num_threads() if source.in_pieces else 1)
+            _in_threads(take_jobs, failures, threads_for(source))
     if failures:
         raise failures[0]
 
@@ -241,7 +256,7 @@ def _in_threads(work: Callable[[], None], failures: list[BaseException], count: 
         with torch.no_grad():
             work()
         return
-    with _one_core_each():
+    with threads_each(torch.get_num_threads() // count):
         threads = [threading.Thread(target=_guarded, args=(work, failures)) for _ in range(count)]
         for thread in threads:
             thread.start()
@@ -261,14 +276,3 @@ def _guarded(work: Callable[[], None], failures: list[BaseException]) -> None:
         work()
     except BaseException as error:
         failures.append(error)
-
-
-@contextmanager
-def _one_core_each() -> Iterator[None]:
-    """Let torch's operations use one thread each; there is a thread for each core already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

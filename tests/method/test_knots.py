@@ -187,15 +187,6 @@ def test_other_entries_and_types() -> None:
     np.testing.assert_allclose(found["double"].numpy(), 0.5, atol=1e-12)
 
 
-def test_it_does_not_matter_how_many_directions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = family(3)
-    everything = fused(KnOTSMerging(), tasks)
-    for room in (0, 4 * 16 + 4 * 33):
-        monkeypatch.setattr(knots, "_AT_HAND", room)
-        found = fused(KnOTSMerging(), tasks)
-        assert all(torch.equal(found[key], everything[key]) for key in SPECS)
-
-
 def test_each_entry_is_factorised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     plain = knots.column_space

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fusion_bench.weights.matrices import (
     column_space,
+    flattened,
     gram,
     inverse_root,
     is_matrix,
     orthogonal_product,
+    side_by_side,
     svd,
 )
 
@@ -93,6 +95,69 @@ def test_zero_and_what_is_no_number_have_no_directions() -> None:
 def test_a_gram_matrix_of_many_columns() -> None:
     matrix = random((3, 9000), 0)
     torch.testing.assert_close(gram(matrix), matrix.double() @ matrix.double().T)
+
+
+def test_gram_matrices_of_many_rows_add_up() -> None:
+    one, other = random((600, 7), 0), random((600, 5), 1, torch.float64)
+    found = gram(other, gram(one))
+    torch.testing.assert_close(found, found.T)
+    together = torch.cat([one.double(), other], 1)
+    torch.testing.assert_close(found, together @ together.T)
+
+
+#: Singular values: well spread, ill-conditioned, of lower rank, all equal, in clusters, one alone.
+SPECTRA = {
+    "spread": torch.linspace(1, 0.05, 24),
+    "ill-conditioned": torch.logspace(0, -12, 24),
+    "just resolved": torch.logspace(0, -4.9, 24),
+    "not resolved": torch.logspace(0, -5.5, 24),
+    "half the rank": torch.cat([torch.linspace(2, 1, 12), torch.zeros(12)]),
+    "equal": torch.full((24,), 0.3),
+    "clusters": torch.cat([torch.full((8,), c) + 1e-9 * torch.arange(8.0) for c in (5, 1, 1e-3)]),
+    "one": torch.tensor([2.0]),
+}
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 90), (90, 24)])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_it_is_lapack_s_svd_in_float64(spectrum: str, shape: tuple[int, int]) -> None:
+    matrix = with_values(SPECTRA[spectrum].tolist(), shape)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    kept = int((values > 1e-6 * values[0]).sum())
+    u, s, vh = svd(matrix)
+    assert len(s) == kept
+    torch.testing.assert_close(s, values[:kept], rtol=1e-5, atol=0)
+    both = [(u * s) @ vh, u @ vh, u @ u.T, vh.T @ vh]
+    left, right = left[:, :kept], right[:kept]
+    expected = [(left * values[:kept]) @ right, left @ right, left @ left.T, right.T @ right]
+    for found, exact in zip(both, expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+    for found, name in ((u.T @ u, "left"), (vh @ vh.T, "right")):
+        torch.testing.assert_close(
+            found, torch.eye(kept).double(), rtol=0, atol=1e-5, msg=f"{name} vectors"
+        )
+    torch.testing.assert_close(
+        flattened(matrix, 1e-6), values[:kept].mean() * left @ right, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 90), (90, 40)])
+@pytest.mark.parametrize("count", [1, 5, 10])
+def test_few_of_many_are_those_of_all(shape: tuple[int, int], count: int) -> None:
+    matrix = with_values(torch.logspace(0, -7, 40).tolist(), shape)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = svd(matrix, count)
+    torch.testing.assert_close(s, values[:count], rtol=1e-9, atol=0)
+    expected = left[:, :count] @ right[:count]
+    torch.testing.assert_close(u @ vh, expected, rtol=0, atol=1e-9)
+
+
+def test_svds_side_by_side() -> None:
+    parts = [svd(with_values(values, (5, 4))) for values in ([2.0, 1.0], [3.0])]
+    u, s, vh = side_by_side(iter(parts), (5, 4), 4)
+    assert s.tolist() == pytest.approx([2, 1, 3, 0])
+    assert u.shape == (5, 4) and vh.shape == (4, 4) and not u[:, 3].any() and not vh[3].any()
+    torch.testing.assert_close((u * s) @ vh, sum((a * b) @ c for a, b, c in parts))
 
 
 @settings(deadline=None, max_examples=examples(40))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import step
-from fusion_bench.weights import TensorWeights, in_memory, into_module, merge, stream
+from fusion_bench.weights import Cost, TensorWeights, in_memory, into_module, merge, stream
 from fusion_bench.weights.stream import bytes_to_read
 
 
@@ -35,21 +35,27 @@ def test_pieces_are_taken_in_the_order_of_the_keys(monkeypatch: pytest.MonkeyPat
     assert keys == ["z", "z", "a", "a", "m"]
 
 
-@pytest.mark.parametrize(("in_pieces", "threads"), [(True, 2), (False, 1)])
-def test_what_cannot_be_cut_has_one_thread(in_pieces: bool, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("in_pieces", "bytes_each", "threads"), [(True, 2**40, 2), (False, 2**28, 2), (False, 2**29, 1)]
+)
+def test_what_cannot_be_cut_has_as_many_threads_as_have_room(
+    in_pieces: bool, bytes_each: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.get_num_threads() != 2:
         pytest.skip("torch has not two threads")
     both = threading.Barrier(threads)
-    names = set()
+    seen = set()
 
     def consume(key: str, start: int, values: Tensor) -> None:
         both.wait(10)
-        names.add(threading.current_thread().name)
+        seen.add((threading.current_thread().name, torch.get_num_threads()))
 
     source = weights(a=[1.0, 2.0])
     source.in_pieces = in_pieces
+    monkeypatch.setattr(source, "cost", lambda key: Cost(8, bytes_each))
     stream(source, consume, 1)
-    assert len(names) == threads
+    assert {count for _, count in seen} == {2 // threads}
+    assert len(seen) == threads
     assert torch.get_num_threads() == 2
 
 
