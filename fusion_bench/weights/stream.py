@@ -164,9 +164,10 @@ def visit(
     Large pieces are taken in the order of the keys, small ones together; they may be worked on in
     any order. Tied entries come once, under their first key. Threads share nothing but the list of
     pieces, so that a busy core slows down its own work alone: operations that torch spreads over
-    the cores wait for the slowest. Where entries cannot be cut, one thread takes them, and torch's
-    operations use all cores. ``spread`` may choose other threads: it has some call what it
-    is given, and returns when they are done. ``times`` tells how many models are read at once.
+    the cores wait for the slowest. Where entries cannot be cut, as many threads take them as there
+    is room for, and in each torch's operations use their share of the cores. ``spread`` may choose
+    other threads: it has some call what it is given, and returns when they are done. ``times``
+    tells how many models ``work`` reads.
     """
     jobs = _jobs(source, piece)
     _ = source.files  # downloads what is not here yet
