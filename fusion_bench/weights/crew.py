@@ -1,10 +1,8 @@
 """What is found out once for each key, by all threads that wait for it."""
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
-
-from torch import Tensor
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -89,27 +87,15 @@ class PerKey(Generic[T]):
         return found
 
 
-class LastPiece:
-    """A function of a piece of an entry; each thread remembers the last result.
+class LastOne(Generic[T]):
+    """What each thread found last, for several that ask for the same one after the other."""
 
-    Several that need the same of a piece, one after the other, get the same tensor: none may write
-    to it.
-
-    Args:
-        compute: the function, of an entry's key, the piece's start, the models' tensors and the
-            pretrained model's.
-    """
-
-    def __init__(self, compute: Callable[[str, int, Sequence[Tensor], Tensor | None], Tensor]):
-        self._compute = compute
+    def __init__(self) -> None:
         self._last = threading.local()
 
-    def __call__(
-        self, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
-    ) -> Tensor:
-        """Return what the function gives for a piece."""
-        piece = key, start, (tensors[0] if base is None else base).shape
-        known: tuple[Any, Tensor] | None = getattr(self._last, "found", None)
-        if known is None or known[0] != piece:
-            self._last.found = known = piece, self._compute(key, start, tensors, base)
+    def get(self, about: Hashable, find: Callable[[], T]) -> T:
+        """Return what is known about something, or else what ``find`` finds."""
+        known: tuple[Hashable, T] | None = getattr(self._last, "known", None)
+        if known is None or known[0] != about:
+            self._last.known = known = about, find()
         return known[1]

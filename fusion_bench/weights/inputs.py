@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.weights.align import Aligned, MergePolicy
-from fusion_bench.weights.crew import Crew, LastPiece, PerKey
+from fusion_bench.weights.crew import Crew, LastOne, PerKey
 from fusion_bench.weights.mapping import Cost, Origin, TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
 
@@ -88,7 +88,7 @@ class Inputs:
         )
         self._asked: frozenset[str] | None = None
         self._remembered: dict[object, Any] = {}
-        self._is_shared = False
+        self._last: LastOne[tuple[Working, Tensor | None]] | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -155,7 +155,7 @@ class Inputs:
     def shared(self) -> "Inputs":
         """Return the same models, for several merges that are made of each piece in turn."""
         inputs = copy(self)
-        inputs._is_shared = True
+        inputs._last = LastOne()
         return inputs
 
     def of_piece(self, about: Hashable, make: Callable[[], OfPiece]) -> OfPiece:
@@ -167,9 +167,19 @@ class Inputs:
             about: what distinguishes it from others.
             make: returns the function.
         """
-        if not self._is_shared:
+        if self._last is None:
             return make()
-        return self.remember(("of a piece", about), lambda: LastPiece(make()))
+
+        def shared() -> OfPiece:
+            found, last = make(), LastOne[Tensor]()
+
+            def get(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+                shape = (tensors[0] if base is None else base).shape
+                return last.get((key, start, shape), lambda: found(key, start, tensors, base))
+
+            return get
+
+        return self.remember(("of a piece", about), shared)
 
     def asked(self) -> "Inputs":
         """Return the same models with all entries copied that are not asked for."""
@@ -278,6 +288,12 @@ class Inputs:
 
         ``every`` takes only one of so many, where they may be cut anywhere.
         """
+        if self._last is None:
+            return self._read(key, start, stop, every)
+        about = key, start, stop, every, self._look_for_nonfinite
+        return self._last.get(about, lambda: self._read(key, start, stop, every))
+
+    def _read(self, key: str, start: int, stop: int, every: int) -> tuple["Working", Tensor | None]:
         shape = self.shape(key, start, stop)
         stored = [weights.read(key, start, stop).view(shape) for weights in self._all]
         if every > 1:
