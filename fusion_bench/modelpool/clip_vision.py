@@ -93,7 +93,7 @@ class CLIPVisionModelPool(HFModelPool):
 
     def _image_processor(self) -> Any:
         """Return what prepares pictures; None for a checkpoint without, as weights will do."""
-        place = self._with_preprocessor(self._reference)
+        place = self._comparison.with_preprocessor(self._reference)
         if self._processor is not None and (place := self._processor.folder) is None:
             processor = self._processor.made()
             return getattr(processor, "image_processor", processor)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -16,14 +16,7 @@ from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.adapter_folder import write_adapter
-from fusion_bench.modelpool.agreement import (
-    PREPROCESSOR,
-    Found,
-    compare_configs,
-    compare_pictures,
-    compare_vocabularies,
-    holds,
-)
+from fusion_bench.modelpool.agreement import PREPROCESSOR, holds
 from fusion_bench.modelpool.blueprint import blueprint
 from fusion_bench.modelpool.build import (
     build,
@@ -35,6 +28,7 @@ from fusion_bench.modelpool.build import (
 )
 from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
+from fusion_bench.modelpool.comparison import ModelComparison
 from fusion_bench.modelpool.directory import Folder, copy_files, processor_files, write_directories
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.modelpool.layouts import in_current_layout, in_file_layout, in_layout_of
@@ -168,8 +162,8 @@ class HFModelPool:
         self.test_datasets = dict(test_datasets or {})
         self.model_names = [name for name in self._sources if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._sources
-        self._found: dict[tuple[tuple[str, ...], bool], Found] = {}
         self._blueprints: dict[str, Blueprint | None] = {}
+        self._own_models: dict[str, Model] = {}
         self._tokens: OutputTokens | None = None
         if setting is not None or chat_template is not None:
             self._tokens = OutputTokens(
@@ -191,6 +185,15 @@ class HFModelPool:
                     "example 'sun397: path/to/model'.",
                 )
         problems.raise_all()
+        self._comparison = ModelComparison(
+            self._source,
+            self._reference,
+            self.policy,
+            model_class,
+            self._part,
+            self._processor,
+            self._tokens,
+        )
 
     def plan(self, scratch: Path | None = None, *, built: bool = True) -> Plan:
         """Find all models, and open those whose headers are enough; no weight is read.
@@ -226,9 +229,9 @@ class HFModelPool:
                     self._opened(self._source(name))
         for name in known:
             with plan.collect("models", name):
-                if own := self._vocabulary(self._source(name).companions):
+                if own := self._comparison.vocabulary(self._source(name).companions):
                     plan.download(own.repository, *own.needed())
-                if place := self._with_preprocessor(name):
+                if place := self._comparison.with_preprocessor(name):
                     plan.download(place, PREPROCESSOR)
         if self._processor is not None:
             self._processor.plan(plan)
@@ -250,23 +253,6 @@ class HFModelPool:
             plan.note(*self._tokens.notes)
         return len(plan.problems) == before
 
-    def _refuse_untied(self, name: str) -> None:
-        """Refuse a model with an output layer of its own where the merged model would have none."""
-        if self.policy.on_extra != "error":
-            return
-        own, reference = (
-            (self._source(each).config() or {}).get("tie_word_embeddings")
-            for each in (name, self._reference)
-        )
-        if own is False and reference is True:
-            raise FusionBenchError(
-                "its output layer is untied (tie_word_embeddings in its config.json), that of "
-                f"'{self._reference}' is tied. The merged model would lose it.",
-                "Use models with the same setting, or give {above}policy.on_extra=drop to leave it "
-                "out.",
-                place=("models", name),
-            )
-
     def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Compare what besides weights decides what the models compute with the reference's.
 
@@ -283,69 +269,21 @@ class HFModelPool:
             FusionBenchError: what differs and the policy does not allow, or a damaged file.
         """
         wanted = dict.fromkeys([self._reference, *self.model_names])
-        chosen = tuple(name for name in wanted if names is None or name in names)
-        if (chosen, layers) not in self._found:
-            self._found[chosen, layers] = self._compared(chosen, layers)
-        found = self._found[chosen, layers]
+        chosen = [name for name in wanted if names is None or name in names]
+        found = self._comparison.compare(chosen, layers)
         self.notes = list(found.notes)
         if found.refused:
             raise error_of(found.refused)
         return self.notes
-
-    def _compared(self, names: Collection[str], layers: bool) -> Found:
-        problems = Problems()
-        for name in names:
-            with problems.collect():
-                self._refuse_untied(name)
-        found = Found(tuple(problems))
-        configs = {name: config for name in names if (config := self._config_said(name))}
-        if configs:
-            warn = self.policy.on_config == "warn"
-            heads = self.model_class != "AutoModel"  # of a classifier it takes the backbone
-            found += compare_configs(
-                configs, warn=warn, part=self._part, heads=heads, layers=layers
-            )
-        folders = {name: self._source(name).companions for name in names}
-        if self._processor is not None and self._has_tokens and (place := self._processor.folder):
-            folders[f"the tokenizer of '{place.name}'"] = (place,)
-        vocabularies = {name: own for name in folders if (own := self._vocabulary(folders[name]))}
-        if vocabularies and not self._changes_rows:
-            warn = self.policy.on_tokenizer == "warn"
-            found += compare_vocabularies(vocabularies, warn=warn)
-        pictures = {name: said for name in names if (said := self._preprocessor(name))}
-        return found + compare_pictures(pictures) if pictures else found
 
     @property
     def _changes_rows(self) -> bool:
         return self._tokens is not None and self._tokens.changes_rows
 
     @property
-    def _has_tokens(self) -> bool:
-        own = self._source(self._reference).config()
-        return self._part is None and bool(vocabulary(own))
-
-    def _vocabulary(self, folders: Iterable[Repository]) -> Vocabulary | None:
-        """Return the tokenizer in the first folder with one; None where models have no tokens."""
-        if not self._has_tokens:
-            return None
-        return next((own for own in map(Vocabulary.of, folders) if own is not None), None)
-
-    def _with_preprocessor(self, name: str) -> Repository | None:
-        """Return where it is said how a model's pictures are prepared, if it is."""
-        folders = self._source(name).companions
-        return next((place for place in folders if PREPROCESSOR in place.files), None)
-
-    def _preprocessor(self, name: str) -> Config | None:
-        """Return how a model's pictures are prepared; None where it does not say so."""
-        if (place := self._with_preprocessor(name)) is None:
-            return None
-        content = read_json(place.fetch(PREPROCESSOR) / PREPROCESSOR)
-        return content if isinstance(content, dict) else None
-
-    @property
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
-        return vocabulary(self._config_said(self._reference))
+        return vocabulary(self._comparison.config(self._reference))
 
     @cached_property
     def tokenizer(self) -> TokenizerSource:
@@ -401,9 +339,12 @@ class HFModelPool:
         """Return a model with the rows of its own tokenizer."""
         if name == self._reference:
             return self._reference_model
-        own = self._opened(self._source(name))
-        with within("models", name):
-            return replace(own, weights=self._like_reference(own.weights))
+        if name not in self._own_models:  # a run asks for each many times
+            own = self._opened(self._source(name))
+            with within("models", name):
+                own = replace(own, weights=self._like_reference(own.weights))
+            self._own_models[name] = own
+        return self._own_models[name]
 
     def _like_reference(self, weights: Weights) -> Weights:
         """Return weights with the reference's keys, and in its layout, as far as both are known."""
@@ -714,13 +655,6 @@ class HFModelPool:
     @property
     def _reference(self) -> str:
         return "_pretrained_" if self.has_pretrained else self.model_names[0]
-
-    def _config_said(self, name: str) -> Config | None:
-        """Return what a model's config says, for the tokens that it gets."""
-        config = self._source(name).config()
-        if config is None or self._tokens is None:
-            return config
-        return self._tokens.config(name, config)
 
     def _source(self, name: str) -> Source:
         """Return how a model is named."""

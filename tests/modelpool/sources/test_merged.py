@@ -147,7 +147,7 @@ def test_it_may_be_given_as_an_object(three: dict[str, Tensors], tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "key"),
     [
-        ({"method": {"_target_": "fusion_bench.method.SlerpMergeAlgorithm", "t": 2}},
+        ({"method": {"_target_": "fusion_bench.method.SlerpMergeAlgorithm", "t": "half"}},
          "models.x.method.t"),
         ({"method": None}, "models.x.method"),
         ({"modelpool": {"_target_": "fusion_bench.modelpool.CausalLMPool",
