@@ -12,8 +12,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from fusion_bench.instantiate import SharedObjects
-from fusion_bench.method.contract import FusionMethod, Product, Saving
-from fusion_bench.method.family import Family
+from fusion_bench.method.contract import Product, Saving
 from fusion_bench.method.plain import class_name
 from fusion_bench.plan import Plan
 from fusion_bench.problems import EnvironmentProblem, within
@@ -37,7 +36,7 @@ from fusion_bench.programs.pools import ForeseesWork, PlacedModelPool, ReadsText
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
-from fusion_bench.programs.recipe import recorded
+from fusion_bench.programs.recipe import config_of
 from fusion_bench.programs.search import OptionSearch, Setting
 from fusion_bench.programs.sharing import add_results
 from fusion_bench.programs.spec import FusionSpec
@@ -335,7 +334,9 @@ class _Run:
                     [
                         (merged[name], whole / place.relative_to(path), own)
                         for name, place in directories.items()
-                        for own in [_config_of(name, chosen.method, config)]
+                        for own in [
+                            config_of(name.removeprefix(f"{MERGED}/"), chosen.method, config)
+                        ]
                     ]
                 )
         fabric.barrier()
@@ -380,16 +381,6 @@ class _Run:
             return None
         log.info("This run is already done; its report is unchanged.")
         return found
-
-
-def _config_of(
-    name: str, method: FusionMethod, config: Mapping[str, object]
-) -> Mapping[str, object]:
-    """Return a run's config for the recipe of one merged model: of a family its own method."""
-    if not isinstance(method, Family):
-        return config
-    member = method.member_of(name.removeprefix(f"{MERGED}/"))
-    return {**config, "method": recorded(member.method)}
 
 
 @contextmanager
