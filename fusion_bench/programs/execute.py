@@ -334,7 +334,7 @@ class _Run:
                     [
                         (merged[name], whole / place.relative_to(path), own)
                         for name, place in directories.items()
-                        for own in [config_of(name, chosen.method, config)]
+                        for own in [config_of(name[len(MERGED) + 1 :], chosen.method, config)]
                     ]
                 )
         fabric.barrier()

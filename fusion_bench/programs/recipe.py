@@ -12,7 +12,6 @@ from fusion_bench.arguments import arguments_of
 from fusion_bench.method.contract import FusionMethod
 from fusion_bench.method.family import Family
 from fusion_bench.method.plain import PlainMethod
-from fusion_bench.programs.fusing import MERGED
 from fusion_bench.weights import MergePolicy, TensorWeights, sha256
 
 
@@ -54,8 +53,7 @@ def config_of(
     """Return a run's config for the recipe of one of its models: of a family its own method."""
     if not isinstance(method, Family):
         return config
-    member = method.member_of(name.removeprefix(f"{MERGED}/"))
-    return {**config, "method": recorded(member.method)}
+    return {**config, "method": recorded(method.member_of(name).method)}
 
 
 def _fabric(fabric: Fabric) -> dict[str, object]:
