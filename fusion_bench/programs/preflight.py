@@ -31,7 +31,7 @@ from fusion_bench.programs.outline import outlined
 from fusion_bench.programs.owners import check_owners, owners, ownership_hint
 from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
-from fusion_bench.programs.search import Setting
+from fusion_bench.programs.setting import Setting
 from fusion_bench.programs.spec import plain
 from fusion_bench.programs.told_options import tell_filters, tell_options
 from fusion_bench.recipes import translate
@@ -380,7 +380,7 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
         what = f"{', '.join(names)} of {''.join(f'{size}, ' for size in sizes)}"
         what += _count(largest, "model")
         if prepared.search is not None:
-            what += f", with {_count(len(settings), 'setting')}"
+            what += f", with {prepared.search.planned(len(settings))}"
         device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
         if plan.holds is not None and taskpool is None and prepared.paths.model_path is not None:
