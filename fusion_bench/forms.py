@@ -29,6 +29,11 @@ def _has_gradient(value: object) -> bool:
     return isinstance(value, list) and any(map(_has_gradient, value))
 
 
+def several(option: str) -> str:
+    """Return how a model of each value of a method's option is made, for a list in its place."""
+    return f"For a model of each, choose method=family and give it as method.options.{option}."
+
+
 def says_of_tokens(node: Mapping[Any, Any]) -> bool:
     """Return whether a pool's ``tokenizer`` says where tokens come from, maybe with mistakes."""
     if not node.keys().isdisjoint(TOKEN_KEYS):

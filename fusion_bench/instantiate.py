@@ -4,13 +4,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from omegaconf import OmegaConf
 
-from fusion_bench.forms import rule_problem, says_of_tokens
+from fusion_bench.forms import rule_problem, says_of_tokens, several
 from fusion_bench.pretrained import checked_node
 from fusion_bench.problems import ConfigError, Place, Problem, Problems, did_you_mean, within
 from fusion_bench.resolving import to_container
@@ -325,7 +326,10 @@ def _signature_problems(
         wrong = {name: rule_problem(name, value) for name, value in plain.items()}
         yield from filter(None, wrong.values())
         plain = {name: value for name, value in plain.items() if wrong[name] is None}
-    yield from type_problems(function, plain)
+    for problem in type_problems(function, plain):
+        name = str(problem.place[0])
+        is_list = section == "method" and isinstance(plain[name], list)
+        yield replace(problem, remedy=several(name)) if is_list else problem
     if node.get("_partial_") or node.get("_args_"):
         return
     for name, parameter in parameters.items():

@@ -7,7 +7,7 @@ from typing import Any
 from jsonschema import Draft7Validator
 
 from fusion_bench.catalog import OF_ALL_ENTRIES, choices_of, definitions
-from fusion_bench.forms import rule_problem
+from fusion_bench.forms import rule_problem, several
 from fusion_bench.problems import Place, Problem, did_you_mean
 
 _HYDRA_KEYS = {"_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
@@ -36,10 +36,12 @@ def problems(config: object) -> list[Problem]:
 
 
 def _of_pool(problem: Problem, config: object) -> Problem:
-    """Return the problem of a key that a method does not take, and the pool of models does."""
+    """Return the problem of a key of a method that is the pool's, or that has several values."""
     if len(problem.place) != 2 or problem.place[0] != "method" or not isinstance(config, Mapping):
         return problem
     method, pool, key = config["method"], config.get("modelpool"), problem.place[1]
+    if isinstance(method[key], list) and not problem.remedy:
+        return replace(problem, remedy=several(str(key)))
     target = str(pool.get("_target_")) if isinstance(pool, Mapping) else ""
     named = str(method["_target_"])
     if key in definitions()[named]["properties"] or "." not in target:

@@ -18,6 +18,7 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.method import (
     AdapterMerging,
     ExtractLora,
+    Family,
     MergeExperts,
     MixtureOfExperts,
     StackedLayers,
@@ -125,7 +126,8 @@ def kind(name: str) -> str | None:
     if issubclass(own, TensorwiseAlgorithm):
         return "weights"
     if issubclass(
-        own, AdapterMerging | ExtractLora | StackedLayers | MixtureOfExperts | MergeExperts
+        own,
+        AdapterMerging | ExtractLora | Family | StackedLayers | MixtureOfExperts | MergeExperts,
     ):
         return "tests"
     return "module" if issubclass(own, EnsembleAlgorithm) else None

@@ -15,6 +15,7 @@ from fusion_bench.method.ensemble import (
 )
 from fusion_bench.method.expo import ExPOAlgorithm
 from fusion_bench.method.extract_lora import ExtractLora
+from fusion_bench.method.family import Family
 from fusion_bench.method.fisher_merging import FisherMergingAlgorithm
 from fusion_bench.method.isotropic_merging import ISO_C_Merge, ISO_CTS_Merge
 from fusion_bench.method.karcher import KarcherMeanAlgorithm
@@ -65,6 +66,7 @@ __all__ = [
     "EMRMerging",
     "ExPOAlgorithm",
     "ExtractLora",
+    "Family",
     "FisherMergingAlgorithm",
     "FisherMergingForCLIPVisionModel",
     "GreedySoupAlgorithm",

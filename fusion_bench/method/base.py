@@ -208,7 +208,10 @@ class TensorwiseAlgorithm:
         Raises:
             FusionBenchError: as ``check_pool``.
         """
-        inputs = self.inputs(pool, fabric)
+        return self.merged(self.inputs(pool, fabric))
+
+    def merged(self, inputs: Inputs) -> Weights | Mapping[str, Weights]:
+        """Return the merged weights of models that are aligned already."""
         merger = resolve(self, inputs).merger(inputs) if self.where else self.merger(inputs)
         if isinstance(merger, Mapping):
             return {name: MergedWeights(inputs, own) for name, own in merger.items()}
@@ -250,28 +253,7 @@ class TensorwiseAlgorithm:
         Raises:
             FusionBenchError: as ``check_pool``.
         """
-        refuse_without_pretrained(self, pool)
-        policy = pool.policy
-        if self.heavy and fabric is not None and policy.device == "cpu":
-            policy = replace(policy, device=str(fabric.device))
-        found = aligned(pool, policy)
-        asked = Inputs(found, policy)
-        methods = [own.method for own in self.resolved(asked).variants] or [self]
-
-        def strictest(key: str, shape: Sequence[int]) -> Cut:
-            """Return how all of the methods may cut, for one may look at the others' entries."""
-            own = {method.cut(key, shape) for method in methods}
-            return "whole" if "whole" in own else "rows" if "rows" in own else "elements"
-
-        return Inputs(
-            found,
-            policy,
-            all(own.elementwise for own in methods),
-            not all(own.shows_nonfinite for own in methods),
-            self.show_pbar,
-            strictest,
-            one_by_one=self.heavy,
-        )
+        return inputs_of([self], pool, fabric)
 
     def resolved(self, inputs: Inputs) -> Resolved:
         """Return the options of each entry, as far as they differ by entry or by model.
@@ -297,6 +279,43 @@ class TensorwiseAlgorithm:
         for option in sorted(per_model_options(type(self))):
             of_each(getattr(self, option), inputs.names, option)
         self.check(inputs)
+
+
+def inputs_of(
+    methods: Sequence[TensorwiseAlgorithm], pool: ModelPool, fabric: "Fabric | None" = None
+) -> Inputs:
+    """Return a pool's models, aligned and checked for several methods, all ``heavy`` or none.
+
+    Raises:
+        FusionBenchError: as ``check_pool`` of one of them.
+    """
+    policy, heavy = pool.policy, any(own.heavy for own in methods)
+    for own in methods:
+        refuse_without_pretrained(own, pool)
+    if heavy and fabric is not None and policy.device == "cpu":
+        policy = replace(policy, device=str(fabric.device))
+    found = aligned(pool, policy)
+    asked = Inputs(found, policy)
+    variants = [
+        one
+        for own in methods
+        for one in [variant.method for variant in own.resolved(asked).variants] or [own]
+    ]
+
+    def strictest(key: str, shape: Sequence[int]) -> Cut:
+        """Return how all of the methods may cut, for one may look at the others' entries."""
+        own = {method.cut(key, shape) for method in variants}
+        return "whole" if "whole" in own else "rows" if "rows" in own else "elements"
+
+    return Inputs(
+        found,
+        policy,
+        all(own.elementwise for own in variants),
+        not all(own.shows_nonfinite for own in variants),
+        any(own.show_pbar for own in methods),
+        strictest,
+        one_by_one=heavy,
+    )
 
 
 def _unread(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

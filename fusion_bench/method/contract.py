@@ -150,7 +150,7 @@ class Composing(Protocol):
 class Slicing(Protocol):
     """A method that merges each part of a model by a method of its own."""
 
-    def methods(self, pool: ModelPool) -> "Sequence[tuple[FusionMethod, ModelPool, Place]]":
+    def slice_methods(self, pool: ModelPool) -> "Sequence[tuple[FusionMethod, ModelPool, Place]]":
         """Return the method of each part, the models as it sees them, and its place."""
 
 
@@ -176,6 +176,14 @@ class Saving(Protocol):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a model as a directory, with the run's config in its recipe."""
+
+
+@runtime_checkable
+class SavingTogether(Protocol):
+    """A pool that writes several models in one pass over what they are made of."""
+
+    def save_models(self, models: Sequence[tuple[Product, Path, Mapping[str, Any] | None]]) -> None:
+        """Write models, each with its directory and the config for its recipe."""
 
 
 class TaskData(Protocol):

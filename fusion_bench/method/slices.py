@@ -7,6 +7,7 @@ from fusion_bench.instantiate import instantiate
 from fusion_bench.method.contract import Composing, FusionMethod, ModelPool
 from fusion_bench.method.emr_merging import EMRMerging
 from fusion_bench.method.ensemble import EnsembleAlgorithm
+from fusion_bench.method.family import Family
 from fusion_bench.method.passthrough import PassthroughAlgorithm
 from fusion_bench.method.plain import Runs, as_method, class_name
 from fusion_bench.method.tall_mask import TallMaskTaskArithmeticAlgorithm
@@ -16,7 +17,7 @@ from fusion_bench.weights import is_special
 BASE = "_pretrained_"
 #: The place of the method of slices without their own.
 COMMON = ("base_method",)
-_SEVERAL = (EMRMerging, TallMaskTaskArithmeticAlgorithm)
+_SEVERAL = (Family, EMRMerging, TallMaskTaskArithmeticAlgorithm)
 _KEYS = ("models", "base", "base_method", "stack")
 
 
@@ -143,11 +144,11 @@ def _method(node: object) -> FusionMethod:
         raise FusionBenchError(f"{node!r} is not a method.", "Give one as a config node.")
     method = as_method(made)
     inner: object = method
-    while isinstance(inner, Composing):
+    while isinstance(inner, Composing) and not isinstance(inner, Family):
         inner = inner.base_method
     if isinstance(inner, _SEVERAL):
         raise FusionBenchError(
-            f"{class_name(method)} makes a model for each task, and a slice is part of one.",
+            f"{class_name(method)} makes several models, and a slice is part of one.",
             "Choose another method.",
         )
     if method.needs.split is not None or isinstance(method, EnsembleAlgorithm):

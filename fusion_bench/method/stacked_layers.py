@@ -74,7 +74,7 @@ class StackedLayers:
         for warning in stack.warnings():
             log.warning(warning)
 
-    def methods(self, pool: ModelPool) -> list[tuple[FusionMethod, ModelPool, Place]]:
+    def slice_methods(self, pool: ModelPool) -> list[tuple[FusionMethod, ModelPool, Place]]:
         """Return the method of each slice, the layers that it merges, and its place."""
         parts = Stack(self._slices, pool).parts
         return [(part.slice.method, part.pool, part.slice.method_place) for part in parts]

@@ -3,14 +3,15 @@ r"""Task arithmetic: $\theta = \theta_0 + \lambda \sum_t w_t\,(\theta_t - \theta
 Ilharco et al., Editing models with task arithmetic, https://arxiv.org/abs/2212.04089
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, of_each
-from fusion_bench.weights import Inputs, MergePiece, same_for_all
+from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.ops import divisor, task_vectors, weighted
 
 
@@ -35,19 +36,24 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     normalize: bool = field(default=False, kw_only=True)
 
     def merger(self, inputs: Inputs) -> MergePiece:
-        """Return the function that merges, with the weights in the models' order."""
-        if isinstance(self.weights, Mapping):
-            own = replace(self, weights=of_each(self.weights, inputs.names))
-            return same_for_all(own.merge_tensor)
-        return same_for_all(self.merge_tensor)
-
-    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Return ``base`` plus ``scaling_factor`` times the sum of the differences to it."""
-        assert base is not None
-        weights = of_each(self.weights, [""] * len(tensors))
-        vectors = weighted(task_vectors(key, 0, tensors, base), weights)
-        total = next(vectors)
-        for vector in vectors:
-            total += vector
+        """Return the function that adds the scaled sum of the differences to the base."""
+        weights = tuple(of_each(self.weights, inputs.names))
+        total = inputs.of_piece((_sum, weights), lambda: partial(_sum, weights))
         factor = self.scaling_factor / (divisor(weights) if self.normalize else 1)
-        return total.mul_(factor).add_(base)
+
+        def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            assert base is not None
+            return (total(key, start, tensors, base) * factor).add_(base)
+
+        return merge
+
+
+def _sum(
+    weights: Sequence[float], key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+) -> Tensor:
+    """Return the weighted sum of the task vectors."""
+    vectors = weighted(task_vectors(key, start, tensors, base), weights)
+    total = next(vectors)
+    for vector in vectors:
+        total += vector
+    return total

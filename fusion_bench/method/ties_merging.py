@@ -96,21 +96,34 @@ class TiesMergingAlgorithm(TensorwiseAlgorithm):
     def merger_of(self, inputs: Inputs, vectors: Values) -> MergePiece:
         """Return the function that trims and merges ``vectors``, one per model."""
         merged = inputs.without(self.remove_keys)
-        trimmed = self._trimmed(merged, vectors)
-        weights = of_each(self.weights, inputs.names)
-        majority = self._majority(merged, trimmed)
-        zero_sign = majority if self.zero_sign == "global_majority" else _positive
+        weights, thresholds = (
+            tuple(of_each(own, inputs.names)) for own in (self.weights, self.threshold)
+        )
+        how = (self.scope, self.keep, self.merge_func, self.zero_sign, self.rescale)
+        about = (vectors, weights, thresholds, how)
+        change = merged.of_piece(about, lambda: self._change(merged, vectors))
 
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
             if not merged.merged(key):
                 return base.clone()
-            kept = trimmed(key, start, tensors, base)
-            elected = partial(majority.add, key, start)
-            task_vector = disjoint_merge(kept, self.merge_func, zero_sign, weights, elected)
-            return task_vector.mul_(self.scaling_factor).add_(base)
+            return (change(key, start, tensors, base) * self.scaling_factor).add_(base)
 
         return merge
+
+    def _change(self, inputs: Inputs, vectors: Values) -> MergePiece:
+        """Return the function that trims ``vectors`` and merges what agrees in sign."""
+        trimmed = self._trimmed(inputs, vectors)
+        weights = of_each(self.weights, inputs.names)
+        majority = self._majority(inputs, trimmed)
+        zero_sign = majority if self.zero_sign == "global_majority" else _positive
+
+        def change(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+            kept = trimmed(key, start, tensors, base)
+            elected = partial(majority.add, key, start)
+            return disjoint_merge(kept, self.merge_func, zero_sign, weights, elected)
+
+        return change
 
     def summing(self, inputs: Inputs, vectors: Values) -> MergePiece:
         """Return the function that adds ``vectors``, or their mean, without an election."""

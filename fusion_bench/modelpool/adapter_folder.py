@@ -9,7 +9,7 @@ from typing import Any
 
 from fusion_bench.companions import ADAPTER_ERRORS, ADAPTER_PICTURE
 from fusion_bench.modelpool.card import Origin
-from fusion_bench.modelpool.directory import write_directory
+from fusion_bench.modelpool.directory import Folder, write_directories
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.storage import read_json, write_text
 from fusion_bench.weights import AdapterConfig, Layers
@@ -53,7 +53,7 @@ def write_adapter(
         config: the run's config.
 
     Raises:
-        FusionBenchError: as ``write_directory``.
+        FusionBenchError: as ``write_directories``.
     """
     library = {"base_model_class": base_class, "parent_library": "transformers"}
     settings = {
@@ -74,15 +74,9 @@ def write_adapter(
         write_text(directory / ADAPTER_ERRORS, json.dumps(errors, indent=1, allow_nan=False) + "\n")
         draw(adapter.changes, directory / ADAPTER_PICTURE)
 
-    write_directory(
-        path,
-        adapter.tensors,
-        sources=sources,
-        config=config,
-        max_shard_size=2**62,  # PEFT reads one file
-        write_companions=write_companions,
-        name="adapter_model",
-    )
+    folder = Folder(path, adapter.tensors, config, write_companions, "adapter_model")
+    # PEFT reads one file.
+    write_directories([folder], sources=sources, max_shard_size=2**62)
 
 
 def class_of_base(config: AdapterConfig) -> str | None:

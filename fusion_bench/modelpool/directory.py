@@ -4,10 +4,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,13 @@ from fusion_bench.modelpool.card import Origin, adapter_usage, model_card, recip
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
-from fusion_bench.weights import Weights, in_memory, open_checkpoint, write_checkpoint
+from fusion_bench.weights import (
+    Checkpoint,
+    Weights,
+    in_memory,
+    open_checkpoint,
+    write_checkpoints,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,30 +42,38 @@ _OWN_MODULES = "sentence_transformers."
 _NAMED = 20
 
 
-def write_directory(
-    path: Path,
-    weights: Weights,
-    *,
-    sources: Mapping[str, Origin],
-    config: Mapping[str, Any] | None,
-    max_shard_size: int | str,
-    write_companions: Callable[[Path], None],
-    name: str = "model",
+@dataclass(frozen=True)
+class Folder:
+    """A model to write as a folder.
+
+    Attributes:
+        path: the directory, absolute; what is there is replaced.
+        weights: computed as they are written, under the keys that they are to have.
+        config: the run's config.
+        write_companions: puts config, tokenizer and processor files into a directory; called
+            first, so that one that is not there is noticed before the work.
+        name: of the weights' file, in place of ``model``.
+    """
+
+    path: Path
+    weights: Weights
+    config: Mapping[str, Any] | None
+    write_companions: Callable[[Path], None]
+    name: str = "model"
+
+
+def write_directories(
+    folders: Sequence[Folder], *, sources: Mapping[str, Origin], max_shard_size: int | str
 ) -> None:
-    """Write a model as a Hugging Face directory, in place of what is at ``path``.
+    """Write models as Hugging Face directories, in one pass over what they are made of.
 
     The sources' files are hashed while the weights are written; the recipe is in the weights'
     metadata and in the card.
 
     Args:
-        path: the directory, absolute.
-        weights: computed as they are written, under the keys that they are to have.
+        folders: the models.
         sources: what they were made from.
-        config: the run's config.
         max_shard_size: of the weights' files.
-        write_companions: puts config, tokenizer and processor files into a directory; called
-            first, so that one that is not there is noticed before the work.
-        name: of the weights' file, in place of ``model``.
 
     Raises:
         FusionBenchError: a disk that is full or fails, or what is wrong with the weights.
@@ -68,27 +82,64 @@ def write_directory(
         ended.callback(pool.shutdown, wait=False, cancel_futures=True)  # where it ends early
         files = {file for source in sources.values() for file in source.files}
         hashes = {file: pool.submit(file_sha256, file) for file in files}
-        with _plain_errors(path), whole_directory(path) as directory:
-            write_companions(directory)
-            beside = {
-                file.relative_to(directory).as_posix(): file_sha256(file)
-                for file in sorted(directory.rglob("*"))
-                if file.is_file()
-            }
-            pending = recipe(config, sources, lambda file: "0" * 64, beside)  # as long as a hash
-            final = cache(lambda: recipe(config, sources, lambda f: hashes[f].result(), beside))
-            write_checkpoint(
-                weights,
-                directory,
-                max_shard_size=max_shard_size,
-                metadata={"fusion_bench": json.dumps(pending)},
-                finish=lambda: {"fusion_bench": json.dumps(final())},
-                name=name,
-            )
-            card = model_card(
-                path.name, final(), _usage(path.name, directory), adapter=name != "model"
-            )
-            write_text(directory / "README.md", card)
+        with ExitStack() as begun:
+            parts = []
+            for folder in folders:
+                begun.enter_context(_plain_errors(folder.path))
+                directory = begun.enter_context(whole_directory(folder.path))
+                parts.append(_Part(folder, directory, sources, lambda f: hashes[f].result()))
+            write_checkpoints([part.checkpoint(max_shard_size) for part in parts])
+            for part in parts:
+                part.write_card()
+
+
+class _Part:
+    """A folder that is being written.
+
+    Args:
+        folder: what it will be.
+        directory: where it is written.
+        sources: what the weights were made from.
+        sha256: waits for a file's hash.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        directory: Path,
+        sources: Mapping[str, Origin],
+        sha256: Callable[[Path], str],
+    ):
+        self._folder, self._directory, self._sources = folder, directory, sources
+        folder.write_companions(directory)
+        self._beside = {
+            file.relative_to(directory).as_posix(): file_sha256(file)
+            for file in sorted(directory.rglob("*"))
+            if file.is_file()
+        }
+        self._final = cache(lambda: self._recipe(sha256))
+
+    def _recipe(self, sha256: Callable[[Path], str]) -> dict[str, Any]:
+        return recipe(self._folder.config, self._sources, sha256, self._beside)
+
+    def checkpoint(self, max_shard_size: int | str) -> Checkpoint:
+        """Return the weights' files."""
+        pending = self._recipe(lambda file: "0" * 64)  # as long as a hash
+        return Checkpoint(
+            self._folder.weights,
+            self._directory,
+            max_shard_size=max_shard_size,
+            metadata={"fusion_bench": json.dumps(pending)},
+            finish=lambda: {"fusion_bench": json.dumps(self._final())},
+            name=self._folder.name,
+        )
+
+    def write_card(self) -> None:
+        """Write the card, once the weights are there."""
+        name, directory = self._folder.path.name, self._directory
+        adapter = self._folder.name != "model"
+        card = model_card(name, self._final(), _usage(name, directory), adapter=adapter)
+        write_text(directory / "README.md", card)
 
 
 def _usage(name: str, directory: Path) -> str | None:

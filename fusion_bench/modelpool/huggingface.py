@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -29,7 +29,7 @@ from fusion_bench.modelpool.build import (
 from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.comparison import ModelComparison
-from fusion_bench.modelpool.directory import copy_files, processor_files, write_directory
+from fusion_bench.modelpool.directory import Folder, copy_files, processor_files, write_directories
 from fusion_bench.modelpool.keys import under_current_names, under_keys_of
 from fusion_bench.modelpool.layouts import in_current_layout, in_file_layout, in_layout_of
 from fusion_bench.modelpool.output_tokens import OutputTokens
@@ -507,19 +507,31 @@ class HFModelPool:
             path: a directory; what is there is replaced.
             config: the run's config.
         """
+        self.save_models([(model, Path(path), config)])
+
+    def save_models(
+        self,
+        models: Sequence[tuple[nn.Module | Weights | Model, Path, Mapping[str, Any] | None]],
+    ) -> None:
+        """Write models as ``save_model`` does, in one pass over what they are made of.
+
+        Args:
+            models: each with its directory and its config.
+        """
         sources = self.described()
-        if isinstance(model, AdaptedModel):
-            base = self._source("_pretrained_").at
-            write_adapter(
-                Path(path).absolute(),
-                model.adapter,
-                base=base.repo_id or str(base.directory or base.name),
-                revision=base.commit,
-                base_class=self._class_of_base(),
-                sources=sources,
-                config=config,
-            )
-            return
+        folders = []
+        for model, path, config in models:
+            if isinstance(model, AdaptedModel):
+                self._save_adapter(model, path, sources, config)
+            else:
+                folders.append(self._folder(model, path.absolute(), config))
+        if folders:
+            write_directories(folders, sources=sources, max_shard_size=self.max_shard_size)
+
+    def _folder(
+        self, model: nn.Module | Weights | Model, path: Path, config: Mapping[str, Any] | None
+    ) -> Folder:
+        """Return what is written of a model."""
         own = model if isinstance(model, Model) else None
         if isinstance(model, Model):
             weights = model.weights
@@ -527,13 +539,25 @@ class HFModelPool:
             weights = model
         else:
             weights = self._like_reference(TensorWeights(model.state_dict()))
-        write_directory(
-            Path(path).absolute(),
-            self._for_file(weights),
+        return Folder(path, self._for_file(weights), config, partial(self._beside, own))
+
+    def _save_adapter(
+        self,
+        model: AdaptedModel,
+        path: Path,
+        sources: Mapping[str, Origin],
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        """Write an adapter alone, in PEFT's layout."""
+        base = self._source("_pretrained_").at
+        write_adapter(
+            path.absolute(),
+            model.adapter,
+            base=base.repo_id or str(base.directory or base.name),
+            revision=base.commit,
+            base_class=self._class_of_base(),
             sources=sources,
             config=config,
-            max_shard_size=self.max_shard_size,
-            write_companions=partial(self._beside, own),
         )
 
     def described(self) -> dict[str, Origin]:

@@ -1,8 +1,8 @@
 """Executes a prepared run: loads, merges, evaluates and reports."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from fusion_bench.method.contract import Product, Saving
 from fusion_bench.method.plain import class_name
 from fusion_bench.plan import Plan
 from fusion_bench.problems import EnvironmentProblem, within
+from fusion_bench.programs.ahead import OneAhead
 from fusion_bench.programs.clock import Clock
 from fusion_bench.programs.environment import describe_run, launch, plain_failures
 from fusion_bench.programs.evaluating import Evaluator
@@ -35,6 +36,7 @@ from fusion_bench.programs.pools import ForeseesWork, PlacedModelPool, ReadsText
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
+from fusion_bench.programs.recipe import config_of
 from fusion_bench.programs.search import OptionSearch
 from fusion_bench.programs.setting import Setting
 from fusion_bench.programs.sharing import add_results
@@ -178,7 +180,9 @@ class _Run:
             merged = self._fuse(fabric, chosen, data, search) if chosen and wanted else {}
         with clock.measure("evaluate", says=evaluated and self.taskpool is not None):
             if evaluated:
-                self._evaluate(evaluator, merged, fabric, inputs)
+                several = len(merged) > 1 and (self.taskpool or self.paths.model_path is None)
+                with OneAhead(merged) if several else nullcontext(merged) as ready:
+                    self._evaluate(evaluator, ready, fabric, inputs)
             evaluator.describe_inputs(inputs)
             evaluator.summarise()
         similarity = None
@@ -306,28 +310,33 @@ class _Run:
     ) -> dict[str, Product]:
         """Return the merged models by name, saved if a path is given.
 
-        Merged weights are computed while they are written. They are kept in memory only if they are
-        evaluated or not saved.
+        Merged weights are computed while they are written, all in one pass. A model alone is kept
+        in memory if it is evaluated or not saved; several are computed when their turn comes.
         """
         path = self.paths.model_path
         with chosen.located(keyed_only=True):
             merged = fuse(chosen.method, self.modelpool, fabric, data)
-        if self.taskpool is not None or path is None:
+        several = list(merged) != [MERGED]
+        if not several and (self.taskpool is not None or path is None):
             merged = materialize(merged)
         if path is None:
             return merged
         directories = {
-            name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="") for name in merged
+            name: path / quote(name.removeprefix(MERGED).lstrip("/"), safe="=,") for name in merged
         }
         config = self.spec.config
         if search is not None:
             config = {**config, "method": search.method}
         if fabric.global_rank == 0:
             self.paths.begin_model()
-            several = list(merged) != [MERGED]
             with counted(merged), _model_directory(path, several=several) as whole:
-                for name, directory in directories.items():
-                    self._save(merged[name], whole / directory.relative_to(path), config)
+                self._save(
+                    [
+                        (merged[name], whole / place.relative_to(path), own)
+                        for name, place in directories.items()
+                        for own in [config_of(name[len(MERGED) + 1 :], chosen.method, config)]
+                    ]
+                )
         fabric.barrier()
         if self.taskpool is not None:
             return merged
@@ -337,12 +346,13 @@ class _Run:
                 merged[name] = with_weights(merged[name], saved)
         return merged
 
-    def _save(self, model: Product, place: Path, config: Mapping[str, object]) -> None:
+    def _save(self, models: Sequence[tuple[Product, Path, Mapping[str, object]]]) -> None:
         try:
-            if isinstance(model, Savable):
-                model.save(place, self.modelpool, config)
-            else:
-                self.modelpool.save_model(model, place, config)
+            for model, place, config in models:
+                if isinstance(model, Savable):
+                    model.save(place, self.modelpool, config)
+            plain = [own for own in models if not isinstance(own[0], Savable)]
+            self.modelpool.save_models(plain)
         except OSError as error:
             raise EnvironmentProblem(
                 f"Cannot write it: {error}", place=("merged_model_save_path",)

@@ -61,10 +61,11 @@ def fuse(
 def materialize(merged: Mapping[str, Product]) -> dict[str, Product]:
     """Return the same with all weights computed and in memory."""
     with counted(merged):
-        return {name: _materialized(model) for name, model in merged.items()}
+        return {name: in_memory_product(model) for name, model in merged.items()}
 
 
-def _materialized(model: Product) -> Product:
+def in_memory_product(model: Product) -> Product:
+    """Return a merged model whose weights are computed and in memory."""
     weights = weights_of(model)
     return model if weights is None else with_weights(model, TensorWeights(in_memory(weights)))
 

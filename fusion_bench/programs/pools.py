@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.method import contract
-from fusion_bench.method.contract import Arranging, Product
+from fusion_bench.method.contract import Arranging, Product, SavingTogether
 from fusion_bench.plan import Plan
 from fusion_bench.problems import FusionBenchError, Place, within
 from fusion_bench.results import Example, SampleScores
@@ -210,6 +210,17 @@ class PlacedModelPool:
         """As in ``ModelPool``."""
         with self._here():
             self._pool.save_model(model, path, config)
+
+    def save_models(
+        self, models: Sequence[tuple[Product, Path, Mapping[str, object] | None]]
+    ) -> None:
+        """As in ``SavingTogether``; a pool that is none writes one after the other."""
+        with self._here():
+            if isinstance(self._pool, SavingTogether) and len(models) > 1:
+                self._pool.save_models(models)
+                return
+            for model in models:
+                self._pool.save_model(*model)
 
     def _here(self) -> AbstractContextManager[None]:
         return within(*self.place, keyed_only=True, whole=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import Describing, FusionMethod, ModelPool, Outlining
 from fusion_bench.method.data import own_data
+from fusion_bench.method.family import Family
 from fusion_bench.method.plain import class_name, refuse_without_pretrained
 from fusion_bench.method.stack import refuse_other_widths
 from fusion_bench.modelpool.sources import Sources
@@ -285,12 +286,9 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     merged = made.weights if isinstance(made, Model) else made
     outline = outlined(merged, {name: plan.weights[name] for name in names})
     plan.reads = outline.nbytes
-    plan.writes = nbytes_of(merged)
-    plan.holds = _PROGRAM + (
-        method.predicted_peak(method.inputs(pool))
-        if isinstance(method, TensorwiseAlgorithm)
-        else predicted_peak(merged)
-    )
+    several = [m.method for m in method.members.values()] if isinstance(method, Family) else []
+    plan.writes = nbytes_of(merged) * max(len(several), 1)
+    plan.holds = _PROGRAM + max(_peak(own, pool, merged) for own in several or [method])
     if plan.holds > _LARGE:
         largest = max(merged, key=lambda key: merged.cost(key).peak_bytes)
         shape = " x ".join(map(str, merged.spec(largest).shape))
@@ -300,6 +298,13 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
         )
     said = [method.described(pool)] if isinstance(method, Describing) else []
     plan.entries = [*said, *outline.lines]
+
+
+def _peak(method: FusionMethod, pool: ModelPool, merged: Weights) -> int:
+    """Return the bytes that a method takes at most to write what it merges."""
+    if isinstance(method, TensorwiseAlgorithm):
+        return method.predicted_peak(method.inputs(pool))
+    return predicted_peak(merged)
 
 
 def nbytes_of(weights: Weights) -> int:

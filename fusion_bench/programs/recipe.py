@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench.arguments import arguments_of
+from fusion_bench.method.contract import FusionMethod
+from fusion_bench.method.family import Family
 from fusion_bench.method.plain import PlainMethod
 from fusion_bench.weights import MergePolicy, TensorWeights, sha256
 
@@ -43,6 +45,15 @@ def recorded(value: object) -> object:
     if given is None or target is None:
         return _class(value)
     return {"_target_": target, **{name: recorded(inner) for name, inner in given.items()}}
+
+
+def config_of(
+    name: str, method: FusionMethod, config: Mapping[str, object]
+) -> Mapping[str, object]:
+    """Return a run's config for the recipe of one of its models: of a family its own method."""
+    if not isinstance(method, Family):
+        return config
+    return {**config, "method": recorded(method.member_of(name).method)}
 
 
 def _fabric(fabric: Fabric) -> dict[str, object]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> I
     own = instantiate(node, "modelpool")
     pool = placed(own)
     products = fuse(method, pool, make_fabric({"accelerator": "cpu"}), None)
-    product = products.get(MERGED, products.get(f"{MERGED}/{folder.name}"))
+    # One of several of a family's has the names of both.
+    name = unquote(folder.name).rpartition("/")[2]
+    product = products.get(MERGED, products.get(f"{MERGED}/{name}"))
     made = None if product is None else weights_of(product)
     if made is None:
         yield f"{class_name(method)} makes no weights that could be computed one by one."

@@ -6,6 +6,7 @@ from typing import TypeGuard
 
 from fusion_bench.method.base import TensorwiseAlgorithm, aligned
 from fusion_bench.method.contract import Composing, FusionMethod, ModelPool, Slicing
+from fusion_bench.method.family import Family
 from fusion_bench.method.rules import Given, Gradient, nearest
 from fusion_bench.plan import Plan, Step
 from fusion_bench.problems import Place, key_of
@@ -30,6 +31,10 @@ def tell_options(plan: Plan, method: FusionMethod, pool: ModelPool, place: Place
     steps: list[Step] = []
     if isinstance(method, Composing) and _has_options(method.base_method):
         steps += tell_options(plan, method.base_method, pool, (*place, "base_method"))
+    if isinstance(method, Family):
+        for member in method.members.values():
+            if member.place != ("base_method",):
+                steps += tell_options(plan, member.method, pool, (*place, *member.place))
     if isinstance(method, TensorwiseAlgorithm):
         told = _Told.of(method, pool, place)
         steps += _steps(told.groups, told.keys)
@@ -43,7 +48,7 @@ def _has_options(method: object) -> TypeGuard[FusionMethod]:
 
 def _of_slices(plan: Plan, method: Slicing, pool: ModelPool, place: Place) -> list[Step]:
     """Return the steps of the methods of slices; those with one method share their lines."""
-    slices = [(one, seen, (*place, *inner)) for one, seen, inner in method.methods(pool)]
+    slices = [(one, seen, (*place, *inner)) for one, seen, inner in method.slice_methods(pool)]
     told = [
         _Told.of(one, seen, at) for one, seen, at in slices if isinstance(one, TensorwiseAlgorithm)
     ]

@@ -36,7 +36,12 @@ from fusion_bench.weights.model import Model
 from fusion_bench.weights.regrouped import Arrangement, Regrouped, Run, rearranged
 from fusion_bench.weights.stream import in_memory, into_module, predicted_peak, stream
 from fusion_bench.weights.views import Renamed, Rounded, Stacked, without_prefix
-from fusion_bench.weights.write import check_size, write_checkpoint
+from fusion_bench.weights.write import (
+    Checkpoint,
+    check_size,
+    write_checkpoint,
+    write_checkpoints,
+)
 
 __all__ = [
     "AdapterConfig",
@@ -45,6 +50,7 @@ __all__ = [
     "Arrangement",
     "Averaged",
     "ByToken",
+    "Checkpoint",
     "Config",
     "Cost",
     "Cut",
@@ -96,5 +102,6 @@ __all__ = [
     "weight_files",
     "without_prefix",
     "write_checkpoint",
+    "write_checkpoints",
     "zeros_like",
 ]

@@ -1,7 +1,7 @@
 """What is found out once for each key, by all threads that wait for it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -85,3 +85,17 @@ class PerKey(Generic[T]):
         finally:
             crew.done()
         return found
+
+
+class LastOne(Generic[T]):
+    """What each thread found last, for several that ask for the same one after the other."""
+
+    def __init__(self) -> None:
+        self._last = threading.local()
+
+    def get(self, about: Hashable, find: Callable[[], T]) -> T:
+        """Return what is known about something, or else what ``find`` finds."""
+        known: tuple[Hashable, T] | None = getattr(self._last, "known", None)
+        if known is None or known[0] != about:
+            self._last.known = known = about, find()
+        return known[1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench.weights.align import Aligned, MergePolicy
-from fusion_bench.weights.crew import Crew, PerKey
+from fusion_bench.weights.crew import Crew, LastOne, PerKey
 from fusion_bench.weights.mapping import Cost, Origin, TensorSpec
 from fusion_bench.weights.stream import PIECE, visit
 
@@ -34,6 +34,8 @@ Cuts = Callable[[str, Sequence[int]], Cut]
 #: What is done with a piece of an entry: its key, its first element, the models' tensors, and the
 #: pretrained model's.
 Visit = Callable[[str, int, Sequence[Tensor], Tensor | None], None]
+#: What is made of a piece.
+OfPiece = Callable[[str, int, Sequence[Tensor], Tensor | None], Tensor]
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
@@ -86,6 +88,7 @@ class Inputs:
         )
         self._asked: frozenset[str] | None = None
         self._remembered: dict[object, Any] = {}
+        self._last: LastOne[tuple[Working, Tensor | None]] | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -148,6 +151,35 @@ class Inputs:
             self._remembered[found] = compute()
         known: T = self._remembered[found]
         return known
+
+    def shared(self) -> "Inputs":
+        """Return the same models, for several merges that are made of each piece in turn."""
+        inputs = copy(self)
+        inputs._last = LastOne()
+        return inputs
+
+    def of_piece(self, about: Hashable, make: Callable[[], OfPiece]) -> OfPiece:
+        """Return a function of pieces, which merges that share these models compute once for each.
+
+        Its results may not be written to.
+
+        Args:
+            about: what distinguishes it from others.
+            make: returns the function.
+        """
+        if self._last is None:
+            return make()
+
+        def shared() -> OfPiece:
+            found, last = make(), LastOne[Tensor]()
+
+            def get(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+                shape = (tensors[0] if base is None else base).shape
+                return last.get((key, start, shape), lambda: found(key, start, tensors, base))
+
+            return get
+
+        return self.remember(("of a piece", about), shared)
 
     def asked(self) -> "Inputs":
         """Return the same models with all entries copied that are not asked for."""
@@ -256,6 +288,12 @@ class Inputs:
 
         ``every`` takes only one of so many, where they may be cut anywhere.
         """
+        if self._last is None:
+            return self._read(key, start, stop, every)
+        about = key, start, stop, every, self._look_for_nonfinite
+        return self._last.get(about, lambda: self._read(key, start, stop, every))
+
+    def _read(self, key: str, start: int, stop: int, every: int) -> tuple["Working", Tensor | None]:
         shape = self.shape(key, start, stop)
         stored = [weights.read(key, start, stop).view(shape) for weights in self._all]
         if every > 1:

@@ -1,7 +1,7 @@
 """Reads weights piece by piece on all cores, into memory or a module."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -17,6 +17,9 @@ from fusion_bench.weights.mapping import Cost, TensorSpec, Weights
 PIECE = 2**18
 #: Bytes of anonymous memory that entries which cannot be cut may take in all threads together.
 ROOM = 2**29
+
+#: What is done with elements of an entry, from ``start`` on: ``consume(key, start, values)``.
+Consume = Callable[[str, int, Tensor], None]
 
 
 class NotYet(Exception):  # noqa: N818
@@ -64,11 +67,7 @@ class Pieces(Protocol):
         """Return what reading an entry takes."""
 
 
-def stream(
-    weights: Weights,
-    consume: Callable[[str, int, Tensor], None],
-    piece: int = PIECE,
-) -> None:
+def stream(weights: Weights, consume: Consume, piece: int = PIECE) -> None:
     """Hand every entry to ``consume(key, start, values)``, as ``visit`` does.
 
     Pieces that had better wait until all others are merged come last.
@@ -76,38 +75,65 @@ def stream(
     Raises:
         FusionBenchError: what ``weights.verify`` has to say when everything was read.
     """
-    waiting: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
+    _stream([(weights, consume)], piece)
+
+
+def stream_together(parts: Sequence[tuple[Weights, Consume]], piece: int = PIECE) -> None:
+    """Hand every entry of several weights to what each has beside it, as ``stream`` does.
+
+    Weights whose entries are cut alike take turns: all read a piece before the next one is read. So
+    the files that they are made of are read once, and what they have in common is in the cache.
+
+    Raises:
+        FusionBenchError: what ``weights.verify`` has to say.
+    """
+    alike: dict[object, list[tuple[Weights, Consume]]] = {}
+    for weights, consume in parts:
+        alike.setdefault(_form(weights, piece), []).append((weights, consume))
+    for group in alike.values():
+        _stream(group, piece)
+
+
+def _form(weights: Weights, piece: int) -> object:
+    """Return what is equal for weights whose entries have the same names and are cut alike."""
+    cut = (
+        (key, weights.tied_to(key), weights.spec(key).shape, next(weights.pieces(key, piece), None))
+        for key in weights
+    )
+    return weights.in_pieces, *cut
+
+
+def _stream(parts: Sequence[tuple[Weights, Consume]], piece: int) -> None:
+    """Hand over the entries of weights that are cut alike."""
+    waiting: SimpleQueue[tuple[str, int, int, list[tuple[Weights, Consume]]]] = SimpleQueue()
 
     def work(key: str, start: int, stop: int) -> None:
-        values = weights.read_or_wait(key, start, stop)
-        if values is None:
-            waiting.put((key, start, stop))
-        else:
-            consume(key, start, values)
+        missing = []
+        for weights, consume in parts:
+            values = weights.read_or_wait(key, start, stop)
+            if values is None:
+                missing.append((weights, consume))
+            else:
+                consume(key, start, values)
+        if missing:
+            waiting.put((key, start, stop, missing))
 
-    visit(weights, work, piece, "merging tensors")
-    if not waiting.empty():
-        _finish(weights, consume, waiting)
-    weights.verify()
-
-
-def _finish(
-    weights: Weights,
-    consume: Callable[[str, int, Tensor], None],
-    waiting: "SimpleQueue[tuple[str, int, int]]",
-) -> None:
-    """Hand over the pieces that waited."""
-    failures: list[BaseException] = []
-
-    def work() -> None:
+    def finish() -> None:
         with suppress(Empty):
             while not failures:
-                key, start, stop = waiting.get_nowait()
-                consume(key, start, weights.read(key, start, stop))
+                key, start, stop, missing = waiting.get_nowait()
+                for weights, consume in missing:
+                    consume(key, start, weights.read(key, start, stop))
 
-    _in_threads(work, failures, threads_for(weights))
+    first, _ = parts[0]
+    failures: list[BaseException] = []
+    visit(first, work, piece, "merging tensors", times=len(parts))
+    if not waiting.empty():
+        _in_threads(finish, failures, threads_for(first))
     if failures:
         raise failures[0]
+    for weights, _ in parts:
+        weights.verify()
 
 
 def predicted_peak(weights: Weights) -> int:
@@ -131,6 +157,7 @@ def visit(
     piece: int,
     description: str,
     spread: Callable[[Callable[[], None]], None] | None = None,
+    times: int = 1,
 ) -> None:
     """Call ``work(key, start, stop)`` for 1-d pieces of every entry, from several threads.
 
@@ -139,14 +166,15 @@ def visit(
     pieces, so that a busy core slows down its own work alone: operations that torch spreads over
     the cores wait for the slowest. Where entries cannot be cut, as many threads take them as there
     is room for, and in each torch's operations use their share of the cores. ``spread`` may choose
-    other threads: it has some call what it is given, and returns when they are done.
+    other threads: it has some call what it is given, and returns when they are done. ``times``
+    tells how many models ``work`` reads.
     """
     jobs = _jobs(source, piece)
     _ = source.files  # downloads what is not here yet
     nbytes = bytes_to_read(source) if source.show_progress else {}
     lock = threading.Lock()
     failures: list[BaseException] = []
-    with step(description, sum(nbytes.values()), "B") if nbytes else nullcontext() as shown:
+    with step(description, times * sum(nbytes.values()), "B") if nbytes else nullcontext() as shown:
 
         def take_jobs() -> None:
             while not failures:
@@ -159,7 +187,7 @@ def visit(
                     if shown is not None:
                         share = (stop - start) / source.spec(key).numel
                         with lock:
-                            shown.advance(nbytes[key] * share)
+                            shown.advance(times * nbytes[key] * share)
 
         if spread is not None:
             spread(lambda: _guarded(take_jobs, failures))

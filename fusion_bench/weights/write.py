@@ -5,8 +5,9 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from errno import EINVAL, ENOSPC, ENOTSUP
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.weights.mapping import TensorSpec, Weights
-from fusion_bench.weights.stream import stream
+from fusion_bench.weights.stream import stream_together
 
 #: Bytes after which the disk is asked to begin, so that it works while we compute.
 _FLUSH_EVERY = 2**28
@@ -73,35 +74,86 @@ def write_checkpoint(
         FusionBenchError: an impossible ``max_shard_size``, a dtype that safetensors do not know,
             or what is wrong with ``weights``.
     """
-    specs = {key: weights.spec(key) for key in weights if weights.tied_to(key) == key}
-    for key, spec in specs.items():
-        if spec.dtype not in _NAMES:
-            name = str(spec.dtype).removeprefix("torch.")
-            raise FusionBenchError(
-                f"'{key}' has the type {name}, which safetensors does not support."
-            )
-    index, plan = _split(specs, max_shard_size, name)
-    metadata = {"format": "pt", **(metadata or {})}
+    checkpoint = Checkpoint(weights, directory, max_shard_size, metadata, finish, name)
+    write_checkpoints([checkpoint])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to write, with the arguments of ``write_checkpoint``."""
+
+    weights: Weights
+    directory: Path
+    max_shard_size: int | str = "5GB"
+    metadata: Mapping[str, str] | None = None
+    finish: Callable[[], Mapping[str, str]] | None = None
+    name: str = "model"
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors that are written; tied ones are written once."""
+        own = self.weights
+        return {key: own.spec(key) for key in own if own.tied_to(key) == key}
+
+
+def write_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
+    """Write several checkpoints in one pass over what their weights are made of.
+
+    Each is as ``write_checkpoint`` writes it. Memory holds a piece of one of them per thread.
+
+    Raises:
+        FusionBenchError: as ``write_checkpoint``.
+    """
     try:
         with ExitStack() as stack:
-            shards: list[_Shard] = []
-            files: dict[str, _Shard] = {}
             to_flush: SimpleQueue[int | None] = SimpleQueue()
-            for file, keys in plan.items():
-                contained = {key: specs[key] for key in keys}
-                shard = _Shard(directory / file, contained, metadata, to_flush.put)
-                stack.callback(shard.close)
-                shards.append(shard)
-                files |= dict.fromkeys(keys, shard)
+            begun = [_Begun(own, stack, to_flush.put) for own in checkpoints]
             stack.enter_context(_flushing(to_flush))
-            stream(weights, lambda key, *piece: files[key].write(key, *piece))
-            final = metadata if finish is None else {**metadata, **finish()}
-            for shard in shards:
-                shard.finish(final)
-        if index is not None:
-            (directory / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            stream_together([(own.checkpoint.weights, own.write) for own in begun])
+            for own in begun:
+                own.finish()
     except OSError as error:
-        raise EnvironmentProblem(_explain(error, directory, specs.values())) from error
+        raise EnvironmentProblem(_explain(error, checkpoints)) from error
+
+
+class _Begun:
+    """A checkpoint whose files are open."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, stack: ExitStack, flush: Callable[[int], None]
+    ) -> None:
+        self.checkpoint = checkpoint
+        specs = checkpoint.specs
+        for key, spec in specs.items():
+            if spec.dtype not in _NAMES:
+                name = str(spec.dtype).removeprefix("torch.")
+                raise FusionBenchError(
+                    f"'{key}' has the type {name}, which safetensors does not support."
+                )
+        self._index, plan = _split(specs, checkpoint.max_shard_size, checkpoint.name)
+        self._metadata = {"format": "pt", **(checkpoint.metadata or {})}
+        self._shards: list[_Shard] = []
+        self._files: dict[str, _Shard] = {}
+        for file, keys in plan.items():
+            contained = {key: specs[key] for key in keys}
+            shard = _Shard(checkpoint.directory / file, contained, self._metadata, flush)
+            stack.callback(shard.close)
+            self._shards.append(shard)
+            self._files |= dict.fromkeys(keys, shard)
+
+    def write(self, key: str, start: int, values: Tensor) -> None:
+        """Write elements of a flattened entry, from ``start`` on."""
+        self._files[key].write(key, start, values)
+
+    def finish(self) -> None:
+        """Write headers and index; wait until all is on the disk."""
+        own = self.checkpoint
+        final = self._metadata if own.finish is None else {**self._metadata, **own.finish()}
+        for shard in self._shards:
+            shard.finish(final)
+        if self._index is not None:
+            index = own.directory / f"{own.name}.safetensors.index.json"
+            index.write_text(json.dumps(self._index, indent=2))
 
 
 class _Shard:
@@ -240,13 +292,15 @@ def _write_at(file: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _explain(error: OSError, directory: Path, specs: Iterable[TensorSpec]) -> str:
+def _explain(error: OSError, checkpoints: Sequence[Checkpoint]) -> str:
+    directory = checkpoints[0].directory
     if error.errno != ENOSPC:
         return f"Cannot write '{directory}': {error.strerror or error}."
-    needed = sum(spec.nbytes for spec in specs) / 1e9
-    own = sum(file.stat().st_blocks * 512 for file in directory.iterdir())
-    free = (shutil.disk_usage(directory).free + own) / 1e9
+    needed = sum(spec.nbytes for own in checkpoints for spec in own.specs.values()) / 1e9
+    files = [file for own in checkpoints for file in own.directory.iterdir()]
+    free = (shutil.disk_usage(directory).free + sum(f.stat().st_blocks * 512 for f in files)) / 1e9
+    what = "The model takes" if len(checkpoints) == 1 else f"The {len(checkpoints)} models take"
     return (
-        f"Cannot write '{directory}': the disk is full. The model takes {needed:.2f} GB; "
-        f"{free:.2f} GB are free."
+        f"Cannot write '{directory}': the disk is full. {what} {needed:.2f} GB; {free:.2f} GB are "
+        "free."
     )

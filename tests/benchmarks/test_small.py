@@ -15,6 +15,7 @@ COMMANDS = {
     "device.py": ["--small", "--methods", "simple_average", "fisher_merging/clip_fisher_merging"],
     "doors.py": ["--small"],
     "evaluate.py": ["--small"],
+    "family.py": ["--small"],
     "fuse.py": ["--small"],
     "language.py": ["--small"],
     "memory.py": ["--small", "--kinds=deep", "--models=2", "--only", "linear/expo", "dare/no_such"],
