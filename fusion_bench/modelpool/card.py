@@ -4,6 +4,7 @@ A card is text that people may edit: what is added later replaces its own sectio
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
@@ -159,19 +160,25 @@ def recipe(
     sources: Mapping[str, Origin],
     sha256: Callable[[Path], str],
     beside: Mapping[str, str] | None = None,
+    path: Path | None = None,
 ) -> dict[str, Any]:
     """Return all that is needed to make the model again, as plain data.
+
+    Folders keep the names that were typed. Where one is relative, ``folder`` tells what to: the
+    folder of the run as seen from the model's, which names no more of this machine than it must.
 
     Args:
         config: the run's config.
         sources: name to source.
         sha256: gives a file's hash.
         beside: the hashes of the files beside the weights, such as config and tokenizer.
+        path: the model's folder.
     """
     program, *words = typed()
     return {
         "version": __version__,
         "command": redacted(shlex.join([Path(program).name, *words])),
+        **({} if path is None or not _relative(sources) else {"folder": _run_from(path)}),
         "sources": {
             name: {
                 "source": source.name,
@@ -185,6 +192,19 @@ def recipe(
         **({"files": dict(beside)} if beside else {}),
         "config": dict(config or {}),
     }
+
+
+def _relative(sources: Mapping[str, Origin]) -> bool:
+    """Tell whether a source is named by a path from where the run is."""
+    named = [own for source in sources.values() for own in (source, source.base) if own is not None]
+    return any(
+        own.commit is None and not os.path.isabs(own.name) and os.path.exists(own.name)
+        for own in named
+    )
+
+
+def _run_from(path: Path) -> str:
+    return Path(os.path.relpath(os.getcwd(), path.resolve())).as_posix()
 
 
 def model_card(

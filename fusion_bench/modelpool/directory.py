@@ -75,8 +75,12 @@ def write_directory(
                 for file in sorted(directory.rglob("*"))
                 if file.is_file()
             }
-            pending = recipe(config, sources, lambda file: "0" * 64, beside)  # as long as a hash
-            final = cache(lambda: recipe(config, sources, lambda f: hashes[f].result(), beside))
+            pending = recipe(  # as long as the final one
+                config, sources, lambda file: "0" * 64, beside, path
+            )
+            final = cache(
+                lambda: recipe(config, sources, lambda f: hashes[f].result(), beside, path)
+            )
             write_checkpoint(
                 weights,
                 directory,
