@@ -198,13 +198,13 @@ def _relative(sources: Mapping[str, Origin]) -> bool:
     """Tell whether a source is named by a path from where the run is."""
     named = [own for source in sources.values() for own in (source, source.base) if own is not None]
     return any(
-        own.commit is None and not os.path.isabs(own.name) and os.path.exists(own.name)
+        own.commit is None and not Path(own.name).is_absolute() and Path(own.name).exists()
         for own in named
     )
 
 
 def _run_from(path: Path) -> str:
-    return Path(os.path.relpath(os.getcwd(), path.resolve())).as_posix()
+    return Path(os.path.relpath(Path.cwd(), path.resolve())).as_posix()
 
 
 def model_card(
