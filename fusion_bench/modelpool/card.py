@@ -25,6 +25,11 @@ from fusion_bench.shown import visible
 _CARD = "README.md"
 _LONGEST_LICENSE = 80
 _OTHER = "other: "
+#: Where the code of a card names the model; the remark that goes with a folder's name.
+_PATH = "  # or the path to this folder, from elsewhere"
+_NAMED = re.compile(
+    rf"^(name = |model = SentenceTransformer\()\"[^\"\n]*\"(\)?)(?:{_PATH})?$", re.MULTILINE
+)
 #: Before which section others are put.
 _LAST = "Recipe"
 _CAUSAL = """\
@@ -357,8 +362,12 @@ def with_section(card: str, title: str, body: str) -> str:
 
 def renamed(card: str, name: str) -> str:
     """Return a card whose code loads the model by another name."""
-    code = re.compile(r"^(name = |model = SentenceTransformer\()\"[^\"\n]*\"", re.MULTILINE)
-    return code.sub(lambda found: f"{found[1]}{_text(name)}", card, count=1)
+    return _NAMED.sub(lambda found: f"{found[1]}{_text(name)}{found[2]}", card, count=1)
+
+
+def of_folder(code: str) -> str:
+    """Return code with a remark that the name in it stands for a folder's path."""
+    return _NAMED.sub(lambda found: f"{found[0]}{_PATH}", code, count=1)
 
 
 def _text(name: str) -> str:
