@@ -26,7 +26,7 @@ from fusion_bench.method.contract import (
 )
 from fusion_bench.method.modules import Layer, layers_of
 from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
-from fusion_bench.problems import FusionBenchError, check_choice, within
+from fusion_bench.problems import FusionBenchError, ResultError, check_choice, within
 from fusion_bench.progress import quiet_libraries, step
 from fusion_bench.weights import (
     AdapterWeights,
@@ -180,8 +180,8 @@ class ExtractLora:
             data: for a base method that learns from it.
 
         Raises:
-            FusionBenchError: as ``check_pool``; a base method that does not return weights; a model
-                that is its base.
+            FusionBenchError: as ``check_pool``; a base method that does not return weights.
+            ResultError: a model that is its base.
         """
         self.check_pool(pool)
         if self._base is None:
@@ -262,7 +262,7 @@ class ExtractLora:
             named = ", ".join(left[:_NAMED])
             log.warning("These modules stay as they are in the base: %s%s.", named, more)
         if not builder.has_factors:
-            raise FusionBenchError(
+            raise ResultError(
                 "No layer of the model differs from the pretrained model, so that there is nothing "
                 "to extract.",
                 "Name a model that was fine-tuned from it.",

@@ -38,6 +38,7 @@ def write_adapter(
     base: str | None,
     revision: str | None,
     base_class: str | None,
+    task: str | None,
     sources: Mapping[str, Origin],
     config: Mapping[str, Any] | None,
 ) -> None:
@@ -49,6 +50,7 @@ def write_adapter(
         base: the name or path of the model that it is put on, if that is known.
         revision: that model's state on the Hub.
         base_class: the class of transformers that makes that model.
+        task: what PEFT calls the adapter's task, if that is known.
         sources: what the adapter was made from.
         config: the run's config.
 
@@ -58,6 +60,7 @@ def write_adapter(
     library = {"base_model_class": base_class, "parent_library": "transformers"}
     settings = {
         **adapter.settings,
+        "task_type": task,
         "base_model_name_or_path": base,
         "revision": revision,
         "auto_mapping": library if base_class else None,
@@ -96,6 +99,18 @@ def class_of_base(config: AdapterConfig) -> str | None:
         named = None
     found = str(named[0]) if isinstance(named, list) and named else ""
     return found if "For" in found or "Head" in found else task
+
+
+def generation_task(base_class: str | None) -> str | None:
+    """Return what PEFT calls the task of a model that writes text; ``None`` for other classes.
+
+    For other tasks PEFT puts a copy of the head beside the factors, which an adapter may not have.
+    """
+    if base_class is None:
+        return None
+    if base_class.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if base_class.endswith("ForSeq2SeqLM") else None
 
 
 def _config_here(base: str, revision: str | None) -> Mapping[str, Any]:

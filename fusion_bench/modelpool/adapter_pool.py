@@ -1,5 +1,6 @@
 """LoRA adapters of one base as models of their own, without the base."""
 
+import logging
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
+from fusion_bench.companions import ADAPTER_ERRORS
 from fusion_bench.modelpool.adapter_folder import class_of_base, write_adapter
 from fusion_bench.modelpool.card import Origin
 from fusion_bench.modelpool.policy import policy_of
@@ -35,9 +37,13 @@ from fusion_bench.weights.lowrank import (
     refuse_more_than_products,
 )
 
+log = logging.getLogger(__name__)
+
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PRETRAINED = "_pretrained_"
+#: From this share on, what the saved factors miss is told.
+_TOLD = 0.01
 
 
 class AdapterPool:
@@ -233,15 +239,29 @@ class AdapterPool:
             name: Origin(self._place(name).name, self._place(name).commit, self._stored[name].files)
             for name in self.model_names
         }
+        tasks = {own.task for own in configs.values()}
+        adapter, place = builder.build(), Path(path).absolute()
         write_adapter(
-            Path(path).absolute(),
-            builder.build(),
+            place,
+            adapter,
             base=base,
             revision=None if named is None else named.revision,
             base_class=next(filter(None, map(class_of_base, configs.values())), None),
+            task=tasks.pop() if len(tasks) == 1 else None,
             sources=sources,
             config=config,
         )
+        worst = max(adapter.changes, key=lambda own: own.error)
+        if worst.error > _TOLD:
+            log.warning(
+                "The saved factors miss up to %.2g %% of a merged product: of %s, at rank %d. What "
+                "each misses is in %s. A larger modelpool.rank, or modelpool.energy=0.99, keeps "
+                "more.",
+                100 * worst.error,
+                worst.module,
+                worst.rank,
+                place / ADAPTER_ERRORS,
+            )
 
     def as_saved(self, weights: Weights) -> LowRankWeights:
         """Return merged products as ``save_model`` writes them."""

@@ -4,6 +4,7 @@ A card is text that people may edit: what is added later replaces its own sectio
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
@@ -24,6 +25,11 @@ from fusion_bench.shown import visible
 _CARD = "README.md"
 _LONGEST_LICENSE = 80
 _OTHER = "other: "
+#: Where the code of a card names the model; the remark that goes with a folder's name.
+_PATH = "  # or the path to this folder, from elsewhere"
+_NAMED = re.compile(
+    rf"^(name = |model = SentenceTransformer\()\"[^\"\n]*\"(\)?)(?:{_PATH})?$", re.MULTILINE
+)
 #: Before which section others are put.
 _LAST = "Recipe"
 _CAUSAL = """\
@@ -159,19 +165,25 @@ def recipe(
     sources: Mapping[str, Origin],
     sha256: Callable[[Path], str],
     beside: Mapping[str, str] | None = None,
+    path: Path | None = None,
 ) -> dict[str, Any]:
     """Return all that is needed to make the model again, as plain data.
+
+    Folders keep the names that were typed. Where one is relative, ``folder`` tells what to: the
+    folder of the run as seen from the model's, which names no more of this machine than it must.
 
     Args:
         config: the run's config.
         sources: name to source.
         sha256: gives a file's hash.
         beside: the hashes of the files beside the weights, such as config and tokenizer.
+        path: the model's folder.
     """
     program, *words = typed()
     return {
         "version": __version__,
         "command": redacted(shlex.join([Path(program).name, *words])),
+        **({} if path is None or not _relative(sources) else {"folder": _run_from(path)}),
         "sources": {
             name: {
                 "source": source.name,
@@ -185,6 +197,19 @@ def recipe(
         **({"files": dict(beside)} if beside else {}),
         "config": dict(config or {}),
     }
+
+
+def _relative(sources: Mapping[str, Origin]) -> bool:
+    """Tell whether a source is named by a path from where the run is."""
+    named = [own for source in sources.values() for own in (source, source.base) if own is not None]
+    return any(
+        own.commit is None and not Path(own.name).is_absolute() and Path(own.name).exists()
+        for own in named
+    )
+
+
+def _run_from(path: Path) -> str:
+    return Path(os.path.relpath(Path.cwd(), path.resolve())).as_posix()
 
 
 def model_card(
@@ -337,8 +362,12 @@ def with_section(card: str, title: str, body: str) -> str:
 
 def renamed(card: str, name: str) -> str:
     """Return a card whose code loads the model by another name."""
-    code = re.compile(r"^(name = |model = SentenceTransformer\()\"[^\"\n]*\"", re.MULTILINE)
-    return code.sub(lambda found: f"{found[1]}{_text(name)}", card, count=1)
+    return _NAMED.sub(lambda found: f"{found[1]}{_text(name)}{found[2]}", card, count=1)
+
+
+def of_folder(code: str) -> str:
+    """Return code with a remark that the name in it stands for a folder's path."""
+    return _NAMED.sub(lambda found: f"{found[0]}{_PATH}", code, count=1)
 
 
 def _text(name: str) -> str:

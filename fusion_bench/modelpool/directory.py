@@ -22,7 +22,7 @@ from fusion_bench.companions import (
     TEMPLATES,
     module_folders,
 )
-from fusion_bench.modelpool.card import Origin, adapter_usage, model_card, recipe, usage
+from fusion_bench.modelpool.card import Origin, adapter_usage, model_card, of_folder, recipe, usage
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
@@ -120,7 +120,8 @@ class _Part:
         self._final = cache(lambda: self._recipe(sha256))
 
     def _recipe(self, sha256: Callable[[Path], str]) -> dict[str, Any]:
-        return recipe(self._folder.config, self._sources, sha256, self._beside)
+        folder = self._folder
+        return recipe(folder.config, self._sources, sha256, self._beside, folder.path)
 
     def checkpoint(self, max_shard_size: int | str) -> Checkpoint:
         """Return the weights' files."""
@@ -146,12 +147,13 @@ def _usage(name: str, directory: Path) -> str | None:
     """Return the code that uses a model; None without a config."""
     adapter = directory / "adapter_config.json"
     if adapter.exists():
-        return adapter_usage(name, read_json(adapter))
+        code = adapter_usage(name, read_json(adapter))
+        return None if code is None else of_folder(code)
     file = directory / "config.json"
     content = read_json(file) if file.exists() else None
     if not isinstance(content, dict):
         return None
-    return usage(name, content, {path.name for path in directory.iterdir()})
+    return of_folder(usage(name, content, {path.name for path in directory.iterdir()}))
 
 
 def processor_files(repository: Repository) -> list[str]:

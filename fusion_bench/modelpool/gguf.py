@@ -37,7 +37,8 @@ def gguf_config(stored: GgufWeights) -> Config:
         if made.get_text_config().num_hidden_layers > len(stored):
             raise ValueError("it has more layers than tensors")
         names = [type(skeleton("AutoModelForCausalLM", made)).__name__]
-        content = {key: _shortest(value) for key, value in made.to_dict().items()}
+        made.name_or_path = ""  # the folder from which it was read
+        content = {key: _shortest(value) for key, value in made.to_diff_dict().items()}
         return {**content, "dtype": "bfloat16", "architectures": names}
     except Exception as error:  # of odd metadata it raises anything
         reason = (str(error) or type(error).__name__).partition("\n")[0][:200]

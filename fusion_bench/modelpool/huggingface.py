@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
-from fusion_bench.modelpool.adapter_folder import write_adapter
+from fusion_bench.modelpool.adapter_folder import generation_task, write_adapter
 from fusion_bench.modelpool.agreement import PREPROCESSOR, holds
 from fusion_bench.modelpool.blueprint import blueprint
 from fusion_bench.modelpool.build import (
@@ -549,13 +549,14 @@ class HFModelPool:
         config: Mapping[str, Any] | None,
     ) -> None:
         """Write an adapter alone, in PEFT's layout."""
-        base = self._source("_pretrained_").at
+        base, base_class = self._source("_pretrained_").at, self._class_of_base()
         write_adapter(
             path.absolute(),
             model.adapter,
             base=base.repo_id or str(base.directory or base.name),
             revision=base.commit,
-            base_class=self._class_of_base(),
+            base_class=base_class,
+            task=generation_task(base_class),
             sources=sources,
             config=config,
         )

@@ -88,7 +88,9 @@ def execute(prepared: Prepared, plan: Plan, *, prints: bool = True) -> Report:
             run.paths.finished()
             prepared.tracker.track(report)
             if run.paths.model_path is not None:
-                log.info("Merged model: %s", run.paths.model_path)
+                adapter = (run.paths.model_path / "adapter_config.json").is_file()
+                what = "Adapter" if adapter else "Merged model"
+                log.info("%s: %s", what, run.paths.model_path)
             elif not report.tasks and report.run.search is None:
                 log.warning(
                     "The merged model was neither evaluated nor saved; set a task pool or %s.",

@@ -1,6 +1,6 @@
 """Computes entries of a saved merge again, from its recipe."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from fusion_bench.weights.stream import PIECE
 _PIECES = 4
 #: Packages whose classes a card may name: a stranger has written it.
 _KNOWN = ("fusion_bench.method.", "fusion_bench.modelpool.")
+
+
+class NotComputed(ResultError):  # noqa: N818 (it is no fault of the user)
+    """A merge that is not computed again, so that its weights are not verified."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class _Difference:
         return rare and not self.beyond
 
 
-def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> Iterator[str]:
-    """Yield what became of the comparison of saved entries with computed ones, as sentences.
+def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> str:
+    """Compare saved entries with computed ones; return in a sentence how equal they are.
 
     Args:
         folder: the saved model, whose sources are on this machine.
@@ -65,18 +69,19 @@ def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> I
 
     Raises:
         FusionBenchError: a recipe that does not work.
+        NotComputed: a method that learns, or a class that is not called.
         ResultError: an entry that is not what the recipe gives.
     """
     if unknown := sorted(_foreign(config.get("method")) | _foreign(config.get("modelpool"))):
-        yield f"The recipe names '{unknown[0]}', which is not run: the card may be a stranger's."
-        return
+        raise NotComputed(
+            f"The recipe names '{unknown[0]}', which is not run: the card may be a stranger's."
+        )
     method = as_method(instantiate(seeded(config["method"], config.get("seed")), "method"))
     if method.needs.split is not None:
-        yield (
+        raise NotComputed(
             f"{class_name(method)} learns from data, so the weights are not computed again. "
             "'fusion_bench reproduce' of its report does it."
         )
-        return
     node = {"_recursive_": False, **config["modelpool"]}
     own = instantiate(node, "modelpool")
     pool = placed(own)
@@ -86,8 +91,9 @@ def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> I
     product = products.get(MERGED, products.get(f"{MERGED}/{name}"))
     made = None if product is None else weights_of(product)
     if made is None:
-        yield f"{class_name(method)} makes no weights that could be computed one by one."
-        return
+        raise NotComputed(
+            f"{class_name(method)} makes no weights that could be computed one by one."
+        )
     if isinstance(own, Shortening):
         made = own.as_saved(made)
     saved = pool.open_saved(folder)
@@ -114,7 +120,7 @@ def recompute(folder: Path, config: Mapping[str, Any], entries: int | None) -> I
     count, differing = len(found), sum(one.differing for one in found)
     equal = "bit for bit" if not differing else f"but for rounding in {differing:,} elements"
     part = "" if entries is None else ", of each up to a million elements"
-    yield (
+    return (
         f"{count} of {len(keys)} entries, computed again from the recipe{part}, are equal {equal}."
     )
 

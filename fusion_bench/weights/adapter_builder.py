@@ -186,7 +186,6 @@ class AdapterBuilder:
         others = {module: own for module, own in self._ranks.items() if own != rank}
         settings = {
             "peft_type": "LORA",
-            "task_type": None,
             "inference_mode": True,
             "r": rank,
             "lora_alpha": rank,

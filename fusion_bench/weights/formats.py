@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from fusion_bench.weights.mapping import Weights
 
 _ORIGINAL = "Use the original model."
+_INSTALL = "" if find_spec("gguf") else ", after pip install 'fusion_bench[gguf]'"
 _GGUF = (
-    "is in the format of llama.cpp. Name this file itself as the model, after "
-    f"pip install 'fusion_bench[gguf]'. Or: {_ORIGINAL}"
+    f"is in the format of llama.cpp. Name this file itself as the model{_INSTALL}, or use the "
+    "original model."
 )
 _GGML = f"is in an old format of llama.cpp. {_ORIGINAL}"
 _PYTORCH = (
@@ -94,7 +96,12 @@ def foreign_folder(
     none = f"There are no weights in '{place}'"
     for ending, description in _BY_ENDING.items():
         if found := sorted(file for file in files if file.lower().endswith(ending)):
-            told = description.replace("Name this file itself", f"{name} '{here}/{found[0]}'")
+            which = f"{name} '{here}/{found[0]}'"
+            if len(found) > 1:
+                which = (
+                    f"{name} one of the {len(found)} such files, for example '{here}/{found[0]}',"
+                )
+            told = description.replace("Name this file itself", which)
             return f"{none}: '{found[0]}' {told}"
     if "onnx" in folders:
         return f"{none}: what is in 'onnx' {_EXPORTED}"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fusion_bench.method import ExtractLora
 from fusion_bench.modelpool import HFModelPool
-from fusion_bench.problems import FusionBenchError
+from fusion_bench.problems import FusionBenchError, ResultError
 from fusion_bench.weights import in_memory
 from fusion_bench.weights.adapter_builder import AdaptedModel
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_extracted_is_refused(tmp_path: Path) -> None:
     base, tuned = write_pair("llama", tmp_path)
     with pytest.raises(FusionBenchError, match="there are 2 models"):
         ExtractLora().check_pool(pool_of("llama", base, tuned, base))
-    with pytest.raises(FusionBenchError, match="No layer of the model differs"):
+    with pytest.raises(ResultError, match="No layer of the model differs"):
         ExtractLora().fuse(pool_of("llama", base, base))
     with pytest.raises(FusionBenchError, match="needs"):
         ExtractLora().check_pool(HFModelPool({"a": str(tuned)}))

@@ -61,7 +61,15 @@ def test_the_command_line_merges_adapters(root: Path) -> None:
     again = ["method=ties", "overwrite=true", "modelpool.rank=1"]
     done = fusion_bench(*words, *again, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert json.loads((root / "out" / "adapter_config.json").read_text())["r"] == 1
+    config = json.loads((root / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 1 and config["task_type"] == "CAUSAL_LM"  # as of both
+    errors = json.loads((root / "out" / "adapter_errors.json").read_text())["modules"]
+    worst = max(errors, key=lambda own: own["error"])
+    said = f"up to {100 * worst['error']:.2g} % of a merged product: of {worst['module']}, at rank"
+    assert (
+        said in done.stderr + done.stdout and "A larger modelpool.rank" in done.stderr + done.stdout
+    )
+    assert f"Adapter: {root / 'out'}" in done.stdout
     verified = fusion_bench("verify", "out", cwd=root)
     assert verified.returncode == 0 and "computed again from the recipe" in verified.stdout
     done = fusion_bench(*words, *again, "dry_run=true", cwd=root)

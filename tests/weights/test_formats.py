@@ -32,7 +32,7 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("model-Q4_K_M.gguf", "llama.cpp.*Use the original model"),
+        ("model-Q4_K_M.gguf", "llama.cpp.*use the original model"),
         ("MODEL.GGUF", "llama.cpp"),
         ("ggml-model-q4_0.bin", "llama.cpp"),
         ("model.onnx", "exported for inference"),
@@ -80,6 +80,13 @@ def test_several_files_of_which_none_is_the_model(tmp_path: Path) -> None:
     assert list(open_checkpoint(tmp_path / "a.safetensors")) == ["w"]
 
 
+def test_several_gguf_files_are_not_told_as_one() -> None:
+    told = foreign_folder(["b.gguf", "a.gguf"], [], "x")
+    assert told is not None and "one of the 2 such files, for example 'x/a.gguf', as the" in told
+    assert "pip install" not in told  # it is installed here
+    assert told.endswith("or use the original model.")
+
+
 def test_a_repository_is_fetched_first() -> None:
     told = foreign_folder(["a.pt"], [], "o/n", on_hub=True)
     assert told is not None and "'hf download o/n --local-dir FOLDER'" in told
@@ -90,7 +97,7 @@ def test_a_repository_is_fetched_first() -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"GGUF\x03\0\0\0" + bytes(40), "is a GGUF file.*Use the original"),
+        (b"GGUF\x03\0\0\0" + bytes(40), "is a GGUF file.*use the original"),
         (b"tjgg" + bytes(40), "is a GGML file"),
         (LFS, "Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html>", "is a web page"),

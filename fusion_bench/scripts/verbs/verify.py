@@ -3,7 +3,7 @@
 Every entry is read. The models that it was merged from, as far as they are on this machine, are
 compared with the recipe's hashes. If all are, some entries are computed again from the recipe, and
 compared with those of the folder. With a report, the weights are compared with the hash that it has
-of them. The exit code is 1 if something differs.
+of them. The exit code is 1 if something differs, and if the weights were compared with neither.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -32,7 +32,7 @@ def run(arguments: Namespace) -> None:
     """Print what was found.
 
     Raises:
-        ResultError: something differs.
+        ResultError: something differs, or the weights were compared with nothing.
     """
     from fusion_bench.problems import FusionBenchError
     from fusion_bench.programs.verify import verify

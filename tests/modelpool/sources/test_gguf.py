@@ -197,6 +197,7 @@ def test_alone_it_has_a_config_of_its_own(tmp_path: Path) -> None:
     assert loaded.config.architectures == ["LlamaForCausalLM"]
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rms_norm_eps"] == model.config.rms_norm_eps == 1e-6
+    assert not {"_name_or_path", "id2label", "output_attentions", "return_dict"} & written.keys()
 
 
 def test_the_tokenizer_in_it_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

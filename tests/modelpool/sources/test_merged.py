@@ -133,7 +133,8 @@ def test_the_card_lists_its_models_and_verify_computes_it_again(
     assert f"| `x/b` | `{tmp_path / 'b'}` |  | `mit` |" in card
     told = list(verify(path))
     assert [line.partition(":")[0] for line in told if "has the files" in line] == [*sources]
-    assert told[-1].startswith("16 of") and told[-1].endswith("are equal bit for bit.")
+    assert told[-2].startswith("16 of") and told[-2].endswith("are equal bit for bit.")
+    assert told[-1] == f"'{path}' is verified."
 
 
 def test_it_may_be_given_as_an_object(three: dict[str, Tensors], tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def test_an_adapter_is_extracted_and_its_errors_are_shown(tmp_path: Path) -> Non
     assert first[:3] == [kind, "2", "4"]
     assert first[4:] == [f"{worst['error']:.2%}", worst["module"].split(".")[2]]
     assert str(tmp_path / "adapter" / "adapter_errors.png") in done.stdout
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and "Adapter: " in done.stdout
     verified = fusion_bench("verify", "adapter", cwd=tmp_path)
     assert verified.returncode == 0 and "computed again from the recipe" in verified.stdout
     again = fusion_bench(*WORDS, "--energy", "0.9", cwd=tmp_path)
@@ -54,7 +56,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     done = fusion_bench(*WORDS, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "valid" in done.stdout and not (tmp_path / "adapter").exists()
-    assert "a LoRA adapter of a rank up to 32" in done.stdout
+    assert "a LoRA adapter of a rank up to 32" in done.stdout and " hold " in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -77,7 +78,19 @@ def test_two_language_models_become_one(tmp_path: Path) -> None:
     assert done.returncode == 1 and "has other weights" in done.stderr
     assert "computed again from the recipe" in done.stdout  # which is in the weights too
     done = fusion_bench("verify", str(tmp_path / "merged"), cwd=tmp_path.parent)
-    assert done.returncode == 0 and "Nothing was computed again" in done.stdout
+    assert done.returncode == 0 and "computed again from the recipe" in done.stdout  # as elsewhere
+    done = fusion_bench("verify", "merged", "--entries", "0", cwd=tmp_path)
+    assert done.returncode == 1 and "'merged' is not verified. Nothing was" in done.stderr
+    done = fusion_bench("verify", "other", cwd=tmp_path)
+    assert done.returncode == 1 and "'other' is not verified. It has no recipe" in done.stderr
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    moved = copytree(tmp_path / "merged", tmp_path / "elsewhere" / "deep" / "merged")
+    done = fusion_bench("verify", str(moved), cwd=tmp_path.parent)
+    assert done.returncode == 1 and "Nothing was computed again: that needs" in done.stderr
+    assert f"('{tmp_path / 'elsewhere' / 'deep' / 'other'}') is not on this mach" in done.stdout
+    done = fusion_bench("verify", str(moved), "--report", str(run), cwd=tmp_path.parent)
+    assert done.returncode == 0 and "The weights are those of the report" in done.stdout
+    assert fusion_bench("verify", str(moved), cwd=tmp_path).returncode == 0  # where it was made
     config = tmp_path / "merged" / "config.json"
     config.write_text(config.read_text().replace("1e-06", "1e-05"))
     done = fusion_bench("verify", "merged", cwd=tmp_path)
