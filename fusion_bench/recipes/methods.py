@@ -63,6 +63,15 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     fixed: Mapping[str, Scalar] = field(default_factory=dict)
 
+    def wrong_number(self, name: str, count: int) -> str | None:
+        """Return what to say of a number of models that it cannot merge; None for another."""
+        least, most = self.models
+        if least <= count and (most is None or count <= most):
+            return None
+        beside = " beside the base" if self.base in ("origin", "end", "optional") else ""
+        wanted = f"exactly {least}" if least == most else f"at least {least}"
+        return f"{name} merges {wanted}{beside}, and there are {count}."
+
 
 _ANY = {True: True, False: False}
 _WEIGHT = Parameter("weights", of_model=True)

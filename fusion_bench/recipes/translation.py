@@ -190,12 +190,8 @@ class Translation:
                 "Name the model that they were fine-tuned from.",
             )
         count = len(self._taking_part(part, base, whole=True))
-        least, most = method.models
         if base is not None or method.base not in ("origin", "end"):
-            beside = " beside the base" if method.base in ("origin", "end", "optional") else ""
-            if count < least or (most is not None and count > most):
-                wanted = f"exactly {least}" if least == most else f"at least {least}"
-                reason = f"{name} merges {wanted}{beside}, and there are {count}."
+            if (reason := method.wrong_number(name, count)) is not None:
                 self._wrong(part.place, reason)
 
     def _chains(
