@@ -190,9 +190,9 @@ class Translation:
                 "Name the model that they were fine-tuned from.",
             )
         count = len(self._taking_part(part, base, whole=True))
-        if base is not None or method.base not in ("origin", "end"):
-            if (reason := method.wrong_number(name, count)) is not None:
-                self._wrong(part.place, reason)
+        reason = method.wrong_number(name, count)
+        if reason is not None and (base is not None or method.base not in ("origin", "end")):
+            self._wrong(part.place, reason)
 
     def _chains(
         self, names: Sequence[str], parts: Sequence[tuple[Module, Slice, Sequence[Source]]]

@@ -138,12 +138,13 @@ def separated(words: Sequence[str], section: str) -> tuple[list[str], list[str]]
         section: ``method`` or ``taskpool``; the program's own keys come first.
     """
     from fusion_bench.catalog import PROGRAM, options
+    from fusion_bench.command import is_there
 
     own = {option.name for option in options(PROGRAM)}
     models, settings = [], []
     for word in words:
         key, equals, _ = word.partition("=")
-        if not equals or Path(word).exists():
+        if not equals or is_there(word):
             models.append(word)
         else:
             # With '++' Hydra takes any key, and the nearest of the class's own is told.
