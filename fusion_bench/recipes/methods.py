@@ -241,6 +241,18 @@ METHODS: Mapping[str, Method] = {
     ),
 }
 
+
+def decided_options(target: str) -> frozenset[str] | None:
+    """Return the options of a class of ours that recipes decide; None where they decide all."""
+    methods = [own for own in METHODS.values() if f"fusion_bench.method.{own.target}" == target]
+    if not methods:
+        return None
+    found = {"_target_", "where"}.union(*(own.fixed for own in methods))
+    return frozenset(found).union(
+        own.option for method in methods for own in method.parameters.values() if own.option
+    )
+
+
 #: What the names of tensors begin with in modules that are not called as they are.
 MODULES: Mapping[str, tuple[str, ...]] = {
     "shared": ("shared", "lm_head"),

@@ -86,6 +86,7 @@ class Translation:
         if (dtype := recipe.out_dtype or recipe.dtype) is not None:
             pool["policy"] = {"dtype": dtype}
         if recipe.tokenizer is not None:
+            self._check_tokens(recipe.tokenizer)
             pool["tokenizer"] = self._tokenizer(recipe.tokenizer)
         if recipe.chat_template is not None:
             pool["chat_template"] = recipe.chat_template
@@ -206,12 +207,18 @@ class Translation:
             for index, model in models:
                 links: list[Link] = []
                 before = len(self.problems)
+                unread = False
                 for module, part, sources in parts:
                     own = [sources[index].parameters] if parameter.of_model else []
                     levels = [*own, part.parameters, module.parameters, self.recipe.parameters]
+                    unread |= any(name in own and not own[name].conditions for own in levels)
                     with self.problems.collect():
                         links += chain_of(name, levels, parameter, module.name)
-                if len(self.problems) == before and (not links or links[-1].patterns):
+                if (
+                    not unread
+                    and len(self.problems) == before
+                    and (not links or links[-1].patterns)
+                ):
                     if not parameter.required:
                         default = parameter.default
                         assert default is not None
@@ -363,6 +370,17 @@ class Translation:
         if given.pad_to_multiple_of is not None:
             node["pad_to_multiple_of"] = given.pad_to_multiple_of
         return node
+
+    def _check_tokens(self, given: Tokenizer) -> None:
+        """Refuse rows of models that are not merged, nor the base."""
+        models = [source.model for source in self.recipe.sources()]
+        models += [] if self.recipe.base is None else [self.recipe.base]
+        for token, own in given.tokens.items():
+            if own.source is not None and own.source not in models:
+                place = (*given.place, "tokens", token, "source")
+                place += () if own.token is None else ("model",)
+                near = did_you_mean(str(own.source), map(str, models))
+                self._wrong(place, f"'{own.source}' is not among the models.", near)
 
     def _row(self, own: Tokens) -> Node:
         node: Node = {"force": True} if own.force else {}
