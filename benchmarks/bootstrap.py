@@ -1,18 +1,17 @@
 """How long the intervals of comparisons take.
 
     python benchmarks/bootstrap.py
-    python benchmarks/bootstrap.py --samples 1000 --rounds 1     # to try it out
+    python benchmarks/bootstrap.py --small     # fewer samples, to try it out
 
 Random scores of a task are resampled, on one core. A metric is a function of sums over samples; the
 rows differ by the number of statistics that are summed. All is measured in turns.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
+import measure
 import numpy as np
-from measure import alternate, publish, summary
+from measure import Record, alternate, rounds_of, summary
 from threadpoolctl import threadpool_limits
 
 from fusion_bench.results import ACCURACY, METRICS, Metric, SampleScores, with_ones
@@ -23,13 +22,12 @@ RMSE, MEAN_IOU = METRICS["rmse"], METRICS["mean_iou"]
 
 def main() -> None:
     """Draw scores, resample them, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
+    parser = measure.parser(__doc__)
+    parser.add_argument("--samples", type=int)
     arguments = parser.parse_args()
-    size, random = arguments.samples, np.random.default_rng(0)
+    samples = arguments.samples or (200 if arguments.small else 10_000)
+    record = Record(arguments, rounds_of(arguments, 3), ["numpy"])
+    size, random = samples, np.random.default_rng(0)
     kinds = {
         "accuracy": (ACCURACY, [with_ones(random.integers(0, 2, size)) for _ in range(2)]),
         "2 statistics (RMSE)": (RMSE, [with_ones(random.gamma(2, 1, size)) for _ in range(2)]),
@@ -40,13 +38,16 @@ def main() -> None:
     for name, (metric, rows) in kinds.items():
         models = [SampleScores(np.arange(size), {metric.name: own}) for own in rows]
         contestants |= {f"{name}: {what}": work for what, work in works(metric, models).items()}
-    with threadpool_limits(1):
-        times = alternate(contestants, arguments.rounds)
     title = f"{RESAMPLES:,} resamples of {size:,} samples, one core"
-    results = {title: {name: summary(seconds) for name, seconds in times.items()}}
-    publish(
-        results, "bootstrap.py", arguments.rounds, arguments.json, arguments.markdown, ["numpy"]
-    )
+    with threadpool_limits(1):
+        record.table(
+            title,
+            lambda: {
+                name: summary(seconds)
+                for name, seconds in alternate(contestants, rounds_of(arguments, 3)).items()
+            },
+        )
+    record.show()
 
 
 def works(metric: Metric, models: list[SampleScores]) -> dict[str, Callable[[], object]]:

@@ -10,31 +10,41 @@ forward pass on the same device. Files are in the page cache. The models of the 
 are a base and eight that differ from it by noise, the encoder that is evaluated has random weights,
 the images are JPEGs of about 500×400. Each row is written as it is found, and rows that the file of
 `--json` has are kept: a run that was stopped goes on. What fails is told and left out.
+Where a GPU's result is another than the CPU's, there is no ratio of their times.
 
 Without a GPU there is the CPU alone. The embedded models take minutes to build at first use.
 """
 
 import argparse
 import itertools
-import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 import torch
 from evaluate import dataset, write_files
 from lightning.fabric import Fabric
-from measure import Times, alternate, prepared, publish, ratio, save, summary
+from measure import (
+    Record,
+    Row,
+    Times,
+    alternate,
+    own_cache,
+    prepared,
+    ratio,
+    rounds_of,
+    summary,
+)
 from methods import TWO_MODELS, write_models
 from methods import methods as all_methods
 from safetensors.torch import load_file, save_file
@@ -60,6 +70,8 @@ RUNS = "learning from data, embedded models"
 CPU, GPU = "cpu", "cuda"
 #: Seconds beyond which a device's first time counts, and there is no other.
 LONG = 3.0
+#: The share of what merging changed, below which results of two devices are alike.
+ALIKE = 1e-3
 #: Quick ones first, so that a run that is cut off has many rows.
 MERGES = {
     "simple_average": (),
@@ -95,13 +107,9 @@ PRECISIONS = ("32-true", "32-true, TF32", "bf16-mixed", "bf16-true")
 
 def main() -> None:
     """Measure what is asked for, print the tables and write them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try it out")
+    parser = measure.parser(__doc__, workdir=True)
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], help="of the tables")
+    parser.add_argument("--methods", nargs="+", help="of those that merge or learn")
     arguments = parser.parse_args()
     quiet_libraries()
     logging.getLogger("lightning").setLevel(logging.WARNING)
@@ -112,9 +120,11 @@ def main() -> None:
             print("There is no GPU here: the CPU alone is measured.", file=sys.stderr)
         else:
             warm_up()
-        for name in arguments.only:
+        # The embedded models take minutes to build.
+        small = [name for name in SECTIONS if name not in ("answers", "runs")]
+        for name in arguments.only or (small if arguments.small else SECTIONS):
             SECTIONS[name](bench)
-    bench.publish()
+    bench.record.show()
 
 
 class Bench:
@@ -123,20 +133,20 @@ class Bench:
     def __init__(self, root: Path, arguments: argparse.Namespace):
         self.root = root
         self.small = arguments.small
-        self.rounds = 1 if self.small else arguments.rounds
+        self.rounds = rounds_of(arguments, 2)
+        self.methods = arguments.methods
         self.devices = [CPU, *([GPU] if torch.cuda.is_available() else [])]
         self.images = {CPU: 32 if self.small else 256, GPU: 64 if self.small else 4096}
-        self._json, self._markdown = arguments.json, arguments.markdown
-        self._results: dict[str, Any] = {}
-        if self._json and self._json.exists():
-            self._results = json.loads(self._json.read_text())
-            for key in ("machine", "rounds"):
-                self._results.pop(key, None)
+        self.record = Record(arguments, None, ("torch", "transformers"))
+
+    def wants(self, method: str) -> bool:
+        """Return whether a method is asked for."""
+        return self.methods is None or method in self.methods
 
     def row(self, title: str, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure a row, unless it is there, and write all that there are."""
         title = title.format("tiny" if self.small else "ViT-B/32")
-        if name in self._results.get(title, {}):
+        if self.record.has(title, name):
             return
         try:
             found = measure()
@@ -145,17 +155,7 @@ class Bench:
             return
         finally:
             free()
-        self._results.setdefault(title, {})[name] = found
-        print(f"{title}: {name} {json.dumps(found)}", file=sys.stderr)
-        save(self._results, *self._where())
-
-    def publish(self) -> None:
-        """Print the tables, and write them."""
-        if self._results:
-            publish(self._results, *self._where())
-
-    def _where(self) -> tuple[str, None, Path | None, Path | None, Sequence[str]]:
-        return "device.py", None, self._json, self._markdown, ("torch", "transformers")
+        self.record.row(title, name, found)
 
     @cache  # noqa: B019, there is one for the whole run
     def merge_files(self) -> Path:
@@ -232,13 +232,13 @@ def turns(work: Callable[[str], Any], devices: Sequence[str], rounds: int) -> Ti
     return times | alternate(quick, 1 if alone else rounds, warm=True)
 
 
-def compared(times: Times, peak: dict[str, float]) -> dict[str, Any]:
-    """Return the seconds on each device, and what the GPU gains."""
+def compared(times: Times, peak: dict[str, float], *, alike: bool) -> dict[str, Any]:
+    """Return the seconds on each device, and what the GPU gains where the results are alike."""
     found: dict[str, Any] = {
         f"{device}, seconds": summary(seconds)["seconds"] for device, seconds in times.items()
     }
     if GPU in times:
-        found["times as fast"] = ratio(times, CPU, GPU)
+        found["times as fast"] = ratio(times, CPU, GPU) if alike else "results differ"
         found["GPU's peak MB"] = peak["MB"]
     found["rounds"] = len(times[CPU])
     return found
@@ -247,8 +247,8 @@ def compared(times: Times, peak: dict[str, float]) -> dict[str, Any]:
 Models = dict[str, dict[str, Tensor]]
 
 
-def difference(one: Models, other: Models, base: dict[str, Tensor]) -> dict[str, str]:
-    """Return how far models of two devices are apart, also as a share of what merging changed."""
+def difference(one: Models, other: Models, base: dict[str, Tensor]) -> tuple[float, float]:
+    """Return how far models of two devices are apart, and as a share of what merging changed."""
     largest = apart = changed = 0.0
     for model, tensors in one.items():
         for key, tensor in tensors.items():
@@ -257,8 +257,16 @@ def difference(one: Models, other: Models, base: dict[str, Tensor]) -> dict[str,
             largest = max(largest, float(gap.abs().max()))
             apart += float(gap.square().sum())
             changed += float((own - base[key].double()).square().sum())
-    share = (apart / changed) ** 0.5 if changed else 0.0
-    return {"largest difference": f"{largest:.1e}", "share of the change": f"{share:.1e}"}
+    return largest, (apart / changed) ** 0.5 if changed else apart**0.5
+
+
+def beside(merged: Mapping[str, Models], base: dict[str, Tensor]) -> tuple[Row, bool]:
+    """Return the columns of the difference of the devices' results, and whether it is small."""
+    if GPU not in merged:
+        return {}, True
+    largest, share = difference(merged[CPU], merged[GPU], base)
+    told = {"largest difference": f"{largest:.1e}", "share of the change": f"{share:.1e}"}
+    return told, share < ALIKE
 
 
 # --- merging --------------------------------------------------------------------------------------
@@ -270,6 +278,8 @@ def merging(bench: Bench) -> None:
     if bench.small:
         known |= {name: () for name in all_methods() if name not in known}
     for name, settings in known.items():
+        if not bench.wants(name):
+            continue
         method = method_of(name, settings)
         if getattr(method, "needs_data", False) or name.startswith("ensemble/"):
             continue
@@ -302,11 +312,8 @@ def merge_row(bench: Bench, name: str, method: Any) -> dict[str, Any]:
 
     with observed(peak):
         times = turns(work, bench.devices, bench.rounds)
-    found = compared(times, peak)
-    if GPU in merged:
-        base = dict(CLIPVisionModelPool(models).weights("_pretrained_"))
-        found |= difference(merged[CPU], merged[GPU], base)
-    return found
+    told, alike = beside(merged, dict(CLIPVisionModelPool(models).weights("_pretrained_")))
+    return compared(times, peak, alike=alike) | told
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -316,6 +323,8 @@ def learning(bench: Bench) -> None:
     """Learn from images on either device."""
     known = LEARNERS | (MORE_LEARNERS if bench.small else {})
     for name, settings in known.items():
+        if not bench.wants(name):
+            continue
         shown = ", ".join([name, *(word.removeprefix("method.") for word in settings)])
         bench.row(
             LEARNING,
@@ -354,24 +363,8 @@ def learning_row(bench: Bench, name: str, settings: Sequence[str]) -> dict[str, 
 
     with own_cache(bench.root / "cache"), observed(peak):
         times = turns(work, bench.devices, bench.rounds)
-    found = compared(times, peak)
-    if GPU in merged:
-        base = dict(CLIPVisionModelPool(models).weights("_pretrained_"))
-        found |= difference(merged[CPU], merged[GPU], base)
-    return found
-
-
-@contextmanager
-def own_cache(place: Path) -> Iterator[None]:
-    """Have the program keep what it keeps in another place."""
-    before = os.environ.get("FUSION_BENCH_CACHE")
-    os.environ["FUSION_BENCH_CACHE"] = str(place)
-    try:
-        yield
-    finally:
-        del os.environ["FUSION_BENCH_CACHE"]
-        if before is not None:
-            os.environ["FUSION_BENCH_CACHE"] = before
+    told, alike = beside(merged, dict(CLIPVisionModelPool(models).weights("_pretrained_")))
+    return compared(times, peak, alike=alike) | told
 
 
 # --- evaluating -----------------------------------------------------------------------------------
@@ -453,8 +446,12 @@ class Encoder:
         """Evaluate by way of the pool."""
         return self.pool.evaluate(self.module, self.fabric)["many"]
 
-    def bare(self) -> Callable[[], None]:
-        """Return the forward passes alone, on batches that lie ready on the device."""
+    def bare(self, precision: str) -> Callable[[], None]:
+        """Return the forward passes alone, on batches that lie ready on the device.
+
+        Raises:
+            ValueError: their answers are others than those of the pool; in float32 none may be.
+        """
         images, samples = prepared(self.pool.tasks["many"]), self.pool._samples("many", None)
         classify = self.pool.tasks["many"].classifier(self.module, "model", self.fabric)
         convert = self.fabric.strategy.precision.convert_input
@@ -463,6 +460,12 @@ class Encoder:
         for part in np.split(samples, range(size, len(samples), size)):
             pixels = torch.from_numpy(np.stack([images.pixels(int(i)) for i in part]))
             ready.append(convert(images.preprocessor.finish(pixels.to(self.fabric.device))))
+
+        with torch.inference_mode(), self.fabric.autocast():
+            found = torch.cat([classify(batch).argmax(-1) for batch in ready]).cpu().numpy()
+        same = float(np.mean(found == self.evaluate().details["predictions"]))
+        if same < (1.0 if precision == "32-true" else 0.99):
+            raise ValueError(f"The bare pass and the pool give the same answers to {same:.1%}.")
 
         def forward() -> None:
             with torch.inference_mode(), self.fabric.autocast():
@@ -492,7 +495,7 @@ def speed_row(bench: Bench, device: str, precision: str) -> dict[str, Any]:
             encoder.evaluate()
 
         contestants: dict[str, Callable[[], object]] = {
-            "bare": encoder.bare(),
+            "bare": encoder.bare(precision),
             "later": encoder.evaluate,
         }
         times = alternate(contestants, bench.rounds)
@@ -516,7 +519,7 @@ def batch_row(bench: Bench, size: int) -> dict[str, Any]:
             encoder = Encoder(bench, GPU, "bf16-true", size)
             encoder.evaluate()
         contestants: dict[str, Callable[[], object]] = {
-            "bare pass": encoder.bare(),
+            "bare pass": encoder.bare("bf16-true"),
             "later passes": encoder.evaluate,
             "loading alone": encoder.load,
         }
@@ -544,7 +547,7 @@ def memory_row(bench: Bench, size: int, room: float) -> dict[str, Any]:
             torch.cuda.set_per_process_memory_fraction(1.0)
     return {
         "images at a time in the end": encoder.pool._room.most or size,
-        "same answers, %": percent(score.predictions == expected.predictions),
+        "same answers, %": percent(score.details["predictions"] == expected.details["predictions"]),
     }
 
 
@@ -615,6 +618,8 @@ def answers_row(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, An
 def runs(bench: Bench) -> None:
     """Run the default config with methods that learn, on either device."""
     for name, settings in RUN_METHODS.items():
+        if not bench.wants(name):
+            continue
         few = tuple(f"{word.partition('=')[0]}=2" for word in settings)
         chosen = few if bench.small else settings
         shown = ", ".join([name, *(word.removeprefix("method.") for word in chosen)])
@@ -624,6 +629,7 @@ def runs(bench: Bench) -> None:
 def run_row(bench: Bench, name: str, settings: Sequence[str]) -> dict[str, Any]:
     """Return the seconds of fusing, and the accuracies."""
     accuracies: dict[str, float] = {}
+    right: dict[str, tuple[float, ...]] = {}
     peak: dict[str, float] = {}
 
     def work(device: str) -> float:
@@ -640,11 +646,12 @@ def run_row(bench: Bench, name: str, settings: Sequence[str]) -> dict[str, Any]:
         (model,) = report.models.values()
         scores = [task.main.value for task in model.tasks.values()]
         accuracies[device] = round(100 * float(np.mean(scores)), 1)
+        right[device] = tuple(scores)
         return float(report.run.seconds.fuse)
 
     with observed(peak):
         times = turns(work, bench.devices, bench.rounds)
-    found = compared(times, peak)
+    found = compared(times, peak, alike=len(set(right.values())) == 1)
     found |= {f"{device}, accuracy": value for device, value in accuracies.items()}
     return found
 

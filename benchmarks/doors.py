@@ -1,13 +1,12 @@
 """How long the command takes to answer: help, lists, mistakes and completion.
 
     python benchmarks/doors.py
-    python benchmarks/doors.py --rounds 1     # to try it out
+    python benchmarks/doors.py --small     # some of them once, to try it out
 
 Each is the real console script in a process of its own, started from an empty folder, all in turns.
 For comparison: Python that imports nothing, and torch alone.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from measure import alternate, publish, summary
+import measure
+from measure import Record, alternate, rounds_of, summary
 
 SCRIPT = Path(sys.executable).parent / "fusion_bench"
 COMPLETION = {
@@ -39,21 +39,22 @@ COMMANDS = {
     "my.yaml --cfg job": ["my.yaml", "--cfg", "job"],
     "validate my.yaml (sound, zoo built)": ["validate", "my.yaml"],
 }
+#: Those that import little.
+SMALL = ("--help", "--version")
 
 
 def main() -> None:
     """Time the commands, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
-    arguments = parser.parse_args()
+    arguments = measure.parser(__doc__).parse_args()
+    rounds = rounds_of(arguments, 10)
+    record = Record(arguments, rounds, ["hydra"])
+    commands = {name: COMMANDS[name] for name in SMALL} if arguments.small else COMMANDS
     with tempfile.TemporaryDirectory() as folder:
         run = partial(_run, folder, {})
         contestants: dict[str, Callable[[], object]] = {
             "python -c pass": partial(run, [sys.executable, "-c", "pass"]),
         }
-        for name, words in COMMANDS.items():
+        for name, words in commands.items():
             contestants[name] = partial(run, [str(SCRIPT), *words])
         answer = {"_ARGCOMPLETE_STDOUT_FILENAME": f"{folder}/answer"}
         asked = partial(_run, folder, COMPLETION | answer, [str(SCRIPT)])
@@ -62,13 +63,20 @@ def main() -> None:
             contestants[f"python -c '{code}'"] = partial(run, [sys.executable, "-c", code])
         for work in contestants.values():  # reads the files once, and writes my.yaml
             work()
-        times = alternate(contestants, arguments.rounds)
-    results = {"answers": {name: summary(seconds) for name, seconds in times.items()}}
-    publish(results, "doors.py", arguments.rounds, arguments.json, arguments.markdown, ["hydra"])
+        record.table(
+            "answers",
+            lambda: {
+                name: summary(seconds)
+                for name, seconds in alternate(contestants, rounds, warm=True).items()
+            },
+        )
+    record.show()
 
 
 def _run(folder: str, environment: dict[str, str], command: list[str]) -> None:
-    subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True)
+    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True)
+    if done.returncode not in (0, 2):  # 2 is the answer to a mistake
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr.decode()}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The model is a CLIP ViT-B/32 with random weights, the images are JPEGs of about 
 measured in one run, one round after the other; ratios are of one round.
 """
 
-import argparse
 import io
 import os
 import subprocess
@@ -19,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 import torch
 import yaml
 from lightning.fabric import Fabric
-from measure import alternate, prepared, publish, ratio
+from measure import Record, alternate, prepared, ratio, rounds_of
 from torch.utils.data import DataLoader
 
 from fusion_bench.progress import quiet_libraries
@@ -35,29 +35,26 @@ BATCH = 32
 
 def main() -> None:
     """Make the files, measure, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try it out")
+    parser = measure.parser(__doc__, workdir=True)
+    parser.add_argument("--images", type=int)
     arguments = parser.parse_args()
+    rounds = rounds_of(arguments, 3)
+    images = arguments.images or (40 if arguments.small else 128)
+    record = Record(arguments, rounds)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.workdir or Path(scratch)
-        write_files(root, arguments.images, small=arguments.small)
-        results: dict[str, Any] = {}
+        write_files(root, images, small=arguments.small)
         for precision in ("32-true", "bf16-true"):
-            results[f"evaluating, {precision}"] = passes(root, precision, arguments.rounds)
-        results["starting"] = starting(root, arguments.rounds)
-        results["the whole command"] = commands(root)
-    publish(results, "evaluate.py", arguments.rounds, arguments.json, arguments.markdown)
+            title = f"evaluating, {precision}"
+            record.table(title, lambda precision=precision: passes(root, precision, rounds))
+        record.table("starting", lambda: starting(root, rounds))
+        record.table("the whole command", lambda: commands(root))
+    record.show()
 
 
 def write_files(root: Path, images: int, *, small: bool) -> None:
     """Write a whole CLIP model, two vision encoders and two datasets, unless they are there."""
-    from datasets import ClassLabel, Dataset, Features, Image
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     from fusion_bench.zoo.tokenizer import train
@@ -82,15 +79,22 @@ def write_files(root: Path, images: int, *, small: bool) -> None:
         clip.save_pretrained(root / "clip")
         tokenizer.save_pretrained(root / "clip")
         CLIPImageProcessorPil().save_pretrained(root / "clip")
-    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
     for seed, name in enumerate(("one", "two")):
-        place = root / "datasets" / f"{name}-{images}" / "test.parquet"
-        if not place.exists():
-            place.parent.mkdir(parents=True)
-            random = np.random.default_rng(seed)
-            rows = {"image": [jpeg(random) for _ in range(images)]}
-            rows["label"] = [int(label) for label in random.integers(0, len(CLASSES), images)]
-            Dataset.from_dict(rows, features=features).to_parquet(place)
+        write_dataset(root / "datasets" / f"{name}-{images}", images, seed)
+
+
+def write_dataset(place: Path, images: int, seed: int) -> None:
+    """Write a dataset, unless it is there."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    if (place / "test.parquet").exists():
+        return
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
+    place.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    rows = {"image": [jpeg(random) for _ in range(images)]}
+    rows["label"] = [int(label) for label in random.integers(0, len(CLASSES), images)]
+    Dataset.from_dict(rows, features=features).to_parquet(place / "test.parquet")
 
 
 def jpeg(random: np.random.Generator) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def passes(root: Path, precision: Any, rounds: int) -> dict[str, Any]:
     own = tempfile.TemporaryDirectory()
     os.environ["FUSION_BENCH_CACHE"] = own.name
     warm, encoder = pool(), model()
-    warm.evaluate(encoder, fabric)
+    scores = warm.evaluate(encoder, fabric)
     images = prepared(warm.tasks["one"])
     head = warm.tasks["one"].classifier(encoder, "model", fabric)
     count = len(images.data.labels)
@@ -148,14 +152,22 @@ def passes(root: Path, precision: Any, rounds: int) -> dict[str, Any]:
                 result = head(batch)
         result.sum().item()
 
+    with torch.inference_mode():
+        found = torch.cat([head(batch).argmax(-1) for batch in ready.split(BATCH)])
+    expected = found.cpu().numpy()
+    _alike(scores["one"].details["predictions"], expected, "fusion_bench")
+    for size in (1, 32):
+        _alike(obvious_loop(root, encoder, head, fabric, size)[1], expected, "obvious loop")
+
     def first_pass() -> float:
         with tempfile.TemporaryDirectory() as empty:
             os.environ["FUSION_BENCH_CACHE"] = empty
             fresh = pool()
             fresh.tasks["one"].classifier(encoder, "model", fabric)  # the text head is made before
             start = time.perf_counter()
-            fresh.evaluate(encoder, fabric)
+            scores = fresh.evaluate(encoder, fabric)
             seconds = time.perf_counter() - start
+        _alike(scores["one"].details["predictions"], expected, "first pass")
         os.environ["FUSION_BENCH_CACHE"] = own.name
         return seconds
 
@@ -167,7 +179,7 @@ def passes(root: Path, precision: Any, rounds: int) -> dict[str, Any]:
     for size in (1, 32):
         contestants[f"(d) obvious loop, batches of {size}"] = lambda size=size: obvious_loop(
             root, encoder, head, fabric, size
-        )
+        )[0]
     times = alternate(contestants, rounds)
     own.cleanup()
     return {
@@ -179,8 +191,20 @@ def passes(root: Path, precision: Any, rounds: int) -> dict[str, Any]:
     }
 
 
-def obvious_loop(root: Path, encoder: Any, head: Any, fabric: Fabric, batch_size: int) -> float:
-    """Return the accuracy, as one would compute it at first."""
+def _alike(found: Any, expected: Any, name: str) -> None:
+    """Refuse to compare times where answers differ: one in a hundred may, by rounding."""
+    same = float(np.mean(np.asarray(found) == expected))
+    if same < 0.99:
+        raise SystemExit(
+            f"{name}: {same:.1%} of the answers are those of the bare pass. Their times are not "
+            "compared."
+        )
+
+
+def obvious_loop(
+    root: Path, encoder: Any, head: Any, fabric: Fabric, batch_size: int
+) -> tuple[float, list[int]]:
+    """Return the seconds, and the answers, as one would compute them at first."""
     from datasets import load_dataset
     from transformers import CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 
@@ -195,20 +219,22 @@ def obvious_loop(root: Path, encoder: Any, head: Any, fabric: Fabric, batch_size
         batch = processor(images=[row["image"].convert("RGB") for row in rows], return_tensors="pt")
         return batch["pixel_values"], torch.tensor([row["label"] for row in rows])
 
-    start, correct = time.perf_counter(), 0
+    start, correct, answers = time.perf_counter(), 0, list[int]()
     with torch.no_grad():
         for pixels, labels in DataLoader(data, batch_size=batch_size, collate_fn=collate):
             pixels = fabric.strategy.precision.convert_input(pixels.to(fabric.device))
-            correct += (head(pixels).argmax(-1).cpu() == labels).sum().item()
-    return time.perf_counter() - start
+            found = head(pixels).argmax(-1).cpu()
+            correct += (found == labels).sum().item()
+            answers += found.tolist()
+    return time.perf_counter() - start, answers
 
 
-def config(root: Path, directory: Path) -> list[str]:
-    """Write a config like the tutorial's; return the command that runs it."""
-    content = {
+def content(root: Path, method: str) -> dict[str, Any]:
+    """Return a config like the tutorial's, with a class of a method."""
+    return {
         "_target_": "fusion_bench.programs.FabricModelFusionProgram",
         "_recursive_": False,
-        "method": {"_target_": "fusion_bench.method.SimpleAverageAlgorithm"},
+        "method": {"_target_": f"fusion_bench.method.{method}"},
         "modelpool": {
             "_target_": "fusion_bench.modelpool.CLIPVisionModelPool",
             "models": {
@@ -224,8 +250,12 @@ def config(root: Path, directory: Path) -> list[str]:
             "processor": str(root / "clip"),
         },
     }
-    (directory / "average.yaml").write_text(yaml.safe_dump(content))
-    return ["--config-path", str(directory), "--config-name", "average"]
+
+
+def config(content: dict[str, Any], directory: Path) -> list[str]:
+    """Write a config; return the words that name it."""
+    (directory / "own.yaml").write_text(yaml.safe_dump(content))
+    return ["--config-path", str(directory), "--config-name", "own"]
 
 
 def starting(root: Path, rounds: int) -> dict[str, Any]:
@@ -248,7 +278,7 @@ def starting(root: Path, rounds: int) -> dict[str, Any]:
         """
     )
     with tempfile.TemporaryDirectory() as directory:
-        words = config(root, Path(directory))
+        words = config(content(root, "SimpleAverageAlgorithm"), Path(directory))
         env = os.environ | {"FUSION_BENCH_CACHE": directory + "/cache"}
 
         def run(code: str, *arguments: str) -> None:
@@ -278,7 +308,7 @@ def starting(root: Path, rounds: int) -> dict[str, Any]:
 def commands(root: Path) -> dict[str, Any]:
     """Time the tutorial's command, and again with nothing changed."""
     with tempfile.TemporaryDirectory() as directory:
-        words = config(root, Path(directory))
+        words = config(content(root, "SimpleAverageAlgorithm"), Path(directory))
         env = os.environ | {"FUSION_BENCH_CACHE": directory + "/cache"}
         seconds = {}
         for name in ("first run", "again, nothing changed"):

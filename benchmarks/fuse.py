@@ -7,9 +7,11 @@
 The checkpoints are made on the spot, with random values. Everything is measured in one run, one
 round after the other, so that a busy moment meets all alike; ratios are of one round. Files are in
 the page cache. A peer runs in a process of its own, with its own Python, and is told when to start.
+Before times are taken, all results are compared; where one differs there are no times. Tables that
+the file of `--json` has are kept: a run that was stopped goes on.
 """
 
-import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -23,9 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
-from measure import Times, alternate, publish, ratio, summary
+from measure import Record, Times, alternate, ratio, rounds_of, same, summary
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fusion_bench.method import SimpleAverageAlgorithm
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
@@ -38,28 +42,25 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def main() -> None:
-    """Make the files, measure, print the tables and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
-    parser.add_argument("--small", action="store_true", help="small files, to try it out")
+    """Make the files, measure, write each table when it is there, print all."""
+    parser = measure.parser(__doc__, workdir=True)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     arguments = parser.parse_args()
     quiet_libraries()
+    rounds = rounds_of(arguments, 5)
+    record = Record(arguments, rounds)
     with tempfile.TemporaryDirectory() as scratch:
-        root = arguments.workdir or Path(scratch)
-        files = Files(root, small=arguments.small)
+        files = Files(arguments.workdir or Path(scratch), small=arguments.small)
         peers = dict(peer.split("=", 1) for peer in arguments.peer)
-        results: dict[str, Any] = {}
-        results["eight vision encoders, into memory"] = in_memory_times(
-            files, peers, arguments.rounds
-        )
-        results["vision encoders, into memory"] = times_by_number(files, arguments.rounds)
-        results["four language models, to the disk"] = to_disk_times(files, peers, arguments.rounds)
-        results["peak anonymous memory"] = anonymous_memory(files)
-    publish(results, "fuse.py", arguments.rounds, arguments.json, arguments.markdown)
+        tables: dict[str, Callable[[], dict[str, Any]]] = {
+            "eight vision encoders, into memory": lambda: in_memory_times(files, peers, rounds),
+            "vision encoders, into memory": lambda: times_by_number(files, rounds),
+            "four language models, to the disk": lambda: to_disk_times(files, peers, rounds),
+            "peak anonymous memory": lambda: anonymous_memory(files),
+        }
+        for title, table in tables.items():
+            record.table(title, table)
+    record.show()
 
 
 class Files:
@@ -71,8 +72,13 @@ class Files:
         self.output = root / "output"
         vision = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
         self.vision = [root / "vision" / f"m{i}" for i in range(8)]
+        vision |= {"num_hidden_layers": 2}
         config = CLIPVisionConfig(patch_size=32, **(vision if small else {}))
-        shapes = _shapes("CLIPVisionModel", config)
+        # As transformers 4 names them, and as the published files have them; 5 reads them too.
+        shapes = {
+            key if key.startswith("vision_model.") else f"vision_model.{key}": shape
+            for key, shape in _shapes("CLIPVisionModel", config).items()
+        }
         for seed, directory in enumerate(self.vision):
             _write(directory, config, shapes, torch.float32, seed, len(shapes))
         language = {
@@ -139,6 +145,17 @@ def size(models: list[Path]) -> int:
 # --- what is measured ---------------------------------------------------------------------------
 
 
+def hash_once(models: list[Path]) -> None:
+    """Take the SHA-256 of every file, with all cores."""
+
+    def work(take: Callable[[], Any]) -> None:
+        while (file := take()) is not None:
+            with file.open("rb") as content:
+                hashlib.file_digest(content, "sha256")
+
+    _on_all_cores(work, weight_files(models))
+
+
 def read_once(models: list[Path]) -> None:
     """Read every byte with all cores into buffers that are used again and again."""
     span = 32 * CHUNK
@@ -161,7 +178,7 @@ def read_once(models: list[Path]) -> None:
     _on_all_cores(work, jobs)
 
 
-def write_memory(count: int) -> torch.Tensor:
+def write_memory(count: int) -> Tensor:
     """Write ``count`` fresh bytes of memory once, with all cores."""
     output = torch.empty(count, dtype=torch.uint8)
 
@@ -204,9 +221,9 @@ def _on_all_cores(work: Callable[[Callable[[], Any]], None], jobs: Any) -> None:
         thread.join()
 
 
-def plain_loop(models: list[Path]) -> dict[str, torch.Tensor]:
+def plain_loop(models: list[Path]) -> dict[str, Tensor]:
     """Load one model after the other, add them up, divide: what one would write at first."""
-    total: dict[str, torch.Tensor] = {}
+    total: dict[str, Tensor] = {}
     for model in models:
         for file in weight_files([model]):
             for key, tensor in load_file(file).items():
@@ -256,22 +273,43 @@ def save_average(models: list[Path], output: Path) -> None:
 def in_memory_times(files: Files, peers: dict[str, str], rounds: int) -> dict[str, Any]:
     """Fuse eight vision encoders into memory."""
     models = files.vision
-    contestants: dict[str, Callable[[], object]] = {
-        "floor: read all, write the output": lambda: (
-            read_once(models),
-            write_memory(size(models[:1])),
-        ),
+    fused: dict[str, Callable[[], Any]] = {
         "fusion_bench, weights": lambda: in_memory(average(vision_pool(models))),
         "fusion_bench, module": lambda: vision_pool(models).build_model(
             average(vision_pool(models))
         ),
         "plain loop": lambda: plain_loop(models),
     }
+    expected = _named(plain_loop(models))
+    for name in ("fusion_bench, weights", "fusion_bench, module"):
+        same(name, _named(fused[name]()), "plain loop", expected)
+    contestants: dict[str, Callable[[], object]] = {
+        "floor: read all, write the output": lambda: (
+            read_once(models),
+            write_memory(size(models[:1])),
+        ),
+        **fused,
+    }
     with _peer("fusionbench", peers, models) as peer:
         if peer:
-            contestants["FusionBench, module"] = peer
+            with tempfile.TemporaryDirectory() as place:
+                peer.save(Path(place) / "merged.safetensors")
+                made = load_file(Path(place) / "merged.safetensors")
+            same("FusionBench, module", _named(made), "plain loop", expected)
+            contestants["FusionBench, module"] = peer.merge
         times = alternate(contestants, rounds)
     return _figures(times, size(models))
+
+
+def _named(made: Any) -> dict[str, Tensor]:
+    """Return the entries of a module or of weights, under the names that transformers 5 has."""
+    entries = made.state_dict() if isinstance(made, nn.Module) else made
+    # Positions are numbers that transformers 4 kept in its modules.
+    return {
+        key.removeprefix("vision_model."): tensor
+        for key, tensor in entries.items()
+        if tensor.is_floating_point()
+    }
 
 
 def times_by_number(files: Files, rounds: int) -> dict[str, Any]:
@@ -291,25 +329,45 @@ def times_by_number(files: Files, rounds: int) -> dict[str, Any]:
 def to_disk_times(files: Files, peers: dict[str, str], rounds: int) -> dict[str, Any]:
     """Fuse four language models into files on the disk."""
     models, output = files.language, files.output
+    fused: dict[str, Callable[[], object]] = {
+        "fusion_bench, weights": lambda: write_average(models, output),
+        "fusion_bench, with recipe": lambda: save_average(models, output),
+        "plain loop": lambda: plain_loop_to_disk(models, output),
+    }
     contestants: dict[str, Callable[[], object]] = {
         "write the output alone": lambda: write_file(output, size(models[:1])),
         "floor: read all, write the output": lambda: (
             read_once(models),
             write_file(output, size(models[:1])),
         ),
-        "fusion_bench, weights": lambda: write_average(models, output),
-        "fusion_bench, with recipe": lambda: save_average(models, output),
+        "SHA-256 of all files on all cores": lambda: hash_once(models),
+        **fused,
         "fusion_bench, with recipe, files not hashed yet": lambda: (
             _touch(models),
             save_average(models, output),
         ),
-        "plain loop": lambda: plain_loop_to_disk(models, output),
     }
     with _peer("mergekit", peers, models, output) as peer:
         if peer:
-            contestants["mergekit"] = peer
+            contestants["mergekit"] = fused["mergekit"] = peer.merge
+        results = {name: _written(work, output) for name, work in fused.items()}
+        for name, made in results.items():
+            same(name, made, "plain loop", results["plain loop"])
+        del results
         times = alternate(contestants, rounds, before=lambda: _clear(output))
+    _clear(output)
     return _figures(times, size(models))
+
+
+def _written(work: Callable[[], object], output: Path) -> dict[str, Tensor]:
+    """Return what a merge writes: entries that are mapped, of files that have no name any more."""
+    _clear(output)
+    work()
+    made = {
+        key: tensor for file in weight_files([output]) for key, tensor in load_file(file).items()
+    }
+    _clear(output)
+    return made
 
 
 def anonymous_memory(files: Files) -> dict[str, Any]:
@@ -324,11 +382,14 @@ def anonymous_memory(files: Files) -> dict[str, Any]:
     peaks: dict[str, Any] = {}
     for name, statement in cases.items():
         _clear(files.output)
-        code = f"from pathlib import Path; from fuse import *; print(peak(lambda: {statement}))"
+        code = (
+            "from pathlib import Path; from measure import peak; from fuse import *; "
+            f"print(peak(lambda: {statement}))"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=Path(__file__).parent,
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
@@ -353,35 +414,44 @@ def _figures(times: Times, bytes_read: int) -> dict[str, Any]:
     }
 
 
+class Peer:
+    """Another program's process, which merges once for each line that it is told."""
+
+    def __init__(self, process: "subprocess.Popen[str]"):
+        assert process.stdin and process.stdout
+        self._to, self._from = process.stdin, process.stdout
+
+    def merge(self) -> float:
+        """Merge, and return the seconds that it took."""
+        return self._told("merge")
+
+    def save(self, file: Path) -> None:
+        """Merge, and write what is in memory."""
+        self._told(f"save {file}")
+
+    def _told(self, what: str) -> float:
+        self._to.write(f"{what}\n")
+        self._to.flush()
+        return float(self._from.readline())
+
+
 @contextmanager
 def _peer(
     name: str, peers: dict[str, str], models: list[Path], output: Path | None = None
-) -> Iterator[Callable[[], float] | None]:
-    """Start another program's process; yields what makes it merge once and gives its seconds."""
+) -> Iterator[Peer | None]:
+    """Start another program's process, where one is wanted."""
     if name not in peers:
         yield None
         return
     script = Path(__file__).with_name("peers.py")
-    command = [
-        peers[name],
-        str(script),
-        name,
-        *map(str, models),
-        *([str(output)] if output else []),
-    ]
+    places = [*map(str, models), *([str(output)] if output else [])]
+    command = [peers[name], str(script), name, *places]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=models[0].parent
     ) as process:
-        assert process.stdin and process.stdout
-        to_it, from_it = process.stdin, process.stdout
-
-        def merge() -> float:
-            to_it.write("merge\n")
-            to_it.flush()
-            return float(from_it.readline())
-
-        yield merge
-        to_it.close()
+        yield Peer(process)
+        assert process.stdin
+        process.stdin.close()
 
 
 def _touch(models: list[Path]) -> None:

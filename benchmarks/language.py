@@ -1,7 +1,7 @@
 """How long language models take to answer, beside the harness's own class and the bare model.
 
     python benchmarks/language.py
-    python benchmarks/language.py --small --rounds 1                 # to try it out
+    python benchmarks/language.py --small                            # to try it out
     python benchmarks/language.py --size 1b --dtype bfloat16 --device cuda
 
 A random Llama is asked questions of four answers that share a context, and documents. The bare
@@ -13,19 +13,18 @@ choice on validation texts, the winner and the inputs on test texts. Every call 
 once, and made again without all that surrounds it.
 """
 
-import argparse
 import random
 import shutil
 import tempfile
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from measure import alternate, publish, summary
+from measure import Record, alternate, rounds_of, summary
 
 from fusion_bench.configs import composed
 from fusion_bench.instantiate import instantiate
@@ -50,42 +49,35 @@ LENGTH = 512
 
 def main() -> None:
     """Make a model and texts, compare the answers, take the times, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--small", action="store_true", help="a tiny model and few texts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--batch-sizes", default="1,8,32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
     arguments = parser.parse_args()
+    rounds = rounds_of(arguments, 3)
+    record = Record(arguments, rounds, ["torch", "transformers", "lm_eval"])
     quiet_libraries()
     if arguments.small:
         arguments.size, arguments.questions, arguments.documents = "tiny", 12, 4
+        arguments.batch_sizes = "4"
     module = model(arguments.size, getattr(torch, arguments.dtype), arguments.device)
     asked, texts = questions(arguments.questions), documents(arguments.documents)
-    results = {}
     sizes = [int(size) for size in arguments.batch_sizes.split(",")]
     for size in sizes:
-        works = choosing(module, asked, size, arguments.device)
-        title = f"{arguments.questions} questions of 4 answers, batches of {size}"
-        results[title] = timed(works, arguments.rounds)
-    works = predicting(module, texts, max(sizes), arguments.device)
-    title = f"{arguments.documents} documents, batches of {max(sizes)}"
-    results[title] = timed(works, arguments.rounds)
-    if not arguments.small and arguments.device == "cpu":
-        results["ten coefficients are searched"] = timed(searching(), arguments.rounds)
-    publish(
-        results,
-        "language.py",
-        arguments.rounds,
-        arguments.json,
-        arguments.markdown,
-        ["torch", "transformers", "lm_eval"],
+        record.table(
+            f"{arguments.questions} questions of 4 answers, batches of {size}",
+            lambda size=size: timed(choosing(module, asked, size, arguments.device), rounds),
+        )
+    record.table(
+        f"{arguments.documents} documents, batches of {max(sizes)}",
+        lambda: timed(predicting(module, texts, max(sizes), arguments.device), rounds),
     )
+    if not arguments.small and arguments.device == "cpu":
+        record.table("ten coefficients are searched", lambda: timed(searching(), rounds))
+    record.show()
 
 
 def timed(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:

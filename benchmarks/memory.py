@@ -9,21 +9,16 @@ noise: one is deep, the other has a vocabulary of 128,256 tokens. Each figure is
 own, `fusion_bench --config-name merge_llm …`: the peak of its anonymous memory (`RssAnon`, without
 the mapped files, which the system may drop) and the seconds that the cores worked for it. What
 Python and torch take before any merge is the first row. Rows that the file of `--json` has are
-kept: a run that was stopped goes on.
+kept: a run that was stopped goes on. A method that does not suit the models is left out and named.
 """
 
-import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
+import measure
 import torch
-from measure import publish
+from measure import CommandError, Record, watched
 from safetensors.torch import save_file
 
 #: What is merged besides the defaults of every method: those options that need whole tensors.
@@ -46,7 +41,13 @@ VARIANTS = {
 #: What a method needs besides its defaults, here.
 SETTINGS = {"wudi/wudi": ["method.iter_num=10"]}  # more steps take longer and no more memory
 #: Those that take two models only, and those that take two and the base.
-TWO_ENDS = {"linear/linear_interpolation", "slerp/slerp", "rlhf/warp_liti"}
+TWO_ENDS = {
+    "arcee_fusion",
+    "linear/linear_interpolation",
+    "nearswap",
+    "rlhf/warp_liti",
+    "slerp/slerp",
+}
 EXACTLY = {"rlhf/salsa": 2, "linear/expo": 1}
 #: Methods that make a model for each task: as many checkpoints as models would be written.
 FAMILIES = {"emr_merging/emr_merging", "tall_mask/task_arithmetic"}
@@ -55,20 +56,13 @@ BASELINE = "Python, torch and the program, before any merge"
 
 def main() -> None:
     """Make the files, measure, print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__, rounds=False, workdir=True)
     parser.add_argument("--only", nargs="+", help="rows: methods as in method=…, or variants")
     parser.add_argument("--without", nargs="+", default=[], help="rows to leave out")
     parser.add_argument("--models", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--kinds", nargs="+", default=["deep", "wide vocabulary"])
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
-    parser.add_argument("--small", action="store_true", help="tiny files, to try it out")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
-    if arguments.json and arguments.json.exists():
-        results = json.loads(arguments.json.read_text())
-        results = {title: rows for title, rows in results.items() if isinstance(rows, dict)}
+    record = Record(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.workdir or Path(scratch)
         rows = [row for row in arguments.only or all_rows() if row not in arguments.without]
@@ -76,13 +70,16 @@ def main() -> None:
             place = root / kind.replace(" ", "_")
             write_models(place, kind, max(arguments.models), small=arguments.small)
             title = f"{kind}, peak MB (CPU seconds)"
-            table = results.setdefault(title, {})
             for row in [BASELINE, *rows]:
-                table[row] = measured(row, place, arguments.models, table.get(row, {}))
-                print(kind, row, json.dumps(table[row]), file=sys.stderr, flush=True)
-                if arguments.json:
-                    arguments.json.write_text(json.dumps(results))
-    publish(results, "memory.py", None, arguments.json, arguments.markdown)
+                known = record.tables.get(title, {}).get(row, {})
+                try:
+                    found = measured(row, place, arguments.models, known)
+                except CommandError as error:
+                    print(f"{row} is left out: {error}", file=sys.stderr)
+                    continue
+                if found != known:
+                    record.row(title, row, found)
+    record.show()
 
 
 def all_rows() -> list[str]:
@@ -136,14 +133,14 @@ def measured(row: str, root: Path, counts: list[int], known: dict[str, str]) -> 
             continue
         if row == BASELINE:
             code = "import torch, transformers, fusion_bench.programs, fusion_bench.method"
-            megabytes, seconds = watched([sys.executable, "-c", code])
+            megabytes, seconds, _ = watched([sys.executable, "-c", code])
         elif (exactly := 1 if row in TWO_ENDS else EXACTLY.get(row, count)) and (
             exactly != count and count != min(counts)
         ):
             found[column] = "–"
             continue
         else:
-            megabytes, seconds = watched(merge_command(row, root, exactly))
+            megabytes, seconds, _ = watched(merge_command(row, root, exactly))
         found[column] = f"{megabytes:.0f} ({seconds:.0f})"
     return found
 
@@ -160,34 +157,6 @@ def merge_command(row: str, root: Path, count: int) -> list[str]:
         *(f"modelpool.models.m{i}={root / f'm{i}'}" for i in range(count)),
         "merged_model_save_path=merged",
     ]
-
-
-def watched(command: list[str]) -> tuple[float, float]:
-    """Run a command; return the peak of its anonymous memory in MB, and its CPU seconds."""
-    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as output:
-        with subprocess.Popen(command, cwd=place, stdout=output, stderr=output) as process:
-            most = 0
-            while True:
-                pid, status, used = os.wait4(process.pid, os.WNOHANG)
-                if pid:
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                    break
-                most = max(most, anonymous(process.pid))
-                time.sleep(0.003)
-        if process.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)}\n{output.read().decode()}")
-    return most / 1e6, used.ru_utime + used.ru_stime
-
-
-def anonymous(process: int) -> int:
-    """Return the bytes of anonymous memory that a process has now."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = status.partition("RssAnon:")[2].split()
-    return int(found[0]) * 1024 if found else 0
 
 
 if __name__ == "__main__":

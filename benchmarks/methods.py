@@ -15,7 +15,6 @@ that factorise matrices with the decompositions in their formulas alone (`limits
 method whose defaults do not suit the models, weights for two models for one, is left out and named.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,9 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 from limits import FORMULAS, alone_seconds, processed
-from measure import alternate, peak, publish, ratio, summary
+from measure import Record, alternate, peak, ratio, rounds_of, summary
 from safetensors.torch import load_file, save_file
 
 from fusion_bench.configs import CONFIG_DIR, composed
@@ -57,35 +57,29 @@ LONG = 20.0
 
 def main() -> None:
     """Measure what is asked for, print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__, workdir=True)
     parser.add_argument("what", choices=["cost", "limits", *WORTH, "alone"])
     parser.add_argument("--only", nargs="+", help="methods, as in method=…")
     parser.add_argument("--without", nargs="+", default=[], help="methods to leave out")
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try it out")
     arguments = parser.parse_args()
     quiet_libraries()
     every = list(FORMULAS) if arguments.what == "limits" else methods()
     names = [name for name in arguments.only or every if name not in arguments.without]
-    results: dict[str, Any]
-    with tempfile.TemporaryDirectory() as scratch:
-        root = arguments.workdir or Path(scratch)
-        if arguments.what == "alone":  # a child of `cost`
-            print(json.dumps(observed(names[0], root)))
-            return
-        if arguments.what in ("cost", "limits"):
+    if arguments.what == "alone":  # a child of `cost`
+        print(json.dumps(observed(names[0], arguments.workdir)))
+        return
+    record = Record(arguments)
+    if arguments.what in ("cost", "limits"):
+        with tempfile.TemporaryDirectory() as scratch:
+            root = arguments.workdir or Path(scratch)
             write_models(root, small=arguments.small)
-        if arguments.what == "cost":
-            results = {COSTS: cost(names, root, arguments)}
-        elif arguments.what == "limits":
-            results = {LIMITS: limits(names, root, arguments.json)}
-        else:
-            title, overrides = WORTH[arguments.what]
-            results = {title: worth(names, arguments, title, overrides)}
-    publish(results, "methods.py", None, arguments.json, arguments.markdown)
+            if arguments.what == "cost":
+                cost(names, root, record, rounds_of(arguments, 3))
+            else:
+                limits(names, root, record)
+    else:
+        worth(names, record, *WORTH[arguments.what])
+    record.show()
 
 
 def methods() -> list[str]:
@@ -108,6 +102,7 @@ def write_models(root: Path, *, small: bool) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    tiny |= {"num_hidden_layers": 2}
     config = CLIPVisionConfig(patch_size=32, **(tiny if small else {}))
     if (root / "m7" / "config.json").exists():
         return
@@ -153,12 +148,11 @@ def fuse(name: str, root: Path) -> int:
     return len(family)
 
 
-def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return each method's seconds, beside those of the simple average, and its memory."""
-    table, rounds = known(arguments.json, COSTS), arguments.rounds
+def cost(names: list[str], root: Path, record: Record, rounds: int) -> None:
+    """Add each method's seconds, beside those of the simple average, and its memory."""
     for name in names:
         method = method_of(name)
-        if name in table or method.needs.split or "ensemble/" in name:
+        if record.has(COSTS, name) or method.needs.split or "ensemble/" in name:
             continue
         once = alone(name, root)
         if once is None:
@@ -169,29 +163,13 @@ def cost(names: list[str], root: Path, arguments: argparse.Namespace) -> dict[st
         times = alternate(contestants, rounds)
         if name not in times:
             times[name] = [once["seconds"]] * rounds
-        table[name] = {
+        figures = {
             "seconds": summary(times[name])["seconds"],
             "times the average": ratio(times, name, AVERAGE),
             "peak MB": round(once["bytes"] / 1e6),
             "models": once["models"],
         }
-        keep(arguments.json, COSTS, table, name)
-    return table
-
-
-def known(file: Path | None, title: str) -> dict[str, Any]:
-    """Return the rows that a file of an earlier run has."""
-    if file is None or not file.exists():
-        return {}
-    rows: dict[str, Any] = json.loads(file.read_text()).get(title, {})
-    return rows
-
-
-def keep(file: Path | None, title: str, rows: dict[str, Any], name: str) -> None:
-    """Show a new row, and write all that there are."""
-    print(name, json.dumps(rows[name]), file=sys.stderr)
-    if file is not None:
-        file.write_text(json.dumps({title: rows}))
+        record.row(COSTS, name, figures)
 
 
 def alone(name: str, root: Path) -> dict[str, Any] | None:
@@ -208,35 +186,27 @@ def alone(name: str, root: Path) -> dict[str, Any] | None:
     return found
 
 
-def limits(names: list[str], root: Path, file: Path | None) -> dict[str, Any]:
-    """Return what methods take beside what is in their formulas, in seconds of all cores."""
-    table = known(file, LIMITS)
+def limits(names: list[str], root: Path, record: Record) -> None:
+    """Add what methods take beside what is in their formulas, in seconds of all cores."""
     base = load_file(root / "base" / "model.safetensors")
     shapes = [tuple(tensor.shape) for tensor in base.values() if tensor.ndim == 2]
     for name in names:
-        if name not in table:
-            method = processed(lambda name=name: fuse(name, root))
-            alone = alone_seconds(FORMULAS[name], shapes, models=8)
-            table[name] = {"method": round(method, 1)}
-            for what, seconds in alone.items():
-                table[name] |= {
-                    what: round(seconds, 1),
-                    f"times {what}": round(method / seconds, 2),
-                }
-            keep(file, LIMITS, table, name)
-    return table
+        if record.has(LIMITS, name):
+            continue
+        method = processed(lambda name=name: fuse(name, root))
+        row = {"method": round(method, 1)}
+        for what, seconds in alone_seconds(FORMULAS[name], shapes, models=8).items():
+            row |= {what: round(seconds, 1), f"times {what}": round(method / seconds, 2)}
+        record.row(LIMITS, name, row)
 
 
 # --- what it is worth -----------------------------------------------------------------------------
 
 
-def worth(
-    names: list[str], arguments: argparse.Namespace, title: str, overrides: tuple[str, ...]
-) -> dict[str, Any]:
-    """Return each method's values on the embedded models, the best first."""
-    rows = known(arguments.json, title)
+def worth(names: list[str], record: Record, title: str, overrides: tuple[str, ...]) -> None:
+    """Add each method's values on the embedded models; the best are the first in the end."""
     for name in names:
-        if name in TWO_MODELS or name in rows:
+        if name in TWO_MODELS or record.has(title, name):
             continue
         with tempfile.TemporaryDirectory() as place:
             try:
@@ -247,10 +217,12 @@ def worth(
                 continue
         table = comparison(report)
         for row in table[:2]:  # the pretrained model and the individual ones
-            rows.setdefault(f"({row.name})", _figures(row, report))
-        rows[name] = _figures(table[-1], report)
-        keep(arguments.json, title, rows, name)
-    return dict(sorted(rows.items(), key=lambda entry: -float(entry[1]["average"].split()[0])))
+            if not record.has(title, f"({row.name})"):
+                record.row(title, f"({row.name})", _figures(row, report))
+        record.row(title, name, _figures(table[-1], report))
+    rows = record.tables.get(title, {})
+    best = sorted(rows.items(), key=lambda row: -float(row[1]["average"].split()[0]))
+    record.tables[title] = dict(best)
 
 
 def _figures(row: Any, report: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Other programs' merges, in a process and an environment of theirs: one merge a line of input.
 
+A line is `merge`, or `save FILE` to write a result that is in memory. The answer are the seconds.
+
 python peers.py fusionbench MODEL…          # FusionBench's SimpleAverageAlgorithm, in memory
 python peers.py mergekit MODEL… OUTPUT      # mergekit's linear merge, to disk
 """
@@ -17,9 +19,9 @@ def fusionbench(*models: str):
     from fusion_bench.method import SimpleAverageAlgorithm
     from fusion_bench.modelpool import CLIPVisionModelPool
 
-    def merge() -> None:
+    def merge():
         named = {f"m{number}": model for number, model in enumerate(models)}
-        SimpleAverageAlgorithm().run(CLIPVisionModelPool(OmegaConf.create(named)))
+        return SimpleAverageAlgorithm().run(CLIPVisionModelPool(OmegaConf.create(named)))
 
     return merge
 
@@ -35,7 +37,8 @@ def mergekit(*arguments: str):
         {
             "merge_method": "linear",
             "models": [{"model": model, "parameters": {"weight": 1.0}} for model in models],
-            "dtype": "bfloat16",
+            "dtype": "float32",  # as the others calculate; in bfloat16 the result is another
+            "out_dtype": "bfloat16",
         }
     )
 
@@ -54,7 +57,14 @@ if __name__ == "__main__":
     say = os.fdopen(os.dup(1), "w")  # the libraries may print what they like elsewhere
     os.dup2(2, 1)
     work = {"fusionbench": fusionbench, "mergekit": mergekit}[sys.argv[1]](*sys.argv[2:])
-    for _ in sys.stdin:
+    for line in sys.stdin:
         start = time.perf_counter()
-        work()
-        print(time.perf_counter() - start, file=say, flush=True)
+        made = work()
+        seconds = time.perf_counter() - start
+        if line.startswith("save "):
+            from safetensors.torch import save_file
+
+            tensors = {key: tensor.contiguous() for key, tensor in made.state_dict().items()}
+            save_file(tensors, line.split(maxsplit=1)[1].strip())
+        del made
+        print(seconds, file=say, flush=True)

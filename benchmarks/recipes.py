@@ -14,7 +14,6 @@ Breadcrumbs keep others here than there.
 Methods that draw random masks are not compared. Rows that the file of ``--json`` has are kept.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,16 +21,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
-from measure import alternate, publish, ratio
+from measure import Record, alternate, ratio, rounds_of, watched
 from recipe_peers import to_the_disk
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -61,15 +60,12 @@ RANDOM = ("dare_ties", "della")
 
 def main() -> None:
     """Make the models, measure each recipe, print the table and write it after each row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, help="where the files go; they stay there")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = measure.parser(__doc__, workdir=True)
     parser.add_argument("--only", nargs="*", help="these recipes")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
-    parser.add_argument("--small", action="store_true", help="small files, to try it out")
     parser.add_argument("--peer", help="a Python that has mergekit")
     arguments = parser.parse_args()
+    rounds = rounds_of(arguments, 3)
+    record = Record(arguments, rounds, ("torch", "transformers", "safetensors"))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         root = (arguments.workdir or Path(scratch)).absolute()
         models = Models(root, small=arguments.small)
@@ -85,17 +81,10 @@ def main() -> None:
             name: Program(python, stack.enter_context(process(python, name)))
             for name, python in pythons.items()
         }
-        table: dict[str, Any] = {}
-        if arguments.json and arguments.json.exists():  # a run that was stopped goes on
-            table = json.loads(arguments.json.read_text())["recipe"]
         for name, words in recipes.items():
-            if name in table:
-                continue
-            table[name] = measured(name, words, programs, root, arguments.rounds)
-            publish(
-                {"recipe": table}, "recipes.py", arguments.rounds, arguments.json,
-                arguments.markdown, ("torch", "transformers", "safetensors"),
-            )  # fmt: skip
+            if not record.has("recipe", name):
+                record.row("recipe", name, measured(name, words, programs, root, rounds))
+    record.show()
 
 
 class Models:
@@ -246,7 +235,7 @@ class Program:
     """A program that merges, as a command or in a process that is there already.
 
     Attributes:
-        peaks: the most anonymous memory of each command that was typed, in bytes.
+        peaks: the most anonymous memory of each command that was typed, in MB.
     """
 
     def __init__(self, python: str, process: "subprocess.Popen[str]"):
@@ -266,27 +255,10 @@ class Program:
         start = time.perf_counter()
         script, *rest = words if words[0] in SCRIPTS else ["fusion_bench", *words]
         command = [str(self._scripts / SCRIPTS.get(script, script)), *rest]
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as running:
-            done = threading.Event()
-            sampler = threading.Thread(target=self._sample, args=(running.pid, done))
-            sampler.start()
-            said = running.communicate()[1]
-            done.set()
-            sampler.join()
-        if running.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{said}")
+        megabytes, _, _ = watched(command)
+        self.peaks.append(megabytes)
         to_the_disk(words)
         return time.perf_counter() - start
-
-    def _sample(self, pid: int, done: threading.Event) -> None:
-        most = 0
-        while not done.wait(0.005):
-            with suppress(OSError, IndexError):  # it has just ended
-                status = Path(f"/proc/{pid}/status").read_text()
-                most = max(most, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
-        self.peaks.append(most)
 
 
 def measured(
@@ -315,7 +287,7 @@ def measured(
         if "mergekit" in programs:
             found[f"times as fast{mark}"] = ratio(times, "mergekit", "fusion_bench")
         row = found | row
-    row |= {f"{own}, MB": round(max(running.peaks) / 1e6) for own, running in programs.items()}
+    row |= {f"{own}, MB": round(max(running.peaks)) for own, running in programs.items()}
     if "mergekit" in programs:
         row["difference"] = "random" if name in RANDOM else difference(*outputs.values())
     for output in outputs.values():

@@ -1,15 +1,16 @@
 """What a sweep costs beside its forward passes.
 
     python benchmarks/sweep.py            # a minute a round on two cores
-    python benchmarks/sweep.py --small    # three coefficients, to try it out
+    python benchmarks/sweep.py --small    # two coefficients on tiny files, to try it out
 
 Task arithmetic with many coefficients over the zoo's tasks, in one process. Prepared images are
 there; results are not, so that every round evaluates all models anew. All is measured in one run,
-one round after the other; ratios are of one round.
+one round after the other; ratios are of one round. Before times are taken, the sweep's accuracies
+are compared with those of the bare forward passes.
 """
 
-import argparse
 import cProfile
+import json
 import os
 import pstats
 import shutil
@@ -21,11 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 import torch
+from evaluate import config, content, write_files
 from lightning.fabric import Fabric
-from measure import alternate, prepared, publish, ratio
+from measure import Record, alternate, prepared, ratio, rounds_of
+from torch import Tensor
 
+from fusion_bench.configs import composed
 from fusion_bench.instantiate import instantiate
 from fusion_bench.programs.fusing import fuse, materialize
 from fusion_bench.progress import quiet_libraries
@@ -40,52 +45,61 @@ AFTER_IMPORTS = textwrap.dedent(
     from fusion_bench.scripts.cli import main
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
     start = time.perf_counter()
-    main()
-    print(time.perf_counter() - start, file=sys.stderr)
+    try:
+        main()
+    finally:  # it ends with an exit code
+        print(time.perf_counter() - start, file=sys.stderr)
     """
 )
 
 
 def main() -> None:
     """Measure, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
-    parser.add_argument("--small", action="store_true", help="three coefficients, to try it out")
+    parser = measure.parser(__doc__)
     parser.add_argument("--profile", action="store_true", help="show where the sweep's time goes")
     arguments = parser.parse_args()
-    count = 3 if arguments.small else 20
+    rounds = rounds_of(arguments, 3)
+    record = Record(arguments, rounds)
+    count = 2 if arguments.small else 20
     values = [round(0.02 * (number + 1), 2) for number in range(count)]
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
-        words = ["-m", "method=task_arithmetic"]
-        words += [f"method.scaling_factor={','.join(map(str, values))}"]
+        root = Path(scratch)
+        words = ["-m", f"method.scaling_factor={','.join(map(str, values))}"]
+        if arguments.small:
+            os.environ["FUSION_BENCH_CACHE"] = str(root / "cache")
+            write_files(root, 16, small=True)
+            own = content(root, "TaskArithmeticAlgorithm")
+            own["method"]["scaling_factor"] = 0.3  # what is swept is in the file
+            words = [*config(own, root), *words]
+        else:
+            own = composed()
+            words.insert(1, "method=task_arithmetic")
         if arguments.profile:
-            profile(words, Path(scratch))
+            profile(words, root)
             return
-        results = {f"{count} coefficients": sweep(words, values, Path(scratch), arguments.rounds)}
-        results["jobs side by side"] = side_by_side(words, Path(scratch), arguments.rounds)
-    publish(results, "sweep.py", arguments.rounds, arguments.json, arguments.markdown)
+        record.table(f"{count} coefficients", lambda: sweep(words, values, own, root, rounds))
+        if not arguments.small:
+            record.table("jobs side by side", lambda: side_by_side(words, root, rounds))
+    record.show()
 
 
-def parts(values: list[float]) -> tuple[Any, Any, Fabric]:
-    """Return the zoo's pools, prepared, as the command has them."""
-    from fusion_bench.configs import composed
-
-    config = composed()
+def parts(own: dict[str, Any]) -> tuple[Any, Any, Fabric]:
+    """Return the pools of a config, prepared, as the command has them."""
     fabric = Fabric(accelerator="auto", devices=1)
-    modelpool = instantiate({"_recursive_": False, **config["modelpool"]})
-    taskpool = instantiate({"_recursive_": False, **config["taskpool"]})
+    modelpool = instantiate({"_recursive_": False, **own["modelpool"]})
+    taskpool = instantiate({"_recursive_": False, **own["taskpool"]})
     taskpool.prepare(fabric)
     return modelpool, taskpool, fabric
 
 
-def sweep(words: list[str], values: list[float], root: Path, rounds: int) -> dict[str, Any]:
+def sweep(
+    words: list[str], values: list[float], own: dict[str, Any], root: Path, rounds: int
+) -> dict[str, Any]:
     """Time the sweep, and the forward passes that it makes."""
     from fusion_bench.method import TaskArithmeticAlgorithm
 
-    modelpool, taskpool, fabric = parts(values)
+    modelpool, taskpool, fabric = parts(own)
     inputs = {}
     for task in taskpool.task_names:
         images = prepared(taskpool.tasks[task])
@@ -102,11 +116,25 @@ def sweep(words: list[str], values: list[float], root: Path, rounds: int) -> dic
                 result = classify(part)
         result.sum().item()
 
+    @torch.inference_mode()
+    def right(model: Any) -> dict[str, int]:
+        model = fabric.to_device(model.eval())
+        found = {}
+        for task in taskpool.task_names:
+            classify = taskpool.tasks[task].classifier(model, "model", fabric)
+            answers = torch.cat([classify(part).argmax(-1) for part in inputs[task].split(batch)])
+            labels = prepared(taskpool.tasks[task]).data.labels
+            found[task] = int((answers.cpu().numpy() == np.asarray(labels)).sum())
+        return found
+
     methods = [TaskArithmeticAlgorithm(scaling_factor=value) for value in values]
     merged = [materialize(fuse(method, modelpool, fabric, None))["merged"] for method in methods]
     models = [(modelpool.build_model(weights), taskpool.task_names) for weights in merged]
     models.append((modelpool.load_model("_pretrained_"), taskpool.task_names))
     models += [(modelpool.load_model(name), [name]) for name in modelpool.model_names]
+
+    command(words, root)
+    compare(root, [right(model) for model, _ in models[: len(values)]], inputs)
 
     def forward() -> None:
         with torch.inference_mode():
@@ -128,6 +156,27 @@ def sweep(words: list[str], values: list[float], root: Path, rounds: int) -> dic
         }
         for name, seconds in times.items()
     }
+
+
+def compare(root: Path, right: list[dict[str, int]], inputs: dict[str, Tensor]) -> None:
+    """Refuse to compare times where the sweep's accuracies are others than the bare passes'."""
+    files = sorted(root.glob("multirun/**/report.json"), key=coefficient)
+    if len(files) != len(right):
+        raise SystemExit(f"The sweep left {len(files)} reports of {len(right)} coefficients.")
+    for file, expected in zip(files, right, strict=True):
+        tasks = json.loads(file.read_text())["models"]["merged"]["tasks"]
+        for task, count in expected.items():
+            found = round(tasks[task]["metrics"]["accuracy"]["value"] * len(inputs[task]))
+            if found != count:
+                raise SystemExit(
+                    f"{file.parent.name}: the sweep has {found} right answers on '{task}', the "
+                    f"bare passes {count}. Their times are not compared."
+                )
+
+
+def coefficient(report: Path) -> float:
+    """Return the coefficient of a job, after which its folder is named."""
+    return float(report.parent.name.rpartition("=")[2])
 
 
 def after_imports(words: list[str], root: Path) -> float:

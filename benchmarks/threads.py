@@ -2,6 +2,7 @@
 
     python benchmarks/threads.py               # seven builds: half an hour on two cores
     python benchmarks/threads.py --threads 1 8
+    python benchmarks/threads.py --small       # two builds of few images and steps, to try it out
 
 Each build has a process and a cache of its own, and the rows of the `zoo` reference are found with
 it. The first table is of one arithmetic and several numbers of threads: all must be equal. For the
@@ -9,7 +10,6 @@ second, the arithmetic is changed as another processor would: sums are cut into 
 taken with other instructions. From it comes the reference's tolerance.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import publish
+import measure
+from measure import Record
 
 #: Builds, finds the figures and prints them with a hash of all weights.
 CHILD = """
@@ -43,6 +44,28 @@ found = json.loads(Path("result/reproduce.json").read_text())["figures"]
 print(json.dumps({"sha256": weights.hexdigest(), "figures": found}))
 """
 
+#: Makes models in a few steps from the images of one task; nothing is evaluated.
+SMALL_CHILD = """
+import hashlib, json, sys
+import torch
+from fusion_bench import zoo
+from fusion_bench.zoo import build
+from fusion_bench.zoo.recipe import Recipe
+
+torch.set_num_threads(int(sys.argv[1]))
+faces = build.make("faces")
+build.make = lambda task: faces
+build.TASKS = ["faces"]
+few = Recipe(
+    width=32, layers=1, pretrain_steps=2, pretrain_batch=16, finetune_steps=1, finetune_batch=8
+)
+models = zoo.model_path("clip-tiny", few).parent
+weights = hashlib.sha256()
+for file in sorted(models.glob("*/model.safetensors")):
+    weights.update(file.read_bytes())
+print(json.dumps({"sha256": weights.hexdigest(), "figures": []}))
+"""
+
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
@@ -58,38 +81,40 @@ ROUNDINGS: dict[str, tuple[int, dict[str, str]]] = {
 
 def main() -> None:
     """Build, compare, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__, rounds=False)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 3, 8])
     parser.add_argument("--roundings", nargs="*", choices=ROUNDINGS, default=list(ROUNDINGS))
     parser.add_argument("--work", type=Path, help="where builds are kept, and found again")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.threads, arguments.roundings = [1, 2], []
+    record = Record(arguments)
+    code = SMALL_CHILD if arguments.small else CHILD
+    same: dict[str, Any] = {}
+    other: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = (arguments.work or Path(scratch)).absolute()
-        same = {
-            str(count): built(root / f"threads-{count}", count, 2, {})
-            for count in arguments.threads
-        }
-        other = {
-            name: built(root / name.replace(" ", "-"), 2, *ROUNDINGS[name])
-            for name in arguments.roundings
-        }
-    results = {"threads": {name: line(found) for name, found in same.items()}}
+        for count in arguments.threads:
+            found = same[str(count)] = built(code, root / f"threads-{count}", count, 2, {})
+            record.row("threads", str(count), line(found))
+        for name in arguments.roundings:
+            place = root / name.replace(" ", "-")
+            found = other[name] = built(code, place, 2, *ROUNDINGS[name])
+            record.row("rounding", name, line(found))
     if other:
-        results["rounding"] = {name: line(found) for name, found in other.items()}
         every = {"threads of the first table": next(iter(same.values()))} | other
-        results["row"] = spread(every)
-    publish(results, "threads.py", None, arguments.json, arguments.markdown)
+        for name, row in spread(every).items():
+            record.row("row", name, row)
+    record.show()
     if len({found["sha256"] for found in same.values()}) > 1:
         sys.exit("The models depend on the number of threads.")
 
 
-def built(directory: Path, threads: int, parts: int, environment: dict[str, str]) -> Any:
+def built(code: str, directory: Path, threads: int, parts: int, environment: dict[str, str]) -> Any:
     """Return the weights' hash and the figures of a build in a process of its own."""
     directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CHILD, str(threads), str(parts)],
+        [sys.executable, "-P", "-c", code, str(threads), str(parts)],
         cwd=directory,
         env={
             **os.environ,
@@ -112,7 +137,7 @@ def line(found: Any) -> dict[str, str | float]:
     return {
         "sha256 of the weights": found["sha256"][:12],
         **{row: round(value, 1) for row, value in averages.items()},
-        "largest difference": max(map(abs, off)),
+        "largest difference": max(map(abs, off), default="–"),
     }
 
 

@@ -192,6 +192,7 @@ def _parts(classes: Mapping[str, Json]) -> Json:
             **_or_interpolation("object"),
             "additionalProperties": _or_interpolation("array"),
         },
+        "ranges": {"words": "options with ranges in them", **_or_interpolation("object")},
         "base": {
             "type": "object",
             "properties": {

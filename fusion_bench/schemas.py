@@ -68,6 +68,7 @@ _DEFINED_OF_CLASS = {
     ("ImageClassificationTaskPool", "tasks"): "settings",
     ("TaskPool", "tasks"): "tasks",
     ("ScalingStudy", "methods"): "methods",
+    ("EvolutionSearch", "space"): "ranges",
 }
 #: Arguments that the command line gives, or a pool, and no config.
 _NOT_CONFIGURED = {"programs": ("parts", "problems", "output_dir"), "zoo": ("recipe",)}

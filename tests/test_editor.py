@@ -44,7 +44,11 @@ LEAST: dict[str, dict[str, Any]] = {
     },
     "fusion_bench.taskpool.GenerationTask": {"dataset": {"_target_": "datasets.load_dataset"}},
     "fusion_bench.taskpool.PerplexityTask": {"dataset": {"_target_": "datasets.load_dataset"}},
+    "fusion_bench.programs.EvolutionSearch": {
+        "space": {"t": {"low": 0, "high": 1}, "u": {"low": 0, "high": 1}}
+    },
     "fusion_bench.programs.GridSearch": {"space": {"t": [0.5]}},
+    "fusion_bench.programs.RaceSearch": {"space": {"t": [0.5]}},
     "fusion_bench.method.LiNeSAlgorithm": {
         "base_method": {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm"}
     },
@@ -135,7 +139,7 @@ def refused_by_run(node: dict[str, Any]) -> bool:
         section = node["_target_"].split(".")[1] if node["_target_"].endswith("Pool") else ""
         made = instantiate({"_recursive_": False, **node}, section)
         # The keys of what a search tries are for it to check, when it knows the method.
-        if "GridSearch" in node["_target_"]:
+        if node["_target_"].endswith(("GridSearch", "RaceSearch")):
             made.settings({"_target_": "fusion_bench.method.LinearInterpolationAlgorithm"})
     except (FusionBenchError, AttributeError, TypeError):
         return True

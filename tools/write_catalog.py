@@ -46,7 +46,9 @@ _DOCUMENTED = {
     "scaling_study": "scaling_study.md",
     "scaling_study_language": "scaling_study.md",
     "search": "search.md",
+    "search_evolution": "search.md",
     "search_optuna": "search.md",
+    "search_race": "search.md",
     "search_winner": "search.md",
 }
 

@@ -71,10 +71,17 @@ class KnOTSMerging(TensorwiseAlgorithm):
             self._base.resolved(inputs)
 
     def kept_bytes(self, inputs: Inputs) -> int:
-        """Return the bytes of what a matrix with more rows than columns takes beyond its share."""
-        shapes = [inputs.spec(key).shape for key in inputs]
-        tall = [rows for rows, columns in (s for s in shapes if len(s) == 2) if rows > columns]
-        return 8 * 3 * max(tall, default=0) ** 2 * threads_for(inputs)
+        """Return the bytes of what finding a matrix's directions takes beyond its share."""
+        beyond = [0]
+        for key in inputs:
+            shape = inputs.spec(key).shape
+            if is_matrix(key, shape, self.exclude_keys or ()):
+                rows, columns = shape
+                side_by_side = columns * len(inputs.names)
+                found = min(rows, side_by_side)
+                taken = 24 * found**2 + (16 * rows * found if rows > side_by_side else 0)
+                beyond.append(taken - inputs.cost(key).peak_bytes)
+        return max(beyond) * threads_for(inputs)
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Merge the aligned task vectors with the base method, and transform the result back."""

@@ -6,14 +6,17 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 from lightning.fabric import Fabric
+from numpy.typing import NDArray
 from torch import nn
 
-from fusion_bench.method.contract import Product
-from fusion_bench.problems import Place, within
+from fusion_bench.method.contract import FusionMethod, Product
+from fusion_bench.method.plain import class_name
+from fusion_bench.problems import FusionBenchError, Place, within
 from fusion_bench.programs.fusing import MERGED
 from fusion_bench.programs.owners import owners
-from fusion_bench.programs.pools import ForeseesWork, PlacedModelPool, TaskPool
+from fusion_bench.programs.pools import EvaluatesParts, ForeseesWork, PlacedModelPool, TaskPool
 from fusion_bench.programs.spec import Baselines, Places
 from fusion_bench.report import ModelResult, Scores, TaskInfo, TaskResult, metric_info, summarise
 from fusion_bench.report.losses import per_class_accuracy
@@ -24,6 +27,9 @@ from fusion_bench.tasks import canonical_name
 from fusion_bench.weights import Model, TensorWeights, Weights, sha256
 
 log = logging.getLogger(__name__)
+
+#: Weights, what makes the module, and the architecture.
+_Opened = tuple[Weights, nn.Module | Callable[[], nn.Module], str | None]
 
 
 class Evaluator:
@@ -116,17 +122,38 @@ class Evaluator:
     def evaluate_merged(self, merged: Mapping[str, Product]) -> None:
         """Evaluate the merged models."""
         for name, model in merged.items():
-            tasks = self.merged_tasks(name)
-            if isinstance(model, Weights):
-                build = partial(self.modelpool.build_model, model)
-                known = self.modelpool.architecture()
-                self._evaluate(name, "merged", model, build, known, tasks)
-            elif isinstance(model, Model):
-                build = partial(self.modelpool.build_model, model)
-                self._evaluate(name, "merged", model.weights, build, model.architecture, tasks)
-            else:  # what it computes is not told by its weights, so that nothing is kept of it
-                weights = TensorWeights(model.state_dict())
-                self._evaluate(name, "merged", weights, model, None, tasks)
+            self._evaluate(name, "merged", *self._opened(model), self.merged_tasks(name))
+
+    def evaluate_part(
+        self,
+        method: FusionMethod,
+        merged: Mapping[str, Product],
+        samples: Mapping[str, NDArray[np.int64]],
+    ) -> dict[str, SampleScores]:
+        """Return a method's scores of some samples of some tasks, by task.
+
+        Raises:
+            FusionBenchError: several models for a task.
+        """
+        assert isinstance(self.taskpool, EvaluatesParts)
+        found: dict[str, SampleScores] = {}
+        for name, model in merged.items():
+            own = {task: samples[task] for task in self.merged_tasks(name) if task in samples}
+            if found.keys() & own:
+                raise several_models(method, merged)
+            if own:
+                pool, (weights, build, known) = self.taskpool.part(own), self._opened(model)
+                found |= self._scores(pool, name, sha256(weights), build, known, list(own))
+        return found
+
+    def _opened(self, model: Product) -> "_Opened":
+        """Return weights, what builds the module, and the architecture."""
+        if isinstance(model, nn.Module):  # what it computes is not told by its weights
+            return TensorWeights(model.state_dict()), model, None
+        build = partial(self.modelpool.build_model, model)
+        if isinstance(model, Model):
+            return model.weights, build, model.architecture
+        return model, build, self.modelpool.architecture()
 
     def merged_tasks(self, name: str) -> list[str]:
         """Return the tasks that a merged model is evaluated on."""
@@ -199,16 +226,7 @@ class Evaluator:
         identity = sha256(weights)
         scores: dict[str, SampleScores] = {}
         if self.taskpool is not None:
-            with within(*self.place, keyed_only=True):
-                scores = self.taskpool.evaluate(
-                    model,
-                    self.fabric,
-                    tasks,
-                    name=name,
-                    fast_dev_run=self.fast_dev_run,
-                    weights_sha256=None if architecture is None else identity,
-                    architecture=architecture or "",
-                )
+            scores = self._scores(self.taskpool, name, identity, model, architecture, tasks)
             if self.taskpool.save_predictions and self.fabric.global_rank == 0:
                 self._save_predictions(name, scores)
         for task, found in scores.items():
@@ -219,6 +237,26 @@ class Evaluator:
             num_parameters=_num_parameters(weights),
             tasks={task: self._task_result(task, found) for task, found in scores.items()},
         )
+
+    def _scores(
+        self,
+        pool: TaskPool,
+        name: str,
+        identity: str,
+        model: nn.Module | Callable[[], nn.Module],
+        architecture: str | None,
+        tasks: list[str] | None,
+    ) -> dict[str, SampleScores]:
+        with within(*self.place, keyed_only=True):
+            return pool.evaluate(
+                model,
+                self.fabric,
+                tasks,
+                name=name,
+                fast_dev_run=self.fast_dev_run,
+                weights_sha256=None if architecture is None else identity,
+                architecture=architecture or "",
+            )
 
     def _task_result(self, task: str, scores: SampleScores) -> TaskResult:
         assert self.taskpool is not None
@@ -235,6 +273,16 @@ class Evaluator:
         directory = self.output_dir / "predictions" / quote(model, safe="")
         for task, found in scores.items():
             write_bytes(directory / f"{quote(task, safe='')}.parquet", found.parquet())
+
+
+def several_models(method: FusionMethod, merged: Iterable[str]) -> FusionBenchError:
+    """Return the problem of a search whose method makes several models for a task."""
+    return FusionBenchError(
+        f"{class_name(method)} returns several models for each task, {', '.join(merged)}, so "
+        "there is no single score.",
+        "Choose another method.",
+        place=("search",),
+    )
 
 
 def _num_parameters(weights: Weights) -> int:

@@ -35,7 +35,8 @@ from fusion_bench.programs.pools import ForeseesWork, PlacedModelPool, ReadsText
 from fusion_bench.programs.prepare import Prepared
 from fusion_bench.programs.previous import Previous, identities, known_similarity
 from fusion_bench.programs.publish import publish
-from fusion_bench.programs.search import OptionSearch, Setting
+from fusion_bench.programs.search import OptionSearch
+from fusion_bench.programs.setting import Setting
 from fusion_bench.programs.sharing import add_results
 from fusion_bench.programs.spec import FusionSpec
 from fusion_bench.progress import SAMPLES, kept, quiet_libraries, step
@@ -169,8 +170,7 @@ class _Run:
         search = None
         if searched is not None:
             with clock.measure("search"):
-                search = self._search(searched, fabric)
-            chosen = self.settings[search.winner]
+                search, chosen = self._search(searched, fabric)
             data = self._data(chosen, fabric)
         evaluated = search is None or search.judge_test
         with clock.measure("fuse", says=chosen is not None):
@@ -292,7 +292,7 @@ class _Run:
         allowed, places = self.spec.allow_test_split, self.spec.places
         return tuning_data(chosen.method, self.modelpool, self.taskpool, fabric, allowed, places)
 
-    def _search(self, data: TuningData, fabric: Fabric) -> Search:
+    def _search(self, data: TuningData, fabric: Fabric) -> tuple[Search, Setting]:
         """Search the method's options; the random state is restored afterwards."""
         assert self.search is not None and self.taskpool is not None and data is not None
         found = self.search.run(

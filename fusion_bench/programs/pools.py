@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
+import numpy as np
 from lightning.fabric import Fabric
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.method import contract
@@ -363,6 +365,19 @@ class ForeseesWork(Protocol):
 
     def num_samples(self, task: str, fabric: Fabric, *, fast_dev_run: bool = False) -> int:
         """Return the number of samples that ``evaluate`` takes, once ``prepare`` has run."""
+
+
+@runtime_checkable
+class EvaluatesParts(Protocol):
+    """A task pool that evaluates some samples of a task, and keeps what it finds of each."""
+
+    def samples(
+        self, task: str, fabric: Fabric, *, fast_dev_run: bool = False
+    ) -> NDArray[np.int64]:
+        """Return the samples that ``evaluate`` takes, in ascending order, after ``prepare``."""
+
+    def part(self, samples: Mapping[str, NDArray[np.int64]]) -> TaskPool:
+        """Return a pool that evaluates only these samples of these tasks."""
 
 
 @runtime_checkable

@@ -30,7 +30,7 @@ from fusion_bench.programs.outline import outlined
 from fusion_bench.programs.owners import check_owners, owners, ownership_hint
 from fusion_bench.programs.pools import PlacedModelPool
 from fusion_bench.programs.prepare import Prepared
-from fusion_bench.programs.search import Setting
+from fusion_bench.programs.setting import Setting
 from fusion_bench.programs.spec import plain
 from fusion_bench.programs.told_options import tell_filters, tell_options
 from fusion_bench.recipes import translate
@@ -52,7 +52,7 @@ from fusion_bench.weights.blueprint import Blueprint
 log = logging.getLogger(__name__)
 
 #: The memory of the program itself when it merges, with torch: what benchmarks/memory.py found.
-_PROGRAM = 360_000_000
+_PROGRAM = 285_000_000
 #: A download that people want to know of before it begins.
 _LARGE = 1_000_000_000
 _TAKES_ROOM = ("build", "download", "prepare", "write")
@@ -291,6 +291,13 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
         if isinstance(method, TensorwiseAlgorithm)
         else predicted_peak(merged)
     )
+    if plan.holds > _LARGE:
+        largest = max(merged, key=lambda key: merged.cost(key).peak_bytes)
+        shape = " x ".join(map(str, merged.spec(largest).shape))
+        plan.note(
+            f"The merge takes much memory; its largest entry is '{largest}', {shape}. Methods that "
+            "factorise matrices leave out those that match exclude_keys."
+        )
     said = [method.described(pool)] if isinstance(method, Describing) else []
     plan.entries = [*said, *outline.lines]
 
@@ -375,7 +382,7 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
         what = f"{', '.join(names)} of {''.join(f'{size}, ' for size in sizes)}"
         what += _count(largest, "model")
         if prepared.search is not None:
-            what += f", with {_count(len(settings), 'setting')}"
+            what += f", with {prepared.search.planned(len(settings))}"
         device = "" if prepared.fabric is None else f", on {prepared.fabric.device}"
         plan.add(Step("compute", f"{what}{device}"))
         if plan.holds is not None and taskpool is None and prepared.paths.model_path is not None:

@@ -28,7 +28,8 @@ from fusion_bench.programs.pools import (
     placed,
 )
 from fusion_bench.programs.previous import Previous
-from fusion_bench.programs.search import OptionSearch, Setting, as_search
+from fusion_bench.programs.search import OptionSearch, as_search
+from fusion_bench.programs.setting import Setting
 from fusion_bench.programs.spec import Baselines, FusionSpec, Section, plain
 from fusion_bench.programs.tracking import Tracker
 from fusion_bench.progress import quiet_libraries

@@ -28,6 +28,9 @@ def publish(
     """
     if output_dir is not None:
         write_text(output_dir / "config.yaml", yaml_of(report.run.config))
+        if report.run.search is not None:
+            found = {**report.run.config, "method": report.run.search.method, "search": None}
+            write_text(output_dir / "winner.yaml", yaml_of(found))
         write_text(output_dir / "report.md", markdown(report))
         write_text(output_dir / "report.html", page(report, scores))
         save(report, scores, output_dir / "report.json")

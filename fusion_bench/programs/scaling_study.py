@@ -45,7 +45,7 @@ from fusion_bench.programs.pools import PlacedModelPool, TaskPool, placed
 from fusion_bench.programs.preflight import preflight
 from fusion_bench.programs.prepare import Prepared, prepare_pools
 from fusion_bench.programs.previous import identities
-from fusion_bench.programs.search import Setting
+from fusion_bench.programs.setting import Setting
 from fusion_bench.programs.spec import Baselines, FusionSpec, Places, Section, plain
 from fusion_bench.progress import SAMPLES, kept, quiet_libraries, step
 from fusion_bench.report import Seconds, Tuning, metric_info

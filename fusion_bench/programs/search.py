@@ -1,8 +1,6 @@
 """Searches a method's options on a validation split."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import inf, isnan
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -28,16 +26,16 @@ from fusion_bench.programs.fusing import (
     LearnedSplit,
     TuningData,
     describe_data,
-    fuse,
     materialize,
-    tuning_data,
     uses_test_split,
 )
+from fusion_bench.programs.judging import candidate, fused, metric_of
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
-from fusion_bench.programs.spec import FusionSpec, Places, Section
+from fusion_bench.programs.setting import Setting, located
+from fusion_bench.programs.spec import FusionSpec, Section
 from fusion_bench.progress import SAMPLES, step
-from fusion_bench.report import Candidate, MetricInfo, Search, Value
-from fusion_bench.report.schema import NORMALIZED, Split, mean_value, same_metric
+from fusion_bench.report import Candidate, MetricInfo, RaceInfo, Search
+from fusion_bench.report.schema import NORMALIZED, Split
 from fusion_bench.results import METRICS
 
 if TYPE_CHECKING:
@@ -46,52 +44,6 @@ if TYPE_CHECKING:
 
 #: What configs of earlier versions call it.
 _NORMALIZED_BEFORE = "normalized_accuracy"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A method that a run tries.
-
-    Attributes:
-        method: the method.
-        place: where it is in the config.
-        models: the models that it merges; ``None`` for all of the pool.
-        node: its whole config node, where a search or a study tries several.
-        options: the options that a search chose.
-        keys: where these are in the config.
-    """
-
-    method: FusionMethod
-    place: Place = Places.method
-    models: Sequence[str] | None = None
-    node: dict[str, object] = field(default_factory=dict)
-    options: dict[str, object] = field(default_factory=dict)
-    keys: Mapping[str, Place] = field(default_factory=dict)
-
-    def located(self, *, keyed_only: bool = False) -> AbstractContextManager[None]:
-        """Map each problem of the method to the key of its option."""
-        return _located(self.keys, self.place, keyed_only)
-
-
-@contextmanager
-def _located(
-    keys: Mapping[str, Place], place: Place = Places.method, keyed_only: bool = False
-) -> Iterator[None]:
-    try:
-        yield
-    except FusionBenchError as error:
-        error.problems = tuple(
-            problem if keyed_only and not problem.place else _from_space(problem, keys, place)
-            for problem in error.problems
-        )
-        raise
-
-
-def _from_space(problem: Problem, keys: Mapping[str, Place], place: Place) -> Problem:
-    first, *rest = problem.place or ("",)
-    if problem.whole or first not in keys:
-        return problem.inside(*place)
-    return replace(problem, place=(*keys[str(first)], *rest))
 
 
 @runtime_checkable
@@ -105,6 +57,9 @@ class OptionSearch(Protocol):
     def settings(self, method: Section) -> list[Setting]:
         """Return the method's config node with each combination of options; nothing is loaded."""
 
+    def planned(self, count: int) -> str:
+        """Return in words what is evaluated of so many settings."""
+
     def run(
         self,
         settings: Sequence[Setting],
@@ -113,8 +68,8 @@ class OptionSearch(Protocol):
         taskpool: TaskPool,
         fabric: Fabric,
         spec: FusionSpec,
-    ) -> Search:
-        """Evaluate each of ``settings``, and return all figures with the winner."""
+    ) -> tuple[Search, Setting]:
+        """Evaluate ``settings``, or others; return all figures and the winner."""
 
 
 def as_search(made: object) -> OptionSearch | None:
@@ -203,14 +158,18 @@ class GridSearch:
                 option: ("search", "space", option, index) for option, (index, _) in tried.items()
             }
             node = {**method, **options}
-            with problems.collect(), _located(keys):
+            with problems.collect(), located(keys):
                 made = as_method(instantiate(node, "method"))
                 settings.append(Setting(made, node=node, options=options, keys=keys))
         with problems.collect("search"):
             for setting in settings:
-                self._refuse_learned(setting.method)
+                self.refuse_learned(setting.method)
         problems.raise_all()
         return settings
+
+    def planned(self, count: int) -> str:
+        """Return in words what is evaluated of so many settings."""
+        return f"{count:,} setting{'' if count == 1 else 's'}"
 
     @property
     def _values(self) -> dict[str, list[object]]:
@@ -218,7 +177,7 @@ class GridSearch:
         lists = {o: v for o, v in self.space.items() if isinstance(v, Sequence)}
         return {option: list(v) for option, v in lists.items() if not isinstance(v, str)}
 
-    def _refuse_learned(self, method: FusionMethod) -> None:
+    def refuse_learned(self, method: FusionMethod) -> None:
         """Refuse a method that learns from what its options are evaluated on."""
         if method.needs.split == self.split:
             raise FusionBenchError(
@@ -267,7 +226,7 @@ class GridSearch:
         taskpool: TaskPool,
         fabric: Fabric,
         spec: FusionSpec,
-    ) -> Search:
+    ) -> tuple[Search, Setting]:
         """Evaluate each of ``settings`` on ``data``, and return all figures with the winner.
 
         Every process of ``fabric`` must call it.
@@ -286,27 +245,30 @@ class GridSearch:
             if alone:
                 evaluator.evaluate_individuals()
             with within("search"):
-                metric = self._metric(evaluator)
+                metric = metric_of(evaluator, self.metric)
             individuals = dict(evaluator.models)
             for number, setting in enumerate(settings, start=1):
-                if spec.seed is not None:  # so that a setting does not depend on those before it
-                    fabric.seed_everything(spec.seed, verbose=False)
-                method, source = setting.method, setting.method.needs.split
-                if source not in learned:
-                    allowed = spec.allow_test_split
-                    learned[source] = tuning_data(
-                        method, modelpool, taskpool, fabric, allowed, spec.places
-                    )
                 evaluator.models = dict(individuals)
                 with step(f"setting {number} of {len(settings)}"):
-                    with setting.located(keyed_only=True):
-                        merged = fuse(method, modelpool, fabric, learned[source])
+                    merged = fused(setting, modelpool, taskpool, fabric, spec, learned)
                     evaluator.evaluate_merged(materialize(merged))
                 evaluator.summarise()
-                candidates.append(_candidate(setting, evaluator, metric))
+                candidates.append(candidate(setting, evaluator, metric))
         sign = 1 if metric.higher_is_better else -1
         merits = [-inf if isnan(c.score) else sign * c.score for c in candidates]
         winner = merits.index(max(merits))
+        return self.found(data, metric, candidates, winner, settings[winner]), settings[winner]
+
+    def found(
+        self,
+        data: "Mapping[str, LearningData]",
+        metric: MetricInfo,
+        candidates: list[Candidate],
+        winner: int,
+        chosen: Setting,
+        race: RaceInfo | None = None,
+    ) -> Search:
+        """Return the report of a search."""
         return Search(
             split=self.split,
             metric=metric.name,
@@ -318,70 +280,6 @@ class GridSearch:
             tasks=describe_data(data),
             candidates=candidates,
             winner=winner,
-            method=settings[winner].node,
+            method=chosen.node,
+            race=race,
         )
-
-    def _metric(self, evaluator: Evaluator) -> MetricInfo:
-        """Return the metric for comparing settings."""
-        infos = evaluator.task_infos(every=True)
-        own = {task: r for model in evaluator.models.values() for task, r in model.tasks.items()}
-        without = [
-            task
-            for task, info in infos.items()
-            if task not in own or not info.main_metric.normalise or not own[task].main.value > 0
-        ]
-        common = same_metric(infos.values())
-        if self.metric in (None, NORMALIZED) and not without:
-            return MetricInfo(name=NORMALIZED, unit="%", higher_is_better=True)
-        if common is not None and self.metric in (None, common.name):
-            return common
-        others = f" Give {{here}}metric={common.name}." if common is not None else ""
-        if self.metric in (None, NORMALIZED):
-            raise FusionBenchError(
-                f"there is no normalised value on '{without[0]}': its own model was not evaluated, "
-                "or has a value of 0 there.",
-                others.strip(),
-                place=("metric",),
-            )
-        raise FusionBenchError(
-            f"'{self.metric}' is not the main metric of all tasks.",
-            f"Give {{here}}metric={NORMALIZED if common is None else common.name}.",
-            place=("metric",),
-        )
-
-
-def _candidate(setting: Setting, evaluator: Evaluator, metric: MetricInfo) -> Candidate:
-    merged = {name: model for name, model in evaluator.models.items() if model.role == "merged"}
-    results = [(task, r) for model in merged.values() for task, r in model.tasks.items()]
-    tasks = dict(results)
-    if len(results) > len(tasks):
-        raise FusionBenchError(
-            f"{class_name(setting.method)} returns several models for each task, "
-            f"{', '.join(merged)}, so there is no single score.",
-            "Choose another method.",
-            place=("search",),
-        )
-    values = [r.main for r in tasks.values()]
-    if metric.name == NORMALIZED:
-        infos = evaluator.task_infos()
-        values = [_share(r.main, infos[task].main_metric) for task, r in tasks.items()]
-    mean = mean_value(values)
-    return Candidate(
-        options=setting.options,
-        score=mean.value,
-        score_stderr=mean.stderr,
-        tasks={task: r.model_copy(update={"per_class": None}) for task, r in tasks.items()},
-    )
-
-
-def _share(value: Value, metric: MetricInfo) -> Value:
-    """Return a normalised value and its standard error, which takes the own model's as given.
-
-    An error of 0 is infinitely better than any other.
-    """
-    perfect = value.value == 0 and not metric.higher_is_better
-    share = inf if perfect else value.normalized or 0.0
-    error = None
-    if value.stderr is not None:
-        error = abs(share / value.value) * value.stderr if value.value else 0.0
-    return Value(value=share, stderr=error)

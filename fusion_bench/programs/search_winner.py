@@ -14,7 +14,8 @@ from fusion_bench.problems import ConfigError, FusionBenchError, within
 from fusion_bench.programs.fabric_model_fusion import FabricModelFusionProgram
 from fusion_bench.programs.fusing import LearnedSplit, describe_data, uses_test_split
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
-from fusion_bench.programs.search import GridSearch, Setting
+from fusion_bench.programs.search import GridSearch
+from fusion_bench.programs.setting import Setting
 from fusion_bench.programs.spec import FusionSpec, Section
 from fusion_bench.report import Report, Search
 
@@ -105,6 +106,10 @@ class SweptSearch:
                 for search in self._found
             ]
 
+    def planned(self, count: int) -> str:
+        """Return in words how many jobs there are."""
+        return self._grid.planned(count)
+
     def run(
         self,
         settings: Sequence[Setting],
@@ -113,7 +118,7 @@ class SweptSearch:
         taskpool: TaskPool,
         fabric: Fabric,
         spec: FusionSpec,
-    ) -> Search:
+    ) -> tuple[Search, Setting]:
         """Return the jobs' figures with the winner.
 
         Raises:
@@ -132,7 +137,7 @@ class SweptSearch:
         ]
         scores = [candidate.score for candidate in candidates]
         winner = scores.index(max(scores))
-        return self._found[0].model_copy(
+        found = self._found[0].model_copy(
             update={
                 "test_split": uses_test_split(data),
                 "judge_test": True,
@@ -142,6 +147,7 @@ class SweptSearch:
                 "method": settings[winner].node,
             }
         )
+        return found, settings[winner]
 
     def _options(self, search: Search) -> dict[str, object]:
         return {key: search.method.get(key) for key in self._varying}

@@ -114,13 +114,19 @@ def search_sentence(search: Search) -> str:
     """Return a search in words."""
     best = search.best
     found = (
-        f"{best.text()} is the best of {len(search.candidates)} settings"
+        f"{best.text()} won the race of {len(search.candidates)} settings"
+        if search.race is not None
+        else f"{best.text()} is the best of {len(search.candidates)} settings"
         if len(search.candidates) > 1
         else f"one setting, {best.text()}, was evaluated"
     )
     score = with_stderr(best.score, best.score_stderr, search.unit)
     unit = f" {search.unit}" if search.unit not in ("", PERCENT) else ""
-    found += f" on the {search.split} split ({search_metric(search)} {score}{unit})"
+    found += f" on the {search.split} split ({search_metric(search)} {score}{unit}"
+    if (race := search.race) is not None:
+        share = f"{100 * race.num_samples / race.whole:.1f} % of a full search"
+        found += f" on {best.num_samples:,} samples; {race.num_samples:,} samples in all, {share}"
+    found += ")"
     if search.test_split:
         return f"{found}, where the models are evaluated: the figures do not apply to new data"
     if not search.judge_test:

@@ -36,6 +36,7 @@ from fusion_bench.report.losses import (
     confusions,
     task_losses,
 )
+from fusion_bench.report.racing import leaving, race_picture
 from fusion_bench.report.schema import (
     Comparison,
     Contender,
@@ -156,6 +157,8 @@ def _environment() -> Any:
     }
     environment.globals |= {
         "comparison_sentence": comparison_sentence,
+        "leaving": leaving,
+        "race_picture": lambda search: Markup(race_picture(search)),
         "same_metric": same_metric,
         "search_metric": search_metric,
         "search_sentence": search_sentence,

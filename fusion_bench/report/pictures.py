@@ -207,6 +207,51 @@ def curves(
         return _svg(figure, title, _in_words(words, unit))
 
 
+class Runner(NamedTuple):
+    """A candidate of a race: the samples that it took, its score and this one's spread."""
+
+    samples: int
+    value: float
+    error: float
+
+
+def race(series: Mapping[str, Sequence[Runner]], title: str, unit: str = "%") -> str:
+    """Return a plot of how far candidates came in a race, and of their scores there.
+
+    Args:
+        series: how a candidate ended to all that ended so; the winner is alone.
+        title: what the scores are.
+        unit: of the scores; those in ``%`` are fractions.
+    """
+    scale = _scale_of(unit)
+    with _style():
+        figure = Figure((4.6, 2.8))
+        axes = figure.add_axes((0, 0, 1, 1))
+        for place, (name, runners) in enumerate(series.items()):
+            samples, values, errors = np.array(runners, dtype=np.float64).reshape(-1, 3).T
+            axes.errorbar(
+                samples,
+                scale * values,
+                yerr=scale * np.nan_to_num(errors),
+                fmt=_MARKERS[place % len(_MARKERS)],
+                ms=5,
+                color=_PALETTE[place],
+                elinewidth=1,
+                capsize=2,
+                label=name,
+            )
+        axes.set_xlabel("samples taken")
+        axes.set_xlim(left=0)
+        _value_axes(axes, _axis(title, unit), "y")
+        _legend(figure, axes, below=0.16)
+        words = "; ".join(
+            f"{name}: "
+            + ", ".join(f"{_worded(scale * r.value, unit)} on {r.samples} samples" for r in runners)
+            for name, runners in series.items()
+        )
+        return _svg(figure, title, words)
+
+
 def _value_axes(axes: Axes, title: str, axis: Literal["x", "y"]) -> None:
     (axes.set_xlabel if axis == "x" else axes.set_ylabel)(title)
     axes.grid(axis=axis, lw=0.6)

@@ -266,17 +266,43 @@ class Candidate(Strict):
     """A setting of a method, and its result on the search split.
 
     ``score`` is the mean of the search's metric over ``tasks``; its standard error takes the
-    individual models' values as given.
+    individual models' values as given. In a race, ``num_samples`` is how many samples of all tasks
+    it took, and ``left`` says why it took no more: it is ``worse`` than the candidate ``led_by``,
+    by the race's test, or was ``behind`` when there were not enough samples for all. Its score was
+    ``behind`` that of the candidate ``led_by`` by so much, on the same samples.
     """
 
     options: dict[str, Any]
     score: float
     score_stderr: float | None
     tasks: dict[str, TaskResult]
+    num_samples: int | None = None
+    left: Literal["worse", "behind"] | None = None
+    led_by: int | None = None
+    behind: float | None = None
 
     def text(self) -> str:
         """Return the options as they are written on a command line."""
         return ", ".join(f"{key}={value}" for key, value in self.options.items()) or "as given"
+
+
+class RaceInfo(Strict):
+    """The race of a search's candidates.
+
+    Attributes:
+        alpha: the best candidate of the whole split was dropped as ``worse`` with at most this
+            probability.
+        budget: the most samples, as a share of ``whole``; ``None`` for no limit.
+        seed: of the samples' order.
+        num_samples: how many were evaluated for all candidates.
+        whole: how many a full search evaluates.
+    """
+
+    alpha: float
+    budget: float | None
+    seed: int
+    num_samples: int
+    whole: int
 
 
 class Search(Strict):
@@ -299,11 +325,15 @@ class Search(Strict):
     candidates: list[Candidate]
     winner: int
     method: dict[str, Any]
+    race: RaceInfo | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Search":
-        if not 0 <= self.winner < len(self.candidates):
+        places = range(len(self.candidates))
+        if self.winner not in places:
             raise ValueError("there is no such winner")
+        if any(c.led_by is not None and c.led_by not in places for c in self.candidates):
+            raise ValueError("there is no such leader")
         return self
 
     @property

@@ -25,6 +25,7 @@ from fusion_bench.report.figures import (
     task_labels,
     with_stderr,
 )
+from fusion_bench.report.racing import leaving
 from fusion_bench.report.schema import Contender, Difference, Report, Search, Value
 from fusion_bench.shown import Stream, visible
 
@@ -177,13 +178,18 @@ def settings(search: Search) -> tuple[list[str], list[list[str]]]:
     unit = f", {search.unit}" if search.unit else ""
     arrow = "" if search.higher_is_better else " ↓"
     header = ["setting", f"{search_metric(search)} on the {search.split} split{unit}{arrow}"]
-    return header, [
+    rows = [
         [
             candidate.text() + (" (chosen)" if place == search.winner else ""),
             with_stderr(candidate.score, candidate.score_stderr, search.unit),
         ]
         for place, candidate in enumerate(search.candidates)
     ]
+    if search.race is not None:
+        header += ["samples", "end"]
+        for row, candidate in zip(rows, search.candidates, strict=True):
+            row += [f"{candidate.num_samples:,}", leaving(search, candidate)]
+    return header, rows
 
 
 def differences(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -111,6 +111,33 @@ class SampleScores:
             None if self.clusters is None else self.clusters[keep],
         )
 
+    def joined(self, other: "SampleScores") -> "SampleScores":
+        """Return the scores of both, in the samples' order.
+
+        Raises:
+            ValueError: scores of the same samples, or of other kinds.
+        """
+        if self.statistics.keys() != other.statistics.keys():
+            raise ValueError("the scores have other statistics")
+        if self.details.keys() != other.details.keys():
+            raise ValueError("the scores have other details")
+        if (self.clusters is None) != (other.clusters is None):
+            raise ValueError("only some of the scores have documents")
+        samples = np.concatenate([self.samples, other.samples])
+        order = np.argsort(samples, kind="stable")
+        clusters = None
+        if self.clusters is not None and other.clusters is not None:
+            clusters = np.concatenate([self.clusters, other.clusters])[order]
+        return SampleScores(
+            samples[order],
+            {
+                k: np.concatenate([own, other.statistics[k]])[order]
+                for k, own in self.statistics.items()
+            },
+            {k: _stacked(own, other.details[k])[order] for k, own in self.details.items()},
+            clusters,
+        )
+
     def parquet(self) -> bytes:
         """Return a parquet file with a row per sample: the details and the statistics.
 
@@ -181,6 +208,14 @@ def compact(array: Array, dtypes: Sequence[type[np.generic]]) -> Array:
             if np.array_equal(back, array, equal_nan=array.dtype.kind == "f"):
                 return np.ascontiguousarray(small)
     return np.ascontiguousarray(array)
+
+
+def _stacked(one: Array, other: Array) -> Array:
+    """Return the rows of both; those of texts, which end with zeros, get the same width."""
+    if one.ndim == 2 and one.shape[1] != other.shape[1]:
+        width = max(one.shape[1], other.shape[1])
+        one, other = (np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in (one, other))
+    return np.concatenate([one, other])
 
 
 def _column(own: Array) -> Array | list[str]:

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _SUBSET_SEED = 0
 #: Seconds to wait for another run, where several processes of this one wait.
 _PATIENCE = 300
+#: Stands for the samples in the key of a result that says itself which it has.
+_PART = "part"
 
 
 class TaskPool:
@@ -88,6 +90,7 @@ class TaskPool:
         self._is_prepared = False
         self._notes: list[str] = []
         self._for_tokenizers: dict[TokenizerSource, Self] = {}
+        self._part: Mapping[str, NDArray[np.int64]] | None = None
 
     @property
     def task_names(self) -> list[str]:
@@ -208,6 +211,23 @@ class TaskPool:
         pool.tasks = {n: task.on(found[n]) for n, task in self.tasks.items() if n in found}
         return pool
 
+    def samples(
+        self, task: str, fabric: Fabric, *, fast_dev_run: bool = False
+    ) -> NDArray[np.int64]:
+        """Return the samples that ``evaluate`` takes, in ascending order, after ``prepare``."""
+        return self._samples(task, self._first(fabric, fast_dev_run))
+
+    def part(self, samples: Mapping[str, NDArray[np.int64]]) -> Self:
+        """Return a pool that evaluates only these samples, in ascending order, of these tasks.
+
+        What it finds out of a model is kept sample by sample, apart from whole results, and what a
+        whole result says is not evaluated again.
+        """
+        pool = copy(self)
+        pool.tasks = {name: self.tasks[name] for name in samples}
+        pool._part = dict(samples)
+        return pool
+
     def evaluate(
         self,
         model: nn.Module | Callable[[], nn.Module],
@@ -248,34 +268,40 @@ class TaskPool:
                 key = self._key(task, samples, fabric, weights_sha256)
                 if key is not None:
                     key["architecture"] = architecture
-                found = self._known(key, fabric)
-                with self._alone(key if found is None else None, fabric, timeout) as mine:
+                found = self._known(task, key, fabric)
+                missing = _missing(samples, found)
+                with self._alone(key if missing.size else None, fabric, timeout) as mine:
                     if not mine:
                         continue
-                    found = found or self._known(key, fabric)  # another run may have just kept it
-                    if found is not None:
+                    if missing.size:  # another run may have just kept them
+                        found = self._known(task, key, fabric)
+                        missing = _missing(samples, found)
+                    work.skip(len(samples) - len(missing))
+                    if not missing.size:
                         known.append(task)
-                        work.skip(len(samples))
                     else:
                         if module is None:
                             module = self._on_device(model, fabric)
                         how = self._evaluation(fabric, name, f"evaluating {name} on {task}")
                         how = replace(how, computation=self._computation(key))
-                        with step(f"{name} on {task}", len(samples), SAMPLES, by_inner=True):
-                            found = self.tasks[task].evaluate(module, samples, how)
+                        with step(f"{name} on {task}", len(missing), SAMPLES, by_inner=True):
+                            new = self.tasks[task].evaluate(module, missing, how)
+                        found = new if found is None else found.joined(new)
                         if (
                             key is not None
                             and self._results is not None
                             and fabric.global_rank == 0
                         ):
                             self._results.save(key, found)
+                assert found is not None
+                if self._part is not None:
+                    found = found.at(np.isin(found.samples, samples))
                 scores[task] = self._measured(task, found)
-                new = self.tasks[task].notes(name, found)
-                for note in new:
+                for note in self.tasks[task].notes(name, found) if self._part is None else ():
                     if note not in self._notes:
                         log.warning("%s", note)
                         self._notes.append(note)
-        if known:
+        if known and self._part is None:
             log.info("'%s' was evaluated before on %s.", name, ", ".join(known))
         return {task: scores[task] for task in wanted}
 
@@ -336,6 +362,8 @@ class TaskPool:
 
     def _samples(self, task: str, first: int | None) -> NDArray[np.int64]:
         """Return which samples are evaluated: all, a fixed random subset, or the first few."""
+        if self._part is not None:
+            return self._part[task]
         count = len(self.tasks[task])
         samples = np.arange(count, dtype=np.int64)
         if self._max_samples is not None and self._max_samples < count:
@@ -352,7 +380,8 @@ class TaskPool:
         return {
             "weights": weights_sha256,
             **self.tasks[task].key(),
-            "samples": hashlib.sha256(samples.data).hexdigest(),
+            # A part goes on with what is known of other parts; it never counts as a whole.
+            "samples": _PART if self._part is not None else _hash(samples),
             "precision": str(fabric.strategy.precision.precision),
             "device": fabric.device.type,
             "compile": self._compile,
@@ -365,9 +394,25 @@ class TaskPool:
         own = {k: key[k] for k in ("weights", "architecture", "precision", "device", "compile")}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
-    def _known(self, key: dict[str, Any] | None, fabric: Fabric) -> SampleScores | None:
-        """Return what the first process finds in the cache, so that all take the same way."""
+    def _known(self, task: str, key: dict[str, Any] | None, fabric: Fabric) -> SampleScores | None:
+        """Return what the first process finds in the cache, so that all take the same way.
+
+        Of a part that may be scores of other samples, too.
+        """
         if key is None or self._results is None:
             return None
-        found = self._results.load(key) if fabric.global_rank == 0 else None
+        found = None
+        if fabric.global_rank == 0:
+            if self._part is not None:
+                every = np.arange(len(self.tasks[task]), dtype=np.int64)
+                found = self._results.load({**key, "samples": _hash(every)})
+            found = found or self._results.load(key)
         return fabric.broadcast(found) if fabric.world_size > 1 else found
+
+
+def _missing(samples: NDArray[np.int64], found: SampleScores | None) -> NDArray[np.int64]:
+    return samples if found is None else samples[~np.isin(samples, found.samples)]
+
+
+def _hash(samples: NDArray[np.int64]) -> str:
+    return hashlib.sha256(samples.data).hexdigest()

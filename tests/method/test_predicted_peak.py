@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fusion_bench.method import (
     KnOTSMerging,
@@ -16,6 +17,7 @@ from fusion_bench.method import (
     WUDIMerging,
 )
 from fusion_bench.weights import Cost, Renamed, TensorWeights, merge, predicted_peak
+from fusion_bench.weights.stream import threads_for
 
 #: Merges with each method, and prints what was there, what was said and what the peak was.
 MEASURE = """
@@ -110,6 +112,22 @@ def test_what_first_passes_keep_is_counted() -> None:
     from fusion_bench.method.checks import Net, Pool, as_weights, family
 
     pool = Pool(as_weights(family(Net)))
-    for method in (TiesMergingAlgorithm(), KnOTSMerging(), WUDIMerging()):
+    for method in (TiesMergingAlgorithm(), WUDIMerging()):
         inputs = method.inputs(pool)
         assert method.kept_bytes(inputs) > 0 == SimpleAverageAlgorithm().kept_bytes(inputs)
+
+
+def test_directions_of_a_tall_matrix_are_counted() -> None:
+    """Side by side, their left singular vectors, and the copies of both."""
+    from fusion_bench.method.checks import Pool, as_weights
+
+    rows, columns = 4096, 8
+    for count in (2, 16):
+        modules = {name: nn.Linear(columns, rows, bias=False) for name in map(str, range(count))}
+        pool = Pool(as_weights({"_pretrained_": nn.Linear(columns, rows, bias=False), **modules}))
+        method = KnOTSMerging()
+        inputs = method.inputs(pool)
+        needed = 24 * (columns * count) ** 2 + 16 * rows * columns * count
+        beyond = max(0, needed - inputs.cost("weight").peak_bytes)
+        assert method.kept_bytes(inputs) == beyond * threads_for(inputs)
+        assert (beyond > 0) == (count == 16)

@@ -418,3 +418,12 @@ def test_a_normal_run_looks_ahead_too(program_config: Config) -> None:
     config["taskpool"]["test_datasets"]["b"]["split"] = "tset"
     with pytest.raises(FusionBenchError, match=r"taskpool\.test_datasets\.b: .* no split 'tset'"):
         instantiate(config).run()
+
+
+def test_a_merge_that_takes_much_memory_names_its_largest_entry(
+    own: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "_LARGE", 0)
+    dry(own, merged_model_save_path="merged", taskpool=None)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "patch_embedding.weight', 24 x 3 x" in told and "exclude_keys" in told

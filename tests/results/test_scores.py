@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pyarrow import parquet
 
-from fusion_bench.results import ACCURACY, LOSS, METRICS, Metric, SampleScores, with_ones
+from fusion_bench.results import (
+    ACCURACY,
+    LOSS,
+    METRICS,
+    Metric,
+    SampleScores,
+    array_texts,
+    text_array,
+    with_ones,
+)
 from fusion_bench.results.metrics import mean
 from fusion_bench.results.scores import compact
 
@@ -211,3 +220,36 @@ class TestParquet:
             "f1.1": [0, 1],
             "f1.2": [0, 0],
         }
+
+
+class TestJoined:
+    def test_rows_are_in_the_samples_order(self):
+        whole = classified(8)
+        even = np.arange(8) % 2 == 0
+        joined = whole.at(~even).joined(whole.at(even))
+        assert joined.samples.tolist() == whole.samples.tolist()
+        for name, own in whole.statistics.items():
+            np.testing.assert_array_equal(joined.statistics[name], own)
+        for name, own in whole.details.items():
+            np.testing.assert_array_equal(joined.details[name], own)
+
+    def test_texts_of_other_lengths_and_documents(self):
+        def written(sample, text):
+            rows, texts = np.ones((1, 2)), text_array([text])
+            return SampleScores(
+                np.array([sample]), {"f": rows}, {"answers": texts}, np.array([sample // 2])
+            )
+
+        joined = written(3, "longer").joined(written(1, "é"))
+        assert array_texts(joined.details["answers"]) == ["é", "longer"]
+        assert joined.clusters is not None and joined.clusters.tolist() == [0, 1]
+
+    def test_scores_that_do_not_fit(self):
+        whole = classified()
+        with pytest.raises(ValueError, match="not a list of different numbers"):
+            whole.joined(whole)
+        with pytest.raises(ValueError, match="other statistics"):
+            whole.joined(SampleScores(np.array([99]), {}, whole.at(whole.samples == 0).details))
+        with pytest.raises(ValueError, match="other details"):
+            one = whole.at(whole.samples == 0)
+            whole.joined(SampleScores(np.array([99]), one.statistics))

@@ -29,6 +29,7 @@ from fusion_bench.progress import SAMPLES, step
 from fusion_bench.results import SampleScores, store
 from fusion_bench.storage import cache_dir
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
+from fusion_bench.taskpool.images import task as base
 
 CPU = Fabric(accelerator="cpu", devices=1)
 
@@ -57,6 +58,11 @@ class Evaluator:
         self.built += 1
         return CLIPVisionModel.from_pretrained(self._path)
 
+    def pool(self, task: dict[str, Any] | None = None, **changes: Any) -> CLIPVisionModelTaskPool:
+        arguments = self._arguments | changes
+        arguments["tasks"] = {"a": arguments["tasks"]["a"] | (task or {})}
+        return CLIPVisionModelTaskPool(**arguments)
+
     def __call__(
         self,
         weights: str | None = "w",
@@ -65,9 +71,7 @@ class Evaluator:
         task: dict[str, Any] | None = None,
         **changes: Any,
     ) -> SampleScores:
-        arguments = self._arguments | changes
-        arguments["tasks"] = {"a": arguments["tasks"]["a"] | (task or {})}
-        pool = CLIPVisionModelTaskPool(**arguments)
+        pool = self.pool(task, **changes)
         fabric = (
             CPU if precision is None else Fabric(accelerator="cpu", devices=1, precision=precision)
         )
@@ -99,6 +103,40 @@ def test_what_was_evaluated_is_not_evaluated_again(
     assert evaluate.built == 1
     assert answers(first) == answers(second) == answers(evaluate(cache=False))
     assert "'model' was evaluated before on a" in caplog.text
+
+
+def test_parts_are_kept_sample_by_sample_and_are_no_whole(
+    evaluate: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = evaluate.pool()
+    asked: list[list[int]] = []
+    plain = base.evaluate
+
+    def counted(fabric: Any, classify: Any, images: Any, samples: Any, *more: Any) -> Any:
+        asked.append(samples.tolist())
+        return plain(fabric, classify, images, samples, *more)
+
+    monkeypatch.setattr(base, "evaluate", counted)
+
+    def part(*samples: int) -> SampleScores:
+        own = pool.part({"a": np.array(samples)})
+        return own.evaluate(evaluate.build, CPU, weights_sha256="w")["a"]
+
+    assert part(2, 5, 9).samples.tolist() == [2, 5, 9]
+    assert part(2, 7).samples.tolist() == [2, 7]
+    assert part(2, 5, 7, 9).samples.tolist() == [2, 5, 7, 9]
+    assert asked == [[2, 5, 9], [7]] and evaluate.built == 2
+    whole = evaluate()  # a part is not mistaken for it
+    assert whole.num_samples == 23 and asked[2:] == [list(range(23))]
+    for samples in ([2, 5, 7, 9], [0, 22]):  # what the whole says is not evaluated again
+        found = part(*samples)
+        at = whole.at(np.isin(whole.samples, samples))
+        assert answers(found)[:3] == answers(at)[:3]
+    assert len(asked) == 3
+    (cache_dir() / "scores").rename(cache_dir() / "gone")
+    assert part(1, 2).samples.tolist() == [1, 2] and asked[3:] == [[1, 2]]
+    assert pool.samples("a", CPU).tolist() == list(range(23))
+    assert pool.samples("a", CPU, fast_dev_run=True).tolist() == list(range(23))[: len(asked[2])]
 
 
 def test_progress_counts_samples_and_tells_known_ones_apart(
