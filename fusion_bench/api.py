@@ -149,6 +149,8 @@ def merge(
         {("merged_model_save_path",): ("out",), ("models", "_pretrained_"): ("base",)}
     ):
         parts = None
+        node: Section
+        pool: Section
         if recipe is not None:
             decided = {"models": models, "base": base, "method": method}
             _refuse_decided(name for name, own in decided.items() if own is not None)
