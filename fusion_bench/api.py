@@ -4,7 +4,7 @@ Each function makes the same spec as the command line, and goes the same way wit
 preflight, execute.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -121,7 +121,7 @@ def merge(
         method: its name, such as ``ties``, its config node, or an object; by default
             ``simple_average``.
         out: the directory for the merged model.
-        recipe: a YAML file of mergekit, in place of models, base, method and tokenizer.
+        recipe: a YAML file of mergekit, in place of models, base and method.
         tokenizer: whose tokenizer and processor files go beside it; by default the base's, or else
             the first model's. ``union``, ``base``, the name of a model or a mapping match rows by
             their tokens, as in ``HFModelPool``.
@@ -149,10 +149,14 @@ def merge(
         {("merged_model_save_path",): ("out",), ("models", "_pretrained_"): ("base",)}
     ):
         parts = None
+        node: Section
+        pool: Section
         if recipe is not None:
-            decided = {"models": models, "base": base, "method": method, "tokenizer": tokenizer}
-            parts = _of_recipe(recipe, {**decided, **options}, policy, seed)
-            node, pool = cast("tuple[Section, Section]", (parts.method, parts.modelpool))
+            decided = {"models": models, "base": base, "method": method}
+            _refuse_decided(name for name, own in decided.items() if own is not None)
+            parts = _of_recipe(recipe, tokenizer, policy, seed, options)
+            node = _with_options("method", parts.method, options, merge)
+            pool = parts.modelpool
         else:
             method = "simple_average" if method is None else method
             node, pool = _of_models(models, base, method, tokenizer, policy, seed, options)
@@ -345,16 +349,12 @@ def _of_models(
 
 def _of_recipe(
     recipe: str | PathLike[str],
-    others: Mapping[str, object],
+    tokenizer: str | PathLike[str] | Mapping[str, object] | None,
     policy: Mapping[str, object] | MergePolicy | None,
     seed: int | None,
+    options: Mapping[str, object],
 ) -> Sections:
     """Return method, pool and text of a recipe; refuse what it decides itself."""
-    Problems(
-        Problem((name,), "the recipe decides it.", "Leave it out, or change the recipe.")
-        for name, own in others.items()
-        if own is not None
-    ).raise_all()
     file = fspath(recipe)
     with within("recipe"):
         first, place = first_model(read_text(Path(file).expanduser()))
@@ -362,7 +362,20 @@ def _of_recipe(
         policy = {name: getattr(policy, name) for name in MergePolicy.options()}
     with told_in_recipe({("models", "model"): place}, "recipe"):
         node = pool_node({"model": first}, heads=True)
-    return sections(file, {**node, "_recursive_": False, "policy": policy}, seed)
+    made = sections(file, _completed(node, {}, tokenizer, policy), seed)
+    decided = [name for name in options if made.decides(f"method.{name}")]
+    if tokenizer is not None and made.decides("modelpool.tokenizer"):
+        decided.append("tokenizer")
+    _refuse_decided(decided)
+    return made
+
+
+def _refuse_decided(names: Iterable[str]) -> None:
+    """Refuse arguments that say what a recipe decides."""
+    Problems(
+        Problem((name,), "the recipe decides it.", "Leave it out, or change the recipe.")
+        for name in names
+    ).raise_all()
 
 
 def _method(

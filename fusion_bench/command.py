@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from errno import ENAMETOOLONG
 from pathlib import Path
 
 from fusion_bench.problems import FusionBenchError
@@ -34,6 +35,16 @@ def overrides() -> dict[str, str]:
     return {key: value for key, equals, value in pairs if equals}
 
 
+def is_there(word: str | Path) -> bool:
+    """Tell whether there is such a file or folder; what is too long for a name is none."""
+    try:
+        return Path(word).exists()
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:
+            raise
+        return False
+
+
 def file_as_options(words: Sequence[str]) -> list[str]:
     """Return the words with Hydra's options in the place of a config file, which has no flag.
 
@@ -49,7 +60,7 @@ def file_as_options(words: Sequence[str]) -> list[str]:
         if place and words[place - 1] in _TAKE_A_VALUE:
             continue
         file = Path(word)
-        if "=" in word and not file.is_file():
+        if "=" in word and not is_there(file):
             continue
         folder, name, choice = _of_group(file) or (file.parent, file.stem, [])
         options = ["--config-path", str(folder), "--config-name", name, *choice]
@@ -64,7 +75,7 @@ def _of_group(file: Path) -> tuple[Path, str, list[str]] | None:
         FusionBenchError: a part that no run is made of.
     """
     groups = [above for above in file.absolute().parents if above.name in (*_GROUPS, *_OTHERS)]
-    if not groups or not file.is_file():
+    if not groups or not is_there(file) or not file.is_file():
         return None
     text = file.read_text(encoding="utf-8", errors="replace")
     if _WHOLE.search(text):

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusion_bench.command import is_there
 from fusion_bench.companions import KNOWN, check_folder, own_file, refuse_size
 from fusion_bench.network import blob_of, may_pass, patiently, refuse_damaged
 from fusion_bench.problems import ConfigError
@@ -126,7 +127,7 @@ def locate(name: str, scratch: Path | None = None) -> Repository:
         ConfigError: nothing of that name.
         EnvironmentProblem: a Hub that cannot be reached, or fails.
     """
-    named = "@" not in name or Path(name).expanduser().exists()
+    named = "@" not in name or is_there(Path(name).expanduser())
     repo_id, _, revision = (name, "", "") if named else name.partition("@")
     place = Path(resolve(repo_id))
     if place.is_absolute():

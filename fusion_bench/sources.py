@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from fusion_bench.addresses import AddressError, fence, refuse_addresses
+from fusion_bench.command import is_there
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
     DamagedError,
@@ -237,7 +238,7 @@ def _path(name: str) -> Path:
 
 
 def _exists(name: str) -> bool:
-    return bool(name) and _path(name).exists()
+    return bool(name) and is_there(_path(name))
 
 
 def _on_hub(name: str) -> bool:
@@ -251,7 +252,7 @@ def refuse_missing_path(name: str) -> None:
     if not like_path or "://" in name or name.startswith(ZOO) or _exists(name):
         return
     path = _path(name)
-    missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
+    missing = next(p for p in (*reversed(path.parents), path) if not is_there(p))
     nearest = _nearest(str(missing), _siblings(missing))
     raise ConfigError(f"There is no such directory: '{name}'. {nearest}".rstrip())
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fusion_bench.modelpool.output_tokenizer import ModelTokens
 from fusion_bench.modelpool.token_setting import TokenRow, TokenSetting
-from fusion_bench.problems import FusionBenchError, did_you_mean, within
+from fusion_bench.problems import FusionBenchError, Problems, did_you_mean, within
 
 #: How a token got its row in models without it.
 How = Literal["chosen", "only", "base", "mean", "zero"]
@@ -54,11 +54,12 @@ def find_rows(
         size: how many rows there are, at least one more than the largest id.
 
     Raises:
-        FusionBenchError: a chosen row that is not there; the place is in the setting.
+        FusionBenchError: chosen rows that are not there; the places are in the setting.
     """
     own = {each.name: np.full(size, -1, dtype=np.int64) for each in models}
     fill: dict[int, tuple[At, ...]] = {}
     how: dict[How, list[str]] = {}
+    problems = Problems()
     for token, i in ids.items():
         owners = {each.name: each.ids[token] for each in models if token in each.ids}
         if token not in setting.forced:
@@ -66,8 +67,10 @@ def find_rows(
                 own[name][i] = row
             if len(owners) == len(models):
                 continue
-        kind, fill[i] = _row(token, owners, setting, model)
-        how.setdefault(kind, []).append(token)
+        with problems.collect():
+            kind, fill[i] = _row(token, owners, setting, model)
+            how.setdefault(kind, []).append(token)
+    problems.raise_all()
     return TokenRows(own, fill, how)
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
+from fusion_bench.command import is_there
 from fusion_bench.forms import TOKEN_KEYS, says_of_tokens
 from fusion_bench.problems import ConfigError, Problem, Problems, check_choice, did_you_mean, within
 
@@ -62,7 +62,7 @@ class TokenSetting:
         if isinstance(given, str) and given in ("base", "union", *models):
             return cls(given, base)
         near = isinstance(given, str) and get_close_matches(given, ("union", "base"), cutoff=0.75)
-        if near and not Path(given).exists():
+        if near and not is_there(given):
             raise ConfigError(f"'{given}' is no tokenizer.", did_you_mean(given, near))
         if not isinstance(given, Mapping) or not says_of_tokens(given):
             return None

@@ -71,7 +71,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one level of a recipe says of a parameter."""
+    """What one level of a recipe says of a parameter; nothing where it cannot be read."""
 
     conditions: tuple[Condition, ...]
     place: Place

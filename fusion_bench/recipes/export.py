@@ -134,6 +134,7 @@ class _Export:
         if found is None:
             return {}
         name, method = found
+        self._refuse_number(name, method, len(names), ("modelpool", "models"))
         own, common = self._parameters(name, method, self.method, names, ("method",))
         models = [
             {"model": self._paths[each], **({"parameters": p} if (p := own[each]) else {})}
@@ -144,6 +145,13 @@ class _Export:
             document["base_model"] = base
         document["models"] = models
         return document | ({"parameters": common} if common else {})
+
+    def _refuse_number(
+        self, name: str, method: Method, count: int, place: tuple[str | int, ...]
+    ) -> None:
+        """Refuse another number of models than the method takes."""
+        if (reason := method.wrong_number(f"mergekit's {name}", count)) is not None:
+            self._wrong(place, reason)
 
     def _base(self, name: str, method: Method, models: list[dict[str, Any]]) -> str | None:
         """Return the base; where it would be one of the models, it is left out of the sum."""
@@ -179,6 +187,7 @@ class _Export:
             if base is None and method.base in ("origin", "end"):
                 base = _BASE
             merged = [each for each in models if each != base or method.base in ("model", "donor")]
+            self._refuse_number(name, method, len(merged), (*place, "models"))
             own, levels = self._parameters(name, method, node, merged, where)
             sources = []
             for each, layers in models.items():
@@ -259,7 +268,7 @@ class _Export:
             value = values.get(meant.option)
             for index, each in enumerate(models if meant.of_model else [""]):
                 stated = self._setting(meant, value, node, place, each, index)
-                if stated == meant.default:
+                if stated in (meant.default, []):  # an average has no such option
                     continue
                 (own[each] if meant.of_model else common)[parameter] = stated
         return own, common
@@ -377,8 +386,10 @@ def _is_special(name: str) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same; false and none turn a text off."""
+    """Tell whether two values are the same; so are what turns a text off, and what is empty."""
     if {one, other} == {False, "none"} if _plain(one) and _plain(other) else False:
+        return True
+    if all(own is None or own in ({}, []) for own in (one, other)):
         return True
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 

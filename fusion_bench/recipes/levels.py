@@ -136,6 +136,8 @@ def _of_kind(value: Scalar, parameter: Parameter) -> Scalar | None:
             value = float(value)
         except ValueError:
             return None
+    if not math.isfinite(value):
+        return None
     if parameter.kind == "whole number":
         return int(value) if value == int(value) else None
     return value

@@ -63,6 +63,15 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     fixed: Mapping[str, Scalar] = field(default_factory=dict)
 
+    def wrong_number(self, name: str, count: int) -> str | None:
+        """Return what to say of a number of models that it cannot merge; None for another."""
+        least, most = self.models
+        if least <= count and (most is None or count <= most):
+            return None
+        beside = " beside the base" if self.base in ("origin", "end", "optional") else ""
+        wanted = f"exactly {least}" if least == most else f"at least {least}"
+        return f"{name} merges {wanted}{beside}, and there are {count}."
+
 
 _ANY = {True: True, False: False}
 _WEIGHT = Parameter("weights", of_model=True)
@@ -231,6 +240,18 @@ METHODS: Mapping[str, Method] = {
         },
     ),
 }
+
+
+def decided_options(target: str) -> frozenset[str] | None:
+    """Return the options of a class of ours that recipes decide; None where they decide all."""
+    methods = [own for own in METHODS.values() if f"fusion_bench.method.{own.target}" == target]
+    if not methods:
+        return None
+    found = {"_target_", "where"}.union(*(own.fixed for own in methods))
+    return frozenset(found).union(
+        own.option for method in methods for own in method.parameters.values() if own.option
+    )
+
 
 #: What the names of tensors begin with in modules that are not called as they are.
 MODULES: Mapping[str, tuple[str, ...]] = {

@@ -1,5 +1,6 @@
 """Where in a recipe the keys of its config come from, so that problems are told at its own."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,11 @@ def places_of(
     if dtype := "out_dtype" if recipe.out_dtype else "dtype" if recipe.dtype else "":
         found["modelpool", "policy", "dtype"] = (*own, dtype)
     if recipe.tokenizer is not None:
-        found["modelpool", "tokenizer"] = recipe.tokenizer.place
+        found["modelpool", "tokenizer"] = at = recipe.tokenizer.place
+        for token in recipe.tokenizer.tokens:
+            for end in ((), ("model",), ("token",), ("token_id",)):
+                key: Place = ("tokens", token, "source", *end)
+                found["modelpool", "tokenizer", *key] = (*at, *key)
     found["modelpool", "chat_template"] = (*own, "chat_template")
     for source in recipe.sources():
         found.setdefault((*_MODELS, names[source.model]), (*source.place, "model"))
@@ -62,12 +67,19 @@ def places_of(
 def _options(
     recipe: Recipe, parts: list[tuple[Module, Slice]], prefix: Place
 ) -> Iterator[tuple[Place, Place]]:
-    """Yield the places of options of a method, each where the recipe says it first."""
+    """Yield the places of options of a method, each where the recipe says it first.
+
+    Of those that it does not say, it is where it could.
+    """
     levels: list[Parameters] = []
     for module, part in parts:
         levels += [*(source.parameters for source in part.sources), part.parameters]
         levels += [module.parameters]
-    for name, parameter in METHODS[recipe.method].parameters.items():
+    known = METHODS[recipe.method].parameters
+    for name, parameter in known.items():
+        if parameter.option is not None:
+            yield (*prefix, parameter.option), (*recipe.place, "parameters", name)
+    for name, parameter in known.items():
         for level in [*levels, recipe.parameters]:
             if parameter.option is not None and name in level:
                 yield (*prefix, parameter.option), level[name].place
@@ -101,8 +113,21 @@ def _moved(problem: Problem, places: Places, above: tuple[str, ...]) -> Problem:
         key[at : at + 2] = []
     for length in range(len(key), 0, -1):
         if (place := places.get(tuple(key[:length]))) is not None:
-            remedy = problem.remedy
+            remedy = _remedy(problem, places)
             for name, outer in (("here", problem.place[:-1]), ("above", problem.place[:-2])):
                 remedy = remedy.replace(f"{{{name}}}", f"{key_of(outer)}." if outer else "")
-            return replace(problem, place=(*above, *place), remedy=remedy)
+            reason = problem.reason.replace(f"'{BASE}'", "the base")
+            return replace(problem, place=(*above, *place), reason=reason, remedy=remedy)
     return problem
+
+
+def _remedy(problem: Problem, places: Places) -> str:
+    """Return what to do, with the recipe's own keys for those that it has."""
+    if problem.place[-1:] == ("stack",):
+        return "Give the slices of each in its own module: 'modules: {encoder: …, decoder: …}'."
+
+    def theirs(found: re.Match[str]) -> str:
+        place = places.get((*problem.place[:-1], found[1]))
+        return found[0] if place is None else f"{key_of(place)}: {found[2]}"
+
+    return re.sub(r"\{here\}(\w+)=(\w+)", theirs, problem.remedy)

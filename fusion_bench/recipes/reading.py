@@ -213,9 +213,9 @@ class _Reader:
         found = {}
         for name, value in (own or {}).items():
             if name in PARAMETERS and value is not None:
-                setting = self._setting(value, (*place, name))
-                if setting is not None:
-                    found[name] = setting
+                inner = (*place, name)
+                # Of a setting that is told to be wrong it is not also told that it is missing.
+                found[name] = self._setting(value, inner) or Setting((), inner)
         return found
 
     def _setting(self, node: object, place: Place) -> Setting | None:

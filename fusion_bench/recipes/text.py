@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from fusion_bench.command import is_there
 from fusion_bench.problems import ConfigError
 
 #: No recipe is longer, in bytes, or holds more values.
@@ -19,7 +20,7 @@ def read_text(file: Path) -> str:
     Raises:
         ConfigError: there is no such file, or it is too large or no text.
     """
-    if not file.is_file():
+    if not is_there(file) or not file.is_file():
         raise ConfigError(f"there is no recipe '{file}'.", "Name a YAML file.")
     if file.stat().st_size > _LONGEST:
         raise ConfigError(f"'{file}' is too large for a recipe.", "Name a YAML file.")

@@ -86,6 +86,7 @@ class Translation:
         if (dtype := recipe.out_dtype or recipe.dtype) is not None:
             pool["policy"] = {"dtype": dtype}
         if recipe.tokenizer is not None:
+            self._check_tokens(recipe.tokenizer)
             pool["tokenizer"] = self._tokenizer(recipe.tokenizer)
         if recipe.chat_template is not None:
             pool["chat_template"] = recipe.chat_template
@@ -190,13 +191,9 @@ class Translation:
                 "Name the model that they were fine-tuned from.",
             )
         count = len(self._taking_part(part, base, whole=True))
-        least, most = method.models
-        if base is not None or method.base not in ("origin", "end"):
-            beside = " beside the base" if method.base in ("origin", "end", "optional") else ""
-            if count < least or (most is not None and count > most):
-                wanted = f"exactly {least}" if least == most else f"at least {least}"
-                reason = f"{name} merges {wanted}{beside}, and there are {count}."
-                self._wrong(part.place, reason)
+        reason = method.wrong_number(name, count)
+        if reason is not None and (base is not None or method.base not in ("origin", "end")):
+            self._wrong(part.place, reason)
 
     def _chains(
         self, names: Sequence[str], parts: Sequence[tuple[Module, Slice, Sequence[Source]]]
@@ -210,12 +207,18 @@ class Translation:
             for index, model in models:
                 links: list[Link] = []
                 before = len(self.problems)
+                unread = False
                 for module, part, sources in parts:
                     own = [sources[index].parameters] if parameter.of_model else []
                     levels = [*own, part.parameters, module.parameters, self.recipe.parameters]
+                    unread |= any(name in own and not own[name].conditions for own in levels)
                     with self.problems.collect():
                         links += chain_of(name, levels, parameter, module.name)
-                if len(self.problems) == before and (not links or links[-1].patterns):
+                if (
+                    not unread
+                    and len(self.problems) == before
+                    and (not links or links[-1].patterns)
+                ):
                     if not parameter.required:
                         default = parameter.default
                         assert default is not None
@@ -367,6 +370,17 @@ class Translation:
         if given.pad_to_multiple_of is not None:
             node["pad_to_multiple_of"] = given.pad_to_multiple_of
         return node
+
+    def _check_tokens(self, given: Tokenizer) -> None:
+        """Refuse rows of models that are not merged, nor the base."""
+        models = [source.model for source in self.recipe.sources()]
+        models += [] if self.recipe.base is None else [self.recipe.base]
+        for token, own in given.tokens.items():
+            if own.source is not None and own.source not in models:
+                place = (*given.place, "tokens", token, "source")
+                place += () if own.token is None else ("model",)
+                near = did_you_mean(str(own.source), map(str, models))
+                self._wrong(place, f"'{own.source}' is not among the models.", near)
 
     def _row(self, own: Tokens) -> Node:
         node: Node = {"force": True} if own.force else {}

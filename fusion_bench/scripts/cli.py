@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fusion_bench import __version__
-from fusion_bench.command import file_as_options, typed
+from fusion_bench.command import file_as_options, is_there, typed
 from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.scripts import verbs
 from fusion_bench.scripts.lightning_alone import import_fabric_alone
@@ -70,8 +70,8 @@ def _check_first(word: str) -> None:
         raise FusionBenchError(
             f"There is no verb '{word}'.", f"{near} 'fusion_bench --help' explains each."
         )
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
+    if not is_there(path) or not path.is_file():
+        what = "is a folder" if is_there(path) else "is not there"
         raise FusionBenchError(f"'{word}' {what}.", "Name a YAML file.")
     if path.suffix == ".yml":
         raise FusionBenchError(

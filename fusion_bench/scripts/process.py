@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import ENAMETOOLONG
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -104,7 +105,7 @@ def plain_messages(
             raise
         logs = _log_traceback()
         ours = isinstance(error, FusionBenchError)
-        text = str(error) if ours else explain(error)
+        text = str(error) if ours else _too_long(error) or explain(error)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             where = f"\n  {_where(logs)}" if text is None else ""
             said = message(unexpected(error) if text is None else text)
@@ -112,6 +113,13 @@ def plain_messages(
         if isinstance(error, FusionBenchError):
             sys.exit(error.exit_code)
         sys.exit(1 if text is None else ConfigError.exit_code)
+
+
+def _too_long(error: Exception) -> str | None:
+    """Return what to say of a word that is longer than the name of a file may be."""
+    if not isinstance(error, OSError) or error.errno != ENAMETOOLONG:
+        return None
+    return f"there is no '{str(error.filename)[:60]}…': it is too long for the name of a file."
 
 
 def unexpected(error: Exception) -> str:

@@ -1,13 +1,13 @@
 """Lets a recipe of mergekit take the place of a config's method and models."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_bench.command import overrides
 from fusion_bench.problems import ConfigError, Place, Problem, Problems, within
-from fusion_bench.recipes import read_text, translate
+from fusion_bench.recipes import decided_options, read_text, translate
 
 #: Options that are no part of what a method computes.
 _SHOWN = ("show_pbar", "inplace")
@@ -28,12 +28,20 @@ def take_recipe(settings: dict[str, Any]) -> Mapping[Place, Place]:
     name = settings.get("recipe")
     if name is None or "\n" in str(name):
         return {}
-    _refuse_overrides()
     pool = settings.get("modelpool")
     pool = dict(pool) if isinstance(pool, Mapping) else {}
     made = sections(str(name), pool, settings.get("seed"))
     method = settings.get("method")
     shown = {k: method[k] for k in _SHOWN if k in method} if isinstance(method, Mapping) else {}
+    typed = _typed_keys(settings)
+    Problems(
+        Problem((key,), "the recipe decides it.", "Change the recipe, or write a config.")
+        for key in typed
+        if made.decides(key)
+    ).raise_all()
+    if isinstance(method, Mapping):
+        names = (key.removeprefix("method.") for key in typed if key.startswith("method."))
+        shown |= {name: method[name] for name in names if name in method}
     settings["modelpool"] = made.modelpool
     settings["method"] = {**made.method, **shown}
     settings["recipe"] = made.recipe
@@ -49,12 +57,26 @@ class Sections:
         modelpool: the node of the pool.
         recipe: the recipe's text.
         places: keys of the config, and where in the recipe they come from.
+        of_pool: the keys of the pool that it says.
     """
 
     method: dict[str, Any]
     modelpool: dict[str, Any]
     recipe: str
     places: Mapping[Place, Place]
+    of_pool: Collection[str]
+
+    def decides(self, key: str) -> bool:
+        """Tell whether the recipe says what a key of the config is, such as ``method.t``.
+
+        What its format has no word for, such as ``method.clamp``, is the user's to say.
+        """
+        first, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if first == "modelpool":
+            return name in self.of_pool
+        options = decided_options(str(self.method["_target_"]))
+        return first == "method" and name not in _SHOWN and (not options or name in {"", *options})
 
 
 def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
@@ -86,6 +108,7 @@ def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
         whole,
         text if "\n" in text else f"{text}\n",
         translated.places,
+        frozenset(theirs) - {"_target_", "_recursive_", "model_class"},
     )
 
 
@@ -95,20 +118,10 @@ def _names(models: object) -> dict[str, str]:
     return {path: str(name) for name, path in own if isinstance(path, str) and name[:1] != "_"}
 
 
-def _refuse_overrides() -> None:
-    """Refuse settings of what the recipe decides.
-
-    Raises:
-        ConfigError: with one problem for each.
-    """
-    problems = Problems()
-    for key in overrides():
-        first, _, rest = key.partition(".")
-        decided = (first == "method" and rest not in _SHOWN) or key.startswith("modelpool.models")
-        if decided:
-            reason = "the recipe decides it."
-            problems.add([Problem((key,), reason, "Change the recipe, or write a config.")])
-    problems.raise_all()
+def _typed_keys(settings: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the config that were typed; the verb ``merge`` leaves out ``method``."""
+    keys = [key for key in overrides() if not key.startswith("-")]
+    return [key if "." in key or key in settings else f"method.{key}" for key in keys]
 
 
 def _seed(node: object, seed: int) -> None:

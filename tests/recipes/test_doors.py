@@ -10,6 +10,10 @@ from commandline import fusion_bench
 from recipes.test_merging import TWO_STAGES, Load, agree, here, models, recipe, run
 from safetensors.torch import load_file
 
+from fusion_bench.problems import FusionBenchError
+from fusion_bench.recipes import told_in_recipe, translate
+from fusion_bench.scripts.recipes import sections
+
 __all__ = ["here", "models"]
 
 
@@ -63,6 +67,8 @@ def test_the_plan_tells_what_is_surprising(models: Path, tmp_path: Path) -> None
     ("words", "said"),
     [
         (["out", "threshold=0.1"], "method.threshold: the recipe decides it."),
+        (["out", "where=[]"], "method.where: the recipe decides it."),
+        (["out", "modelpool.models={a: a}"], "modelpool.models: the recipe decides it."),
         (["out", "--method", "ties"], "--method: the recipe decides it."),
         (["out", "more"], "'more' is one word too many beside a recipe."),
         ([], "there is no folder for the merged model. Add --out DIR."),
@@ -173,3 +179,63 @@ def test_problems_are_told_where_the_recipe_has_them(
     done = fusion_bench("merge", str(file), "out", "--dry-run", cwd=models)
     assert done.returncode in (2, 3)
     assert said in done.stderr
+
+
+def test_a_row_of_a_model_that_is_not_merged_is_refused() -> None:
+    text = recipe("task_arithmetic", 2, own="{weight: 1}") + (
+        "\ntokenizer: {source: union, tokens: {q: {source: c}, r: {source: {kind: model_token, "
+        "model: d, token: q}}, s: {source: base}}}\n"
+    )
+    with pytest.raises(FusionBenchError) as caught:
+        translate(text)
+    assert [problem.key for problem in caught.value.problems] == [
+        "tokenizer.tokens.q.source",
+        "tokenizer.tokens.r.source.model",
+    ]
+    assert "'c' is not among the models. Known: a, b, base." in str(caught.value)
+
+
+def told(text: str, place: tuple[str | int, ...], remedy: str, reason: str = "no.") -> str:
+    places = translate(text).places
+    with pytest.raises(FusionBenchError) as caught, told_in_recipe(places, "recipe"):
+        raise FusionBenchError(reason, remedy, place=place)
+    return str(caught.value)
+
+
+def test_remedies_say_the_recipes_keys() -> None:
+    text = recipe("task_arithmetic", 2, own="{weight: 1}")
+    said = told(text, ("method", "weights"), "Give {here}normalize=false.")
+    assert said == "recipe.models[0].parameters.weight: no. Give parameters.normalize: false."
+    text += "\ntokenizer: {source: union, tokens: {q: {source: a}, r: {source: base}}}\n"
+    key = ("modelpool", "tokenizer", "tokens", "r", "source")
+    said = told(text, key, "", "'_pretrained_' has no row.")
+    assert said == "recipe.tokenizer.tokens.r.source: the base has no row."
+    slices = "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 2]}]\n"
+    said = told(slices, ("method", "slices", 0, "stack"), "Choose one: x, y.")
+    assert "modules: {encoder: …, decoder: …}" in said
+
+
+def test_what_a_recipe_has_no_word_for_may_be_added(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe("model_stock", 2), encoding="utf-8")
+    done = fusion_bench("merge", str(file), "out", "clamp=true", "--dry-run", cwd=models)
+    assert done.returncode == 0, done.stderr
+    again = ["--config-name", "merge_llm", f"recipe={file}", "++method.clamp=true"]
+    done = fusion_bench(*again, "merged_model_save_path=out", "--cfg", "job", cwd=models)
+    assert done.returncode == 0, done.stderr
+    done = fusion_bench("merge", str(file), "out", "filter_wise=true", "--dry-run", cwd=models)
+    assert done.returncode == 2
+    assert "method.filter_wise: the recipe decides it." in done.stderr
+
+
+def test_a_tokenizer_may_be_added_where_the_recipe_has_none(models: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "recipe.yaml", recipe("model_stock", 2)
+    pool = {"_target_": "fusion_bench.modelpool.CausalLMPool", "tokenizer": "union"}
+    file.write_text(text, encoding="utf-8")
+    made = sections(str(file), pool, None)
+    assert made.modelpool["tokenizer"] == "union"
+    assert not made.decides("modelpool.tokenizer")
+    file.write_text(f"{text}\ntokenizer_source: base\n", encoding="utf-8")
+    assert sections(str(file), pool, None).decides("modelpool.tokenizer.source")
+    done = fusion_bench("merge", str(file), "out", "modelpool.tokenizer=union", cwd=models)
+    assert "modelpool.tokenizer: the recipe decides it." in done.stderr

@@ -124,3 +124,38 @@ def test_written_by_the_command(tmp_path: Path) -> None:
     assert found["merge_method"] == "task_arithmetic"
     assert found["parameters"] == {"lambda": 0.3}
     assert [own["model"] for own in found["models"]] == ["q/a", "q/b"]
+
+
+def exported(method: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
+    whole = config(method)
+    whole["modelpool"]["models"] = models
+    found: dict[str, Any] = yaml.safe_load(export(whole).text)
+    return found
+
+
+def test_an_average_says_nothing_of_options_that_it_lacks() -> None:
+    text = export(config({"name": "SimpleAverageAlgorithm"})).text
+    assert "parameters" not in yaml.safe_load(text)
+    translate(text)
+
+
+@pytest.mark.parametrize("empty", [None, {}, []])
+def test_an_empty_option_is_as_none(empty: Any) -> None:
+    method = {"name": "WeightedAverageAlgorithm", "layer_weights": empty}
+    assert exported(method, {"a": "x/a", "b": "x/b"})["merge_method"] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("SlerpMergeAlgorithm", "slerp"), ("NearSwapAlgorithm", "nearswap")],
+)
+def test_too_many_models_are_refused(name: str, method: str) -> None:
+    reason = f"modelpool.models: mergekit's {method} merges exactly 1 beside the base"
+    with pytest.raises(FusionBenchError, match=f"{reason}, and there are 2"):
+        exported({"name": name}, {"_pretrained_": "base", "a": "x/a", "b": "x/b"})
+
+
+def test_too_many_models_in_a_slice_are_refused() -> None:
+    slices = [{"models": {"a": [0, 2], "b": [0, 2]}}]
+    with pytest.raises(FusionBenchError, match=r"method.slices\[0\].models: mergekit's passth"):
+        exported({"name": "StackedLayers", "slices": slices}, {"a": "x/a", "b": "x/b"})

@@ -142,6 +142,28 @@ def test_texts_are_numbers_where_numbers_are_wanted() -> None:
     assert translate(LINEAR.replace("weight: 1", "weight: 1e-3")).method["weights"] == {"a": 0.001}
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan"])
+@pytest.mark.parametrize("name", ["weight", "density"])
+def test_values_are_finite(name: str, value: str) -> None:
+    parameters = f"{{weight: 1, density: 1, {name}: {value}}}".replace(f"{name}: 1, ", "")
+    text = f"merge_method: ties\nbase_model: b\nmodels: [{{model: a, parameters: {parameters}}}]\n"
+    with pytest.raises(FusionBenchError, match=rf"{name}: '-?(nan|inf)' is not a number"):
+        translate(text)
+
+
+def test_what_cannot_be_read_is_not_also_missing() -> None:
+    text = (
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filtre: x, value: 1}]}}]"
+    )
+    with pytest.raises(FusionBenchError) as caught:
+        translate(text)
+    assert [own.key for own in caught.value.problems] == ["models[0].parameters.weight[0].filtre"]
+    text = text.replace("filtre: x, value: 1", "filter: x")
+    with pytest.raises(FusionBenchError) as caught:
+        translate(text)
+    assert [own.key for own in caught.value.problems] == ["models[0].parameters.weight[0].value"]
+
+
 def test_types() -> None:
     policy = translate(f"{LINEAR}dtype: float32\nout_dtype: bfloat16").modelpool["policy"]
     assert policy == {"dtype": "bfloat16"}

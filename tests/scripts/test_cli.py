@@ -346,3 +346,19 @@ def test_a_folder_that_another_run_has_claimed(conf: Path) -> None:
         done = small(conf, "-m", "seed=1,2", f"hydra.sweep.dir={place}")
         assert done.returncode == 3 and "hydra.sweep.dir: " in done.stderr
     assert not list(place.glob("seed*"))
+
+
+@pytest.mark.parametrize("ending", ["", ".yaml"])
+def test_a_word_longer_than_a_name_of_a_file_is_no_file(tmp_path: Path, ending: str) -> None:
+    from fusion_bench.command import file_as_options
+    from fusion_bench.scripts.verbs.merge import separated
+
+    word = f"where=[{{match: {'a' * 300}}}]{ending}"
+    assert separated(["m", word], "method") == (["m"], [f"++method.{word}"])
+    assert file_as_options([word]) == [word]
+    done = fusion_bench(f"{'a' * 300}.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is not there" in done.stderr
+    done = fusion_bench("index", "a" * 300, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "it is too long for the name of a file" in done.stderr

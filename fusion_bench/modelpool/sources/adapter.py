@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
+from fusion_bench.command import is_there
 from fusion_bench.modelpool.card import Origin, stated_license
 from fusion_bench.modelpool.directory import copy_files, processor_files
 from fusion_bench.modelpool.sources.file import whole
@@ -319,7 +320,7 @@ def _hub_name(text: str) -> tuple[str, str]:
 
 def _is_here(name: str) -> bool:
     try:
-        return bool(name) and Path(name).expanduser().exists()
+        return bool(name) and is_there(Path(name).expanduser())
     except (RuntimeError, OSError, ValueError):  # no home, or no name that a file can have
         return False
 

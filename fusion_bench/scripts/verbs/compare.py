@@ -4,7 +4,6 @@ The differences have confidence intervals, and there is a page with tables and p
 """
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 EXAMPLES = """
 fusion_bench compare outputs/2026-01-31/12-00-00 outputs/2026-01-31/13-00-00
@@ -25,11 +24,12 @@ def run(arguments: Namespace) -> None:
     Raises:
         FusionBenchError: another number of names than of reports.
     """
+    from fusion_bench.command import is_there
     from fusion_bench.problems import FusionBenchError
     from fusion_bench.scripts.run import run_composed
     from fusion_bench.scripts.words import in_grammar
 
-    given = [word for word in arguments.reports if "=" not in word or Path(word).exists()]
+    given = [word for word in arguments.reports if "=" not in word or is_there(word)]
     overrides = [word for word in arguments.reports if word not in given]
     if len(given) < 2:
         raise FusionBenchError("there is nothing to compare.", "Name at least two runs.")

@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> None:
 
     given, settings = separated(arguments.models, "method")
     recipe = bool(given) and Path(given[0]).suffix in (".yaml", ".yml")
-    own = of_recipe(arguments, given, settings) if recipe else of_models(arguments, given)
+    own = of_recipe(arguments, given) if recipe else of_models(arguments, given)
     words = [
         *own,
         f"overwrite={str(arguments.overwrite).lower()}",
@@ -82,7 +82,7 @@ def of_models(arguments: Namespace, given: Sequence[str]) -> list[str]:
     return [*pool_words(models, heads=True), f"method={method.name}", out]
 
 
-def of_recipe(arguments: Namespace, given: Sequence[str], settings: Sequence[str]) -> list[str]:
+def of_recipe(arguments: Namespace, given: Sequence[str]) -> list[str]:
     """Return the overrides for a recipe of mergekit.
 
     Raises:
@@ -95,7 +95,6 @@ def of_recipe(arguments: Namespace, given: Sequence[str], settings: Sequence[str
     recipe, *folders = given
     problems = Problems()
     decided = [f"--{key}" for key in ("base", "method") if getattr(arguments, key) is not None]
-    decided += [word.partition("=")[0].lstrip("+") for word in settings if "+method." in word]
     for key in decided:
         problems.add([Problem((), f"{key}: the recipe decides it.", "Change the recipe.")])
     if len(folders) + (arguments.out is not None) > 1:
@@ -108,7 +107,8 @@ def of_recipe(arguments: Namespace, given: Sequence[str], settings: Sequence[str
         words = pool_words({"model": model}, heads=True)
     pool = [word for word in words if not word.startswith("modelpool.models=")]
     out = folder(arguments.out or next(iter(folders), None), [model])
-    return [*pool, f"recipe={in_grammar(recipe)}", out]
+    # A pool whose models are missing would be refused before the recipe's are put there.
+    return [*pool, "modelpool.models={}", f"recipe={in_grammar(recipe)}", out]
 
 
 def folder(out: str | None, models: Iterable[str]) -> str:
@@ -138,12 +138,13 @@ def separated(words: Sequence[str], section: str) -> tuple[list[str], list[str]]
         section: ``method`` or ``taskpool``; the program's own keys come first.
     """
     from fusion_bench.catalog import PROGRAM, options
+    from fusion_bench.command import is_there
 
     own = {option.name for option in options(PROGRAM)}
     models, settings = [], []
     for word in words:
         key, equals, _ = word.partition("=")
-        if not equals or Path(word).exists():
+        if not equals or is_there(word):
             models.append(word)
         else:
             # With '++' Hydra takes any key, and the nearest of the class's own is told.
