@@ -4,7 +4,7 @@ Each function makes the same spec as the command line, and goes the same way wit
 preflight, execute.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -153,8 +153,7 @@ def merge(
         pool: Section
         if recipe is not None:
             decided = {"models": models, "base": base, "method": method}
-            _refuse_decided(name for name, own in decided.items() if own is not None)
-            parts = _of_recipe(recipe, tokenizer, policy, seed, options)
+            parts = _of_recipe(recipe, decided, tokenizer, policy, seed, options)
             node = _with_options("method", parts.method, options, merge)
             pool = parts.modelpool
         else:
@@ -349,6 +348,7 @@ def _of_models(
 
 def _of_recipe(
     recipe: str | PathLike[str],
+    others: Mapping[str, object],
     tokenizer: str | PathLike[str] | Mapping[str, object] | None,
     policy: Mapping[str, object] | MergePolicy | None,
     seed: int | None,
@@ -363,19 +363,15 @@ def _of_recipe(
     with told_in_recipe({("models", "model"): place}, "recipe"):
         node = pool_node({"model": first}, heads=True)
     made = sections(file, _completed(node, {}, tokenizer, policy), seed)
-    decided = [name for name in options if made.decides(f"method.{name}")]
+    decided = [name for name, own in others.items() if own is not None]
     if tokenizer is not None and made.decides("modelpool.tokenizer"):
         decided.append("tokenizer")
-    _refuse_decided(decided)
-    return made
-
-
-def _refuse_decided(names: Iterable[str]) -> None:
-    """Refuse arguments that say what a recipe decides."""
+    decided += [name for name in options if made.decides(f"method.{name}")]
     Problems(
         Problem((name,), "the recipe decides it.", "Leave it out, or change the recipe.")
-        for name in names
+        for name in decided
     ).raise_all()
+    return made
 
 
 def _method(

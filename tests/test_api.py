@@ -341,7 +341,7 @@ def test_what_a_recipe_decides(
 ) -> None:
     monkeypatch.chdir(llamas)
     file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE.format("slerp"))
+    file.write_text(RECIPE.format("slerp") + "\ntokenizer_source: base\n")
     wrong = {"base": "base", "method": "ties", "tokenizer": "base", "t": 0.5}
     assert keys(lambda: fusion_bench.merge(["first"], recipe=file, **wrong)) == ["models", *wrong]
     assert keys(lambda: fusion_bench.merge()) == ["models"]
