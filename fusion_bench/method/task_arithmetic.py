@@ -3,15 +3,15 @@ r"""Task arithmetic: $\theta = \theta_0 + \lambda \sum_t w_t\,(\theta_t - \theta
 Ilharco et al., Editing models with task arithmetic, https://arxiv.org/abs/2212.04089
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.per_model import PerModel, of_each
-from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights import Inputs, MergePiece, same_for_all
 from fusion_bench.weights.ops import divisor, task_vectors, weighted
 
 
@@ -38,6 +38,9 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that adds the scaled sum of the differences to the base."""
         weights = tuple(of_each(self.weights, inputs.names))
+        if type(self) is not TaskArithmeticAlgorithm:  # which may have a merge_tensor of its own
+            own = replace(self, weights=weights) if isinstance(self.weights, Mapping) else self
+            return same_for_all(own.merge_tensor)
         total = inputs.of_piece((_sum, weights), lambda: partial(_sum, weights))
         factor = self.scaling_factor / (divisor(weights) if self.normalize else 1)
 
@@ -46,6 +49,13 @@ class TaskArithmeticAlgorithm(TensorwiseAlgorithm):
             return (total(key, start, tensors, base) * factor).add_(base)
 
         return merge
+
+    def merge_tensor(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Return ``base`` plus ``scaling_factor`` times the sum of the differences to it."""
+        assert base is not None
+        weights = of_each(self.weights, [""] * len(tensors))
+        factor = self.scaling_factor / (divisor(weights) if self.normalize else 1)
+        return _sum(weights, key, 0, tensors, base).mul_(factor).add_(base)
 
 
 def _sum(

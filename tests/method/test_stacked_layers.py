@@ -302,7 +302,7 @@ def test_a_method_of_several_models_is_refused() -> None:
         LiNeSAlgorithm(EMRMerging()),
     ):
         slices = [{"models": {"a": None}, "base": "c", "base_method": several}]
-        wanted = r"^slices\[0\]\.base_method: \w+ makes a model for each task"
+        wanted = r"^slices\[0\]\.base_method: \w+ makes several models, and a slice"
         with pytest.raises(FusionBenchError, match=wanted):
             StackedLayers(slices)
     slices = [{"models": {"a": None, "c": None}, "base_method": Twins()}]

@@ -41,7 +41,7 @@ def test_a_processor_may_be_a_node(family: Path, tmp_path: Path) -> None:
 def test_a_processor_that_is_not_there_is_noticed_before_the_work(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("fusion_bench.modelpool.directory.write_checkpoint")
+    monkeypatch.delattr("fusion_bench.modelpool.directory.write_checkpoints")
     models = HFModelPool({"a": str(family / "a")}, processor=str(family / "aa"))
     with pytest.raises(FusionBenchError, match=r"aa'.*Did you mean"):
         models.save_model(models.weights("a"), tmp_path / "m")
