@@ -24,8 +24,8 @@ from fusion_bench.configs import composed
 from fusion_bench.instantiate import SharedObjects
 from fusion_bench.programs.evaluating import Evaluator
 from fusion_bench.programs.fusing import MERGED, materialize
-from fusion_bench.programs.judging import Judge, fused
 from fusion_bench.programs.prepare import Prepared, prepare
+from fusion_bench.programs.setting_evaluator import SettingEvaluator, fused
 from fusion_bench.programs.spec import FusionSpec
 from fusion_bench.progress import quiet_libraries
 from fusion_bench.results import Interval, SampleScores
@@ -62,20 +62,20 @@ GRIDS: dict[str, dict[str, list[float]]] = {
 
 @dataclass
 class Grid:
-    """A full search: its scores of single samples, and what is needed to judge winners."""
+    """A full search: its scores of single samples, and what is needed to compare winners."""
 
     prepared: Prepared
-    judge: Judge
+    evaluator: SettingEvaluator
     values: list[Mapping[str, Any]]
 
     @property
     def samples(self) -> int:
         """The samples of a setting."""
-        return sum(self.judge.sizes.values())
+        return sum(self.evaluator.sizes.values())
 
     def scores(self) -> list[float]:
         """Return each setting's score on all samples."""
-        weights = self.judge.weights
+        weights = self.evaluator.weights
         return [sum(w * float(own[t].mean()) for t, w in weights.items()) for own in self.values]
 
     def race(self, budget: float | None, seed: int) -> tuple[Race, int]:
@@ -84,7 +84,7 @@ class Grid:
         def look(number: int, samples: Mapping[str, Any]) -> dict[str, Any]:
             return {task: self.values[number][task][own] for task, own in samples.items()}
 
-        race = Race(self.judge.sizes, self.judge.weights, look, seed=seed)
+        race = Race(self.evaluator.sizes, self.evaluator.weights, look, seed=seed)
         for _ in self.values:
             race.add()
         most = None if budget is None else int(budget * len(self.values) * self.samples)
@@ -127,11 +127,11 @@ def evaluated(words: tuple[str, ...], method: str, space: Mapping[str, Any]) -> 
     assert made.modelpool and made.taskpool and made.fabric and made.search
     made.taskpool.prepare(made.fabric)
     data = made.search.learned.data(made.modelpool, made.taskpool, made.fabric, False)
-    judge = Judge(data, made.modelpool, made.taskpool, made.fabric, spec, None)
-    judge.settings, judge.count = made.settings, len(made.settings)
-    judge.evaluate_individuals()
-    every = {task: np.arange(size) for task, size in judge.sizes.items()}
-    return Grid(made, judge, [judge(number, every) for number in range(judge.count)])
+    evaluator = SettingEvaluator(data, made.modelpool, made.taskpool, made.fabric, spec, None)
+    evaluator.settings, evaluator.count = made.settings, len(made.settings)
+    evaluator.evaluate_individuals()
+    every = {task: np.arange(size) for task, size in evaluator.sizes.items()}
+    return Grid(made, evaluator, [evaluator(number, every) for number in range(evaluator.count)])
 
 
 def measured(grid: Grid, zoo: str, method: str, seeds: int) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def measured(grid: Grid, zoo: str, method: str, seeds: int) -> list[dict[str, An
             tested[winner] = on_test(grid, winner)
         gaps = {winner: difference(grid, tested[winner], tested[best]) for winner in set(winners)}
         whole = len(scores) * grid.samples
-        own = grid.judge.samples_of_individuals
+        own = grid.evaluator.samples_of_individuals
         spent = [race.spent for race, _ in races]
         rows.append(
             {
@@ -171,7 +171,7 @@ def measured(grid: Grid, zoo: str, method: str, seeds: int) -> list[dict[str, An
 
 def on_test(grid: Grid, number: int) -> dict[str, SampleScores]:
     """Return a setting's scores on the test split."""
-    made, setting = grid.prepared, grid.judge.settings[number]
+    made, setting = grid.prepared, grid.evaluator.settings[number]
     assert made.modelpool and made.taskpool and made.fabric
     evaluator = Evaluator(made.modelpool, made.taskpool, made.fabric, "none")
     merged = fused(setting, made.modelpool, made.taskpool, made.fabric, made.spec, {})

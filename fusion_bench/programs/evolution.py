@@ -1,4 +1,4 @@
-"""Searches a method's options by evolution, with a race as its judge."""
+"""Searches a method's options by evolution; a race compares the settings that it proposes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from fusion_bench.problems import (
     key_of,
 )
 from fusion_bench.programs.fusing import LearnedSplit
-from fusion_bench.programs.judging import Judge
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.race import begun, check_budget, check_rules, results
 from fusion_bench.programs.search import GridSearch
 from fusion_bench.programs.setting import Setting, located
+from fusion_bench.programs.setting_evaluator import SettingEvaluator
 from fusion_bench.programs.spec import FusionSpec, Section
 from fusion_bench.progress import SAMPLES, step
 from fusion_bench.report import RaceInfo, Search
@@ -207,19 +207,19 @@ class EvolutionSearch:
 
         logging.set_verbosity(logging.WARNING)
         node = settings[0].node
-        judge = Judge(data, modelpool, taskpool, fabric, spec, self._grid.metric)
-        judge.count = self._trials
-        whole = self._trials * sum(judge.sizes.values())
+        evaluator = SettingEvaluator(data, modelpool, taskpool, fabric, spec, self._grid.metric)
+        evaluator.count = self._trials
+        whole = self._trials * sum(evaluator.sizes.values())
         most = int(self._budget * whole)
-        check_budget(most // 2, judge, self._trials)
+        check_budget(most // 2, evaluator, self._trials)
         study = create_study(direction="maximize", sampler=self._optuna_sampler())
-        with step("", judge.samples_of_individuals + most, SAMPLES):
-            race = begun(judge, self._alpha, self._seed)
+        with step("", evaluator.samples_of_individuals + most, SAMPLES):
+            race = begun(evaluator, self._alpha, self._seed)
             first = race.steps_for(most / 2 / self._trials)
             for _ in range(self._trials):
                 trial = study.ask()
                 values = {name: _drawn(trial, name, own) for name, own in self._variables.items()}
-                judge.settings.append(self._setting(node, values))
+                evaluator.settings.append(self._setting(node, values))
                 number = race.add()
                 race.advance([number], first)
                 study.tell(trial, race.score(number))
@@ -231,8 +231,10 @@ class EvolutionSearch:
             num_samples=race.spent,
             whole=whole,
         )
-        chosen = judge.settings[winner]
-        found = self._grid.found(data, judge.metric, results(race, judge), winner, chosen, info)
+        chosen = evaluator.settings[winner]
+        found = self._grid.found(
+            data, evaluator.metric, results(race, evaluator), winner, chosen, info
+        )
         space = dict(
             zip(_names(self._variables), (v.values for v in self._variables.values()), strict=True)
         )

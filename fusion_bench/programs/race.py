@@ -9,10 +9,10 @@ from lightning.fabric import Fabric
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.problems import FusionBenchError, Problems, check_between, within
 from fusion_bench.programs.fusing import LearnedSplit
-from fusion_bench.programs.judging import Judge
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.search import GridSearch
 from fusion_bench.programs.setting import Setting
+from fusion_bench.programs.setting_evaluator import SettingEvaluator
 from fusion_bench.programs.spec import FusionSpec, Section
 from fusion_bench.progress import SAMPLES, step
 from fusion_bench.report import Candidate, RaceInfo, Search
@@ -97,13 +97,13 @@ class RaceSearch:
             FusionBenchError: a metric that is no share of samples, a method that makes several
                 models for one task, or too small a budget.
         """
-        judge = Judge(data, modelpool, taskpool, fabric, spec, self._grid.metric)
-        judge.settings, judge.count = list(settings), len(settings)
-        whole = len(settings) * sum(judge.sizes.values())
+        evaluator = SettingEvaluator(data, modelpool, taskpool, fabric, spec, self._grid.metric)
+        evaluator.settings, evaluator.count = list(settings), len(settings)
+        whole = len(settings) * sum(evaluator.sizes.values())
         most = None if self._budget is None else int(self._budget * whole)
-        check_budget(most, judge, len(settings))
-        with step("", judge.samples_of_individuals + (most or whole), SAMPLES):
-            race = begun(judge, self._alpha, self._seed)
+        check_budget(most, evaluator, len(settings))
+        with step("", evaluator.samples_of_individuals + (most or whole), SAMPLES):
+            race = begun(evaluator, self._alpha, self._seed)
             for _ in settings:
                 race.add()
             winner = race.settle(most)
@@ -115,7 +115,7 @@ class RaceSearch:
             whole=whole,
         )
         found = self._grid.found(
-            data, judge.metric, results(race, judge), winner, settings[winner], info
+            data, evaluator.metric, results(race, evaluator), winner, settings[winner], info
         )
         return found, settings[winner]
 
@@ -133,15 +133,15 @@ def check_rules(budget: float | None, alpha: float, seed: int) -> None:
     problems.raise_all()
 
 
-def check_budget(most: int | None, judge: Judge, count: int) -> None:
+def check_budget(most: int | None, evaluator: SettingEvaluator, count: int) -> None:
     """Refuse fewer samples than the rounds of a race need.
 
     Raises:
         FusionBenchError: there are fewer.
     """
-    needed = least(judge.sizes, count)
+    needed = least(evaluator.sizes, count)
     if most is not None and most < needed:
-        share = ceil(100 * needed / (count * sum(judge.sizes.values()))) / 100
+        share = ceil(100 * needed / (count * sum(evaluator.sizes.values()))) / 100
         raise FusionBenchError(
             f"{most:,} samples are too few for a race of {count} settings.",
             f"Give at least {{here}}budget={share:g}.",
@@ -149,17 +149,17 @@ def check_budget(most: int | None, judge: Judge, count: int) -> None:
         )
 
 
-def begun(judge: Judge, alpha: float, seed: int) -> Race:
+def begun(evaluator: SettingEvaluator, alpha: float, seed: int) -> Race:
     """Return a race without candidates, after the individual models were evaluated."""
     with within("search"):
-        judge.evaluate_individuals()
-    return Race(judge.sizes, judge.weights, judge, alpha, seed)
+        evaluator.evaluate_individuals()
+    return Race(evaluator.sizes, evaluator.weights, evaluator, alpha, seed)
 
 
-def results(race: Race, judge: Judge) -> list[Candidate]:
+def results(race: Race, evaluator: SettingEvaluator) -> list[Candidate]:
     """Return the report of each candidate."""
     found = []
     for number, racer in enumerate(race.racers):
         fate = {"left": racer.left, "led_by": racer.by, "behind": racer.behind}
-        found.append(judge.candidate(number).model_copy(update=fate))
+        found.append(evaluator.candidate(number).model_copy(update=fate))
     return found

@@ -29,9 +29,9 @@ from fusion_bench.programs.fusing import (
     materialize,
     uses_test_split,
 )
-from fusion_bench.programs.judging import candidate, fused, metric_of
 from fusion_bench.programs.pools import PlacedModelPool, TaskPool
 from fusion_bench.programs.setting import Setting, located
+from fusion_bench.programs.setting_evaluator import candidate, fused, metric_of
 from fusion_bench.programs.spec import FusionSpec, Section
 from fusion_bench.progress import SAMPLES, step
 from fusion_bench.report import Candidate, MetricInfo, RaceInfo, Search

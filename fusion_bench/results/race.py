@@ -36,7 +36,7 @@ _ROUNDING = 1e-12
 _FIRST_LOOK = 1 / 16
 
 #: The number of a candidate and the samples by task, to values in [0, 1] by task.
-Judge = Callable[[int, Mapping[str, NDArray[np.int64]]], Mapping[str, Numbers]]
+Evaluate = Callable[[int, Mapping[str, NDArray[np.int64]]], Mapping[str, Numbers]]
 
 
 def evidence(
@@ -119,7 +119,7 @@ class Race:
     Args:
         sizes: how many samples each task has.
         weights: of the tasks' means in the score, above 0.
-        judge: evaluates a candidate on samples.
+        evaluate: evaluates a candidate on samples.
         alpha: see above.
         seed: of the random order of samples.
 
@@ -130,7 +130,7 @@ class Race:
 
     sizes: Mapping[str, int]
     weights: Mapping[str, float]
-    judge: Judge
+    evaluate: Evaluate
     alpha: float = 0.05
     seed: int = 0
     racers: list[Racer] = field(default_factory=list)
@@ -189,7 +189,7 @@ class Race:
             new = {task: samples for task, samples in new.items() if samples.size}
             if not new:
                 continue
-            for task, values in self.judge(number, new).items():
+            for task, values in self.evaluate(number, new).items():
                 racer.values[task][new[task]] = values
             self.spent += self.samples(steps) - self.taken(number)
             racer.steps = steps

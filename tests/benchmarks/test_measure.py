@@ -64,7 +64,7 @@ def test_rows_of_an_older_file_are_said_to_be_of_no_known_commit(
 def test_a_command_is_told_without_paths(
     measure: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["/work/benchmarks/fuse.py", "--small", "--json", "/a/b.json", "--workdir=/c"]
+    words = ["/there/benchmarks/fuse.py", "--small", "--json", "/a/b.json", "--workdir=/c"]
     words += ["--peer", "mergekit=/d/python", "--only", "slerp/slerp"]
     monkeypatch.setattr(sys, "argv", words)
     told = "python benchmarks/fuse.py --small --peer mergekit=… --only slerp/slerp"

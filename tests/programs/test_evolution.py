@@ -1,4 +1,4 @@
-"""Evolution proposes options of a method, and a race judges them."""
+"""Evolution proposes options of a method, and a race compares them."""
 
 from pathlib import Path
 from typing import Any

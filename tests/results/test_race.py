@@ -93,11 +93,11 @@ WEIGHTS = {"a": 0.3, "b": 0.4, "c": 0.35}
 def race(values, count, seed=0, alpha=0.05):
     asked: list[tuple[int, dict]] = []
 
-    def judge(number, samples):
+    def evaluate(number, samples):
         asked.append((number, samples))
         return {task: values[task][number][own] for task, own in samples.items()}
 
-    own = Race(SIZES, WEIGHTS, judge, alpha, seed)
+    own = Race(SIZES, WEIGHTS, evaluate, alpha, seed)
     for _ in range(count):
         own.add()
     return own, asked

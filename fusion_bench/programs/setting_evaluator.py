@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _GRID = "Use fusion_bench.programs.GridSearch."
 
 
-class Judge:
+class SettingEvaluator:
     """Evaluates settings on parts of a split.
 
     Args:
