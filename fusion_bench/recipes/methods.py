@@ -70,7 +70,8 @@ class Method:
             return None
         beside = " beside the base" if self.base in ("origin", "end", "optional") else ""
         wanted = f"exactly {least}" if least == most else f"at least {least}"
-        return f"{name} merges {wanted}{beside}, and there are {count}."
+        models = "model" if least == 1 else "models"
+        return f"{name} merges {wanted} {models}{beside}, and there are {count}."
 
 
 _ANY = {True: True, False: False}

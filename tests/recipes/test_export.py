@@ -150,7 +150,7 @@ def test_an_empty_option_is_as_none(empty: Any) -> None:
     [("SlerpMergeAlgorithm", "slerp"), ("NearSwapAlgorithm", "nearswap")],
 )
 def test_too_many_models_are_refused(name: str, method: str) -> None:
-    reason = f"modelpool.models: mergekit's {method} merges exactly 1 beside the base"
+    reason = f"modelpool.models: mergekit's {method} merges exactly 1 model beside the base"
     with pytest.raises(FusionBenchError, match=f"{reason}, and there are 2"):
         exported({"name": name}, {"_pretrained_": "base", "a": "x/a", "b": "x/b"})
 

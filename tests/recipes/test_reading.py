@@ -81,7 +81,7 @@ tokenizer: {source: union}
         ("merge_method: slerp\nmodels: [{model: a}, {model: b}]\nbase_model: a", "parameters.t",
          "missing; slerp needs it."),
         ("merge_method: slerp\nbase_model: c\nmodels: [{model: a}, {model: b}]\nparameters: {t: 1}",
-         "models", "slerp merges exactly 1 beside the base, and there are 2."),
+         "models", "slerp merges exactly 1 model beside the base, and there are 2."),
         ("merge_method: slerp\nbase_model: c\nmodels: [{model: a}]\nparameters: "
          "{t: [{filter: mlp, value: 1}]}", "parameters.t", "none of the filters fits"),
         ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [3, 1]}]}]",
