@@ -8,7 +8,7 @@ The checkpoints are random Llamas of 400 MB in bfloat16, a base and eight that d
 noise: one is deep, the other has a vocabulary of 128,256 tokens. Each figure is of a process of its
 own, `fusion_bench --config-name merge_llm …`: the peak of its anonymous memory (`RssAnon`, without
 the mapped files, which the system may drop) and the seconds that the cores worked for it. What
-Python and torch take before any merge is the first row. Rows that the file of `--json` has are
+Python and torch take before any merge is the first row, imported as the command does. Rows that the file of `--json` has are
 kept: a run that was stopped goes on. A method that does not suit the models is left out and named.
 """
 
@@ -132,7 +132,10 @@ def measured(row: str, root: Path, counts: list[int], known: dict[str, str]) -> 
         if column in found:
             continue
         if row == BASELINE:
-            code = "import torch, transformers, fusion_bench.programs, fusion_bench.method"
+            code = (
+                "from fusion_bench.scripts.lightning_alone import import_fabric_alone as first;"
+                "first(); import torch, transformers, fusion_bench.programs, fusion_bench.method"
+            )
             megabytes, seconds, _ = watched([sys.executable, "-c", code])
         elif (exactly := 1 if row in TWO_ENDS else EXACTLY.get(row, count)) and (
             exactly != count and count != min(counts)
