@@ -8,8 +8,9 @@ The checkpoints are random Llamas of 400 MB in bfloat16, a base and eight that d
 noise: one is deep, the other has a vocabulary of 128,256 tokens. Each figure is of a process of its
 own, `fusion_bench --config-name merge_llm …`: the peak of its anonymous memory (`RssAnon`, without
 the mapped files, which the system may drop) and the seconds that the cores worked for it. What
-Python and torch take before any merge is the first row, imported as the command does. Rows that the file of `--json` has are
-kept: a run that was stopped goes on. A method that does not suit the models is left out and named.
+Python and torch take before any merge has a row, imported as the command does. Rows that the file
+of `--json` has are kept: a run that was stopped goes on. A method that does not suit the models is
+left out and named.
 """
 
 import sys
