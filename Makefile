@@ -9,7 +9,7 @@ demo: .venv/installed ## fuse and evaluate the embedded models
 	$(BIN)/fusion_bench
 
 test: .venv/installed-dev ## run the tests
-	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+	$(BIN)/pytest --processes=auto
 
 check: .venv/installed-dev ## lint and type-check
 	$(BIN)/ruff check .

@@ -150,10 +150,10 @@ def _for_libraries(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if _READ_AT_IMPORT.match(name)}
 
 
-def servers() -> tuple[str, str]:
+def servers(at_once: bool = False) -> tuple[str, str]:
     """Return the addresses of the first server and of the second, for all processes of the tests.
 
-    They are started here when something is asked of one, which waits for it then.
+    They are started here when something is asked of one, which waits for it then, or at once.
     """
     directory = tempfile.TemporaryDirectory(prefix="warm-")
     listeners, places = [], []
@@ -166,7 +166,8 @@ def servers() -> tuple[str, str]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
-        select.select(listeners, [], [])
+        if not at_once:
+            select.select(listeners, [], [])
         numbers = [listener.fileno() for listener in listeners]
         command = [sys.executable, str(Path(__file__).with_name("warm.py")), *map(str, numbers)]
         nothing = subprocess.DEVNULL

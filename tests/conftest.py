@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,41 +31,54 @@ CLASSES = {"a": ["abbey", "airplane_cabin", "beach"], "b": ["cat", "dog", "emu",
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let whoever runs the exhaustive tests write what the pages show of them."""
+    """Let whoever runs the tests say in how many processes, and whether tables are written."""
+    told = "run the tests in so many processes; auto is one more than there are cores"
+    parser.addoption("--processes", metavar="N", type=_processes, default=0, help=told)
     told = "write what the page on reliability shows of the exhaustive tests"
     parser.addoption("--tables", action="store_true", help=told)
 
 
-@pytest.hookimpl(wrapper=True, optionalhook=True)
-def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """Return one process more than there are cores, for many tests wait now and then."""
-    return (yield) + 1
+def _processes(word: str) -> int:
+    """Return how many; ``auto`` is one more than there are cores, for many tests wait at times."""
+    return (os.cpu_count() or 1) + 1 if word == "auto" else int(word)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Draw more cases where that is asked for; no test is imported yet."""
-    workers = getattr(config.option, "numprocesses", None)
-    if workers and not hasattr(config, "workerinput"):
-        _hand_out(workers)
-    else:
-        gc.disable()  # until all tests are imported: to look through what stays takes seconds
+    if count := config.getoption("processes"):
+        _hand_out(count)
+    gc.disable()  # until all tests are imported: to look through what stays takes seconds
     if _exhaustive(config):
         exhaustively()
-    if config.getoption("tables") and not hasattr(config, "workerinput"):
+    if config.getoption("tables"):
         config.pluginmanager.register(_Tables())
     settings.register_profile("ours", max_examples=examples(settings.default.max_examples))
     settings.load_profile("ours")
 
 
-def _hand_out(workers: int) -> None:
+def _hand_out(count: int) -> None:
     """Set what the processes with the tests inherit; they share one warm process."""
     # Processes that share the cores are no faster with more threads; torch reads it at import.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # The models are built with two threads, which else wait for each other at full speed.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The models are built with two threads, which else wait for each other at full speed. Those
+    # that do not turn at all (OMP_WAIT_POLICY=PASSIVE) stay on one core, and take three times it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import commandline
 
-    os.environ[commandline.SERVERS] = ",".join(commandline.servers())
+    os.environ[commandline.SERVERS] = ",".join(commandline.servers(at_once=True))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run the tests in several processes, if that is asked for."""
+    count = session.config.getoption("processes")
+    if not count or session.config.option.collectonly or session.testsfailed:
+        return None
+    import workers
+
+    workers.run(session, count)
+    return True
 
 
 def _exhaustive(config: pytest.Config) -> bool:

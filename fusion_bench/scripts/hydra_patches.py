@@ -11,14 +11,17 @@ from functools import cache
 from typing import Any, cast
 
 import yaml
+from hydra._internal import defaults_list as defaults_internal
 from hydra._internal import hydra as hydra_internal
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf, JobConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import InputDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
 from omegaconf import _utils as omegaconf_internal
 
 from fusion_bench.configs import CONFIG_DIR, register
@@ -28,6 +31,7 @@ from fusion_bench.scripts.checked import CheckedConfigLoader, launchers
 from fusion_bench.trust import config_folders
 
 _omegaconf_loader = omegaconf_internal.get_yaml_loader
+_interpolation_map = defaults_internal._create_interpolation_map
 
 
 class PackagedConfigs(SearchPathPlugin):
@@ -46,6 +50,7 @@ def set_up_hydra() -> None:
     """Set up Hydra with our config groups, sweeps, launchers and checks."""
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     hydra_internal.Hydra.get_mode = _mode  # type: ignore[assignment, method-assign]
+    defaults_internal._create_interpolation_map = _choices
     omegaconf_internal.get_yaml_loader = _yaml_loader
     sys.modules["hydra.main"].get_args_parser = arguments_parser  # type: ignore[attr-defined]
     Plugins.instance().register(PackagedConfigs)
@@ -98,6 +103,18 @@ def _mode(hydra: hydra_internal.Hydra, config_name: str | None, overrides: list[
         return cast(CheckedConfigLoader, hydra.config_loader).mode(config_name, overrides)
     except Exception:  # as in Hydra; the run composes it again, and tells
         return None
+
+
+def _choices(
+    overrides: defaults_internal.Overrides, defaults_list: list[InputDefault], self_added: bool
+) -> DictConfig:
+    """Return what the entries of a defaults list may refer to, where one of them refers to any.
+
+    Hydra makes it for each file, which is a tenth of composing.
+    """
+    if any(each.is_interpolation() for each in defaults_list):
+        return _interpolation_map(overrides, defaults_list, self_added)
+    return DictConfig({})
 
 
 @cache
