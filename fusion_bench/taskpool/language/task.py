@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
@@ -160,7 +160,8 @@ class LanguageTask(ABC, Generic[Item]):
         Raises:
             FusionBenchError: a source that cannot be read, or a sample that is not the task's.
         """
-        _ = self.tokenizer
+        with within(*self.settings, "tokenizer"):
+            _ = self._tokenizer.identity  # which reads it, unless it was read before
         if self._texts is None:
             self._texts = self._load(self._node, self._place)
         self._items = self._made(self._texts)
@@ -271,13 +272,14 @@ class LanguageTask(ABC, Generic[Item]):
 
     def _load(self, node: Any, place: DatasetPlace) -> Texts:
         texts = Texts.load(node, place)
-        self._check_columns(texts.features)
+        self._check_columns(texts.columns)
         return texts
 
-    def _check_columns(self, features: Mapping[str, Any]) -> None:
+    def _check_columns(self, columns: Iterable[str]) -> None:
+        columns = list(columns)
         for key, template in self.templates.items():
             with within(*self.settings, key):
-                template.check(features)
+                template.check(columns)
 
     def _made(self, texts: Texts) -> list[Item]:
         items = []
