@@ -25,7 +25,7 @@ def read_sealed(path: Path) -> bytes | None:
     return None
 
 
-def remembered(part: str, about: object, make: Callable[[], str]) -> str:
+def remembered(part: str, about: object, make: Callable[[], str], *, keeps: bool = True) -> str:
     """Return a text that depends on nothing but ``about``; it is made once and kept in the cache.
 
     A cache that cannot be written to is no reason to stop: the text is made again.
@@ -34,6 +34,7 @@ def remembered(part: str, about: object, make: Callable[[], str]) -> str:
         part: the cache's folder.
         about: JSON data, arrays among them.
         make: returns the text. What it raises passes through, and nothing is kept.
+        keeps: whether a new text is kept, which a run that leaves nothing does not want.
     """
     canonical = json.dumps(about, default=_plain)  # order may matter
     name = hashlib.sha256(canonical.encode()).hexdigest()
@@ -42,7 +43,8 @@ def remembered(part: str, about: object, make: Callable[[], str]) -> str:
         return known.decode()
     made = make()
     with suppress(OSError):
-        write_sealed(path, made.encode())
+        if keeps:
+            write_sealed(path, made.encode())
     return made
 
 

@@ -38,8 +38,12 @@ def class_named(name: str) -> Any:
         ) from error
 
 
-def check_class(name: str) -> None:
+def check_class(name: str, *, keeps: bool) -> None:
     """Refuse a class that transformers does not have; it is imported to look only once.
+
+    Args:
+        name: of the class.
+        keeps: whether what was seen is kept for the next run.
 
     Raises:
         FusionBenchError: as ``class_named``.
@@ -49,7 +53,7 @@ def check_class(name: str) -> None:
         class_named(name)
         return ""
 
-    remembered("facts", ["class", version("transformers"), name], look)
+    remembered("facts", ["class", version("transformers"), name], look, keeps=keeps)
 
 
 def config_of(content: Config, config_class: str) -> "PretrainedConfig":

@@ -207,7 +207,7 @@ class HFModelPool:
         plan = Plan()
         if built:
             with plan.collect():
-                check_class(self.model_class)
+                check_class(self.model_class, keeps=scratch is None)
         known = []
         for name in self._sources:
             with plan.collect("models", name):
