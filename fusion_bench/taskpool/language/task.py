@@ -19,6 +19,7 @@ from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.taskpool.datasets import DatasetPlace, plan_dataset
 from fusion_bench.taskpool.language.encoding import Encoder
 from fusion_bench.taskpool.language.model import LanguageModel
+from fusion_bench.taskpool.language.rows import Rows
 from fusion_bench.taskpool.language.templates import Template
 from fusion_bench.taskpool.language.texts import Texts
 from fusion_bench.taskpool.language.tuning import TextData
@@ -78,6 +79,7 @@ class LanguageTask(ABC, Generic[Item]):
         self._texts: Texts | None = None
         self._items: list[Item] | None = None
         self._encoded: dict[tuple[bool, Item], Any] = {}
+        self._rows = Rows()
 
     @property
     def owner(self) -> str | None:
@@ -139,6 +141,7 @@ class LanguageTask(ABC, Generic[Item]):
         task._tokenizer = source
         task._items = None
         task._encoded = {}
+        task._rows = Rows()
         return task
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:
@@ -198,7 +201,7 @@ class LanguageTask(ABC, Generic[Item]):
             FusionBenchError: a model that gives no logits of tokens, or values that are no numbers.
         """
         with within(*self.settings):
-            asked = LanguageModel(model, self._tokenizer, how, self._max_length)
+            asked = LanguageModel(model, self._tokenizer, how, self._max_length, self._rows)
             return self.scores(asked, [self.items[i] for i in samples], samples)
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
