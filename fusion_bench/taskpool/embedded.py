@@ -27,10 +27,10 @@ class Columns(Mapping[str, Any]):
         return len(self._names)
 
 
-def embedded_rows(node: Any) -> list[dict[str, Any]] | None:
-    """Return the rows of an embedded split of texts and whole numbers; None for all others.
+def embedded_split(node: Any) -> tuple[str, list[dict[str, Any]]] | None:
+    """Return the name and the rows of an embedded split of texts and whole numbers; else None.
 
-    They are what the dataset would hold, which need not be made for them.
+    The rows are what the dataset would hold, which need not be made for them.
 
     Raises:
         FusionBenchError: there is no such data set or split.
@@ -44,7 +44,7 @@ def embedded_rows(node: Any) -> list[dict[str, Any]] | None:
     name, split = given["name"], given.get("split", "test")
     language.check_dataset(name, split)
     found = rows(name, split)
-    return found if all(map(_is_plain, found[0].values())) else None
+    return (split, found) if all(map(_is_plain, found[0].values())) else None
 
 
 def _is_text(value: Any) -> bool:

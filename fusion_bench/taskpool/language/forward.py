@@ -140,11 +140,11 @@ class Forward:
         """Return what is added to attention scores, of shape (rows, 1, width, width)."""
         width = branch.shape[1]
         queries, keys = branch[:, :, None], branch[:, None, :]
-        seen = (keys == 0) | (keys == queries)
+        seen = (keys == queries).logical_or_(keys == 0)
         seen &= torch.ones(width, width, dtype=torch.bool, device=branch.device).tril()
         dtype = next(self.module.parameters()).dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=branch.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        values = torch.tensor([torch.finfo(dtype).min, 0], dtype=dtype, device=branch.device)
+        return torch.where(seen, values[1], values[0])[:, None]
 
     def _seq2seq(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
         """Read each context once by the encoder, and each continuation by the decoder."""

@@ -15,7 +15,7 @@ from fusion_bench.taskpool.datasets import (
     load_split,
     refuse_unusable,
 )
-from fusion_bench.taskpool.embedded import embedded_rows
+from fusion_bench.taskpool.embedded import embedded_split
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -27,7 +27,7 @@ class Texts:
     Args:
         load: returns the split.
         place: of the dataset, for messages.
-        rows: what the split holds, where that is known without it.
+        known: the split's name and what it holds, where that is known without it.
 
     Raises:
         FusionBenchError: no sample.
@@ -37,10 +37,13 @@ class Texts:
         self,
         load: "Callable[[], Dataset]",
         place: DatasetPlace,
-        rows: Sequence[Mapping[str, Any]] | None = None,
+        known: tuple[str, Sequence[Mapping[str, Any]]] | None = None,
     ):
         self._load = load
-        self._rows = rows
+        self._split: str | None = None
+        self._rows: Sequence[Mapping[str, Any]] | None = None
+        if known is not None:
+            self._split, self._rows = known
         self.place = place
         if not len(self):
             raise place.refusal("it has no sample.", "Choose another split.")
@@ -53,10 +56,10 @@ class Texts:
             FusionBenchError: a dataset that cannot be read, no single split, or no sample.
         """
         with place.located():
-            rows = embedded_rows(node)
-            dataset = load_split(node) if rows is None else None
-        if dataset is None:
-            return cls(lambda: load_split(node), place, rows)
+            known = embedded_split(node)
+            if known is not None:
+                return cls(lambda: load_split(node), place, known)
+            dataset = load_split(node)
         refuse_unusable(dataset, place, Folders.of(node))
         return cls(lambda: dataset, place)
 
@@ -64,6 +67,11 @@ class Texts:
     def dataset(self) -> "Dataset":
         """The split."""
         return self._load().with_format(None)
+
+    @property
+    def split(self) -> str:
+        """The split's name; empty where the dataset has none."""
+        return str(self.dataset.split or "") if self._split is None else self._split
 
     def __len__(self) -> int:
         return len(self.dataset if self._rows is None else self._rows)

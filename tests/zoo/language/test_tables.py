@@ -189,6 +189,7 @@ def test_texts_are_those_of_the_dataset_which_is_made_only_for_its_hash(
         texts = Texts.load(node, DatasetPlace(("dataset",)))
         assert list(texts) == list(dataset) and len(texts) == len(dataset)
         assert sorted(texts.columns) == sorted(dataset.features)
+        assert texts.split == str(dataset.split) == "validation"
         assert texts.fingerprint == columns_sha256(dataset, list(dataset.features))
         # Real numbers are rounded by the dataset, so that it is always made.
         assert len(made) == (times if name == language.SCORED else 1)
