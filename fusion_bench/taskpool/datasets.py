@@ -23,10 +23,9 @@ from fusion_bench.problems import (
 )
 from fusion_bench.repository import hub_cache
 from fusion_bench.sources import load, reading, refuse_missing_path
-from fusion_bench.taskpool.embedded import EMBEDDED_TEXTS, Columns
+from fusion_bench.taskpool.embedded import EMBEDDED_TEXTS, Columns, embedded_rows
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS, dense, language
 from fusion_bench.zoo import load_dataset as load_from_zoo
-from fusion_bench.zoo.language.tables import rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -287,7 +286,8 @@ def _described_scenes(given: Mapping[str, Any], scratch: Path | None) -> Describ
 def _described_texts(given: Mapping[str, Any], scratch: Path | None) -> Described:
     name, split = str(given.get("name")), str(given.get("split", "test"))
     language.check_dataset(name, split)
-    features = Columns(list(rows(name, split)[0]), lambda: language.columns(name))
+    drawn = embedded_rows(name, split, keeps=scratch is None)
+    features = Columns(list(drawn[0]), lambda: language.columns(name))
     return Described(dict.fromkeys(SPLITS), features)
 
 

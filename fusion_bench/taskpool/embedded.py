@@ -1,8 +1,10 @@
 """The embedded texts, whose rows are known without ``datasets``."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from fusion_bench.sealed import remembered
 from fusion_bench.zoo import language
 from fusion_bench.zoo.language.tables import rows
 
@@ -27,6 +29,20 @@ class Columns(Mapping[str, Any]):
         return len(self._names)
 
 
+def embedded_rows(name: str, split: str, *, keeps: bool = True) -> list[dict[str, Any]]:
+    """Return the rows of an embedded split, which are drawn once.
+
+    Args:
+        name: of the data set.
+        split: of it.
+        keeps: whether they are kept for the next run.
+    """
+    about = ["rows", language.RECIPES["llama-tiny"].key(), name, split]  # by what draws them
+    kept = remembered("facts", about, lambda: json.dumps(rows(name, split)), keeps=keeps)
+    found: list[dict[str, Any]] = json.loads(kept)
+    return found
+
+
 def embedded_split(node: Any) -> tuple[str, list[dict[str, Any]]] | None:
     """Return the name and the rows of an embedded split of texts and whole numbers; else None.
 
@@ -43,7 +59,7 @@ def embedded_split(node: Any) -> tuple[str, list[dict[str, Any]]] | None:
         return None
     name, split = given["name"], given.get("split", "test")
     language.check_dataset(name, split)
-    found = rows(name, split)
+    found = embedded_rows(name, split)
     return (split, found) if all(map(_is_plain, found[0].values())) else None
 
 
