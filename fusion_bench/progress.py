@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from contextvars import ContextVar
 from typing import TextIO, TypeVar
 
+from fusion_bench.imports import when_imported
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -431,16 +433,34 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' bars without a terminal, and their advice always."""
+    """Silence the libraries' bars without a terminal, and their advice always.
+
+    Libraries that are not imported yet are silenced when they are.
+    """
+    when_imported("datasets", _quiet_datasets)
+    when_imported("huggingface_hub", _quiet_hub)
+    when_imported("transformers", _quiet_transformers)
+    for name in ("httpx2", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _quiet_datasets() -> None:
     import datasets
-    import huggingface_hub.utils
-    import transformers
 
     if not watched():
         datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+
+
+def _quiet_hub() -> None:
+    import huggingface_hub.utils
+
+    if not watched():
         huggingface_hub.utils.disable_progress_bars()
+
+
+def _quiet_transformers() -> None:
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
-    for name in ("httpx2", "lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)

@@ -4,13 +4,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fusion_bench.pretrained import from_pretrained
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.repository import Repository, locate
+from fusion_bench.sealed import remembered
 from fusion_bench.sources import load, plain_source, reading, unbuilt
+from fusion_bench.storage import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,14 +89,29 @@ class TokenizerSource:
         from transformers import AutoTokenizer
 
         with reading("processor", found.name):
-            place = found.fetch(*tokenizer_files(found), *({"config.json"} & found.files))
+            place = found.fetch(*_read_files(found))
             made = from_pretrained(AutoTokenizer, place, model=False)
         return cast("PreTrainedTokenizerBase", made)
 
     @cached_property
     def identity(self) -> str:
-        """The hash of all that decides which tokens a text becomes, and back."""
-        return identity(self.tokenizer)
+        """The hash of all that decides which tokens a text becomes, and back.
+
+        The tokenizer is not read again if one of the same files was read before.
+
+        Raises:
+            FusionBenchError: as ``tokenizer``.
+        """
+        found = self._found
+        known = "tokenizer" in vars(self)
+        if known or not self.exists or not isinstance(found, Repository) or found.code:
+            return identity(self.tokenizer)
+        with reading("processor", found.name):
+            place = found.fetch(*_read_files(found))
+            files = {name: file_sha256(place / name) for name in _read_files(found)}
+        libraries = [version(name) for name in ("transformers", "tokenizers")]
+        about = ["tokenizer", libraries, files]
+        return remembered("facts", about, lambda: identity(self.tokenizer))
 
 
 def tokenizer_files(repository: Repository) -> list[str]:
@@ -106,6 +124,11 @@ def tokenizer_files(repository: Repository) -> list[str]:
     if TEMPLATES in repository.folders:
         own += sorted(repository.inside(TEMPLATES))
     return own
+
+
+def _read_files(repository: Repository) -> list[str]:
+    """Return the files that a tokenizer is read from."""
+    return sorted({*tokenizer_files(repository), *({"config.json"} & repository.files)})
 
 
 def identity(tokenizer: "PreTrainedTokenizerBase") -> str:

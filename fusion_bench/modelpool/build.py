@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fusion_bench.pretrained import from_config, from_pretrained
 from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.repository import Repository
+from fusion_bench.sealed import remembered
 from fusion_bench.sources import reading
 from fusion_bench.trust import trusts_remote_code
 from fusion_bench.weights import Config, Weights, in_memory, shortened, weight_files
@@ -34,6 +36,24 @@ def class_named(name: str) -> Any:
         raise FusionBenchError(
             f"transformers has no '{name}'.", did_you_mean(name, known), place=("model_class",)
         ) from error
+
+
+def check_class(name: str, *, keeps: bool) -> None:
+    """Refuse a class that transformers does not have; it is imported to look only once.
+
+    Args:
+        name: of the class.
+        keeps: whether what was seen is kept for the next run.
+
+    Raises:
+        FusionBenchError: as ``class_named``.
+    """
+
+    def look() -> str:
+        class_named(name)
+        return ""
+
+    remembered("facts", ["class", version("transformers"), name], look, keeps=keeps)
 
 
 def config_of(content: Config, config_class: str) -> "PretrainedConfig":

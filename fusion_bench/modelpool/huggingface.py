@@ -20,7 +20,7 @@ from fusion_bench.modelpool.agreement import PREPROCESSOR, holds
 from fusion_bench.modelpool.blueprint import blueprint
 from fusion_bench.modelpool.build import (
     build,
-    class_named,
+    check_class,
     config_of,
     read_whole,
     refuse_incomplete,
@@ -207,7 +207,7 @@ class HFModelPool:
         plan = Plan()
         if built:
             with plan.collect():
-                class_named(self.model_class)
+                check_class(self.model_class, keeps=scratch is None)
         known = []
         for name in self._sources:
             with plan.collect("models", name):

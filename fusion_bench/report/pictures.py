@@ -1,24 +1,32 @@
 """Plots as reproducible inline SVG with the page's colours and fonts.
 
 A plot uses the page's CSS variables as colours. matplotlib does not support them, so it draws with
-placeholders that are replaced afterwards.
+placeholders that are replaced afterwards. A plot that was drawn before is taken from the cache, and
+matplotlib is not imported for it.
 """
 
 import io
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from functools import cache, wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec
 from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.projections.polar import PolarAxes
 from numpy.typing import NDArray
+
+from fusion_bench.sealed import remembered
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
 
 _INK, _SOFT, _LINE = "#010101", "#010102", "#010103"
 _SERIES = ["#010104", "#010105", "#010106"]
@@ -55,6 +63,24 @@ RADAR = range(3, 13)
 _ANNOTATED = 200
 
 
+def _drawn_once(draw: Callable[P, str]) -> Callable[P, str]:
+    """Draw a picture of the same figures only once."""
+
+    @wraps(draw)
+    def found(*given: P.args, **named: P.kwargs) -> str:
+        about = [_drawn_by(), draw.__name__, given, named]
+        return remembered("pictures", about, lambda: draw(*given, **named))
+
+    return found
+
+
+@cache
+def _drawn_by() -> list[str]:
+    """Return what decides how a picture looks besides its figures."""
+    return [version("matplotlib"), Path(__file__).read_text(encoding="utf-8")]
+
+
+@_drawn_once
 def accuracies(
     tasks: Sequence[str],
     series: Mapping[str, Sequence[float | None]],
@@ -93,6 +119,7 @@ def accuracies(
         return _svg(figure, title, words)
 
 
+@_drawn_once
 def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
@@ -112,14 +139,16 @@ def heat_map(
         limit: the colours go from red at ``-limit`` by white at 0 to blue at ``limit``; without it
             from white at 0 to blue at the largest value.
     """
+    from matplotlib import colormaps
+
     annotated = values.size <= _ANNOTATED
     width, height = (0.44, 0.3) if annotated else (0.22, 0.22)  # of a cell, in inches
     size = (width * len(columns), height * len(rows))
     low, high = (-limit, limit) if limit is not None else (0.0, _largest(values))
     with _style():
-        figure = Figure(size)
+        figure = _figure(size)
         axes = figure.add_axes((0, 0, 1, 1))
-        colours = matplotlib.colormaps["RdBu" if low < 0 else "Blues"].with_extremes(bad="none")
+        colours = colormaps["RdBu" if low < 0 else "Blues"].with_extremes(bad="none")
         axes.imshow(values, colours, vmin=low, vmax=high, aspect="auto", interpolation="none")
         axes.set_xticks(
             range(len(columns)),
@@ -137,6 +166,7 @@ def heat_map(
         return _svg(figure, title, description)
 
 
+@_drawn_once
 def ranking(
     names: Sequence[str],
     values: Sequence[float],
@@ -155,7 +185,7 @@ def ranking(
     """
     height = max(1.0, 0.24 * len(names))
     with _style():
-        figure = Figure((3.6, height))
+        figure = _figure((3.6, height))
         axes = figure.add_axes((0, 0, 1, 1))
         positions = np.arange(len(names))
         axes.errorbar(
@@ -174,6 +204,7 @@ def ranking(
         return _svg(figure, title, _in_words(dict(zip(names, values, strict=True)), unit))
 
 
+@_drawn_once
 def curves(
     parameter: str,
     series: Mapping[str, Sequence[tuple[float, float, float]]],
@@ -190,7 +221,7 @@ def curves(
         unit: of the values; those in ``%`` are fractions.
     """
     with _style():
-        figure = Figure((4.6, 2.8))
+        figure = _figure((4.6, 2.8))
         axes = figure.add_axes((0, 0, 1, 1))
         words: dict[str, float] = {}
         for place, (name, points) in enumerate(series.items()):
@@ -215,6 +246,7 @@ class Runner(NamedTuple):
     error: float
 
 
+@_drawn_once
 def race(series: Mapping[str, Sequence[Runner]], title: str, unit: str = "%") -> str:
     """Return a plot of how far candidates came in a race, and of their scores there.
 
@@ -225,7 +257,7 @@ def race(series: Mapping[str, Sequence[Runner]], title: str, unit: str = "%") ->
     """
     scale = _scale_of(unit)
     with _style():
-        figure = Figure((4.6, 2.8))
+        figure = _figure((4.6, 2.8))
         axes = figure.add_axes((0, 0, 1, 1))
         for place, (name, runners) in enumerate(series.items()):
             samples, values, errors = np.array(runners, dtype=np.float64).reshape(-1, 3).T
@@ -252,7 +284,7 @@ def race(series: Mapping[str, Sequence[Runner]], title: str, unit: str = "%") ->
         return _svg(figure, title, words)
 
 
-def _value_axes(axes: Axes, title: str, axis: Literal["x", "y"]) -> None:
+def _value_axes(axes: "Axes", title: str, axis: Literal["x", "y"]) -> None:
     (axes.set_xlabel if axis == "x" else axes.set_ylabel)(title)
     axes.grid(axis=axis, lw=0.6)
     axes.set_axisbelow(True)
@@ -292,6 +324,7 @@ class Line(NamedTuple):
     spread: Sequence[float]
 
 
+@_drawn_once
 def panels_of_curves(
     panels: Mapping[str, Sequence[Line]],
     title: str,
@@ -311,7 +344,7 @@ def panels_of_curves(
     """
     scale = _scale_of(unit)
     with _style():
-        figure = Figure((2.9 * len(panels), 2.6))
+        figure = _figure((2.9 * len(panels), 2.6))
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
         figure.subplots_adjust(wspace=0.08)
         names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
@@ -378,8 +411,10 @@ def _top(values: Mapping[str, NDArray[np.float64]]) -> float:
 
 def _radar(
     tasks: Sequence[str], values: Mapping[str, NDArray[np.float64]], whole: str | None
-) -> Figure:
-    figure = Figure((3.6, 3.6))
+) -> "Figure":
+    from matplotlib.projections.polar import PolarAxes
+
+    figure = _figure((3.6, 3.6))
     axes = figure.add_axes((0, 0, 1, 1), projection="polar")
     assert isinstance(axes, PolarAxes)
     axes.set_theta_zero_location("N")
@@ -416,10 +451,10 @@ def _bars(
     whole: str | None,
     *,
     percent: bool,
-) -> Figure:
+) -> "Figure":
     thick = 0.16  # of a bar, in inches
     height = max(1.0, len(tasks) * (len(values) * thick + 0.12))
-    figure = Figure((3.6, height))
+    figure = _figure((3.6, height))
     axes = figure.add_axes((0, 0, 1, 1))
     positions = np.arange(len(tasks), dtype=np.float64)
     unit = thick * len(tasks) / height
@@ -458,7 +493,7 @@ def _look(place: int) -> dict[str, Any]:
     }
 
 
-def _legend(figure: Figure, axes: Axes, below: float) -> None:
+def _legend(figure: "Figure", axes: "Axes", below: float) -> None:
     handles, names = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -470,7 +505,7 @@ def _legend(figure: Figure, axes: Axes, below: float) -> None:
     )
 
 
-def _annotate(axes: Axes, values: NDArray[np.float64], colour: Any) -> None:
+def _annotate(axes: "Axes", values: NDArray[np.float64], colour: Any) -> None:
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             red, green, blue, _ = colour(value)
@@ -481,7 +516,7 @@ def _annotate(axes: Axes, values: NDArray[np.float64], colour: Any) -> None:
 
 
 def _scale(
-    figure: Figure, size: tuple[float, float], low: float, high: float, colours: Any
+    figure: "Figure", size: tuple[float, float], low: float, high: float, colours: Any
 ) -> None:
     """Draw the colour scale below the plot."""
     width, height = size
@@ -496,19 +531,29 @@ def _scale(
     axes.spines[:].set_visible(False)
 
 
+def _figure(inches: tuple[float, float]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(inches)
+
+
 @contextmanager
 def _style() -> Iterator[None]:
     """Draw with the style above, ignoring the user's matplotlib settings."""
+    import matplotlib
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         yield
 
 
-def _svg(figure: Figure, title: str, description: str) -> str:
+def _svg(figure: "Figure", title: str, description: str) -> str:
     """Return the figure as an element for a page."""
+    from matplotlib import rcParams
+
     file = io.StringIO()
-    matplotlib.rcParams["svg.hashsalt"] = title  # ids are a picture's own, and the same each time
+    rcParams["svg.hashsalt"] = title  # ids are a picture's own, and the same each time
     with warnings.catch_warnings():
         # matplotlib measures names by its own font, which may lack characters that a browser's
         # fonts have.

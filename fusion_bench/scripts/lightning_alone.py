@@ -1,22 +1,25 @@
-"""Imports of lightning without what only its trainer needs."""
+"""Imports of lightning without what only its trainer, or compiled models, need."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import version
 from types import ModuleType
 
 _NAME = "lightning"
+_COMPILER = "torch._dynamo"
 
 
 def import_fabric_alone() -> None:
-    """Let ``lightning.fabric`` be imported without ``lightning.pytorch`` and torchmetrics.
+    """Let ``lightning.fabric`` be imported without ``lightning.pytorch`` and what compiles models.
 
     The package's own ``__init__`` imports the trainer, and with it torchmetrics, scipy's signals
     and matplotlib: two seconds of a processor that few commands need. Here it runs when somebody
     asks the package for more than Fabric. And Fabric imports torchmetrics to read its version,
-    which its metadata tell as well.
+    which its metadata tell as well; and torch's compiler, which takes another second, to know
+    compiled modules when it sees them.
 
     It is for a process that is ours alone. A package that is imported already stays as it is.
     """
@@ -48,16 +51,38 @@ class _Later(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Make the module the package with nothing but Fabric."""
         module.__class__ = _Package
-        if "torchmetrics" in sys.modules:
+        torchmetrics, compiler = ModuleType("torchmetrics"), ModuleType(_COMPILER)
+        torchmetrics.__version__ = version("torchmetrics")  # type: ignore[attr-defined]
+        compiler.OptimizedModule = _Compiled  # type: ignore[attr-defined]
+        with _in_place_of(torchmetrics), _in_place_of(compiler):
             from lightning.fabric import Fabric
-        else:
-            stand_in = sys.modules["torchmetrics"] = ModuleType("torchmetrics")
-            stand_in.__version__ = version("torchmetrics")  # type: ignore[attr-defined]
-            try:
-                from lightning.fabric import Fabric
-            finally:
-                del sys.modules["torchmetrics"]
         module.Fabric = Fabric  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _in_place_of(stand_in: ModuleType) -> Iterator[None]:
+    """Let an import find this instead of the module of its name, unless that is imported."""
+    name = stand_in.__name__
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+class _LikeCompiled(type):
+    """Knows the modules that torch's compiler has made; before it is imported there are none."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        compiler = sys.modules.get(_COMPILER)
+        return compiler is not None and isinstance(instance, compiler.OptimizedModule)
+
+
+class _Compiled(metaclass=_LikeCompiled):
+    """Stands for torch's ``OptimizedModule`` where it is looked for."""
 
 
 class _Package(ModuleType):

@@ -23,6 +23,7 @@ from fusion_bench.problems import (
 )
 from fusion_bench.repository import hub_cache
 from fusion_bench.sources import load, reading, refuse_missing_path
+from fusion_bench.taskpool.embedded import EMBEDDED_TEXTS, Columns, embedded_rows
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS, dense, language
 from fusion_bench.zoo import load_dataset as load_from_zoo
 
@@ -33,7 +34,6 @@ _LOADS = "datasets.load_dataset"
 _READS = "datasets.load_from_disk"
 _ZOO = "fusion_bench.zoo.load_dataset"
 _SCENES = "fusion_bench.zoo.dense.load_dataset"
-_TEXTS = "fusion_bench.zoo.language.load_dataset"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Described:
 
     Attributes:
         splits: a split's name to its number of samples, where that is known.
-        features: the columns' types, where they are known.
+        features: the columns' types by their names, where they are known.
         download: bytes to fetch; 0 where it is here, None where nobody knows.
         prepared: bytes that it takes as Arrow tables, beside those; likewise.
         column: reads a column of a split, as Arrow's ``ChunkedArray``; None where that takes more
@@ -74,7 +74,7 @@ class Described:
     """
 
     splits: Mapping[str, int | None]
-    features: "Features | None"
+    features: Mapping[str, Any] | None
     download: int | None = 0
     prepared: int | None = 0
     column: Callable[[str, str], Any] | None = None
@@ -109,7 +109,7 @@ def describe(node: Any, scratch: Path | None = None) -> Described | None:
         _READS: _described_on_disk,
         _ZOO: _described_zoo,
         _SCENES: _described_scenes,
-        _TEXTS: _described_texts,
+        EMBEDDED_TEXTS: _described_texts,
     }
     if target not in describes or any(map(_is_node, node.values())):
         return None
@@ -284,9 +284,11 @@ def _described_scenes(given: Mapping[str, Any], scratch: Path | None) -> Describ
 
 
 def _described_texts(given: Mapping[str, Any], scratch: Path | None) -> Described:
-    name = str(given.get("name"))
-    language.check_dataset(name, str(given.get("split", "test")))
-    return Described(dict.fromkeys(SPLITS), language.columns(name))
+    name, split = str(given.get("name")), str(given.get("split", "test"))
+    language.check_dataset(name, split)
+    drawn = embedded_rows(name, split, keeps=scratch is None)
+    features = Columns(list(drawn[0]), lambda: language.columns(name))
+    return Described(dict.fromkeys(SPLITS), features)
 
 
 def _described_on_disk(given: Mapping[str, Any], scratch: Path | None) -> Described | None:

@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from scipy.linalg import cython_lapack
 from torch import Tensor
 
 #: If only one in so many eigenvectors is wanted, or fewer, it is faster to leave out the others.
@@ -72,6 +71,8 @@ def _at(tensor: Tensor) -> Any:
 @cache
 def _dsyevr() -> Callable[..., None] | None:
     """Return the function that SciPy offers to Cython; ``None`` where it has other arguments."""
+    from scipy.linalg import cython_lapack
+
     capsule, api = ctypes.py_object(cython_lapack.__pyx_capi__["dsyevr"]), ctypes.pythonapi
     api.PyCapsule_GetName.restype = ctypes.c_char_p
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p

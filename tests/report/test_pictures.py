@@ -1,10 +1,12 @@
 import re
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
 
+from fusion_bench.report import pictures
 from fusion_bench.report.pictures import accuracies, heat_map, label
 
 TASKS = [f"task {i}" for i in range(5)]
@@ -118,3 +120,20 @@ def test_a_cell_without_a_figure_stays_empty() -> None:
 
 def test_all_zeros_are_drawn_too() -> None:
     assert "0.00" in texts(heat_map(["a"], ["b"], np.zeros((1, 1)), "Title", "Words"))
+
+
+def test_a_picture_of_the_same_figures_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    draw = pictures._svg
+
+    def noted(figure: Any, title: str, description: str) -> str:
+        drawn.append(title)
+        return draw(figure, title, description)
+
+    monkeypatch.setattr(pictures, "_svg", noted)
+    series = {"merged": [0.25, 0.5, 0.75], "pretrained": [0.1, 0.2, 0.3]}
+    first = accuracies(TASKS[:3], series, "Once")
+    assert accuracies(TASKS[:3], dict(series), "Once") == first and drawn == ["Once"]
+    turned = accuracies(TASKS[:3], dict(reversed(series.items())), "Once")
+    assert turned != first and drawn == ["Once"] * 2  # colours go by the order
+    assert accuracies(TASKS[:3], series, "Once", "individual model") != first

@@ -24,6 +24,8 @@ PARTS = {
     "scores": ("scores of evaluated models, sample by sample", None),
     "requests": ("answers of language models", None),
     "similarity": ("similarities of task vectors", None),
+    "facts": ("what libraries told of tokenizers, texts and classes", None),
+    "pictures": ("plots of reports", None),
     "merges": ("hashes of merged models in scaling studies", None),
     "file_sha256": ("hashes of checkpoints' files", None),
     "results": ("scores as earlier versions kept them", None),

@@ -117,7 +117,7 @@ class MultipleChoiceTask(LanguageTask[Choices]):
         if len(texts) < 2:
             raise FusionBenchError(f"it has {len(texts)} answers, which is no choice.")
         label = _label(self._label.value(row), texts)
-        prompt = self._prompt.text(row, self.tokenizer)
+        prompt = self._prompt.text(row, lambda: self.tokenizer)
         return Choices(prompt, tuple(self._delimiter + text for text in texts), label)
 
     def learned(self, items: Sequence[Choices]) -> tuple[Tensor, Tensor]:

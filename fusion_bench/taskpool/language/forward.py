@@ -1,7 +1,7 @@
 """One batch of requests through a language model."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,50 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusion_bench.taskpool.language.requests import Tokens
+from fusion_bench.taskpool.language.rows import Row
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 #: So many numbers are made of the logits in float32 at once.
 _NUMBERS = 2**25
-#: A context is read once for several continuations that are not much longer together.
-_TOGETHER = 256
-
-
-@dataclass(frozen=True)
-class Row:
-    """A context, and continuations that share it.
-
-    Attributes:
-        context: its tokens.
-        continuations: their tokens; none of them is empty.
-        places: of the continuations among all requests.
-    """
-
-    context: Tokens
-    continuations: list[Tokens]
-    places: list[int]
-
-    @property
-    def length(self) -> int:
-        """How many tokens are read; the last of a continuation is only predicted."""
-        return len(self.context) + sum(len(own) - 1 for own in self.continuations)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is one sequence, without branches."""
-        return sum(len(own) > 1 for own in self.continuations) <= 1
-
-    def takes(self, continuation: Tokens) -> bool:
-        """Return whether one more continuation is worth its place in the same row."""
-        longest = max(map(len, self.continuations))
-        room = len(self.context) + longest + max(len(self.context), _TOGETHER)
-        return self.length + len(continuation) - 1 <= room
-
-    def alone(self) -> "list[Row]":
-        """Return a row for each of the continuations."""
-        both = zip(self.continuations, self.places, strict=True)
-        return [Row(self.context, [own], [place]) for own, place in both]
 
 
 @dataclass(frozen=True)
@@ -121,9 +84,12 @@ class Forward:
             logits, predicted = self._branched(rows)
         return self._summed(logits, predicted)
 
-    def can_branch(self, row: Row) -> bool:
-        """Return whether a row's continuations may be read with its context in one sequence."""
-        return row.is_plain or (self.branches and row.length <= self._window)
+    @property
+    def longest_branched(self) -> int:
+        """How many tokens a row may have whose continuations are read with its context at once."""
+        if self.is_seq2seq:  # a decoder reads each by itself
+            return 2**62
+        return self._window if self.branches else 0
 
     def hidden_call(self, ids: Tensor, keep: int, **arguments: Any) -> Tensor:
         """Return the logits at the last ``keep`` positions."""
@@ -141,22 +107,15 @@ class Forward:
         width = max(map(len, texts))
         lengths = torch.tensor(list(map(len, texts)), device=self._fabric.device)
         keep = 1 + width - int(lengths.min())
-        logits = self.hidden_call(self._padded(texts, width, left=False), keep)
+        logits = self.hidden_call(self._padded(texts, width), keep)
         return logits[torch.arange(len(texts), device=logits.device), lengths - 1 - width + keep]
 
     def _plain(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
         """Read sequences that are filled up at their ends, which nothing looks at."""
-        read, starts = [], []
-        for row in rows:
-            longest = max(row.continuations, key=len)
-            read.append(row.context + longest[:-1])
-            starts.append(len(row.context) - 1)
-        width = max(map(len, read))
-        keep = width - min(starts)
-        logits = self.hidden_call(self._padded(read, width, left=False), keep)
-        return logits, _predicted(
-            rows, lambda i, j, n: np.arange(n) + starts[i], [width] * len(rows)
-        )
+        width = max(row.length for row in rows)
+        keep = 1 + width - min(len(row.context) for row in rows)
+        logits = self.hidden_call(self._padded([row.read for row in rows], width), keep)
+        return logits, _predicted(rows, [width] * len(rows))
 
     def _branched(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
         """Read rows whose continuations see the context and themselves, but not each other."""
@@ -165,19 +124,9 @@ class Forward:
         ids = np.full((len(rows), width), self._padding)
         branch = np.full((len(rows), width), -1)
         position = np.zeros((len(rows), width), dtype=np.int64)
-        firsts: list[list[int]] = []
         for i, row in enumerate(rows):
             at = width - row.length
-            end = at + len(row.context)
-            ids[i, at:end], branch[i, at:end] = row.context, 0
-            position[i, at:end] = np.arange(len(row.context))
-            firsts.append([])
-            for j, own in enumerate(row.continuations, start=1):
-                firsts[i].append(end)
-                stop = end + len(own) - 1
-                ids[i, end:stop], branch[i, end:stop] = own[:-1], j
-                position[i, end:stop] = len(row.context) + np.arange(len(own) - 1)
-                end = stop
+            ids[i, at:], branch[i, at:], position[i, at:] = row.read, row.branch, row.position
         device = self._fabric.device
         logits = self.hidden_call(
             torch.from_numpy(ids).to(device),
@@ -185,30 +134,24 @@ class Forward:
             attention_mask=self._mask(torch.from_numpy(branch).to(device)),
             position_ids=torch.from_numpy(position).to(device),
         )
-
-        def columns(i: int, j: int, count: int) -> NDArray[np.int64]:
-            # The context's last token predicts the first of each continuation.
-            before = width - rows[i].length + len(rows[i].context) - 1
-            return np.concatenate([[before], firsts[i][j] + np.arange(count - 1)])
-
-        return logits, _predicted(rows, columns, [width] * len(rows))
+        return logits, _predicted(rows, [row.length for row in rows])
 
     def _mask(self, branch: Tensor) -> Tensor:
         """Return what is added to attention scores, of shape (rows, 1, width, width)."""
         width = branch.shape[1]
         queries, keys = branch[:, :, None], branch[:, None, :]
-        seen = (keys == 0) | (keys == queries)
+        seen = (keys == queries).logical_or_(keys == 0)
         seen &= torch.ones(width, width, dtype=torch.bool, device=branch.device).tril()
         dtype = next(self.module.parameters()).dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=branch.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        values = torch.tensor([torch.finfo(dtype).min, 0], dtype=dtype, device=branch.device)
+        return torch.where(seen, values[1], values[0])[:, None]
 
     def _seq2seq(self, rows: Sequence[Row]) -> tuple[Tensor, Predicted]:
         """Read each context once by the encoder, and each continuation by the decoder."""
         module: Any = self.module
         width = max(len(row.context) for row in rows)
-        ids = self._padded([row.context for row in rows], width, left=False)
-        mask = self._padded([(1,) * len(row.context) for row in rows], width, left=False, fill=0)
+        ids = self._padded([row.context for row in rows], width)
+        mask = self._padded([(1,) * len(row.context) for row in rows], width, fill=0)
         counts = torch.tensor([len(row.continuations) for row in rows], device=ids.device)
         with self._fabric.autocast():
             states = module.get_encoder()(input_ids=ids, attention_mask=mask)
@@ -221,20 +164,21 @@ class Forward:
             logits: Tensor = module(
                 encoder_outputs=states,
                 attention_mask=mask.repeat_interleave(counts, dim=0),
-                decoder_input_ids=self._padded(written, longest, left=False),
+                decoder_input_ids=self._padded(written, longest),
                 use_cache=False,
             ).logits
-        return logits, _predicted(alone, lambda i, j, n: np.arange(n), [longest] * len(alone))
+        # The decoder reads no context; its first token predicts the first of a continuation.
+        return logits, _predicted(alone, [longest + len(one.context) - 1 for one in alone])
 
     def _padded(
-        self, parts: Sequence[Tokens], width: int, *, left: bool, fill: int | None = None
+        self,
+        parts: Sequence[Tokens | NDArray[np.int32]],
+        width: int,
+        fill: int | None = None,
     ) -> Tensor:
         ids = np.full((len(parts), width), self._padding if fill is None else fill)
         for i, own in enumerate(parts):
-            if left:
-                ids[i, width - len(own) :] = own
-            else:
-                ids[i, : len(own)] = own
+            ids[i, : len(own)] = own
         return torch.from_numpy(ids).to(self._fabric.device)
 
     def _summed(
@@ -269,31 +213,17 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _predicted(
-    rows: Sequence[Row],
-    columns: Callable[[int, int, int], NDArray[np.int64]],
-    widths: Sequence[int],
-) -> Predicted:
+def _predicted(rows: Sequence[Row], ends: Sequence[int]) -> Predicted:
     """Put together where the rows' tokens are predicted.
 
     Args:
         rows: the rows.
-        columns: a row's number, a continuation's in it and its length to its tokens' positions.
-        widths: the positions of each row.
+        ends: the last position of the batch, counted from the first token of each row, plus 1.
     """
-    where: list[NDArray[np.int64]] = []
-    tokens: list[int] = []
-    numbers: list[int] = []
-    lengths: list[int] = []
-    for i, row in enumerate(rows):
-        for j, own in enumerate(row.continuations):
-            where.append(widths[i] - columns(i, j, len(own)))
-            tokens += own
-            numbers.append(i)
-            lengths.append(len(own))
+    counts = np.concatenate([row.counts for row in rows])
     return Predicted(
-        rows=np.repeat(numbers, lengths),
-        columns=np.concatenate(where),
-        tokens=np.array(tokens, dtype=np.int64),
-        requests=np.repeat(np.arange(len(lengths)), lengths),
+        rows=np.repeat(np.arange(len(rows)), [len(row.tokens) for row in rows]),
+        columns=np.concatenate([end - row.at for row, end in zip(rows, ends, strict=True)]),
+        tokens=np.concatenate([row.tokens for row in rows]),
+        requests=np.repeat(np.arange(len(counts)), counts),
     )

@@ -102,7 +102,7 @@ class GenerationTask(LanguageTask[Written]):
         answers = [found] if isinstance(found, str) else list(found or ())
         if not answers or not all(isinstance(own, str) and own.strip() for own in answers):
             raise FusionBenchError(f"the answer {found!r} is no text.", "Leave the sample out.")
-        return Written(self._prompt.text(row, self.tokenizer), tuple(answers))
+        return Written(self._prompt.text(row, lambda: self.tokenizer), tuple(answers))
 
     def scores(
         self, model: LanguageModel, items: Sequence[Written], samples: NDArray[np.int64]

@@ -17,8 +17,9 @@ from fusion_bench.problems import FusionBenchError
 from fusion_bench.progress import step
 from fusion_bench.results import RequestStore
 from fusion_bench.taskpool.language.encoding import Encoder
-from fusion_bench.taskpool.language.forward import Forward, Row
+from fusion_bench.taskpool.language.forward import Forward
 from fusion_bench.taskpool.language.requests import Generation, Likelihood, Tokens
+from fusion_bench.taskpool.language.rows import Row, Rows
 from fusion_bench.taskpool.language.writing import Writer
 from fusion_bench.taskpool.task import Evaluation
 from fusion_bench.threads import suited_threads
@@ -61,6 +62,7 @@ class LanguageModel:
         how: device, precision, batches, memory, and what answers are kept under.
         max_length: the most tokens that the model is given, as far as it has positions for them; by
             default what it or the tokenizer says.
+        rows: those of the model that was asked before, which may have been asked the same.
 
     Attributes:
         module: likewise.
@@ -78,6 +80,7 @@ class LanguageModel:
         source: "TokenizerSource",
         how: Evaluation,
         max_length: int | None = None,
+        rows: Rows | None = None,
     ):
         self.module = module
         self.how = how
@@ -91,6 +94,7 @@ class LanguageModel:
         self.max_length = most if self._positions is None else min(most, self._positions)
         self.truncated: set[int] = set()
         self.overlong: set[int] = set()
+        self._rows = Rows() if rows is None else rows
         self._compared = False
         self._store = None
         if how.computation is not None:
@@ -115,7 +119,7 @@ class LanguageModel:
         answers = np.zeros((len(parts), 2))
 
         def compute(todo: NDArray[np.int64]) -> None:
-            rows = self._rows(parts, todo)
+            rows = self._rows.of(parts, todo, self._forward.longest_branched)
             for plain in (False, True):  # those without branches need no mask
                 own = [row for row in rows if row.is_plain == plain]
                 self._batches(own, lambda row: row.length, self._log_likelihoods, keep)
@@ -301,23 +305,6 @@ class LanguageModel:
         )
         self._forward.branches = False
         return self._forward.log_likelihoods([one for row in rows for one in row.alone()])
-
-    def _rows(self, requests: Sequence[Likelihood], todo: NDArray[np.int64]) -> list[Row]:
-        """Put continuations of the same context together, where the model can read them so."""
-        open_rows: dict[Tokens, Row] = {}
-        rows: list[Row] = []
-        for place in todo.tolist():
-            context, continuation = requests[place].context, requests[place].continuation
-            row = open_rows.get(context)
-            if row is not None and row.takes(continuation):
-                more = Row(context, [*row.continuations, continuation], [*row.places, place])
-                if self._forward.is_seq2seq or self._forward.can_branch(more):
-                    row.continuations.append(continuation)
-                    row.places.append(place)
-                    continue
-            row = open_rows[context] = Row(context, [continuation], [place])
-            rows.append(row)
-        return rows
 
     def _cut(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
         text = self.encoder.decoded(tokens)

@@ -1,6 +1,6 @@
 """Prompts: what a model reads before it answers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench.problems import FusionBenchError
@@ -38,8 +38,14 @@ class Prompt:
         """What decides what a model reads besides the template."""
         return {"chat": self._chat, "system": self._system}
 
-    def text(self, row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> str:
+    def text(
+        self, row: Mapping[str, Any], of_models: "Callable[[], PreTrainedTokenizerBase]"
+    ) -> str:
         """Return what a model reads of a row.
+
+        Args:
+            row: the row.
+            of_models: returns the tokenizer, which only a chat needs.
 
         Raises:
             FusionBenchError: a row that has no such text, or a tokenizer without a chat template.
@@ -47,6 +53,7 @@ class Prompt:
         text = self.template.render(row)
         if not self._chat:
             return text
+        tokenizer = of_models()
         if not tokenizer.chat_template:
             raise FusionBenchError(
                 "the tokenizer has no chat template.", "Remove 'apply_chat_template'."

@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 Tokens = tuple[int, ...]
 
@@ -21,6 +22,10 @@ class Likelihood:
 
     def key(self) -> bytes:
         """Return a hash of the request."""
+        return self._key
+
+    @cached_property  # several models are asked the same
+    def _key(self) -> bytes:
         return _hash("likelihood", self.context, self.continuation)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
@@ -19,6 +19,7 @@ from fusion_bench.results import Example, Metric, SampleScores
 from fusion_bench.taskpool.datasets import DatasetPlace, plan_dataset
 from fusion_bench.taskpool.language.encoding import Encoder
 from fusion_bench.taskpool.language.model import LanguageModel
+from fusion_bench.taskpool.language.rows import Rows
 from fusion_bench.taskpool.language.templates import Template
 from fusion_bench.taskpool.language.texts import Texts
 from fusion_bench.taskpool.language.tuning import TextData
@@ -78,6 +79,7 @@ class LanguageTask(ABC, Generic[Item]):
         self._texts: Texts | None = None
         self._items: list[Item] | None = None
         self._encoded: dict[tuple[bool, Item], Any] = {}
+        self._rows = Rows()
 
     @property
     def owner(self) -> str | None:
@@ -139,6 +141,7 @@ class LanguageTask(ABC, Generic[Item]):
         task._tokenizer = source
         task._items = None
         task._encoded = {}
+        task._rows = Rows()
         return task
 
     def plan(self, plan: Plan, scratch: Path | None) -> None:
@@ -160,7 +163,8 @@ class LanguageTask(ABC, Generic[Item]):
         Raises:
             FusionBenchError: a source that cannot be read, or a sample that is not the task's.
         """
-        _ = self.tokenizer
+        with within(*self.settings, "tokenizer"):
+            _ = self._tokenizer.identity  # which reads it, unless it was read before
         if self._texts is None:
             self._texts = self._load(self._node, self._place)
         self._items = self._made(self._texts)
@@ -197,7 +201,7 @@ class LanguageTask(ABC, Generic[Item]):
             FusionBenchError: a model that gives no logits of tokens, or values that are no numbers.
         """
         with within(*self.settings):
-            asked = LanguageModel(model, self._tokenizer, how, self._max_length)
+            asked = LanguageModel(model, self._tokenizer, how, self._max_length, self._rows)
             return self.scores(asked, [self.items[i] for i in samples], samples)
 
     def notes(self, model: str, scores: SampleScores) -> list[str]:
@@ -271,13 +275,14 @@ class LanguageTask(ABC, Generic[Item]):
 
     def _load(self, node: Any, place: DatasetPlace) -> Texts:
         texts = Texts.load(node, place)
-        self._check_columns(texts.features)
+        self._check_columns(texts.columns)
         return texts
 
-    def _check_columns(self, features: Mapping[str, Any]) -> None:
+    def _check_columns(self, columns: Iterable[str]) -> None:
+        columns = list(columns)
         for key, template in self.templates.items():
             with within(*self.settings, key):
-                template.check(features)
+                template.check(columns)
 
     def _made(self, texts: Texts) -> list[Item]:
         items = []

@@ -119,7 +119,7 @@ class TextLabelTask(LanguageTask[Asked]):
         Raises:
             FusionBenchError: no text, or a label that is none.
         """
-        prompt = self._prompt.text(row, self.tokenizer)
+        prompt = self._prompt.text(row, lambda: self.tokenizer)
         if not prompt.strip():
             raise FusionBenchError("the prompt is empty.", "Leave the sample out.")
         value = self._label.value(row)

@@ -69,7 +69,7 @@ class TextData:
         """Whether models are evaluated on such texts: by the split's name, or by content."""
         evaluated = self.owner.texts
         return (
-            is_test_split(str(self.texts.dataset.split or ""))
+            is_test_split(self.texts.split)
             or self.fingerprint == evaluated.fingerprint
             or self.texts.shares(evaluated) > TOLERATED
         )

@@ -49,23 +49,39 @@ def at(place: Path) -> Family:
 
 
 def _images(name: str) -> Family:
+    def place() -> Path:
+        return cache_dir() / "zoo" / zoo._RECIPES[name].key()
+
     return Family(
         tuple(model.replace(zoo.PRETRAINED, name, 1) for model in zoo.MODELS),
-        lambda: cache_dir() / "zoo" / zoo._RECIPES[name].key(),
-        lambda model: zoo.model_path(model),
+        place,
+        _ready(place, lambda model: model.replace(name, zoo.PRETRAINED, 1), zoo.model_path),
         "the zoo of tiny models and images, which takes 2 to 3 minutes",
         150_000_000,
     )
 
 
 def _language(name: str) -> Family:
+    place = partial(language.place, name)
     return Family(
         tuple(model for model in language.MODELS if model.partition("_")[0] == name),
-        partial(language.place, name),
-        language.model_path,
+        place,
+        _ready(place, lambda model: model, language.model_path),
         f"the zoo's {name} models, which take 1 to 2 minutes",
         20_000_000,
     )
+
+
+def _ready(
+    place: Callable[[], Path], stored: Callable[[str], str], build: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """Return what ``build`` does, which imports much, but does it only where there is nothing."""
+
+    def model_path(model: str) -> Path:
+        there = place() / "models" / stored(model)
+        return there if there.is_dir() else build(model)
+
+    return model_path
 
 
 _DENSE = Family(

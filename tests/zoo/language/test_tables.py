@@ -12,7 +12,8 @@ import pytest
 from datasets import ClassLabel, Dataset
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.taskpool.datasets import describe
+from fusion_bench.taskpool.datasets import DatasetPlace, columns_sha256, describe, load_split
+from fusion_bench.taskpool.language.texts import Texts
 from fusion_bench.trust import find
 from fusion_bench.zoo import SPLITS, language
 from fusion_bench.zoo.language.questions import CHOICES, Question, choices
@@ -169,3 +170,26 @@ def test_unknown_names_are_refused() -> None:
         language.load_dataset("mood", "tset")
     with pytest.raises(FusionBenchError, match=r"no split 'tset'\. Did you mean 'test'"):
         describe({"_target_": TARGET, "name": "mood", "split": "tset"})
+
+
+@pytest.mark.parametrize("name", language.DATASETS)
+def test_texts_are_those_of_the_dataset_which_is_made_only_for_its_hash(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"_target_": TARGET, "name": name, "split": "validation"}
+    dataset = load_split(node)
+    made: list[str] = []
+
+    def noted(node: Any) -> Any:
+        made.append(node["name"])
+        return load_split(node)
+
+    monkeypatch.setattr("fusion_bench.taskpool.language.texts.load_split", noted)
+    for times in (1, 2):
+        texts = Texts.load(node, DatasetPlace(("dataset",)))
+        assert list(texts) == list(dataset) and len(texts) == len(dataset)
+        assert sorted(texts.columns) == sorted(dataset.features)
+        assert texts.split == str(dataset.split) == "validation"
+        assert texts.fingerprint == columns_sha256(dataset, list(dataset.features))
+        # Real numbers are rounded by the dataset, so that it is always made.
+        assert len(made) == (times if name == language.SCORED else 1)
