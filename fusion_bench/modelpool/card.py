@@ -16,6 +16,7 @@ import yaml
 
 from fusion_bench import __version__
 from fusion_bench.command import typed
+from fusion_bench.forms import plain_yaml
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.redact import redacted
 from fusion_bench.repository import Repository
@@ -243,7 +244,7 @@ def model_card(
         f"| {_cell(name)} | {_place(source)} | {source.get('commit', '')} | {_license(source)} |"
         for name, source in sources.items()
     ]
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    text = plain_yaml(dict(recipe))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return "\n".join(
         [

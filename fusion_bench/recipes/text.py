@@ -30,6 +30,16 @@ def read_text(file: Path) -> str:
         raise ConfigError(f"'{file}' is no text in UTF-8.", "Name a YAML file.") from error
 
 
+def is_recipe(text: str) -> bool:
+    """Tell whether a text is a recipe of mergekit, by its first keys; it may have mistakes."""
+    try:
+        node = next(iter(yaml.safe_load_all(text)), None)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return False
+    keys = node.keys() if isinstance(node, dict) else ()
+    return "_target_" not in keys and bool({"merge_method", "experts", "slices"} & {*keys})
+
+
 def nodes_of(text: str) -> list[Any]:
     """Return the YAML documents in a text.
 
