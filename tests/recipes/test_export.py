@@ -201,7 +201,7 @@ def test_what_gives_way_does_not_count_where_nothing_has_to() -> None:
     method |= {"merge_func": "sum"}
     assert yaml.safe_load(export(config({**method})).text)["merge_method"] == "breadcrumbs"
     rules = [{"match": "*mlp*", "density": {"gradient": [0.2, 0.95]}}]
-    with pytest.raises(FusionBenchError, match="method.gives_way: 'density' is not as in"):
+    with pytest.raises(FusionBenchError, match=r"method\.gives_way: 'density' is not as in"):
         export(config({**method, "where": rules}))
 
 
