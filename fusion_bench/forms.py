@@ -18,6 +18,13 @@ class _Plain(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_sequence(
+        self, tag: str, sequence: Any, flow_style: bool | None = None
+    ) -> yaml.SequenceNode:
+        """Write a list of numbers, such as a range of layers, in one line."""
+        numbers = bool(sequence) and all(isinstance(own, int | float) for own in sequence)
+        return super().represent_sequence(tag, sequence, True if numbers else flow_style)
+
 
 def plain_yaml(*documents: object, width: int = 80) -> str:
     """Return YAML for people, in the given order and without anchors."""

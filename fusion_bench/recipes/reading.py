@@ -153,6 +153,9 @@ class _Reader:
 
     def _source(self, node: object, place: Place, *, sliced: bool) -> Source | None:
         keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
+        if isinstance(node, str) and node:
+            self._wrong(place, f"'{node}' is no mapping.", f"Write '{{model: {node}}}'.")
+            return None
         if (own := self._mapping(node, keys, place)) is None:
             return None
         layers = self._layers(own.get("layer_range"), (*place, "layer_range")) if sliced else None

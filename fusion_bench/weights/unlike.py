@@ -14,6 +14,8 @@ _SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts"),
     *("num_local_experts", "vocab_size", "tie_word_embeddings"),
 )
+#: A key of a config, what a model's says and what the reference's.
+Size = tuple[str, object, object]
 #: A model's config by its name in messages.
 Configs = Callable[[str], Config | None]
 
@@ -51,9 +53,16 @@ class Unlike:
 
     def lines(self) -> Iterator[str]:
         """Yield what the configs say first, then the entries, as patterns where they are many."""
-        for model, sizes in self._sizes().items():
+        found = self._sizes()
+        for model, sizes in found.items():
             yield from (f"{model}: {key} is {own}, in {self.name} {at}" for key, own, at in sizes)
+            if _of_another_kind(sizes):
+                of_model = [keys for (own, *_), (keys, _) in self._kinds.items() if own == model]
+                number = sum(map(len, of_model))
+                yield f"{model}: so {number} tensors differ, such as '{of_model[0][0]}'"
         for (model, before, behind), (keys, among) in self._kinds.items():
+            if _of_another_kind(found.get(model, ())):
+                continue
             begun = f"{model}: {before} ".replace(":  ", ": ")
             if len(keys) <= _FEW:
                 yield from (f"{begun}'{key}'{behind}" for key in keys)
@@ -70,13 +79,12 @@ class Unlike:
 
     def of_another_kind(self) -> bool:
         """Tell whether models have another architecture or width, so that no policy helps."""
-        keys = {key for own in self._sizes().values() for key, *_ in own}
-        return not keys <= {*_DEPTHS, "vocab_size", "tie_word_embeddings"}
+        return any(map(_of_another_kind, self._sizes().values()))
 
-    def _sizes(self) -> dict[str, list[tuple[str, object, object]]]:
+    def _sizes(self) -> dict[str, list[Size]]:
         """Return which sizes differ, by model."""
         reference = self._configs(self.name) or {}
-        found: dict[str, list[tuple[str, object, object]]] = {}
+        found: dict[str, list[Size]] = {}
         for model in dict.fromkeys(model for model, *_ in self._kinds):
             own = self._configs(model) or {}
             there = [key for key in _SIZES if key in own and key in reference]
@@ -86,6 +94,10 @@ class Unlike:
             if differing:
                 found[model] = differing[:1] if differing[0][0] == "model_type" else differing
         return found
+
+
+def _of_another_kind(sizes: Iterable[Size]) -> bool:
+    return not {key for key, *_ in sizes} <= {*_DEPTHS, "vocab_size", "tie_word_embeddings"}
 
 
 def no_config(_name: str) -> None:

@@ -94,6 +94,7 @@ tokenizer: {source: union}
          "slices[0].sources", "the base 'b' is not among the sources."),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: {value: 1, filtre: x}}}]",
          "models[0].parameters.weight.filtre", "Did you mean 'filter'?"),
+        ("merge_method: linear\nmodels: [a]", "models[0]", "Write '{model: a}'."),
         (f"{LINEAR}tokenizer: {{tokens: {{x: {{source: {{kind: none}}}}}}}}",
          "tokenizer.tokens.x.source.kind", "'none' is unknown."),
     ],
