@@ -33,11 +33,11 @@ from fusion_bench.programs.execute import execute, fused_modules
 from fusion_bench.programs.preflight import preflight
 from fusion_bench.programs.prepare import Prepared, prepare
 from fusion_bench.programs.spec import FusionSpec, Places, Section
-from fusion_bench.recipes import first_model, named_after, read_text, told_in_recipe
+from fusion_bench.recipes import named_after, read_text, told_in_recipe
 from fusion_bench.redact import secret_keys
 from fusion_bench.report import Report
 from fusion_bench.scripts.from_python import run_config, section
-from fusion_bench.scripts.recipes import Sections, sections
+from fusion_bench.scripts.recipes import Sections, pool_of, sections
 from fusion_bench.storage import disk_failures
 from fusion_bench.weights import MergePolicy
 
@@ -357,12 +357,11 @@ def _of_recipe(
     """Return method, pool and text of a recipe; refuse what it decides itself."""
     file = fspath(recipe)
     with within("recipe"):
-        first, place = first_model(read_text(Path(file).expanduser()))
+        text = read_text(Path(file).expanduser())
+    kind, _ = pool_of(text)
     if isinstance(policy, MergePolicy):
         policy = {name: getattr(policy, name) for name in MergePolicy.options()}
-    with told_in_recipe({("models", "model"): place}, "recipe"):
-        node = pool_node({"model": first}, heads=True)
-    made = sections(file, _completed(node, {}, tokenizer, policy), seed)
+    made = sections(file, _completed(kind, {}, tokenizer, policy), seed)
     decided = [name for name, own in others.items() if own is not None]
     if tokenizer is not None and made.decides("modelpool.tokenizer"):
         decided.append("tokenizer")

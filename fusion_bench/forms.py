@@ -12,6 +12,25 @@ from fusion_bench.problems import Problem
 TOKEN_KEYS = ("source", "base", "tokens", "pad_to_multiple_of")
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes what stands in several places out in each, without anchors and aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_sequence(
+        self, tag: str, sequence: Any, flow_style: bool | None = None
+    ) -> yaml.SequenceNode:
+        """Write a list of numbers, such as a range of layers, in one line."""
+        numbers = bool(sequence) and all(isinstance(own, int | float) for own in sequence)
+        return super().represent_sequence(tag, sequence, True if numbers else flow_style)
+
+
+def plain_yaml(*documents: object, width: int = 80) -> str:
+    """Return YAML for people, in the given order and without anchors."""
+    return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=width)
+
+
 def rule_problem(name: str, value: object) -> Problem | None:
     """Return the problem of a gradient outside of ``where``, or of a ``where`` that is one rule."""
     if name == "where" and isinstance(value, Mapping):

@@ -113,7 +113,7 @@ def reading(kind: str, name: str) -> Iterator[None]:
         EnvironmentProblem: the network, the Hub or the disk failed.
     """
     refuse_missing_path(name)
-    offline = _why_offline() if _on_hub(name) else None
+    offline = _why_offline() if _on_hub(name) or _is_offline(name) else None
     with _cache_only() if offline else nullcontext():
         try:
             yield
@@ -128,7 +128,9 @@ def reading(kind: str, name: str) -> Iterator[None]:
             if kind_and_reason := _reason(kind, name, error, offline):
                 refused, reason = kind_and_reason
                 if refused is EnvironmentProblem and "/" not in name:
-                    reason = f"there is no folder '{name}' here, and {reason}"
+                    near = _nearest(name, _siblings(Path(name)))
+                    said = f"there is no folder '{name}' here"
+                    reason = f"{said}. {near}" if near else f"{said}, and {reason}"
                 raise refused(f"Cannot read the {kind} '{name}':", reason) from error
             raise
     if offline:
@@ -244,6 +246,13 @@ def _exists(name: str) -> bool:
 def _on_hub(name: str) -> bool:
     """Tell whether a name can only be meant for the Hub; one without a slash may be a key."""
     return "/" in name and not name.startswith(ZOO) and not _exists(name)
+
+
+def _is_offline(name: str) -> bool:
+    """Tell whether a name without a slash can be in the cache alone, as no one asks the Hub."""
+    from huggingface_hub import is_offline_mode
+
+    return is_offline_mode() and not name.startswith(ZOO) and not _exists(name)
 
 
 def refuse_missing_path(name: str) -> None:

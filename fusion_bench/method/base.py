@@ -28,6 +28,7 @@ from fusion_bench.method.where import Resolved, by_model, resolve
 from fusion_bench.problems import FusionBenchError, Problems
 from fusion_bench.weights import (
     Aligned,
+    Config,
     Cut,
     Inputs,
     MergedWeights,
@@ -356,7 +357,11 @@ def aligned(
     """
     base = pool.weights("_pretrained_") if pool.has_pretrained else None
     models = models or {name: pool.weights(name) for name in pool.model_names}
-    found = align(models, base, policy or pool.policy, pool.vocabulary)
+
+    def config_of(name: str) -> Config | None:
+        return pool.model(name).config
+
+    found = align(models, base, policy or pool.policy, pool.vocabulary, config_of)
     refuse_disagreeing(pool)
     return replace(found, elsewhere=pool.elsewhere) if isinstance(pool, Partial) else found
 

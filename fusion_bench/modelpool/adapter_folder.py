@@ -31,6 +31,10 @@ _TASKS = {
 }
 
 
+#: From this share on, what the saved factors miss is told.
+_TOLD = 0.01
+
+
 def write_adapter(
     path: Path,
     adapter: Adapter,
@@ -41,6 +45,7 @@ def write_adapter(
     task: str | None,
     sources: Mapping[str, Origin],
     config: Mapping[str, Any] | None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write an adapter as a folder in PEFT's layout, in place of what is at ``path``.
 
@@ -53,6 +58,7 @@ def write_adapter(
         task: what PEFT calls the adapter's task, if that is known.
         sources: what the adapter was made from.
         config: the run's config.
+        notes: sentences for the card.
 
     Raises:
         FusionBenchError: as ``write_directories``.
@@ -77,9 +83,25 @@ def write_adapter(
         write_text(directory / ADAPTER_ERRORS, json.dumps(errors, indent=1, allow_nan=False) + "\n")
         draw(adapter.changes, directory / ADAPTER_PICTURE)
 
-    folder = Folder(path, adapter.tensors, config, write_companions, "adapter_model")
+    folder = Folder(path, adapter.tensors, config, write_companions, "adapter_model", tuple(notes))
     # PEFT reads one file.
     write_directories([folder], sources=sources, max_shard_size=2**62)
+
+
+def missed(changes: Sequence[ModuleChange]) -> str | None:
+    """Return what the factors of an adapter miss, as a sentence; None where it is next to nothing.
+
+    Args:
+        changes: of its modules.
+    """
+    worst = max(changes, key=lambda own: own.error)
+    if not worst.error > _TOLD:
+        return None
+    return (
+        f"The saved factors miss up to {100 * worst.error:.2g} % of a merged product: of "
+        f"{worst.module}, at rank {worst.rank}. What each misses is in {ADAPTER_ERRORS}. A larger "
+        "modelpool.rank, or modelpool.energy=0.99, keeps more."
+    )
 
 
 def class_of_base(config: AdapterConfig) -> str | None:

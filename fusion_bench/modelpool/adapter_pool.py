@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
-from fusion_bench.companions import ADAPTER_ERRORS
-from fusion_bench.modelpool.adapter_folder import class_of_base, write_adapter
+from fusion_bench.modelpool.adapter_folder import class_of_base, missed, write_adapter
 from fusion_bench.modelpool.card import Origin
 from fusion_bench.modelpool.policy import policy_of
 from fusion_bench.plan import Plan
@@ -42,8 +41,6 @@ log = logging.getLogger(__name__)
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PRETRAINED = "_pretrained_"
-#: From this share on, what the saved factors miss is told.
-_TOLD = 0.01
 
 
 class AdapterPool:
@@ -240,9 +237,10 @@ class AdapterPool:
             for name in self.model_names
         }
         tasks = {own.task for own in configs.values()}
-        adapter, place = builder.build(), Path(path).absolute()
+        adapter = builder.build()
+        said = missed(adapter.changes)
         write_adapter(
-            place,
+            Path(path).absolute(),
             adapter,
             base=base,
             revision=None if named is None else named.revision,
@@ -250,18 +248,11 @@ class AdapterPool:
             task=tasks.pop() if len(tasks) == 1 else None,
             sources=sources,
             config=config,
+            notes=() if said is None else (said,),
         )
-        worst = max(adapter.changes, key=lambda own: own.error)
-        if worst.error > _TOLD:
-            log.warning(
-                "The saved factors miss up to %.2g %% of a merged product: of %s, at rank %d. What "
-                "each misses is in %s. A larger modelpool.rank, or modelpool.energy=0.99, keeps "
-                "more.",
-                100 * worst.error,
-                worst.module,
-                worst.rank,
-                place / ADAPTER_ERRORS,
-            )
+        if said is not None:
+            self.notes = [*self.notes, said]
+            log.warning("%s", said)
 
     def as_saved(self, weights: Weights) -> LowRankWeights:
         """Return merged products as ``save_model`` writes them."""

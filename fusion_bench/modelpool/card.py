@@ -3,7 +3,6 @@
 A card is text that people may edit: what is added later replaces its own section alone.
 """
 
-import json
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ import yaml
 
 from fusion_bench import __version__
 from fusion_bench.command import typed
+from fusion_bench.forms import plain_yaml
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.redact import redacted
 from fusion_bench.repository import Repository
@@ -25,93 +25,8 @@ from fusion_bench.shown import visible
 _CARD = "README.md"
 _LONGEST_LICENSE = 80
 _OTHER = "other: "
-#: Where the code of a card names the model; the remark that goes with a folder's name.
-_PATH = "  # or the path to this folder, from elsewhere"
-_NAMED = re.compile(
-    rf"^(name = |model = SentenceTransformer\()\"[^\"\n]*\"(\)?)(?:{_PATH})?$", re.MULTILINE
-)
 #: Before which section others are put.
 _LAST = "Recipe"
-_CAUSAL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-inputs = tokenizer("The capital of France is", return_tensors="pt")
-output = model.generate(inputs["input_ids"], max_new_tokens=20)
-print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-_CHAT = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-messages = [{{"role": "user", "content": "What is the capital of France?"}}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-output = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-_SEQ2SEQ = """\
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype="auto")
-inputs = tokenizer("Is this sentence positive or negative? I love it.", return_tensors="pt")
-output = model.generate(inputs["input_ids"], max_new_tokens=20)
-print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-_CLASSIFIER = """\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name)
-logits = model(**tokenizer("I love it.", return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax(-1).item()])"""
-_SENTENCES = """\
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer({name})
-print(model.encode(["I love it.", "It is great."]).shape)"""
-_TEXTS = """\
-from transformers import AutoModel, AutoTokenizer
-
-name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModel.from_pretrained(name)
-print(model(**tokenizer("I love it.", return_tensors="pt")).last_hidden_state.shape)"""
-_PICTURES = """\
-from PIL import Image
-from transformers import {imported}
-
-name = {name}
-processor = {processor}.from_pretrained(name)
-model = {model}.from_pretrained(name)
-image = Image.new("RGB", (320, 240))  # yours: Image.open("photo.jpg")
-outputs = model(**processor(images=image, return_tensors="pt"))
-print({printed})"""
-_PLAIN = """\
-from transformers import {model}
-
-name = {name}
-model = {model}.from_pretrained(name)
-print(model.config)"""
-
-#: Heads for which transformers has a class that finds the model's own.
-_HEADS = (
-    "CausalLM|MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering"
-    "|ImageClassification"
-)
-_ADAPTER = """\
-from peft import PeftModel
-from transformers import {kind}
-
-base = {kind}.from_pretrained({base})
-name = {name}
-model = PeftModel.from_pretrained(base, name)
-print(model.peft_config["default"])"""
 
 
 @dataclass(frozen=True)
@@ -213,7 +128,12 @@ def _run_from(path: Path) -> str:
 
 
 def model_card(
-    title: str, recipe: Mapping[str, Any], code: str | None = None, *, adapter: bool = False
+    title: str,
+    recipe: Mapping[str, Any],
+    code: str | None = None,
+    *,
+    adapter: bool = False,
+    notes: Collection[str] = (),
 ) -> str:
     """Return the ``README.md`` of a merged model, with the header that the Hub reads.
 
@@ -222,6 +142,7 @@ def model_card(
         recipe: how it was made.
         code: how it is used.
         adapter: whether it is a LoRA adapter.
+        notes: sentences about it.
     """
     from huggingface_hub import ModelCardData
 
@@ -243,7 +164,7 @@ def model_card(
         f"| {_cell(name)} | {_place(source)} | {source.get('commit', '')} | {_license(source)} |"
         for name, source in sources.items()
     ]
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    text = plain_yaml(dict(recipe))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return "\n".join(
         [
@@ -261,6 +182,7 @@ def model_card(
             *rows,
             "",
             *_of_licenses(licenses),
+            *(line for note in notes for line in (note, "")),
             "The command was",
             "",
             "```bash",
@@ -278,78 +200,6 @@ def model_card(
     )
 
 
-def usage(name: str, config: Mapping[str, Any], files: Collection[str]) -> str:
-    """Return Python code that loads a model and uses it once.
-
-    Args:
-        name: of the model's folder or repository.
-        config: its ``config.json``.
-        files: the names of its files.
-    """
-    kind = str(next(iter(config.get("architectures") or []), ""))
-    reads_text = any(file in files for file in ("tokenizer.json", "tokenizer_config.json"))
-    named = {"name": _text(name)}
-    if "modules.json" in files:
-        return _SENTENCES.format(**named)
-    if "preprocessor_config.json" in files and "processor_config.json" not in files:
-        code = _pictures(kind, config)
-        if code is not None:
-            return code.format(**named)
-    if reads_text and re.search("ForCausalLM|LMHeadModel", kind):
-        talks = "chat_template.jinja" in files
-        return (_CHAT if talks else _CAUSAL).format(**named)
-    if reads_text and config.get("is_encoder_decoder"):
-        return _SEQ2SEQ.format(**named)
-    if reads_text and "ForSequenceClassification" in kind:
-        return _CLASSIFIER.format(**named)
-    if reads_text and not kind.startswith("CLIP"):
-        return _TEXTS.format(**named)
-    return _PLAIN.format(model=_plain_class(kind, config), **named)
-
-
-def _plain_class(kind: str, config: Mapping[str, Any]) -> str:
-    """Return the class that loads a model with its head."""
-    if config.get("model_type") == "clip_vision_model":
-        return "CLIPVisionModel"
-    if config.get("is_encoder_decoder") and re.search("ForConditionalGeneration|LMHeadModel", kind):
-        return "AutoModelForSeq2SeqLM"
-    if "LMHeadModel" in kind:
-        return "AutoModelForCausalLM"
-    head = re.search(f"For({_HEADS})$", kind)
-    return "AutoModel" if head is None else f"AutoModel{head[0]}"
-
-
-def adapter_usage(name: str, settings: Mapping[str, Any]) -> str | None:
-    """Return Python code that puts an adapter on its base; None where it names no base or class.
-
-    Args:
-        name: of the adapter's folder or repository.
-        settings: its ``adapter_config.json``.
-    """
-    base = settings.get("base_model_name_or_path")
-    kind = (settings.get("auto_mapping") or {}).get("base_model_class")
-    if not isinstance(base, str) or kind is None:
-        return None
-    return _ADAPTER.format(name=_text(name), base=_text(base), kind=kind)
-
-
-def _pictures(kind: str, config: Mapping[str, Any]) -> str | None:
-    """Return code for a model of pictures."""
-    if config.get("model_type") == "clip_vision_model" or kind == "CLIPVisionModel":
-        parts = ("CLIPVisionModel", "CLIPImageProcessor", "outputs.pooler_output.shape")
-    elif "ForImageClassification" in kind:
-        label = "model.config.id2label[outputs.logits.argmax(-1).item()]"
-        parts = ("AutoModelForImageClassification", "AutoImageProcessor", label)
-    elif "text_config" in config:
-        return None
-    else:
-        parts = ("AutoModel", "AutoImageProcessor", "outputs.last_hidden_state.shape")
-    model, processor, printed = parts
-    values = {"model": model, "processor": processor, "printed": printed}
-    values["imported"] = ", ".join(sorted((model, processor)))
-    return re.sub(r"{(\w+)}", lambda found: values.get(found[1], found[0]), _PICTURES)
-
-
 def with_section(card: str, title: str, body: str) -> str:
     """Return a card with a section, in place of the one of that title or before the recipe."""
     section = f"## {title}\n\n{body.strip()}\n\n"
@@ -358,21 +208,6 @@ def with_section(card: str, title: str, body: str) -> str:
         return own.sub(lambda _: section, card, count=1)
     before, recipe, after = card.partition(f"\n## {_LAST}\n")
     return f"{before.rstrip()}\n\n{section}{recipe.lstrip()}{after}" if recipe else card + section
-
-
-def renamed(card: str, name: str) -> str:
-    """Return a card whose code loads the model by another name."""
-    return _NAMED.sub(lambda found: f"{found[1]}{_text(name)}{found[2]}", card, count=1)
-
-
-def of_folder(code: str) -> str:
-    """Return code with a remark that the name in it stands for a folder's path."""
-    return _NAMED.sub(lambda found: f"{found[0]}{_PATH}", code, count=1)
-
-
-def _text(name: str) -> str:
-    """Return a name as text in Python."""
-    return json.dumps(name, ensure_ascii=False)
 
 
 def _base(source: Origin) -> dict[str, str]:

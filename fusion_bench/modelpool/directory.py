@@ -22,7 +22,8 @@ from fusion_bench.companions import (
     TEMPLATES,
     module_folders,
 )
-from fusion_bench.modelpool.card import Origin, adapter_usage, model_card, of_folder, recipe, usage
+from fusion_bench.modelpool.card import Origin, model_card, recipe
+from fusion_bench.modelpool.usage import adapter_usage, of_folder, usage
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
 from fusion_bench.repository import Repository
 from fusion_bench.storage import file_sha256, read_json, whole_directory, write_text
@@ -53,6 +54,7 @@ class Folder:
         write_companions: puts config, tokenizer and processor files into a directory; called
             first, so that one that is not there is noticed before the work.
         name: of the weights' file, in place of ``model``.
+        notes: sentences for the card.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Folder:
     config: Mapping[str, Any] | None
     write_companions: Callable[[Path], None]
     name: str = "model"
+    notes: tuple[str, ...] = ()
 
 
 def write_directories(
@@ -139,7 +142,8 @@ class _Part:
         """Write the card, once the weights are there."""
         name, directory = self._folder.path.name, self._directory
         adapter = self._folder.name != "model"
-        card = model_card(name, self._final(), _usage(name, directory), adapter=adapter)
+        code, notes = _usage(name, directory), self._folder.notes
+        card = model_card(name, self._final(), code, adapter=adapter, notes=notes)
         write_text(directory / "README.md", card)
 
 

@@ -216,8 +216,10 @@ class HFModelPool:
         known = [name for name in known if self._can_be_read(name, known)]
         if self._tokens is not None and not self._plan_tokens(plan, known):
             known = []
+        told = {problem.reason for problem in plan.problems}
+        again = Problems()  # what others tell of the reference that they are compared with
         for name in sorted(known, key=lambda name: name != self._reference):
-            with plan.collect():
+            with again.collect():
                 if name == self._reference or self._reference in plan.weights:
                     plan.weights[name] = weights = self.weights(name)
                     if isinstance(weights, Regrouped) and name != self._reference:
@@ -227,7 +229,8 @@ class HFModelPool:
                         )
                 elif self._base(name) is None:  # nothing to compare with, but it can be damaged
                     self._opened(self._source(name))
-        for name in known:
+        plan.problems.add(problem for problem in again if problem.reason not in told)
+        for name in known if self._reference in known else ():
             with plan.collect("models", name):
                 if own := self._comparison.vocabulary(self._source(name).companions):
                     plan.download(own.repository, *own.needed())

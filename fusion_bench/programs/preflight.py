@@ -392,9 +392,9 @@ def _add_steps(plan: Plan, prepared: Prepared) -> None:
         plan.add(Step("compute", f"{what}{device}"))
         if plan.holds is not None and taskpool is None and prepared.paths.model_path is not None:
             plan.add(Step("hold", "memory at most, the program's own among it", plan.holds))
-        elif taskpool is not None and (whole := _merged_bytes(plan, modelpool)) is not None:
-            what = "memory at least: a merged model to evaluate, and the program"
-            plan.add(Step("hold", what, _PROGRAM + whole))
+        elif (whole := _merged_bytes(plan, modelpool)) is not None and not plan.problems:
+            what = "a merged model to evaluate" if taskpool is not None else "the merged model"
+            plan.add(Step("hold", f"memory at least: {what}, and the program", _PROGRAM + whole))
     if taskpool is not None:
         evaluated = "the merged model" if settings else "the models"
         if settings and prepared.spec.baselines != "none":

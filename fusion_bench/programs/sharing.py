@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from fusion_bench.companions import own_file
-from fusion_bench.modelpool.card import renamed, usage, with_section
+from fusion_bench.modelpool.card import with_section
+from fusion_bench.modelpool.usage import renamed, usage
 from fusion_bench.network import broke_off, patiently, status
 from fusion_bench.problems import ConfigError, EnvironmentProblem, FusionBenchError
 from fusion_bench.programs.output_paths import is_part

@@ -44,7 +44,7 @@ def verify(
             weights than the recipe gives or the report has. ``NotComputed`` where neither of both
             was compared.
     """
-    recipe = _recipe(folder)
+    recipe = recipe_of(folder)
     weights = _pool(folder, recipe).weights("model")
     parameters = sum(weights.spec(name).numel for name in weights)
     bad = [name for name in weights if not _finite(weights, name)]
@@ -137,7 +137,7 @@ def _files(folder: Path, recipe: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(hashes)} files beside the weights are as they were written."
 
 
-def _recipe(folder: Path) -> Mapping[str, Any]:
+def recipe_of(folder: Path) -> Mapping[str, Any]:
     """Return the recipe of a model's card, or else in its weights; empty where there is none.
 
     Raises:

@@ -136,6 +136,12 @@ class Tokenizer:
     pad_to_multiple_of: int | None = None
     place: Place = ("tokenizer",)
 
+    @property
+    def source_place(self) -> Place:
+        """Where the source is named."""
+        short = self.place[-1] == "tokenizer_source"
+        return self.place if short else (*self.place, "source")
+
 
 @dataclass(frozen=True)
 class Recipe:

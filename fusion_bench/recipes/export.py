@@ -1,16 +1,23 @@
 """From the config of a run back to a recipe of mergekit, where there is one that means the same."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from fusion_bench.catalog import options
+from fusion_bench.forms import plain_yaml
 from fusion_bench.problems import Problem, Problems
 from fusion_bench.recipes.export_moe import TARGET, mixture_of
 from fusion_bench.recipes.methods import METHODS, Method, Parameter
+from fusion_bench.recipes.values import (
+    contained,
+    is_special,
+    module_of,
+    numbers_in,
+    of_model,
+    same,
+    theirs,
+)
 
 _METHODS = "fusion_bench.method."
 _MERGED = "fusion_bench.modelpool.MergedModel"
@@ -53,7 +60,7 @@ def export(config: Mapping[str, Any]) -> Exported:
     problems.raise_all()
     documents = [*made.stages, document]
     return Exported(
-        yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=100),
+        plain_yaml(*documents, width=100),
         tuple(dict.fromkeys(made.notes)),
     )
 
@@ -77,7 +84,7 @@ class _Export:
         if self.method.get("_target_") == TARGET:
             if self.place or self.stages:
                 self._wrong(("method",), "mergekit makes mixtures alone, and not in stages.")
-            merged = [name for name in self._models if not _is_special(name)]
+            merged = [name for name in self._models if not is_special(name)]
             return mixture_of(self.method, self.pool, self._paths, merged, self.problems)
         if self.method.get("_target_") == _METHODS + "StackedLayers":
             document = self._sliced()
@@ -129,7 +136,7 @@ class _Export:
 
     def _whole(self) -> dict[str, Any]:
         """Return the body of a merge of whole models."""
-        names = [name for name in self._models if not _is_special(name)]
+        names = [name for name in self._models if not is_special(name)]
         found = self._named(self.method, ("method",))
         if found is None:
             return {}
@@ -170,15 +177,18 @@ class _Export:
 
     def _sliced(self) -> dict[str, Any]:
         """Return the body of a merge of slices."""
-        slices, used = [], set()
+        slices, used = list[dict[str, Any]](), set()
+        modules: dict[str, dict[str, Any]] = {}
         common = self.method.get("base_method") or {"_target_": _METHODS + "PassthroughAlgorithm"}
         for index, part in enumerate(self.method.get("slices") or ()):
             place = ("method", "slices", index)
             given = part.get("base_method")
             node = given or common
             where = (*place, "base_method") if given else ("method", "base_method")
-            if part.get("stack") is not None:
-                self._wrong((*place, "stack"), "a recipe tells no stacks apart.")
+            module = None
+            if part.get("stack") is not None and (module := module_of(part["stack"])) is None:
+                reason = f"'{part['stack']}' is none of a recipe's modules."
+                self._wrong((*place, "stack"), reason, "Give one beginning of names: encoder.")
             if (found := self._named(node, where)) is None:
                 continue
             name, method = found
@@ -191,24 +201,32 @@ class _Export:
             own, levels = self._parameters(name, method, node, merged, where)
             sources = []
             for each, layers in models.items():
-                if layers is None:
+                if layers is None and module is None:
                     reason = "a recipe wants the numbers of the layers."
                     self._wrong((*place, "models", each), reason, "Give [first, end].")
                 parameters = own.get(each)
                 extra = {"parameters": parameters} if parameters else {}
-                sources.append(
-                    {"model": self._paths.get(each, each), "layer_range": layers, **extra}
-                )
+                ranges = {} if layers is None else {"layer_range": layers}
+                sources.append({"model": self._paths.get(each, each), **ranges, **extra})
+            parameters = {"parameters": levels} if levels else {}
+            if module is not None and all(layers is None for layers in models.values()):
+                modules[module] = {"models": sources, **parameters}
+                continue
             made: dict[str, Any] = {"sources": sources}
             made |= {} if base is None else {"base_model": self._paths.get(base, base)}
-            slices.append(made | ({"parameters": levels} if levels else {}))
+            inner = modules.setdefault(module, {"slices": []}) if module else {"slices": slices}
+            inner.setdefault("slices", []).append({**made, **parameters})
         if len(used) > 1:
             reason = f"a recipe has one method, and here are {', '.join(sorted(used))}."
             self._wrong(("method", "slices"), reason, "Merge the slices in stages.")
         document: dict[str, Any] = {"merge_method": next(iter(used), "passthrough")}
         if _BASE in self._paths:
             document["base_model"] = self._paths[_BASE]
-        return {**document, "slices": slices}
+        if modules and slices:
+            self._wrong(
+                ("method", "slices"), "some have a stack, and others none.", "Give all one."
+            )
+        return {**document, **({"modules": modules} if modules else {"slices": slices})}
 
     def _named(self, node: Mapping[str, Any], place: tuple[str | int, ...]) -> Any:
         """Return mergekit's name of a method, and the method."""
@@ -220,8 +238,13 @@ class _Export:
             self._wrong(place, f"mergekit has no {target}.", f"It has: {', '.join(METHODS)}.")
             return None
         values = self._values(node)
+        fits = _fits(values)
         differing = {
-            name: [key for key, own in method.fixed.items() if not _same(values.get(key), own)]
+            name: [
+                key
+                for key, own in method.fixed.items()
+                if not same(values.get(key), own) and not (key == "gives_way" and fits)
+            ]
             for name, method in known.items()
         }
         name = min(differing, key=lambda each: len(differing[each]))
@@ -232,7 +255,7 @@ class _Export:
         allowed = {own.option for own in known[name].parameters.values()} | set(known[name].fixed)
         defaults = self._defaults(node)
         for key, value in values.items():
-            if key not in allowed and key not in _OWN and not _same(value, defaults.get(key)):
+            if key not in allowed and key not in _OWN and not same(value, defaults.get(key)):
                 self._wrong((*place, key), f"mergekit's {name} has no such setting.")
         if "seed" in defaults:
             self.notes.append(f"{name} draws other elements there, whatever the seed.")
@@ -285,11 +308,11 @@ class _Export:
         """Return what a recipe says of a parameter, of one model or of all."""
         conditions = list(self._conditions(meant, node, place, model, index))
         if not conditions or "filter" in conditions[-1]:
-            last = _of_model(value, model, index)
+            last = of_model(value, model, index)
             if last is None and meant.option == "weights":
                 last = 1.0
             if last is not None:
-                conditions.append({"value": _theirs(meant, last)})
+                conditions.append({"value": theirs(meant, last)})
         if len(conditions) == 1 and "filter" not in conditions[0]:
             return conditions[0]["value"]
         return conditions
@@ -306,19 +329,19 @@ class _Export:
         for number, rule in enumerate(node.get("where") or ()):
             if meant.option not in rule:
                 continue
-            value = _of_model(rule[meant.option], model, index)
+            value = of_model(rule[meant.option], model, index)
             if value is None:
                 continue
             if isinstance(value, Mapping):
-                stated: Any = [_theirs(meant, own) for own in value["gradient"]]
+                stated: Any = [theirs(meant, own) for own in value["gradient"]]
             else:
-                stated = _theirs(meant, value)
+                stated = theirs(meant, value)
             match = rule.get("match", "*")
             for pattern in [match] if isinstance(match, str) else match:
                 if set(pattern) == {"*"}:
                     yield {"value": stated}
                     return
-                if (text := _contained(pattern)) is None:
+                if (text := contained(pattern)) is None:
                     reason = f"'{pattern}': mergekit only knows parts of names, as '*mlp*'."
                     self._wrong((*place, "where", number, "match"), reason)
                 else:
@@ -356,43 +379,11 @@ class _Export:
         self.problems.add([Problem((*self.place, *place), reason, remedy)])
 
 
-def _theirs(meant: Parameter, value: Any) -> Any:
-    """Return a value of ours as mergekit has it."""
-    if meant.kind == "truth" and meant.values:
-        found = [key for key, own in meant.values.items() if _same(own, value)]
-        return found[0] if found else value in (True, "inverse_keep")
-    if meant.option == "threshold" and value > 1:
-        value = value / 100
-    return float(f"{1 - value:.15g}") if meant.complement else value
-
-
-def _of_model(value: Any, model: str, index: int) -> Any:
-    """Return the value of one model; None where there is none."""
-    if isinstance(value, Mapping) and "gradient" not in value:
-        return value.get(model)
-    return value[index] if isinstance(value, list) else value
-
-
-def _contained(pattern: str) -> str | None:
-    """Return the text of a pattern ``*text*``; None for any other pattern."""
-    if not (match := re.fullmatch(r"\*(.+)\*", pattern)):
-        return None
-    plain = re.sub(r"\[([*?[])\]", "", match[1])
-    return None if re.search(r"[*?\[]", plain) else re.sub(r"\[([*?[])\]", r"\1", match[1])
-
-
-def _is_special(name: str) -> bool:
-    return name.startswith("_") or name.endswith("_")
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same; so are what turns a text off, and what is empty."""
-    if {one, other} == {False, "none"} if _plain(one) and _plain(other) else False:
-        return True
-    if all(own is None or own in ({}, []) for own in (one, other)):
-        return True
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | bool | int | float)
+def _fits(values: Mapping[str, Any]) -> bool:
+    """Tell whether no shares are more than 1 together, so that none gives way to the other."""
+    nodes = [values, *(values.get("where") or ())]
+    most = [
+        max((number for node in nodes for number in numbers_in(node.get(key))), default=0)
+        for key in ("density", "gamma")
+    ]
+    return sum(most) <= 1

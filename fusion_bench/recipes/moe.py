@@ -10,8 +10,10 @@ from fusion_bench.problems import (
     Problem,
     Problems,
     did_you_mean,
+    key_of,
 )
 from fusion_bench.recipes.document import Reference
+from fusion_bench.recipes.keys import IDLE_KEY, refused_key
 from fusion_bench.recipes.names import named_after
 from fusion_bench.recipes.places import Places
 from fusion_bench.recipes.reading import ALIASES, DTYPES
@@ -140,9 +142,13 @@ class _Mixture:
         self, node: Mapping[str, object], known: tuple[str, ...], *place: str | int
     ) -> None:
         for key in node:
-            if key not in known:
-                hint = did_you_mean(str(key), known)
-                self._problems.add([Problem((*place, str(key)), "there is no such key.", hint)])
+            if key in known:
+                continue
+            own = (*place, str(key))
+            if (refused := refused_key(str(key), known)) is not None:
+                self._problems.add([Problem(own, *refused)])
+            else:
+                self._notes.append(f"{key_of(own)}: {IDLE_KEY}")
 
     def _reference(self, node: object, *place: str | int) -> Reference | None:
         try:

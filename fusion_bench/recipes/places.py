@@ -117,7 +117,9 @@ def _moved(problem: Problem, places: Places, above: tuple[str, ...]) -> Problem:
             for name, outer in (("here", problem.place[:-1]), ("above", problem.place[:-2])):
                 remedy = remedy.replace(f"{{{name}}}", f"{key_of(outer)}." if outer else "")
             reason = problem.reason.replace(f"'{BASE}'", "the base")
-            return replace(problem, place=(*above, *place), reason=reason, remedy=remedy)
+            details = tuple(line.replace(f"in {BASE} ", "in the base ") for line in problem.details)
+            place = (*above, *place)
+            return replace(problem, place=place, reason=reason, remedy=remedy, details=details)
     return problem
 
 

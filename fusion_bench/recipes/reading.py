@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from fusion_bench.problems import Place, Problem, Problems, did_you_mean
+from fusion_bench.problems import Place, Problem, Problems, did_you_mean, key_of
 from fusion_bench.recipes.document import (
     Condition,
     Module,
@@ -17,6 +17,7 @@ from fusion_bench.recipes.document import (
     Tokenizer,
     Tokens,
 )
+from fusion_bench.recipes.keys import IDLE_KEY, refused_key
 from fusion_bench.recipes.methods import METHODS, PARAMETERS
 
 T = TypeVar("T")
@@ -152,6 +153,9 @@ class _Reader:
 
     def _source(self, node: object, place: Place, *, sliced: bool) -> Source | None:
         keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
+        if isinstance(node, str) and node:
+            self._wrong(place, f"'{node}' is no mapping.", f"Write '{{model: {node}}}'.")
+            return None
         if (own := self._mapping(node, keys, place)) is None:
             return None
         layers = self._layers(own.get("layer_range"), (*place, "layer_range")) if sliced else None
@@ -209,7 +213,11 @@ class _Reader:
     def _parameters(self, node: object, place: Place) -> Parameters:
         if node is None:
             return {}
-        own = self._mapping(node, PARAMETERS, place, what="no method of mergekit's takes it.")
+        own = self._mapping(node, None, place)
+        for name in own or ():
+            if name not in PARAMETERS:
+                reason = "no method of mergekit's takes it."
+                self._wrong((*place, str(name)), reason, did_you_mean(str(name), PARAMETERS))
         found = {}
         for name, value in (own or {}).items():
             if name in PARAMETERS and value is not None:
@@ -342,19 +350,24 @@ class _Reader:
         return []
 
     def _mapping(
-        self,
-        node: object,
-        known: Collection[str] | None,
-        place: Place,
-        what: str = "there is no such key.",
+        self, node: object, known: Collection[str] | None, place: Place
     ) -> Mapping[str, Any] | None:
-        """Return a mapping, all of whose keys are known; None for anything else."""
+        """Return a mapping; None for anything else.
+
+        Of its keys that are not known, those are refused that may be meant to say something.
+        """
         if not isinstance(node, Mapping):
-            self._wrong(place, f"'{node}' is no mapping.", f"Known: {', '.join(known or ())}.")
+            remedy = f"Known: {', '.join(known)}." if known else ""
+            self._wrong(place, f"'{node}' is no mapping.", remedy)
             return None
         for key in node:
-            if known is not None and key not in known:
-                self._wrong((*place, str(key)), what, did_you_mean(str(key), known))
+            if known is None or key in known:
+                continue
+            own = (*place, str(key))
+            if (refused := refused_key(str(key), known)) is not None:
+                self._wrong(own, *refused)
+            else:
+                self.notes.append(f"{key_of(own)}: {IDLE_KEY}")
         return node
 
     def _wrong(self, place: Place, reason: str, remedy: str = "") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from fusion_bench.command import is_there
-from fusion_bench.problems import ConfigError
+from fusion_bench.problems import ConfigError, Place, Problem, Problems
 
 #: No recipe is longer, in bytes, or holds more values.
 _LONGEST = 4 * 2**20
@@ -30,20 +30,82 @@ def read_text(file: Path) -> str:
         raise ConfigError(f"'{file}' is no text in UTF-8.", "Name a YAML file.") from error
 
 
+def is_recipe(text: str) -> bool:
+    """Tell whether a text is a recipe of mergekit, by its first keys; it may have mistakes."""
+    try:
+        node = next(iter(yaml.safe_load_all(text)), None)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return False
+    keys = node.keys() if isinstance(node, dict) else ()
+    return "_target_" not in keys and bool({"merge_method", "experts", "slices"} & {*keys})
+
+
 def nodes_of(text: str) -> list[Any]:
     """Return the YAML documents in a text.
 
     Raises:
-        ConfigError: no YAML, none, or one that is too large.
+        FusionBenchError: no YAML, none, one that is too large, or keys that are given twice.
     """
+    loader = _Loader(text)
+    nodes, twice = [], []
     try:
-        nodes = [node for node in yaml.safe_load_all(text) if node is not None]
+        while loader.check_data():
+            loader.twice = []
+            node = loader.get_data()
+            if node is not None:
+                nodes.append(node)
+                twice.append(loader.twice)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"the recipe is no YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
     if not nodes:
         raise ConfigError("the recipe is empty.", "Give a 'merge_method' and 'models'.")
+    several = len(nodes) > 1
+    Problems(
+        problem.inside(index) if several else problem
+        for index, own in enumerate(twice)
+        for problem in own
+    ).raise_all()
     _refuse_large(nodes)
     return nodes
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values, and notes keys that a mapping has twice: YAML's last would win."""
+
+    twice: list[Problem]
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self._look_for_twins(node)
+        return super().construct_document(node)
+
+    def _look_for_twins(self, root: yaml.Node) -> None:
+        seen: set[int] = set()  # what an alias names is looked at once
+        nodes: list[tuple[Place, yaml.Node]] = [((), root)]
+        while nodes:
+            place, node = nodes.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if isinstance(node, yaml.SequenceNode):
+                nodes += reversed([((*place, i), own) for i, own in enumerate(node.value)])
+            elif isinstance(node, yaml.MappingNode):
+                lines: dict[str, list[int]] = {}
+                for key, _ in node.value:
+                    if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                        lines.setdefault(key.value, []).append(key.start_mark.line + 1)
+                self.twice += [
+                    Problem((*place, key), _twice(own), "Remove all but one.")
+                    for key, own in lines.items()
+                    if len(own) > 1
+                ]
+                nodes += reversed([((*place, str(key.value)), own) for key, own in node.value])
+
+
+def _twice(lines: list[int]) -> str:
+    *before, last = map(str, lines)
+    return f"it is given {len(lines)} times, in the lines {', '.join(before)} and {last}."
 
 
 def _refuse_large(node: object) -> None:

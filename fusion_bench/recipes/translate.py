@@ -7,6 +7,7 @@ from fusion_bench.problems import Place, Problem, Problems, error_of
 from fusion_bench.recipes.document import Recipe
 from fusion_bench.recipes.methods import METHODS
 from fusion_bench.recipes.moe import is_mixture, mixture
+from fusion_bench.recipes.near import suspects
 from fusion_bench.recipes.places import BASE
 from fusion_bench.recipes.reading import documents
 from fusion_bench.recipes.text import nodes_of
@@ -55,29 +56,33 @@ def translate(
     used = _needed(final, {recipe.name: recipe for recipe in stages})
     notes += [f"the stage '{own.name}' is not used." for own in stages if own.name not in used]
     notes, filters = list(dict.fromkeys(notes)), list(dict.fromkeys(filters))
-    return replace(found, notes=tuple(notes), filters=tuple(filters))
+    near = tuple(suspects(recipes))
+    return replace(found, notes=tuple(notes), filters=tuple(filters), suspects=near)
 
 
-def first_model(text: str) -> tuple[str, Place]:
-    """Return a model whose config decides what kind of pool suits the recipe, and its place.
+def models_of(text: str) -> list[tuple[str, Place]]:
+    """Return the models that a recipe merges and their places, the base of each merge first.
 
     Raises:
         FusionBenchError: as ``translate``.
     """
     found = translate(text)
-    pool: object = found.modelpool
-    key: Place = ("modelpool", "models")
-    while isinstance(pool, Mapping):
-        models = pool["models"]
-        assert isinstance(models, Mapping)
-        name = BASE if BASE in models else next(iter(models))
-        node, key = models[name], (*key, str(name))
-        if isinstance(node, Mapping) and "_target_" not in node:
-            node = models.get(node["base"], node["base"])
-        if not isinstance(node, Mapping):
-            return str(node), found.places.get(key, ())
-        pool, key = node["modelpool"], (*key, "modelpool", "models")
-    raise AssertionError("every pool has a model")
+    pools: list[tuple[object, Place]] = [(found.modelpool, ("modelpool", "models"))]
+    models: dict[str, Place] = {}
+    while pools:
+        pool, key = pools.pop(0)
+        assert isinstance(pool, Mapping)
+        for name in sorted(pool["models"], key=lambda name: name != BASE):
+            node, own = pool["models"][name], (*key, name)
+            if isinstance(node, Mapping) and "_target_" in node:
+                pools.append((node["modelpool"], (*own, "modelpool", "models")))
+                continue
+            if isinstance(node, Mapping):  # an adapter, whose base may be a stage in the pool
+                node = node["base"]
+                if isinstance(pool["models"].get(node), Mapping):
+                    continue
+            models.setdefault(str(node), found.places.get(own, ()))
+    return [*models.items()]
 
 
 def _ordered(recipes: Sequence[Recipe], problems: Problems) -> tuple[Recipe, list[Recipe]]:

@@ -25,6 +25,7 @@ from fusion_bench.recipes.levels import (
 )
 from fusion_bench.recipes.methods import IGNORED, METHODS, Method
 from fusion_bench.recipes.names import named_after
+from fusion_bench.recipes.near import Suspect
 from fusion_bench.recipes.places import BASE, of_stage, places_of
 
 _METHODS = "fusion_bench.method."
@@ -42,6 +43,7 @@ class Translated:
         notes: what is surprising.
         filters: each filter with the key where it stands.
         places: keys of the config, and where in the recipe they come from.
+        suspects: words that are mistakes unless there are such files.
     """
 
     method: Node
@@ -49,6 +51,7 @@ class Translated:
     notes: tuple[str, ...]
     filters: tuple[tuple[str, str], ...] = ()
     places: Mapping[Place, Place] = field(default_factory=dict)
+    suspects: tuple[Suspect, ...] = ()
 
 
 @dataclass
@@ -360,13 +363,16 @@ class Translation:
 
     def _tokenizer(self, given: Tokenizer) -> object:
         source = given.source
-        named = source if isinstance(source, str) else self._in_pool(source)
+        named = source if isinstance(source, str) else self._in_pool(source, given.source_place)
         rows = {token: row for token, row in given.tokens.items() if row != Tokens()}
         if not rows and given.pad_to_multiple_of is None:
             return named
         node: Node = {"source": named}
         if rows:
-            node["tokens"] = {token: self._row(own) for token, own in rows.items()}
+            node["tokens"] = {
+                token: self._row(own, (*given.place, "tokens", token, "source"))
+                for token, own in rows.items()
+            }
         if given.pad_to_multiple_of is not None:
             node["pad_to_multiple_of"] = given.pad_to_multiple_of
         return node
@@ -382,19 +388,19 @@ class Translation:
                 near = did_you_mean(str(own.source), map(str, models))
                 self._wrong(place, f"'{own.source}' is not among the models.", near)
 
-    def _row(self, own: Tokens) -> Node:
+    def _row(self, own: Tokens, place: Place) -> Node:
         node: Node = {"force": True} if own.force else {}
         if own.zero:
             node["source"] = {"kind": "zero"}
         elif own.source is not None and own.token is None:
-            node["source"] = self._in_pool(own.source)
+            node["source"] = self._in_pool(own.source, place)
         elif own.source is not None:
             key = "token_id" if isinstance(own.token, int) else "token"
-            model = self._in_pool(own.source)
+            model = self._in_pool(own.source, place)
             node["source"] = {"kind": "model_token", "model": model, key: own.token}
         return node
 
-    def _in_pool(self, reference: Reference) -> str:
+    def _in_pool(self, reference: Reference, place: Place) -> str:
         """Return the name of a model in the pool, to which it is added if only tokens need it."""
         name = self._names[reference]
         if name in self._models:
@@ -402,6 +408,7 @@ class Translation:
         if reference == self.recipe.base:
             return BASE
         self._models[f"_{name}_"] = self._node(reference, f"_{name}_")
+        self._inner.setdefault(("modelpool", "models", f"_{name}_"), place)
         return f"_{name}_"
 
     def _wrong(self, place: Place, reason: str, remedy: str = "") -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from fusion_bench.forms import plain_yaml
 from fusion_bench.report.changes import task_changes
 from fusion_bench.report.figures import (
     PERCENT,
@@ -94,9 +95,7 @@ def page(report: Report, scores: Scores) -> str:
         "every_metric": _every_metric(report),
         "held_out": _held_out(report),
         "has_classes": any(info.num_classes is not None for info in report.tasks.values()),
-        "config": yaml.safe_dump(
-            report.model_dump(mode="json")["run"]["config"], sort_keys=False, allow_unicode=True
-        ),
+        "config": plain_yaml(report.model_dump(mode="json")["run"]["config"]),
     }
     return render("report.html.j2", values)
 

@@ -14,6 +14,7 @@ _DEVICE = ("cuda", "gpu_rich")
 #: What is always so, or never needed, with the reason.
 _IDLE = {
     "lazy_unpickle": "files are always read entry by entry",
+    "lazy": "stages are not stored",
     "lazy_loader": "files are always read entry by entry",
     "low_cpu_memory": "memory is always small",
     "read_to_gpu": "entries are copied to the device when they are merged",
@@ -23,6 +24,7 @@ _IDLE = {
     "write_model_card": "a model card is always written",
     "copy_tokenizer": "the tokenizer is always copied",
     "safe_serialization": "files are always safetensors",
+    "i_understand_this_is_not_useful_without_training": "equal experts are merged as well",
     "verbose": "the log tells the steps",
     "quiet": "the progress bar is only shown in a terminal",
 }
@@ -32,14 +34,24 @@ _ALWAYS = {
     "copy_tokenizer": "the tokenizer is always copied. Remove its files afterwards.",
     "safe_serialization": "weights are only written as safetensors.",
 }
+#: Options that we do not have, and what to do.
+_LACKING = {
+    "unsafe_truncate_embeddings": "rows are never cut off by their numbers. Match them by their "
+    "tokens with 'tokenizer_source: union' in the recipe, or merge the rows that all models have "
+    "and keep the others of the base, with modelpool.policy.on_vocabulary=common.",
+    "load_in_4bit": "models are read as they are. Remove it.",
+    "load_in_8bit": "models are read as they are. Remove it.",
+}
 #: Options with a value that are not needed, with the reason.
 _IDLE_VALUES = {
     "lora_merge_cache": "adapters are merged entry by entry, without files",
     "lora_merge_dtype": "adapters are merged in float32",
     "write_threads": "the number of threads follows the machine",
+    "intermediate_dir": "stages are computed when they are read, and not stored",
 }
 #: Options with a value that are set elsewhere.
 _ELSEWHERE = {
+    "out_path": "name the folder behind the recipe: 'merge recipe.yaml {value}'.",
     "transformers_cache": "set HF_HUB_CACHE={value} in the environment.",
     "num_threads": "set OMP_NUM_THREADS={value} in the environment.",
     "device": "give modelpool.policy.device={value}.",
@@ -53,11 +65,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     def add(*names: str, **more: object) -> None:
         parser.add_argument(*names, help=SUPPRESS, **more)  # type: ignore[arg-type]
 
-    for name in (*_DEVICE, "allow_crimes", *_IDLE):
+    for name in (*_DEVICE, "allow_crimes", *_IDLE, *_LACKING):
         more = ("-v",) if name == "verbose" else ("-q",) if name == "quiet" else ()
         add(_option(name), *more, action=BooleanOptionalAction, dest=name)
     for name in (*_IDLE_VALUES, *_ELSEWHERE, "out_shard_size", "random_seed"):
-        add(_option(name), dest=name)
+        short = {"num_threads": ("-j",), "intermediate_dir": ("-I",)}.get(name, ())
+        add(_option(name), *short, dest=name)
 
 
 def words(arguments: Namespace) -> Iterator[str]:
@@ -71,6 +84,9 @@ def words(arguments: Namespace) -> Iterator[str]:
     for key, remedy in _ELSEWHERE.items():
         if key in given:
             problems.add([_problem(key, f"In place of it, {remedy.format(value=given[key])}")])
+    for key, reason in _LACKING.items():
+        if given.get(key):
+            problems.add([_problem(key, reason)])
     for key, reason in _ALWAYS.items():
         if given.get(key) is False:
             problems.add([_problem(f"no_{key}", reason)])

@@ -5,9 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_bench.command import overrides
+from fusion_bench.command import is_there, overrides
 from fusion_bench.problems import ConfigError, Place, Problem, Problems, within
-from fusion_bench.recipes import decided_options, read_text, translate
+from fusion_bench.recipes import (
+    Translated,
+    decided_options,
+    models_of,
+    read_text,
+    told_in_recipe,
+    translate,
+)
 
 #: Options that are no part of what a method computes.
 _SHOWN = ("show_pbar", "inplace")
@@ -94,6 +101,7 @@ def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
         text = read_text(Path(name).expanduser())
         kind = {key: pool[key] for key in ("_target_", "model_class") if key in pool}
         translated = translate(text, kind or None, _names(pool.get("models")))
+        refuse_suspects(translated)
     policy = {**(pool.get("policy") or {})}
     theirs = {**translated.modelpool}
     made = theirs.pop("policy", {})
@@ -110,6 +118,32 @@ def sections(name: str, pool: Mapping[str, Any], seed: int | None) -> Sections:
         translated.places,
         frozenset(theirs) - {"_target_", "_recursive_", "model_class"},
     )
+
+
+def refuse_suspects(translated: Translated) -> None:
+    """Refuse words that nearly name a stage or a source of tokens, where no such file is.
+
+    Raises:
+        FusionBenchError: there are some.
+    """
+    Problems(own.problem for own in translated.suspects if not is_there(own.word)).raise_all()
+
+
+def pool_of(text: str) -> tuple[dict[str, object], list[str]]:
+    """Return the node of a pool that suits a recipe, and the models that the recipe merges.
+
+    Raises:
+        FusionBenchError: mistakes in the recipe, or none of its models can be read.
+    """
+    from fusion_bench.modelpool.kinds import pool_node
+
+    with within("recipe"):
+        refuse_suspects(translate(text))
+        models = models_of(text)
+    named = {str(number): model for number, (model, _) in enumerate(models)}
+    places: dict[Place, Place] = {("models", str(n)): own for n, (_, own) in enumerate(models)}
+    with told_in_recipe(places, "recipe"):
+        return pool_node(named, heads=True), [*named.values()]
 
 
 def _names(models: object) -> dict[str, str]:

@@ -55,7 +55,8 @@ log = logging.getLogger(__name__)
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
     r"((method|modelpool|taskpool|fabric|search)(?=={)|recipe|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
-    r"method\.(base_method\.)*(show_pbar|inplace|where)|fabric\.\w+(\.\w+)*|path\.\w+|print_config|print_function_call|search\.space\.\w+|method\.(base_method\.)*(options|methods)(\.\w+)?|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
+    # Of a method's options its YAML may have but some; the class itself refuses those it lacks.
+    r"method(\.\w[\w-]*)+|fabric\.\w+(\.\w+)*|path\.\w+|print_config|print_function_call|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
 #: Exceptions whose message is enough.

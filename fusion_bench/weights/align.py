@@ -1,6 +1,6 @@
 """Decides which entries of which models are merged, before any work."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -18,6 +18,7 @@ from fusion_bench.problems import (
 )
 from fusion_bench.weights.computed import is_computed
 from fusion_bench.weights.mapping import Origin, TensorSpec, Weights
+from fusion_bench.weights.unlike import Configs, Unlike, no_config
 
 #: The types whose values are plain numbers; narrower ones mean little without scales beside them.
 _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -142,6 +143,7 @@ def align(
     base: Weights | None = None,
     policy: MergePolicy | None = None,
     vocabulary: int | None = None,
+    configs: Configs = no_config,
 ) -> Aligned:
     """Compare keys, shapes and types of all models, and resolve allowed differences.
 
@@ -151,6 +153,7 @@ def align(
         policy: by default every difference is an error.
         vocabulary: the reference's number of tokens. A first dimension of that size counts as a
             vocabulary; where it is not given, none does.
+        configs: gives what a model's config says, for messages.
 
     Raises:
         FusionBenchError: no models, or differences that the policy does not allow; each is listed.
@@ -159,7 +162,7 @@ def align(
         raise FusionBenchError("There is nothing to merge: the model pool has no model.")
     policy = policy or MergePolicy()
     name, reference = ("_pretrained_", base) if base is not None else next(iter(models.items()))
-    comparison = _Comparison(name, reference, policy, vocabulary)
+    comparison = _Comparison(name, reference, policy, vocabulary, configs)
     aligned = {model: comparison.aligned(model, weights) for model, weights in models.items()}
     comparison.raise_problems()
     copied = {key for key in reference if not reference.spec(key).dtype.is_floating_point}
@@ -173,7 +176,14 @@ def align(
 class _Comparison:
     """Compares one model after the other and collects what cannot be merged."""
 
-    def __init__(self, name: str, reference: Weights, policy: MergePolicy, vocabulary: int | None):
+    def __init__(
+        self,
+        name: str,
+        reference: Weights,
+        policy: MergePolicy,
+        vocabulary: int | None,
+        configs: Configs,
+    ):
         self.name = name
         self.reference = reference
         self.policy = policy
@@ -182,7 +192,7 @@ class _Comparison:
         self.common_rows: dict[str, int] = {}
         self.computed: dict[str, dict[str, None]] = {}
         self.cast: dict[tuple[str, str, str], int] = {}  # model and both types: how many entries
-        self.problems: list[str] = []
+        self.unlike = Unlike(name, configs)
         self.fixes: dict[str, None] = {}  # an ordered set
         self.remedies: dict[str, None] = {}
 
@@ -203,13 +213,11 @@ class _Comparison:
         missing = self._without_computed(model, missing, self.reference)
         extra = self._without_computed(model, extra, weights)
         if missing and self.policy.on_missing == "error":
-            self._problem(("on_missing", "base"), *(f"{model}: lacks '{key}'" for key in missing))
+            self._problem(("on_missing", "base"), model, missing, self.reference, "lacks")
         elif self.policy.on_missing == "skip":
             self.skipped.update(missing)
         if extra and self.policy.on_extra == "error":
-            self._problem(
-                ("on_extra", "drop"), *(f"{model}: has an extra '{key}'" for key in extra)
-            )
+            self._problem(("on_extra", "drop"), model, extra, weights, "has an extra")
         for key in self.reference:
             if key in weights:
                 self._compare(model, key, weights.spec(key))
@@ -229,23 +237,22 @@ class _Comparison:
         if spec != expected and not self._without_computed(model, [key], self.reference):
             return
         if spec.shape != expected.shape:
-            line = f"{model}: '{key}' is {list(spec.shape)}, in {self.name} {list(expected.shape)}"
+            said = f" is {list(spec.shape)}, in {self.name} {list(expected.shape)}"
             if not self._is_vocabulary(spec, expected):
-                self._problem(None, line)
+                self._differ(None, model, key, said)
             elif self.policy.on_vocabulary == "error":
-                self._problem(("on_vocabulary", "common"), f"{line}: another vocabulary")
+                self._differ(("on_vocabulary", "common"), model, key, f"{said}: another vocabulary")
                 tokens = key_of((*self.policy.place[:-1], "tokenizer"))
                 self.remedies[f"give {tokens}=union to match rows by their tokens"] = None
             else:
                 known = self.common_rows.get(key, expected.shape[0])
                 self.common_rows[key] = min(known, spec.shape[0])
         if spec.dtype != expected.dtype:
-            line = f"{model}: '{key}' is {_short(spec.dtype)}, in {self.name} "
-            line += _short(expected.dtype)
+            said = f" is {_short(spec.dtype)}, in {self.name} {_short(expected.dtype)}"
             if not {spec.dtype, expected.dtype} <= _PLAIN:
-                self._problem(None, line)
+                self._differ(None, model, key, said)
             elif self.policy.on_dtype == "error":
-                self._problem(("on_dtype", "cast"), line)
+                self._differ(("on_dtype", "cast"), model, key, said)
             else:
                 types = (model, _short(spec.dtype), _short(expected.dtype))
                 self.cast[types] = self.cast.get(types, 0) + 1
@@ -273,21 +280,44 @@ class _Comparison:
         alike = len(spec.shape) == len(expected.shape) and spec.shape[1:] == expected.shape[1:]
         return alike and expected.shape[:1] == (self.vocabulary,)
 
-    def _problem(self, fix: tuple[str, str] | None, *lines: str) -> None:
-        self.problems += lines
+    def _differ(self, fix: tuple[str, str] | None, model: str, key: str, said: str) -> None:
+        self._problem(fix, model, [key], self.reference, "", said)
+
+    def _problem(
+        self,
+        fix: tuple[str, str] | None,
+        model: str,
+        keys: Sequence[str],
+        among: Weights,
+        before: str,
+        behind: str = "",
+    ) -> None:
+        self.unlike.add(model, keys, among, before, behind)
         if fix is not None:
             self.fixes[self.policy.typed(*fix)] = None
 
     def raise_problems(self) -> None:
-        if not self.problems:
+        """Raise how the models differ, what their configs say first.
+
+        Raises:
+            FusionBenchError: they do.
+        """
+        if not self.unlike:
             return
+        lines = self.unlike.lines()
+        remedy = "Use models that were fine-tuned from the same base"
+        if self.unlike.only_deeper():
+            remedy = (
+                "They differ in depth alone: merge equally many layers of each as slices (the "
+                "method stacked_layers; 'slices' in a recipe), use models of one depth"
+            )
+        if not self.unlike.of_another_kind():
+            remedy += "".join(f", {remedy}" for remedy in self.remedies)
+            remedy += f", or set {' '.join(self.fixes)}" if self.fixes else ""
         raise FusionBenchError(
-            f"These models cannot be merged: their weights do not match those of '{self.name}'. "
-            "Use models that were fine-tuned from the same base"
-            + "".join(f", {remedy}" for remedy in self.remedies)
-            + (f", or set {' '.join(self.fixes)}" if self.fixes else "")
-            + ".\n  "
-            + "\n  ".join(self.problems)
+            "These models cannot be merged: their weights do not match those of "
+            f"'{self.name}'. {remedy}.",
+            details=first_of([*lines]),
         )
 
 

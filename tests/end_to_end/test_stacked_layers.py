@@ -131,7 +131,9 @@ def test_mistakes_have_their_places(place: Path) -> None:
 def test_models_of_other_depth_are_still_refused_by_other_methods(place: Path) -> None:
     done = stacked(place, "method=simple_average", "merged_model_save_path=other")
     assert done.returncode == 2
-    assert "b: has an extra 'model.layers.3.input_layernorm.weight'" in done.stderr
+    assert "b: num_hidden_layers is 5, in a 3" in done.stderr
+    assert "b: has extra model.layers.{3-4}.* (18 tensors)" in done.stderr
+    assert "They differ in depth alone: merge equally many layers of each" in done.stderr
 
 
 def test_models_that_compute_otherwise_are_refused_by_all(place: Path, tmp_path: Path) -> None:

@@ -69,6 +69,9 @@ def test_the_command_line_merges_adapters(root: Path) -> None:
     assert (
         said in done.stderr + done.stdout and "A larger modelpool.rank" in done.stderr + done.stdout
     )
+    assert said in (root / "out" / "README.md").read_text(encoding="utf-8")
+    report = max(root.glob("outputs/*/*/report.json"), key=lambda file: file.stat().st_mtime_ns)
+    assert any(said in note for note in json.loads(report.read_text())["run"]["notes"])
     assert f"Adapter: {root / 'out'}" in done.stdout
     verified = fusion_bench("verify", "out", cwd=root)
     assert verified.returncode == 0 and "computed again from the recipe" in verified.stdout

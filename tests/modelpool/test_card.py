@@ -26,11 +26,10 @@ from fusion_bench.modelpool.card import (
     Origin,
     model_card,
     recipe,
-    renamed,
     stated_license,
-    usage,
     with_section,
 )
+from fusion_bench.modelpool.usage import renamed, usage
 from fusion_bench.repository import locate
 
 CONFIG: dict[str, Any] = {"method": {"scaling_factor": 0.3}, "seed": None, "list": [1, "zwei ´`"]}

@@ -1,6 +1,7 @@
 """Recipes on the command line: merged into a folder, and evaluated."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,10 @@ def test_the_plan_tells_what_is_surprising(models: Path, tmp_path: Path) -> None
         (["out", "--num-threads", "4"], "set OMP_NUM_THREADS=4 in the environment."),
         (["out", "--no-safe-serialization"], "weights are only written as safetensors."),
         (["out", "--out-shard-size", "big"], "'big' is not a size."),
+        (["out", "--unsafe-truncate-embeddings"], "--unsafe-truncate-embeddings: rows are never"),
+        (["out", "-j", "4"], "set OMP_NUM_THREADS=4 in the environment."),
+        (["--out-path", "out"], "name the folder behind the recipe"),
+        (["b"], "is one of the models."),
     ],
 )
 def test_what_cannot_be_is_told(words: list[str], said: str, models: Path, tmp_path: Path) -> None:
@@ -239,3 +244,53 @@ def test_a_tokenizer_may_be_added_where_the_recipe_has_none(models: Path, tmp_pa
     assert sections(str(file), pool, None).decides("modelpool.tokenizer.source")
     done = fusion_bench("merge", str(file), "out", "modelpool.tokenizer=union", cwd=models)
     assert "modelpool.tokenizer: the recipe decides it." in done.stderr
+
+
+def test_every_option_of_mergekit_is_answered() -> None:
+    from argparse import ArgumentParser
+
+    from fusion_bench.scripts import mergekit
+
+    parser = ArgumentParser()
+    mergekit.add_arguments(parser)
+    flags = (
+        "--no-unsafe-truncate-embeddings --no-allow-crimes --cuda --low-cpu-memory "
+        "--lazy-unpickle --read-to-gpu --multi-gpu --gpu-rich --async-write --no-copy-tokenizer "
+        "--clone-tensors --no-write-model-card --safe-serialization --quiet -vv --lazy "
+        "--load-in-4bit --load-in-8bit --i-understand-this-is-not-useful-without-training"
+    )
+    values = (
+        "--transformers-cache --lora-merge-cache --lora-merge-dtype --random-seed --device -j "
+        "--write-threads --out-shard-size -I --out-path"
+    )
+    words = [*flags.split(), *(word for name in values.split() for word in (name, "1"))]
+    parser.parse_args(words)  # which exits where one is unknown
+
+
+def test_all_missing_models_are_told_at_once(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    listed = "{model: %s, parameters: {weight: 1}}"
+    listed = ", ".join(listed % name for name in ("bse", "a", "./none", "b+./lora"))
+    file.write_text(f"merge_method: linear\nmodels: [{listed}]\n", encoding="utf-8")
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for words in (["merge", str(file), "out"], ["--config-name", "merge_llm", f"recipe={file}"]):
+        done = fusion_bench(*words, "dry_run=true", cwd=models, env=offline)
+        assert done.returncode == 2, done.stderr
+        said = done.stderr
+        assert "recipe.models[0].model: Cannot read the model 'bse': there is no folder" in said
+        assert "Did you mean 'base'?" in said
+        assert "recipe.models[2].model: There is no such directory: './none'." in said
+        assert "recipe.models[3].model: There is no such directory: './lora'." in said
+        assert said.count("Cannot read") == 1
+    done = fusion_bench("merge", "bse", "./none", "a", "--out", "out", cwd=models, env=offline)
+    assert "modelpool.models.bse" in done.stderr and "modelpool.models.none" in done.stderr
+
+
+def test_a_tokenizer_that_is_nearly_a_word(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    text = recipe("ties", 2, own="{weight: 1}")
+    file.write_text(f"{text}\ntokenizer_source: unoin\n", encoding="utf-8")
+    done = fusion_bench("merge", str(file), "out", cwd=models)
+    assert done.returncode == 2
+    assert "recipe.tokenizer_source: there is no model 'unoin', and no such folder" in done.stderr
+    assert "Did you mean 'union'?" in done.stderr

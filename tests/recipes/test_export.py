@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import yaml
-from recipes.test_merging import DRAWN, EXAMPLES, MORE, PLAIN, recipe
+from commandline import fusion_bench
+from recipes.test_merging import DRAWN, EXAMPLES, MORE, PLAIN, here, models, recipe
 
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.recipes import translate
 from fusion_bench.recipes.export import export
+
+__all__ = ["here", "models"]
 
 ALL = {**PLAIN, **EXAMPLES, **MORE} | {
     name: recipe(name, 2, own=own) for name, own in DRAWN.items()
@@ -114,8 +117,6 @@ def test_random_draws_are_noted() -> None:
 
 
 def test_written_by_the_command(tmp_path: Path) -> None:
-    from commandline import fusion_bench
-
     file = tmp_path / "my.yaml"
     words = ["method=task_arithmetic", "modelpool.models={_pretrained_: p, a: q/a, b: q/b}"]
     done = fusion_bench("export-recipe", "merge_llm", *words, "-o", str(file), cwd=tmp_path)
@@ -159,3 +160,63 @@ def test_too_many_models_in_a_slice_are_refused() -> None:
     slices = [{"models": {"a": [0, 2], "b": [0, 2]}}]
     with pytest.raises(FusionBenchError, match=r"method.slices\[0\].models: mergekit's passth"):
         exported({"name": "StackedLayers", "slices": slices}, {"a": "x/a", "b": "x/b"})
+
+
+def test_slices_of_modules_there_and_back() -> None:
+    from recipes.test_reading import SLICED_MODULES
+
+    found = translate(SLICED_MODULES)
+    text = export({"method": found.method, "modelpool": found.modelpool}).text
+    again = translate(text)
+    assert again.method == found.method
+    assert again.modelpool["models"] == found.modelpool["models"]
+
+
+def test_a_stack_in_a_word_is_a_module() -> None:
+    slices = [{"stack": "encoder", "models": {"a": [0, 2]}}]
+    method = {"name": "StackedLayers", "slices": slices}
+    found = exported(method, {"a": "x/a", "b": "x/b"})
+    sources = [{"model": "x/a", "layer_range": [0, 2]}]
+    assert found["modules"] == {"encoder": {"slices": [{"sources": sources}]}}
+    mixed = [slices[0], {"models": {"b": [0, 1]}}]
+    with pytest.raises(FusionBenchError, match="some have a stack, and others none"):
+        exported({**method, "slices": mixed}, {"a": "x/a", "b": "x/b"})
+
+
+def test_nothing_is_written_as_an_alias() -> None:
+    tokens = {"x": {"source": {"kind": "zero"}}}
+    tokens["y"] = tokens["x"]
+    rule = {"match": ["*a*", "*b*"], "scaling_factor": {"gradient": [0, 1]}}
+    method = {"name": "TaskArithmeticAlgorithm", "where": [rule, rule]}
+    text = export(config(method, tokenizer={"source": "union", "tokens": tokens})).text
+    assert "&id" not in text and "*id" not in text
+    assert "value: [0, 1]" in text
+    assert yaml.safe_load(text)["tokenizer"]["tokens"] == tokens
+
+
+def test_what_gives_way_does_not_count_where_nothing_has_to() -> None:
+    method = {"name": "ModelBreadcrumbs", "merge": "linear", "density": 0.5, "gamma": 0.1}
+    method |= {"merge_func": "sum"}
+    assert yaml.safe_load(export(config({**method})).text)["merge_method"] == "breadcrumbs"
+    rules = [{"match": "*mlp*", "density": {"gradient": [0.2, 0.95]}}]
+    with pytest.raises(FusionBenchError, match=r"method\.gives_way: 'density' is not as in"):
+        export(config({**method, "where": rules}))
+
+
+def test_a_recipe_and_folders_are_told_apart(models: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(recipe("ties", 2, own="{weight: 1}"), encoding="utf-8")
+    done = fusion_bench("export-recipe", str(file), cwd=models)
+    assert done.returncode == 2
+    assert "is a recipe of mergekit already. Merge it with: fusion_bench merge" in done.stderr
+    done = fusion_bench("merge", str(file), str(out), cwd=models)
+    assert done.returncode == 0, done.stderr
+    done = fusion_bench("export-recipe", str(out), cwd=models)
+    assert done.returncode == 0, done.stderr
+    made = translate(file.read_text(encoding="utf-8"))
+    assert translate(done.stdout).method == made.method
+    assert translate(done.stdout).modelpool["models"] == made.modelpool["models"]
+    done = fusion_bench("export-recipe", "a", cwd=models)
+    assert "'a' does not say how it was merged. Name the report.json of its run." in done.stderr
+    done = fusion_bench("export-recipe", str(out), "method=ties", cwd=models)
+    assert "cannot be changed" in done.stderr

@@ -3,7 +3,7 @@
 import pytest
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.recipes import first_model, translate
+from fusion_bench.recipes import models_of, translate
 
 DOCUMENT = """
 base_model: org/base
@@ -55,7 +55,7 @@ def test_a_document_becomes_a_config() -> None:
         },
         "policy": {"dtype": "bfloat16"},
     }
-    assert made.notes == () and first_model(DOCUMENT)[0] == "org/base"
+    assert made.notes == () and models_of(DOCUMENT)[0][0] == "org/base"
 
 
 def test_names_of_the_pool_and_copies_of_the_base() -> None:

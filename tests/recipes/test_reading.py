@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.recipes import first_model, named_after, translate
+from fusion_bench.recipes import models_of, named_after, translate
 from fusion_bench.recipes.document import Reference
 from fusion_bench.recipes.levels import patterns_of
 from fusion_bench.recipes.text import read_text
@@ -94,6 +94,7 @@ tokenizer: {source: union}
          "slices[0].sources", "the base 'b' is not among the sources."),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: {value: 1, filtre: x}}}]",
          "models[0].parameters.weight.filtre", "Did you mean 'filter'?"),
+        ("merge_method: linear\nmodels: [a]", "models[0]", "Write '{model: a}'."),
         (f"{LINEAR}tokenizer: {{tokens: {{x: {{source: {{kind: none}}}}}}}}",
          "tokenizer.tokens.x.source.kind", "'none' is unknown."),
     ],
@@ -199,7 +200,7 @@ def test_an_adapter_on_a_stage() -> None:
     assert isinstance(models, dict)
     assert models["lora"] == {"path": "x/lora", "base": "_one_"}
     assert models["_one_"]["_target_"] == "fusion_bench.modelpool.MergedModel"
-    assert first_model(text)[0] == "x/a"
+    assert models_of(text)[0][0] == "x/a"
 
 
 MODULES = """
@@ -315,3 +316,72 @@ def test_slices_in_several_modules() -> None:
     assert options[1]["weights"] == {"b": 0.3} and options[2]["weights"] == {"b": 1}
     assert options[3]["scaling_factor"] == 1.0
     assert made.modelpool["models"] == {"_pretrained_": "base", "base": "base", "a": "a", "b": "b"}
+
+
+def test_keys_that_are_given_twice_are_told_with_their_lines() -> None:
+    text = (
+        f"{LINEAR}dtype: float16\nparameters: {{normalize: true, normalize: false}}\ndtype: fp32\n"
+    )
+    assert problems(text) == {
+        "dtype": "it is given 2 times, in the lines 3 and 5. Remove all but one.",
+        "parameters.normalize": "it is given 2 times, in the lines 4 and 4. Remove all but one.",
+    }
+    stage = "name: s\nmerge_method: passthrough\nmodels: [{model: a, model: b}]\n---\n"
+    assert [*problems(stage + LINEAR)] == ["[0].models[0].model"]
+
+
+def test_merged_keys_of_yaml_are_not_twins() -> None:
+    text = "merge_method: linear\nmodels:\n  - &a {model: a, parameters: {weight: 1}}\n"
+    assert translate(f"{text}  - {{<<: *a, model: b}}\n").method["weights"] == {"a": 1, "b": 1}
+
+
+def test_keys_that_say_nothing_are_noted_and_mistakes_refused() -> None:
+    found = translate(
+        "license: mit\nmerge_method: linear\nmodels:\n"
+        "  - {model: a, layer_range: [0, 2], parameters: {weight: 1}, comment: x}\n"
+        "tokenizer: {source: base, author: me, tokens: {q: {source: {kind: zero, reason: r}}}}\n"
+        "base_model: a\n"
+    )
+    nothing = "there is no such key; it has no effect, as in mergekit."
+    keys = ("license", "models[0].layer_range", "models[0].comment")
+    keys += ("tokenizer.author", "tokenizer.tokens.q.source.reason")
+    assert set(found.notes) == {f"{key}: {nothing}" for key in keys}
+    assert problems(
+        "merge_method: slerp\ntokeniser_source: base\nbase_model: a\nt: 0.5\n"
+        "slices:\n  - {sources: [{model: a, layer_rnge: [0, 2]}], weight: 1}\n"
+    ) == {
+        "tokeniser_source": "there is no such key. Did you mean 'tokenizer_source'?",
+        "t": "it is a parameter, and would be ignored. Write it as 'parameters: {t: …}'.",
+        "slices[0].weight": "it is a parameter, and would be ignored. Write it as "
+        "'parameters: {weight: …}'.",
+        "slices[0].sources[0].layer_rnge": "there is no such key. Did you mean 'layer_range'?",
+        "slices[0].sources[0].layer_range": "missing. Give the first layer and the one after the "
+        "last: [0, 8].",
+        "slices[0]": "slerp merges exactly 1 model beside the base, and there are 0.",
+    }
+
+
+def test_keys_of_mixtures() -> None:
+    text = "base_model: b\ngate_mode: random\nexperts: [{source_model: a}, {source_model: c}]\n"
+    assert "author: there is no such key" in translate(f"{text}author: me").notes[0]
+    assert problems(f"{text}gate_mod: x")["gate_mod"].endswith("Did you mean 'gate_mode'?")
+
+
+def near(text: str) -> dict[str, str]:
+    return {own.problem.key: own.problem.remedy for own in translate(text).suspects}
+
+
+def test_words_that_nearly_name_something() -> None:
+    assert near(f"{LINEAR}tokenizer_source: unoin") == {"tokenizer_source": "Did you mean 'union'?"}
+    assert near(f"{LINEAR}tokenizer: {{source: bsae}}") == {
+        "tokenizer.source": "Did you mean 'base'?"
+    }
+    first = LINEAR.replace("model: a", "model: frist")
+    assert near(f"{first}tokenizer_source: first")["tokenizer_source"] == "Did you mean 'frist'?"
+    for fine in ("union", "a", "org/union", "gpt2"):
+        assert near(f"{LINEAR}tokenizer_source: {fine}") == {}
+    stage = "name: both\nmerge_method: passthrough\nmodels: [{model: x}]\n---\n"
+    sliced = "slices: [{sources: [{model: boht, layer_range: [0, 1]}]}]\nmerge_method: passthrough"
+    assert near(stage + sliced) == {"[1].slices[0].sources[0].model": "Did you mean 'both'?"}
+    ties = "merge_method: ties\nbase_model: bothe\nmodels: [{model: a, parameters: {weight: 1}}]"
+    assert near(stage + ties) == {"[1].base_model": "Did you mean 'both'?"}

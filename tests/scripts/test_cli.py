@@ -174,6 +174,7 @@ BAD = [
     (["metod=x"], "metod", "Did you mean 'method'?"),
     (["+metod=x"], "metod", "Did you mean 'method'?"),
     (["+method.inplce=true"], "method.inplce", "Did you mean 'inplace'?"),
+    (["method.inplce=true"], "method.inplce", "Did you mean 'inplace'?"),
     (["method.where=[{mtch: head, inplace: true}]"], "method.where[0].mtch", "'match'"),
     (
         ["method._target_=fusion_bench.method.SimpleAverage"],

@@ -253,3 +253,35 @@ def test_all_values_that_a_policy_cannot_have_are_told() -> None:
         MergePolicy(on_extra="x", device="abacus", dtype="int8")  # type: ignore[arg-type]
     keys = [problem.key for problem in refused.value.problems]
     assert keys == ["on_extra", "device", "dtype"]
+
+
+def test_what_configs_say_comes_first_and_many_entries_are_patterns() -> None:
+    def stack(layers: int, width: int) -> TensorWeights:
+        names = ("a", "b", "c")
+        keys = [f"layers.{i}.{name}" for i in range(layers) for name in names]
+        return weights(**{key: torch.ones(width) for key in ["head", *keys]})
+
+    configs = {
+        "_pretrained_": {"num_hidden_layers": 2, "hidden_size": 4, "dtype": "float16"},
+        "deep": {"num_hidden_layers": 9, "hidden_size": 4, "dtype": "float32"},
+        "wide": {"num_hidden_layers": 2, "hidden_size": 5},
+        "other": {"model_type": "gpt2", "num_hidden_layers": 2},
+    }
+    base = stack(2, 4)
+    told = refusal({"deep": stack(9, 4)}, base, configs=configs.get)
+    assert told.splitlines()[1:] == [
+        "  deep: num_hidden_layers is 9, in _pretrained_ 2",
+        "  deep: has extra layers.{2-8}.* (21 tensors)",
+    ]
+    assert "They differ in depth alone: merge equally many layers of each as slices" in told
+    assert "policy.on_extra=drop" in told
+    told = refusal({"deep": stack(9, 4), "wide": stack(2, 5)}, base, configs=configs.get)
+    assert told.splitlines()[1:] == [
+        "  deep: num_hidden_layers is 9, in _pretrained_ 2",
+        "  wide: hidden_size is 5, in _pretrained_ 4",
+        "  wide: so 7 tensors differ, such as 'head'",
+        "  deep: has extra layers.{2-8}.* (21 tensors)",
+    ]
+    assert "depth alone" not in told and "policy" not in told
+    told = refusal({"x": stack(1, 4)}, base)
+    assert "x: lacks 'layers.1.a'" in told  # few are told by themselves

@@ -44,6 +44,7 @@ def run(arguments: Namespace) -> None:
     from fusion_bench.scripts import mergekit
     from fusion_bench.scripts.run import run_composed
 
+    of_mergekit = [*mergekit.words(arguments)]
     given, settings = separated(arguments.models, "method")
     recipe = bool(given) and Path(given[0]).suffix in (".yaml", ".yml")
     own = of_recipe(arguments, given) if recipe else of_models(arguments, given)
@@ -51,7 +52,7 @@ def run(arguments: Namespace) -> None:
         *own,
         f"overwrite={str(arguments.overwrite).lower()}",
         f"dry_run={str(arguments.dry_run).lower()}",
-        *mergekit.words(arguments),
+        *of_mergekit,
         *settings,
     ]
     if arguments.dtype:
@@ -89,7 +90,8 @@ def of_recipe(arguments: Namespace, given: Sequence[str]) -> list[str]:
         FusionBenchError: mistakes in it, or settings that it makes itself.
     """
     from fusion_bench.problems import Problem, Problems, within
-    from fusion_bench.recipes import first_model, read_text, told_in_recipe
+    from fusion_bench.recipes import read_text
+    from fusion_bench.scripts.recipes import pool_of
     from fusion_bench.scripts.words import in_grammar
 
     recipe, *folders = given
@@ -102,13 +104,11 @@ def of_recipe(arguments: Namespace, given: Sequence[str]) -> list[str]:
         problems.add([Problem((), f"'{more}' is one word too many beside a recipe.")])
     problems.raise_all()
     with within("recipe"):
-        model, place = first_model(read_text(Path(recipe).expanduser()))
-    with told_in_recipe({("models", "model"): place}, "recipe"):
-        words = pool_words({"model": model}, heads=True)
-    pool = [word for word in words if not word.startswith("modelpool.models=")]
-    out = folder(arguments.out or next(iter(folders), None), [model])
+        text = read_text(Path(recipe).expanduser())
+    node, models = pool_of(text)
+    out = folder(arguments.out or next(iter(folders), None), models)
     # A pool whose models are missing would be refused before the recipe's are put there.
-    return [*pool, "modelpool.models={}", f"recipe={in_grammar(recipe)}", out]
+    return [*node_words(node), "modelpool.models={}", f"recipe={in_grammar(recipe)}", out]
 
 
 def folder(out: str | None, models: Iterable[str]) -> str:
@@ -168,7 +168,12 @@ def pool_words(models: Mapping[str, str], *, heads: bool) -> list[str]:
 
     if not models:
         raise FusionBenchError("there is no model.", "Name at least one.")
-    node = pool_node(models, heads=heads)
+    words = node_words(pool_node(models, heads=heads))
+    return [*words, f"modelpool.models={in_grammar(dict(models))}"]
+
+
+def node_words(node: Mapping[str, object]) -> list[str]:
+    """Return the overrides for a pool's node."""
     pool = str(node["_target_"]).rpartition(".")[2]
-    words = [f"modelpool={pool}/_template", f"modelpool.models={in_grammar(dict(models))}"]
-    return words + [f"++modelpool.{key}={own}" for key, own in node.items() if key != "_target_"]
+    more = [f"++modelpool.{key}={own}" for key, own in node.items() if key != "_target_"]
+    return [f"modelpool={pool}/_template", *more]
