@@ -4,22 +4,16 @@ On a CPU, float32 arithmetic is ten times faster than selection by a mask, so ma
 here.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from fractions import Fraction
 from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_bench.weights.mapping import TensorSpec
-
-#: Elements that share a random stream; what is drawn does not depend on how entries are cut.
-_BLOCK = 2**18
 
 #: A block's stack and its place there: the outermost, where blocks have layers of their own.
 _BLOCK_KEY = re.compile(r"(.*?(?:^|\.)(?:layers?|blocks?|resblocks|stages|h))\.(\d+)\.")
@@ -56,33 +50,13 @@ def block(key: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
-def by_rank(rows: Tensor, values: Tensor) -> Tensor:
-    """Return, at each element, the one of ``values`` at its rank in its row by magnitude.
-
-    Args:
-        rows: they lie along the last dimension. The smallest magnitude has the rank 0; of equal
-            ones the first comes first.
-        values: one for each rank.
-    """
-    order = _order(rows.abs().reshape(-1, rows.shape[-1]))
-    found = torch.empty(order.numel(), dtype=values.dtype, device=values.device)
-    return found.scatter_(0, order, values.repeat(order.numel() // len(values))).view(rows.shape)
-
-
-def _order(magnitudes: Tensor) -> Tensor:
-    """Return where in the flattened rows their elements are, each row from the smallest on."""
-    rows, columns = magnitudes.shape
-    if magnitudes.dtype == torch.float32 and magnitudes.is_cpu and magnitudes.numel() < 2**32:
-        # The bits of magnitudes sort as integers do, and numpy sorts these ten times as fast as
-        # torch finds an order. The lower half of an integer is the place, which settles ties.
-        keys = magnitudes.numpy().view(np.int32).astype(np.int64)
-        keys <<= 32
-        keys |= np.arange(keys.size).reshape(rows, columns)
-        keys.sort(axis=1)
-        keys &= 2**32 - 1
-        return torch.from_numpy(keys).view(-1)
-    starts = torch.arange(rows, device=magnitudes.device)[:, None] * columns
-    return (magnitudes.argsort(dim=-1, stable=True) + starts).view(-1)
+def below(values: Tensor, limits: Tensor | float) -> Tensor:
+    """Return 1 where values are less than limits, else 0, in the type of the values."""
+    if not values.is_cpu or values.dtype == torch.bfloat16:
+        return (values < limits).to(values)
+    # numpy compares and converts four times as fast.
+    found = np.less(values.numpy(), limits.numpy() if isinstance(limits, Tensor) else limits)
+    return torch.from_numpy(found.view(np.int8)).to(values.dtype)
 
 
 def add_scaled(
@@ -212,80 +186,3 @@ def elected_signs(vectors: Iterable[Tensor]) -> Tensor:
     for vector in vectors:
         total = vector + total
     return total.sign()
-
-
-def bernoulli(
-    keep: float, numel: int, seed: Sequence[object], start: int = 0
-) -> NDArray[np.float32]:
-    """Draw ``numel`` times 1 with the probability ``keep``, else 0.
-
-    The draws are the elements from ``start`` of an infinite sequence for ``seed``. So an entry may
-    be drawn whole or in pieces, in any order, on any machine, with the same result.
-    """
-    if keep >= 1 or keep <= 0 or numel == 0:
-        return np.full(numel, float(keep > 0), np.float32)
-    # A byte decides, but for one value in 256, which leaves it to a second draw.
-    whole = int(keep * 256)
-    rest = float(Fraction(keep) * 256 - whole)
-    parts = []
-    for block, begin, end in _blocks(start, numel):
-        words = -(-end // 8)
-        draw = _generator(*seed, block).integers(0, 2**64, words, dtype=np.uint64)
-        draws = draw.astype("<u8", copy=False).view(np.uint8)[:end]
-        kept = draws < whole
-        if rest:
-            undecided = np.flatnonzero(draws == whole)
-            kept[undecided] = _generator(*seed, block, "again").random(len(undecided)) < rest
-        parts.append(kept.view(np.int8)[begin:].astype(np.float32))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def uniform(numel: int, seed: Sequence[object], start: int = 0) -> NDArray[np.float32]:
-    """Draw numbers from 0 to 1, with ``seed`` and ``start`` as in ``bernoulli``."""
-    parts = [
-        _generator(*seed, block).random(end, dtype=np.float32)[begin:]
-        for block, begin, end in _blocks(start, numel)
-    ]
-    return np.concatenate([np.empty(0, np.float32), *parts])
-
-
-def normal(numel: int, seed: Sequence[object], start: int = 0) -> NDArray[np.float32]:
-    """Draw from the standard normal distribution, with ``seed`` and ``start`` as above."""
-    parts = [
-        _generator(*seed, block).standard_normal(end, dtype=np.float32)[begin:]
-        for block, begin, end in _blocks(start, numel)
-    ]
-    return np.concatenate([np.empty(0, np.float32), *parts])
-
-
-def _blocks(start: int, numel: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the blocks that a piece touches, each with the piece's first and last place in it."""
-    for block in range(start // _BLOCK, -(-(start + numel) // _BLOCK)):
-        first = block * _BLOCK
-        yield block, max(start - first, 0), min(start + numel - first, _BLOCK)
-
-
-def _generator(*seed: object) -> np.random.Generator:
-    digest = hashlib.sha256("\0".join(map(str, seed)).encode()).digest()
-    return np.random.Generator(np.random.SFC64(np.frombuffer(digest, "<u4").tolist()))
-
-
-def drop(
-    vector: Tensor, rate: float, rescale: bool, seed: Sequence[object], start: int = 0
-) -> Tensor:
-    """Set elements to 0 with the probability ``rate`` (DARE).
-
-    Yu et al., https://arxiv.org/abs/2311.03099
-
-    Args:
-        vector: a task vector, or a piece of one that starts at ``start``.
-        rate: from 0 to 1; where it is 1, nothing is left.
-        rescale: divide what is left by ``1 - rate``.
-        seed: tells this draw from others.
-        start: the first element's place in its entry.
-    """
-    if rate == 0:
-        return vector
-    kept = torch.from_numpy(bernoulli(1 - rate, vector.numel(), seed, start))
-    dropped = kept.to(vector).view(vector.shape).mul_(vector)
-    return dropped.div_(1 - rate) if rescale and rate < 1 else dropped
