@@ -19,7 +19,7 @@ from fusion_bench.problems import FusionBenchError, check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.draws import Uniform
 from fusion_bench.weights.entries import restoring_l1
-from fusion_bench.weights.ops import MergeFunc, Rescale, below, task_vectors
+from fusion_bench.weights.ops import MergeFunc, Rescale, less, task_vectors
 from fusion_bench.weights.ranks import by_rank
 
 Window = Literal["full", "half"]
@@ -138,7 +138,7 @@ class DellaMerging(TensorwiseAlgorithm):
         # From -1 for the smallest to 1 for the largest; 0 for one that is alone.
         place = torch.arange(last + 1).to(rows).mul_(2).sub_(last).div_(max(last, 1))
         keep = by_rank(rows, place.mul_(half).add_(density))
-        left = below(draws.view_as(rows), keep).mul_(rows)
+        left = less(draws.view_as(rows), keep).view(torch.int8).to(rows).mul_(rows)
         if self.rescale == "inverse_keep":
             left.div_(keep)
         return left.view(vector.shape)

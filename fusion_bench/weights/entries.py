@@ -22,6 +22,7 @@ from fusion_bench.weights.matrices import (
     spectrum,
     wide,
 )
+from fusion_bench.weights.scratch import on_disk
 from fusion_bench.weights.statistics import Piece, Values, sums, total
 from fusion_bench.weights.stream import PIECE
 
@@ -66,7 +67,7 @@ def folded(
 
 
 class Kept:
-    """What is measured of each piece, kept in memory from the first time on.
+    """What is measured of each piece, put aside on a disk from the first time on.
 
     Args:
         inputs: the models.
@@ -77,7 +78,7 @@ class Kept:
         sizes = {key: inputs.merged(key) for key in inputs if inputs.tied_to(key) == key}
         self._places = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         dtype = torch.float64 if inputs.is_double else torch.float32
-        self._values = torch.empty(sum(sizes.values()), dtype=dtype)
+        self._values = on_disk(sum(sizes.values()), dtype)
         self._known: set[tuple[str, int, int]] = set()
         self._measure = measure
 

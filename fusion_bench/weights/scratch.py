@@ -1,5 +1,7 @@
 """Tensors that are put aside on a disk, so that they take no memory."""
 
+import os
+import sys
 import threading
 from collections.abc import Hashable
 from tempfile import TemporaryFile, gettempdir
@@ -40,11 +42,7 @@ class Scratch:
                 while view:
                     view = view[self._file.write(view) :]
             except OSError as error:
-                raise EnvironmentProblem(
-                    f"What a merge puts aside in {gettempdir()} cannot be written: "
-                    f"{error.strerror}.",
-                    "Set TMPDIR to a folder with more room.",
-                ) from error
+                raise _no_room(error) from error
             self._places[key] = start, values.to("meta")
 
     def get(self, key: Hashable) -> Tensor:
@@ -55,3 +53,29 @@ class Scratch:
             return torch.empty_like(like, device="cpu")
         mapped = np.memmap(self._file, np.uint8, "c", start, like.nbytes)
         return torch.from_numpy(mapped).view(like.dtype).view(like.shape)
+
+
+def on_disk(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return a vector of zeros in a file, where ``Scratch`` has its own; it takes no memory.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or fails.
+    """
+    nbytes = numel * dtype.itemsize
+    if not nbytes:
+        return torch.empty(0, dtype=dtype)
+    with TemporaryFile() as file:
+        try:
+            file.truncate(nbytes)
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, nbytes)  # else a full disk ends the process
+        except OSError as error:
+            raise _no_room(error) from error
+        return torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(dtype)
+
+
+def _no_room(error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"What a merge puts aside in {gettempdir()} cannot be written: {error.strerror}.",
+        "Set TMPDIR to a folder with more room.",
+    )
