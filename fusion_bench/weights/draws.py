@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class Uniform:
                 self._known.move_to_end((*seed, block))
                 if len(self._known) > self._kept:
                     self._known.popitem(last=False)
-            drawn = whole.get(lambda b=block, n=length: _uniform_block(seed, b, n))
+            drawn = whole.get(partial(_uniform_block, seed, block, length))
             parts.append(drawn[begin:end])
         return _joined(parts)
 

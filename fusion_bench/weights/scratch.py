@@ -3,7 +3,8 @@
 import os
 import sys
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from math import prod
 from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
@@ -55,15 +56,15 @@ class Scratch:
         return torch.from_numpy(mapped).view(like.dtype).view(like.shape)
 
 
-def on_disk(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return a vector of zeros in a file, where ``Scratch`` has its own; it takes no memory.
+def on_disk(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros in a file, where ``Scratch`` has its own; it takes no memory.
 
     Raises:
         EnvironmentProblem: the disk is full, or fails.
     """
-    nbytes = numel * dtype.itemsize
+    nbytes = prod(shape) * dtype.itemsize
     if not nbytes:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     with TemporaryFile() as file:
         try:
             file.truncate(nbytes)
@@ -71,7 +72,7 @@ def on_disk(numel: int, dtype: torch.dtype) -> Tensor:
                 os.posix_fallocate(file.fileno(), 0, nbytes)  # else a full disk ends the process
         except OSError as error:
             raise _no_room(error) from error
-        return torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(dtype)
+        return torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(dtype).view(shape)
 
 
 def _no_room(error: OSError) -> EnvironmentProblem:

@@ -64,11 +64,11 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_vector_in_a_file() -> None:
-    vector = on_disk(3000, torch.float64)
+    vector = on_disk((3000,), torch.float64)
     assert vector.shape == (3000,) and vector.dtype == torch.float64 and not vector.any()
     vector[5:] = 2
     assert vector.sum() == 2 * 2995
-    assert on_disk(0, torch.float32).shape == (0,)
+    assert on_disk((4, 0), torch.float32).shape == (4, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system reserves no room")
@@ -78,4 +78,4 @@ def test_a_disk_without_room_for_a_vector(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(EnvironmentProblem, match=r"No space left.*Set TMPDIR"):
-        on_disk(10, torch.float32)
+        on_disk((10,), torch.float32)
