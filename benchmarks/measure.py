@@ -1,6 +1,7 @@
 """What the benchmarks share: contestants take turns, and figures become tables."""
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import fusion_bench
 from fusion_bench.storage import write_text
 
 if TYPE_CHECKING:
@@ -84,6 +86,12 @@ def peak(work: Callable[[], object]) -> int:
         thread.join()
     del result
     return most - before
+
+
+def compile_package() -> None:
+    """Compile the package, as an installer does; else each command that is typed may do it."""
+    for folder in fusion_bench.__path__:
+        compileall.compile_dir(folder, quiet=1)
 
 
 def _anonymous() -> int:

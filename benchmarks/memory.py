@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["deep", "wide vocabulary"])
     arguments = parser.parse_args()
     record = Record(arguments)
+    measure.compile_package()
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.workdir or Path(scratch)
         rows = [row for row in arguments.only or all_rows() if row not in arguments.without]

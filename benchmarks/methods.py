@@ -8,25 +8,32 @@
 
 `cost` makes nine checkpoints on the spot, a base and eight models that differ from it by noise.
 Quick methods take turns with the simple average, so that a busy moment meets both alike; a method
-that takes long runs once. Memory is measured in a process of its own. `limits` compares methods
-that factorise matrices with the decompositions in their formulas alone (`limits.py`). `zoo` and
-`language` run the program as `fusion_bench method=…` does, with the seed 0. Rows that the file of
-`--json` has are kept: a run that was stopped goes on, and one without the file begins anew. A
-method whose defaults do not suit the models, weights for two models for one, is left out and named.
+that takes long runs once. Memory is measured in a process of its own. Of some methods the table
+tells what no way of computing them saves, such as to sort the rows, besides what the average takes:
+those seconds are of one piece alone, times all pieces of eight models, shared by all cores.
+`limits` compares methods that factorise matrices with the decompositions in their formulas alone
+(`limits.py`). `zoo` and `language` run the program as `fusion_bench method=…` does, with the seed
+0. Rows that the file of `--json` has are kept: a run that was stopped goes on, and one without the
+file begins anew. A method whose defaults do not suit the models, weights for two models for one, is
+left out and named.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import measure
+import numpy as np
 import torch
 from limits import FORMULAS, alone_seconds, processed
 from measure import Record, alternate, peak, ratio, rounds_of, summary
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from fusion_bench.configs import CONFIG_DIR, composed
@@ -53,6 +60,25 @@ WORTH: dict[str, tuple[str, tuple[str, ...]]] = {
 TWO_MODELS = {"linear/linear_interpolation", "slerp/slerp", "slerp/nuslerp"}
 #: Seconds beyond which a method runs once.
 LONG = 20.0
+DRAW = np.random.Generator(np.random.SFC64(0))
+#: What a method must do with each element of each model: a piece's magnitudes in rows are given.
+#: PCB's scores are not stored, for they would take as much as 44 models: they are computed for
+#: their sums, for the search and for the merge, of 36 pairs and eight models each time.
+MUST: dict[str, tuple[str, float, Callable[[NDArray[np.float32]], object]]] = {
+    "della/della": (
+        "sort rows, draw",
+        1,
+        lambda rows: (np.sort(rows, axis=1), DRAW.random(rows.size, np.float32)),
+    ),
+    "dare/task_arithmetic": ("draw", 1, lambda rows: DRAW.bytes(rows.size)),
+    "dare/simple_average": ("draw", 1, lambda rows: DRAW.bytes(rows.size)),
+    "dare/ties_merging": ("draw", 1, lambda rows: DRAW.bytes(rows.size)),
+    "pcb_merging/pcb_merging": (
+        "exponentials",
+        3 * 44 / 8,
+        lambda rows: torch.from_numpy(rows).exp2(),
+    ),
+}
 
 
 def main() -> None:
@@ -169,7 +195,23 @@ def cost(names: list[str], root: Path, record: Record, rounds: int) -> None:
             "peak MB": round(once["bytes"] / 1e6),
             "models": once["models"],
         }
+        if name in MUST:
+            what, alone_s = needed(name, root)
+            floor = summary(times[AVERAGE])["seconds"] + alone_s
+            figures |= {"must": what, "must, s": round(alone_s, 2)}
+            figures["of average and must"] = round(figures["seconds"] / floor, 2)
         record.row(COSTS, name, figures)
+
+
+def needed(name: str, root: Path) -> tuple[str, float]:
+    """Return what a method must do, and the seconds that it takes alone, on all cores."""
+    what, times, work = MUST[name]
+    rows = np.abs(np.random.default_rng(0).standard_normal((341, 768), np.float32))
+    fastest = min(processed(lambda: work(rows)) for _ in range(9))
+    elements = sum(
+        tensor.numel() for tensor in load_file(root / "m0" / "model.safetensors").values()
+    )
+    return what, fastest * times * 8 * elements / rows.size / (os.cpu_count() or 1)
 
 
 def alone(name: str, root: Path) -> dict[str, Any] | None:

@@ -12,6 +12,11 @@ the largest one, in steps of the output's type (1 is its rounding), and the shar
 that are further apart. Changes of bfloat16 models have many equal magnitudes, of which TIES and
 Breadcrumbs keep others here than there.
 Methods that draw random masks are not compared. Rows that the file of ``--json`` has are kept.
+
+The ``floor`` is what no program can save: all cores read every byte that the recipe needs once, and
+write as many bytes as its result has, until they are on the disk; for typed commands a process that
+imports torch, and nothing else, comes before that. The table tells how many times the floor both
+programs take. The package is compiled first, as an installer does it.
 """
 
 import json
@@ -30,6 +35,7 @@ from typing import Any
 
 import measure
 import torch
+from fuse import read_once, size, write_file
 from measure import Record, alternate, ratio, rounds_of, watched
 from recipe_peers import to_the_disk
 from safetensors.torch import save_file
@@ -56,6 +62,16 @@ MERGES = {
     "breadcrumbs": {"weight": 0.5, "density": 0.9, "gamma": 0.01},
 }
 RANDOM = ("dare_ties", "della")
+#: Models that a recipe reads, or none if it copies what it needs of them; the others read the base
+#: and two models.
+READS: dict[str, tuple[str, ...]] = {
+    "linear": ("a", "b"),
+    "slerp": ("a", "b"),
+    "passthrough slices": (),
+    "moe": (),
+    "union tokenizer": ("a", "wide"),
+    "extract-lora": ("base", "a"),
+}
 
 
 def main() -> None:
@@ -65,6 +81,7 @@ def main() -> None:
     parser.add_argument("--peer", help="a Python that has mergekit")
     arguments = parser.parse_args()
     rounds = rounds_of(arguments, 3)
+    measure.compile_package()
     record = Record(arguments, rounds, ("torch", "transformers", "safetensors"))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         root = (arguments.workdir or Path(scratch)).absolute()
@@ -241,7 +258,7 @@ class Program:
     def __init__(self, python: str, process: "subprocess.Popen[str]"):
         self._scripts = Path(python).parent
         self._process = process
-        self.peaks: list[int] = []
+        self.peaks: list[float] = []
 
     def warm(self, words: list[str]) -> float:
         """Run a command in the process that is there, and return its seconds."""
@@ -270,11 +287,13 @@ def measured(
 ) -> dict[str, Any]:
     """Return the row of a recipe."""
     outputs = {own: root / f"out_{own}" for own in programs}
+    read = [root / model for model in READS.get(name, ("base", "a", "b"))]
     for running in programs.values():
         running.peaks.clear()
 
-    def contestants(how: str) -> dict[str, Callable[[], float]]:
-        return {own: partial(run, own, getattr(programs[own], how)) for own in programs}
+    def contestants(how: str) -> dict[str, Callable[[], object]]:
+        found = {own: partial(run, own, getattr(programs[own], how)) for own in programs}
+        return {**found, "floor": partial(floor, read, outputs["fusion_bench"], how == "typed")}
 
     def run(own: str, how: Callable[[list[str]], float]) -> float:
         shutil.rmtree(outputs[own], ignore_errors=True)
@@ -283,7 +302,8 @@ def measured(
     row: dict[str, Any] = {}
     for how, mark in (("warm", ", warm"), ("typed", "")):
         times = alternate(contestants(how), rounds, warm=how == "typed")
-        found = {f"{own}{mark}, s": round(statistics.median(times[own]), 2) for own in programs}
+        found = {f"{own}{mark}, s": round(statistics.median(times[own]), 2) for own in times}
+        found |= {f"{own} of the floor{mark}": ratio(times, own, "floor") for own in programs}
         if "mergekit" in programs:
             found[f"times as fast{mark}"] = ratio(times, "mergekit", "fusion_bench")
         row = found | row
@@ -293,6 +313,18 @@ def measured(
     for output in outputs.values():
         shutil.rmtree(output, ignore_errors=True)
     return row
+
+
+def floor(models: list[Path], output: Path, starts: bool) -> None:
+    """Read all bytes of the models, and write as many as the output has; after a start of torch.
+
+    Without models as many bytes are read as are written.
+    """
+    if starts:
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    read_once(models or [output])
+    with tempfile.NamedTemporaryFile(dir=output.parent) as file:
+        write_file(Path(file.name), size([output]))
 
 
 def difference(one: Path, other: Path) -> str:

@@ -22,7 +22,8 @@ from fusion_bench.problems import check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece
 from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.largest import Cutoff, largest, search_bytes
-from fusion_bench.weights.ops import by_rank, task_vectors
+from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.ranks import by_rank
 from fusion_bench.weights.statistics import Piece
 
 Scope = Literal["tensor", "row"]

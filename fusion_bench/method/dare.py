@@ -14,13 +14,13 @@ from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.method.ties_merging import Keep, Scope, TiesMergingAlgorithm, ZeroSign
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
+from fusion_bench.weights.draws import drop
 from fusion_bench.weights.entries import restoring_l1
 from fusion_bench.weights.ops import (
     MergeFunc,
     Rescale,
     add_scaled,
     divisor,
-    drop,
     is_linear_weight,
     task_vectors,
 )

@@ -17,17 +17,15 @@ from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm, ZeroSign
 from fusion_bench.problems import FusionBenchError, check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece
+from fusion_bench.weights.draws import Uniform
 from fusion_bench.weights.entries import restoring_l1
-from fusion_bench.weights.ops import (
-    MergeFunc,
-    Rescale,
-    by_rank,
-    task_vectors,
-    uniform,
-)
+from fusion_bench.weights.ops import MergeFunc, Rescale, less, task_vectors
+from fusion_bench.weights.ranks import by_rank
 
 Window = Literal["full", "half"]
 Merge = Literal["elect", "linear"]
+#: Blocks of random numbers that are remembered for each model: threads are at one each, or two.
+_KEPT = 4
 
 
 @dataclass(eq=False)
@@ -89,13 +87,19 @@ class DellaMerging(TensorwiseAlgorithm):
     def merger(self, inputs: Inputs) -> MergePiece:
         """Return the function that makes the task vectors sparse and merges them."""
         windows = self._windows(inputs)
+        draws = Uniform(_KEPT * len(inputs.names))
 
         def pruned(
             key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
         ) -> Iterator[Tensor]:
             vectors = task_vectors(key, start, tensors, base)
-            for name, vector, window in zip(inputs.names, vectors, windows, strict=True):
-                yield self._pruned(vector, *window, (self.seed or 0, name, key), start)
+            for name, vector, (density, half) in zip(inputs.names, vectors, windows, strict=True):
+                if density == 1:
+                    yield vector
+                    continue
+                size, seed = inputs.merged(key), (self.seed or 0, name, key)
+                drawn = torch.from_numpy(draws(start, vector.numel(), size, seed))
+                yield self._pruned(vector, density, half, drawn.to(vector))
 
         sparse = restoring_l1(inputs, pruned, task_vectors) if self.rescale == "l1" else pruned
         elected = TiesMergingAlgorithm(
@@ -127,19 +131,14 @@ class DellaMerging(TensorwiseAlgorithm):
             )
         return half
 
-    def _pruned(
-        self, vector: Tensor, density: float, half: float, seed: Sequence[object], start: int
-    ) -> Tensor:
+    def _pruned(self, vector: Tensor, density: float, half: float, draws: Tensor) -> Tensor:
         """Return sparse rows of a task vector: rows lie along all dimensions except the first."""
-        if density == 1:
-            return vector
         rows = vector.flatten(1) if vector.ndim > 1 else vector.reshape(1, -1)
         last = rows.shape[1] - 1
         # From -1 for the smallest to 1 for the largest; 0 for one that is alone.
         place = torch.arange(last + 1).to(rows).mul_(2).sub_(last).div_(max(last, 1))
         keep = by_rank(rows, place.mul_(half).add_(density))
-        draws = torch.from_numpy(uniform(rows.numel(), seed, start)).to(rows).view_as(rows)
-        left = (draws < keep).to(rows.dtype).mul_(rows)
+        left = less(draws.view_as(rows), keep).view(torch.int8).to(rows).mul_(rows)
         if self.rescale == "inverse_keep":
             left.div_(keep)
         return left.view(vector.shape)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fusion_bench.method.base import TensorwiseAlgorithm
@@ -20,7 +21,8 @@ from fusion_bench.weights.ops import disjoint_merge, task_vectors
 from fusion_bench.weights.statistics import Piece, sums, total
 
 Rescale = Literal["paper", "released"]
-#: A unified task vector of more elements is computed anew for each model, instead of being kept.
+#: A unified task vector of more elements is computed anew for each model: on a disk it would take
+#: much room.
 _KEPT = 2**27
 
 
@@ -41,11 +43,6 @@ class EMRMerging(TensorwiseAlgorithm):
     def __post_init__(self) -> None:
         check_choice("rescale", self.rescale, Rescale)
 
-    def kept_bytes(self, inputs: Inputs) -> int:
-        """Return the bytes of the unified task vector, where it is kept."""
-        size = inputs.count()
-        return size * (8 if inputs.is_double else 4) if size <= _KEPT else 0
-
     def merger(self, inputs: Inputs) -> Mapping[str, MergePiece]:
         """Compute the scales; return the merge function of each task's model by name."""
         # Each task's model takes all of it again.
@@ -55,10 +52,11 @@ class EMRMerging(TensorwiseAlgorithm):
             """Yield, model by model, those of the task vector and of its share of the whole."""
             whole = unified(*piece)
             for vector in task_vectors(*piece):
-                yield vector.abs()
-                yield _share(vector.sign_(), whole)
+                signs = vector.sign()
+                yield vector.abs_()
+                yield signs.mul_(whole).clamp_(min=0)
 
-        found = sums(inputs, magnitudes)
+        found = sums(inputs, magnitudes, positive=True)
         if self.rescale == "released":
             found = {key: [own / inputs.merged(key) for own in found[key]] for key in found}
         totals = total(found)
@@ -82,14 +80,10 @@ def _merge(
 ) -> Tensor:
     assert base is not None
     signs = (tensors[task] - base).sign_()
-    share = _share(signs, unified(key, start, tensors, base))
-    return signs.mul_(share).mul_(scales[task]).add_(base)
+    # The magnitudes of the unified vector where it has these signs, else 0.
+    share = (signs * unified(key, start, tensors, base)).clamp_(min=0)
+    return torch.addcmul(base, share, signs, value=scales[task])
 
 
 def _unified(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
     return disjoint_merge(task_vectors(key, start, tensors, base), "max", lambda: -1)
-
-
-def _share(signs: Tensor, unified: Tensor) -> Tensor:
-    """Return the magnitudes of ``unified`` where it has these signs, else 0."""
-    return (signs * unified).clamp_(min=0)

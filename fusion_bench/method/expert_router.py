@@ -11,7 +11,7 @@ from fusion_bench.method.pools import base_of
 from fusion_bench.method.prompts import State, layer_states, tokenizer_of, tokens_of
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Model
-from fusion_bench.weights.ops import normal
+from fusion_bench.weights.draws import normal
 
 #: A layer: its stack, and its number there.
 Layer = tuple[str, int]

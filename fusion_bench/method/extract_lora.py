@@ -5,8 +5,11 @@ approximation of its rank (Eckart and Young, 1936). Hu et al., LoRA, https://arx
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,16 +27,15 @@ from fusion_bench.method.contract import (
     Outlining,
     Ran,
 )
+from fusion_bench.method.differing import Differing
 from fusion_bench.method.modules import Layer, layers_of
 from fusion_bench.method.plain import Runs, as_method, class_name, refuse_without_pretrained
 from fusion_bench.problems import FusionBenchError, ResultError, check_choice, within
 from fusion_bench.progress import quiet_libraries, step
+from fusion_bench.threads import threads_each
 from fusion_bench.weights import (
     AdapterWeights,
-    Aligned,
-    MergePolicy,
     Model,
-    Stacked,
     Weights,
     align,
     matches,
@@ -41,7 +43,6 @@ from fusion_bench.weights import (
 )
 from fusion_bench.weights.adapter_builder import AdaptedModel, Adapter, AdapterBuilder
 from fusion_bench.weights.lowrank import Factors, Truncation
-from fusion_bench.weights.stream import PIECE
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -225,13 +226,13 @@ class ExtractLora:
         if fabric is not None and device.type == "cpu":
             device = fabric.device
         quiet_libraries()
-        differing = _Differing(found, policy, device)
+        differing = Differing(found, policy, device)
         adapter = self._adapter(module, layers_of(module, base_weights), differing)
         model.verify()
         weights = AdapterWeights(base_weights, adapter.tensors, adapter.config)
         return AdaptedModel(weights, base.config, base.kind, base.companions, adapter=adapter)
 
-    def _adapter(self, module: nn.Module, layers: Sequence[Layer], model: "_Differing") -> Adapter:
+    def _adapter(self, module: nn.Module, layers: Sequence[Layer], model: Differing) -> Adapter:
         transposed = any(layer.transposed for layer in layers)
         covered = {key for layer in layers for key in layer.keys.values()}
         covered |= {f"{layer.name}.{part}" for layer in layers for part in layer.keys}
@@ -242,21 +243,44 @@ class ExtractLora:
             )
         builder = AdapterBuilder(transposed=transposed)
         gets_factors = self._getting_factors(layers, model, transposed)
-        left = []
+        left: list[str] = []
+
+        def begun(layer: Layer) -> Callable[[], None]:
+            """Begin with a layer, and return what adds it to the adapter."""
+            kept = self._kept(layer.keys.values())
+            changed = [key for key in kept if model.differs(key)]
+            if changed and gets_factors(layer):
+                found = threads.submit(self._factorised, layer, changed, model)
+                return lambda: self._add(builder, layer, *found.result())
+            if changed:
+                return partial(builder.whole, layer.name, model.only(changed, layer), layer.keys)
+            if len(kept) < len(layer.keys) and any(map(model.differs, layer.keys.values())):
+                left.append(layer.name)
+                return partial(builder.left, layer.name)
+            return lambda: None
+
         total = sum(model.bytes_of(layer) for layer in layers)
-        with step("Extracting", total, "B") as work:
-            for layer in layers:
+        # What is drawn at random is drawn by one thread.
+        count = 1 if self.power_iterations is not None else model.threads
+        with (
+            step("Extracting", total, "B") as work,
+            threads_each(torch.get_num_threads() // count),
+            ThreadPoolExecutor(count) as threads,
+        ):
+            under_way = deque[tuple[Layer, Callable[[], None]]]()
+
+            def finish() -> None:
+                layer, add = under_way.popleft()
                 work.detail = layer.name
-                kept = self._kept(layer.keys.values())
-                changed = [key for key in kept if model.differs(key)]
-                if changed and gets_factors(layer):
-                    self._factorise(builder, layer, changed, model)
-                elif changed:
-                    builder.whole(layer.name, model.only(changed, layer), layer.keys)
-                elif len(kept) < len(layer.keys) and any(map(model.differs, layer.keys.values())):
-                    builder.left(layer.name)
-                    left.append(layer.name)
+                add()
                 work.advance(model.bytes_of(layer))
+
+            for layer in layers:
+                under_way.append((layer, begun(layer)))
+                if len(under_way) > count:
+                    finish()
+            while under_way:
+                finish()
         if left:
             more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
             named = ", ".join(left[:_NAMED])
@@ -270,7 +294,7 @@ class ExtractLora:
         return builder.build([name for name, _ in module.named_modules(remove_duplicate=False)])
 
     def _getting_factors(
-        self, layers: Sequence[Layer], model: "_Differing", transposed: bool
+        self, layers: Sequence[Layer], model: Differing, transposed: bool
     ) -> Callable[[Layer], bool]:
         """Return the function that tells whether a layer gets factors, if it has changed.
 
@@ -294,10 +318,11 @@ class ExtractLora:
     def _kept(self, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if not matches(key, self.exclude_keys)]
 
-    def _factorise(
-        self, builder: AdapterBuilder, layer: Layer, changed: Sequence[str], model: "_Differing"
-    ) -> None:
-        """Add a layer's factors, of rank 1 where only its bias has changed."""
+    @torch.no_grad()
+    def _factorised(
+        self, layer: Layer, changed: Sequence[str], model: Differing
+    ) -> tuple[Factors, float, Sequence[int], Tensor | None]:
+        """Return a layer's factors, of rank 1 where only its bias has changed; and the bias."""
         key = layer.keys["weight"]
         matrix = model.change(key) if key in changed else model.zeros(key)
         kernel = matrix.shape[2:]
@@ -310,14 +335,24 @@ class ExtractLora:
                 matrix.new_zeros(len(matrix), 1), matrix.new_zeros(1, matrix.shape[1])
             )
         factors = factors.to(model.dtype(key))
-        error = factors.error(matrix)
+        shift = None
+        if layer.kind != "embedding" and (bias := layer.keys.get("bias")):
+            shift = model.change(bias) if bias in changed else model.zeros(bias)
+        return factors, factors.error(matrix), kernel, shift
+
+    @staticmethod
+    def _add(
+        builder: AdapterBuilder,
+        layer: Layer,
+        factors: Factors,
+        error: float,
+        kernel: Sequence[int],
+        bias: Tensor | None,
+    ) -> None:
         if layer.kind == "embedding":
             builder.embedding(layer.name, factors, error=error)
-            return
-        shift = None
-        if bias := layer.keys.get("bias"):
-            shift = model.change(bias) if bias in changed else model.zeros(bias)
-        builder.factors(layer.name, factors, error=error, kernel=kernel, bias=shift)
+        else:
+            builder.factors(layer.name, factors, error=error, kernel=kernel, bias=bias)
 
 
 def _biases(layers: Sequence[Layer]) -> list[str]:
@@ -330,67 +365,3 @@ def _as_built(pool: ModelPool, weights: Weights) -> tuple[Weights, nn.Module]:
     if isinstance(pool, Arranging):
         return pool.as_built(weights)
     return weights, pool.build_model(zeros_like(weights))
-
-
-class _Differing:
-    """A model beside its base."""
-
-    def __init__(self, found: Aligned, policy: MergePolicy, device: torch.device):
-        self._model = found.models["model"]
-        self._base = found.reference
-        self._copied = found.copied
-        self._policy = policy
-        self._device = device
-        self._known: dict[str, bool] = {}
-
-    def bytes_of(self, layer: Layer) -> int:
-        """Return how many bytes are read for a layer."""
-        keys = layer.keys.values()
-        return sum(self._model.bytes_to_read(key) + self._base.bytes_to_read(key) for key in keys)
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return the type of the factors of an entry's change."""
-        return self._policy.torch_dtype or self._model.spec(key).dtype
-
-    def differs(self, key: str) -> bool:
-        """Return whether an entry differs from the base's."""
-        if key in self._copied:
-            return False
-        if self._model.spec(key).shape != self._base.spec(key).shape:
-            return True
-        if key not in self._known:
-            self._known[key] = any(
-                not torch.equal(one.to(torch.promote_types(one.dtype, other.dtype)), other)
-                for one, other in self._pieces(key)
-            )
-        return self._known[key]
-
-    def outside(self, covered: Collection[str]) -> Iterator[str]:
-        """Yield the entries that neither are ``covered`` nor tied to one that is."""
-        tied = {self._base.tied_to(key) for key in covered if key in self._base}
-        return (k for k in self._base if k not in covered and self._base.tied_to(k) not in tied)
-
-    def has_shapes(self, layer: Layer) -> bool:
-        """Return whether a layer's entries have the shapes that they have in the base."""
-        keys = layer.keys.values()
-        return all(self._model.spec(key).shape == self._base.spec(key).shape for key in keys)
-
-    def only(self, changed: Collection[str], layer: Layer) -> Weights:
-        """Return a layer's entries, those that are not among the ``changed`` from the base."""
-        keys = layer.keys.values()
-        return Stacked({k: (self._model if k in changed else self._base, k) for k in keys})
-
-    def change(self, key: str) -> Tensor:
-        """Return the difference of an entry, in float32."""
-        spec = self._base.spec(key)
-        own, base = (each.read(key, 0, spec.numel) for each in (self._model, self._base))
-        return own.to(self._device, torch.float32).sub(base.to(self._device)).view(spec.shape)
-
-    def zeros(self, key: str) -> Tensor:
-        """Return zeros in the shape of an entry."""
-        return torch.zeros(self._base.spec(key).shape, device=self._device)
-
-    def _pieces(self, key: str) -> Iterator[tuple[Tensor, Tensor]]:
-        size = PIECE if self._model.in_pieces else max(self._base.spec(key).numel, 1)
-        for start, stop in self._model.pieces(key, size):
-            yield self._model.read(key, start, stop), self._base.read(key, start, stop)

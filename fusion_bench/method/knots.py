@@ -6,7 +6,7 @@ Stoica et al., Model merging with SVD to tie the KnOTS, https://arxiv.org/abs/24
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.method.ties_merging import TiesMergingAlgorithm
 from fusion_bench.problems import FusionBenchError, check_between, within
 from fusion_bench.weights import (
+    Cut,
     Inputs,
     MergePiece,
     MergePolicy,
@@ -26,10 +27,22 @@ from fusion_bench.weights import (
     TensorSpec,
     Weights,
 )
-from fusion_bench.weights.matrices import column_space, is_matrix
+from fusion_bench.weights.entries import cut_of_matrices, folded
+from fusion_bench.weights.matrices import (
+    RESOLVED,
+    add_gram,
+    column_space,
+    count_kept,
+    is_matrix,
+    mirrored,
+    spectrum,
+)
 from fusion_bench.weights.ops import task_vectors
-from fusion_bench.weights.scratch import Scratch
+from fusion_bench.weights.scratch import Scratch, on_disk
 from fusion_bench.weights.stream import threads_for
+
+#: Columns, or rows, of a large matrix that are converted at a time.
+_AT_ONCE = 1024
 
 
 @dataclass(eq=False)
@@ -65,6 +78,12 @@ class KnOTSMerging(TensorwiseAlgorithm):
                 )
         self.base_method = self._base = made
 
+    def cut(self, key: str, shape: Sequence[int]) -> Cut:
+        """Return that of large tall matrices, such as embeddings, only rows stay whole."""
+        found = cut_of_matrices(key, shape, self.exclude_keys or ())
+        # Products of columns do not resolve smaller singular values.
+        return "rows" if found == "rows" and self.rank_tol >= RESOLVED else "whole"
+
     def check(self, inputs: Inputs) -> None:
         """Refuse what the base method cannot merge."""
         with within("base_method"):
@@ -72,16 +91,19 @@ class KnOTSMerging(TensorwiseAlgorithm):
 
     def kept_bytes(self, inputs: Inputs) -> int:
         """Return the bytes of what finding a matrix's directions takes beyond its share."""
-        beyond = [0]
+        beyond, tall = [0], [0]
         for key in inputs:
             shape = inputs.spec(key).shape
             if is_matrix(key, shape, self.exclude_keys or ()):
                 rows, columns = shape
                 side_by_side = columns * len(inputs.names)
+                if inputs.cut(key) == "rows":  # products of columns, and those with what is merged
+                    tall.append(8 * side_by_side**2 + 24 * side_by_side * columns)
+                    continue
                 found = min(rows, side_by_side)
                 taken = 24 * found**2 + (16 * rows * found if rows > side_by_side else 0)
                 beyond.append(taken - inputs.cost(key).peak_bytes)
-        return max(beyond) * threads_for(inputs)
+        return max(max(beyond) * threads_for(inputs), *tall)
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Merge the aligned task vectors with the base method, and transform the result back."""
@@ -94,12 +116,19 @@ class KnOTSMerging(TensorwiseAlgorithm):
         return {name: self._turned_back(alignment, own) for name, own in fused.items()}
 
     def _turned_back(self, alignment: "_Alignment", fused: Weights) -> MergePiece:
+        def read(key: str) -> Tensor:
+            spec = fused.spec(key)
+            return fused.read(key, 0, spec.numel).view(spec.shape)
+
+        factors = alignment.inputs.each(lambda entry: alignment.factor(next(iter(entry)), read))
+
         def merge(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
             assert base is not None
-            spec = fused.spec(key)
-            merged = fused.read(key, 0, spec.numel).view(spec.shape)
-            u = alignment.entry(key).u
-            merged = merged if u is None else u @ merged
+            if alignment.inputs.cut(key) == "rows":
+                merged = alignment.side_by_side(key, start, tensors, base) @ factors(key).to(base)
+            else:
+                merged, u = read(key), alignment.entry(key).u
+                merged = merged if u is None else u @ merged
             return merged.to(base).mul_(self.scaling_factor).add_(base)
 
         return merge
@@ -125,6 +154,10 @@ class _Alignment:
 
     The base method may look at an entry several times, and each time at one model after the other.
     So the directions are put aside, and each thread has its last entry at hand.
+
+    Of a large tall matrix there are the right singular vectors instead. Those times the values are
+    the aligned task vectors; and the rows of the result are those of the task vectors side by side
+    times one matrix.
     """
 
     def __init__(self, inputs: Inputs, exclude_keys: Sequence[str], rank_tol: float):
@@ -133,8 +166,14 @@ class _Alignment:
         self._rank_tol = rank_tol
         self._ranks: dict[str, int] = {}
         self._directions = Scratch()
+        self._right: dict[str, tuple[Tensor, Tensor]] = {}
         self._at_hand = threading.local()
         inputs.survey(self._find)
+        find = inputs.each(self._find_right)
+        for key in inputs:
+            if inputs.cut(key) == "rows" and inputs.tied_to(key) == key and inputs.merged(key):
+                self._right[key] = find(key)
+                self._ranks[key] = len(self._right[key][0])
 
     def entry(self, key: str) -> _Entry:
         """Return an entry, with its directions."""
@@ -147,20 +186,58 @@ class _Alignment:
             last = self._at_hand.entry = _Entry(key, tensors, base, u)
         return last
 
+    def aligned(self, key: str, model: int) -> Tensor:
+        """Return a model's aligned task vector of an entry."""
+        key = self.inputs.tied_to(key)
+        if key not in self._right:
+            return self.entry(key).aligned(model)
+        columns = self.inputs.spec(key).shape[1]
+        return self._right[key][1][:, model * columns : (model + 1) * columns]
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of an entry's aligned task vectors."""
         shape = self.inputs.shape(key, 0, self.inputs.merged(key))
         rank = self._ranks.get(self.inputs.tied_to(key))
         return shape if rank is None else (rank, *shape[1:])
 
+    def factor(self, key: str, merged: Callable[[str], Tensor]) -> Tensor:
+        """Return what rows of the task vectors side by side are multiplied by, of a tall matrix."""
+        values, right = self._right[key]
+        weighted = merged(key).to("cpu", torch.float64) / values[:, None].square()
+        return torch.cat([part.double().T @ weighted for part in right.split(_AT_ONCE, dim=1)])
+
+    @staticmethod
+    def side_by_side(
+        key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None
+    ) -> Tensor:
+        """Return rows of all task vectors side by side."""
+        return torch.cat(list(task_vectors(key, start, tensors, base)), dim=1)
+
     def _find(self, key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
         assert base is not None
-        if is_matrix(key, base.shape, self._exclude_keys):
+        if self.inputs.cut(key) != "rows" and is_matrix(key, base.shape, self._exclude_keys):
             rows, columns = base.shape
             vectors = task_vectors(key, start, tensors, base)
             u = column_space(vectors, (rows, columns * len(tensors)), self._rank_tol)
             self._directions.put(key, u.to(base))
             self._ranks[key] = u.shape[1]
+
+    def _find_right(self, entry: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the values and, each times its value, the right singular vectors as rows."""
+        (key,) = entry
+        size = entry.spec(key).shape[1] * len(entry.names)
+        place = "cpu" if entry.policy.device == "mps" else entry.policy.device
+        half = torch.zeros(size, size, dtype=torch.float64, device=place)
+        half = folded(entry, lambda *piece: self.side_by_side(*piece).mT, add_gram, half)
+        values, vectors = spectrum(
+            mirrored(half), room=lambda *shape: on_disk(shape, torch.float64)
+        )
+        values = values[: count_kept(values, self._rank_tol)].cpu()
+        right = on_disk((len(values), size), torch.float64 if entry.is_double else torch.float32)
+        for start in range(0, len(values), _AT_ONCE):
+            own = slice(start, min(start + _AT_ONCE, len(values)))
+            right[own] = vectors[:, own].mT.cpu() * values[own, None]
+        return values, right
 
 
 class _AlignedPool:
@@ -224,7 +301,7 @@ class _Aligned(Weights):
         spec = self._specs[key]
         if self._model is None:
             return torch.zeros(spec.shape, dtype=spec.dtype)
-        return self._alignment.entry(key).aligned(self._model).to(spec.dtype)
+        return self._alignment.aligned(key, self._model).to(spec.dtype, copy=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)

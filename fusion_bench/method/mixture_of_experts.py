@@ -46,7 +46,7 @@ from fusion_bench.weights import (
     Weights,
     changed,
 )
-from fusion_bench.weights.ops import normal
+from fusion_bench.weights.draws import normal
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

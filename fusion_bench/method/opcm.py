@@ -18,8 +18,9 @@ from torch import Tensor
 from fusion_bench.method.base import TensorwiseAlgorithm
 from fusion_bench.problems import check_between, check_choice
 from fusion_bench.weights import Cut, Inputs, MergePiece, TensorSpec
+from fusion_bench.weights.draws import uniform
 from fusion_bench.weights.matrices import right_vectors, wide
-from fusion_bench.weights.ops import is_linear_weight, uniform
+from fusion_bench.weights.ops import is_linear_weight
 from fusion_bench.weights.scratch import Scratch
 from fusion_bench.weights.statistics import Piece, sums, total
 

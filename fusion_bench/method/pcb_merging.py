@@ -83,41 +83,58 @@ def _as_in_the_paper(inputs: Inputs, counts: Sequence[int]) -> Scored:
     """
     size, tasks = inputs.count(), range(len(inputs.names))
     pairs = list(combinations_with_replacement(tasks, 2))
-    sharpness = [1] * len(pairs) + [len(tasks)] * len(tasks)
 
     def products(*piece: *Piece) -> Iterator[Tensor]:
         """Yield one after the other in the same memory: new pages would take as long as they."""
         vectors = list(task_vectors(*piece))
         product = torch.empty_like(vectors[0])
-        for i, j in [*pairs, *zip(tasks, tasks, strict=True)]:
+        for i, j in pairs:
             yield torch.mul(vectors[i], vectors[j], out=product)
 
     ranges = extremes(inputs, products)
 
     # Differences below what a type resolves are none.
     tiny = 100 * torch.finfo(torch.float64 if inputs.is_double else torch.float32).tiny
-    slopes = [
-        sharp / (high - low) / log(2) if high - low > tiny else 0.0
-        for sharp, (low, high) in zip(sharpness, ranges, strict=False)
-    ]
+    slopes = [1 / (high - low) / log(2) if high - low > tiny else 0.0 for low, high in ranges]
 
-    def exponentials(*piece: *Piece) -> Iterator[Tensor]:
-        for product, slope, (_, high) in zip(products(*piece), slopes, ranges, strict=True):
-            # At most 1: nothing overflows. The shift, as the scale below, leaves the mean alone.
-            # Powers of 2 take a third of the time of those of e.
-            yield product.sub_(high).mul_(slope).exp2_()
+    def exponentials(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield a pair's, and where a task is paired with itself those of its own softmax.
 
-    scales = [size / mass for mass in total(sums(inputs, exponentials))]
+        All are at most 1, so that nothing overflows. Powers of 2 take a third of the time of those
+        of e.
+        """
+        sharper = torch.empty_like(piece[2][0])
+        for (i, j), product, slope, (_, high) in zip(
+            pairs, products(*piece), slopes, ranges, strict=True
+        ):
+            own = None
+            if i == j:  # some are large: nothing may be lost of the highest, which count most
+                own = torch.sub(product, high, out=sharper).mul_(slope * len(tasks)).exp2_()
+            shift = torch.tensor(-slope * high, dtype=product.dtype, device=product.device)
+            yield torch.add(shift, product, alpha=slope, out=product).exp2_(), own
+
+    def masses(*piece: *Piece) -> Iterator[Tensor]:
+        for pair, own in exponentials(*piece):
+            yield pair
+            if own is not None:
+                yield own
+
+    found = iter(size / mass for mass in total(sums(inputs, masses, positive=True)))
+    # A softmax is scaled to the mean 1, for each pair and for each task's own.
+    scales = [(next(found), next(found) if i == j else 1.0) for i, j in pairs if size]
 
     def scores(*piece: *Piece) -> Iterator[Tensor]:
-        found = zip(exponentials(*piece), scales, strict=True)
-        softmaxes = (exponential.mul_(scale) for exponential, scale in found)
         between = [torch.zeros_like(tensor) for tensor in piece[2]]
-        for pair, softmax in zip(pairs, softmaxes, strict=False):
-            for task in set(pair):
-                between[task].add_(softmax)
-        for own, softmax in zip(between, softmaxes, strict=True):
-            yield own.mul_(softmax)
+        alone = []
+        found = zip(pairs, scales, exponentials(*piece), strict=True)
+        for (i, j), (scale, own_scale), (pair, own) in found:
+            between[i].add_(pair, alpha=scale)
+            if own is None:
+                between[j].add_(pair, alpha=scale)
+            else:
+                alone.append(own.mul(own_scale))
+        for softmax, shared in zip(alone, between, strict=True):
+            yield shared.mul_(softmax)
 
     cutoffs = largest(inputs, scores, counts)
 

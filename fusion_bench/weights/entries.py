@@ -22,6 +22,7 @@ from fusion_bench.weights.matrices import (
     spectrum,
     wide,
 )
+from fusion_bench.weights.scratch import on_disk
 from fusion_bench.weights.statistics import Piece, Values, sums, total
 from fusion_bench.weights.stream import PIECE
 
@@ -41,14 +42,20 @@ def cut_of_matrices(key: str, shape: Sequence[int], exclude_keys: Iterable[str] 
 
 
 def folded(
-    entry: Inputs, measure: Measure, combine: Callable[[Tensor, Tensor], Tensor] = torch.add
+    entry: Inputs,
+    measure: Measure,
+    combine: Callable[[Tensor, Tensor], Tensor] = torch.add,
+    initial: Tensor | None = None,
 ) -> Tensor:
-    """Combine what is measured of an entry's pieces, in their order, whoever comes first."""
+    """Combine what is measured of an entry's pieces, in their order, whoever comes first.
+
+    ``initial`` comes before the first.
+    """
     (key,) = entry
     order = iter([start for start, _ in entry.pieces(key, PIECE)])
     upcoming: int | None = next(order)
     waiting: dict[int, Tensor] = {}
-    results: list[Tensor] = []
+    results: list[Tensor] = [] if initial is None else [initial]
     lock = threading.Lock()
 
     def look(key: str, start: int, tensors: Sequence[Tensor], base: Tensor | None) -> None:
@@ -66,7 +73,7 @@ def folded(
 
 
 class Kept:
-    """What is measured of each piece, kept in memory from the first time on.
+    """What is measured of each piece, put aside on a disk from the first time on.
 
     Args:
         inputs: the models.
@@ -77,7 +84,7 @@ class Kept:
         sizes = {key: inputs.merged(key) for key in inputs if inputs.tied_to(key) == key}
         self._places = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         dtype = torch.float64 if inputs.is_double else torch.float32
-        self._values = torch.empty(sum(sizes.values()), dtype=dtype)
+        self._values = on_disk((sum(sizes.values()),), dtype)
         self._known: set[tuple[str, int, int]] = set()
         self._measure = measure
 

@@ -24,12 +24,15 @@ _POINTERS: dict[str, Any] = {
 }
 
 
-def eigenvectors(matrix: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+def eigenvectors(
+    matrix: Tensor, count: int | None = None, room: Callable[[int, int], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, the largest first, and as columns their eigenvectors.
 
     Args:
         matrix: symmetric and finite, in float64; it is used up.
         count: return only so many.
+        room: makes the tensor of so many rows and columns that the vectors lie in.
     """
     size = len(matrix)
     count = size if count is None else min(count, size)
@@ -42,7 +45,8 @@ def eigenvectors(matrix: Tensor, count: int | None = None) -> tuple[Tensor, Tens
     few = _FEW * count <= size
     matrix = matrix.contiguous().neg_()  # the smallest come first
     values = matrix.new_empty(size)
-    vectors = matrix.new_empty(count if few else size, size)  # for LAPACK they are columns
+    # For LAPACK the rows are columns.
+    vectors = (room or matrix.new_empty)(count if few else size, size)
     support = torch.empty(2 * size, dtype=torch.int32)
     doubles, integers = matrix.new_empty(1), support.new_empty(1)
     order, none, status = ctypes.c_int(size), ctypes.c_double(), ctypes.c_int()

@@ -21,7 +21,7 @@ from fusion_bench.weights.stream import PIECE
 _COARSE, _FINE = 2**16, 2**21
 #: Of more than ``_FEW`` elements an estimate looks at one in ``_SAMPLED`` or more, so that samples
 #: together have ``_SAMPLES`` at most. Ranks may be so many standard deviations off.
-_FEW, _SAMPLED, _SAMPLES, _DEVIATIONS = 2**17, 61, 2**22, 5
+_FEW, _SAMPLED, _SAMPLES, _DEVIATIONS = 2**17, 61, 2**21, 4
 #: How many elements near the cutoffs are remembered, so that no other look is needed.
 _REMEMBERED = 2**24
 
@@ -131,7 +131,6 @@ class _Search:
         self.size = size
         self.places = places
         self.word: type[np.integer[Any]] = np.int64 if wide else np.int32
-        self.unsigned: type[np.integer[Any]] = np.uint64 if wide else np.uint32
         self.end = 2 ** (63 if wide else 31)
         self.found = rank in (0, size)
         self.equal = 0  # elements of the value that was found
@@ -160,10 +159,12 @@ class _Search:
         """Look at the bits of a piece's magnitudes."""
         above, here = 0, None
         if self.high < self.end or self.low > 0:
-            above = int(np.count_nonzero(bits >= self.high)) if self.high < self.end else 0
-            # Below the bracket the difference is negative: a huge number without a sign.
-            width = self.unsigned(self.high - self.low)
-            here = np.flatnonzero((bits - self.word(self.low)).view(self.unsigned) < width)
+            inside = bits >= self.word(self.low)
+            if self.high < self.end:
+                beyond = bits >= self.word(self.high)
+                above = int(np.count_nonzero(beyond))
+                inside ^= beyond
+            here = np.flatnonzero(inside)
             bits = bits[here]
         if not self.remembers:
             bins = torch.from_numpy((bits - self.word(self.low)) >> self.word(self.shift))

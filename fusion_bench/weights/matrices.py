@@ -7,7 +7,7 @@ the matrix in float64 follows.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,14 +50,29 @@ def gram(matrix: Tensor, before: Tensor | None = None) -> Tensor:
     result = before
     if result is None:
         result = torch.zeros(rows, rows, dtype=torch.float64, device=_place(matrix))
-    blocks = [(start, start + _ROWS) for start in range(0, rows, _ROWS)]
+    return mirrored(add_gram(result, matrix))
+
+
+def add_gram(before: Tensor, matrix: Tensor) -> Tensor:
+    """Add ``matrix @ matrix.T`` to the half of a Gram matrix on and below its diagonal."""
     for part in matrix.split(_COLUMNS, dim=1):
         part = wide(part)
-        for start, stop in blocks:  # of a symmetric matrix half is enough
-            result[start:stop, :stop].addmm_(part[start:stop], part[:stop].T)
-    for start, stop in blocks:
-        result[:start, start:stop] = result[start:stop, :start].T
-    return result
+        for start, stop in _halves(before):  # of a symmetric matrix half is enough
+            before[start:stop, :stop].addmm_(part[start:stop], part[:stop].T)
+    return before
+
+
+def mirrored(half: Tensor) -> Tensor:
+    """Complete a symmetric matrix of which one half is known, in place."""
+    for start, stop in _halves(half):
+        half[:start, start:stop] = half[start:stop, :start].T
+    return half
+
+
+def _halves(matrix: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the first and last rows of blocks; their columns up to the last row are computed."""
+    for start in range(0, len(matrix), _ROWS):
+        yield start, start + _ROWS
 
 
 def svd(
@@ -191,16 +206,19 @@ def orthogonal_product(left: Tensor, s: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.multi_dot([left, middle, right])
 
 
-def spectrum(gram: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+def spectrum(
+    gram: Tensor, count: int | None = None, room: Callable[[int, int], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return singular values, the largest first, and left singular vectors.
 
     Args:
         gram: the Gram matrix, which is used up.
         count: return no more than so many.
+        room: makes the tensor that the vectors lie in.
     """
     if not math.isfinite(gram.trace()):
         return gram.new_zeros(0), gram.new_zeros(len(gram), 0)
-    values, vectors = eigenvectors(gram, count)
+    values, vectors = eigenvectors(gram, count, room)
     return values.clamp_(min=0).sqrt_(), vectors
 
 

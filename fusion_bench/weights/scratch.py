@@ -1,7 +1,10 @@
 """Tensors that are put aside on a disk, so that they take no memory."""
 
+import os
+import sys
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from math import prod
 from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
@@ -40,11 +43,7 @@ class Scratch:
                 while view:
                     view = view[self._file.write(view) :]
             except OSError as error:
-                raise EnvironmentProblem(
-                    f"What a merge puts aside in {gettempdir()} cannot be written: "
-                    f"{error.strerror}.",
-                    "Set TMPDIR to a folder with more room.",
-                ) from error
+                raise _no_room(error) from error
             self._places[key] = start, values.to("meta")
 
     def get(self, key: Hashable) -> Tensor:
@@ -55,3 +54,29 @@ class Scratch:
             return torch.empty_like(like, device="cpu")
         mapped = np.memmap(self._file, np.uint8, "c", start, like.nbytes)
         return torch.from_numpy(mapped).view(like.dtype).view(like.shape)
+
+
+def on_disk(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros in a file, where ``Scratch`` has its own; it takes no memory.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or fails.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
+    with TemporaryFile() as file:
+        try:
+            file.truncate(nbytes)
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, nbytes)  # else a full disk ends the process
+        except OSError as error:
+            raise _no_room(error) from error
+        return torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(dtype).view(shape)
+
+
+def _no_room(error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"What a merge puts aside in {gettempdir()} cannot be written: {error.strerror}.",
+        "Set TMPDIR to a folder with more room.",
+    )

@@ -29,7 +29,7 @@ from fusion_bench.method import (
 )
 from fusion_bench.method.checks import Pool
 from fusion_bench.weights import TensorWeights, Weights, in_memory
-from fusion_bench.weights.ops import bernoulli, uniform
+from fusion_bench.weights.draws import bernoulli, uniform
 
 Array = NDArray[np.float64]
 SHAPES = {"matrix": (13, 17), "norm": (29,), "small": (3,)}

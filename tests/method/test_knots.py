@@ -26,7 +26,7 @@ from fusion_bench.method import (
     knots,
 )
 from fusion_bench.problems import FusionBenchError
-from fusion_bench.weights import MergePolicy, TensorWeights, Weights, in_memory
+from fusion_bench.weights import MergePolicy, TensorWeights, Weights, entries, in_memory
 
 CONFIG = Path(__file__).parents[2] / "config"
 BASE = "_pretrained_"
@@ -106,6 +106,38 @@ def test_ties_trims_the_aligned_model_as_a_whole(models: int, seed: int, percent
     tasks = family(models, seed, torch.float64)
     ties = TiesMergingAlgorithm(threshold=percent)
     assert_close(fused(KnOTSMerging(ties), tasks), by_formula(tasks, ties))
+
+
+@pytest.mark.parametrize("method", [TiesMergingAlgorithm(threshold=40), DareTiesMerging()])
+@pytest.mark.parametrize("models", [1, 3, 4])
+def test_large_tall_matrices_are_merged_in_rows(
+    models: int, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "LARGE", 30)
+    monkeypatch.setattr(knots, "_AT_ONCE", 2)
+    tasks = family(models, 3, torch.float64)
+    cut = KnOTSMerging(method).inputs(Pool(tasks)).cut
+    assert cut("tall.weight") == "rows" and cut("wide.weight") == "whole"
+    assert_close(fused(KnOTSMerging(method), tasks), by_formula(tasks, method))
+    single = {name: {key: w.float() for key, w in state.items()} for name, state in tasks.items()}
+    assert_close(fused(KnOTSMerging(method), single), by_formula(single, method), 3e-5)
+
+
+def test_rows_of_several_pieces_and_fewer_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "LARGE", 2**18)
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(6000, 64, generator=generator)}
+    change = torch.randn(6000, 5, generator=generator) @ torch.randn(5, 64, generator=generator)
+    tasks = {BASE: base, **{name: {"w": base["w"] + n * change} for n, name in enumerate("ab", 1)}}
+    method = TiesMergingAlgorithm(threshold=30)
+    assert_close(fused(KnOTSMerging(method), tasks), by_formula(tasks, method), 1e-4)
+
+
+def test_smaller_directions_than_products_resolve_need_the_whole_matrix() -> None:
+    shape = (2**18, 64)
+    assert KnOTSMerging().cut("w", shape) == "rows"
+    assert KnOTSMerging(rank_tol=1e-7).cut("w", shape) == "whole"
+    assert KnOTSMerging(exclude_keys=["w"]).cut("w", shape) == "whole"
 
 
 def test_ties_is_the_default() -> None:

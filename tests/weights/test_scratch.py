@@ -1,3 +1,6 @@
+import errno
+import os
+import sys
 import threading
 from pathlib import Path
 
@@ -5,7 +8,7 @@ import pytest
 import torch
 
 from fusion_bench.problems import EnvironmentProblem
-from fusion_bench.weights.scratch import Scratch
+from fusion_bench.weights.scratch import Scratch, on_disk
 
 
 def test_what_is_put_aside_comes_back() -> None:
@@ -58,3 +61,21 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(scratch, "_file", full)
         with pytest.raises(EnvironmentProblem, match=r"No space left.*Set TMPDIR"):
             scratch.put("a", torch.ones(3))
+
+
+def test_a_vector_in_a_file() -> None:
+    vector = on_disk((3000,), torch.float64)
+    assert vector.shape == (3000,) and vector.dtype == torch.float64 and not vector.any()
+    vector[5:] = 2
+    assert vector.sum() == 2 * 2995
+    assert on_disk((4, 0), torch.float32).shape == (4, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system reserves no room")
+def test_a_disk_without_room_for_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(EnvironmentProblem, match=r"No space left.*Set TMPDIR"):
+        on_disk((10,), torch.float32)

@@ -47,6 +47,14 @@ def test_sums_are_in_float64() -> None:
     assert total(sums(opened(ones), themselves)) == [300]
 
 
+def test_positive_values_are_summed_in_short_rows() -> None:
+    state = {"a": noise(300_001).abs(), "b": noise(70, torch.float64).abs(), "c": torch.ones(130)}
+    (found,) = total(sums(opened(state), themselves, positive=True))
+    expected = sum(float(tensor.double().sum()) for tensor in state.values())
+    assert found == pytest.approx(expected, rel=1e-8)
+    assert sums(opened(state, whole=True), themselves, positive=True)["c"] == [130]
+
+
 @pytest.mark.parametrize("in_threads", [False, True])
 def test_totals_are_rounded_once_whatever_the_order(in_threads: bool) -> None:
     numbers = [1e16, 1.0, -1e16, 1.0, 1e-9, 3e15]
