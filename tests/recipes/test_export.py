@@ -22,7 +22,8 @@ ALL = {**PLAIN, **EXAMPLES, **MORE} | {
 def config(method: dict[str, Any], **pool: Any) -> dict[str, Any]:
     models = {"_pretrained_": "base", "a": "x/a", "b": "x/b"}
     target = "fusion_bench.modelpool.CausalLMPool"
-    method = {"_target_": f"fusion_bench.method.{method.pop('name')}", **method}
+    name, options = method["name"], {k: v for k, v in method.items() if k != "name"}
+    method = {"_target_": f"fusion_bench.method.{name}", **options}
     return {"method": method, "modelpool": {"_target_": target, "models": models, **pool}}
 
 
