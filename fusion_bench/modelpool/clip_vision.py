@@ -80,7 +80,7 @@ class CLIPVisionModelPool(HFModelPool):
         """Write the vision encoder's config and what prepares pictures."""
         config = deepcopy(self._config_for(self._reference))
         if model is not None and model.config is not None:
-            config = self._part_of(config_of(model.config, self._config_class))
+            config = self._opened.part_of(config_of(model.config, self._config_class))
         assert config is not None
         config.architectures = ["CLIPVisionModel"]
         if self.policy.dtype is not None:
@@ -88,7 +88,7 @@ class CLIPVisionModelPool(HFModelPool):
         config.save_pretrained(directory)
         if (processor := self._image_processor()) is not None:
             processor.save_pretrained(directory)
-        if (home := self._source(self._reference).home) is not None:
+        if (home := self._opened.source(self._reference).home) is not None:
             tell_what_is_left(home, ("config.json", PREPROCESSOR))
 
     def _image_processor(self) -> Any:

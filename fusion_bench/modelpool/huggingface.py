@@ -4,10 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.adapter_folder import generation_task, write_adapter
-from fusion_bench.modelpool.agreement import PREPROCESSOR, holds
+from fusion_bench.modelpool.agreement import PREPROCESSOR
 from fusion_bench.modelpool.blueprint import blueprint
 from fusion_bench.modelpool.build import (
     build,
@@ -24,25 +22,24 @@ from fusion_bench.modelpool.build import (
     config_of,
     read_whole,
     refuse_incomplete,
-    skeleton,
 )
 from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.comparison import ModelComparison
 from fusion_bench.modelpool.directory import Folder, copy_files, processor_files, write_directories
-from fusion_bench.modelpool.keys import under_current_names, under_keys_of
-from fusion_bench.modelpool.layouts import in_current_layout, in_file_layout, in_layout_of
+from fusion_bench.modelpool.keys import under_current_names
+from fusion_bench.modelpool.layouts import in_current_layout
+from fusion_bench.modelpool.opened import OpenedModels
 from fusion_bench.modelpool.output_tokens import OutputTokens
 from fusion_bench.modelpool.policy import policy_of
 from fusion_bench.modelpool.processor import Processor
-from fusion_bench.modelpool.sources import Source, Sources
+from fusion_bench.modelpool.sources import Sources
 from fusion_bench.modelpool.token_setting import TokenSetting
 from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
     FusionBenchError,
     Problems,
-    did_you_mean,
     error_of,
     within,
 )
@@ -63,7 +60,6 @@ from fusion_bench.weights import (
     check_size,
     in_memory,
     is_special,
-    learned,
     open_checkpoint,
     open_repository,
     zeros_like,
@@ -73,7 +69,7 @@ from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +159,6 @@ class HFModelPool:
         self.model_names = [name for name in self._sources if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._sources
         self._blueprints: dict[str, Blueprint | None] = {}
-        self._own_models: dict[str, Model] = {}
         self._tokens: OutputTokens | None = None
         if setting is not None or chat_template is not None:
             self._tokens = OutputTokens(
@@ -172,8 +167,8 @@ class HFModelPool:
                 list(dict.fromkeys([*["_pretrained_"] * self.has_pretrained, *self.model_names])),
                 self._sources,
                 TokenizerSource(self._tokenizer),
-                self._own_model,
-                self._config_of,
+                lambda name: self._opened.model(name),
+                lambda name: self._opened.config_of(name),
                 model_class,
             )
         self.notes: list[str] = []
@@ -185,8 +180,16 @@ class HFModelPool:
                     "example 'sun397: path/to/model'.",
                 )
         problems.raise_all()
+        self._opened = OpenedModels(
+            self._sources,
+            self._reference,
+            model_class,
+            self._config_class,
+            self._part,
+            self._canonical,
+        )
         self._comparison = ModelComparison(
-            self._source,
+            self._opened.source,
             self._reference,
             self.policy,
             model_class,
@@ -227,12 +230,14 @@ class HFModelPool:
                             f"{name}: its weights are stored in another layout than those of "
                             f"'{self._reference}'. {weights.described()}"
                         )
-                elif self._base(name) is None:  # nothing to compare with, but it can be damaged
-                    self._opened(self._source(name))
+                elif (
+                    self._opened.base(name) is None
+                ):  # nothing to compare with, but it can be damaged
+                    self._opened.open(self._opened.source(name))
         plan.problems.add(problem for problem in again if problem.reason not in told)
         for name in known if self._reference in known else ():
             with plan.collect("models", name):
-                if own := self._comparison.vocabulary(self._source(name).companions):
+                if own := self._comparison.vocabulary(self._opened.source(name).companions):
                     plan.download(own.repository, *own.needed())
                 if place := self._comparison.with_preprocessor(name):
                     plan.download(place, PREPROCESSOR)
@@ -244,7 +249,7 @@ class HFModelPool:
         """Tell whether a model's header can be read, and those of what it stands on."""
         if name not in known:
             return False
-        base = self._base(name)
+        base = self._opened.base(name)
         return base is None or not base.named.name or self._can_be_read(base.named.name, known)
 
     def _plan_tokens(self, plan: Plan, known: Collection[str]) -> bool:
@@ -299,13 +304,13 @@ class HFModelPool:
         """Return where the zoo is to be built that has the tokenizer."""
         if self._processor is not None:
             return self._processor.unbuilt
-        node = self._source(self._reference).named.node
+        node = self._opened.source(self._reference).named.node
         return unbuilt(node) if isinstance(node, str) else None
 
     def _tokenizer(self) -> object:
         if self._processor is not None:
             return self._processor.folder or self._processor.made()
-        folders = self._source(self._reference).companions
+        folders = self._opened.source(self._reference).companions
         return next((folder for folder in folders if tokenizer_files(folder)), None)
 
     def _check_tokenizer(self) -> None:
@@ -336,36 +341,7 @@ class HFModelPool:
         Raises:
             FusionBenchError: an unknown name, or a source that cannot be read or is quantised.
         """
-        return self._own_model(name) if self._tokens is None else self._tokens.model(name)
-
-    def _own_model(self, name: str) -> Model:
-        """Return a model with the rows of its own tokenizer."""
-        if name == self._reference:
-            return self._reference_model
-        if name not in self._own_models:  # a run asks for each many times
-            own = self._opened(self._source(name))
-            with within("models", name):
-                own = replace(own, weights=self._like_reference(own.weights))
-            self._own_models[name] = own
-        return self._own_models[name]
-
-    def _like_reference(self, weights: Weights) -> Weights:
-        """Return weights with the reference's keys, and in its layout, as far as both are known."""
-        reference = self._reference_model.weights
-        named = under_keys_of(reference, weights)
-        strange = [key for key in learned(named) if key not in reference]
-        if not strange:
-            return named
-        model = self._skeleton
-        return named if model is None else in_layout_of(reference, named, model)
-
-    @cached_property
-    def _skeleton(self) -> "PreTrainedModel | None":
-        """The reference's architecture; None where it is none of transformers."""
-        if self._source(self._reference).config() is None:
-            return None
-        config = self._config_of(self._reference)
-        return None if config is None else skeleton(self.model_class, config)
+        return self._opened.model(name) if self._tokens is None else self._tokens.model(name)
 
     def weights(self, name: str) -> Weights:
         """Return a model's weights, as in ``model``.
@@ -380,7 +356,7 @@ class HFModelPool:
 
         Without a name it is that of a merged model, which is built like the reference.
         """
-        own = self._source(self._reference if name is None else name).architecture()
+        own = self._opened.source(self._reference if name is None else name).architecture()
         if self._tokens is not None:
             own = json.dumps([own, self._tokens.identity])
         return hashlib.sha256(own.encode()).hexdigest()
@@ -392,14 +368,14 @@ class HFModelPool:
             FusionBenchError: as ``weights``, and a checkpoint that lacks some of the weights or
                 has them in other shapes.
         """
-        source = self._source(name)
+        source = self._opened.source(name)
         with within(*source.named.place):
             module = None if self._changes_rows else source.load()
         if module is not None:
             return module
-        whole = source.home if self._base(name) is None and not self._changes_rows else None
+        whole = source.home if self._opened.base(name) is None and not self._changes_rows else None
         if whole is None or self.model_class == "AutoModel":
-            config = self._config_for(self._with_config(name))
+            config = self._config_for(self._opened.built_like(name))
             return build(self.model_class, self.weights(name), config)
         module, info = read_whole(self.model_class, whole)
         with within(*source.named.place):
@@ -417,7 +393,7 @@ class HFModelPool:
         asked = json.dumps(dict(config), sort_keys=True, default=str)
         if asked not in self._blueprints:
             self._blueprints[asked] = blueprint(
-                config, self.model_class, self._config_class, self._part_of, self._canonical
+                config, self.model_class, self._config_class, self._opened.part_of, self._canonical
             )
         return self._blueprints[asked]
 
@@ -431,11 +407,11 @@ class HFModelPool:
             FusionBenchError: weights that are not all of the model's, or no config.
         """
         if isinstance(weights, Model) and weights.config is not None:
-            config = self._part_of(config_of(weights.config, self._config_class))
+            config = self._opened.part_of(config_of(weights.config, self._config_class))
             return build(self.model_class, weights.weights, config)
         if isinstance(weights, Model):
             weights = weights.weights
-        if self._source(self._reference).config() is None:
+        if self._opened.source(self._reference).config() is None:
             return self._copy(weights)
         return build(self.model_class, weights, self._config_for(self._reference))
 
@@ -445,14 +421,14 @@ class HFModelPool:
         Raises:
             FusionBenchError: no config, or none that the class fits.
         """
-        bare = self._skeleton
+        bare = self._opened.bare
         if bare is None:
             return weights, self._copy(zeros_like(weights))
         return in_current_layout(weights, bare), bare
 
     def _copy(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Return a copy of the reference's module with these weights."""
-        module = self._source(self._reference).load()
+        module = self._opened.source(self._reference).load()
         if module is None:
             raise FusionBenchError(
                 "it has no config.json, which tells how a module is built.",
@@ -464,33 +440,12 @@ class HFModelPool:
         module.load_state_dict(in_memory(weights) if isinstance(weights, Weights) else weights)
         return module
 
-    def _with_config(self, name: str) -> str:
-        """Return whose config a model is built with: its own where it has one.
-
-        One that stands inside a larger model, or has the reference inside, is seen under the
-        reference's keys, and is built like it.
-        """
-        own, reference = (self._source(each).config() for each in (name, self._reference))
-        if own is None or (reference and (holds(own, reference) or holds(reference, own))):
-            return self._reference
-        return name
-
     def _config_for(self, name: str) -> "PretrainedConfig | None":
         """Return what a model is built by; None for a module without a config."""
-        config = self._config_of(name)
+        config = self._opened.config_of(name)
         if config is None or self._tokens is None:
             return config
         return self._tokens.built_by(name, config)
-
-    def _config_of(self, name: str) -> "PretrainedConfig | None":
-        """Return a model's own config, as transformers has it."""
-        source = self._source(name)
-        with within(*source.named.place):
-            return self._part_of(source.config_for(self._config_class))
-
-    def _part_of(self, config: "PretrainedConfig | None") -> "PretrainedConfig | None":
-        """Return the part of a config that the pool's models are built by."""
-        return config if self._part is None else getattr(config, self._part, config)
 
     def save_model(
         self,
@@ -541,7 +496,7 @@ class HFModelPool:
         elif isinstance(model, Weights):
             weights = model
         else:
-            weights = self._like_reference(TensorWeights(model.state_dict()))
+            weights = self._opened.like_reference(TensorWeights(model.state_dict()))
         return Folder(path, self._for_file(weights), config, partial(self._beside, own))
 
     def _save_adapter(
@@ -552,7 +507,7 @@ class HFModelPool:
         config: Mapping[str, Any] | None,
     ) -> None:
         """Write an adapter alone, in PEFT's layout."""
-        base, base_class = self._source("_pretrained_").at, self._class_of_base()
+        base, base_class = self._opened.source("_pretrained_").at, self._class_of_base()
         write_adapter(
             path.absolute(),
             model.adapter,
@@ -582,7 +537,7 @@ class HFModelPool:
 
     def _class_of_base(self) -> str:
         """Return the class of transformers that makes the pretrained model."""
-        named = (self._source("_pretrained_").config() or {}).get("architectures")
+        named = (self._opened.source("_pretrained_").config() or {}).get("architectures")
         if self.model_class.startswith("Auto") and isinstance(named, list) and named:
             return self.model_class if self.model_class == "AutoModel" else str(named[0])
         return self.model_class
@@ -593,16 +548,11 @@ class HFModelPool:
         A pool of bare models, ``AutoModel``, sees the backbone of a classifier without its head.
         """
         weights = under_current_names(weights)
-        if self.model_class != "AutoModel" or self._backbone_prefix is None:
+        if self.model_class != "AutoModel" or self._opened.backbone_prefix is None:
             return weights
-        prefix = f"{self._backbone_prefix}."
+        prefix = f"{self._opened.backbone_prefix}."
         inside = [key for key in weights if key.startswith(prefix)]
         return Renamed(weights, {k.removeprefix(prefix): k for k in inside}) if inside else weights
-
-    @cached_property
-    def _backbone_prefix(self) -> str | None:
-        """What a larger model of the reference's kind puts before the keys of the bare one."""
-        return self._source(self._reference).prefix
 
     def _for_file(self, weights: Weights) -> Weights:
         """Return weights with the keys that they have in a file."""
@@ -623,7 +573,7 @@ class HFModelPool:
             model: one with a config of its own, in place of the reference's.
             directory: where they go.
         """
-        reference = self._source(self._reference)
+        reference = self._opened.source(self._reference)
         others = model is not None and model.companions not in ((), reference.companions)
         reference.write_companions(directory, processors=self._processor is None and not others)
         if model is not None and others and self._processor is None:
@@ -652,51 +602,6 @@ class HFModelPool:
         if config != before:
             write_text(file, json.dumps(config, indent=2) + "\n")
 
-    @cached_property
-    def _reference_model(self) -> Model:
-        return self._opened(self._source(self._reference))
-
     @property
     def _reference(self) -> str:
         return "_pretrained_" if self.has_pretrained else self.model_names[0]
-
-    def _source(self, name: str) -> Source:
-        """Return how a model is named."""
-        if name not in self._sources:
-            hint = did_you_mean(name, self._sources)
-            raise FusionBenchError(f"Model '{name}' is not in the pool.", hint)
-        with within("models", name):
-            return self._sources[name]
-
-    def _base(self, name: str) -> Source | None:
-        """Return what an adapter is put on; None for a whole model."""
-        source = self._source(name)
-        with within(*source.named.place):
-            return source.base
-
-    def _opened(self, source: Source) -> Model:
-        """Return a model, with the keys that the pool works with."""
-        with within(*source.named.place):
-            base = source.base
-        if base is None:
-            with within(*source.named.place):
-                model = source.open(None)
-                return replace(model, weights=self._canonical(model.weights))
-        at_hand = base.named.name == self._reference
-        below = self._reference_model if at_hand else self._opened(base)
-        with within(*source.named.place):
-            try:
-                return source.open(below)
-            except FusionBenchError:
-                for other in self._in_other_layouts(below, base):
-                    with suppress(FusionBenchError):  # or else the first error, with own names
-                        return source.open(other)
-                raise
-
-    def _in_other_layouts(self, model: Model, source: Source) -> Iterator[Model]:
-        """Yield a model as its class in transformers names its entries, and as it writes them."""
-        config = None if source.config() is None else source.config_for(self._config_class)
-        if (part := self._part_of(config)) is not None:
-            bare = skeleton(self.model_class, part)
-            for layout in (in_current_layout, in_file_layout):
-                yield replace(model, weights=layout(model.weights, bare))

@@ -1,6 +1,6 @@
 """How models differ that cannot be merged, in few lines for people to read."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from fusion_bench.weights.config import Config
 from fusion_bench.weights.folding import folded
@@ -83,10 +83,11 @@ class Unlike:
 
     def _sizes(self) -> dict[str, list[Size]]:
         """Return which sizes differ, by model."""
-        reference = self._configs(self.name) or {}
+        expected = self._configs(self.name) or {}
         found: dict[str, list[Size]] = {}
         for model in dict.fromkeys(model for model, *_ in self._kinds):
-            own = self._configs(model) or {}
+            own = _of_kind(self._configs(model) or {}, expected)
+            reference = _of_kind(expected, own)
             there = [key for key in _SIZES if key in own and key in reference]
             differing = [
                 (key, own[key], reference[key]) for key in there if own[key] != reference[key]
@@ -94,6 +95,15 @@ class Unlike:
             if differing:
                 found[model] = differing[:1] if differing[0][0] == "model_type" else differing
         return found
+
+
+def _of_kind(config: Config, other: Config) -> Config:
+    """Return a config, or the part of it that is of the other's kind, as an encoder in CLIP."""
+    parts = (own for own in config.values() if isinstance(own, Mapping))
+    kind = other.get("model_type")
+    if kind is None or config.get("model_type") == kind:
+        return config
+    return next((own for own in parts if own.get("model_type") == kind), config)
 
 
 def _of_another_kind(sizes: Iterable[Size]) -> bool:

@@ -176,7 +176,7 @@ def test_slices_of_modules_there_and_back() -> None:
 def test_a_stack_in_a_word_is_a_module() -> None:
     slices = [{"stack": "encoder", "models": {"a": [0, 2]}}]
     method = {"name": "StackedLayers", "slices": slices}
-    found = exported(method, {"a": "x/a", "b": "x/b"})
+    found = exported({**method}, {"a": "x/a", "b": "x/b"})
     sources = [{"model": "x/a", "layer_range": [0, 2]}]
     assert found["modules"] == {"encoder": {"slices": [{"sources": sources}]}}
     mixed = [slices[0], {"models": {"b": [0, 1]}}]

@@ -283,5 +283,9 @@ def test_what_configs_say_comes_first_and_many_entries_are_patterns() -> None:
         "  deep: has extra layers.{2-8}.* (21 tensors)",
     ]
     assert "depth alone" not in told and "policy" not in told
+    part = {"model_type": "outer", "inner_config": {"model_type": "inner", "hidden_size": 5}}
+    whole = {"_pretrained_": part, "wide": {"model_type": "inner", "hidden_size": 4}}
+    told = refusal({"wide": stack(2, 5)}, base, configs=whole.get)
+    assert "wide: hidden_size is 4, in _pretrained_ 5" in told and "model_type" not in told
     told = refusal({"x": stack(1, 4)}, base)
     assert "x: lacks 'layers.1.a'" in told  # few are told by themselves
