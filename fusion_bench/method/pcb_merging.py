@@ -20,7 +20,7 @@ from fusion_bench.method.per_model import PerModel, check_each_between, of_each
 from fusion_bench.problems import check_choice
 from fusion_bench.weights import Inputs, MergePiece
 from fusion_bench.weights.largest import largest, search_bytes
-from fusion_bench.weights.ops import task_vectors
+from fusion_bench.weights.ops import Buffers, task_vectors
 from fusion_bench.weights.statistics import Piece, extremes, sums, total
 from fusion_bench.weights.stream import PIECE
 
@@ -54,8 +54,8 @@ class PCBMerging(TensorwiseAlgorithm):
     def kept_bytes(self, inputs: Inputs) -> int:
         """Return the bytes of the search for the largest elements."""
         models = len(inputs.names)
-        products = models**2 if self.variant == "paper" else 0
-        pieces = 4 * PIECE * torch.get_num_threads() * products
+        buffers = 2 * models + 1 if self.variant == "paper" else 0
+        pieces = 4 * PIECE * torch.get_num_threads() * buffers
         return pieces + search_bytes(inputs.count(), models)
 
     def merger(self, inputs: Inputs) -> MergePiece:
@@ -83,65 +83,69 @@ def _as_in_the_paper(inputs: Inputs, counts: Sequence[int]) -> Scored:
     """
     size, tasks = inputs.count(), range(len(inputs.names))
     pairs = list(combinations_with_replacement(tasks, 2))
+    buffers = Buffers()
+
+    def changes(*piece: *Piece) -> list[Tensor]:
+        _, _, tensors, base = piece
+        assert base is not None
+        return [torch.sub(own, base, out=buffers.like(t, base)) for t, own in enumerate(tensors)]
 
     def products(*piece: *Piece) -> Iterator[Tensor]:
-        """Yield one after the other in the same memory: new pages would take as long as they."""
-        vectors = list(task_vectors(*piece))
-        product = torch.empty_like(vectors[0])
+        vectors = changes(*piece)
+        product = buffers.like("product", vectors[0])
         for i, j in pairs:
             yield torch.mul(vectors[i], vectors[j], out=product)
 
-    ranges = extremes(inputs, products)
+    ranges = dict(zip(pairs, extremes(inputs, products), strict=False))
 
     # Differences below what a type resolves are none.
     tiny = 100 * torch.finfo(torch.float64 if inputs.is_double else torch.float32).tiny
-    slopes = [1 / (high - low) / log(2) if high - low > tiny else 0.0 for low, high in ranges]
+    slopes = {
+        pair: 1 / (high - low) / log(2) if high - low > tiny else 0.0
+        for pair, (low, high) in ranges.items()
+    }
 
-    def exponentials(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield a pair's, and where a task is paired with itself those of its own softmax.
-
-        All are at most 1, so that nothing overflows. Powers of 2 take a third of the time of those
-        of e.
-        """
-        sharper = torch.empty_like(piece[2][0])
-        for (i, j), product, slope, (_, high) in zip(
-            pairs, products(*piece), slopes, ranges, strict=True
-        ):
-            own = None
-            if i == j:  # some are large: nothing may be lost of the highest, which count most
-                own = torch.sub(product, high, out=sharper).mul_(slope * len(tasks)).exp2_()
+    # Exponentials are at most 1, so that nothing overflows. Powers of 2 take a third of the time of
+    # those of e.
+    def shared(vectors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the exponentials of all pairs, one after the other in the same memory."""
+        product = buffers.like("product", vectors[0])
+        for i, j in pairs:
+            slope, (_, high) = slopes[i, j], ranges[i, j]
+            torch.mul(vectors[i], vectors[j], out=product)
             shift = torch.tensor(-slope * high, dtype=product.dtype, device=product.device)
-            yield torch.add(shift, product, alpha=slope, out=product).exp2_(), own
+            yield torch.add(shift, product, alpha=slope, out=product).exp2_()
+
+    def own(vectors: Sequence[Tensor], task: int) -> Tensor:
+        """Return a task's own exponentials; nothing is lost of the highest, which count most."""
+        slope, (_, high) = slopes[task, task], ranges[task, task]
+        square = torch.mul(vectors[task], vectors[task], out=buffers.like("product", vectors[0]))
+        return square.sub_(high).mul_(slope * len(tasks)).exp2_()
 
     def masses(*piece: *Piece) -> Iterator[Tensor]:
-        for pair, own in exponentials(*piece):
-            yield pair
-            if own is not None:
-                yield own
+        vectors = changes(*piece)
+        yield from shared(vectors)
+        for task in tasks:
+            yield own(vectors, task)
 
-    found = iter(size / mass for mass in total(sums(inputs, masses, positive=True)))
-    # A softmax is scaled to the mean 1, for each pair and for each task's own.
-    scales = [(next(found), next(found) if i == j else 1.0) for i, j in pairs if size]
+    # A softmax is scaled to the mean 1, each pair's and each task's own.
+    scales = [size / mass for mass in total(sums(inputs, masses, positive=True))]
 
-    def scores(*piece: *Piece) -> Iterator[Tensor]:
-        between = [torch.zeros_like(tensor) for tensor in piece[2]]
-        alone = []
-        found = zip(pairs, scales, exponentials(*piece), strict=True)
-        for (i, j), (scale, own_scale), (pair, own) in found:
-            between[i].add_(pair, alpha=scale)
-            if own is None:
-                between[j].add_(pair, alpha=scale)
-            else:
-                alone.append(own.mul(own_scale))
-        for softmax, shared in zip(alone, between, strict=True):
-            yield shared.mul_(softmax)
+    def both(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the scores of each task, and its changes."""
+        vectors = changes(*piece)
+        between = [buffers.like(("between", task), vectors[0]).zero_() for task in tasks]
+        for (i, j), scale, exponential in zip(pairs, scales, shared(vectors), strict=False):
+            for task in {i, j}:
+                between[task].add_(exponential, alpha=scale * scales[len(pairs) + task])
+        for task, vector in enumerate(vectors):
+            yield between[task].mul_(own(vectors, task)), vector
 
-    cutoffs = largest(inputs, scores, counts)
+    cutoffs = largest(inputs, lambda *piece: (score for score, _ in both(*piece)), counts)
 
     def scored(*piece: *Piece) -> Iterator[tuple[Tensor, Tensor]]:
         key, start, *_ = piece
-        found = zip(cutoffs, scores(*piece), task_vectors(*piece), strict=True)
-        for cutoff, score, vector in found:
+        for cutoff, (score, vector) in zip(cutoffs, both(*piece), strict=True):
             yield cutoff.keep(key, start, score), vector
 
     return scored

@@ -5,7 +5,8 @@ here.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, Literal
 
@@ -59,6 +60,23 @@ def less(one: Tensor | float, other: Tensor | float) -> Tensor:
         return torch.as_tensor(one < other)
     left, right = (own.numpy() if isinstance(own, Tensor) else own for own in (one, other))
     return torch.from_numpy(np.asarray(np.less(left, right)))
+
+
+class Buffers(threading.local):
+    """Tensors for what is computed piece by piece: each thread uses the same memory every time.
+
+    New memory takes as long as what is written to it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Tensor] = {}
+
+    def like(self, name: Hashable, tensor: Tensor) -> Tensor:
+        """Return a tensor of the same shape and type, with anything in it."""
+        known = self._known.get(name)
+        if known is None or known.numel() < tensor.numel() or known.dtype != tensor.dtype:
+            known = self._known[name] = torch.empty_like(tensor).view(-1)
+        return known[: tensor.numel()].view(tensor.shape)
 
 
 def add_scaled(
