@@ -55,10 +55,12 @@ log = logging.getLogger(__name__)
 #: What every config may be given on the command line, whether or not its YAML has the key.
 _PROGRAM_KEY = re.compile(
     r"((method|modelpool|taskpool|fabric|search)(?=={)|recipe|seed|baselines|report_save_path|merged_model_save_path|overwrite|allow_test_split|similarity|fast_dev_run|dry_run|"
-    # Of a method's options its YAML may have but some; the class itself refuses those it lacks.
-    r"method(\.\w[\w-]*)+|fabric\.\w+(\.\w+)*|path\.\w+|print_config|print_function_call|search\.space\.\w+|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
+    r"method\.(base_method\.)*(show_pbar|inplace|where)|fabric\.\w+(\.\w+)*|path\.\w+|print_config|print_function_call|search\.space\.\w+|method\.(base_method\.)*(options|methods)(\.\w+)?|modelpool\.(models|policy|(train|val|test)_datasets)\.[\w-]+|modelpool\.max_shard_size|"
     r"taskpool\.(cache|cache_size|max_samples|per_class|save_predictions|compile|tasks\.[\w-]+\.\w+))="
 )
+#: Of a method's options its YAML may have but some; the class itself refuses those it lacks. In a
+#: sweep an option goes to those methods alone whose YAML has it.
+_OPTION = re.compile(r"method(\.\w[\w-]*)+=")
 #: Exceptions whose message is enough.
 EXPECTED = (FusionBenchError, HydraException, OmegaConfBaseException, YAMLError)
 _PATH_FLAGS = ("--config-path", "-cp")
@@ -138,6 +140,7 @@ def _prepared(words: list[str]) -> list[str]:
     """
     prepared: list[str] = []
     own = {group: _own_names(group) for group in GROUPS.values()}
+    swept = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(words))
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
         follows_flag = position > 0 and words[position - 1] in _PATH_FLAGS
@@ -145,7 +148,7 @@ def _prepared(words: list[str]) -> list[str]:
             word = _directory(word)
         elif flag in _PATH_FLAGS and equals:
             word = f"{flag}={_directory(value)}"
-        elif _PROGRAM_KEY.match(word):
+        elif _PROGRAM_KEY.match(word) or (_OPTION.match(word) and not swept):
             word = f"++{word}"
         elif flag == "modelpool.models":
             *before, word = models(word)
