@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     arguments = parser.parse_args()
     rounds = rounds_of(arguments, 3)
-    images = arguments.images or (40 if arguments.small else 128)
+    images = arguments.images or (34 if arguments.small else 128)
     record = Record(arguments, rounds)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import alternate, peak, publish, ratio, summary
+from measure import alternate, peak, publish, ratio, rounds_of, summary
 from methods import write_models
 
 from fusion_bench.method import Family, TaskArithmeticAlgorithm, TiesMergingAlgorithm
@@ -41,12 +41,13 @@ BASES: dict[str, FusionMethod] = {
 def main() -> None:
     """Measure, print the tables and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--workdir", type=Path, help="where the files go, on the disk to measure")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
     parser.add_argument("--small", action="store_true", help="tiny models, to try it out")
     arguments = parser.parse_args()
+    rounds = rounds_of(arguments, 3)
     quiet_libraries()
     torch.set_num_threads(2)
     results: dict[str, Any] = {}
@@ -55,8 +56,8 @@ def main() -> None:
         write_models(root, small=arguments.small)
         for name, base in BASES.items():
             title = f"{COUNT} settings of {name}"
-            results[title] = measured(base, root, arguments.rounds)
-            publish(results, "family.py", arguments.rounds, arguments.json, arguments.markdown)
+            results[title] = measured(base, root, rounds)
+            publish(results, "family.py", rounds, arguments.json, arguments.markdown)
 
 
 def measured(base: FusionMethod, root: Path, rounds: int) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def processes(bench: Bench) -> None:
 
 def evaluation(bench: Bench, count: int, *words: str) -> dict[str, Any]:
     """Return the figures of an evaluation of one model on so many tasks."""
-    root, images = bench.root / "evaluation", 16 if bench.small else 64
+    root, images = bench.root / "evaluation", 4 if bench.small else 64
     write_files(root, images, small=bench.small)
     own = content(root, "SimpleAverageAlgorithm")
     own |= {"method": None, "baselines": "all_tasks"}

@@ -68,7 +68,7 @@ def main() -> None:
         words = ["-m", f"method.scaling_factor={','.join(map(str, values))}"]
         if arguments.small:
             os.environ["FUSION_BENCH_CACHE"] = str(root / "cache")
-            write_files(root, 16, small=True)
+            write_files(root, 4, small=True)
             own = content(root, "TaskArithmeticAlgorithm")
             own["method"]["scaling_factor"] = 0.3  # what is swept is in the file
             words = [*config(own, root), *words]

@@ -147,11 +147,12 @@ def test_a_value_for_each_model_fits_every_preset(name: str) -> None:
     made = get_object(own._target_)
     options = per_model_options(made) if isclass(made) else ()
     method = name.removeprefix("method/")
-    for option in options:
-        for value in ({"a": 0.7, "b": 0.3}, [0.7, 0.3], 0.5):
-            words = [f"method={method}", f"++method.{option}={value}".replace("'", "")]
-            with initialize_config_dir(str(CONFIG), version_base="1.3"):
-                found = compose("merge_llm", overrides=[*words, "+modelpool.models.a=owner/a"])
+    for value in ({"a": 0.7, "b": 0.3}, [0.7, 0.3], 0.5) if options else ():
+        words = [f"++method.{option}={value}".replace("'", "") for option in options]
+        words += [f"method={method}", "+modelpool.models.a=owner/a"]
+        with initialize_config_dir(str(CONFIG), version_base="1.3"):
+            found = compose("merge_llm", overrides=words)
+        for option in options:
             assert found.method[option] == value
             # A file that builds on the preset.
             assert OmegaConf.merge(own, {option: value})[option] == value
