@@ -1,7 +1,9 @@
 """What is trained comes out the same for any number of threads."""
 
 import os
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +157,22 @@ def test_a_limit_below_what_large_models_need_is_refused_for_them_alone(
     with pytest.raises(ConfigError, match="using 8 threads"), fixed_threads(LARGE):
         pass
     assert os.environ["OMP_THREAD_LIMIT"] == "4"
+
+
+def test_the_threads_of_small_models_have_cores_of_their_own() -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one core")
+
+    def cores() -> dict[int, set[int]]:
+        tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        return {task: os.sched_getaffinity(task) for task in tasks}
+
+    with fixed_threads(SMALL):
+        found = cores()
+        mine = found[threading.get_native_id()]
+        others = [own for own in found.values() if own.isdisjoint(mine)]
+        assert mine < allowed and others == [allowed - mine]
+    assert all(own == allowed for own in cores().values())
+    with fixed_threads(LARGE):
+        assert os.sched_getaffinity(0) == allowed
