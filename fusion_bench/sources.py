@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import re
 import shutil
 import time
@@ -250,9 +251,14 @@ def _on_hub(name: str) -> bool:
 
 def _is_offline(name: str) -> bool:
     """Tell whether a name without a slash can be in the cache alone, as no one asks the Hub."""
+    imported = "huggingface_hub" in sys.modules
+    if not imported and not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys():
+        return False  # as the library would say, whose import takes a while
+    if name.startswith(ZOO) or _exists(name):
+        return False
     from huggingface_hub import is_offline_mode
 
-    return is_offline_mode() and not name.startswith(ZOO) and not _exists(name)
+    return is_offline_mode()
 
 
 def refuse_missing_path(name: str) -> None:

@@ -62,4 +62,4 @@ def test_one_of_the_zoo_is_not_built_to_be_planned(
 ) -> None:
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "cache"))
     HFModelPool({"a": str(family / "a")}, processor="zoo:clip-tiny").plan()
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "zoo").exists()

@@ -48,6 +48,10 @@ def at(place: Path) -> Family:
     return next(family for family in FAMILIES if family.place() == place)
 
 
+def _images_path(model: str) -> Path:
+    return zoo.model_path(model)  # as it is then: a test may have put another in its place
+
+
 def _images(name: str) -> Family:
     def place() -> Path:
         return cache_dir() / "zoo" / zoo._RECIPES[name].key()
@@ -55,7 +59,7 @@ def _images(name: str) -> Family:
     return Family(
         tuple(model.replace(zoo.PRETRAINED, name, 1) for model in zoo.MODELS),
         place,
-        _ready(place, lambda model: model.replace(name, zoo.PRETRAINED, 1), zoo.model_path),
+        _ready(place, lambda model: model.replace(name, zoo.PRETRAINED, 1), _images_path),
         "the zoo of tiny models and images, which takes 2 to 3 minutes",
         150_000_000,
     )
