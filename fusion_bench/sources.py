@@ -2,9 +2,9 @@
 
 import logging
 import os
-import sys
 import re
 import shutil
+import sys
 import time
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Mapping
