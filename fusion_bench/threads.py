@@ -68,8 +68,9 @@ def _kept_apart(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for task in (0, *begun):
-            _use(task, cores)
+        for task in {*_TASKS.iterdir()} - others:  # others may have been begun in here
+            _use(int(task.name), cores)
+        _use(0, cores)
 
 
 def _use(task: int, cores: Iterable[int]) -> None:

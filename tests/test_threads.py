@@ -173,6 +173,12 @@ def test_the_threads_of_small_models_have_cores_of_their_own() -> None:
         mine = found[threading.get_native_id()]
         others = [own for own in found.values() if own.isdisjoint(mine)]
         assert mine < allowed and others == [allowed - mine]
+        done = threading.Event()
+        begun = threading.Thread(target=done.wait)
+        begun.start()
+    assert os.sched_getaffinity(begun.native_id or 0) == allowed
+    done.set()
+    begun.join()
     assert all(own == allowed for own in cores().values())
     with fixed_threads(LARGE):
         assert os.sched_getaffinity(0) == allowed
