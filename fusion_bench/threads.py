@@ -68,8 +68,8 @@ def _kept_apart(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for task in {*_TASKS.iterdir()} - others:  # others may have been begun in here
-            _use(int(task.name), cores)
+        for folder in {*_TASKS.iterdir()} - others:  # some may have been begun in here
+            _use(int(folder.name), cores)
         _use(0, cores)
 
 
