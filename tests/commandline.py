@@ -6,7 +6,6 @@ Processes are forked from a warm one, unless a test is about a cold start. ``war
 import atexit
 import json
 import os
-import re
 import select
 import signal
 import socket
@@ -20,17 +19,11 @@ from pathlib import Path
 
 SCRIPT = Path(sys.executable).parent / "fusion_bench"
 REPOSITORY = Path(__file__).parents[1]
-#: Read when their libraries are imported, and so by the second server for good; one of them
-#: lightning sets itself.
-_READ_AT_IMPORT = re.compile(
-    r"HF_|HUGGING|HUB_|TRANSFORMERS_|PYTORCH_(?!NVML_)|DATASETS_|DISABLE_SAFETENSORS|(https?|all|no)_proxy",
-    re.I,
-)
-#: The variable with the servers' addresses.
-SERVERS = "FUSION_BENCH_TESTS_SERVERS"
-#: In which the servers are started: of before any test.
+#: The variable with the warm process's address.
+SERVER = "FUSION_BENCH_TESTS_SERVER"
+#: In which it is started: of before any test.
 _ENVIRONMENT = dict(os.environ)
-#: Held so that threads start one pair of servers.
+#: Held so that threads start one.
 _STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
 #: What is set up of Hydra stays, so it is set up once.
@@ -112,7 +105,6 @@ def _warm(
     stdin: Path = Path(os.devnull),
     begun: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
-    alike = _for_libraries(env) == _for_libraries(_ENVIRONMENT)
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
     body = json.dumps(request).encode()
     with (
@@ -122,7 +114,7 @@ def _warm(
         socket.socket(socket.AF_UNIX) as connection,
     ):
         with _STARTING:
-            server = _servers()[alike]
+            server = _server()
         connection.connect(server)
         streams = [answers.fileno(), out.fileno(), err.fileno()]
         socket.send_fds(connection, [len(body).to_bytes(8)], streams)
@@ -146,50 +138,42 @@ def _warm(
     return subprocess.CompletedProcess(argv, code_of_end, *texts)
 
 
-def _for_libraries(env: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if _READ_AT_IMPORT.match(name)}
+def serve(at_once: bool = False) -> str:
+    """Return the address of the warm process, for all processes of the tests.
 
-
-def servers(at_once: bool = False) -> tuple[str, str]:
-    """Return the addresses of the first server and of the second, for all processes of the tests.
-
-    They are started here when something is asked of one, which waits for it then, or at once.
+    It is started here when something is asked of it, which waits for it then, or at once.
     """
     directory = tempfile.TemporaryDirectory(prefix="warm-")
-    listeners, places = [], []
-    for name in ("first", "second"):
-        listener = socket.socket(socket.AF_UNIX)
-        places.append(f"{directory.name}/{name}")
-        listener.bind(places[-1])
-        listener.listen(8)
-        listeners.append(listener)
+    listener = socket.socket(socket.AF_UNIX)
+    address = f"{directory.name}/socket"
+    listener.bind(address)
+    listener.listen(8)
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
         if not at_once:
-            select.select(listeners, [], [])
-        numbers = [listener.fileno() for listener in listeners]
-        command = [sys.executable, str(Path(__file__).with_name("warm.py")), *map(str, numbers)]
+            select.select([listener], [], [])
+        number = listener.fileno()
+        command = [sys.executable, str(Path(__file__).with_name("warm.py")), str(number)]
         nothing = subprocess.DEVNULL
-        started.append(subprocess.Popen(command, pass_fds=numbers, env=_ENVIRONMENT, stdin=nothing))
-        for listener in listeners:
-            listener.close()
+        started.append(
+            subprocess.Popen(command, pass_fds=[number], env=_ENVIRONMENT, stdin=nothing)
+        )
+        listener.close()
 
     def end() -> None:
         for process in started:
-            for place in places:
-                with socket.socket(socket.AF_UNIX) as connection:
-                    connection.connect(place)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(address)
             process.wait(30)
         directory.cleanup()
 
     threading.Thread(target=start, daemon=True).start()
     atexit.register(end)
-    return places[0], places[1]
+    return address
 
 
 @cache
-def _servers() -> tuple[str, str]:
-    """Return the addresses that the process that began the tests has told, or else its own."""
-    first, _, second = os.environ.get(SERVERS, "").partition(",")
-    return (first, second) if second else servers()
+def _server() -> str:
+    """Return the address that the process that began the tests has told, or else its own."""
+    return os.environ.get(SERVER) or serve()

@@ -60,13 +60,12 @@ def _hand_out(count: int) -> None:
     """Set what the processes with the tests inherit; they share one warm process."""
     # Processes that share the cores are no faster with more threads; torch reads it at import.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    # The models are built with two threads, which else wait for each other at full speed.
     # The models are built with two threads, which else wait for each other at full speed. Those
     # that do not turn at all (OMP_WAIT_POLICY=PASSIVE) stay on one core, and take three times it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import commandline
 
-    os.environ[commandline.SERVERS] = ",".join(commandline.servers(at_once=True))
+    os.environ[commandline.SERVER] = commandline.serve(at_once=True)
 
 
 @pytest.hookimpl(tryfirst=True)

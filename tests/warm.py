@@ -1,20 +1,20 @@
 """A process that has imported what a run imports, and forks one such run after the other.
 
-A cold `fusion_bench` spends six seconds on imports before it works. One server for each process of
+A cold `fusion_bench` spends six seconds on imports before it works. One server for all processes of
 the tests pays them once. What runs is the real command line, in a process of its own: its own
 directory, environment, streams, signals and exit code.
 
-Hugging Face's libraries read the environment when they are imported. So there are two servers in
-one: the first has everything but them, and serves runs whose environment says other things to
-them; the second is a fork of it that has imported them too.
+Hugging Face's libraries read the environment when they are imported. A run whose environment says
+other things to them reads it again.
 
-Called with two listening sockets' file descriptors: `python warm.py FIRST SECOND`.
+Called with a listening socket's file descriptor: `python warm.py SOCKET`.
 """
 
 import gc
 import importlib
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -22,16 +22,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-#: What no setting of a test changes.
-_ANY = (
+_IMPORTED = (
     *("torch", "torch._dynamo", "torch._inductor.utils", "torch.distributed.fsdp", "sympy"),
     *("numpy", "pandas", "pyarrow.parquet", "pyarrow.dataset", "PIL.Image", "scipy.stats"),
     *("pydantic", "jinja2", "rich.console", "rich.table", "tqdm", "yaml", "hydra", "omegaconf"),
     *("matplotlib.pyplot", "sklearn.datasets", "skimage.data", "tokenizers", "safetensors.torch"),
-    *("trio", "multiprocess", "filelock", "xxhash", "platformdirs"),
-)
-#: What reads Hugging Face's variables, or imports what does.
-_READS_ENVIRONMENT = (
+    *("trio", "multiprocess", "filelock", "xxhash", "platformdirs", "lightning_utilities"),
     *("huggingface_hub", "datasets", "transformers", "transformers.models.clip.modeling_clip"),
     *("transformers.models.clip.image_processing_pil_clip", "lightning.fabric"),
     *("fusion_bench.scripts.cli", "fusion_bench.scripts.run", "fusion_bench.scripts.hydra_patches"),
@@ -39,12 +35,47 @@ _READS_ENVIRONMENT = (
     *("fusion_bench.modelpool", "fusion_bench.taskpool", "fusion_bench.report.page"),
     "fusion_bench.report.leaderboard_files",
 )
+#: What of the environment Hugging Face's libraries read when they are imported.
+_READ_AT_IMPORT = re.compile(r"HF_|HUGGING|HUB_|TRANSFORMERS_|DATASETS_", re.I)
 
 
-def _import(names: tuple[str, ...]) -> None:
-    for name in names:
+def _import() -> None:
+    for name in _IMPORTED:
         importlib.import_module(name)
     gc.freeze()  # what is there stays; to look through it again would copy its pages in each fork
+
+
+def _read_at_import() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if _READ_AT_IMPORT.match(name)}
+
+
+def _read_again() -> None:
+    """Read the environment as Hugging Face's libraries would have, had they been imported now.
+
+    They keep what they read as constants of two modules, and here and there a copy.
+    """
+    import datasets.config
+    import huggingface_hub.hf_api
+    import huggingface_hub.hf_file_system
+    import transformers.utils.hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    before = vars(constants).copy() | {"HF_MODULES_CACHE": transformers.utils.hub.HF_MODULES_CACHE}
+    importlib.reload(constants)
+    importlib.reload(datasets.config)
+    now = vars(constants).copy()
+    now["HF_MODULES_CACHE"] = os.getenv("HF_MODULES_CACHE", f"{constants.HF_HOME}/modules")
+    for module, space in [(name, vars(module)) for name, module in sys.modules.items()]:
+        if module.startswith(("huggingface_hub", "transformers.utils", "transformers.dynamic")):
+            for name in before.keys() & space.keys():
+                if space[name] is before[name] and not name.startswith("_"):
+                    space[name] = now[name]
+    origins = _http._HUB_ORIGINS - {_http._url_origin(before["ENDPOINT"])}
+    _http._HUB_ORIGINS = origins | {_http._url_origin(constants.ENDPOINT)}
+    files = huggingface_hub.hf_file_system.hffs
+    for client in (huggingface_hub.hf_api.api, files, files._api):
+        client.endpoint = constants.ENDPOINT
 
 
 def _serve(listener: socket.socket) -> dict[str, Any]:
@@ -160,17 +191,12 @@ def _end(status: int, space: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    first, second = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
-    _import(_ANY)
-    importlib.import_module("lightning_utilities")
-    if os.fork():
-        second.close()
-        wanted = _serve(first)
-    else:
-        first.close()
-        _import(_READS_ENVIRONMENT)
-        wanted = _serve(second)
+    _import()
+    was_read = _read_at_import()
+    wanted = _serve(socket.socket(fileno=int(sys.argv[1])))
     _become(wanted)
+    if _read_at_import() != was_read:
+        _read_again()
     if wanted["code"] is None:
         script = wanted["argv"][0]
         _run(Path(script).read_text(encoding="utf-8"), script)
