@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import RLock
 from typing import IO, TYPE_CHECKING, Any
@@ -289,6 +290,7 @@ def fence(node: Any, *scratch: Path) -> Iterator[None]:
             _registry.update(before)
 
 
+@cache
 def _refusing(scheme: str) -> "type[AbstractFileSystem]":
     """Return a file system class for fsspec that refuses a scheme."""
     from fsspec import AbstractFileSystem
@@ -384,8 +386,14 @@ def _named_by(card: Path) -> Iterator[tuple[str, str]]:
 
             block = REGEX_YAML_BLOCK.search(text)
             text = block[2] if block else ""
-        said = yaml.safe_load(text)
+        named = _named_in(text)
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())
         raise AddressError(f"'{card}' cannot be read ({reason}). Correct it.") from error
-    yield from _texts(said.get("configs") if isinstance(said, Mapping) else None, "configs")
+    yield from named
+
+
+@lru_cache(maxsize=32)  # a card is looked at for each split, and to parse it takes milliseconds
+def _named_in(text: str) -> tuple[tuple[str, str], ...]:
+    said = yaml.safe_load(text)
+    return tuple(_texts(said.get("configs") if isinstance(said, Mapping) else None, "configs"))

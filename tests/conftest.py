@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Draw more cases where that is asked for; no test is imported yet."""
     if count := config.getoption("processes"):
         _hand_out(count)
+    # To load a tiny model in threads takes twice the time.
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     gc.disable()  # until all tests are imported: to look through what stays takes seconds
     if _exhaustive(config):
         exhaustively()
@@ -115,6 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     items.sort(key=place)
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # what is imported later is much to look through as well
     gc.enable()
 
 

@@ -223,7 +223,8 @@ def write_repositories(root: Path) -> None:
     sharded.mkdir(parents=True)
     shutil.copy(one / "config.json", sharded)
     write_checkpoint(TensorWeights(vision), sharded, max_shard_size=20_000)
-    write_dataset(root / "datasets" / "owner" / "data", ["cat", "dog"], splits={"test": 9}, seed=1)
+    place, names = root / "datasets" / "owner" / "data", ["cat", "dog"]
+    write_dataset(place, names, splits={"test": 9}, seed=1, info=True)
 
 
 def attempt(trial: Trial, root: Path, warm: Path, cache: Path) -> dict[str, Any]:

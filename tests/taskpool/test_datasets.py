@@ -14,7 +14,7 @@ LOAD = "datasets.load_dataset"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("described") / "data set"
-    write_dataset(place, ["cat", "dog", "emu"], splits={"train": 5, "test": 7})
+    write_dataset(place, ["cat", "dog", "emu"], splits={"train": 5, "test": 7}, info=True)
     return place
 
 
@@ -30,7 +30,7 @@ def test_a_local_directory_tells_by_its_card_and_footers(folder: Path, tmp_path:
 
 
 def test_without_a_card_the_parquet_footers_tell(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "d", ["cat", "dog"], splits={"test": 4})
+    write_dataset(tmp_path / "d", ["cat", "dog"], splits={"test": 4}, info=True)
     (tmp_path / "d" / "README.md").unlink()
     found = describe({"_target_": LOAD, "path": str(tmp_path / "d"), "split": "test"})
     assert found is not None and found.features is not None
