@@ -58,16 +58,18 @@ def fusion_bench(
     stderr: Path | None = None,
     stdin: Path = Path(os.devnull),
     begun: Callable[[int], None] = lambda pid: None,
+    at_once: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in ``cwd``; ``env`` is the whole environment, by default this one.
 
     What goes to a file of the caller's, ``stdout`` or ``stderr``, is not returned. ``begun`` is
-    called with the process's id.
+    called with the process's id. What is to run ``at_once`` is done before other tests.
     """
     environment = {k: v for k, v in (env or os.environ).items() if k != "HYDRA_FULL_ERROR"}
     command = [str(SCRIPT), *arguments]
     to = (stdout, stderr)
-    return _warm(command, None, str(SCRIPT.parent), cwd, environment, timeout, to, stdin, begun)
+    where = (str(SCRIPT.parent), cwd, environment)
+    return _warm(command, None, *where, timeout, to, stdin, begun, 0 if at_once else os.nice(0))
 
 
 def python(
@@ -104,9 +106,12 @@ def _warm(
     to: tuple[Path | None, Path | None] = (None, None),
     stdin: Path = Path(os.devnull),
     begun: Callable[[int], None] = lambda pid: None,
+    niceness: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
+    if niceness is None:
+        niceness = os.nice(0)
     request = {"argv": argv, "code": code, "path": path, "cwd": str(cwd), "env": dict(env)}
-    body = json.dumps(request).encode()
+    body = json.dumps(request | {"niceness": niceness}).encode()
     with (
         to[0].open("wb") if to[0] else tempfile.TemporaryFile() as out,
         to[1].open("wb") if to[1] else tempfile.TemporaryFile() as err,
@@ -156,9 +161,8 @@ def serve(at_once: bool = False) -> str:
         number = listener.fileno()
         command = [sys.executable, str(Path(__file__).with_name("warm.py")), str(number)]
         nothing = subprocess.DEVNULL
-        started.append(
-            subprocess.Popen(command, pass_fds=[number], env=_ENVIRONMENT, stdin=nothing)
-        )
+        process = subprocess.Popen(command, pass_fds=[number], env=_ENVIRONMENT, stdin=nothing)
+        started.append(process)
         listener.close()
 
     def end() -> None:

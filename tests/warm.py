@@ -136,6 +136,7 @@ def _become(request: dict[str, Any]) -> None:
         os.close(stream)
     # What a script starts in the background ignores it; no run is to be started so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setpriority(os.PRIO_PROCESS, 0, max(request["niceness"], os.nice(0)))
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

@@ -19,6 +19,9 @@ from multiprocessing.connection import Connection, wait
 import pytest
 from _pytest._io import TerminalWriter
 
+#: By so much the tests let go first what a test asks to have done at once: the embedded models,
+#: which two threads build that wait for each other at each step, and longer on a busy machine.
+LATER = 10
 #: So many bytes say which file is the next. A pipe gives them whole to one of the processes.
 _SIZE = 4
 
@@ -131,6 +134,7 @@ def _work(
 ) -> None:
     """Run one file after the other, and end the process."""
     status = 1
+    os.nice(LATER)
     try:
         config = session.config
         capture = config.pluginmanager.getplugin("capturemanager")

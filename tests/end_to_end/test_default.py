@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     env["FUSION_BENCH_CACHE"] = str(root / "cache")
     for name in ("first", "second"):
         (root / name).mkdir()
-        done = fusion_bench(cwd=root / name, env=env, timeout=1200)
+        done = fusion_bench(cwd=root / name, env=env, timeout=1200, at_once=True)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert ("Building the zoo" in done.stdout) == (name == "first")

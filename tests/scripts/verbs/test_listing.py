@@ -7,8 +7,17 @@ import pytest
 import yaml
 from commandline import compose
 
-from fusion_bench.catalog import KINDS, entries, of_kind
+from fusion_bench.catalog import GROUPS, KINDS, entries, of_kind, text_of
 from fusion_bench.scripts import verbs
+from fusion_bench.scripts.verbs.cp import copied
+
+#: Whatever can be copied; a model alone cannot.
+COPIED = [
+    entry
+    for kind in ("methods", "models", "tasks", "configs")
+    for entry in of_kind(kind)
+    if entry.target or kind != "models"
+]
 
 
 def printed(capsys: pytest.CaptureFixture[str], verb: str, *words: str) -> str:
@@ -55,26 +64,41 @@ def test_everything_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
         assert printed(capsys, "show", entry.name)
 
 
-# Takes 15 seconds: each copy is composed as a user runs it; of the originals many at once.
+def test_a_copy_says_what_the_original_does(tmp_path: Path) -> None:
+    for entry in COPIED:
+        text = copied(entry, tmp_path)
+        assert text.startswith("# yaml-language-server: $schema=")
+        if entry.kind == "configs":
+            assert text.endswith(text_of(entry))
+            continue
+        copy, original = yaml.safe_load(text), yaml.safe_load(text_of(entry)) or {}
+        group = GROUPS[entry.kind]
+        assert copy.pop("defaults")[1:] == [{f"override /{group}": entry.name}, "_self_"]
+        values = {key: own for key, own in original.items() if key not in ("defaults", "_target_")}
+        assert copy == ({group: values} if values and entry.kind == "methods" else {}), entry.name
+
+
+# Of each kind the first two, and the methods that refer to something outside of their own file.
+# Each copy is composed as a user runs it; of the originals many at once.
 def test_a_copy_runs_as_the_original_does(tmp_path: Path) -> None:
-    groups = {"methods": "method", "models": "modelpool", "tasks": "taskpool"}
-    listed = [
-        e for kind in (*groups, "configs") for e in of_kind(kind) if e.target or kind != "models"
+    chosen = [
+        entry
+        for kind in ("methods", "models", "tasks", "configs")
+        for number, entry in enumerate(e for e in COPIED if e.kind == kind)
+        if number < 2 or (kind == "methods" and re.search(r"defaults:|\$\{", text_of(entry)))
     ]
     commands: list[list[str]] = []
     #: Each command's place among these, and under which key of what it composes.
     together: dict[tuple[str, int], list[str]] = {}
     where = []
-    for number, entry in enumerate(listed):
+    for number, entry in enumerate(chosen):
         file = tmp_path / f"{number}.yaml"
         verbs.run("cp", [entry.name, str(file), "--kind", entry.kind])
-        assert file.read_text().startswith("# yaml-language-server: $schema=")
         commands.append([str(file)])
         folder, _, name = entry.name.rpartition("/")
-        if group := groups.get(entry.kind):
-            base = {"models": "merge_llm"}.get(entry.kind, "fabric_model_fusion")
-            if entry.kind == "tasks" and not entry.name.startswith(("CLIP", "Image")):
-                base = "demo_language"
+        if entry.kind != "configs":
+            group = GROUPS[entry.kind]
+            base = yaml.safe_load(file.read_text())["defaults"][0]
             at = (base, number // 10)
             words = together.setdefault(at, ["--config-name", base])
             words.append(f"+{group}@n{number}.{group}={entry.name}")
@@ -94,7 +118,7 @@ def test_a_copy_runs_as_the_original_does(tmp_path: Path) -> None:
         original = {key: own for key, own in originals[at].items() if not re.match(r"n\d+$", key)}
         if group:
             original[group] = originals[at][f"n{number}"][group]
-        assert configs[number] == original, listed[number].name
+        assert configs[number] == original, chosen[number].name
 
 
 @pytest.mark.parametrize(
