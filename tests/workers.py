@@ -12,9 +12,9 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import pytest
 from _pytest._io import TerminalWriter
@@ -42,7 +42,7 @@ def run(session: pytest.Session, count: int) -> None:
     Raises:
         pytest.Session.Interrupted: something asked to stop, as ``-x`` does.
     """
-    files = [list(items) for _, items in groupby(session.items, lambda item: item.path)]
+    files = list(_by_file(session.items).values())
     todo, asked = os.pipe()
     for number in range(len(files)):
         os.write(asked, number.to_bytes(_SIZE))
@@ -73,6 +73,15 @@ def run(session: pytest.Session, count: int) -> None:
         for worker in workers:
             os.waitpid(worker.process, 0)
         os.close(todo)
+
+
+def _by_file(items: list[pytest.Item]) -> dict[Path | str, list[pytest.Item]]:
+    """Return the tests of each file, in their order; one process has those that need a browser."""
+    browser = {item.path for item in items if item.get_closest_marker("browser")}
+    files: dict[Path | str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault("browser" if item.path in browser else item.path, []).append(item)
+    return files
 
 
 def _listen(
