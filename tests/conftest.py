@@ -54,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         exhaustively()
     if config.getoption("tables"):
         config.pluginmanager.register(_Tables())
-    settings.register_profile("ours", max_examples=examples(settings.default.max_examples))
+    most = examples(settings.default.max_examples)
+    settings.register_profile("ours", max_examples=most, deadline=None)  # machines may be busy
     settings.load_profile("ours")
 
 
@@ -162,11 +163,18 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return (root / str(number) for number in count())
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the caches of all tests have their pictures, which take long to draw."""
+    return tmp_path_factory.mktemp("pictures")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test a cache of its own, which nobody filled before."""
+def own_cache(caches: Iterator[Path], pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a cache of its own, in which there are but pictures of earlier tests."""
     place = next(caches)
     place.mkdir()
+    (place / "pictures").symlink_to(pictures)
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(place))
 
 

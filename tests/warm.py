@@ -42,6 +42,15 @@ _READ_AT_IMPORT = re.compile(r"HF_|HUGGING|HUB_|TRANSFORMERS_|DATASETS_", re.I)
 def _import() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from fusion_bench.report.page import _environment
+
+    # What else every run makes once, and which depends on nothing.
+    get_checkpoint_conversion_mapping("clip")
+    templates = _environment()
+    for name in templates.list_templates():
+        templates.get_template(name)
     gc.freeze()  # what is there stays; to look through it again would copy its pages in each fork
 
 
