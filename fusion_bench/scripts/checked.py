@@ -221,7 +221,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         if self._whole is None or self._whole[0] != defaults:
             whole = super()._compose_config_from_defaults_list(defaults, repo)
             self._whole = defaults, whole
-        return deepcopy(self._whole[1])  # each job's own values are put into it
+        own = deepcopy(self._whole[1])  # a job's values are put into it
+        OmegaConf.clear_cache(own)  # the time in a folder's name is the job's, too
+        return own
 
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
         """Refuse search paths that would import a package."""
