@@ -11,7 +11,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.base import Container, Node
 from omegaconf.errors import OmegaConfBaseException
 
@@ -113,7 +115,25 @@ def to_container(node: Any, *, throw_on_missing: bool = False) -> Any:
 
 def yaml_of(config: Mapping[str, Any]) -> str:
     """Return the YAML of a resolved config, which resolves to the same: ``${`` in it is text."""
-    return OmegaConf.to_yaml(_escaped(config))
+    escaped = _escaped(config)
+    if not _is_plain(escaped):
+        return OmegaConf.to_yaml(escaped)
+    # The same without OmegaConf's nodes, which take longer than the writing.
+    return yaml.dump(
+        escaped,
+        default_flow_style=False,
+        allow_unicode=True,
+        sort_keys=False,
+        Dumper=get_omega_conf_dumper(),
+    )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def _escaped(value: Any) -> Any:

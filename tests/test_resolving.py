@@ -1,5 +1,7 @@
 """Texts with dollar signs in configs that are written and read again."""
 
+import json
+
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -14,6 +16,17 @@ TEXTS = st.text(st.sampled_from("\\${}ab:'\" \n,"), max_size=12)
 def test_what_is_written_resolves_to_the_same(value: object) -> None:
     config = {"a": value}
     assert to_container(OmegaConf.create(yaml_of(config))) == config
+
+
+@given(
+    st.recursive(
+        TEXTS | st.text() | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["k", "1", "no"]), inner),
+    )
+)
+def test_configs_are_written_as_omegaconf_writes_them(value: object) -> None:
+    escaped = json.loads(json.dumps({"a": value}).replace("$", ""))
+    assert yaml_of(escaped) == OmegaConf.to_yaml(escaped)
 
 
 def test_plain_data_is_not_resolved() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -180,13 +180,19 @@ def describe_run(
         precision=str(fabric.strategy.precision.precision),
         device=_device_name(fabric.device),
         world_size=fabric.world_size,
-        packages={name: version(name) for name in _PACKAGES} | users_code(config),
+        packages=_versions() | users_code(config),
         seconds=seconds,
         inputs=dict(inputs),
         notes=list(notes),
         tuning=tuning,
         search=search,
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return the packages' versions, which are files to be read: once for all jobs of a sweep."""
+    return {name: version(name) for name in _PACKAGES}
 
 
 def config_sha256(config: Mapping[str, object]) -> str:

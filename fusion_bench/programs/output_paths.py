@@ -64,7 +64,7 @@ class OutputPaths:
         self.model_path: Path | None = None
         self._overwrite = overwrite
         self._run = config_sha256(config)
-        self._yaml = yaml_of(config)
+        self._config = config
 
     def put_report(self, path: str | None) -> None:
         """Set the path from ``report_save_path``; ``{log_dir}`` in it is ``output_dir``.
@@ -135,7 +135,7 @@ class OutputPaths:
         with suppress(
             OSError, ValueError
         ):  # it is written first, and so tells whose the others are
-            return (directory / "config.yaml").read_text(encoding="utf-8") == self._yaml
+            return (directory / "config.yaml").read_text(encoding="utf-8") == yaml_of(self._config)
         return False
 
     @staticmethod

@@ -124,7 +124,7 @@ def _seen(run: Prepared, scratch: Path | None, planned: dict[int, Plan]) -> Plan
     options: list[Step] = []
     if modelpool is not None:
         options = _compare(plan, modelpool, run.settings)
-        _outline(plan, modelpool, run.settings)
+        _outline(plan, modelpool, run.settings, told=run.taskpool is None or run.spec.dry_run)
         _compare_data(plan, run, modelpool, scratch)
     _add_steps(plan, run)
     for step in options:
@@ -273,8 +273,10 @@ def _compare(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     return [step for steps in told.values() for step in steps]
 
 
-def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]) -> None:
-    """Add what the merged model's entries come from, where that is known by headers."""
+def _outline(
+    plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting], *, told: bool
+) -> None:
+    """Add what a merge takes, and if ``told`` what entries come from, where headers tell that."""
     if plan.problems or len(settings) != 1 or settings[0].models is not None:
         return
     method = settings[0].method
@@ -284,8 +286,6 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
     pool = _Headers(modelpool, modelpool.model_names, plan.weights, modelpool.has_pretrained)
     made = method.outline(pool)
     merged = made.weights if isinstance(made, Model) else made
-    outline = outlined(merged, {name: plan.weights[name] for name in names})
-    plan.reads = outline.nbytes
     several = [m.method for m in method.members.values()] if isinstance(method, Family) else []
     plan.writes = nbytes_of(merged) * max(len(several), 1)
     plan.holds = _PROGRAM + max(_peak(own, pool, merged) for own in several or [method])
@@ -296,6 +296,10 @@ def _outline(plan: Plan, modelpool: PlacedModelPool, settings: Sequence[Setting]
             f"The merge takes much memory; its largest entry is '{largest}', {shape}. Methods that "
             "factorise matrices leave out those that match exclude_keys."
         )
+    if not told:
+        return
+    outline = outlined(merged, {name: plan.weights[name] for name in names})
+    plan.reads = outline.nbytes
     said = [method.described(pool)] if isinstance(method, Describing) else []
     plan.entries = [*said, *outline.lines]
 

@@ -87,9 +87,10 @@ class RequestStore:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = sqlite3.connect(self.path, timeout=60)
-        # Written answers outlive the process; after a power failure some are asked again.
-        file.execute("PRAGMA journal_mode=WAL")
+        # Written answers outlive the process; after a power failure some are asked again. This
+        # comes first: to change the mode else waits for the disk.
         file.execute("PRAGMA synchronous=OFF")
+        file.execute("PRAGMA journal_mode=WAL")
         file.execute(
             "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB) WITHOUT ROWID"
         )

@@ -7,15 +7,20 @@ of these. Settings that run commands are accepted only on the command line.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault
+from hydra.core.default_element import (
+    ConfigDefault,
+    GroupDefault,
+    InputDefault,
+    ResultDefault,
+)
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
@@ -32,6 +37,7 @@ from fusion_bench.redact import secret_keys
 from fusion_bench.resolving import bounded as bounded_interpolations
 from fusion_bench.resolving import resolve_all
 from fusion_bench.scripts.bounds import bounded
+from fusion_bench.scripts.shared_files import SharedRepository
 from fusion_bench.trust import allowed_packages, is_users
 
 _PLUGINS = "hydra_plugins.hydra_"
@@ -117,21 +123,13 @@ _DEFAULTS = {
 _OUTPUT_DIR = "${hydra:runtime.output_dir}"
 
 
-class _Repository(ConfigRepository):
-    """The config repository; Hydra copies it for each listed group, some 300 times."""
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "_Repository":
-        twin = copy(self)  # only the list of places is ever changed, not what is in them
-        twin.sources = list(self.sources)
-        return twin
-
-
 class CheckedConfigLoader(ConfigLoaderImpl):
     """Composes like Hydra, and refuses forbidden settings."""
 
     def __init__(self, config_search_path: ConfigSearchPath):
         super().__init__(config_search_path)
-        self.repository = _Repository(config_search_path)
+        self.repository = SharedRepository(config_search_path)
+        self._whole: tuple[list[ResultDefault], DictConfig] | None = None
         self._composed: tuple[str | None, list[str], DictConfig] | None = None
 
     def mode(self, config_name: str | None, overrides: Sequence[str]) -> RunMode | None:
@@ -215,6 +213,17 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             if each.key_or_group in _DEFAULTS and each.type is OverrideType.CHANGE
         }
         return parsed, _choosable(bounded(repository), config_name, chosen)
+
+    def _compose_config_from_defaults_list(
+        self, defaults: list[ResultDefault], repo: IConfigRepository
+    ) -> DictConfig:
+        """Return what files make together, which jobs of a sweep share where they choose alike."""
+        if self._whole is None or self._whole[0] != defaults:
+            whole = super()._compose_config_from_defaults_list(defaults, repo)
+            self._whole = defaults, whole
+        own = deepcopy(self._whole[1])  # a job's values are put into it
+        OmegaConf.clear_cache(own)  # the time in a folder's name is the job's, too
+        return own
 
     def _check_search_path(self, config_name: str | None, overrides: Sequence[str]) -> None:
         """Refuse search paths that would import a package."""

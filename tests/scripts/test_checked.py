@@ -10,6 +10,7 @@ import yaml
 from commandline import fusion_bench
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from fusion_bench.problems import ConfigError
 from fusion_bench.scripts import hydra_patches
@@ -163,6 +164,30 @@ def test_no_file_sweeps_what_is_searched(composed: Any) -> None:
 def test_a_dry_run_leaves_no_config(composed: Any) -> None:
     assert composed({"dry_run": True}).hydra.output_subdir is None
     assert composed({"dry_run": False}).hydra.output_subdir == ".hydra"
+
+
+def test_jobs_of_a_sweep_share_files_and_no_values(composed: Any, tmp_path: Path) -> None:
+    config = {
+        "defaults": ["fabric_model_fusion", "_self_"],
+        "seed": 7,
+        "report_save_path": "a.json",
+    }
+    jobs = [
+        ["method=ties_merging", "method.threshold=10", "++method.where=[{match: a}]"],
+        ["method=ties_merging", "method.threshold=30", "seed=8"],
+        ["method=task_arithmetic", "+method.base={deep: {er: 1}}"],
+        ["method=task_arithmetic", "+method.base={other: 2}"],
+        ["method=ties_merging", "method.threshold=30", "seed=8"],
+    ]
+    alone = [composed(config, *words) for words in jobs]
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        together = [compose("stranger", words, return_hydra_config=True) for words in jobs]
+        (tmp_path / "stranger.yaml").write_text("seed: 9")  # by someone who prepares the next sweep
+        later = compose("stranger", jobs[0])
+    for one, other in zip(alone, together, strict=True):
+        one.hydra.run.dir = other.hydra.run.dir = "of its time"
+        assert OmegaConf.to_container(one) == OmegaConf.to_container(other)
+    assert (later.seed, later.method.threshold) == (7, 10)
 
 
 def test_null_for_a_config_group_is_answered_with_what_to_type(tmp_path: Path) -> None:
