@@ -1,6 +1,6 @@
 """Forms of values in a config that several rooms have to know: rules, and settings of tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -39,7 +39,10 @@ def unquoted(value: object) -> tuple[str, str]:
         return reason, "Put it in quotes."
     if value is None:
         return "YAML reads an unquoted null as nothing, and not as a name.", "Put it in quotes."
-    return f"YAML reads an unquoted {value} as a number or a date, and not as a name.", "Put it in quotes."
+    return (
+        f"YAML reads an unquoted {value} as a number or a date, and not as a name.",
+        "Put it in quotes.",
+    )
 
 
 def rule_problem(name: str, value: object) -> Problem | None:
@@ -57,6 +60,15 @@ def _has_gradient(value: object) -> bool:
     if isinstance(value, Mapping):
         return "gradient" in value or any(map(_has_gradient, value.values()))
     return isinstance(value, list) and any(map(_has_gradient, value))
+
+
+def leaves(node: object) -> Iterator[object]:
+    """Yield what stands in the lists and mappings of a node, and is none itself."""
+    if isinstance(node, Mapping | list):
+        for value in node.values() if isinstance(node, Mapping) else node:
+            yield from leaves(value)
+    else:
+        yield node
 
 
 def several(option: str) -> str:
