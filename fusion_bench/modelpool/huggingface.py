@@ -33,9 +33,9 @@ from fusion_bench.modelpool.opened import OpenedModels
 from fusion_bench.modelpool.output_tokens import OutputTokens
 from fusion_bench.modelpool.policy import policy_of
 from fusion_bench.modelpool.processor import Processor
+from fusion_bench.modelpool.reference_tokenizer import ReferenceTokenizer
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.modelpool.token_setting import TokenSetting
-from fusion_bench.modelpool.tokens import Vocabulary
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
     FusionBenchError,
@@ -43,10 +43,10 @@ from fusion_bench.problems import (
     error_of,
     within,
 )
-from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import plain_source, unbuilt
+from fusion_bench.repository import locate
+from fusion_bench.sources import plain_source
 from fusion_bench.storage import check_file_name, read_json, write_text
-from fusion_bench.tokenizer import TokenizerSource, tokenizer_files
+from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import (
     AdapterConfig,
     AdapterWeights,
@@ -158,6 +158,9 @@ class HFModelPool:
         self.test_datasets = dict(test_datasets or {})
         self.model_names = [name for name in self._sources if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._sources
+        self._reference_tokenizer = ReferenceTokenizer(
+            lambda: self._opened.source(self._reference), self._processor, lambda: self.vocabulary
+        )
         self._blueprints: dict[str, Blueprint | None] = {}
         self._tokens: OutputTokens | None = None
         if setting is not None or chat_template is not None:
@@ -166,7 +169,7 @@ class HFModelPool:
                 chat_template,
                 list(dict.fromkeys([*["_pretrained_"] * self.has_pretrained, *self.model_names])),
                 self._sources,
-                TokenizerSource(self._tokenizer),
+                TokenizerSource(self._reference_tokenizer.found),
                 lambda name: self._opened.model(name),
                 lambda name: self._opened.config_of(name),
                 model_class,
@@ -297,40 +300,10 @@ class HFModelPool:
     def tokenizer(self) -> TokenizerSource:
         """The models' tokenizer: the one that a merged model gets."""
         if (tokens := self._tokens) is not None:
-            return TokenizerSource(lambda: tokens.tokenizer, unbuilt=self._unbuilt)
-        return TokenizerSource(self._tokenizer, self._check_tokenizer, self._unbuilt)
-
-    def _unbuilt(self) -> Path | None:
-        """Return where the zoo is to be built that has the tokenizer."""
-        if self._processor is not None:
-            return self._processor.unbuilt
-        node = self._opened.source(self._reference).named.node
-        return unbuilt(node) if isinstance(node, str) else None
-
-    def _tokenizer(self) -> object:
-        if self._processor is not None:
-            return self._processor.folder or self._processor.made()
-        folders = self._opened.source(self._reference).companions
-        return next((folder for folder in folders if tokenizer_files(folder)), None)
-
-    def _check_tokenizer(self) -> None:
-        """Refuse a tokenizer with tokens that the models do not know, if its files are here.
-
-        Raises:
-            FusionBenchError: it has some.
-        """
-        found, size = self._tokenizer(), self.vocabulary
-        own = Vocabulary.of(found) if isinstance(found, Repository) else None
-        if own is None or size is None or not own.repository.has(*own.needed()):
-            return
-        if tokens := own.known():
-            largest = max(tokens)
-            if largest >= size:
-                raise FusionBenchError(
-                    f"the tokenizer of '{own.repository.name}' has a token {largest} "
-                    f"({tokens[largest]!r}), and the models' vocabulary has {size}.",
-                    "Name the tokenizer that belongs to the models.",
-                )
+            return TokenizerSource(
+                lambda: tokens.tokenizer, unbuilt=self._reference_tokenizer.unbuilt
+            )
+        return self._reference_tokenizer.source
 
     def model(self, name: str) -> Model:
         """Return a model, with weights under the reference's keys.
