@@ -3,9 +3,7 @@
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +24,7 @@ from fusion_bench.modelpool.build import (
 from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.comparison import ModelComparison
-from fusion_bench.modelpool.directory import Folder, copy_files, processor_files, write_directories
+from fusion_bench.modelpool.directory import Folder, write_directories
 from fusion_bench.modelpool.keys import under_current_names
 from fusion_bench.modelpool.layouts import in_current_layout
 from fusion_bench.modelpool.opened import OpenedModels
@@ -36,6 +34,7 @@ from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.reference_tokenizer import ReferenceTokenizer
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.modelpool.token_setting import TokenSetting
+from fusion_bench.modelpool.written_companions import WrittenCompanions
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
     FusionBenchError,
@@ -45,7 +44,7 @@ from fusion_bench.problems import (
 )
 from fusion_bench.repository import locate
 from fusion_bench.sources import plain_source
-from fusion_bench.storage import check_file_name, read_json, write_text
+from fusion_bench.storage import check_file_name
 from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import (
     AdapterConfig,
@@ -190,6 +189,14 @@ class HFModelPool:
             self._config_class,
             self._part,
             self._canonical,
+        )
+        self._companions = WrittenCompanions(
+            lambda: self._opened.source(self._reference),
+            lambda: (self.model(self._reference).config or {}).get("vocab_size"),
+            self._processor,
+            self._tokens,
+            model_class,
+            self.policy.dtype,
         )
         self._comparison = ModelComparison(
             self._opened.source,
@@ -546,34 +553,7 @@ class HFModelPool:
             model: one with a config of its own, in place of the reference's.
             directory: where they go.
         """
-        reference = self._opened.source(self._reference)
-        others = model is not None and model.companions not in ((), reference.companions)
-        reference.write_companions(directory, processors=self._processor is None and not others)
-        if model is not None and others and self._processor is None:
-            for place in reversed(model.companions):
-                copy_files(place, processor_files(place), directory)
-        if self._processor is not None:
-            self._processor.write(directory)
-        if self._tokens is not None:
-            self._tokens.write(directory)
-        if model is not None and model.config is not None:
-            write_text(directory / "config.json", json.dumps(dict(model.config), indent=2) + "\n")
-        file = directory / "config.json"
-        if not file.exists():
-            return
-        config = read_json(file)
-        before = deepcopy(config)
-        if self.policy.dtype is not None:
-            config.pop("torch_dtype", None)
-            config["dtype"] = self.policy.dtype
-        named = config.get("architectures") or []
-        if self.model_class == "AutoModel" and re.search("For|Head", json.dumps(named)):
-            del config["architectures"]  # a classifier's, of which this is the backbone
-        tokens = None if model else (self.model(self._reference).config or {}).get("vocab_size")
-        if tokens is not None and "vocab_size" in config:  # an adapter may have added some
-            config["vocab_size"] = tokens
-        if config != before:
-            write_text(file, json.dumps(config, indent=2) + "\n")
+        self._companions.write(model, directory)
 
     @property
     def _reference(self) -> str:
