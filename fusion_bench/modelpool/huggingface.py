@@ -6,27 +6,20 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.adapter_folder import generation_task, write_adapter
 from fusion_bench.modelpool.agreement import PREPROCESSOR
-from fusion_bench.modelpool.blueprint import blueprint
-from fusion_bench.modelpool.build import (
-    build,
-    check_class,
-    config_of,
-    read_whole,
-    refuse_incomplete,
-)
+from fusion_bench.modelpool.build import check_class
 from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.comparison import ModelComparison
 from fusion_bench.modelpool.directory import Folder, write_directories
 from fusion_bench.modelpool.keys import under_current_names
-from fusion_bench.modelpool.layouts import in_current_layout
+from fusion_bench.modelpool.modules import Modules
 from fusion_bench.modelpool.opened import OpenedModels
 from fusion_bench.modelpool.output_tokens import OutputTokens
 from fusion_bench.modelpool.policy import policy_of
@@ -40,7 +33,6 @@ from fusion_bench.problems import (
     FusionBenchError,
     Problems,
     error_of,
-    within,
 )
 from fusion_bench.repository import locate
 from fusion_bench.sources import plain_source
@@ -57,18 +49,13 @@ from fusion_bench.weights import (
     TensorWeights,
     Weights,
     check_size,
-    in_memory,
     is_special,
     open_checkpoint,
     open_repository,
-    zeros_like,
 )
 from fusion_bench.weights.adapter_builder import AdaptedModel
 from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +147,6 @@ class HFModelPool:
         self._reference_tokenizer = ReferenceTokenizer(
             lambda: self._opened.source(self._reference), self._processor, lambda: self.vocabulary
         )
-        self._blueprints: dict[str, Blueprint | None] = {}
         self._tokens: OutputTokens | None = None
         if setting is not None or chat_template is not None:
             self._tokens = OutputTokens(
@@ -188,6 +174,15 @@ class HFModelPool:
             model_class,
             self._config_class,
             self._part,
+            self._canonical,
+        )
+        self._modules = Modules(
+            self._opened,
+            self._reference,
+            model_class,
+            self._config_class,
+            self._tokens,
+            self.policy,
             self._canonical,
         )
         self._companions = WrittenCompanions(
@@ -295,10 +290,6 @@ class HFModelPool:
         return self.notes
 
     @property
-    def _changes_rows(self) -> bool:
-        return self._tokens is not None and self._tokens.changes_rows
-
-    @property
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
         return vocabulary(self._comparison.config(self._reference))
@@ -348,19 +339,7 @@ class HFModelPool:
             FusionBenchError: as ``weights``, and a checkpoint that lacks some of the weights or
                 has them in other shapes.
         """
-        source = self._opened.source(name)
-        with within(*source.named.place):
-            module = None if self._changes_rows else source.load()
-        if module is not None:
-            return module
-        whole = source.home if self._opened.base(name) is None and not self._changes_rows else None
-        if whole is None or self.model_class == "AutoModel":
-            config = self._config_for(self._opened.built_like(name))
-            return build(self.model_class, self.weights(name), config)
-        module, info = read_whole(self.model_class, whole)
-        with within(*source.named.place):
-            refuse_incomplete(f"'{whole.name}'", info)
-        return module
+        return self._modules.load(name, lambda: self.weights(name))
 
     def blueprint(self, config: Config) -> Blueprint | None:
         """Return what the pool's class builds by a config, under the keys that the pool works with.
@@ -370,12 +349,7 @@ class HFModelPool:
         Raises:
             FusionBenchError: a config that its class refuses.
         """
-        asked = json.dumps(dict(config), sort_keys=True, default=str)
-        if asked not in self._blueprints:
-            self._blueprints[asked] = blueprint(
-                config, self.model_class, self._config_class, self._opened.part_of, self._canonical
-            )
-        return self._blueprints[asked]
+        return self._modules.blueprint(config)
 
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Return a module of the reference's architecture with these weights.
@@ -386,14 +360,7 @@ class HFModelPool:
         Raises:
             FusionBenchError: weights that are not all of the model's, or no config.
         """
-        if isinstance(weights, Model) and weights.config is not None:
-            config = self._opened.part_of(config_of(weights.config, self._config_class))
-            return build(self.model_class, weights.weights, config)
-        if isinstance(weights, Model):
-            weights = weights.weights
-        if self._opened.source(self._reference).config() is None:
-            return self._copy(weights)
-        return build(self.model_class, weights, self._config_for(self._reference))
+        return self._modules.build(weights)
 
     def as_built(self, weights: Weights) -> tuple[Weights, nn.Module]:
         """Return weights as the entries of the class that is built, and a module without values.
@@ -401,31 +368,7 @@ class HFModelPool:
         Raises:
             FusionBenchError: no config, or none that the class fits.
         """
-        bare = self._opened.bare
-        if bare is None:
-            return weights, self._copy(zeros_like(weights))
-        return in_current_layout(weights, bare), bare
-
-    def _copy(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return a copy of the reference's module with these weights."""
-        module = self._opened.source(self._reference).load()
-        if module is None:
-            raise FusionBenchError(
-                "it has no config.json, which tells how a module is built.",
-                "Put it beside the weights, or save the merged weights instead.",
-                place=("models", self._reference),
-            )
-        if self.policy.torch_dtype is not None:
-            module.to(self.policy.torch_dtype)
-        module.load_state_dict(in_memory(weights) if isinstance(weights, Weights) else weights)
-        return module
-
-    def _config_for(self, name: str) -> "PretrainedConfig | None":
-        """Return what a model is built by; None for a module without a config."""
-        config = self._opened.config_of(name)
-        if config is None or self._tokens is None:
-            return config
-        return self._tokens.built_by(name, config)
+        return self._modules.as_built(weights)
 
     def save_model(
         self,
