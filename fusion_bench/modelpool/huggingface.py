@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.adapter_folder import generation_task, write_adapter
-from fusion_bench.modelpool.agreement import PREPROCESSOR
 from fusion_bench.modelpool.build import check_class
 from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
@@ -22,6 +21,7 @@ from fusion_bench.modelpool.keys import under_current_names
 from fusion_bench.modelpool.modules import Modules
 from fusion_bench.modelpool.opened import OpenedModels
 from fusion_bench.modelpool.output_tokens import OutputTokens
+from fusion_bench.modelpool.planning import ModelPlan
 from fusion_bench.modelpool.policy import policy_of
 from fusion_bench.modelpool.processor import Processor
 from fusion_bench.modelpool.reference_tokenizer import ReferenceTokenizer
@@ -44,7 +44,6 @@ from fusion_bench.weights import (
     Config,
     MergePolicy,
     Model,
-    Regrouped,
     Renamed,
     TensorWeights,
     Weights,
@@ -216,55 +215,17 @@ class HFModelPool:
         if built:
             with plan.collect():
                 check_class(self.model_class, keeps=scratch is None)
-        known = []
-        for name in self._sources:
-            with plan.collect("models", name):
-                if self._sources[name].plan(plan):
-                    known.append(name)
-        known = [name for name in known if self._can_be_read(name, known)]
-        if self._tokens is not None and not self._plan_tokens(plan, known):
-            known = []
-        told = {problem.reason for problem in plan.problems}
-        again = Problems()  # what others tell of the reference that they are compared with
-        for name in sorted(known, key=lambda name: name != self._reference):
-            with again.collect():
-                if name == self._reference or self._reference in plan.weights:
-                    plan.weights[name] = weights = self.weights(name)
-                    if isinstance(weights, Regrouped) and name != self._reference:
-                        plan.note(
-                            f"{name}: its weights are stored in another layout than those of "
-                            f"'{self._reference}'. {weights.described()}"
-                        )
-                elif (
-                    self._opened.base(name) is None
-                ):  # nothing to compare with, but it can be damaged
-                    self._opened.open(self._opened.source(name))
-        plan.problems.add(problem for problem in again if problem.reason not in told)
-        for name in known if self._reference in known else ():
-            with plan.collect("models", name):
-                if own := self._comparison.vocabulary(self._opened.source(name).companions):
-                    plan.download(own.repository, *own.needed())
-                if place := self._comparison.with_preprocessor(name):
-                    plan.download(place, PREPROCESSOR)
+        ModelPlan(
+            self._sources,
+            self._reference,
+            self._opened,
+            self.weights,
+            self._tokens,
+            self._comparison,
+        ).add_to(plan)
         if self._processor is not None:
             self._processor.plan(plan)
         return plan
-
-    def _can_be_read(self, name: str, known: Collection[str]) -> bool:
-        """Tell whether a model's header can be read, and those of what it stands on."""
-        if name not in known:
-            return False
-        base = self._opened.base(name)
-        return base is None or not base.named.name or self._can_be_read(base.named.name, known)
-
-    def _plan_tokens(self, plan: Plan, known: Collection[str]) -> bool:
-        """Note what the output tokenizer is; tell whether rows are known, as all models count."""
-        if self._tokens is None or len(known) < len(self._sources):
-            return False
-        before = len(plan.problems)
-        with plan.collect():
-            plan.note(*self._tokens.notes)
-        return len(plan.problems) == before
 
     def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Compare what besides weights decides what the models compute with the reference's.
