@@ -1,6 +1,6 @@
 """Forms of values in a config that several rooms have to know: rules, and settings of tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -31,6 +31,20 @@ def plain_yaml(*documents: object, width: int = 80) -> str:
     return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=width)
 
 
+def unquoted(value: object) -> tuple[str, str]:
+    """Return what is wrong with a name that YAML does not read as a text, and how to fix it."""
+    if isinstance(value, bool):
+        words = "yes, on or true" if value else "no, off or false"
+        reason = f"YAML reads an unquoted {words} as {str(value).lower()}, and not as a name."
+        return reason, "Put it in quotes."
+    if value is None:
+        return "YAML reads an unquoted null as nothing, and not as a name.", "Put it in quotes."
+    return (
+        f"YAML reads an unquoted {value} as a number or a date, and not as a name.",
+        "Put it in quotes.",
+    )
+
+
 def rule_problem(name: str, value: object) -> Problem | None:
     """Return the problem of a gradient outside of ``where``, or of a ``where`` that is one rule."""
     if name == "where" and isinstance(value, Mapping):
@@ -46,6 +60,15 @@ def _has_gradient(value: object) -> bool:
     if isinstance(value, Mapping):
         return "gradient" in value or any(map(_has_gradient, value.values()))
     return isinstance(value, list) and any(map(_has_gradient, value))
+
+
+def leaves(node: object) -> Iterator[object]:
+    """Yield what stands in the lists and mappings of a node, and is none itself."""
+    if isinstance(node, Mapping | list):
+        for value in node.values() if isinstance(node, Mapping) else node:
+            yield from leaves(value)
+    else:
+        yield node
 
 
 def several(option: str) -> str:

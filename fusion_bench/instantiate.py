@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_chec
 
 from omegaconf import OmegaConf
 
-from fusion_bench.forms import rule_problem, says_of_tokens, several
+from fusion_bench.forms import rule_problem, says_of_tokens, several, unquoted
 from fusion_bench.pretrained import checked_node
 from fusion_bench.problems import ConfigError, Place, Problem, Problems, did_you_mean, within
 from fusion_bench.resolving import to_container
@@ -222,6 +222,9 @@ def _part_problems(node: Any, example: str, *, texts: bool) -> Iterator[Problem]
         wrong = isinstance(node, bool | int | float | list) or (isinstance(node, str) and not texts)
     if not wrong:
         return
+    if texts and isinstance(node, bool):
+        yield Problem((), *unquoted(node))
+        return
     what = "has no _target_" if isinstance(node, Mapping) else f"'{node}' is not a config node"
     yield Problem((), f"{what}.", f"Add one, such as '_target_: {example}'.")
 
@@ -360,11 +363,19 @@ def type_problems(function: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
         except PydanticSchemaGenerationError:  # a class of somebody else's
             continue
         except ValidationError as error:
+            if keys := _no_texts(value):
+                yield from (Problem((name, str(key)), *unquoted(key)) for key in keys)
+                continue
             kinds = [problem["type"] for problem in error.errors()]
             if "literal_error" not in kinds:  # the constructor tells the choices, and the nearest
                 types = dict.fromkeys(_WANTED.get(kind, kind) for kind in kinds)
                 said = "null" if value is None else f"'{value}'"
                 yield Problem((name,), f"{said} is not {' or '.join(types)}.")
+
+
+def _no_texts(value: Any) -> list[Any]:
+    """Return the keys of a mapping that are no texts."""
+    return [key for key in value if not isinstance(key, str)] if isinstance(value, Mapping) else []
 
 
 def _has_target(value: Any) -> bool:

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from fusion_bench.instantiate import instantiate
@@ -143,3 +144,18 @@ def test_a_mistyped_key_of_a_tokenizer_is_left_to_the_pool() -> None:
     assert "has no _target_" in message({**pool, "tokenizer": {"path": "x"}}, "modelpool")
     text = message({**pool, "tokenizer": {"sorce": "union"}}, "modelpool")
     assert text == "tokenizer.sorce: there is no such key. Did you mean 'source'?"
+
+
+def test_names_that_yaml_reads_as_something_else() -> None:
+    models = yaml.safe_load("{no: a, b: yes, 7: c}")
+    said = message(
+        {"_target_": "fusion_bench.modelpool.HFModelPool", "models": models}, "modelpool"
+    )
+    assert said.splitlines() == [
+        "models.False: YAML reads an unquoted no, off or false as false, and not as a name. "
+        "Put it in quotes.",
+        "models.7: YAML reads an unquoted 7 as a number or a date, and not as a name. "
+        "Put it in quotes.",
+        "models.b: YAML reads an unquoted yes, on or true as true, and not as a name. "
+        "Put it in quotes.",
+    ]

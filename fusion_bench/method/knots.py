@@ -5,7 +5,6 @@ merges what is left of the task vectors, $\tau = U f(\Sigma V_1^\top, \dots, \Si
 Stoica et al., Model merging with SVD to tie the KnOTS, https://arxiv.org/abs/2410.19735
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from fusion_bench.weights.matrices import (
 )
 from fusion_bench.weights.ops import task_vectors
 from fusion_bench.weights.scratch import Scratch, on_disk
-from fusion_bench.weights.stream import threads_for
+from fusion_bench.weights.stream import PIECE, threads_for
 
 #: Columns, or rows, of a large matrix that are converted at a time.
 _AT_ONCE = 1024
@@ -90,7 +89,10 @@ class KnOTSMerging(TensorwiseAlgorithm):
             self._base.resolved(inputs)
 
     def kept_bytes(self, inputs: Inputs) -> int:
-        """Return the bytes of what finding a matrix's directions takes beyond its share."""
+        """Return the bytes of what finding a matrix's directions takes beyond its share.
+
+        Or of what the base method keeps, which comes after it.
+        """
         beyond, tall = [0], [0]
         for key in inputs:
             shape = inputs.spec(key).shape
@@ -103,7 +105,7 @@ class KnOTSMerging(TensorwiseAlgorithm):
                 found = min(rows, side_by_side)
                 taken = 24 * found**2 + (16 * rows * found if rows > side_by_side else 0)
                 beyond.append(taken - inputs.cost(key).peak_bytes)
-        return max(max(beyond) * threads_for(inputs), *tall)
+        return max(max(beyond) * threads_for(inputs), *tall, self._base.kept_bytes(inputs))
 
     def merger(self, inputs: Inputs) -> MergePiece | Mapping[str, MergePiece]:
         """Merge the aligned task vectors with the base method, and transform the result back."""
@@ -118,7 +120,10 @@ class KnOTSMerging(TensorwiseAlgorithm):
     def _turned_back(self, alignment: "_Alignment", fused: Weights) -> MergePiece:
         def read(key: str) -> Tensor:
             spec = fused.spec(key)
-            return fused.read(key, 0, spec.numel).view(spec.shape)
+            whole = torch.empty(spec.numel, dtype=spec.dtype)
+            for start, stop in fused.pieces(key, PIECE):
+                whole[start:stop] = fused.read(key, start, stop)
+            return whole.view(spec.shape)
 
         factors = alignment.inputs.each(lambda entry: alignment.factor(next(iter(entry)), read))
 
@@ -127,33 +132,18 @@ class KnOTSMerging(TensorwiseAlgorithm):
             if alignment.inputs.cut(key) == "rows":
                 merged = alignment.side_by_side(key, start, tensors, base) @ factors(key).to(base)
             else:
-                merged, u = read(key), alignment.entry(key).u
-                merged = merged if u is None else u @ merged
+                u = alignment.directions(key)
+                merged = read(key).to(base) if u is None else u.to(base) @ read(key).to(base)
             return merged.to(base).mul_(self.scaling_factor).add_(base)
 
         return merge
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """An entry of all models, with the common directions as columns; a matrix has some."""
-
-    key: str
-    tensors: Sequence[Tensor]
-    base: Tensor
-    u: Tensor | None
-
-    def aligned(self, model: int) -> Tensor:
-        """Return a model's task vector, by its parts in the common directions."""
-        vector = self.tensors[model] - self.base
-        return vector if self.u is None else self.u.T @ vector
-
-
 class _Alignment:
     """The common directions of each matrix: the left singular vectors of all its task vectors.
 
-    The base method may look at an entry several times, and each time at one model after the other.
-    So the directions are put aside, and each thread has its last entry at hand.
+    These, and the task vectors' parts in them, are put aside on a disk, for the base method may
+    look at them several times.
 
     Of a large tall matrix there are the right singular vectors instead. Those times the values are
     the aligned task vectors; and the rows of the result are those of the task vectors side by side
@@ -165,9 +155,8 @@ class _Alignment:
         self._exclude_keys = exclude_keys
         self._rank_tol = rank_tol
         self._ranks: dict[str, int] = {}
-        self._directions = Scratch()
+        self._aside = Scratch()
         self._right: dict[str, tuple[Tensor, Tensor]] = {}
-        self._at_hand = threading.local()
         inputs.survey(self._find)
         find = inputs.each(self._find_right)
         for key in inputs:
@@ -175,24 +164,24 @@ class _Alignment:
                 self._right[key] = find(key)
                 self._ranks[key] = len(self._right[key][0])
 
-    def entry(self, key: str) -> _Entry:
-        """Return an entry, with its directions."""
+    def directions(self, key: str) -> Tensor | None:
+        """Return the directions of a matrix that is whole, as columns; ``None`` of others."""
         key = self.inputs.tied_to(key)
-        last: _Entry | None = getattr(self._at_hand, "entry", None)
-        if last is None or last.key != key:
-            tensors, base = self.inputs.read(key, 0, self.inputs.merged(key))
-            assert base is not None
-            u = self._directions.get(key).to(base) if key in self._ranks else None
-            last = self._at_hand.entry = _Entry(key, tensors, base, u)
-        return last
+        return self._aside.get(key) if key in self._ranks and key not in self._right else None
 
-    def aligned(self, key: str, model: int) -> Tensor:
-        """Return a model's aligned task vector of an entry."""
+    def aligned(self, key: str, model: int, start: int, stop: int) -> Tensor:
+        """Return elements of a model's flattened task vector, by its parts in the directions."""
         key = self.inputs.tied_to(key)
+        if key not in self._ranks:
+            tensors, base = self.inputs.read(key, start, stop)
+            assert base is not None
+            return tensors[model] - base
         if key not in self._right:
-            return self.entry(key).aligned(model)
+            return self._aside.get((key, model)).view(-1)[start:stop]
         columns = self.inputs.spec(key).shape[1]
-        return self._right[key][1][:, model * columns : (model + 1) * columns]
+        first, last = start // columns, -(-stop // columns)
+        own = self._right[key][1][first:last, model * columns : (model + 1) * columns]
+        return own.reshape(-1)[start - first * columns : stop - first * columns]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of an entry's aligned task vectors."""
@@ -218,8 +207,10 @@ class _Alignment:
         if self.inputs.cut(key) != "rows" and is_matrix(key, base.shape, self._exclude_keys):
             rows, columns = base.shape
             vectors = task_vectors(key, start, tensors, base)
-            u = column_space(vectors, (rows, columns * len(tensors)), self._rank_tol)
-            self._directions.put(key, u.to(base))
+            u = column_space(vectors, (rows, columns * len(tensors)), self._rank_tol).to(base)
+            self._aside.put(key, u)
+            for model, vector in enumerate(task_vectors(key, start, tensors, base)):
+                self._aside.put((key, model), u.T @ vector)
             self._ranks[key] = u.shape[1]
 
     def _find_right(self, entry: Inputs) -> tuple[Tensor, Tensor]:
@@ -274,8 +265,6 @@ class _AlignedPool:
 class _Aligned(Weights):
     """One model's aligned task vectors; without a model, zeros of the same shapes."""
 
-    in_pieces = False
-
     def __init__(self, alignment: _Alignment, model: int | None):
         self._alignment = alignment
         self._model = model
@@ -299,9 +288,13 @@ class _Aligned(Weights):
 
     def __getitem__(self, key: str) -> Tensor:
         spec = self._specs[key]
+        return self.read(key, 0, spec.numel).to(spec.dtype, copy=True).view(spec.shape)
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements that are read, and of entries that are no matrix subtracted."""
         if self._model is None:
-            return torch.zeros(spec.shape, dtype=spec.dtype)
-        return self._alignment.aligned(key, self._model).to(spec.dtype, copy=True)
+            return torch.zeros((), dtype=self._specs[key].dtype).expand(stop - start)
+        return self._alignment.aligned(key, self._model, start, stop)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)

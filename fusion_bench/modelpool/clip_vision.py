@@ -78,7 +78,7 @@ class CLIPVisionModelPool(HFModelPool):
 
     def write_companions(self, model: Model | None, directory: Path) -> None:
         """Write the vision encoder's config and what prepares pictures."""
-        config = deepcopy(self._config_for(self._reference))
+        config = deepcopy(self._modules.config_for(self._reference))
         if model is not None and model.config is not None:
             config = self._opened.part_of(config_of(model.config, self._config_class))
         assert config is not None

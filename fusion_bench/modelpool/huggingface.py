@@ -3,73 +3,58 @@
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from fusion_bench.arguments import keeps_arguments
 from fusion_bench.modelpool.adapter_folder import generation_task, write_adapter
-from fusion_bench.modelpool.agreement import PREPROCESSOR
-from fusion_bench.modelpool.blueprint import blueprint
-from fusion_bench.modelpool.build import (
-    build,
-    check_class,
-    config_of,
-    read_whole,
-    refuse_incomplete,
-)
+from fusion_bench.modelpool.build import check_class
 from fusion_bench.modelpool.card import Origin, stored
 from fusion_bench.modelpool.chat_templates import check_template
 from fusion_bench.modelpool.comparison import ModelComparison
-from fusion_bench.modelpool.directory import Folder, copy_files, processor_files, write_directories
+from fusion_bench.modelpool.directory import Folder, write_directories
 from fusion_bench.modelpool.keys import under_current_names
-from fusion_bench.modelpool.layouts import in_current_layout
+from fusion_bench.modelpool.modules import Modules
 from fusion_bench.modelpool.opened import OpenedModels
 from fusion_bench.modelpool.output_tokens import OutputTokens
+from fusion_bench.modelpool.planning import ModelPlan
 from fusion_bench.modelpool.policy import policy_of
 from fusion_bench.modelpool.processor import Processor
+from fusion_bench.modelpool.reference_tokenizer import ReferenceTokenizer
 from fusion_bench.modelpool.sources import Sources
 from fusion_bench.modelpool.token_setting import TokenSetting
-from fusion_bench.modelpool.tokens import Vocabulary
+from fusion_bench.modelpool.written_companions import WrittenCompanions
 from fusion_bench.plan import Plan
 from fusion_bench.problems import (
     FusionBenchError,
     Problems,
     error_of,
-    within,
 )
-from fusion_bench.repository import Repository, locate
-from fusion_bench.sources import plain_source, unbuilt
-from fusion_bench.storage import check_file_name, read_json, write_text
-from fusion_bench.tokenizer import TokenizerSource, tokenizer_files
+from fusion_bench.repository import locate
+from fusion_bench.sources import plain_source
+from fusion_bench.storage import check_file_name
+from fusion_bench.tokenizer import TokenizerSource
 from fusion_bench.weights import (
     AdapterConfig,
     AdapterWeights,
     Config,
     MergePolicy,
     Model,
-    Regrouped,
     Renamed,
     TensorWeights,
     Weights,
     check_size,
-    in_memory,
     is_special,
     open_checkpoint,
     open_repository,
-    zeros_like,
 )
 from fusion_bench.weights.adapter_builder import AdaptedModel
 from fusion_bench.weights.blueprint import Blueprint
 from fusion_bench.weights.config import vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +143,9 @@ class HFModelPool:
         self.test_datasets = dict(test_datasets or {})
         self.model_names = [name for name in self._sources if not is_special(name)]
         self.has_pretrained = "_pretrained_" in self._sources
-        self._blueprints: dict[str, Blueprint | None] = {}
+        self._reference_tokenizer = ReferenceTokenizer(
+            lambda: self._opened.source(self._reference), self._processor, lambda: self.vocabulary
+        )
         self._tokens: OutputTokens | None = None
         if setting is not None or chat_template is not None:
             self._tokens = OutputTokens(
@@ -166,7 +153,7 @@ class HFModelPool:
                 chat_template,
                 list(dict.fromkeys([*["_pretrained_"] * self.has_pretrained, *self.model_names])),
                 self._sources,
-                TokenizerSource(self._tokenizer),
+                TokenizerSource(self._reference_tokenizer.found),
                 lambda name: self._opened.model(name),
                 lambda name: self._opened.config_of(name),
                 model_class,
@@ -187,6 +174,23 @@ class HFModelPool:
             self._config_class,
             self._part,
             self._canonical,
+        )
+        self._modules = Modules(
+            self._opened,
+            self._reference,
+            model_class,
+            self._config_class,
+            self._tokens,
+            self.policy,
+            self._canonical,
+        )
+        self._companions = WrittenCompanions(
+            lambda: self._opened.source(self._reference),
+            lambda: (self.model(self._reference).config or {}).get("vocab_size"),
+            self._processor,
+            self._tokens,
+            model_class,
+            self.policy.dtype,
         )
         self._comparison = ModelComparison(
             self._opened.source,
@@ -211,55 +215,17 @@ class HFModelPool:
         if built:
             with plan.collect():
                 check_class(self.model_class, keeps=scratch is None)
-        known = []
-        for name in self._sources:
-            with plan.collect("models", name):
-                if self._sources[name].plan(plan):
-                    known.append(name)
-        known = [name for name in known if self._can_be_read(name, known)]
-        if self._tokens is not None and not self._plan_tokens(plan, known):
-            known = []
-        told = {problem.reason for problem in plan.problems}
-        again = Problems()  # what others tell of the reference that they are compared with
-        for name in sorted(known, key=lambda name: name != self._reference):
-            with again.collect():
-                if name == self._reference or self._reference in plan.weights:
-                    plan.weights[name] = weights = self.weights(name)
-                    if isinstance(weights, Regrouped) and name != self._reference:
-                        plan.note(
-                            f"{name}: its weights are stored in another layout than those of "
-                            f"'{self._reference}'. {weights.described()}"
-                        )
-                elif (
-                    self._opened.base(name) is None
-                ):  # nothing to compare with, but it can be damaged
-                    self._opened.open(self._opened.source(name))
-        plan.problems.add(problem for problem in again if problem.reason not in told)
-        for name in known if self._reference in known else ():
-            with plan.collect("models", name):
-                if own := self._comparison.vocabulary(self._opened.source(name).companions):
-                    plan.download(own.repository, *own.needed())
-                if place := self._comparison.with_preprocessor(name):
-                    plan.download(place, PREPROCESSOR)
+        ModelPlan(
+            self._sources,
+            self._reference,
+            self._opened,
+            self.weights,
+            self._tokens,
+            self._comparison,
+        ).add_to(plan)
         if self._processor is not None:
             self._processor.plan(plan)
         return plan
-
-    def _can_be_read(self, name: str, known: Collection[str]) -> bool:
-        """Tell whether a model's header can be read, and those of what it stands on."""
-        if name not in known:
-            return False
-        base = self._opened.base(name)
-        return base is None or not base.named.name or self._can_be_read(base.named.name, known)
-
-    def _plan_tokens(self, plan: Plan, known: Collection[str]) -> bool:
-        """Note what the output tokenizer is; tell whether rows are known, as all models count."""
-        if self._tokens is None or len(known) < len(self._sources):
-            return False
-        before = len(plan.problems)
-        with plan.collect():
-            plan.note(*self._tokens.notes)
-        return len(plan.problems) == before
 
     def compare(self, names: Collection[str] | None = None, *, layers: bool = True) -> list[str]:
         """Compare what besides weights decides what the models compute with the reference's.
@@ -285,10 +251,6 @@ class HFModelPool:
         return self.notes
 
     @property
-    def _changes_rows(self) -> bool:
-        return self._tokens is not None and self._tokens.changes_rows
-
-    @property
     def vocabulary(self) -> int | None:
         """How many tokens the reference's config says that it has."""
         return vocabulary(self._comparison.config(self._reference))
@@ -297,40 +259,10 @@ class HFModelPool:
     def tokenizer(self) -> TokenizerSource:
         """The models' tokenizer: the one that a merged model gets."""
         if (tokens := self._tokens) is not None:
-            return TokenizerSource(lambda: tokens.tokenizer, unbuilt=self._unbuilt)
-        return TokenizerSource(self._tokenizer, self._check_tokenizer, self._unbuilt)
-
-    def _unbuilt(self) -> Path | None:
-        """Return where the zoo is to be built that has the tokenizer."""
-        if self._processor is not None:
-            return self._processor.unbuilt
-        node = self._opened.source(self._reference).named.node
-        return unbuilt(node) if isinstance(node, str) else None
-
-    def _tokenizer(self) -> object:
-        if self._processor is not None:
-            return self._processor.folder or self._processor.made()
-        folders = self._opened.source(self._reference).companions
-        return next((folder for folder in folders if tokenizer_files(folder)), None)
-
-    def _check_tokenizer(self) -> None:
-        """Refuse a tokenizer with tokens that the models do not know, if its files are here.
-
-        Raises:
-            FusionBenchError: it has some.
-        """
-        found, size = self._tokenizer(), self.vocabulary
-        own = Vocabulary.of(found) if isinstance(found, Repository) else None
-        if own is None or size is None or not own.repository.has(*own.needed()):
-            return
-        if tokens := own.known():
-            largest = max(tokens)
-            if largest >= size:
-                raise FusionBenchError(
-                    f"the tokenizer of '{own.repository.name}' has a token {largest} "
-                    f"({tokens[largest]!r}), and the models' vocabulary has {size}.",
-                    "Name the tokenizer that belongs to the models.",
-                )
+            return TokenizerSource(
+                lambda: tokens.tokenizer, unbuilt=self._reference_tokenizer.unbuilt
+            )
+        return self._reference_tokenizer.source
 
     def model(self, name: str) -> Model:
         """Return a model, with weights under the reference's keys.
@@ -368,19 +300,7 @@ class HFModelPool:
             FusionBenchError: as ``weights``, and a checkpoint that lacks some of the weights or
                 has them in other shapes.
         """
-        source = self._opened.source(name)
-        with within(*source.named.place):
-            module = None if self._changes_rows else source.load()
-        if module is not None:
-            return module
-        whole = source.home if self._opened.base(name) is None and not self._changes_rows else None
-        if whole is None or self.model_class == "AutoModel":
-            config = self._config_for(self._opened.built_like(name))
-            return build(self.model_class, self.weights(name), config)
-        module, info = read_whole(self.model_class, whole)
-        with within(*source.named.place):
-            refuse_incomplete(f"'{whole.name}'", info)
-        return module
+        return self._modules.load(name, lambda: self.weights(name))
 
     def blueprint(self, config: Config) -> Blueprint | None:
         """Return what the pool's class builds by a config, under the keys that the pool works with.
@@ -390,12 +310,7 @@ class HFModelPool:
         Raises:
             FusionBenchError: a config that its class refuses.
         """
-        asked = json.dumps(dict(config), sort_keys=True, default=str)
-        if asked not in self._blueprints:
-            self._blueprints[asked] = blueprint(
-                config, self.model_class, self._config_class, self._opened.part_of, self._canonical
-            )
-        return self._blueprints[asked]
+        return self._modules.blueprint(config)
 
     def build_model(self, weights: Mapping[str, Tensor] | Model) -> nn.Module:
         """Return a module of the reference's architecture with these weights.
@@ -406,14 +321,7 @@ class HFModelPool:
         Raises:
             FusionBenchError: weights that are not all of the model's, or no config.
         """
-        if isinstance(weights, Model) and weights.config is not None:
-            config = self._opened.part_of(config_of(weights.config, self._config_class))
-            return build(self.model_class, weights.weights, config)
-        if isinstance(weights, Model):
-            weights = weights.weights
-        if self._opened.source(self._reference).config() is None:
-            return self._copy(weights)
-        return build(self.model_class, weights, self._config_for(self._reference))
+        return self._modules.build(weights)
 
     def as_built(self, weights: Weights) -> tuple[Weights, nn.Module]:
         """Return weights as the entries of the class that is built, and a module without values.
@@ -421,31 +329,7 @@ class HFModelPool:
         Raises:
             FusionBenchError: no config, or none that the class fits.
         """
-        bare = self._opened.bare
-        if bare is None:
-            return weights, self._copy(zeros_like(weights))
-        return in_current_layout(weights, bare), bare
-
-    def _copy(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return a copy of the reference's module with these weights."""
-        module = self._opened.source(self._reference).load()
-        if module is None:
-            raise FusionBenchError(
-                "it has no config.json, which tells how a module is built.",
-                "Put it beside the weights, or save the merged weights instead.",
-                place=("models", self._reference),
-            )
-        if self.policy.torch_dtype is not None:
-            module.to(self.policy.torch_dtype)
-        module.load_state_dict(in_memory(weights) if isinstance(weights, Weights) else weights)
-        return module
-
-    def _config_for(self, name: str) -> "PretrainedConfig | None":
-        """Return what a model is built by; None for a module without a config."""
-        config = self._opened.config_of(name)
-        if config is None or self._tokens is None:
-            return config
-        return self._tokens.built_by(name, config)
+        return self._modules.as_built(weights)
 
     def save_model(
         self,
@@ -573,34 +457,7 @@ class HFModelPool:
             model: one with a config of its own, in place of the reference's.
             directory: where they go.
         """
-        reference = self._opened.source(self._reference)
-        others = model is not None and model.companions not in ((), reference.companions)
-        reference.write_companions(directory, processors=self._processor is None and not others)
-        if model is not None and others and self._processor is None:
-            for place in reversed(model.companions):
-                copy_files(place, processor_files(place), directory)
-        if self._processor is not None:
-            self._processor.write(directory)
-        if self._tokens is not None:
-            self._tokens.write(directory)
-        if model is not None and model.config is not None:
-            write_text(directory / "config.json", json.dumps(dict(model.config), indent=2) + "\n")
-        file = directory / "config.json"
-        if not file.exists():
-            return
-        config = read_json(file)
-        before = deepcopy(config)
-        if self.policy.dtype is not None:
-            config.pop("torch_dtype", None)
-            config["dtype"] = self.policy.dtype
-        named = config.get("architectures") or []
-        if self.model_class == "AutoModel" and re.search("For|Head", json.dumps(named)):
-            del config["architectures"]  # a classifier's, of which this is the backbone
-        tokens = None if model else (self.model(self._reference).config or {}).get("vocab_size")
-        if tokens is not None and "vocab_size" in config:  # an adapter may have added some
-            config["vocab_size"] = tokens
-        if config != before:
-            write_text(file, json.dumps(config, indent=2) + "\n")
+        self._companions.write(model, directory)
 
     @property
     def _reference(self) -> str:

@@ -10,15 +10,20 @@ _PATH = "  # or the path to this folder, from elsewhere"
 _NAMED = re.compile(
     rf"^(name = |model = SentenceTransformer\()\"[^\"\n]*\"(\)?)(?:{_PATH})?$", re.MULTILINE
 )
-_CAUSAL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+_TEXT = """\
+from transformers import {auto}, AutoTokenizer
 
 name = {name}
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-inputs = tokenizer("The capital of France is", return_tensors="pt")
+model = {auto}.from_pretrained(name, dtype="auto")
+inputs = tokenizer("{prompt}", return_tensors="pt")
 output = model.generate(inputs["input_ids"], max_new_tokens=20)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+_CAUSAL = {"auto": "AutoModelForCausalLM", "prompt": "The capital of France is"}
+_SEQ2SEQ = {
+    "auto": "AutoModelForSeq2SeqLM",
+    "prompt": "Is this sentence positive or negative? I love it.",
+}
 _CHAT = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,15 +36,6 @@ inputs = tokenizer.apply_chat_template(
 )
 output = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-_SEQ2SEQ = """\
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype="auto")
-inputs = tokenizer("Is this sentence positive or negative? I love it.", return_tensors="pt")
-output = model.generate(inputs["input_ids"], max_new_tokens=20)
-print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 _CLASSIFIER = """\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -111,9 +107,9 @@ def usage(name: str, config: Mapping[str, Any], files: Collection[str]) -> str:
             return code.format(**named)
     if reads_text and re.search("ForCausalLM|LMHeadModel", kind):
         talks = "chat_template.jinja" in files
-        return (_CHAT if talks else _CAUSAL).format(**named)
+        return _CHAT.format(**named) if talks else _TEXT.format(**_CAUSAL, **named)
     if reads_text and config.get("is_encoder_decoder"):
-        return _SEQ2SEQ.format(**named)
+        return _TEXT.format(**_SEQ2SEQ, **named)
     if reads_text and "ForSequenceClassification" in kind:
         return _CLASSIFIER.format(**named)
     if reads_text and not kind.startswith("CLIP"):

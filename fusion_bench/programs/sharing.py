@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from fusion_bench.companions import own_file
+from fusion_bench.forms import leaves
 from fusion_bench.modelpool.card import with_section
 from fusion_bench.modelpool.usage import renamed, usage
 from fusion_bench.network import broke_off, patiently, status
@@ -368,20 +369,10 @@ def _notes(made: Mapping[str, Any], card: str, licences: Mapping[str, str | None
     """Yield what whoever shares a model should know."""
     if unknown := [name for name, licence in licences.items() if licence is None]:
         yield f"No licence is known of {', '.join(unknown)}: check that you may share the model."
-    if paths := sorted({text for text in _texts(made) if Path(text).is_absolute()}):
+    texts = {own for own in leaves(made) if isinstance(own, str)}
+    if paths := sorted(text for text in texts if Path(text).is_absolute()):
         yield (
             f"The card and the weights' headers name paths of this machine, such as '{paths[0]}'."
         )
     if "\n## Results\n" not in card:
         yield "The card has no results. Give --report …/report.json for its table."
-
-
-def _texts(node: object) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for value in node.values():
-            yield from _texts(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _texts(value)
-    elif isinstance(node, str):
-        yield node

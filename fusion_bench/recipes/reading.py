@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from fusion_bench.forms import unquoted
 from fusion_bench.problems import Place, Problem, Problems, did_you_mean, key_of
 from fusion_bench.recipes.document import (
     Condition,
@@ -183,6 +184,9 @@ class _Reader:
             with self.problems.collect(*place):
                 return Reference.parse(node)
             return None
+        if isinstance(node, bool | int | float):
+            self._wrong(place, *unquoted(node))
+            return Reference(str(node))  # so that it is not told to be missing, too
         keys = ("model", "lora", "override_architecture", "path", "revision")
         if (own := self._mapping(node, keys, place)) is None:
             return None
@@ -207,6 +211,9 @@ class _Reader:
         if isinstance(node, Mapping) and isinstance(path, str) and path:
             revision = node.get("revision")
             return path, None if revision is None else str(revision)
+        if isinstance(node, bool | int | float):
+            self._wrong(place, *unquoted(node))
+            return str(node), None
         self._wrong(place, f"'{node}' names no model.", "Give a path, or {path, revision}.")
         return None
 
@@ -275,6 +282,9 @@ class _Reader:
             return None
         source = self._tokens_of(own.get("source") or "union", (*place, "source"))
         tokens = self._mapping(own.get("tokens") or {}, None, (*place, "tokens")) or {}
+        for token in tokens:
+            if isinstance(token, bool) or token is None:
+                self._wrong((*place, "tokens", str(token)), *unquoted(token))
         found = {
             str(token): said
             for token, each in tokens.items()
@@ -318,6 +328,8 @@ class _Reader:
         named = [source[key] for key in ("token", "token_id") if source.get(key) is not None]
         if len(named) != 1:
             self._wrong(inner, "it names no token.", "Give 'token' or 'token_id'.")
+        elif isinstance(named[0], bool):
+            self._wrong((*inner, "token"), *unquoted(named[0]))
         return Tokens(model, token=named[0], force=force) if model and len(named) == 1 else None
 
     def _dtype(self, node: object, place: Place) -> str | None:

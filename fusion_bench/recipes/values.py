@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fusion_bench.forms import leaves
 from fusion_bench.recipes.levels import beginnings
 from fusion_bench.recipes.methods import MODULES, Parameter
 
@@ -65,12 +66,5 @@ def module_of(stack: str | list[str]) -> str | None:
 
 
 def numbers_in(value: Any) -> Iterator[float]:
-    """Yield the numbers of an option: of models, of gradients."""
-    if isinstance(value, Mapping):
-        for own in value.values():
-            yield from numbers_in(own)
-    elif isinstance(value, list):
-        for own in value:
-            yield from numbers_in(own)
-    elif isinstance(value, int | float):
-        yield value
+    """Return the numbers of an option: of models, of gradients."""
+    return (own for own in leaves(value) if isinstance(own, int | float))

@@ -13,6 +13,7 @@ _CHOICE = re.compile(rf"([+]*)({'|'.join(GROUPS.values())})(@[\w.]+)?=([\w+./ ,-
 _MODELS = re.compile(r"modelpool\.models=([\[{].*)", re.DOTALL)
 #: What Hydra takes as a key without quotes.
 _PLAIN_KEY = re.compile(r"[\w.@/ -]+")
+_BOOLEAN = "tag:yaml.org,2002:bool"
 
 
 def choice(word: str, known: Collection[str]) -> str:
@@ -31,6 +32,17 @@ def choice(word: str, known: Collection[str]) -> str:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``no``, ``yes``, ``on`` and ``off`` as texts, as Hydra does on the command line."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in own if tag != _BOOLEAN]
+    for first, own in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile("true|false", re.IGNORECASE), list("tTfF"))
+
+
 def models(word: str) -> Iterator[str]:
     """Yield the overrides for ``modelpool.models=[path, …]`` or ``={name: path, …}``.
 
@@ -40,7 +52,8 @@ def models(word: str) -> Iterator[str]:
         ConfigError: a name that Hydra cannot take.
     """
     try:
-        found = yaml.safe_load(match[1]) if (match := _MODELS.fullmatch(word)) else None
+        match = _MODELS.fullmatch(word)
+        found = None if match is None else _Loader(match[1]).get_single_data()
     except yaml.YAMLError:
         found = None
     if isinstance(found, list) and found and all(isinstance(path, str) for path in found):

@@ -12,6 +12,7 @@ from torch import nn
 from fusion_bench.method import (
     KnOTSMerging,
     SimpleAverageAlgorithm,
+    TaskArithmeticAlgorithm,
     TiesMergingAlgorithm,
     WUDIMerging,
 )
@@ -112,7 +113,7 @@ def test_what_first_passes_keep_is_counted() -> None:
     from fusion_bench.method.checks import Net, Pool, as_weights, family
 
     pool = Pool(as_weights(family(Net)))
-    for method in (TiesMergingAlgorithm(), WUDIMerging()):
+    for method in (TiesMergingAlgorithm(), WUDIMerging(), KnOTSMerging(TiesMergingAlgorithm())):
         inputs = method.inputs(pool)
         assert method.kept_bytes(inputs) > 0 == SimpleAverageAlgorithm().kept_bytes(inputs)
 
@@ -125,7 +126,7 @@ def test_directions_of_a_tall_matrix_are_counted() -> None:
     for count in (2, 16):
         modules = {name: nn.Linear(columns, rows, bias=False) for name in map(str, range(count))}
         pool = Pool(as_weights({"_pretrained_": nn.Linear(columns, rows, bias=False), **modules}))
-        method = KnOTSMerging()
+        method = KnOTSMerging(TaskArithmeticAlgorithm())
         inputs = method.inputs(pool)
         needed = 24 * (columns * count) ** 2 + 16 * rows * columns * count
         beyond = max(0, needed - inputs.cost("weight").peak_bytes)

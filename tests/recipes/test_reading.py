@@ -385,3 +385,29 @@ def test_words_that_nearly_name_something() -> None:
     assert near(stage + sliced) == {"[1].slices[0].sources[0].model": "Did you mean 'both'?"}
     ties = "merge_method: ties\nbase_model: bothe\nmodels: [{model: a, parameters: {weight: 1}}]"
     assert near(stage + ties) == {"[1].base_model": "Did you mean 'both'?"}
+
+
+def test_names_that_yaml_reads_as_something_else() -> None:
+    false = "YAML reads an unquoted no, off or false as false, and not as a name. Put it in quotes."
+    true = "YAML reads an unquoted yes, on or true as true, and not as a name. Put it in quotes."
+    found = problems(
+        """
+merge_method: task_arithmetic
+base_model: no
+models:
+  - {model: yes, parameters: {weight: 1}}
+  - {model: {model: {path: a}, lora: off}, parameters: {weight: 1}}
+  - {model: 7, parameters: {weight: 1}}
+tokenizer: {source: base, tokens: {on: {force: true}}}
+"""
+    )
+    assert found == {
+        "base_model": false,
+        "models[0].model": true,
+        "models[1].model.lora": false,
+        "models[2].model": "YAML reads an unquoted 7 as a number or a date, and not as a name. "
+        "Put it in quotes.",
+        "tokenizer.tokens.True": true,
+    }
+    quoted = "merge_method: linear\nmodels: [{model: 'no', parameters: {weight: 1}}]"
+    assert translate(quoted).modelpool["models"] == {"no": "no"}

@@ -37,6 +37,9 @@ def test_models_are_a_list_or_a_mapping() -> None:
     assert list(models('modelpool.models={"gpt-3.5": a, b: {path: c, base: d}}'))[1] == (
         "++modelpool.models={gpt-3.5: 'a',b: {path: 'c',base: 'd'}}"
     )
+    assert list(models("modelpool.models={no: yes, on: off}"))[1] == (
+        "++modelpool.models={no: 'yes',on: 'off'}"
+    )
     for word in ("modelpool.models={a: ${x", "modelpool.models=a,b", "modelpool.models=[1]"):
         assert list(models(word)) == [word]
     with pytest.raises(ConfigError, match="'a, b' cannot be a name on the command line"):
