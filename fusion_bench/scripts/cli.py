@@ -9,11 +9,7 @@ from fusion_bench.command import file_as_options, is_there, typed
 from fusion_bench.problems import FusionBenchError, did_you_mean
 from fusion_bench.scripts import verbs
 from fusion_bench.scripts.lightning_alone import import_fabric_alone
-from fusion_bench.scripts.process import (
-    leave_working_directory,
-    plain_messages,
-    return_large_blocks,
-)
+from fusion_bench.scripts.process import leave_working_directory, plain_messages
 from fusion_bench.shown import set_up_streams
 
 
@@ -41,7 +37,6 @@ def main() -> None:
         else:
             leave_working_directory()
             import_fabric_alone()
-            return_large_blocks()
             sys.exit(_run(words, show_traceback))
 
 

@@ -1,6 +1,5 @@
-"""A command's process: its memory, imports, standard input, messages and exit code."""
+"""A command's process: where it imports from, its standard input, its messages and exit code."""
 
-import ctypes
 import logging
 import os
 import sys
@@ -17,10 +16,6 @@ from fusion_bench.progress import hide
 from fusion_bench.shown import message
 
 log = logging.getLogger(__name__)
-
-#: glibc's numbers of two settings, and bytes: of blocks that are returned when they are freed, and
-#: of what may lie free behind all others.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = (-3, 2**22), (-1, 2**26)
 
 
 @contextmanager
@@ -67,21 +62,6 @@ def _print_traceback(
 ) -> None:
     text = "".join(traceback.format_exception(kind, error, trace))
     print(message(text.rstrip()), file=sys.stderr)
-
-
-def return_large_blocks() -> None:
-    """Have the C library return large blocks of memory to the system when they are freed.
-
-    By itself glibc keeps ever larger ones, up to 32 MB. Matrices that come and go in several
-    threads then leave holes between what stays, and a process takes twice what it uses.
-    """
-    if sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except AttributeError:  # another C library
-            return
-        for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            mallopt(*setting)
 
 
 def leave_working_directory() -> None:
