@@ -26,13 +26,21 @@ _ENVIRONMENT = dict(os.environ)
 #: Held so that threads start one.
 _STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
-#: What is set up of Hydra stays, so it is set up once.
+#: What is set up of Hydra stays, so it is set up once; so do the config files that were read.
 _COMPOSE = """
 import contextlib, functools, io, json, sys
 from hydra.core.global_hydra import GlobalHydra
-from fusion_bench.scripts import hydra_patches
+from fusion_bench.scripts import checked, hydra_patches
 from fusion_bench.scripts.cli import main
+from fusion_bench.scripts.shared_files import SharedRepository
 
+read = {}
+def repository(search_path):
+    made = SharedRepository(search_path)
+    made._read = read
+    return made
+
+checked.SharedRepository = repository
 hydra_patches.set_up_hydra = functools.cache(hydra_patches.set_up_hydra)
 path, printed = sys.argv[1], []
 for words in json.load(open(path)):

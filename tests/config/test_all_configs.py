@@ -1,5 +1,6 @@
 """Every YAML under config/ composes, and what it names takes the keys that it gives."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from inspect import isclass, signature
 from pathlib import Path
@@ -17,6 +18,7 @@ from fusion_bench.instantiate import check, instantiate
 from fusion_bench.method.per_model import per_model_options
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.scripts.hydra_patches import set_up_hydra
+from fusion_bench.scripts.shared_files import SharedRepository
 
 CONFIG = Path(__file__).parents[2] / "config"
 #: Whoever types one of these is to get what it was: groups, and the choices in them.
@@ -103,15 +105,23 @@ def registered() -> None:
 
 
 @pytest.fixture(scope="module")
-def together(registered: None) -> DictConfig:
+def composing(registered: None) -> Iterator[None]:
+    """Let tests compose from our folder, each file of which is read once."""
+    with initialize_config_dir(str(CONFIG), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        loader.repository = SharedRepository(loader.get_search_path())
+        yield
+
+
+@pytest.fixture(scope="module")
+def together(composing: None) -> DictConfig:
     """Compose what is small and many at once, which takes as long as one; by place in FILES."""
     words = []
     for number, name in enumerate(FILES):
         if name.startswith(MANY):
             group, _, choice = name.rpartition("/")
             words.append(f"+{group}@n{number}.{group.replace('/', '.')}={choice}")
-    with initialize_config_dir(str(CONFIG), version_base="1.3"):
-        return compose(overrides=words)
+    return compose(overrides=words)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +131,7 @@ def test_it_composes_and_binds(name: str, together: DictConfig, tmp_path: Path) 
     if name.startswith(MANY):
         config = together[f"n{FILES.index(name)}"]
     else:
-        with initialize_config_dir(str(CONFIG), version_base="1.3"):
-            config = compose(name, overrides=NEEDS.get(name, []))
+        config = compose(name, overrides=NEEDS.get(name, []))
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict) and resolved
     check(resolved)
@@ -141,6 +150,7 @@ def test_it_composes_and_binds(name: str, together: DictConfig, tmp_path: Path) 
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("composing")
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("method/")])
 def test_a_value_for_each_model_fits_every_preset(name: str) -> None:
     own = OmegaConf.load(CONFIG / f"{name}.yaml")
@@ -150,8 +160,7 @@ def test_a_value_for_each_model_fits_every_preset(name: str) -> None:
     for value in ({"a": 0.7, "b": 0.3}, [0.7, 0.3], 0.5) if options else ():
         words = [f"++method.{option}={value}".replace("'", "") for option in options]
         words += [f"method={method}", "+modelpool.models.a=owner/a"]
-        with initialize_config_dir(str(CONFIG), version_base="1.3"):
-            found = compose("merge_llm", overrides=words)
+        found = compose("merge_llm", overrides=words)
         for option in options:
             assert found.method[option] == value
             # A file that builds on the preset.
