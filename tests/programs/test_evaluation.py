@@ -125,7 +125,7 @@ def test_another_method_evaluates_its_own_model_alone(
 
 def test_accuracy_by_class(program_config: dict[str, Any], tmp_path: Path) -> None:
     settings = {"per_class": True, "save_predictions": True}
-    run(program_config, settings, output_dir=tmp_path)
+    run(program_config, settings, output_dir=tmp_path, baselines="none")
     report = Report.load(tmp_path / "report.json")
     assert report.tasks["a"].classes == ["abbey", "airplane cabin", "beach"]
     for key, table in answers(tmp_path).items():
@@ -167,6 +167,7 @@ def test_predictions_are_those_of_the_report(
 def test_predictions_of_a_subset_name_their_samples(
     program_config: dict[str, Any], tmp_path: Path
 ) -> None:
+    program_config["baselines"] = "none"
     run(program_config, {"save_predictions": True}, output_dir=tmp_path / "all")
     settings = {"save_predictions": True, "max_samples": 5}
     report = run(program_config, settings, output_dir=tmp_path / "some")
