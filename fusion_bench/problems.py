@@ -214,16 +214,18 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 _MANY = 24
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
+def did_you_mean(name: str, choices: Iterable[str], otherwise: str | None = None) -> str:
     """Return a sentence that suggests the choice nearest to ``name``.
 
-    Falls back to listing the choices, the nearest alone if they are many, and to an empty string
-    when there are none.
+    Where none is near it returns ``otherwise``. Without that it falls back to listing the choices,
+    the nearest alone if they are many, and to an empty string when there are none.
     """
     known = sorted(set(choices))
     begun = [choice for choice in known if name and choice.startswith(name)]
     if close := begun or get_close_matches(name, known, n=1, cutoff=0.6):
         return f"Did you mean '{close[0]}'?"
+    if otherwise is not None:
+        return otherwise
     if len(known) > _MANY:
         return f"The nearest: {', '.join(get_close_matches(name, known, n=3, cutoff=0))}."
     return f"Known: {', '.join(known)}." if known else ""

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -821,6 +822,7 @@ _trees = st.recursive(
 )
 
 
+@cache
 def _project_nodes() -> list[Any]:
     """Return the nodes of the methods that the project brings."""
     nodes = [

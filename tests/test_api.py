@@ -132,7 +132,7 @@ def test_each_seed_merges_otherwise() -> None:
         made = fusion_bench.merge(models, base=base, method="dare_ties", seed=seed)
         return made.state_dict()["weight"].flatten().tolist()
 
-    assert merged(1) == merged(1) and len({tuple(merged(seed)) for seed in range(8)}) > 1
+    assert merged(1) == merged(1) and len({tuple(merged(seed)) for seed in range(4)}) > 1
 
 
 def test_options_are_refused_before_a_model_is_looked_for() -> None:
@@ -245,7 +245,7 @@ def test_a_module_needs_a_tokenizer(llamas: Path, tmp_path: Path) -> None:
 def test_a_config_is_run_with_changes(
     program_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program_config |= {"seed": 1, "alias": "${seed}"}
+    program_config |= {"seed": 1, "alias": "${seed}", "baselines": "none"}
     del program_config["alias"]
     file = tmp_path / "my.yaml"
     file.write_text(yaml.safe_dump(program_config | {"defaults": ["_self_"]}))

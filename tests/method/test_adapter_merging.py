@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import product as pairs
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fusion_bench.method import (
     TaskArithmeticAlgorithm,
     TiesMergingAlgorithm,
 )
-from fusion_bench.modelpool import AdapterPool, HFModelPool
+from fusion_bench.modelpool import AdapterPool, HFModelPool, adapter_folder
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.weights import Weights
 from fusion_bench.weights.lowrank import LowRankWeights
@@ -77,50 +78,60 @@ def written(case: str, root: Path) -> tuple[str, AdapterPool]:
     return family, AdapterPool({name: str(root / name) for name in "ab"})
 
 
-def theirs(family: str, root: Path, kind: str, weights: list[float]) -> Any:
-    """Return the base with what PEFT merges, as the active adapter."""
+def beside(family: str, root: Path) -> Any:
+    """Return the base with both adapters, as PEFT reads them."""
     model = peft.PeftModel.from_pretrained(read(family, root / "base"), root / "a", "a")
     model.load_adapter(root / "b", "b")
-    model.add_weighted_adapter(["a", "b"], weights, "merged", combination_type=kind)
-    model.set_adapter("merged")
     return model.eval()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the picture out, which takes longer than all else."""
+    monkeypatch.setattr(adapter_folder, "draw", lambda changes, file: None)
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("case", EVERY)
-@pytest.mark.parametrize("combination", ["cat", "svd", "linear"])
-@pytest.mark.parametrize("weights", [[0.7, 0.4], [1.5, -0.5]], ids=str)
-def test_it_is_what_peft_merges(
-    case: str, combination: Any, weights: list[float], tmp_path: Path
-) -> None:
+def test_it_is_what_peft_merges(case: str, tmp_path: Path) -> None:
     family, pool = written(case, tmp_path)
-    method = AdapterMerging(combination, weights)
-    if combination == "linear" and case in RANKS:
-        with pytest.raises(FusionBenchError, match=r"different ranks .*a 2, b 4"):
-            method.check_pool(pool)
-        return
-    method.check_pool(pool)
-    model = theirs(family, tmp_path, combination, weights)
-    pool.save_model(method.fuse(pool), tmp_path / "merged")
-    own = peft.PeftModel.from_pretrained(read(family, tmp_path / "base"), tmp_path / "merged")
-    layers = dict(own.named_modules())
-    compared = 0
-    for name, layer in model.named_modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            wanted = layer.get_delta_weight("merged")
-            assert (layers[name].get_delta_weight("default") - wanted).abs().max() < 1e-6
-            compared += 1
-    assert compared >= 2
-    assert (outputs(own.eval()) - outputs(model)).abs().max() < 1e-5
-    # and on the base as a model it is the same
-    there = HFModelPool({"_pretrained_": str(tmp_path / "base"), "m": str(tmp_path / "merged")})
-    assert len(there.weights("m"))
+    model = beside(family, tmp_path)
+    combinations: tuple[Any, ...] = ("cat", "svd", "linear")
+    for combination, weights in pairs(combinations, ([0.7, 0.4], [1.5, -0.5])):
+        method = AdapterMerging(combination, weights)
+        if combination == "linear" and case in RANKS:
+            with pytest.raises(FusionBenchError, match=r"different ranks .*a 2, b 4"):
+                method.check_pool(pool)
+            continue
+        method.check_pool(pool)
+        name = f"{combination} of {weights[0] > 1}".replace(" ", "-")
+        model.add_weighted_adapter(["a", "b"], weights, name, combination_type=combination)
+        pool.save_model(method.fuse(pool), tmp_path / name)
+        model.load_adapter(tmp_path / name, f"own-{name}")
+        compared = 0
+        for layer in model.modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                wanted = layer.get_delta_weight(name)
+                found = layer.get_delta_weight(f"own-{name}")
+                assert (found - wanted).abs().max() < 1e-6, name
+                compared += 1
+        assert compared >= 2
+        answers = []
+        for active in (name, f"own-{name}"):
+            model.set_adapter(active)
+            answers.append(outputs(model))
+        assert (answers[0] - answers[1]).abs().max() < 1e-5, name
+        # and on the base as a model it is the same
+        there = HFModelPool({"_pretrained_": str(tmp_path / "base"), "m": str(tmp_path / name)})
+        assert len(there.weights("m"))
 
 
 def test_linear_factors_are_those_of_peft(tmp_path: Path) -> None:
     family, pool = written("plain", tmp_path)
     merged = AdapterMerging("linear", {"a": 0.7, "b": -0.4}).fuse(pool)
     assert isinstance(merged, LowRankWeights)
-    model = theirs(family, tmp_path, "linear", [0.7, -0.4])
+    model = beside(family, tmp_path)
+    model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "merged", combination_type="linear")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     factors = merged.factors["model.layers.0.self_attn.q_proj.weight"]
     assert torch.allclose(factors.b, layer.lora_B["merged"].weight, atol=1e-6)
@@ -136,6 +147,7 @@ def saved(pool: AdapterPool, merged: Weights, root: Path) -> Weights:
     return pool.open_saved(root / "merged")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ties_on_products_is_that_of_peft(tmp_path: Path) -> None:
     _, pool = written("plain", tmp_path)
     method = TiesMergingAlgorithm(
@@ -155,6 +167,7 @@ def test_ties_on_products_is_that_of_peft(tmp_path: Path) -> None:
         assert np.abs(got[key].numpy() - exact).max() < 1e-6
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_any_method_merges_products(tmp_path: Path) -> None:
     _, pool = written("other modules", tmp_path)
     sums = TaskArithmeticAlgorithm(scaling_factor=0.5, show_pbar=False).fuse(pool)
@@ -172,6 +185,7 @@ def test_any_method_merges_products(tmp_path: Path) -> None:
     assert isinstance(saved(pool, dropped, tmp_path), LowRankWeights)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_biases_of_factors_are_merged(tmp_path: Path) -> None:
     made("gpt2").save_pretrained(tmp_path / "base")
     settings: dict[str, Any] = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
@@ -225,6 +239,7 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
         AdapterMerging().check_pool(whole)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("combination", ["cat", "svd", "linear"])
 def test_nan_is_refused_or_told(
     combination: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fixtures_peft import FAMILIES, outputs, read, write_pair
 from safetensors.torch import load_file
 
 from fusion_bench.method import ExtractLora
-from fusion_bench.modelpool import HFModelPool
+from fusion_bench.modelpool import HFModelPool, adapter_folder
 from fusion_bench.problems import FusionBenchError, ResultError
 from fusion_bench.weights import in_memory
 from fusion_bench.weights.adapter_builder import AdaptedModel
@@ -29,25 +30,34 @@ def extracted(pool: HFModelPool, method: ExtractLora) -> AdaptedModel:
     return made
 
 
-@pytest.mark.parametrize("embeddings", ["whole", "factors"])
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the picture out, which takes longer than all else."""
+    monkeypatch.setattr(adapter_folder, "draw", lambda changes, file: None)
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_loads_what_is_extracted(family: str, embeddings: str, tmp_path: Path) -> None:
+def test_peft_loads_what_is_extracted(family: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base, tuned = write_pair(family, tmp_path)
     wanted = outputs(read(family, tuned))
     assert (outputs(read(family, base)) - wanted).abs().max() > 1e-2
     pool = pool_of(family, base, tuned)
-    model = extracted(pool, ExtractLora(rank=64, embeddings=embeddings))  # type: ignore[arg-type]
-    assert (outputs(pool.build_model(model)) - wanted).abs().max() < 1e-5
-    pool.save_model(model, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(read(family, base), tmp_path / "adapter").eval()
-    assert (outputs(theirs) - wanted).abs().max() < 1e-5
-    # Put on its base again, it is the model.
-    again = pool_of(family, base, tmp_path / "adapter")
-    for key, value in in_memory(pool.weights("m0")).items():
-        assert (again.weights("m0")[key] - value).abs().max() < 1e-6
-    for key, value in in_memory(pool.open_saved(tmp_path / "adapter")).items():
-        assert torch.equal(value, model.weights[key])
+    ways: tuple[Literal["whole", "factors"], ...] = ("whole", "factors")
+    for way in ways:
+        model = extracted(pool, ExtractLora(rank=64, embeddings=way))
+        assert (outputs(pool.build_model(model)) - wanted).abs().max() < 1e-5, way
+        place = tmp_path / way
+        pool.save_model(model, place)
+        theirs = peft.PeftModel.from_pretrained(read(family, base), place).eval()
+        assert (outputs(theirs) - wanted).abs().max() < 1e-5, way
+        # Put on its base again, it is the model.
+        again = in_memory(pool_of(family, base, place).weights("m0"))
+        for key, value in in_memory(pool.weights("m0")).items():
+            assert (again[key] - value).abs().max() < 1e-6, way
+        for key, value in in_memory(pool.open_saved(place)).items():
+            assert torch.equal(value, model.weights[key]), way
 
 
 def test_a_layer_has_the_best_product_of_its_rank(tmp_path: Path) -> None:
@@ -89,6 +99,7 @@ def test_what_has_not_changed_is_not_in_the_adapter(tmp_path: Path) -> None:
     assert model.adapter.settings["modules_to_save"] is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_bias_alone_has_factors_of_zeros(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base, tuned = write_pair("llama-biases", tmp_path, lambda name: name.endswith("bias"))
@@ -130,6 +141,7 @@ def test_a_bfloat16_model_has_bfloat16_factors_and_their_error(tmp_path: Path) -
     assert min(errors) > 1e-4 and max(errors) < 1e-2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_adapter_of_a_merge_is_put_on_the_base_and_merged(tmp_path: Path) -> None:
     base, tuned = write_pair("llama", tmp_path / "one")
     _, other = write_pair("llama", tmp_path / "two", lambda name: "mlp" in name)

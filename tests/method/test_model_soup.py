@@ -183,7 +183,7 @@ class Two(nn.Module):
 
 
 def test_the_learned_weight_is_the_best_one() -> None:
-    method = LearnedSoupAlgorithm(max_steps=400)
+    method = LearnedSoupAlgorithm(lr=0.2, max_steps=120)
     for best in (0.3, 0.8):
         models = {"a": module(0.0), "b": module(1.0)}
         found = learned(method, models, {"a": quadratic(weight=best)})
@@ -195,17 +195,17 @@ def test_the_learned_weight_is_the_best_one() -> None:
 
 def test_weights_never_leave_the_models_hull() -> None:
     models = {"a": module(0.0), "b": module(1.0)}
-    found = learned(LearnedSoupAlgorithm(max_steps=300), models, {"a": quadratic(weight=3)})
+    found = learned(LearnedSoupAlgorithm(lr=0.2, max_steps=100), models, {"a": quadratic(weight=3)})
     assert 0.7 < float(found["weight"]) <= 1
 
 
 def test_each_layer_has_a_weight_of_its_own_if_told_so() -> None:
     models = {"a": Two(0.0), "b": Two(1.0)}
     task = quadratic(u=0.3, v=0.8)
-    by_layer = learned(LearnedSoupAlgorithm("layer", max_steps=400), models, {"a": task})
+    by_layer = learned(LearnedSoupAlgorithm("layer", lr=0.2, max_steps=120), models, {"a": task})
     assert float(by_layer["u"]) == pytest.approx(0.3, abs=0.01)
     assert float(by_layer["v"]) == pytest.approx(0.8, abs=0.01)
-    by_model = learned(LearnedSoupAlgorithm(max_steps=400), models, {"a": task})
+    by_model = learned(LearnedSoupAlgorithm(lr=0.2, max_steps=120), models, {"a": task})
     assert float(by_model["u"]) == float(by_model["v"]) == pytest.approx(0.55, abs=0.01)
 
 

@@ -513,14 +513,14 @@ def test_other_architectures(
     reloaded(pool, made, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("stack", "key", "from_b"),
-    [
-        ("encoder.block", "num_layers", "encoder.final_layer_norm.weight"),
-        ("decoder.block", "num_decoder_layers", "decoder.final_layer_norm.weight"),
-    ],
-)
-def test_one_of_two_stacks(tmp_path: Path, stack: str, key: str, from_b: str) -> None:
+#: A model's two stacks: the key of its config with the number of layers, and the entry behind.
+STACKS = {
+    "encoder.block": ("num_layers", "encoder.final_layer_norm.weight"),
+    "decoder.block": ("num_decoder_layers", "decoder.final_layer_norm.weight"),
+}
+
+
+def test_one_of_two_stacks(tmp_path: Path) -> None:
     from transformers import T5Config
 
     config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=4, num_heads=2, vocab_size=40)
@@ -528,18 +528,16 @@ def test_one_of_two_stacks(tmp_path: Path, stack: str, key: str, from_b: str) ->
     pool = HFModelPool(models, "AutoModelForSeq2SeqLM")
     with pytest.raises(FusionBenchError, match=r"slices\[0\]\.stack: missing; the model has 2 st"):
         StackedLayers(TWO).check_pool(pool)
-    made = stacked(pool, [{**own, "stack": stack} for own in TWO])
-    assert made.config is not None
-    counts = {name: made.config[name] for name in ("num_layers", "num_decoder_layers")}
-    assert counts == {"num_layers": 4, "num_decoder_layers": 4, key: 6}
-    assert {name for name, owner in owners(made).items() if owner == "b"} == {from_b}
-    reloaded(pool, made, tmp_path / "out")
+    for stack, (key, from_b) in STACKS.items():
+        made = stacked(pool, [{**own, "stack": stack} for own in TWO])
+        assert made.config is not None
+        counts = {name: made.config[name] for name in ("num_layers", "num_decoder_layers")}
+        assert counts == {"num_layers": 4, "num_decoder_layers": 4, key: 6}
+        assert {name for name, owner in owners(made).items() if owner == "b"} == {from_b}
+        reloaded(pool, made, tmp_path / stack)
 
 
-@pytest.mark.parametrize("stack", ["encoder.block", "decoder.block"])
-def test_the_other_stack_s_number_is_written_where_it_went_without_saying(
-    tmp_path: Path, stack: str
-) -> None:
+def test_the_other_stack_s_number_is_written_where_it_went_without_saying(tmp_path: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM, T5Config
 
     config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=4, num_heads=2, vocab_size=40)
@@ -550,11 +548,12 @@ def test_the_other_stack_s_number_is_written_where_it_went_without_saying(
         assert said.pop("num_decoder_layers") == 4
         file.write_text(json.dumps(said), encoding="utf-8")
     pool = HFModelPool(models, "AutoModelForSeq2SeqLM")
-    made = stacked(pool, [{**own, "stack": stack} for own in TWO])
-    reloaded(pool, made, tmp_path / "out")
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
-    depths = len(loaded.encoder.block), len(loaded.decoder.block)
-    assert depths == ((6, 4) if stack == "encoder.block" else (4, 6))
+    for stack in STACKS:
+        made = stacked(pool, [{**own, "stack": stack} for own in TWO])
+        reloaded(pool, made, tmp_path / stack)
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / stack)
+        depths = len(loaded.encoder.block), len(loaded.decoder.block)
+        assert depths == ((6, 4) if stack == "encoder.block" else (4, 6))
 
 
 def test_biases_of_positions_stay_with_the_first_layer(tmp_path: Path) -> None:

@@ -228,7 +228,8 @@ def test_a_dry_run_reads_the_reports_and_writes_nothing(tmp_path: Path) -> None:
 def test_on_the_command_line(program_config: dict[str, Any], tmp_path: Path) -> None:
     scaled = {"_target_": "fusion_bench.method.TaskArithmeticAlgorithm", "scaling_factor": 0.9}
     for name, method in (("average", program_config["method"]), ("sum", scaled)):
-        instantiate({**program_config, "method": method, "output_dir": str(tmp_path / name)}).run()
+        own = {"method": method, "baselines": "none", "output_dir": str(tmp_path / name)}
+        instantiate({**program_config, **own}).run()
     command = ("--config-name", "compare", "hydra.run.dir=out", "reports=[average,sum]")
     done = fusion_bench(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -111,10 +111,10 @@ def test_a_race_takes_its_budget_and_the_same_race_evaluates_nothing(
 
 def test_scores_are_those_of_the_whole_split_on_the_same_samples(config: Config) -> None:
     """Without a limit the best one is that of the full search, whose scores a race takes."""
-    grid = {**config["search"], "_target_": "fusion_bench.programs.GridSearch"}
-    del grid["budget"]
-    full = search(run(config, search=grid))
-    found = search(run(config, search=race(space={"scaling_factor": FACTORS}, budget=None)))
+    space, untested = {"scaling_factor": FACTORS}, {"judge_test": False}
+    grid = {"_target_": "fusion_bench.programs.GridSearch", "space": space}
+    full = search(run(config, search=grid | untested))
+    found = search(run(config, search=race(space=space, budget=None, **untested)))
     assert found.winner == full.winner and found.method == full.method
     for mine, theirs in zip(found.candidates, full.candidates, strict=True):
         if mine.num_samples == 64:
@@ -141,7 +141,13 @@ def test_after_a_full_search_a_race_evaluates_nothing(
 
 def test_another_seed_takes_other_samples(config: Config) -> None:
     found = [
-        search(run(config, search=config["search"] | {"seed": seed, "judge_test": False}))
+        search(
+            run(
+                config,
+                search=config["search"] | {"seed": seed, "judge_test": False},
+                baselines="none",
+            )
+        )
         for seed in (0, 1)
     ]
     assert found[0].candidates != found[1].candidates
@@ -186,12 +192,13 @@ def test_a_metric_of_all_tasks_needs_no_individual_models(config: Config) -> Non
 
 def test_a_model_for_each_task_races_on_its_own(config: Config) -> None:
     tall = {"_target_": "fusion_bench.method.TallMaskTaskArithmeticAlgorithm"}
-    own = race(space={"tall_mask_lambda": [0.1, 0.9]}, budget=None)
+    own = race(space={"tall_mask_lambda": [0.1, 0.9]}, budget=None, judge_test=False)
     found = search(run(config, method=tall, search=own))
     assert all(list(candidate.tasks) == ["a", "b"] for candidate in found.candidates)
 
 
 def test_processes_agree(config: Config) -> None:
+    config["search"] |= {"judge_test": False}
     alone = search(run(config))
     fabric = {"accelerator": "cpu", "devices": 2}
     cold = config["taskpool"] | {"cache": False}

@@ -125,6 +125,7 @@ def test_each_setting_has_the_figures_of_an_ordinary_run(config: Config) -> None
 
 def test_the_grid_is_the_full_product_and_the_first_of_equals_wins(config: Config) -> None:
     space = {"scaling_factor": [0.0, 1.0], "threshold": [20, 50, 100]}
+    config["baselines"] = "none"
     report = run(config, method=method("TiesMergingAlgorithm"), search=grid(space=space))
     found = search(report)
     assert [tuple(c.options.values()) for c in found.candidates] == [
@@ -218,7 +219,7 @@ def test_the_test_split_is_refused_and_owned_up_to(
     assert refused(config) == f"modelpool.val_datasets.b: {fix}"
     for changes in ({"search": on_test}, {}):
         caplog.clear()
-        report = run(config, allow_test_split=True, **changes)
+        report = run(config, allow_test_split=True, baselines="none", **changes)
         assert search(report).test_split
         (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
         assert warning.endswith("the figures do not apply to new data.")
@@ -227,6 +228,7 @@ def test_the_test_split_is_refused_and_owned_up_to(
 def test_a_method_may_learn_from_another_split(config: Config) -> None:
     learning = method("RegMeanAlgorithm", num_regmean_examples=4, split="train")
     ratios = {"reduce_non_diagonal_ratio": [0.0, 0.9]}
+    config["baselines"] = "none"
     report = run(config, method=learning, search=grid(space=ratios))
     tuning, found = report.run.tuning, search(report)
     assert tuning is not None and tuning.split == "train" and not tuning.test_split
@@ -279,6 +281,7 @@ def test_without_the_test_split_nothing_else_is_evaluated(config: Config, tmp_pa
 
 
 def test_a_result_stands_until_the_validation_data_changes(config: Config, tmp_path: Path) -> None:
+    config["baselines"] = "none"
     first = run(config, output_dir=tmp_path / "out")
     assert run(config, output_dir=tmp_path / "out") == first
     place = tmp_path / "other"
@@ -383,6 +386,7 @@ def test_several_models_a_task_have_no_one_figure(
 @pytest.mark.processes
 def test_two_processes_find_the_same(config: Config) -> None:
     config["taskpool"] = config["taskpool"] | {"cache": False}
+    config["search"] |= {"judge_test": False}
     alone = run(config)
     together = run(config, fabric={"accelerator": "cpu", "devices": 2})
     assert together.run.world_size == 2

@@ -22,7 +22,8 @@ def place(tmp_path: Path, program_config: dict[str, Any], monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FUSION_BENCH_CACHE", str(tmp_path / "cache"))
     del program_config["method"]
-    config = {"defaults": [{"method": "simple_average"}, "_self_"], **program_config}
+    defaults = [{"method": "simple_average"}, "_self_"]
+    config = {"defaults": defaults, **program_config, "baselines": "none"}
     Path("small.yaml").write_text(yaml.safe_dump(config))
     verbs.run("new", ["method", "soft_ties"])
     return tmp_path

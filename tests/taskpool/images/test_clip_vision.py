@@ -82,8 +82,7 @@ def test_against_an_independent_reference(
     assert loss_sum(score) == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 2), (7, 0), (64, 2)])
 def test_batch_size_and_workers_do_not_matter(
     family: Path, program_config: dict[str, Any], batch_size: int, num_workers: int
 ) -> None:
@@ -211,22 +210,19 @@ def test_a_head_serves_all_models_of_a_pool(
     assert (counted.heads, counted.towers) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_other_texts_make_another_head(
+    family: Path, program_config: dict[str, Any], counted: Counted
+) -> None:
+    plain = loss_sum(evaluated(family, program_config))
+    changes: list[dict[str, Any]] = [
         {"templates": ["a drawing of a {}."]},
         {"templates": ["a photo of a {}.", "{}"]},
         {"class_names": ["abbey", "airplane", "beach"]},
         {"class_names": ["seaside", "fuselage", "priory"]},
-    ],
-    ids=str,
-)
-def test_other_texts_make_another_head(
-    family: Path, program_config: dict[str, Any], counted: Counted, change: dict[str, Any]
-) -> None:
-    plain = evaluated(family, program_config)
-    changed = evaluated(family, program_config, tasks={"a": change})
-    assert counted.heads == 2 and loss_sum(changed) != loss_sum(plain)
+    ]
+    for made, change in enumerate(changes, start=2):
+        changed = evaluated(family, program_config, tasks={"a": change})
+        assert counted.heads == made and loss_sum(changed) != plain, change
 
 
 def test_another_text_weight_makes_another_head(

@@ -1,8 +1,6 @@
 """The model's answers against one request at a time in float64, and what is kept of them."""
 
 import random
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 from fixtures_language import (
     BOS,
+    CPU,
     LENGTH,
     asked,
     counting,
@@ -20,11 +19,13 @@ from fixtures_language import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.fabric import Fabric
 from tokenizers import normalizers
 from torch import nn
 
 from fusion_bench.method.ensemble import ensemble_of
 from fusion_bench.problems import EnvironmentProblem, FusionBenchError
+from fusion_bench.programs.environment import launch
 from fusion_bench.results import requests as stored
 from fusion_bench.taskpool.language.model import windows
 from fusion_bench.taskpool.language.requests import Generation, Likelihood
@@ -327,40 +328,20 @@ def test_an_answer_that_was_changed_does_not_count() -> None:
 
 
 @pytest.mark.processes
-def test_two_processes_give_the_same_answers() -> None:
-    code = """
-import sys
-import numpy as np
-from fixtures_language import asked, tiny
-from lightning.fabric import Fabric
-from taskpool.language.test_model import questions
-from fusion_bench.taskpool.language.requests import Generation
+def test_two_processes_give_the_same_answers(models: dict[str, nn.Module]) -> None:
+    def answers(fabric: Fabric) -> Any:
+        model = asked(models["Llama"], batch_size=3, fabric=fabric)
+        found, likeliest = model.log_likelihoods(questions())
+        texts = model.generate([Generation(own.context, (), 6) for own in questions(7)[::4]])
+        everywhere = fabric.all_gather(torch.as_tensor(found))
+        return found, likeliest, texts, everywhere.numpy()
 
-def work(fabric):
-    module = tiny("Llama")
-    model = asked(module, batch_size=3, fabric=fabric)
-    found, likeliest = model.log_likelihoods(questions())
-    texts = model.generate([Generation(own.context, (), 6) for own in questions(7)[::4]])
-    alone = asked(module, batch_size=3)
-    expected = alone.log_likelihoods(questions())
-    np.testing.assert_allclose(found, expected[0], atol=1e-5)
-    assert (likeliest == expected[1]).all()
-    assert texts == alone.generate([Generation(own.context, (), 6) for own in questions(7)[::4]])
-    print("same", flush=True)
-
-if __name__ == "__main__":
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-    fabric.launch(work)
-"""
-    path = [str(part) for part in sys.path if part]
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**__import__("os").environ, "PYTHONPATH": ":".join(path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert run.stdout.count("same") == 2, run.stderr[-2000:]
+    found, likeliest, texts, _ = answers(CPU)
+    together = launch(Fabric(accelerator="cpu", devices=2, strategy="ddp_fork"), answers)
+    assert together[3].shape == (2, len(found))
+    for each in together[3]:
+        np.testing.assert_allclose(each, found, atol=1e-5)
+    assert (together[1] == likeliest).all() and together[2] == texts
 
 
 @pytest.mark.parametrize("named", (True, False))

@@ -23,6 +23,7 @@ _OF_DATA = ("dataset_path", "dataset_name", "dataset_kwargs")
 _BYTES = 2**20
 _VALUES = 20_000
 _NAMED = re.compile(rb"^[\"']?(class|group|task)[\"']?:[ \t]*[\"']?([^\s\"'#\[]+)", re.M)
+_TAG = re.compile(rb"^(?:[\"']?tag[\"']?:|[ \t]*-)[ \t]*[\"']?([^\"'\n]*?)[\"']?[ \t]*$", re.M)
 
 
 class Code(str):
@@ -172,9 +173,8 @@ class TaskFiles:
 
     def _unknown(self, name: str) -> FusionBenchError:
         broken = [f"'{path}': {reason}" for path, reason in self._broken.items()]
-        hint = did_you_mean(name, [*self._users, *_shipped()])
-        if not hint.startswith("Did"):  # else it would list thousands
-            hint = "'lm-eval ls tasks' lists those of the harness."
+        listed = "'lm-eval ls tasks' lists those of the harness."
+        hint = did_you_mean(name, [*self._users, *_shipped()], listed)
         if broken:
             hint += " Some files cannot be read:"
         return FusionBenchError(f"there is no task or group '{name}'.", hint, details=broken)
@@ -265,15 +265,14 @@ def _shipped() -> dict[str, Path]:
 @cache
 def _shipped_tagged(name: str) -> list[str]:
     """Return the harness's tasks with a tag; it parses its files where some mention the name."""
-    tag = re.escape(name).encode()
-    mention = re.compile(
-        rb"^([\"']?tag[\"']?:|[ \t]*-)[ \t]*[\"']?" + tag + rb"[\"']?[ \t]*$", re.M
-    )
-    root = tasks_folder()
-    files = (path for path in root.rglob("*yaml") if path.is_file())
-    if not any(mention.search(path.read_bytes()) for path in files):
-        return []
-    return sorted(_tags().get(name, ()))
+    return sorted(_tags().get(name, ())) if name.encode() in _mentioned() else []
+
+
+@cache
+def _mentioned() -> frozenset[bytes]:
+    """Return what stands where tags do, in any of the harness's files, which are not parsed."""
+    files = (path for path in tasks_folder().rglob("*yaml") if path.is_file())
+    return frozenset(word for path in files for word in _TAG.findall(path.read_bytes()))
 
 
 @cache
