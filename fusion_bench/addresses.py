@@ -34,7 +34,7 @@ _ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
 #: Pictures may be links that lead out of a folder; what is read as text or as tables may not.
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 #: Files in which a folder of data describes itself to ``datasets``.
-_CARDS = ("README.md", ".huggingface.yaml")
+CARDS = ("README.md", ".huggingface.yaml")
 _LINES_OF_JSON = (".jsonl", ".ndjson", ".json")
 _MOST_OF_A_CARD = 10 * 2**20
 _MOST_OF_A_PICTURE = 2**30
@@ -359,7 +359,7 @@ def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
     """
     path = node.get("path")
     folder = _home(path) if isinstance(path, str) else None
-    for name in _CARDS:
+    for name in CARDS:
         if folder is None or not (file := folder / name).exists():
             continue
         folders.refuse_outside(str(file))

@@ -1,5 +1,6 @@
 """Where a name in a config points to, and plain words for when it cannot be read."""
 
+import hashlib
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from fusion_bench.addresses import AddressError, fence, refuse_addresses
+from fusion_bench.addresses import CARDS, AddressError, fence, refuse_addresses
 from fusion_bench.command import is_there
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 #: What names of embedded models begin with.
 ZOO = "zoo:"
+_LOADS = "datasets.load_dataset"
 _PRETRAINED = "pretrained_model_name_or_path"
 _REMEDY = "Delete this copy and fetch it again."
 _DAMAGED = f"its weights are damaged. {_REMEDY}"
@@ -178,11 +180,32 @@ def load(kind: str, node: Any, called: str = "") -> Any:
         wanted = node
         if isinstance(pretrained, str):
             wanted = {**named, _PRETRAINED: resolve(pretrained)}
-        fenced = fence(node) if kind == "dataset" else nullcontext()
-        with fenced:
+        if kind != "dataset":
             return instantiate(wanted)
+        with fence(node):
+            return instantiate(with_own_tables(wanted))
 
     return read(kind, name, partial(_intact, kind, name, call) if _on_hub(name) else call)
+
+
+def with_own_tables(node: Any) -> Any:
+    """Return a dataset's node whose tables in the cache are of its folder's present files alone.
+
+    ``datasets`` finds the tables of a folder with a card by the folder's name and the card. So it
+    would read those of another folder of that name, or those of files that have changed since.
+    """
+    path = node.get("path") if isinstance(node, Mapping) else None
+    if not isinstance(path, str) or node.get("_target_") != _LOADS or node.get("cache_dir"):
+        return node
+    folder = _path(path)
+    if not any((folder / card).is_file() for card in CARDS):
+        return node
+    import datasets
+
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = hashlib.sha256(repr((str(folder.resolve()), states)).encode()).hexdigest()[:16]
+    return {**node, "cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / name)}
 
 
 def _intact(kind: str, name: str, call: Callable[[], T]) -> T:

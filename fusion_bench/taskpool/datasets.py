@@ -22,7 +22,7 @@ from fusion_bench.problems import (
     within,
 )
 from fusion_bench.repository import hub_cache
-from fusion_bench.sources import load, reading, refuse_missing_path
+from fusion_bench.sources import load, reading, refuse_missing_path, with_own_tables
 from fusion_bench.taskpool.embedded import EMBEDDED_TEXTS, Columns, embedded_rows
 from fusion_bench.zoo import CLASS_NAMES, SPLITS, TASKS, dense, language
 from fusion_bench.zoo import load_dataset as load_from_zoo
@@ -113,7 +113,8 @@ def describe(node: Any, scratch: Path | None = None) -> Described | None:
     }
     if target not in describes or any(map(_is_node, node.values())):
         return None
-    given = {name: value for name, value in node.items() if not str(name).startswith("_")}
+    whole = with_own_tables(node)
+    given = {name: value for name, value in whole.items() if not str(name).startswith("_")}
     if target == _LOADS and given.get("streaming"):
         raise FusionBenchError(WHY_NOT_STREAMED, place=("streaming",))
     name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), target)

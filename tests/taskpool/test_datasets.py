@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def test_without_a_card_the_parquet_footers_tell(tmp_path: Path) -> None:
     found = describe({"_target_": LOAD, "path": str(tmp_path / "d"), "split": "test"})
     assert found is not None and found.features is not None
     assert dict(found.splits) == {"test": 4} and found.features["label"].names == ["cat", "dog"]
+
+
+def test_folders_of_one_name_and_changed_files_are_read_as_they_are(tmp_path: Path) -> None:
+    """Where the card says the same of both, the library would read the first one's tables."""
+    for place, count in (("one", 4), ("other", 6), ("other", 9)):
+        folder = tmp_path / place / "data"
+        if folder.exists():
+            shutil.rmtree(folder)
+        write_dataset(folder, ["cat", "dog"], splits={"test": count})
+        node = {"_target_": LOAD, "path": str(folder), "split": "test"}
+        found = describe(node)
+        assert found is not None and dict(found.splits) == {"test": count}
+        assert len(load_split(node)) == count
 
 
 def test_nothing_is_left_in_the_caches(
