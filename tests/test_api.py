@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 import fusion_bench
 from fusion_bench.instantiate import instantiate
 from fusion_bench.method import TaskArithmeticAlgorithm, TiesMergingAlgorithm
-from fusion_bench.modelpool import CausalLMPool, huggingface
+from fusion_bench.modelpool import CausalLMPool, modules
 from fusion_bench.problems import FusionBenchError
 from fusion_bench.report import Report
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
@@ -61,8 +61,8 @@ def test_the_package_imports_nothing() -> None:
 def test_language_models_are_merged_file_by_file(
     llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface, "build", None)  # no module is built
-    monkeypatch.setattr(huggingface, "read_whole", None)
+    monkeypatch.setattr(modules, "build", None)  # no module is built
+    monkeypatch.setattr(modules, "read_whole", None)
     monkeypatch.chdir(llamas)
     out = fusion_bench.merge(["first", Path("second")], method="average", out=tmp_path / "merged")
     assert out == tmp_path / "merged"

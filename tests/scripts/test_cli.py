@@ -3,14 +3,13 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commandline import fusion_bench, python
+from commandline import SCRIPT, fusion_bench, python
 
 from fusion_bench.report import Report
 from fusion_bench.scripts import process
@@ -294,18 +293,11 @@ def test_a_token_is_refused_before_anything_is_written(conf: Path) -> None:
 
 @pytest.mark.cold
 def test_the_report_is_written_though_nobody_listens(conf: Path) -> None:
-    pipe = conf.parent / "pipe"
-    os.mkfifo(pipe)
-
-    def listen() -> None:
-        with pipe.open() as lines:
-            lines.readline()
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    words = ("--config-path", str(conf), "--config-name", "small", "report_save_path=r.json")
-    done = fusion_bench(*words, cwd=conf.parent, stdout=pipe)
-    listener.join()
+    command = f"{SCRIPT} --config-path {conf} --config-name small report_save_path=r.json"
+    script = f"{command} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=conf.parent, capture_output=True, text=True, check=False
+    )
     _is_written(conf, done)
 
 
