@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from glob import glob
 from pathlib import Path
 from threading import RLock
 from typing import IO, TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ _ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
 #: Pictures may be links that lead out of a folder; what is read as text or as tables may not.
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 #: Files in which a folder of data describes itself to ``datasets``.
-CARDS = ("README.md", ".huggingface.yaml")
+_CARDS = ("README.md", ".huggingface.yaml")
 _LINES_OF_JSON = (".jsonl", ".ndjson", ".json")
 _MOST_OF_A_CARD = 10 * 2**20
 _MOST_OF_A_PICTURE = 2**30
@@ -359,7 +360,7 @@ def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
     """
     path = node.get("path")
     folder = _home(path) if isinstance(path, str) else None
-    for name in CARDS:
+    for name in _CARDS:
         if folder is None or not (file := folder / name).exists():
             continue
         folders.refuse_outside(str(file))
@@ -371,6 +372,28 @@ def _check_card(node: Mapping[str, Any], folders: Folders) -> None:
                     f"'{file}' names '{text}' ({key}). A card may name only files in its own "
                     "folder. Correct it, or name the files in the config: 'data_files: …'."
                 )
+
+
+def files_by_card(folder: Path) -> list[Path] | None:
+    """Return the files that the ``configs`` of a folder's card name; None without such a card.
+
+    Raises:
+        AddressError: a card that cannot be read.
+    """
+    cards = [folder / name for name in _CARDS if (folder / name).is_file()]
+    named = [each for card in cards for each in _named_by(card)]
+    if not named:
+        return None
+    patterns = {
+        text for key, text in named if key.partition(".")[2].startswith(("data_files", "data_dir"))
+    } or {"**"}
+    places = {
+        folder / place
+        for pattern in patterns
+        for place in glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 as a library does
+    }
+    inside = (file for place in places if place.is_dir() for file in place.rglob("*"))
+    return sorted(file for file in {*places, *inside} if file.is_file())
 
 
 def _named_by(card: Path) -> Iterator[tuple[str, str]]:

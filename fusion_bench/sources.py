@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from fusion_bench.addresses import CARDS, AddressError, fence, refuse_addresses
+from fusion_bench.addresses import AddressError, fence, files_by_card, refuse_addresses
 from fusion_bench.command import is_there
 from fusion_bench.instantiate import instantiate
 from fusion_bench.network import (
@@ -189,20 +189,23 @@ def load(kind: str, node: Any, called: str = "") -> Any:
 
 
 def with_own_tables(node: Any) -> Any:
-    """Return a dataset's node whose tables in the cache are of its folder's present files alone.
+    """Return a dataset's node with a cache of its own for the files that are in its folder now.
 
-    ``datasets`` finds the tables of a folder with a card by the folder's name and the card. So it
-    would read those of another folder of that name, or those of files that have changed since.
+    Where a card names the files, ``datasets`` finds prepared tables by the folder's name and the
+    card. So it would read those of another folder of that name, or of files that have changed.
+
+    Raises:
+        AddressError: a card that cannot be read.
     """
     path = node.get("path") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or node.get("_target_") != _LOADS or node.get("cache_dir"):
         return node
     folder = _path(path)
-    if not any((folder / card).is_file() for card in CARDS):
+    files = files_by_card(folder)
+    if files is None:
         return node
     import datasets
 
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = hashlib.sha256(repr((str(folder.resolve()), states)).encode()).hexdigest()[:16]
     return {**node, "cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / name)}

@@ -113,13 +113,12 @@ def describe(node: Any, scratch: Path | None = None) -> Described | None:
     }
     if target not in describes or any(map(_is_node, node.values())):
         return None
-    whole = with_own_tables(node)
-    given = {name: value for name, value in whole.items() if not str(name).startswith("_")}
+    given = _arguments(node)
     if target == _LOADS and given.get("streaming"):
         raise FusionBenchError(WHY_NOT_STREAMED, place=("streaming",))
     name = next((given[k] for k in ("path", "dataset_path", "name") if k in given), target)
     with reading("dataset", str(name)), fence(node, *([scratch] if scratch else [])):
-        found = describes[target](given, scratch)
+        found = describes[target](_arguments(with_own_tables(node)), scratch)
         if found is not None and target in (_LOADS, _READS):
             _refuse_split(found, given.get("split"), str(name))
     return found
@@ -259,6 +258,10 @@ def _refuse_split_of_one(split: Any, own: str | None, name: str) -> None:
             "Remove the key.",
             place=("split",),
         )
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in node.items() if not str(name).startswith("_")}
 
 
 def _is_node(value: Any) -> bool:

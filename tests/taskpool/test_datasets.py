@@ -7,6 +7,7 @@ from fixtures_clip import write_dataset
 from PIL import Image as PILImage
 
 from fusion_bench.problems import FusionBenchError
+from fusion_bench.sources import with_own_tables
 from fusion_bench.taskpool.datasets import describe, load_split, split_names
 
 LOAD = "datasets.load_dataset"
@@ -49,6 +50,10 @@ def test_folders_of_one_name_and_changed_files_are_read_as_they_are(tmp_path: Pa
         found = describe(node)
         assert found is not None and dict(found.splits) == {"test": count}
         assert len(load_split(node)) == count
+        (folder / "log.txt").write_text("no data of its own")  # is no reason to prepare it again
+        own = with_own_tables(node)["cache_dir"]
+        (folder / "log.txt").write_text("longer than it was before")
+        assert with_own_tables(node)["cache_dir"] == own
 
 
 def test_nothing_is_left_in_the_caches(
