@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 SERVER = "FUSION_BENCH_TESTS_SERVER"
 #: In which it is started: of before any test.
 _ENVIRONMENT = dict(os.environ)
-#: Held so that threads start one.
+#: Held so that threads start only one.
 _STARTING = threading.Lock()
 #: Runs the command line once for each list of words in a file, and puts there what came of it.
 #: What is set up of Hydra stays, so it is set up once; so do the config files that were read.

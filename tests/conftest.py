@@ -171,7 +171,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(caches: Iterator[Path], pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test a cache of its own, in which there are but pictures of earlier tests."""
+    """Give each test a cache of its own, which holds only the pictures of earlier tests."""
     place = next(caches)
     place.mkdir()
     (place / "pictures").symlink_to(pictures)

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from _pytest._io import TerminalWriter
 
-#: By so much the tests let go first what a test asks to have done at once: the embedded models,
-#: which two threads build that wait for each other at each step, and longer on a busy machine.
+#: The niceness of the tests. The build of the embedded models has none, and so goes first: its two
+#: threads wait for each other at each step, which takes far longer on a busy machine.
 LATER = 10
 #: So many bytes say which file is the next. A pipe gives them whole to one of the processes.
 _SIZE = 4
